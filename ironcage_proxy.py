@@ -1,0 +1,3743 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""ironcage_proxy: put it between AI agents and the model providers.
+
+Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
+
+    agent --token--> [ read, authenticate, route ]                                chapters 10, 13
+                     [ bound the worst case -> reserve it, or refuse ]            chapters 3 to 5, 9
+                     [ send with the provider's key ] --key--> OpenAI, Anthropic  chapters 10, 11
+                     [ forward what comes back, as it comes; read its usage ]     chapters 6, 7
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]          chapters 4, 12
+
+    python ironcage_proxy.py --port 8787 --budget 2.00       # serve
+    with ProxyServer(settings_from(["--port", "0"])) as server:      # embed, for now
+        print(server.url, server.router.controller.available())
+
+Promises, each with a test that attacks it: only the standard library is used; connections are
+opened to the configured providers and to nobody else; spent + reserved never passes the limit
+by an admission; every request settles exactly once; a model, route or price that is not known
+is refused while a budget is set; provider keys go to their provider's host and nowhere else;
+between a client and a provider of one format, bytes travel unchanged.
+
+Contents (each chapter uses only names of chapters above it):
+
+     1. Limits and tables
+     2. Errors
+     3. JSON bodies
+     4. Money
+     5. Bounds
+     6. Event streams
+     7. Usage of answers
+     8. The echo model
+     9. Cost controller
+    10. HTTP on a socket
+    11. Upstream
+    12. Router
+    13. Server
+    14. Settings and command line
+
+To answer "can it overspend?" read 4, 5, 9 and 12; "what leaves this machine?" 10 and 11;
+"is my message changed?" 3, 6 and 12.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import fnmatch
+import hashlib
+import hmac
+import http.client
+import http.server
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
+
+__all__ = ["CostController", "IroncageError", "PriceBook", "ProxyServer", "Settings",
+           "UnpricedModel", "main", "settings_from"]
+__version__ = "0.1.0"
+
+log = logging.getLogger("ironcage")
+
+
+# ==== 1. Limits and tables ======================================================================
+#
+# What bounds memory, time and threads, with the reason beside each figure, and the tables that
+# say which header, path and model goes where. To meter a further path, add a row to METERED_APIS
+# and a reader to the tables of chapter 7; to route a further model name, one to MODEL_PREFIXES.
+
+MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
+MAX_HEADERS = 100
+MAX_JSON_DEPTH = 200                      # deeper bodies are attacks, not prompts
+MAX_INTEGER_DIGITS = 18                   # fits a signed 64-bit integer in every parser
+MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry megabytes in one
+MAX_ANSWER_BYTES = 256 * 1024 * 1024      # an answer that is metered whole is held in memory
+MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
+RECEIVE_BYTES = 64 * 1024                 # one read from a socket
+JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up to this size
+
+MAX_CONNECTIONS = 1024                    # one thread each
+LISTEN_BACKLOG = 1024                     # the default of 5 drops bursts of connections
+POOLED_CONNECTIONS_PER_HOST = 128
+POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
+STOP_POLL_S = 0.2                         # how soon serve_forever sees that it should stop
+CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds after which a silent or slow peer is given up. Nothing waits for ever."""
+    head_s: float = 10          # a whole request head, from its first byte (or from connecting)
+    body_s: float = 120         # a whole request body
+    keep_alive_s: float = 75    # between two requests of one connection
+    write_stall_s: float = 60   # no progress in writing to a peer
+    connect_s: float = 10       # TCP and TLS to a provider
+    first_byte_s: float = 600   # from the last byte sent to the first byte of the answer
+    between_bytes_s: float = 300
+    call_s: float = 3600        # one upstream call in all
+    drain_s: float = 30         # at stop, for the requests in flight
+    linger_s: float = 2         # reading on after a refusal, so that the client can read it
+
+
+METERED_APIS = MappingProxyType({
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "responses",
+    "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
+    "/v1/messages": "messages",
+})
+# Which dialects a provider of each format speaks by itself.
+FORMAT_APIS = MappingProxyType({
+    "openai": frozenset({"chat", "responses", "completions", "embeddings"}),
+    "anthropic": frozenset({"messages"}),
+    "echo": frozenset({"chat", "responses", "completions", "embeddings", "messages"}),
+})
+COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
+# Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
+FREE_ROUTES = tuple((method, re.compile(pattern)) for method, pattern in (
+    ("GET", r"/v1/models"),
+    ("GET", r"/v1/models/[A-Za-z0-9._:/-]+"),
+    ("POST", r"/v1/messages/count_tokens"),
+    ("POST", r"/v1/responses/input_tokens"),
+    ("POST", r"/v1/moderations"),
+    ("GET", r"/v1/responses/[A-Za-z0-9_-]+"),
+    ("DELETE", r"/v1/responses/[A-Za-z0-9_-]+"),
+    ("POST", r"/v1/responses/[A-Za-z0-9_-]+/cancel"),
+))
+# First match wins; a name that matches none goes to openai, as in the original.
+MODEL_PREFIXES = (
+    ("claude", "anthropic"),
+    ("gpt", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"),
+    ("chatgpt", "openai"), ("codex", "openai"), ("text-embedding", "openai"),
+    ("ft:", "openai"), ("davinci", "openai"), ("babbage", "openai"),
+)
+ECHO_MODEL = "ironcage/echo"
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+HOP_BY_HOP_HEADERS = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+    "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
+})
+# Beside those: the client's credentials and cookies, and what the sender writes itself.
+REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
+    "host", "content-length", "content-encoding", "accept-encoding", "expect",
+    "authorization", "x-api-key", "api-key", "cookie",
+}
+ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
+    "content-length", "set-cookie", "set-cookie2",
+    "x-ironcage-request-id", "x-ironcage-cost-microdollars", "x-ironcage-max-tokens",
+}
+METHOD_OVERRIDE_HEADERS = frozenset({
+    "x-http-method-override", "x-http-method", "x-method-override",
+})
+DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
+
+LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
+PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+
+
+# ==== 2. Errors =================================================================================
+#
+# One class for each thing that a caller would do differently. An error knows its HTTP status and
+# its names in both dialects, so that handlers never guess. A message says what happened, the
+# value, and what to do; it never holds a secret, a prompt or an answer.
+# Sources: OpenAI and Anthropic error references; the 402 types are the original's (iron_runtime).
+
+
+class IroncageError(Exception):
+    """A request that we end ourselves.
+
+    `param` names the field at fault, `details` becomes `error.ironcage` in the body, `headers`
+    are sent along. `must_close` says that the connection cannot be used for another request.
+    """
+    status = 500
+    openai_type = "server_error"
+    openai_code: Optional[str] = "internal_error"
+    anthropic_type = "api_error"
+    must_close = False
+
+    def __init__(self, message: str, *, param: Optional[str] = None,
+                 details: Optional[Mapping[str, object]] = None,
+                 headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = details
+        self.headers = tuple(headers)
+
+
+class BadRequest(IroncageError):
+    """The request itself is at fault; sent again unchanged it fails again."""
+    status, openai_type, openai_code = 400, "invalid_request_error", None
+    anthropic_type = "invalid_request_error"
+
+
+class MalformedHttp(BadRequest):
+    """Bytes that are not one clear HTTP/1.1 message: answered, then the connection is closed."""
+    openai_code, must_close = "malformed_http", True
+
+
+# fmt: off  (pure variation: one line each reads as the table that it is)
+class Unauthorized(BadRequest):
+    status, openai_code, must_close = 401, "invalid_api_key", True
+    anthropic_type = "authentication_error"
+class Forbidden(BadRequest):
+    status, openai_code, must_close = 403, "permission_denied", True
+    anthropic_type = "permission_error"
+class NotFound(BadRequest):
+    status, openai_code, anthropic_type = 404, "not_found", "not_found_error"
+class MethodNotAllowed(BadRequest):
+    status, openai_code = 405, "method_not_allowed"
+class RequestTimedOut(BadRequest):
+    status, openai_code, must_close = 408, "request_timeout", True
+class LengthRequired(BadRequest):
+    status, openai_code, must_close = 411, "length_required", True
+class BodyTooLarge(BadRequest):
+    status, openai_code, must_close = 413, "request_too_large", True
+    anthropic_type = "request_too_large"
+class UnsupportedBody(BadRequest):
+    status, openai_code, must_close = 415, "unsupported_media_type", True
+class UpgradeRefused(BadRequest):
+    status, openai_code, must_close = 426, "upgrade_refused", True
+class UnpricedModel(BadRequest):          # no price is known, so no cost can be bounded
+    openai_type, openai_code = "iron_cage_unpriced_model", "unpriced_model"
+class UnmeteredRoute(BadRequest):         # a route whose cost we cannot read, under a budget
+    openai_type, openai_code = "iron_cage_unmetered_route", "unmetered_route"
+class UnboundedRequest(BadRequest):       # a request whose worst case cannot be known, likewise
+    openai_type, openai_code = "iron_cage_unbounded_request", "unbounded_request"
+class NoProviderKey(BadRequest):
+    openai_type, openai_code = "iron_cage_no_provider_key", "no_provider_key"
+class Untranslatable(BadRequest):         # the model's provider does not speak the path's dialect
+    openai_code = "unsupported_dialect"
+class BudgetExceeded(BadRequest):         # nothing is left
+    status, openai_type, openai_code = 402, "iron_cage_budget_exceeded", "budget_exceeded"
+    anthropic_type = "billing_error"
+class InsufficientBudget(BudgetExceeded):     # something is left, but the worst case does not fit
+    openai_type, openai_code = "iron_cage_insufficient_budget", "insufficient_budget"
+class ServerBusy(IroncageError):
+    status, openai_code, anthropic_type, must_close = 503, "overloaded", "overloaded_error", True
+# fmt: on
+
+
+class UpstreamError(IroncageError):
+    """The provider's side failed. `may_be_billed`: it may have begun to work on the request."""
+    may_be_billed = True
+
+
+# fmt: off
+class UpstreamBroke(UpstreamError):
+    status, openai_code = 502, "upstream_broke"
+class UpstreamUnreachable(UpstreamError):
+    status, openai_code, may_be_billed = 502, "upstream_unreachable", False
+class UpstreamRedirected(UpstreamError):
+    status, openai_code, may_be_billed = 502, "upstream_redirected", False
+class UpstreamTimedOut(UpstreamError):
+    status, openai_code, anthropic_type = 504, "upstream_timeout", "timeout_error"
+class UpstreamConnectTimedOut(UpstreamTimedOut):
+    may_be_billed = False
+# fmt: on
+
+
+class ClientGone(Exception):
+    """The client hung up or stopped reading; there is nobody to answer."""
+
+
+class Misconfigured(Exception):
+    """Settings that cannot be served with; the message is one line for the command line."""
+
+
+def dialect_of(path: str) -> str:
+    """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
+    first, _, rest = path.lstrip("/").partition("/")
+    inner = rest if first in ("openai", "anthropic") else path.lstrip("/")
+    return "anthropic" if re.match(r"v1/messages(/|$)", inner) else "openai"
+
+
+def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
+    """The JSON body of an error in a dialect.
+
+    Shape: OpenAI {"error": {message, type, param, code}}; Anthropic {"type": "error",
+    "error": {type, message}, "request_id"}. `ironcage` is added where there are details.
+    """
+    extra = {} if error.details is None else {"ironcage": dict(error.details)}
+    if dialect == "anthropic":
+        if error.openai_type.startswith("iron_cage_"):
+            extra["code"] = error.openai_type
+        return {"type": "error", "request_id": request_id,
+                "error": {"type": error.anthropic_type, "message": error.message, **extra}}
+    return {"error": {"message": error.message, "type": error.openai_type,
+                      "param": error.param, "code": error.openai_code, **extra}}
+
+
+# ==== 3. JSON bodies ============================================================================
+#
+# Request bodies are read once, strictly, and changed by splicing: the fields that the budget must
+# set are written into the client's own text, and every other byte stays. What two parsers could
+# read differently is refused here, so that what we bound is what the provider reads.
+
+
+@dataclass(frozen=True)
+class JsonBody:
+    """A JSON object as received: its text, its fields, and where each top-level value stands."""
+    text: str
+    fields: Mapping[str, object]
+    spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in text
+
+    def with_fields(self, changes: Mapping[str, object]) -> bytes:
+        """The text with some top-level fields set, as UTF-8. All else stays as it was."""
+        text = self.text
+        present = sorted((name for name in changes if name in self.spans),
+                         key=lambda name: self.spans[name], reverse=True)
+        for name in present:
+            start, end = self.spans[name]
+            text = text[:start] + json.dumps(changes[name]) + text[end:]
+        absent = {name: value for name, value in changes.items() if name not in self.spans}
+        if absent:
+            after_brace = text.index("{") + 1
+            comma = "," if self.spans else ""
+            text = text[:after_brace] + json.dumps(absent)[1:-1] + comma + text[after_brace:]
+        return text.encode("utf-8")
+
+
+def _object_without_duplicates(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise BadRequest("the request body has the same key twice in one JSON object")
+    return result
+
+
+def _bounded_integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > MAX_INTEGER_DIGITS:
+        raise BadRequest(f"the request body has an integer of more than {MAX_INTEGER_DIGITS} "
+                         "digits")
+    return int(digits)
+
+
+def _no_constant(name: str) -> object:
+    raise BadRequest(f"the request body contains {name}, which is not JSON")
+
+
+_STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object_without_duplicates,
+                                parse_int=_bounded_integer, parse_constant=_no_constant)
+_json_space_end = re.compile(r"[ \t\n\r]*").match
+
+
+def _members(text: str) -> tuple[dict, dict]:
+    """Fields and value spans of the one JSON object that is `text`. Raises ValueError."""
+    fields: dict[str, object] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    at = _json_space_end(text, 0).end()
+    if text[at:at + 1] != "{":
+        _STRICT_JSON.decode(text)
+        raise BadRequest("the request body must be a JSON object")
+    at = _json_space_end(text, at + 1).end()
+    closed = text[at:at + 1] == "}"
+    while not closed:
+        if text[at:at + 1] != '"':
+            raise json.JSONDecodeError("Expecting property name in double quotes", text, at)
+        name, at = _STRICT_JSON.raw_decode(text, at)
+        at = _json_space_end(text, at).end()
+        if text[at:at + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
+        start = _json_space_end(text, at + 1).end()
+        value, end = _STRICT_JSON.raw_decode(text, start)
+        if name in fields:
+            raise BadRequest("the request body has the same key twice in one JSON object")
+        fields[name], spans[name] = value, (start, end)
+        at = _json_space_end(text, end).end()
+        closed = text[at:at + 1] == "}"
+        if not closed:
+            if text[at:at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = _json_space_end(text, at + 1).end()
+    if _json_space_end(text, at + 1).end() != len(text):
+        raise json.JSONDecodeError("Extra data", text, at + 1)
+    return fields, spans
+
+
+def _nested_deeper_than(value: object, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [child for parent in level
+                 for child in (parent.values() if isinstance(parent, dict) else parent)
+                 if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def parse_json_object(raw: bytes) -> JsonBody:
+    """Read a request body strictly.
+
+    Raises: BadRequest for what is not UTF-8, not JSON, not an object, or ambiguous (byte-order
+    mark, duplicate keys at any depth, NaN, Infinity, huge integers, nesting beyond 200).
+    """
+    try:
+        text = raw.decode("utf-8")
+        fields, spans = _members(text)
+    except UnicodeDecodeError as err:
+        raise BadRequest(f"the request body is not UTF-8 (byte {err.start})") from None
+    except RecursionError:
+        raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}") from None
+    except json.JSONDecodeError as err:
+        raise BadRequest(f"the request body is not JSON: {err}") from None
+    if _nested_deeper_than(fields, MAX_JSON_DEPTH):
+        raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
+    return JsonBody(text, fields, spans)
+
+
+def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
+                   most: int = 10 ** 9) -> Optional[int]:
+    """A whole number among the fields; absent and null are None. Raises BadRequest."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise BadRequest(f"{name} must be a whole number from {least} to {most}", param=name)
+    return value
+
+
+def optional_flag(fields: Mapping[str, object], name: str) -> bool:
+    """A boolean among the fields; absent and null are False. Raises BadRequest."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false", param=name)
+    return bool(value)
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON as we send it: compact, ASCII only."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+# ==== 4. Money ==================================================================================
+#
+# Amounts are int microdollars (1 USD = 1,000,000). Rates are picodollars (1e-12 USD) per token:
+# int where whole, as every price of OpenAI and Anthropic is, else Fraction. Sums are exact and are
+# rounded up once, at the end. No float comes near. This chapter is pure, but for load().
+# Sources: the price table is LiteLLM's format (pricing.json says which version); how usage turns
+# into buckets follows the providers' usage and pricing references, read November 2026.
+
+PICODOLLARS_PER_USD = 10 ** 12
+PICODOLLARS_PER_MICRODOLLAR = 10 ** 6
+MICRODOLLARS_PER_USD = 10 ** 6
+
+Rate = Union[int, Fraction]
+
+
+def parse_usd(value: object) -> int:
+    """Microdollars of a USD amount (str, int, Decimal, float by its repr), rounded down.
+
+    Raises: ValueError when it is not a finite number >= 0.
+    """
+    try:
+        amount = Decimal(str(value).strip())
+    except InvalidOperation:
+        raise ValueError(f"{value!r} is not an amount in USD") from None
+    if isinstance(value, bool) or not amount.is_finite() or amount < 0 or amount.adjusted() > 12:
+        raise ValueError(f"{value!r} is not an amount in USD from 0 up")
+    return int((amount * MICRODOLLARS_PER_USD).to_integral_value(rounding=ROUND_FLOOR))
+
+
+def format_usd(microdollars: int) -> str:
+    """"$1.25", "$0.000301": at least two decimals, at most six, exact."""
+    sign = "-" if microdollars < 0 else ""
+    whole, rest = divmod(abs(microdollars), MICRODOLLARS_PER_USD)
+    decimals = f"{rest:06d}".rstrip("0").ljust(2, "0")
+    return f"{sign}${whole}.{decimals}"
+
+
+class MalformedUsage(ValueError):
+    """A provider's usage object holds something that is not a token count."""
+
+
+# What a call is billed by: (bucket of tokens, its price key, the bucket whose rate it takes where
+# a row has no price of its own). Buckets do not overlap; cache writes are split by lifetime.
+BUCKETS = (
+    ("input", "input_cost_per_token", None),
+    ("cache_read", "cache_read_input_token_cost", "input"),
+    ("cache_write", "cache_creation_input_token_cost", "input"),           # 5 or 30 minutes
+    ("cache_write_1h", "cache_creation_input_token_cost_above_1hr", "cache_write"),
+    ("cache_write_12h", "cache_creation_input_token_cost_above_12hr", "cache_write"),
+    ("audio_input", "input_cost_per_audio_token", "input"),
+    ("output", "output_cost_per_token", None),
+    ("reasoning", "output_cost_per_reasoning_token", "output"),
+    ("audio_output", "output_cost_per_audio_token", "output"),
+)
+INPUT_PRICE, OUTPUT_PRICE = BUCKETS[0][1], BUCKETS[6][1]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one provider call."""
+    prompt_tokens: int                  # everything read, cached or not: thresholds look at it
+    completion_tokens: int              # everything written, reasoning and audio included
+    buckets: Mapping[str, int]          # the same tokens, as they are billed
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.buckets.get("cache_read", 0)
+
+
+def _count(holder: object, name: str) -> int:
+    """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
+    value = holder.get(name) if isinstance(holder, dict) else None
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise MalformedUsage(f"{name} is not a token count")
+    return value
+
+
+def usage_from_openai(usage: Mapping[str, object], names: Sequence[str] = ("prompt", "completion")
+                      ) -> Usage:
+    """Chat completions, completions, embeddings: cached and audio are inside prompt_tokens."""
+    prompt_name, completion_name = names
+    if usage.get(f"{prompt_name}_tokens") is None:
+        raise MalformedUsage(f"{prompt_name}_tokens is missing")
+    prompt = _count(usage, f"{prompt_name}_tokens")
+    completion = _count(usage, f"{completion_name}_tokens")
+    read = usage.get(f"{prompt_name}_tokens_details") or {}
+    made = usage.get(f"{completion_name}_tokens_details")
+    cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
+    written = _count(read, "cache_write_tokens")
+    written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
+    spoken = min(completion, _count(made, "audio_tokens"))
+    reasoned = min(completion - spoken, _count(made, "reasoning_tokens"))
+    return Usage(prompt, completion, {
+        "input": max(0, prompt - cached - written - audio), "cache_read": cached,
+        "cache_write": written - written_12h, "cache_write_12h": written_12h,
+        "audio_input": audio, "output": completion - spoken - reasoned, "reasoning": reasoned,
+        "audio_output": spoken})
+
+
+def usage_from_responses(usage: Mapping[str, object]) -> Usage:
+    """Responses API: the same counting under other names."""
+    return usage_from_openai(usage, ("input", "output"))
+
+
+def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
+    """Messages: cached and written tokens are outside input_tokens, and are added here.
+
+    `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
+    """
+    if usage.get("output_tokens") is None:
+        raise MalformedUsage("output_tokens is missing")
+    plain, read = _count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
+    split = usage.get("cache_creation")
+    written_1h = _count(split, "ephemeral_1h_input_tokens")
+    written = max(_count(usage, "cache_creation_input_tokens"),
+                  written_1h + _count(split, "ephemeral_5m_input_tokens"))
+    output = _count(usage, "output_tokens")
+    reasoned = min(output, _count(usage.get("output_tokens_details"), "thinking_tokens"))
+    return Usage(plain + read + written, output, {
+        "input": plain, "cache_read": read, "cache_write": written - written_1h,
+        "cache_write_1h": written_1h, "output": output - reasoned, "reasoning": reasoned})
+
+
+USAGE_READERS = MappingProxyType({
+    "chat": usage_from_openai,
+    "completions": usage_from_openai,
+    "embeddings": usage_from_openai,
+    "responses": usage_from_responses,
+    "messages": usage_from_anthropic,
+})
+
+# The tier that served a call -> the suffix of its price keys. What is not here has no suffix.
+TIER_SUFFIXES = MappingProxyType({
+    "flex": "_flex", "priority": "_priority", "fast": "_priority", "ultrafast": "_ultrafast",
+    "balanced": "_balanced", "batch": "_batches",
+})
+BATCH_SUFFIX = TIER_SUFFIXES["batch"]
+_SEARCHES = "search_context_cost_per_query"
+_THRESHOLD = re.compile(r"_above_(\d+)k_tokens")
+
+WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
+FILE_SEARCH_USD = Decimal("0.0025")     # OpenAI, each call
+CONTAINER_USD = Decimal("0.03")         # OpenAI code interpreter, each session
+
+
+def _picodollars(usd: Decimal) -> Rate:
+    exact = Fraction(usd) * PICODOLLARS_PER_USD
+    return exact.numerator if exact.denominator == 1 else exact
+
+
+@dataclass(frozen=True)
+class Price:
+    """One row of the price table.
+
+    `amounts` maps LiteLLM's price keys to picodollars per token. A key that is absent has no
+    price of its own; an explicit 0 is a price.
+    """
+    key: str
+    provider: str                             # LiteLLM's name of the provider, may be ""
+    amounts: Mapping[str, Rate]
+    thresholds: tuple[int, ...]               # prompt tokens, ascending
+    search_picodollars: Rate                  # each web search
+    us_multiplier: Fraction                   # Anthropic inference_geo "us"
+    fast_multiplier: Fraction                 # Anthropic speed "fast"
+    residency_multipliers: Mapping[str, Fraction]     # OpenAI regional hosts: "us", "eu"
+    max_input_tokens: Optional[int]
+    max_output_tokens: Optional[int]
+
+    @property
+    def is_free(self) -> bool:
+        return not any(self.amounts.values())
+
+    def _amount(self, base: str, suffix: str, prompt_tokens: int) -> Optional[Rate]:
+        """A base price for a tier (by its suffix) at a prompt length, or None.
+
+        A long-context price replaces the flat one from its threshold on: above it, or for xAI
+        ("once its prompt reaches") at it. Batch prices never fall back to live ones here.
+        """
+        names = (suffix,) if suffix in ("", BATCH_SUFFIX) else (suffix, "")
+        amount = next((self.amounts[base + s] for s in names if base + s in self.amounts), None)
+        for threshold in self.thresholds:
+            reached = prompt_tokens >= threshold if self.provider == "xai" \
+                else prompt_tokens > threshold
+            if reached:
+                long_base = f"{base}_above_{threshold // 1000}k_tokens"
+                amount = next((self.amounts[long_base + s] for s in names
+                               if long_base + s in self.amounts), amount)
+        return amount
+
+    def rates(self, tier: Optional[str], prompt_tokens: int) -> dict[str, Rate]:
+        """Picodollars per token of each bucket, for a call that `tier` served.
+
+        Batch: a row without batch prices costs half of its live ones, as all of Anthropic does;
+        in other rows a bucket without one takes the price of the bucket it falls back to
+        (OpenAI's older models have no batch price for cached input: it costs what input does).
+        """
+        suffix = TIER_SUFFIXES.get(tier or "", "")
+        halves = suffix == BATCH_SUFFIX and (
+            self.provider == "anthropic" or not any(n.endswith(suffix) for n in self.amounts))
+        live = self.rates(None, prompt_tokens) if halves else {}
+        rates: dict[str, Rate] = {}
+        for bucket, key, fallback in BUCKETS:
+            amount = self._amount(key, suffix, prompt_tokens)
+            if amount is None:
+                amount = Fraction(live[bucket]) / 2 if halves else rates.get(fallback or "", 0)
+            rates[bucket] = amount
+        return rates
+
+
+def microdollars_ceil(picodollars: Rate) -> int:
+    """Whole microdollars, rounded up: the one place where money is rounded."""
+    return -int(-picodollars // PICODOLLARS_PER_MICRODOLLAR)
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, (int, Decimal)) and not isinstance(value, bool) \
+        and Decimal(value).is_finite() and value >= 0
+
+
+def _limit(row: Mapping[str, object], name: str) -> Optional[int]:
+    value = row.get(name)
+    return int(value) if _is_amount(value) and value else None
+
+
+def price_from_row(key: str, row: object) -> Optional[Price]:
+    """The Price in one row of LiteLLM's table; None where it prices no tokens.
+
+    A row with a negative, infinite or non-numeric price anywhere is not a price at all.
+    """
+    if not isinstance(row, dict) or not _is_amount(row.get(INPUT_PRICE)):
+        return None
+    mode = row.get("mode")
+    if mode != "embedding" and not _is_amount(row.get(OUTPUT_PRICE)):
+        return None
+    token_prices = {name: value for name, value in row.items()
+                    if "cost" in name and "_token" in name and not name.startswith("search")}
+    extras = row.get("provider_specific_entry") or {}
+    multipliers = {"us_entry": extras.get("us", 1), "fast_entry": extras.get("fast", 1),
+                   **{place: row.get(f"regional_processing_uplift_multiplier_{place}", 1)
+                      for place in ("us", "eu")}}
+    searches = row.get(_SEARCHES) or {}
+    search = searches.get("search_context_size_medium", WEB_SEARCH_USD)
+    if not all(map(_is_amount, (*token_prices.values(), *multipliers.values(), search))):
+        return None
+    return Price(
+        key=key, provider=str(row.get("litellm_provider") or ""),
+        amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in token_prices.items()}),
+        thresholds=tuple(sorted({int(found[1]) * 1000 for name in token_prices
+                                 for found in [_THRESHOLD.search(name)] if found})),
+        search_picodollars=_picodollars(Decimal(search)),
+        us_multiplier=Fraction(multipliers["us_entry"]),
+        fast_multiplier=Fraction(multipliers["fast_entry"]),
+        residency_multipliers=MappingProxyType(
+            {place: Fraction(multipliers[place]) for place in ("us", "eu")}),
+        max_input_tokens=_limit(row, "max_input_tokens"),
+        max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"))
+
+
+# The embedded model has a price under any table, so that budgets can be tried without a provider.
+ECHO_ROW = MappingProxyType({
+    "litellm_provider": "ironcage", "mode": "chat",
+    INPUT_PRICE: Decimal("1e-6"), OUTPUT_PRICE: Decimal("2e-6"),
+    "max_input_tokens": 1_000_000, "max_output_tokens": 100_000,
+})
+_DATE_SUFFIX = re.compile(r"(-\d{4}-\d{2}-\d{2}|[-@]\d{8}|@default|-\d{4})$")
+
+
+class PriceBook:
+    """Prices by model name, in LiteLLM's format. Rows are read when they are first asked for.
+
+    Names resolve to a row exactly or not at all: what is not found is unpriced, never free.
+    """
+
+    def __init__(self, rows: Mapping[str, object]) -> None:
+        self._rows = {**rows, ECHO_MODEL: dict(ECHO_ROW)}
+        self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
+
+    @classmethod
+    def load(cls, path: str) -> PriceBook:
+        """Read a price file. Raises OSError, or ValueError where it is not a JSON object."""
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file, parse_float=Decimal)
+        if not isinstance(rows, dict):
+            raise ValueError("a price file is a JSON object of model names")
+        rows.pop("sample_spec", None)
+        return cls(rows)
+
+    def keys(self) -> list[str]:
+        """The names of all rows that price tokens, sorted."""
+        return sorted(key for key in self._rows if self._row(key) is not None)
+
+    def _row(self, key: str) -> Optional[Price]:
+        if key in self._rows and key not in self._prices:
+            self._prices[key] = price_from_row(key, self._rows[key])
+        return self._prices.get(key)
+
+    def find(self, model: str, provider: str = "") -> Optional[Price]:
+        """The price of a model as a provider sells it, or None.
+
+        Tried in order: the name itself, with the provider's prefix, without it; then each less
+        its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row only.
+        """
+        if model.startswith("ft:"):
+            return self._row(":".join(model.split(":")[:2]))
+        names = [model, f"{provider}/{model}"]
+        prefix, slash, rest = model.partition("/")
+        if slash and prefix in (provider, "models"):
+            names.append(rest)
+        for shorten in (lambda name: name, lambda name: _DATE_SUFFIX.sub("", name),
+                        lambda name: re.sub(r"-latest$", "", name)):
+            for name in names:
+                price = self._row(shorten(name))
+                if price is not None:
+                    return price
+        return None
+
+    def price(self, model: str, provider: str = "") -> Price:
+        """As find(), but raises UnpricedModel, naming the key to add."""
+        price = self.find(model, provider)
+        if price is None:
+            shown = model if PRINTABLE_NAME.fullmatch(model) else "?"
+            raise UnpricedModel(
+                f"no price is known for the model {shown}: add the key \"{shown}\" with "
+                f"{INPUT_PRICE} and {OUTPUT_PRICE} to pricing.json, or name a model that has one",
+                param="model")
+        return price
+
+    def cost(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
+             service_tier: Optional[str] = None, data_residency: Optional[str] = None,
+             tool_calls: Optional[Mapping[str, int]] = None) -> int:
+        """Microdollars of one finished call, exact and rounded up once.
+
+        Shape: `usage` is the provider's own usage object; `service_tier` is the one that served
+        (the answer's, where it says); `data_residency` "us" or "eu" for OpenAI's regional hosts;
+        `tool_calls` counts OpenAI's hosted-tool items by type, which its usage leaves out.
+        Raises: UnpricedModel; MalformedUsage.
+        """
+        total: Rate = 0
+        price = self.price(model, provider)
+        tier = usage.get("service_tier") if api == "messages" else None
+        tier = tier if isinstance(tier, str) else service_tier
+        for entry_model, entry in _billed_entries(usage, model):
+            entry_price = price if entry_model == model else self.price(entry_model, provider)
+            counts = USAGE_READERS[api](entry)
+            rates = entry_price.rates(tier, counts.prompt_tokens)
+            tokens = sum(count * rates[bucket] for bucket, count in counts.buckets.items())
+            total += tokens * _multiplier(entry_price, usage, api, data_residency)
+        return microdollars_ceil(total + _fees(price, usage, api, tool_calls or {}))
+
+
+def _billed_entries(usage: Mapping[str, object], model: str) -> Iterator[tuple[str, dict]]:
+    """(model, usage) of each billed part of a call.
+
+    Anthropic's `iterations`, where present, hold all that was billed (compaction and advisor
+    turns are missing in the top-level counts), each at its own model's price.
+    """
+    iterations = usage.get("iterations")
+    if isinstance(iterations, list) and iterations:
+        for entry in iterations:
+            if not isinstance(entry, dict):
+                raise MalformedUsage("an iteration is not an object")
+            own = entry.get("model")
+            yield (own if isinstance(own, str) else model), entry
+    else:
+        yield model, dict(usage)
+
+
+def _multiplier(price: Price, usage: Mapping[str, object], api: str,
+                data_residency: Optional[str]) -> Fraction:
+    if api != "messages":
+        return price.residency_multipliers.get(data_residency or "", Fraction(1))
+    place = price.us_multiplier if usage.get("inference_geo") == "us" else Fraction(1)
+    return place * (price.fast_multiplier if usage.get("speed") == "fast" else Fraction(1))
+
+
+def _fees(price: Price, usage: Mapping[str, object], api: str,
+          tool_calls: Mapping[str, int]) -> Rate:
+    """Per-call fees in picodollars: searches and hosted tools."""
+    searches = tool_calls.get("web_search_call", 0)
+    if api == "messages":
+        searches += _count(usage.get("server_tool_use"), "web_search_requests")
+    return (searches * price.search_picodollars
+            + tool_calls.get("file_search_call", 0) * _picodollars(FILE_SEARCH_USD)
+            + bool(tool_calls.get("code_interpreter_call")) * _picodollars(CONTAINER_USD))
+
+
+# ==== 5. Bounds =================================================================================
+#
+# The most that a request can cost, computed from its body before anything is sent. The rule for
+# text is a proof for byte-level tokenizers: a token is at least one byte, and a JSON body is never
+# shorter than the text in it, so the body's own length bounds all text, keys and schemas in it.
+# What is not text (images, files, audio, state kept at the provider) counts as the model's whole
+# context. What cannot be bounded at all (tools that the provider runs) is refused under a budget.
+# Assumed: the provider honours its max-token field; the price table is right.
+
+# The caps a client can put on its answer, by API; the first is set when a client puts none.
+MAX_TOKENS_FIELDS = MappingProxyType({
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "responses": ("max_output_tokens",),
+    "completions": ("max_tokens",),
+    "messages": ("max_tokens",),
+    "embeddings": (),
+})
+DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
+UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
+# What a provider adds to the prompt unseen: message framing, and the system prompts that come
+# with tools and structured output. Anthropic's tool prompts are up to 804 tokens, those of its
+# bash, editor and computer tools together 2,179 (tool-use pages, read November 2026).
+FRAMING_TOKENS = 64
+TOOL_PROMPT_TOKENS = 4096
+
+COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is free, above this
+LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
+
+# Content that is text and nothing else. Any other type counts as unseen input.
+TEXT_PART_TYPES = frozenset({
+    "text", "input_text", "output_text", "summary_text", "reasoning_text", "refusal",
+    "message", "function", "function_call", "function_call_output", "custom",
+    "custom_tool_call", "custom_tool_call_output", "reasoning", "local_shell_call",
+    "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call",
+    "apply_patch_call_output", "tool_use", "tool_result", "thinking", "redacted_thinking",
+})
+# Tools that the client runs. All others run at the provider, and read and bill unbounded input.
+CLIENT_TOOL_TYPES = re.compile(
+    r"function|custom|local_shell|shell|apply_patch|computer(_use_preview)?|namespace"
+    r"|(bash|text_editor|memory|computer)_\d{8}")
+STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container")
+UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks")
+SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The worst case of one request, linear in its output tokens."""
+    input_tokens: int
+    input_picodollars: Rate             # all input at its dearest rate
+    output_picodollars: Rate            # one output token in every choice, at its dearest
+    unlimited_output_tokens: int        # output beside max_tokens: rejected predictions
+    asked_output_tokens: Optional[int]  # the client's own cap, or the API's default; else None
+    most_output_tokens: int             # what the answer can be, whatever was asked
+
+    @property
+    def output_tokens(self) -> int:
+        """The output cap that holds when we set none."""
+        if self.asked_output_tokens is None:
+            return self.most_output_tokens
+        return min(self.asked_output_tokens, self.most_output_tokens)
+
+    def microdollars(self, output_tokens: int) -> int:
+        """The worst cost with that output cap, rounded up."""
+        output = output_tokens + self.unlimited_output_tokens
+        return microdollars_ceil(self.input_picodollars + output * self.output_picodollars)
+
+    def affordable_output_tokens(self, microdollars: int) -> int:
+        """The largest output cap whose worst cost fits into an amount; below 0 if none does."""
+        left = microdollars * PICODOLLARS_PER_MICRODOLLAR - self.input_picodollars
+        if left < 0:
+            return -1
+        if not self.output_picodollars:
+            return self.most_output_tokens
+        return int(left // self.output_picodollars) - self.unlimited_output_tokens
+
+    def default_output_tokens(self, free_microdollars: int) -> Optional[int]:
+        """The cap to set when the client set none: the largest that fits, or None.
+
+        It takes at most half of what is free while that is a comfortable answer, so that one
+        call does not keep all others waiting; else all that is free, if it is worth sending for.
+        """
+        for amount, least in ((free_microdollars // 2, COMFORTABLE_OUTPUT_TOKENS),
+                              (free_microdollars, LEAST_OUTPUT_TOKENS)):
+            tokens = self.affordable_output_tokens(amount)
+            if tokens >= min(least, self.most_output_tokens):
+                return min(tokens, self.most_output_tokens)
+        return None
+
+
+def _content_types(value: object) -> Iterator[str]:
+    """The `type` of every part in a prompt, wherever it stands; not those in tool arguments."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _content_types(item)
+    elif isinstance(value, dict):
+        kind = value.get("type")
+        if isinstance(kind, str):
+            yield kind
+        for name, child in value.items():
+            if isinstance(child, (dict, list)) \
+                    and name != "cache_control" and not (name == "input" and kind == "tool_use"):
+                yield from _content_types(child)
+
+
+def _has_unseen_input(fields: Mapping[str, object]) -> bool:
+    """Whether a request brings input that its bytes do not bound."""
+    if any(fields.get(name) is not None for name in STORED_STATE_FIELDS):
+        return True
+    prompt_fields = [fields.get(name) for name in ("messages", "input", "system")]
+    return any(kind not in TEXT_PART_TYPES for kind in _content_types(prompt_fields))
+
+
+def check_boundable(fields: Mapping[str, object], price: Price) -> None:
+    """Refuse what no bound covers. Raises UnboundedRequest, naming the field."""
+    unbounded = [name for name in UNBOUNDED_FIELDS if fields.get(name) not in (None, False)]
+    if isinstance(fields.get("prompt"), dict):      # one stored at the provider
+        unbounded.append("prompt")
+    if SEARCHING_MODEL.search(price.key):
+        unbounded.append("model")
+    for name in unbounded:
+        raise UnboundedRequest(
+            f"{name}, as asked for here, cannot be used under a budget: what it costs cannot be "
+            "bounded before it is sent", param=name)
+    tools = fields.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        kind = tool.get("type", "function") if isinstance(tool, dict) else "?"
+        if not (isinstance(kind, str) and CLIENT_TOOL_TYPES.fullmatch(kind)):
+            shown = kind if isinstance(kind, str) and PRINTABLE_NAME.fullmatch(kind) else "?"
+            raise UnboundedRequest(
+                f"the tool type {shown} runs at the provider, which a budget cannot bound; "
+                "remove it from tools", param="tools")
+
+
+def input_tokens_bound(body: JsonBody, price: Price) -> int:
+    """Tokens that a request can be billed for as input. Raises UnboundedRequest."""
+    if _has_unseen_input(body.fields):
+        if price.max_input_tokens is None:
+            raise UnboundedRequest(
+                "the request has content other than text, and the price table has no "
+                f"max_input_tokens for {price.key} to bound it with")
+        return price.max_input_tokens
+    special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
+    extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
+    utf8_bytes = len(body.text) if body.text.isascii() else len(body.text.encode("utf-8"))
+    return utf8_bytes + extra
+
+
+def _choices(api: str, fields: Mapping[str, object]) -> int:
+    """How many answers a request asks for."""
+    n = optional_count(fields, "n", least=1, most=128) or 1
+    if api != "completions":
+        return n if api == "chat" else 1
+    prompt = fields.get("prompt")
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    prompts = len(prompt) if several else 1
+    return prompts * max(n, optional_count(fields, "best_of", least=1, most=128) or 1)
+
+
+def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]:
+    """The largest of the client's caps on its answer, or None. Raises BadRequest."""
+    caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api]]
+    asked = max((cap for cap in caps if cap is not None), default=None)
+    return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
+
+
+def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> set:
+    """The service tiers that may serve a request; an unknown one may be any."""
+    asked = fields.get("service_tier")
+    if asked in (None, "auto"):
+        return {None, default_tier}
+    known = {*TIER_SUFFIXES, "default", "standard", "standard_only", "scale"}
+    return {None, asked} if isinstance(asked, str) and asked in known else {None, *TIER_SUFFIXES}
+
+
+def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
+                   default_tier: str) -> tuple[Rate, Rate]:
+    """The highest (input, output) rates that a request can meet.
+
+    A JSON escape can hide a word, so a body with escapes counts as having it.
+    """
+    def may_say(word: str) -> bool:
+        return word in body.text or "\\u" in body.text
+
+    writes = api != "messages" or may_say("cache_control")
+    writes_long = may_say('"1h"') or may_say('"12h"')
+    speaks = body.fields.get("audio") is not None or body.fields.get("modalities") is not None
+    inputs: list[Rate] = []
+    outputs: list[Rate] = []
+    for tier in _possible_tiers(body.fields, default_tier):
+        for prompt_tokens in (0, input_tokens):
+            rates = price.rates(tier, prompt_tokens)
+            inputs += [rates["input"], rates["audio_input"], rates["cache_read"]]
+            inputs += [rates["cache_write"]] * writes
+            inputs += [rates["cache_write_1h"], rates["cache_write_12h"]] * (writes and writes_long)
+            outputs += [rates["output"], rates["reasoning"]] + [rates["audio_output"]] * speaks
+    return max(inputs), max(outputs)
+
+
+def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
+                     data_residency: Optional[str] = None) -> Bound:
+    """The worst case of a request at a price. Raises BadRequest, UnboundedRequest."""
+    fields = body.fields
+    input_tokens = input_tokens_bound(body, price)
+    input_rate, output_rate = _dearest_rates(price, body, api, input_tokens, default_tier)
+    multiplier = price.residency_multipliers.get(data_residency or "", Fraction(1))
+    if api == "messages":
+        multiplier = price.us_multiplier if fields.get("inference_geo") in (None, "us") \
+            else Fraction(1)
+        if fields.get("speed") is not None:
+            multiplier *= price.fast_multiplier
+    asked = asked_output_tokens(api, fields)
+    most = price.max_output_tokens or (UNKNOWN_MAX_OUTPUT_TOKENS if asked is None else asked)
+    return Bound(
+        input_tokens=input_tokens,
+        input_picodollars=input_tokens * input_rate * multiplier,
+        output_picodollars=output_rate * multiplier * _choices(api, fields),
+        unlimited_output_tokens=len(body.text) if fields.get("prediction") is not None else 0,
+        asked_output_tokens=asked,
+        most_output_tokens=0 if api == "embeddings" else most)
+
+
+# ==== 6. Event streams ==========================================================================
+#
+# Server-sent events: bytes -> events, and back. Lines end in CR, LF or CRLF, an event in an empty
+# line; both may be split anywhere over reads. Nothing here knows a provider.
+# Source: WHATWG HTML, "Server-sent events", 9.2.5 and 9.2.6.
+
+_LINE_END = rb"(?:\r\n|\n|\r(?=[^\n]))"      # a CR at the end of what came may yet be a CRLF
+_EVENT_END = re.compile(_LINE_END + _LINE_END)
+_ANY_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+class EventSplitter:
+    """Cuts a byte stream into events, each with the bytes that it came in."""
+
+    def __init__(self) -> None:
+        self.rest = b""                   # what came after the last whole event
+
+    def feed(self, received: bytes) -> list[bytes]:
+        """The events that `received` completes. Raises UpstreamBroke beyond MAX_EVENT_BYTES."""
+        search_from = max(0, len(self.rest) - 3)
+        buffered = self.rest + received if self.rest else received
+        events, start = [], 0
+        for end in _EVENT_END.finditer(buffered, search_from):
+            events.append(buffered[start:end.end()])
+            start = end.end()
+        self.rest = buffered[start:]
+        if len(self.rest) > MAX_EVENT_BYTES:
+            raise UpstreamBroke(f"the provider sent an event of more than {MAX_EVENT_BYTES} bytes")
+        return events
+
+
+def event_data(event: bytes) -> bytes:
+    """The data of an event: its `data:` lines joined by newlines, b"" if it has none."""
+    lines = []
+    for line in _ANY_LINE_END.split(event):
+        if line.startswith(b"data:"):
+            lines.append(line[6:] if line[5:6] == b" " else line[5:])
+    return b"\n".join(lines)
+
+
+def format_event(data: Union[dict, str], name: Optional[str] = None) -> bytes:
+    """One event as bytes; the only place that writes them. A dict is sent as JSON."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    prefix = f"event: {name}\n" if name else ""
+    return f"{prefix}data: {text}\n\n".encode("utf-8")
+
+
+def error_event(error: IroncageError, api: Optional[str], request_id: str) -> bytes:
+    """The event that ends a broken stream, in the form that each API's SDK raises on.
+
+    It opens with an empty line, which ends whatever event was cut short before it.
+    """
+    if api == "messages":
+        return b"\n\n" + format_event(error_object(error, "anthropic", request_id), "error")
+    body = error_object(error, "openai", request_id)
+    if api == "responses":
+        return b"\n\n" + format_event({"type": "error", **body}, "error")
+    return b"\n\n" + format_event(body)
+
+
+# ==== 7. Usage of answers =======================================================================
+#
+# Reads from an answer, whole or streamed, what it will be billed by: usage, the model and tier
+# that served, hosted-tool calls; and what a stream has shown so far, should it break off. The
+# answer itself is not touched, but for the usage chunk of a client that did not ask for one.
+# Source: OpenAI and Anthropic streaming references; facts of 380 recorded exchanges.
+
+
+class AnswerMeter:
+    """What one answer says about its cost."""
+
+    def __init__(self, api: str) -> None:
+        self.api = api
+        self.usage: Optional[dict] = None       # as far as it is known
+        self.usage_is_final = False
+        self.model: Optional[str] = None
+        self.service_tier: Optional[str] = None
+        self.tool_calls: Counter = Counter()    # OpenAI hosted-tool items by type
+        self.output_bytes = 0                   # UTF-8 bytes of generated text seen
+        self.has_ended = False                  # the stream's last event was seen
+        self.failure: Optional[str] = None      # the type of an error inside a stream
+
+    def read_answer(self, answer: bytes) -> None:
+        """Read a whole JSON answer; what is not a JSON object leaves the usage missing."""
+        try:
+            parsed = json.loads(answer)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(parsed, dict):
+            self._read_result(parsed)
+            self.has_ended = True
+
+    def read_event(self, data: bytes) -> Optional[dict]:
+        """Read the data of one streamed event, and return it parsed; None if it is no object."""
+        if data == b"[DONE]":
+            self.has_ended = True
+            return None
+        try:
+            parsed = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(parsed, dict):
+            return None
+        EVENT_READERS[self.api](self, parsed)
+        return parsed
+
+    def _read_result(self, result: dict) -> None:
+        """The fields that whole answers, chat chunks and `response` objects have in common."""
+        usage = result.get("usage")
+        if isinstance(usage, dict):
+            self.usage, self.usage_is_final = usage, True
+        if isinstance(result.get("model"), str):
+            self.model = result["model"]
+        if isinstance(result.get("service_tier"), str):
+            self.service_tier = result["service_tier"]
+        output = result.get("output")
+        if isinstance(output, list):
+            self.tool_calls = Counter(item["type"] for item in output if isinstance(item, dict)
+                                      and isinstance(item.get("type"), str))
+
+    def _read_chat_event(self, chunk: dict) -> None:
+        self._read_result(chunk)
+        if isinstance(chunk.get("error"), dict):
+            self._fail(chunk["error"])
+        for choice in chunk.get("choices") or ():
+            if isinstance(choice, dict):
+                self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
+
+    def _read_responses_event(self, event: dict) -> None:
+        kind = event.get("type")
+        if kind in ("response.completed", "response.incomplete", "response.failed"):
+            self.has_ended = True
+            self._read_result(event.get("response") or {})
+        elif kind == "error":
+            self._fail(event.get("error") or event)
+        else:
+            self.output_bytes += _text_bytes(event.get("delta"))
+
+    def _read_messages_event(self, event: dict) -> None:
+        kind = event.get("type")
+        if kind == "message_start":
+            self._read_result(event.get("message") or {})
+            self.usage_is_final = False
+        elif kind == "message_delta" and isinstance(event.get("usage"), dict):
+            # Cumulative counts: what the delta has replaces, what it lacks stays.
+            told = {name: value for name, value in event["usage"].items() if value is not None}
+            self.usage, self.usage_is_final = {**(self.usage or {}), **told}, True
+        elif kind == "message_stop":
+            self.has_ended = True
+        elif kind == "error":
+            self._fail(event.get("error") or {})
+        else:
+            self.output_bytes += _text_bytes(event.get("delta")) \
+                + _text_bytes(event.get("content_block"))
+
+    def _fail(self, error: dict) -> None:
+        kind = error.get("type") or error.get("code")
+        self.failure = kind if isinstance(kind, str) else "error"
+        self.has_ended = True
+
+
+EVENT_READERS = MappingProxyType({
+    "chat": AnswerMeter._read_chat_event,
+    "completions": AnswerMeter._read_chat_event,
+    "embeddings": AnswerMeter._read_chat_event,
+    "responses": AnswerMeter._read_responses_event,
+    "messages": AnswerMeter._read_messages_event,
+})
+
+
+def _text_bytes(value: object) -> int:
+    """UTF-8 bytes of all strings in a JSON value: at least the tokens that made them."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    if isinstance(value, list):
+        return sum(map(_text_bytes, value))
+    return 0
+
+
+class Inflater:
+    """Inflates a gzip or deflate body piece by piece, up to a size."""
+
+    def __init__(self, encoding: str, most_bytes: int) -> None:
+        # 47: zlib or gzip, told by the header; raw deflate is what some call "deflate".
+        self._inflate = zlib.decompressobj(47 if encoding in ("gzip", "x-gzip", "deflate") else 0)
+        self._left = most_bytes
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises zlib.error for broken data, OverflowError beyond the size."""
+        inflated = self._inflate.decompress(data, self._left + 1)
+        self._left -= len(inflated)
+        if self._left < 0:
+            raise OverflowError("the body inflates beyond its limit")
+        return inflated
+
+    @property
+    def is_complete(self) -> bool:
+        return self._inflate.eof and not self._inflate.unused_data
+
+
+INFLATABLE = frozenset({"gzip", "x-gzip", "deflate"})
+_USAGE_NULL = re.compile(rb',\s*"usage"\s*:\s*null')
+
+
+def without_usage(event: bytes, chunk: Optional[dict]) -> bytes:
+    """A chat stream's event as it would be had usage not been asked for; b"" if it would not be.
+
+    Asked, providers add `"usage": null` to every chunk, and one chunk with usage and no choices.
+    """
+    if chunk is None or "usage" not in chunk:
+        return event
+    if chunk["usage"] is not None and chunk.get("choices") == [] \
+            and not set(chunk) - USAGE_CHUNK_FIELDS:
+        return b""
+    if chunk["usage"] is None and len(_USAGE_NULL.findall(event)) == 1:
+        # Inside a JSON string these quotes would be escaped: the match is the field itself.
+        return _USAGE_NULL.sub(b"", event)
+    return format_event({name: value for name, value in chunk.items() if name != "usage"})
+
+
+USAGE_CHUNK_FIELDS = frozenset({
+    "id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier",
+    "obfuscation",
+})
+
+
+# ==== 8. The echo model =========================================================================
+#
+# `ironcage/echo` answers inside this process, offline, in every API that is metered: the last
+# text of the request comes back. A token is a word with the space before it. Same request, same
+# answer, but for ids and times, which are passed in. It is bounded, metered and billed on the
+# same path as a provider's answer (its price is ECHO_ROW).
+
+_ECHO_TOKEN = re.compile(r"\s*\S+|\s+\Z")
+ECHO_GREETING = "Hello from ironcage/echo."      # the answer to a request without text
+ECHO_DIMENSIONS = 8                              # of an embedding, unless asked
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All text of a prompt, in order: strings, and the text of content parts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for name in ("text", "content", "output"):
+            yield from _texts(value.get(name))
+
+
+def echo_input_tokens(fields: Mapping[str, object]) -> int:
+    """Words in everything that the echo model reads."""
+    read = [fields.get(name) for name in ("system", "instructions", "messages", "input", "prompt")]
+    return sum(len(_ECHO_TOKEN.findall(text)) for text in _texts(read))
+
+
+@dataclass(frozen=True)
+class EchoAnswer:
+    """What the echo model says to one request."""
+    tokens: tuple[str, ...]         # the text, cut into tokens
+    is_cut: bool                    # it was cut at the request's cap
+    input_tokens: int
+    answer_id: str                  # 24 characters, without a prefix
+    created_at: int                 # Unix seconds
+    fields: Mapping[str, object]    # the request's
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+    @property
+    def openai_usage(self) -> dict:
+        return {"prompt_tokens": self.input_tokens, "completion_tokens": len(self.tokens),
+                "total_tokens": self.input_tokens + len(self.tokens)}
+
+
+def echo(api: str, fields: Mapping[str, object], *, answer_id: str,
+         created_at: int) -> EchoAnswer:
+    """The echo model's answer to a request. Raises BadRequest for more than one choice."""
+    if api != "embeddings" and _choices(api, fields) != 1:
+        raise BadRequest(f"{ECHO_MODEL} gives one answer to one prompt", param="n")
+    source = next((fields[name] for name in ("messages", "input", "prompt") if name in fields), "")
+    last = source[-1] if isinstance(source, list) and source else source
+    text = "".join(_texts(last)) or ECHO_GREETING
+    tokens = tuple(_ECHO_TOKEN.findall(text))
+    cap = asked_output_tokens(api, fields)
+    kept = tokens if cap is None else tokens[:cap]
+    return EchoAnswer(kept, len(kept) < len(tokens), echo_input_tokens(fields), answer_id,
+                      created_at, fields)
+
+
+def _echo_chat(answer: EchoAnswer) -> dict:
+    return {"id": f"chatcmpl-{answer.answer_id}", "object": "chat.completion",
+            "created": answer.created_at, "model": ECHO_MODEL,
+            "choices": [{"index": 0, "logprobs": None,
+                         "message": {"role": "assistant", "content": answer.text,
+                                     "refusal": None},
+                         "finish_reason": "length" if answer.is_cut else "stop"}],
+            "usage": answer.openai_usage}
+
+
+def _echo_chat_events(answer: EchoAnswer) -> Iterator[bytes]:
+    asks_usage = (answer.fields.get("stream_options") or {}).get("include_usage")
+
+    def chunk(choices: list, usage: Optional[dict] = None) -> bytes:
+        body = {"id": f"chatcmpl-{answer.answer_id}", "object": "chat.completion.chunk",
+                "created": answer.created_at, "model": ECHO_MODEL, "choices": choices}
+        return format_event({**body, "usage": usage} if asks_usage else body)
+
+    def choice(delta: dict, finish_reason: Optional[str] = None) -> list:
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+
+    yield chunk(choice({"role": "assistant", "content": ""}))
+    for token in answer.tokens:
+        yield chunk(choice({"content": token}))
+    yield chunk(choice({}, "length" if answer.is_cut else "stop"))
+    if asks_usage:
+        yield chunk([], answer.openai_usage)
+    yield format_event("[DONE]")
+
+
+def _echo_completion(answer: EchoAnswer) -> dict:
+    return {"id": f"cmpl-{answer.answer_id}", "object": "text_completion",
+            "created": answer.created_at, "model": ECHO_MODEL,
+            "choices": [{"index": 0, "text": answer.text, "logprobs": None,
+                         "finish_reason": "length" if answer.is_cut else "stop"}],
+            "usage": answer.openai_usage}
+
+
+def _echo_completion_events(answer: EchoAnswer) -> Iterator[bytes]:
+    whole = _echo_completion(answer)
+    asks_usage = (answer.fields.get("stream_options") or {}).get("include_usage")
+    base = {**whole, **({"usage": None} if asks_usage else {})}
+    if not asks_usage:
+        del base["usage"]
+    for token in answer.tokens:
+        yield format_event({**base, "choices": [{"index": 0, "text": token, "logprobs": None,
+                                                 "finish_reason": None}]})
+    yield format_event({**base, "choices": [{**whole["choices"][0], "text": ""}]})
+    if asks_usage:
+        yield format_event({**base, "choices": [], "usage": answer.openai_usage})
+    yield format_event("[DONE]")
+
+
+def _echo_message(answer: EchoAnswer) -> dict:
+    return {"id": f"msg_{answer.answer_id}", "type": "message", "role": "assistant",
+            "model": ECHO_MODEL, "content": [{"type": "text", "text": answer.text}],
+            "stop_reason": "max_tokens" if answer.is_cut else "end_turn", "stop_sequence": None,
+            "usage": {"input_tokens": answer.input_tokens,
+                      "output_tokens": len(answer.tokens)}}
+
+
+def _echo_message_events(answer: EchoAnswer) -> Iterator[bytes]:
+    whole = _echo_message(answer)
+
+    def event(kind: str, **members: object) -> bytes:
+        return format_event({"type": kind, **members}, kind)
+
+    yield event("message_start", message={
+        **whole, "content": [], "stop_reason": None,
+        "usage": {**whole["usage"], "output_tokens": 0}})
+    yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+    for token in answer.tokens:
+        yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": token})
+    yield event("content_block_stop", index=0)
+    yield event("message_delta", delta={"stop_reason": whole["stop_reason"],
+                                        "stop_sequence": None},
+                usage={"output_tokens": len(answer.tokens)})
+    yield event("message_stop")
+
+
+def _echo_response(answer: EchoAnswer) -> dict:
+    usage = {"input_tokens": answer.input_tokens, "output_tokens": len(answer.tokens),
+             "input_tokens_details": {"cached_tokens": 0},
+             "output_tokens_details": {"reasoning_tokens": 0},
+             "total_tokens": answer.input_tokens + len(answer.tokens)}
+    part = {"type": "output_text", "text": answer.text, "annotations": [], "logprobs": []}
+    fields = answer.fields
+    return {"id": f"resp_{answer.answer_id}", "object": "response",
+            "created_at": answer.created_at, "model": ECHO_MODEL,
+            "status": "incomplete" if answer.is_cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if answer.is_cut else None,
+            "error": None, "instructions": fields.get("instructions"),
+            "metadata": fields.get("metadata") or {}, "temperature": fields.get("temperature"),
+            "top_p": fields.get("top_p"), "tools": fields.get("tools") or [],
+            "tool_choice": fields.get("tool_choice") or "auto",
+            "parallel_tool_calls": fields.get("parallel_tool_calls", True),
+            "max_output_tokens": fields.get("max_output_tokens"), "usage": usage,
+            "output": [{"id": f"msg_{answer.answer_id}", "type": "message", "role": "assistant",
+                        "status": "incomplete" if answer.is_cut else "completed",
+                        "content": [part]}]}
+
+
+def _echo_response_events(answer: EchoAnswer) -> Iterator[bytes]:
+    whole = _echo_response(answer)
+    item = whole["output"][0]
+    part = item["content"][0]
+    opened = {**whole, "status": "in_progress", "incomplete_details": None, "usage": None,
+              "output": []}
+    where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    text_done = {**where, "text": answer.text, "logprobs": []}
+    events = [
+        ("response.created", {"response": opened}),
+        ("response.in_progress", {"response": opened}),
+        ("response.output_item.added", {
+            "output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
+        ("response.content_part.added", {**where, "part": {**part, "text": ""}}),
+        *(("response.output_text.delta", {**where, "delta": token, "logprobs": []})
+          for token in answer.tokens),
+        ("response.output_text.done", text_done),
+        ("response.content_part.done", {**where, "part": part}),
+        ("response.output_item.done", {"output_index": 0, "item": item}),
+        (f"response.{whole['status']}", {"response": whole}),
+    ]
+    for number, (kind, members) in enumerate(events):
+        yield format_event({"type": kind, "sequence_number": number, **members}, kind)
+
+
+def _echo_vector(text: str, dimensions: int) -> list[float]:
+    """A unit vector that depends on the text alone."""
+    stream = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(dimensions)
+    raw = [byte - 127.5 for byte in stream]
+    length = sum(x * x for x in raw) ** 0.5
+    return [x / length for x in raw]
+
+
+def _echo_embeddings(answer: EchoAnswer) -> dict:
+    fields = answer.fields
+    source = fields.get("input", "")
+    if isinstance(source, list) and source and all(isinstance(item, int) for item in source):
+        source = [source]                                        # one text, given as token ids
+    texts = source if isinstance(source, list) else [source]
+    dimensions = optional_count(fields, "dimensions", least=1, most=4096) or ECHO_DIMENSIONS
+
+    def encoded(text: object) -> Union[str, list]:
+        vector = _echo_vector(text if isinstance(text, str) else json.dumps(text), dimensions)
+        if fields.get("encoding_format") != "base64":
+            return vector
+        return base64.b64encode(struct.pack(f"<{dimensions}f", *vector)).decode("ascii")
+
+    return {"object": "list", "model": ECHO_MODEL,
+            "data": [{"object": "embedding", "index": index, "embedding": encoded(text)}
+                     for index, text in enumerate(texts)],
+            "usage": {"prompt_tokens": answer.input_tokens,
+                      "total_tokens": answer.input_tokens}}
+
+
+# api -> (the whole answer, the streamed one)
+ECHO_ANSWERS = MappingProxyType({
+    "chat": (_echo_chat, _echo_chat_events),
+    "completions": (_echo_completion, _echo_completion_events),
+    "messages": (_echo_message, _echo_message_events),
+    "responses": (_echo_response, _echo_response_events),
+    "embeddings": (_echo_embeddings, None),
+})
+
+
+# ==== 9. Cost controller ========================================================================
+#
+# The cage itself: limit, spent and reserved in microdollars, behind one lock that is held for
+# arithmetic only. The names and rules are the original's (iron_runtime's CostController).
+
+
+class Reservation:
+    """A part of the budget that is set aside for one request, until it is settled."""
+    __slots__ = ("microdollars", "is_open")
+
+    def __init__(self, microdollars: int) -> None:
+        self.microdollars = microdollars
+        self.is_open = True
+
+
+class CostController:
+    """Admits requests while spent + reserved stays within the limit.
+
+    Invariant: no reserve() ever makes spent + reserved exceed the limit. Only three things can:
+    a lower limit (set_budget), spending without a reservation (add_spend), and an answer that
+    cost more than its reservation (commit; counted in `bound_exceeded`).
+    A limit of None counts and refuses nothing.
+    """
+
+    def __init__(self, limit_microdollars: Optional[int] = None) -> None:
+        self._lock = threading.Lock()     # guards all fields below, and is_open of reservations
+        self._limit = limit_microdollars
+        self._spent = 0
+        self._reserved = 0
+        self._bound_exceeded = 0
+
+    def check_budget(self) -> None:
+        """Raises BudgetExceeded when spent + reserved has reached the limit."""
+        spent, reserved, limit = self.get_full_status()
+        if limit is not None and spent + reserved >= limit:
+            raise budget_exceeded(spent, reserved, limit)
+
+    def reserve(self, max_cost_microdollars: int) -> Reservation:
+        """Set an amount aside. Raises InsufficientBudget, changing nothing, if it does not fit."""
+        with self._lock:
+            limit, spent, reserved = self._limit, self._spent, self._reserved
+            fits = limit is None or max_cost_microdollars <= limit - spent - reserved
+            if fits:
+                self._reserved += max_cost_microdollars
+        if not fits:
+            raise insufficient_budget(spent, reserved, limit, max_cost_microdollars, 0)
+        return Reservation(max_cost_microdollars)
+
+    def commit(self, reservation: Reservation, actual_microdollars: int) -> None:
+        """Charge the actual cost and release the reservation. Raises ValueError if settled."""
+        with self._lock:
+            self._close_locked(reservation)
+            self._spent += actual_microdollars            # first spend, then release
+            self._reserved -= reservation.microdollars
+            self._bound_exceeded += actual_microdollars > reservation.microdollars
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Release a reservation and charge nothing. Raises ValueError if settled."""
+        with self._lock:
+            self._close_locked(reservation)
+            self._reserved -= reservation.microdollars
+
+    def _close_locked(self, reservation: Reservation) -> None:
+        if not reservation.is_open:
+            raise ValueError("this reservation is settled already")
+        reservation.is_open = False
+
+    def add_spend(self, microdollars: int) -> None:
+        """Charge an amount that nothing was reserved for."""
+        with self._lock:
+            self._spent += microdollars
+
+    def set_budget(self, limit_microdollars: Optional[int]) -> None:
+        """Set the limit, at any time; it can block and unblock."""
+        with self._lock:
+            self._limit = limit_microdollars
+
+    def total_spent(self) -> int:
+        with self._lock:
+            return self._spent
+
+    def total_reserved(self) -> int:
+        with self._lock:
+            return self._reserved
+
+    def budget_limit(self) -> Optional[int]:
+        with self._lock:
+            return self._limit
+
+    def bound_exceeded(self) -> int:
+        """How many answers cost more than what was reserved for them."""
+        with self._lock:
+            return self._bound_exceeded
+
+    def available(self) -> Optional[int]:
+        """What can still be reserved, never below 0; None without a limit."""
+        with self._lock:
+            if self._limit is None:
+                return None
+            return max(0, self._limit - self._spent - self._reserved)
+
+    def get_status(self) -> tuple[int, Optional[int]]:
+        """(spent, limit) at one instant."""
+        with self._lock:
+            return self._spent, self._limit
+
+    def get_full_status(self) -> tuple[int, int, Optional[int]]:
+        """(spent, reserved, limit) at one instant."""
+        with self._lock:
+            return self._spent, self._reserved, self._limit
+
+
+DO_NOT_RETRY = (("x-should-retry", "false"),)        # the SDKs honour it
+
+
+def _budget_details(spent: int, reserved: int, limit: int, needed: int,
+                    affordable_output_tokens: int) -> dict:
+    return {"scope": "proxy", "limit_microdollars": limit, "spent_microdollars": spent,
+            "reserved_microdollars": reserved, "needed_microdollars": needed,
+            "affordable_output_tokens": max(0, affordable_output_tokens)}
+
+
+def budget_exceeded(spent: int, reserved: int, limit: int, needed: int = 0) -> BudgetExceeded:
+    """The refusal when nothing is left, in the original's words."""
+    return BudgetExceeded(
+        f"Iron Cage budget limit exceeded. Spent: {format_usd(spent)}, "
+        f"Reserved: {format_usd(reserved)}, Limit: {format_usd(limit)}. "
+        "Raise the limit to go on.",
+        details=_budget_details(spent, reserved, limit, needed, 0), headers=DO_NOT_RETRY)
+
+
+def insufficient_budget(spent: int, reserved: int, limit: int, needed: int,
+                        affordable_output_tokens: int) -> InsufficientBudget:
+    """The refusal when a request's worst case does not fit, in the original's words."""
+    advice = f"Reduce max_tokens to {affordable_output_tokens} or less" \
+        if affordable_output_tokens > 0 else "Reduce max_tokens"
+    return InsufficientBudget(
+        "Iron Cage budget insufficient for this request. "
+        f"Available: {format_usd(max(0, limit - spent - reserved))}, "
+        f"Estimated max cost: {format_usd(needed)}. "
+        f"{advice} or wait for in-flight requests to complete.",
+        details=_budget_details(spent, reserved, limit, needed, affordable_output_tokens),
+        headers=DO_NOT_RETRY)
+
+
+# ==== 10. HTTP on a socket ======================================================================
+#
+# HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
+# of providers pass the same parser and the same body decoders. http.server's own parser takes
+# folded headers, bare CRs and two lengths, waits per read instead of in all, and http.client's
+# hands bytes on in blocks of its own; a proxy that holds keys can afford neither.
+# Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) (\S+) HTTP/1\.([01])")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
+_TARGET = re.compile(r"(/[!-\"$->@-\[\]-~]*)(?:\?([!-\"$-~]*))?")     # no space, "#" or "\"
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
+MAX_CHUNK_LINE_BYTES = 4096
+
+Headers = tuple[tuple[str, str], ...]           # (lower-case name, value), in order
+
+
+def header_value(headers: Iterable[tuple[str, str]], name: str) -> Optional[str]:
+    """The value of a header by its lower-case name; several are joined by ", " (5.3)."""
+    values = [value for header, value in headers if header == name]
+    return ", ".join(values) if values else None
+
+
+def parse_headers(lines: Sequence[str]) -> Headers:
+    """((lower-case name, value), ...). Raises MalformedHttp for what is not one clear header."""
+    if len(lines) > MAX_HEADERS:
+        raise MalformedHttp(f"more than {MAX_HEADERS} headers")
+    headers = []
+    for line in lines:
+        match = _HEADER_LINE.fullmatch(line)       # no folding (5.2), no space before ":" (5.1)
+        if match is None:
+            raise MalformedHttp("a header line is malformed")
+        headers.append((match[1].lower(), match[2].rstrip(" \t")))
+    return tuple(headers)
+
+
+def head_lines(head: bytes) -> list[str]:
+    """The lines of a message head. Raises MalformedHttp for a bare CR or LF (2.2)."""
+    lines = head.decode("latin-1").split("\r\n")
+    if any("\n" in line or "\r" in line for line in lines):
+        raise MalformedHttp("a line of the head does not end in CRLF")
+    return lines
+
+
+@dataclass(frozen=True)
+class RequestHead:
+    """The head of a client's request."""
+    method: str
+    path: str                  # as sent: not decoded, no query
+    query: Optional[str]
+    minor_version: int         # 0 or 1
+    headers: Headers
+
+    def header(self, name: str) -> Optional[str]:
+        return header_value(self.headers, name)
+
+    @property
+    def keeps_alive(self) -> bool:
+        options = (self.header("connection") or "").lower().replace(" ", "").split(",")
+        return "close" not in options and (self.minor_version == 1)
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Raises MalformedHttp for anything but one clear HTTP/1.0 or 1.1 request head."""
+    first, *rest = head_lines(head)
+    line = _REQUEST_LINE.fullmatch(first)
+    if line is None:
+        raise MalformedHttp("the request line is not METHOD /path HTTP/1.1")
+    target = _TARGET.fullmatch(line[2])
+    if target is None:
+        raise MalformedHttp("the request target must be a path of printable ASCII characters")
+    segments = urllib.parse.unquote(target[1]).split("/")
+    if "." in segments or ".." in segments:
+        raise MalformedHttp("the path has a . or .. segment")
+    headers = parse_headers(rest)
+    hosts = [value for name, value in headers if name == "host"]
+    if len(hosts) > 1 or (not hosts and line[3] == "1"):
+        raise MalformedHttp("there must be one Host header")
+    return RequestHead(line[1], target[1], target[2], int(line[3]), headers)
+
+
+CHUNKED = -1            # body lengths: bytes, or one of these two
+UNTIL_CLOSE = -2
+
+
+def body_length(headers: Headers, *, otherwise: int) -> int:
+    """Bytes of a message's body, or CHUNKED, or `otherwise` where the head does not say.
+
+    Raises MalformedHttp for two lengths, or a length that is not plain digits (6.1, 6.3).
+    """
+    lengths = [value for name, value in headers if name == "content-length"]
+    codings = [value for name, value in headers if name == "transfer-encoding"]
+    if len(lengths) + len(codings) > 1:
+        raise MalformedHttp("there must be one content-length or one transfer-encoding, not both")
+    if codings:
+        if codings[0].lower() != "chunked":
+            raise MalformedHttp("the only transfer-encoding taken is chunked")
+        return CHUNKED
+    if not lengths:
+        return otherwise
+    if not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) <= 18):
+        raise MalformedHttp("content-length is not a number of bytes")
+    return int(lengths[0])
+
+
+class LengthDecoder:
+    """A body of so many bytes, or UNTIL_CLOSE."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.is_done = length == 0
+        self.rest = b""                       # bytes that came after the body
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The pieces of the body in `data`."""
+        if self._left == UNTIL_CLOSE:
+            return [data]
+        piece, self.rest = data[:self._left], data[self._left:]
+        self._left -= len(piece)
+        self.is_done = self._left == 0
+        return [piece] if piece else []
+
+    def end(self) -> bool:
+        """The connection was closed: whether the body is whole."""
+        return self.is_done or self._left == UNTIL_CLOSE
+
+
+class ChunkedDecoder:
+    """A chunked body (7.1). Pieces come out in the chunks in which they came in."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._left = 0                        # bytes of the current chunk still to come
+        self._state = self._size
+        self.is_done = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The pieces in `data`. Raises MalformedHttp."""
+        self._buffer += data
+        pieces: list[bytes] = []
+        while not self.is_done and self._state(pieces):
+            pass
+        if self.is_done:
+            self.rest, self._buffer = self._buffer, b""
+        return pieces
+
+    def end(self) -> bool:
+        return self.is_done
+
+    def _line(self) -> Optional[bytes]:
+        end = self._buffer.find(b"\n")
+        if end < 0 and len(self._buffer) <= MAX_CHUNK_LINE_BYTES:
+            return None
+        line = self._buffer[:end + 1]
+        if not line.endswith(b"\r\n") or len(line) > MAX_CHUNK_LINE_BYTES:
+            raise MalformedHttp("a line of the chunked body is malformed")
+        self._buffer = self._buffer[end + 1:]
+        return line[:-2]
+
+    # Each state takes what it can from the buffer and says whether it got anywhere.
+
+    def _size(self, pieces: list) -> bool:
+        line = self._line()
+        if line is None:
+            return False
+        size = _CHUNK_SIZE.fullmatch(line)
+        if size is None:
+            raise MalformedHttp("a chunk size is malformed")
+        self._left = int(size[1], 16)
+        self._state = self._payload if self._left else self._trailer
+        return True
+
+    def _payload(self, pieces: list) -> bool:
+        piece = self._buffer[:self._left]
+        if piece:
+            pieces.append(piece)
+            self._buffer = self._buffer[len(piece):]
+            self._left -= len(piece)
+        if not self._left:
+            self._state = self._payload_end
+        return not self._left
+
+    def _payload_end(self, pieces: list) -> bool:
+        line = self._line()
+        if line:
+            raise MalformedHttp("a chunk is longer than its size")
+        self._state = self._size
+        return line is not None
+
+    def _trailer(self, pieces: list) -> bool:
+        line = self._line()
+        self.is_done = line == b""            # trailer fields are read and dropped
+        return line is not None
+
+
+BodyDecoder = Union[LengthDecoder, ChunkedDecoder]
+
+
+def body_decoder(length: int) -> BodyDecoder:
+    return ChunkedDecoder() if length == CHUNKED else LengthDecoder(length)
+
+
+def format_chunks(pieces: Iterable[bytes]) -> bytes:
+    """Each piece as one chunk of a chunked body."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces if piece)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def format_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """A message head as bytes. Names and values were checked when they were parsed."""
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers)]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def wait_for_sockets(sockets: Mapping[socket.socket, bool], timeout_s: float) -> list:
+    """Those of the sockets that can be read (False) or written (True) now or within a time."""
+    if not hasattr(select, "poll"):                     # Windows
+        reading = [sock for sock, writing in sockets.items() if not writing]
+        writing = [sock for sock, writing in sockets.items() if writing]
+        readable, writable, broken = select.select(reading, writing, [*sockets], timeout_s)
+        return [*{*readable, *writable, *broken}]
+    poller = select.poll()
+    by_number = {}
+    for sock, writing in sockets.items():
+        poller.register(sock, select.POLLOUT if writing else select.POLLIN)
+        by_number[sock.fileno()] = sock
+    return [by_number[number] for number, _ in poller.poll(max(0, int(timeout_s * 1000)))]
+
+
+def has_hung_up(sock: socket.socket) -> Optional[bool]:
+    """Whether the peer of an unencrypted socket closed it; None if it sent bytes instead."""
+    try:
+        return None if sock.recv(1, socket.MSG_PEEK) else True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class Wire:
+    """One connected socket: reads against deadlines, writes to the last byte.
+
+    The socket is non-blocking; each wait is here, and each has an end. One thread uses a wire;
+    only shut_down() may be called from another.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.received = b""             # read from the socket and not yet used
+        self.sent_bytes = 0
+
+    def receive(self, timeout_s: float, watched: Optional[Wire] = None) -> bytes:
+        """Some bytes, or b"" at the end. `watched` is a client to give up with.
+
+        Raises: TimeoutError; OSError; ClientGone when the watched peer hangs up first.
+        """
+        if self.received:
+            data, self.received = self.received, b""
+            return data
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.sock.recv(RECEIVE_BYTES)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait(False, deadline_s, watched)
+            except ssl.SSLWantWriteError:
+                self._wait(True, deadline_s, watched)
+
+    def _wait(self, writing: bool, deadline_s: float, watched: Optional[Wire] = None) -> None:
+        sockets = {self.sock: writing}
+        if watched is not None:
+            sockets[watched.sock] = False
+        while True:
+            left_s = deadline_s - time.monotonic()
+            ready = wait_for_sockets(sockets, left_s) if left_s > 0 else []
+            if not ready:
+                raise TimeoutError("timed out")
+            if self.sock in ready:
+                return
+            if has_hung_up(watched.sock):
+                raise ClientGone
+            del sockets[watched.sock]       # it sent its next request early: no more to learn
+
+    def await_bytes(self, timeout_s: float, watched: Optional[Wire] = None) -> bool:
+        """Wait until something came in; False if the peer closed first. Raises as receive()."""
+        if not self.received:
+            self.received = self.receive(timeout_s, watched)
+        return bool(self.received)
+
+    def read_head(self, deadline_s: float, watched: Optional[Wire] = None) -> bytes:
+        """A message head, without the empty line that ends it, read by a monotonic time.
+
+        Raises: MalformedHttp beyond MAX_HEAD_BYTES; TimeoutError; OSError; EOFError inside it.
+        """
+        data = b""
+        while True:
+            more = self.receive(deadline_s - time.monotonic(), watched)
+            if not more:
+                raise EOFError("the connection ended inside a head")
+            data += more
+            end = _HEAD_END.search(data)
+            if end is not None and end.start() <= MAX_HEAD_BYTES:
+                self.received = data[end.end():]
+                return data[:end.start()]
+            if len(data) > MAX_HEAD_BYTES:
+                raise MalformedHttp(f"the head is longer than {MAX_HEAD_BYTES} bytes")
+
+    def send(self, data: bytes, stall_s: float) -> None:
+        """Write all of `data`. Raises TimeoutError after `stall_s` without progress; OSError."""
+        view = memoryview(data)
+        while view:
+            try:
+                sent = self.sock.send(view)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._wait(True, time.monotonic() + stall_s)
+            except ssl.SSLWantReadError:
+                self._wait(False, time.monotonic() + stall_s)
+            else:
+                self.sent_bytes += sent
+                view = view[sent:]
+
+    def linger(self, most_s: float) -> None:
+        """End our side and read on for a moment, so that a last answer is not reset away."""
+        deadline_s = time.monotonic() + most_s
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            self.received = b""
+            while self.receive(deadline_s - time.monotonic()):
+                pass
+
+    def shut_down(self) -> None:
+        """End both directions, waking whoever waits on this wire."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+# ==== 11. Upstream ==============================================================================
+#
+# The one place that opens connections. An ordinary urllib opener with handlers of ours, which
+# keep connections alive: proxies from the environment and the system's CAs work as everywhere.
+# No redirect is followed, nothing is retried: once a byte of a request is written, it is never
+# written again. Keys travel in the headers that the Router made, to the URL that it made.
+
+
+class KeepAliveHandler(urllib.request.BaseHandler):
+    """urllib's http and https handlers, over pooled connections.
+
+    `open` returns an UpstreamResponse for any status. Raises UpstreamUnreachable when nothing of
+    the request was written, else UpstreamBroke or UpstreamTimedOut; ClientGone.
+    """
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
+        self._lock = threading.Lock()      # guards the three fields below
+        self._idle: dict[tuple, list[tuple[float, Wire]]] = {}
+        self._busy: set[Wire] = set()
+        self._is_closed = False
+        self._tls_lock = threading.Lock()  # guards the next
+        self._tls: Optional[ssl.SSLContext] = None
+
+    def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
+        return self._open(request)
+
+    def https_open(self, request: UpstreamRequest) -> UpstreamResponse:
+        return self._open(request)
+
+    def _open(self, request: UpstreamRequest) -> UpstreamResponse:
+        headers = dict(request.header_items())
+        proxy_authorization = headers.pop("Proxy-authorization", None)
+        body = request.data or b""
+        head = format_head(f"{request.get_method()} {request.selector} HTTP/1.1", headers.items())
+        place = (request.type, request.host, request._tunnel_host)
+        for wire in self._idle_wires(place):
+            response = self._exchange(wire, place, head, body, request)
+            if response is not None:
+                return response
+        wire = self._connect(request, proxy_authorization)
+        response = self._exchange(wire, place, head, body, request)
+        if response is None:
+            raise UpstreamUnreachable("the provider closed the connection before the request")
+        return response
+
+    def _idle_wires(self, place: tuple) -> Iterator[Wire]:
+        """Pooled connections that are still open, newest first, each taken out of the pool."""
+        while True:
+            with self._lock:
+                pooled = self._idle.get(place)
+                since_s, wire = pooled.pop() if pooled else (0.0, None)
+            if wire is None:
+                return
+            fresh = time.monotonic() - since_s < POOL_IDLE_S
+            if fresh and not wait_for_sockets({wire.sock: False}, 0):
+                yield wire
+            else:
+                wire.close()                # too old, or the provider closed it or sent bytes
+
+    def _connect(self, request: UpstreamRequest, proxy_authorization: Optional[str]) -> Wire:
+        """A new connection, through a tunnel where urllib's ProxyHandler asked for one."""
+        options = {"timeout": self._timeouts.connect_s}
+        if request.type == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                request.host, context=self._tls_context(), **options)
+        else:
+            connection = http.client.HTTPConnection(request.host, **options)
+        if request._tunnel_host:
+            headers = {"Proxy-Authorization": proxy_authorization} if proxy_authorization else {}
+            connection.set_tunnel(request._tunnel_host, headers=headers)
+        try:
+            connection.connect()
+        except (TimeoutError, socket.timeout) as err:       # two classes before Python 3.10
+            raise UpstreamConnectTimedOut("connecting to the provider timed out") from err
+        except (OSError, http.client.HTTPException) as err:
+            raise UpstreamUnreachable(
+                f"the provider cannot be reached: {_reason(err)}") from err
+        return Wire(connection.sock)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        with self._tls_lock:
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
+                self._tls.set_alpn_protocols(["http/1.1"])
+            return self._tls
+
+    def _exchange(self, wire: Wire, place: tuple, head: bytes, body: bytes,
+                  request: UpstreamRequest) -> Optional[UpstreamResponse]:
+        """Send a request and read the head of its answer; None if no byte could be written."""
+        wire.sent_bytes = 0
+        with self._lock:
+            self._busy.add(wire)
+            closed = self._is_closed
+        try:
+            if closed:
+                raise UpstreamUnreachable("the proxy is stopping")
+            try:
+                self._send(wire, head, body)
+            except TimeoutError as err:
+                raise UpstreamTimedOut("the provider stopped reading the request") from err
+            except OSError:
+                if not wire.sent_bytes:
+                    self.give_back(wire, place, reusable=False)
+                    return None
+                # A provider may refuse a request, and close, before it has read all of it.
+            response = UpstreamResponse(wire, place, self, self._timeouts, request)
+        except BaseException:
+            self.give_back(wire, place, reusable=False)
+            raise
+        return response
+
+    def _send(self, wire: Wire, head: bytes, body: bytes) -> None:
+        stall_s = self._timeouts.write_stall_s
+        if len(head) + len(body) <= JOINED_WRITE_BYTES:
+            wire.send(head + body, stall_s)
+        else:
+            wire.send(head, stall_s)
+            wire.send(body, stall_s)
+
+    def give_back(self, wire: Wire, place: tuple, *, reusable: bool) -> None:
+        """End the use of a wire: into the pool, or closed."""
+        with self._lock:
+            self._busy.discard(wire)
+            pooled = self._idle.setdefault(place, [])
+            reusable = reusable and not self._is_closed \
+                and len(pooled) < POOLED_CONNECTIONS_PER_HOST
+            if reusable:
+                pooled.append((time.monotonic(), wire))
+        if not reusable:
+            wire.close()
+
+    def shut_down(self) -> None:
+        """Close idle connections and cut busy ones; their users get UpstreamBroke."""
+        with self._lock:
+            self._is_closed = True
+            idle = [wire for pooled in self._idle.values() for _, wire in pooled]
+            self._idle.clear()
+            busy = [*self._busy]
+        for wire in idle:
+            wire.close()
+        for wire in busy:
+            wire.shut_down()
+
+
+class UpstreamRequest(urllib.request.Request):
+    """A request to a provider. `watched` is the client's wire, whose hang-up ends the wait."""
+
+    def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: bytes,
+                 watched: Optional[Wire]) -> None:
+        super().__init__(url, data=body, method=method, headers=dict(headers))
+        self.watched = watched
+
+
+def _reason(err: BaseException) -> str:
+    """Why a connection failed, in words; of an exception without words, its name."""
+    return getattr(err, "strerror", None) or str(err) or type(err).__name__
+
+
+class UpstreamResponse:
+    """The answer of a provider: status and headers at once, the body as it arrives."""
+
+    def __init__(self, wire: Wire, place: tuple, pool: KeepAliveHandler, timeouts: Timeouts,
+                 request: UpstreamRequest) -> None:
+        self._wire, self._place, self._pool, self._timeouts = wire, place, pool, timeouts
+        self._watched = request.watched
+        self._deadline_s = time.monotonic() + timeouts.call_s
+        self._is_open = True
+        with _upstream_failures():
+            self.status, self._reusable, self.headers = self._read_head()
+        bodiless = request.get_method() == "HEAD" or self.status in (204, 304)
+        try:
+            self.length = 0 if bodiless else body_length(self.headers, otherwise=UNTIL_CLOSE)
+        except MalformedHttp as err:
+            raise UpstreamBroke(f"the provider's answer is malformed: {err.message}") from None
+        self._decoder = body_decoder(self.length)
+
+    def _read_head(self) -> tuple[int, bool, Headers]:
+        timeouts = self._timeouts
+        while True:
+            if not self._wire.await_bytes(timeouts.first_byte_s, self._watched):
+                raise UpstreamBroke("the provider closed the connection without an answer")
+            head_by_s = time.monotonic() + timeouts.between_bytes_s
+            first, *rest = head_lines(self._wire.read_head(head_by_s, self._watched))
+            line = _STATUS_LINE.fullmatch(first)
+            if line is None:
+                raise UpstreamBroke("the provider's answer is not HTTP/1.1")
+            status, headers = int(line[2]), parse_headers(rest)
+            if status == 101 or status < 100:
+                raise UpstreamBroke(f"the provider answered with the status {status}")
+            if status >= 200:
+                options = (header_value(headers, "connection") or "").lower()
+                return status, line[1] == "1" and "close" not in options, headers
+
+    def header(self, name: str) -> Optional[str]:
+        return header_value(self.headers, name)
+
+    def reads(self) -> Iterator[list[bytes]]:
+        """The body: for each read from the socket, its pieces, split as the provider split them.
+
+        Raises: UpstreamBroke when the body ends early; UpstreamTimedOut; ClientGone.
+        """
+        decoder = self._decoder
+        while not decoder.is_done:
+            with _upstream_failures():
+                left_s = self._deadline_s - time.monotonic()
+                data = self._wire.receive(min(self._timeouts.between_bytes_s, left_s),
+                                          self._watched)
+                pieces = decoder.feed(data) if data else []
+            if pieces:
+                yield pieces
+            if not data:
+                self._reusable = False
+                if decoder.end():
+                    return
+                raise UpstreamBroke("the provider's answer broke off")
+
+    def close(self) -> None:
+        """Give the connection back: to be used again if the body was read to its end."""
+        if self._is_open:
+            self._is_open = False
+            whole = self._decoder.is_done and not self._decoder.rest and not self._wire.received
+            self._pool.give_back(self._wire, self._place, reusable=whole and self._reusable)
+
+
+@contextlib.contextmanager
+def _upstream_failures() -> Iterator[None]:
+    """The one table from a socket's exceptions to ours, for what was already sent."""
+    try:
+        yield
+    except TimeoutError as err:
+        raise UpstreamTimedOut("the provider did not answer in time") from err
+    except MalformedHttp as err:
+        raise UpstreamBroke(f"the provider's answer is malformed: {err.message}") from None
+    except EOFError as err:
+        raise UpstreamBroke("the provider's answer broke off") from err
+    except OSError as err:
+        raise UpstreamBroke(f"the connection to the provider broke: {_reason(err)}") from err
+
+
+class EnvironmentProxies(urllib.request.ProxyHandler):
+    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY as urllib reads them, but never for this machine."""
+
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> object:
+        host = urllib.parse.urlsplit(f"//{req.host}").hostname or ""
+        return None if LOOPBACK_HOST.fullmatch(host) else super().proxy_open(req, proxy, type)
+
+
+def build_opener(transport: KeepAliveHandler) -> urllib.request.OpenerDirector:
+    """The opener for all upstream calls: no redirects, no cookies, no error processing."""
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(EnvironmentProxies())
+    opener.add_handler(transport)
+    return opener
+
+
+# ==== 12. Router ================================================================================
+#
+# The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
+# record meet here only. Whatever happens to a call, it settles once, in _settle(); what it is
+# charged then is decided by one pure function, charge_of().
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Where calls go, and with which key."""
+    name: str
+    format: str                                # the dialect it speaks: a key of FORMAT_APIS
+    base_url: str                              # scheme and host, perhaps a path; no final /v1
+    key: Optional[str] = field(default=None, repr=False)
+    key_env: str = ""                          # the environment variable that holds the key
+    default_service_tier: str = "default"      # assumed where a request leaves it open
+    max_output_tokens_per_s: int = 1000        # assumed of any model, for streams cut short
+
+    @property
+    def data_residency(self) -> Optional[str]:
+        """"us" or "eu" for OpenAI's regional hosts, which cost more."""
+        host = urllib.parse.urlsplit(self.base_url).hostname or ""
+        return host[:2] if host in ("us.api.openai.com", "eu.api.openai.com") else None
+
+    def credentials(self) -> dict[str, str]:
+        if self.format == "anthropic":
+            return {"x-api-key": self.key or ""}
+        return {"authorization": f"Bearer {self.key}"}
+
+
+ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
+
+
+@dataclass(frozen=True)
+class ClientRequest:
+    """A request of an authenticated client, read whole."""
+    head: RequestHead
+    body: bytes
+    request_id: str
+    caller: str                # the name of its token
+
+    @property
+    def dialect(self) -> str:
+        return dialect_of(self.head.path)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back to the client: a whole body, or reads as they arrive."""
+    status: int
+    headers: Headers
+    body: Optional[bytes] = None
+    reads: Optional[Iterator[list[bytes]]] = None
+    length: int = UNTIL_CLOSE                  # bytes in `reads`, where known
+
+
+class EchoResponse:
+    """An answer of the echo model, with the manners of an UpstreamResponse."""
+    length = UNTIL_CLOSE
+
+    def __init__(self, api: str, body: JsonBody, request_id: str) -> None:
+        answer = echo(api, body.fields, created_at=int(time.time()),
+                      answer_id=hashlib.sha256(request_id.encode()).hexdigest()[:24])
+        whole, events = ECHO_ANSWERS[api]
+        streamed = events is not None and optional_flag(body.fields, "stream")
+        self._reads = ([event] for event in events(answer)) if streamed \
+            else iter([[json_bytes(whole(answer))]])
+        self.status = 200
+        kind = "text/event-stream; charset=utf-8" if streamed else "application/json"
+        self.headers: Headers = (("content-type", kind), ("x-request-id", request_id),
+                                 ("request-id", request_id))
+
+    def header(self, name: str) -> Optional[str]:
+        return header_value(self.headers, name)
+
+    def reads(self) -> Iterator[list[bytes]]:
+        return self._reads
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Call:
+    """One metered call from its admission to its settlement. One thread uses it."""
+
+    def __init__(self, request: ClientRequest, provider: Provider, api: str, model: str,
+                 body: JsonBody) -> None:
+        self.request, self.provider, self.api, self.body = request, provider, api, body
+        self.model = model                            # the name that goes upstream
+        self.price: Optional[Price] = None            # None: unpriced, and no budget is set
+        self.bound: Optional[Bound] = None            # None: it has no bound, and no budget is set
+        self.reservation = Reservation(0)
+        self.output_cap = 0                           # output tokens that were reserved for
+        self.set_output_cap: Optional[int] = None     # the cap that we put into the request
+        self.wants_stream = optional_flag(body.fields, "stream")
+        self.hides_usage = False                      # the client did not ask for usage chunks
+        self.meter = AnswerMeter(api)
+        self.started_ns = time.monotonic_ns()
+        self.was_sent = False                         # the provider may have seen it
+        self.status: Optional[int] = None             # of the provider's answer
+        self.client_left = False
+        self.charge: Optional[Charge] = None          # set when it is settled
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a call is charged, and why not exactly, if so."""
+    microdollars: int
+    estimated: Optional[str] = None
+
+
+def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
+    """What a call costs, from how it ended. Pure.
+
+    Not sent, or refused by the provider: nothing. Usage known: exactly. Client gone: the input,
+    and the most output that can have been made until then. Else all that was reserved.
+    """
+    refused = call.status is not None and not 200 <= call.status < 300
+    if not call.was_sent or call.price is None or (refused and call.meter.usage is None):
+        return Charge(0)
+    if call.meter.usage is not None and call.meter.usage_is_final:
+        try:
+            return Charge(_metered_cost(call, prices, call.meter.usage))
+        except MalformedUsage as err:
+            return Charge(call.reservation.microdollars, f"malformed usage: {err}")
+        except UnpricedModel:
+            return Charge(call.reservation.microdollars, "a part was served by an unpriced model")
+    if call.client_left and call.bound is not None:
+        return Charge(_cost_until_now(call, prices, call.bound, elapsed_ms), "client gone")
+    reason = "no answer" if call.status is None else "no usage in the answer"
+    return Charge(call.reservation.microdollars, reason)
+
+
+def _metered_cost(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> int:
+    """The exact cost: by the answer's model where it has a price, else by the request's."""
+    answered = call.meter.model
+    known = answered is not None and prices.find(answered, call.provider.name) is not None
+    return prices.cost(answered if known else call.model, usage, api=call.api,
+                       provider=call.provider.name, service_tier=call.meter.service_tier,
+                       data_residency=call.provider.data_residency,
+                       tool_calls=call.meter.tool_calls)
+
+
+def _cost_until_now(call: Call, prices: PriceBook, bound: Bound, elapsed_ms: int) -> int:
+    """The most that a stream can have cost when its client left.
+
+    Output: a token is at least a byte of what was seen; what was not seen (reasoning, read-ahead)
+    was made in the time since sending, at the provider's assumed speed; and never more than was
+    reserved. Input: exact if the stream has told it, else its bound.
+    """
+    by_time = -(-elapsed_ms * call.provider.max_output_tokens_per_s // 1000)
+    output_tokens = min(call.output_cap, max(call.meter.output_bytes, by_time))
+    at_most = min(call.reservation.microdollars, bound.microdollars(output_tokens))
+    if call.meter.usage is None:
+        return at_most
+    try:
+        usage = {**call.meter.usage, "output_tokens": output_tokens}
+        return min(at_most, _metered_cost(call, prices, usage))
+    except (MalformedUsage, UnpricedModel):
+        return at_most
+
+
+class Totals:
+    """Counts since the start, by model, provider and token. Names come from closed sets."""
+    KINDS = ("by_model", "by_provider", "by_token")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()                 # guards the fields below
+        self._all: Counter = Counter()
+        self._by: dict[str, dict[str, Counter]] = {kind: {} for kind in self.KINDS}
+
+    def add(self, names: Mapping[str, str], counts: Mapping[str, int]) -> None:
+        """Add counts to the whole and to one name of each kind."""
+        with self._lock:
+            self._all.update(counts)
+            for kind, name in names.items():
+                self._by[kind].setdefault(name, Counter()).update(counts)
+
+    def snapshot(self) -> dict:
+        """The counts as JSON members of the status."""
+        with self._lock:
+            members = {name: self._all[name]
+                       for name in ("requests", "failed_requests", "refused_requests")}
+            members["tokens"] = {name: self._all[name] for name in TOKEN_COUNTS}
+            for kind, named in self._by.items():
+                members[kind] = {name: dict(counts) for name, counts in sorted(named.items())}
+            return members
+
+
+TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
+
+
+class StreamReader:
+    """The side pass over a stream: meters its events, and hides usage that was not asked for."""
+
+    def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
+        self._meter = meter
+        self._splitter = EventSplitter()
+        self.can_read = encoding == "identity" or encoding in INFLATABLE
+        self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
+        self._hides_usage = hides_usage and encoding == "identity"
+
+    def read(self, pieces: list[bytes]) -> list[bytes]:
+        """What to forward of one read."""
+        if not self.can_read:
+            return pieces
+        try:
+            plain = b"".join(pieces if self._inflater is None
+                             else map(self._inflater.feed, pieces))
+        except (zlib.error, OverflowError):
+            self.can_read = False
+            return pieces
+        kept = []
+        for event in self._splitter.feed(plain):
+            data = event_data(event)
+            chunk = self._meter.read_event(data) if data else None
+            if self._hides_usage:
+                kept.append(without_usage(event, chunk))
+        return kept if self._hides_usage else pieces
+
+    def finish(self) -> bytes:
+        """The end of the stream: read an event that no empty line ended, and what is held of it."""
+        rest = self._splitter.rest
+        if rest and self.can_read:
+            self._meter.read_event(event_data(rest))
+        return rest if self._hides_usage else b""
+
+
+def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int) -> dict[str, str]:
+    """The headers of an upstream call: the client's end-to-end ones, and the provider's key."""
+    named = {option.strip().lower() for option in (head.header("connection") or "").split(",")}
+    headers = {"host": urllib.parse.urlsplit(provider.base_url).netloc}
+    for name, value in head.headers:
+        if name not in REQUEST_HEADERS_KEPT_BACK and name not in named \
+                and not name.startswith("x-ironcage-"):
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers.update(provider.credentials())
+    if provider.format == "anthropic":
+        headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
+    headers["accept-encoding"] = "identity"
+    if body_bytes or head.method in ("POST", "PUT", "PATCH"):
+        headers["content-length"] = str(body_bytes)
+        headers.setdefault("content-type", "application/json")
+    return headers
+
+
+def check_key(provider: Provider) -> None:
+    """Raises NoProviderKey, naming the environment variable to set."""
+    if provider.key is None and provider is not ECHO_PROVIDER:
+        raise NoProviderKey(f"no key for the provider {provider.name} is known: set "
+                            f"{provider.key_env} in the proxy's environment")
+
+
+def answer_headers(headers: Headers) -> Headers:
+    """The end-to-end headers of a provider's answer."""
+    named = {option.strip().lower()
+             for option in (header_value(headers, "connection") or "").split(",")}
+    return tuple((name, value) for name, value in headers
+                 if name not in ANSWER_HEADERS_KEPT_BACK and name not in named)
+
+
+def _told_length(response: UpstreamResponse) -> int:
+    """The length that an answer states, also where it comes without its body (HEAD)."""
+    stated = response.header("content-length")
+    return int(stated) if response.length == 0 and stated and stated.isdigit() \
+        else response.length
+
+
+def _whole_body(response: Union[EchoResponse, UpstreamResponse]) -> bytes:
+    """All of an answer's body. Raises UpstreamError, also beyond MAX_ANSWER_BYTES."""
+    pieces: list[bytes] = []
+    size = 0
+    for read in response.reads():
+        pieces += read
+        size += sum(map(len, read))
+        if size > MAX_ANSWER_BYTES:
+            raise UpstreamBroke(f"the provider's answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return b"".join(pieces)
+
+
+def _inflated(body: bytes, encoding: str) -> bytes:
+    """A body without its content-encoding, for reading; b"" where that cannot be done."""
+    if encoding == "identity":
+        return body
+    if encoding not in INFLATABLE:
+        return b""
+    try:
+        return Inflater(encoding, MAX_INFLATED_BYTES).feed(body)
+    except (zlib.error, OverflowError):
+        return b""
+
+
+class Router:
+    """Carries requests to providers under one budget."""
+
+    def __init__(self, providers: Iterable[Provider], prices: PriceBook, *,
+                 limit_microdollars: Optional[int] = None, timeouts: Timeouts = Timeouts(),
+                 allow_paths: Sequence[str] = ()) -> None:
+        self.providers = {provider.name: provider for provider in (*providers, ECHO_PROVIDER)}
+        self.prices = prices
+        self.controller = CostController(limit_microdollars)
+        self.totals = Totals()
+        self._allow_paths = tuple(allow_paths)
+        self._transport = KeepAliveHandler(timeouts)
+        self._opener = build_opener(self._transport)
+
+    def shut_down(self) -> None:
+        """Cut all calls that are under way; each settles as its thread sees it."""
+        self._transport.shut_down()
+
+    def budget_status(self) -> dict:
+        """The four amounts of the budget at one instant, in microdollars."""
+        spent, reserved, limit = self.controller.get_full_status()
+        free = None if limit is None else max(0, limit - spent - reserved)
+        return {"limit_microdollars": limit, "spent_microdollars": spent,
+                "reserved_microdollars": reserved, "available_microdollars": free}
+
+    @contextlib.contextmanager
+    def open(self, request: ClientRequest, client: Optional[Wire] = None) -> Iterator[Answer]:
+        """The answer to a request; leaving the context settles the call and ends it upstream.
+
+        `client` is looked at while a stream is awaited, so that a call ends with its client.
+        Raises: any IroncageError; ClientGone.
+        """
+        named, path = self._provider_in_path(request.head.path)
+        api = METERED_APIS.get(path) if request.head.method == "POST" else None
+        if api is not None:
+            call = self._admitted(request, named, api)
+            with self._carried(call, path, client) as answer:
+                yield answer
+        elif path == COUNT_TOKENS_PATH and request.head.method == "POST":
+            with self._counted_tokens(request, named, path, client) as answer:
+                yield answer
+        else:
+            self._check_unmetered(request, path)
+            provider = named or self._provider_of_path(request, path)
+            with self._passed_through(request, provider, path, client) as answer:
+                yield answer
+
+    # Routing: which provider, under which name.
+
+    def _provider_in_path(self, path: str) -> tuple[Optional[Provider], str]:
+        """The provider that a path's first segment names, and the path without it."""
+        first, slash, rest = path[1:].partition("/")
+        if slash and first in self.providers and first != ECHO_PROVIDER.name:
+            return self.providers[first], "/" + rest
+        return None, path
+
+    def _provider_of_model(self, model: str, named: Optional[Provider]) -> tuple[Provider, str]:
+        """The provider of a model, and the model's name there: provider/model, then prefix."""
+        prefix, slash, rest = model.partition("/")
+        if model == ECHO_MODEL:
+            return ECHO_PROVIDER, model
+        if slash and prefix in self.providers and named in (None, self.providers[prefix]):
+            return self.providers[prefix], rest
+        if named is not None:
+            return named, model
+        name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
+        return self.providers[name], model
+
+    def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
+        speaks_anthropic = request.dialect == "anthropic" or (
+            re.match(r"/v1/(models|files)(/|$)", path)
+            and request.head.header("anthropic-version") is not None)
+        return self.providers["anthropic" if speaks_anthropic else "openai"]
+
+    def _check_unmetered(self, request: ClientRequest, path: str) -> None:
+        """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
+        if self.controller.budget_limit() is None:
+            return
+        self._check_method_override(request)
+        method = request.head.method
+        free = any(m == method and pattern.fullmatch(path) for m, pattern in FREE_ROUTES)
+        if not free and not any(fnmatch.fnmatchcase(path, p) for p in self._allow_paths):
+            hint = "; the base URL of an OpenAI client ends in /v1" \
+                if "/v1" + path in METERED_APIS else ""
+            raise UnmeteredRoute(
+                f"{method} {path[:100]} is not metered, so it cannot be used under a budget{hint}; "
+                f"--allow-path lets a path through unmetered")
+
+    def _check_method_override(self, request: ClientRequest) -> None:
+        named = any(name in METHOD_OVERRIDE_HEADERS for name, _ in request.head.headers)
+        if named or "_method=" in (request.head.query or ""):
+            raise UnmeteredRoute("a method override cannot be used under a budget")
+
+    # Admission: bound and reserve, or refuse.
+
+    def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str) -> Call:
+        """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
+        body = parse_json_object(request.body)
+        model = body.fields.get("model")
+        if not isinstance(model, str) or not model:
+            raise BadRequest("model must be a string that names a model", param="model")
+        provider, upstream_model = self._provider_of_model(model, named)
+        if api not in FORMAT_APIS[provider.format]:
+            paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
+            raise Untranslatable(
+                f"the model is served by {provider.name}, which does not speak this path's "
+                f"dialect; call it at {', '.join(paths)}", param="model")
+        check_key(provider)
+        call = Call(request, provider, api, upstream_model, body)
+        asked_output_tokens(api, body.fields)
+        limited = self.controller.budget_limit() is not None
+        if limited:
+            self._check_method_override(request)
+            call.price = self.prices.price(upstream_model, provider.name)
+            check_boundable(body.fields, call.price)
+        else:
+            call.price = self.prices.find(upstream_model, provider.name)
+        if call.price is not None:
+            try:
+                call.bound = bound_of_request(
+                    api, body, call.price, default_tier=provider.default_service_tier,
+                    data_residency=provider.data_residency)
+            except UnboundedRequest:
+                if limited:
+                    raise
+            else:
+                self._reserve(call, call.bound)
+        return call
+
+    def _reserve(self, call: Call, bound: Bound) -> None:
+        """Reserve a call's worst case; a call without a cap of its own gets one that fits."""
+        own_cap = bound.output_tokens
+        while call.reservation.microdollars == 0 and bound.microdollars(own_cap) > 0:
+            spent, reserved, limit = self.controller.get_full_status()
+            if limit is None:
+                cap: Optional[int] = own_cap
+            elif spent >= limit:
+                self._refuse(budget_exceeded(spent, reserved, limit, bound.microdollars(own_cap)))
+            elif bound.asked_output_tokens is None and bound.most_output_tokens:
+                cap = bound.default_output_tokens(limit - spent - reserved)
+            else:
+                cap = own_cap
+            needed = bound.microdollars(
+                min(LEAST_OUTPUT_TOKENS, bound.most_output_tokens) if cap is None else cap)
+            if limit is not None and (cap is None or needed > limit - spent - reserved):
+                affordable = min(bound.affordable_output_tokens(limit - spent - reserved),
+                                 bound.most_output_tokens)
+                self._refuse(insufficient_budget(spent, reserved, limit, needed, affordable))
+            # Between the look and this, another thread may have reserved: then look again.
+            with contextlib.suppress(InsufficientBudget):
+                call.reservation = self.controller.reserve(needed)
+                call.output_cap = own_cap if cap is None else cap
+                own_field = any(call.body.fields.get(name) is not None
+                                for name in MAX_TOKENS_FIELDS[call.api])
+                if limit is not None and not own_field and bound.output_picodollars \
+                        and bound.most_output_tokens:
+                    call.set_output_cap = call.output_cap
+
+    def _refuse(self, refusal: BudgetExceeded) -> None:
+        self.totals.add({}, {"refused_requests": 1})
+        raise refusal
+
+    # Sending and forwarding.
+
+    @contextlib.contextmanager
+    def _carried(self, call: Call, path: str, client: Optional[Wire]) -> Iterator[Answer]:
+        """Send a reserved call and yield its answer; the money is settled on every way out."""
+        try:
+            body = self._upstream_body(call)
+            if client is not None and has_hung_up(client.sock):
+                raise ClientGone
+            if call.provider.format == "echo":
+                response: Union[EchoResponse, UpstreamResponse] = EchoResponse(
+                    call.api, parse_json_object(body), call.request.request_id)
+                call.was_sent = True
+            else:
+                response = self._sent(call, path, body, client if call.wants_stream else None)
+            call.status = response.status
+            try:
+                yield self._forwarded(call, response)
+            finally:
+                response.close()
+        except ClientGone:
+            call.client_left = True
+            raise
+        finally:
+            self._settle(call)
+
+    def _upstream_body(self, call: Call) -> bytes:
+        """The client's bytes, with only the fields changed that must be."""
+        changes: dict[str, object] = {}
+        if call.body.fields["model"] != call.model:
+            changes["model"] = call.model
+        if call.wants_stream and call.api in ("chat", "completions"):
+            options = call.body.fields.get("stream_options")
+            if options is not None and not isinstance(options, dict):
+                raise BadRequest("stream_options must be an object", param="stream_options")
+            call.hides_usage = not optional_flag(options or {}, "include_usage")
+            if call.hides_usage:
+                changes["stream_options"] = {**(options or {}), "include_usage": True}
+        if call.set_output_cap is not None:
+            changes[MAX_TOKENS_FIELDS[call.api][0]] = call.set_output_cap
+        return call.body.with_fields(changes) if changes else call.request.body
+
+    def _sent(self, call: Call, path: str, body: bytes,
+              watched: Optional[Wire]) -> UpstreamResponse:
+        call.was_sent = True
+        try:
+            return self._send(call.request, call.provider, path, body, watched)
+        except UpstreamError as err:
+            call.was_sent = err.may_be_billed
+            raise
+
+    def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
+              watched: Optional[Wire]) -> UpstreamResponse:
+        """One upstream call. Raises NoProviderKey, UpstreamError, ClientGone."""
+        query = "" if request.head.query is None else f"?{request.head.query}"
+        upstream = UpstreamRequest(
+            provider.base_url + path + query, method=request.head.method, body=body,
+            headers=upstream_headers(request.head, provider, len(body)), watched=watched)
+        response = self._opener.open(upstream)
+        if 300 <= response.status < 400 and response.status != 304:
+            response.close()
+            raise UpstreamRedirected(
+                f"the provider answered with a redirect ({response.status}), which is never "
+                "followed: check the provider's base URL")
+        return response
+
+    def _forwarded(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> Answer:
+        """The answer to send on: a stream as it arrives, anything else whole and settled."""
+        headers = [*answer_headers(response.headers),
+                   ("x-ironcage-request-id", call.request.request_id)]
+        if call.set_output_cap is not None:
+            headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
+        kind = (response.header("content-type") or "").partition(";")[0].strip().lower()
+        if kind == "text/event-stream" and 200 <= response.status < 300:
+            return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
+        body = _whole_body(response)
+        encoding = (response.header("content-encoding") or "identity").strip().lower()
+        call.meter.read_answer(_inflated(body, encoding))
+        charge = self._settle(call)
+        headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
+        return Answer(response.status, tuple(headers), body=body)
+
+    def _streamed(self, call: Call, response: Union[EchoResponse, UpstreamResponse]
+                  ) -> Iterator[list[bytes]]:
+        """A stream's reads, each forwarded as it came; the side pass meters them.
+
+        A stream that breaks, or ends without its last event, gets an error event at its end.
+        """
+        encoding = (response.header("content-encoding") or "identity").strip().lower()
+        reader = StreamReader(call.meter, encoding, hides_usage=call.hides_usage)
+        try:
+            for pieces in response.reads():
+                pieces = reader.read(pieces)
+                if call.meter.has_ended:
+                    self._settle(call)          # before the client can see that it is over
+                if any(pieces):
+                    yield pieces
+            rest = reader.finish()
+            if rest:
+                yield [rest]
+            if not call.meter.has_ended and reader.can_read:
+                raise UpstreamBroke("the provider's stream ended without its last event")
+        except UpstreamError as err:
+            if call.meter.has_ended:
+                return
+            log.warning("stream broke", extra={"fields": {
+                "request_id": call.request.request_id, "reason": err.message}})
+            self._settle(call)
+            yield [error_event(err, call.api, call.request.request_id)]
+
+    @contextlib.contextmanager
+    def _passed_through(self, request: ClientRequest, provider: Provider, path: str,
+                        client: Optional[Wire]) -> Iterator[Answer]:
+        """An unmetered call: forwarded both ways as it is."""
+        check_key(provider)
+        response = self._send(request, provider, path, request.body, client)
+        self.totals.add({"by_provider": provider.name, "by_token": request.caller},
+                        {"requests": 1, "failed_requests": int(response.status >= 400)})
+        try:
+            headers = (*answer_headers(response.headers),
+                       ("x-ironcage-request-id", request.request_id))
+            yield Answer(response.status, headers, reads=response.reads(),
+                         length=_told_length(response))
+        finally:
+            response.close()
+
+    @contextlib.contextmanager
+    def _counted_tokens(self, request: ClientRequest, named: Optional[Provider], path: str,
+                        client: Optional[Wire]) -> Iterator[Answer]:
+        """count_tokens: at Anthropic, or here for the echo model. It is free."""
+        fields = parse_json_object(request.body).fields
+        model = fields.get("model")
+        if not isinstance(model, str) or not model:
+            raise BadRequest("model must be a string that names a model", param="model")
+        provider, _ = self._provider_of_model(model, named)
+        if provider is ECHO_PROVIDER:
+            headers = (("content-type", "application/json"), ("request-id", request.request_id),
+                       ("x-ironcage-request-id", request.request_id))
+            yield Answer(200, headers, json_bytes({"input_tokens": echo_input_tokens(fields)}))
+        elif provider.format != "anthropic":
+            raise Untranslatable("tokens can be counted for Anthropic's models only",
+                                 param="model")
+        else:
+            with self._passed_through(request, provider, path, client) as answer:
+                yield answer
+
+    # Settlement.
+
+    def _settle(self, call: Call) -> Charge:
+        """End a call's money: charge what it cost and release its reservation, once.
+
+        Called as soon as the cost is known, and again on the way out, where it then does nothing.
+        """
+        if call.charge is not None:
+            return call.charge
+        elapsed_ms = (time.monotonic_ns() - call.started_ns) // 1_000_000
+        call.charge = charge = charge_of(call, self.prices, elapsed_ms)
+        if call.was_sent:
+            self.controller.commit(call.reservation, charge.microdollars)
+        else:
+            self.controller.cancel(call.reservation)
+        self._record(call, charge, elapsed_ms)
+        return charge
+
+    def _record(self, call: Call, charge: Charge, elapsed_ms: int) -> None:
+        """Count a settled call, and log it in the original's words."""
+        try:
+            usage = USAGE_READERS[call.api](call.meter.usage) if call.meter.usage else None
+        except MalformedUsage:
+            usage = None
+        failed = call.status is None or not 200 <= call.status < 300 \
+            or call.meter.failure is not None
+        model = call.price.key if call.price is not None else "other"
+        counts = {
+            "requests": 1, "failed_requests": int(failed),
+            "input_tokens": usage.prompt_tokens if usage else 0,
+            "cached_input_tokens": usage.cached_tokens if usage else 0,
+            "output_tokens": usage.completion_tokens if usage else 0,
+            "cost_microdollars": charge.microdollars,
+            "estimated_requests": int(charge.estimated is not None),
+        }
+        self.totals.add({"by_model": model, "by_provider": call.provider.name,
+                         "by_token": call.request.caller}, counts)
+        fields = {
+            "request_id": call.request.request_id, "model": model, "provider": call.provider.name,
+            "status": call.status, "input_tokens": counts["input_tokens"],
+            "output_tokens": counts["output_tokens"],
+            "cost_usd": format_usd(charge.microdollars)[1:], "duration_ms": elapsed_ms,
+        }
+        if charge.estimated is not None:
+            fields["estimated"] = charge.estimated
+        log.info("LLM request failed" if failed else "LLM request completed",
+                 extra={"fields": fields})
+        if charge.microdollars > call.reservation.microdollars and call.bound is not None:
+            log.warning("bound exceeded", extra={"fields": {
+                **fields, "bound_usd": format_usd(call.reservation.microdollars)[1:]}})
+
+
+# ==== 13. Server ================================================================================
+#
+# The client's side: reads requests strictly and within limits, says who may do what, hands them
+# to the Router and writes what it answers. A handler knows no provider and no price.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a server is started with."""
+    host: str
+    port: int                                          # 0: any free one
+    token: str = field(repr=False)                     # what callers authenticate with
+    providers: tuple[Provider, ...]
+    budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
+    admin_token: Optional[str] = field(default=None, repr=False)
+    token_is_generated: bool = False
+    pricing_path: Optional[str] = None                 # None: pricing.json beside this file
+    allow_hosts: tuple[str, ...] = ()
+    allow_paths: tuple[str, ...] = ()
+    max_body_bytes: int = 32 * 1024 * 1024
+    log_format: str = "text"
+    quiet: bool = False
+    command: str = "serve"
+    timeouts: Timeouts = Timeouts()
+
+
+CALLER, ADMIN = "default", "admin"           # the names of the two tokens
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    """One client connection, on a thread of its own."""
+    server: ProxyServer
+    disable_nagle_algorithm = True           # else small writes wait 40 ms for delayed ACKs
+
+    def setup(self) -> None:
+        super().setup()
+        self.wire = Wire(self.connection)
+        self._served = 0                     # requests on this connection
+        self._may_stay_open = False          # the client lets this connection be used again
+        self._head_written = False           # of the answer to the current request
+
+    def handle_one_request(self) -> None:
+        """Read one request and answer it. The one boundary where any exception ends."""
+        self.close_connection, self._head_written, self._may_stay_open = True, False, False
+        request_id = "req_" + secrets.token_hex(12)
+        dialect = "openai"
+        try:
+            raw_head = self._next_head()
+            if raw_head is not None:
+                head = parse_request_head(raw_head)
+                dialect = dialect_of(head.path)
+                self._may_stay_open = head.keeps_alive
+                self._serve(head, request_id)
+        except IroncageError as err:
+            self._refuse(err, dialect, request_id)
+        except (ClientGone, OSError, EOFError):
+            self.close_connection = True
+        except Exception:
+            log.exception("a request failed by a fault of the proxy",
+                          extra={"fields": {"request_id": request_id}})
+            self._refuse(_closing(IroncageError(
+                "the proxy failed on this request; its log says why")), dialect, request_id)
+
+    def _next_head(self) -> Optional[bytes]:
+        """The next request's head; None when the client has no more, or says nothing."""
+        timeouts = self.server.settings.timeouts
+        first = self._served == 0
+        deadline_s = time.monotonic() + timeouts.head_s
+        self.server.mark_idle(self.connection, True)
+        try:
+            if not self.wire.await_bytes(timeouts.head_s if first else timeouts.keep_alive_s):
+                return None
+        except TimeoutError:
+            return None
+        self.server.mark_idle(self.connection, False)
+        self._served += 1
+        try:
+            return self.wire.read_head(
+                deadline_s if first else time.monotonic() + timeouts.head_s)
+        except TimeoutError:
+            raise RequestTimedOut("the request's head did not arrive in time") from None
+
+    def _serve(self, head: RequestHead, request_id: str) -> None:
+        """Steps of every request: method, host, who asks, what for."""
+        if head.method not in METHODS:
+            raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
+        self._check_host(head)
+        if head.path == "/" and head.method in ("GET", "HEAD"):
+            return self._write_greeting(head, request_id)
+        caller = self._authenticated(head)
+        if head.header("upgrade") is not None:
+            raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests")
+        body = self._read_body(head)
+        if head.path == "/":
+            return self._write_greeting(head, request_id)
+        request = ClientRequest(head, body, request_id, caller)
+        if head.path == "/ironcage" or head.path.startswith("/ironcage/"):
+            return self._write_own(request)
+        if self.server.is_stopping:
+            raise ServerBusy("the proxy is stopping")
+        if caller == ADMIN:
+            raise Forbidden("the admin's token cannot call models; use a caller's token")
+        with self.server.router.open(request, self.wire) as answer:
+            self._write_answer(answer, head)
+
+    # Who may ask.
+
+    def _check_host(self, head: RequestHead) -> None:
+        """Refuse names that are not ours, so that no web page reaches us by DNS rebinding."""
+        stated = head.header("host")
+        if stated is None:                             # HTTP/1.0; no browser sends it
+            return
+        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::\d{1,5})?", stated)
+        host = match[1].lower() if match else "?"
+        if not LOOPBACK_HOST.fullmatch(host) and host not in self.server.allowed_hosts:
+            shown = host if PRINTABLE_NAME.fullmatch(host) else "NAME"
+            raise Forbidden("the Host header does not name this proxy; if it is right, start the "
+                            f"proxy with --allow-host {shown}")
+
+    def _authenticated(self, head: RequestHead) -> str:
+        """CALLER or ADMIN. Raises Unauthorized."""
+        offered = [value for name, value in head.headers if name == "x-api-key"]
+        for name, value in head.headers:
+            scheme, _, credential = value.partition(" ")
+            if name == "authorization" and scheme.lower() == "bearer":
+                offered.append(credential.strip())
+        settings = self.server.settings
+        for name, token in ((CALLER, settings.token), (ADMIN, settings.admin_token)):
+            for credential in offered:
+                if token is not None and hmac.compare_digest(
+                        credential.encode("latin-1"), token.encode("utf-8")):
+                    return name
+        raise Unauthorized("Invalid API key: this proxy takes its own token, as "
+                           "Authorization: Bearer or x-api-key, not a provider's key")
+
+    # Reading the body.
+
+    def _read_body(self, head: RequestHead) -> bytes:
+        """The body, whole and without its content-encoding. Raises 400, 408, 411, 413, 415."""
+        settings = self.server.settings
+        length = body_length(head.headers, otherwise=0)
+        if length == 0 and head.method in ("POST", "PUT", "PATCH") \
+                and head.header("content-length") is None:
+            raise LengthRequired(f"{head.method} needs a content-length or a chunked body")
+        too_large = BodyTooLarge(f"the request body is larger than {settings.max_body_bytes} "
+                                 "bytes; --max-body-mb sets the limit")
+        if length > settings.max_body_bytes:
+            raise too_large
+        encoding = (head.header("content-encoding") or "identity").strip().lower()
+        if encoding != "identity" and encoding not in INFLATABLE:
+            raise _closing(UnsupportedBody("a request body can be compressed with gzip or deflate "
+                                           "only"))
+        if length and (head.header("expect") or "").lower() == "100-continue":
+            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", settings.timeouts.write_stall_s)
+        body = self._received_body(length, too_large)
+        if encoding == "identity" or not body:
+            return body
+        inflater = Inflater(encoding, settings.max_body_bytes)
+        try:
+            inflated = inflater.feed(body)
+        except OverflowError:
+            raise too_large from None
+        except zlib.error:
+            raise BadRequest("the compressed request body is broken") from None
+        if not inflater.is_complete:
+            raise BadRequest("the compressed request body is incomplete")
+        return inflated
+
+    def _received_body(self, length: int, too_large: BodyTooLarge) -> bytes:
+        decoder = body_decoder(length)
+        deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
+        pieces: list[bytes] = []
+        size = 0
+        while not decoder.is_done:
+            try:
+                data = self.wire.receive(deadline_s - time.monotonic())
+            except TimeoutError:
+                raise RequestTimedOut("the request's body did not arrive in time") from None
+            if not data:
+                raise ClientGone
+            for piece in decoder.feed(data):
+                pieces.append(piece)
+                size += len(piece)
+            if size > self.server.settings.max_body_bytes:
+                raise too_large
+        self.wire.received = decoder.rest
+        return b"".join(pieces)
+
+    # Answering.
+
+    def _write_greeting(self, head: RequestHead, request_id: str) -> None:
+        if head.method in ("GET", "HEAD"):
+            self._read_body(head)
+        headers = (("content-type", "text/plain; charset=utf-8"),
+                   ("x-ironcage-request-id", request_id))
+        self._write_answer(Answer(200, headers, b"LlmRouter OK"), head)
+
+    def _write_own(self, request: ClientRequest) -> None:
+        methods = OWN_ROUTES.get(request.head.path)
+        if methods is None:
+            raise NotFound(f"there is no {request.head.path[:100]} here; the proxy's own routes "
+                           f"are {', '.join(OWN_ROUTES)}")
+        action = methods.get(request.head.method)
+        if action is None:
+            raise MethodNotAllowed(f"{request.head.path} takes {' and '.join(methods)}",
+                                   headers=[("allow", ", ".join(methods))])
+        headers = (("content-type", "application/json"), ("cache-control", "no-store"),
+                   ("x-ironcage-request-id", request.request_id))
+        body = json_bytes(action(self.server, request))
+        self._write_answer(Answer(200, headers, body), request.head)
+
+    def _refuse(self, error: IroncageError, dialect: str, request_id: str) -> None:
+        """Answer with an error, or cut the connection if an answer is under way already."""
+        self.close_connection = True
+        if self._head_written:
+            return
+        headers = (("content-type", "application/json"), ("request-id", request_id),
+                   ("x-request-id", request_id), ("x-ironcage-request-id", request_id),
+                   *error.headers)
+        body = json_bytes(error_object(error, dialect, request_id))
+        log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused",
+                extra={"fields": {"request_id": request_id, "status": error.status,
+                                  "reason": error.openai_code or error.openai_type}})
+        with contextlib.suppress(ClientGone):
+            self._write_whole(Answer(error.status, headers, body), must_close=error.must_close)
+
+    def _write_answer(self, answer: Answer, head: RequestHead) -> None:
+        """Write an answer, whole or as it arrives. Raises ClientGone, UpstreamError."""
+        bodiless = head.method == "HEAD" or answer.status in (204, 304)
+        if answer.body is not None:
+            self._write_whole(answer, bodiless=bodiless)
+            return
+        chunked = answer.length < 0 and head.minor_version == 1 and not bodiless
+        must_close = self._must_close or (answer.length < 0 and not chunked and not bodiless)
+        framing = [("transfer-encoding", "chunked")] if chunked else \
+            [("content-length", str(answer.length))] if answer.length >= 0 \
+            and answer.status not in (204, 304) else []
+        self._write(self._head(answer, framing, must_close))
+        if not bodiless:
+            for pieces in answer.reads or ():
+                self._write(format_chunks(pieces) if chunked else b"".join(pieces))
+            if chunked:
+                self._write(LAST_CHUNK)
+        self.close_connection = must_close
+
+    @property
+    def _must_close(self) -> bool:
+        return not self._may_stay_open or self.server.is_stopping
+
+    def _write_whole(self, answer: Answer, *, must_close: bool = False,
+                     bodiless: bool = False) -> None:
+        body, lingers = answer.body or b"", must_close
+        must_close = must_close or self._must_close
+        framing = [] if answer.status in (204, 304) else [("content-length", str(len(body)))]
+        head = self._head(answer, framing, must_close)
+        self._write(head + (b"" if bodiless else body))
+        self.close_connection = must_close
+        if lingers:                          # the client may still be sending its request
+            self.wire.linger(self.server.settings.timeouts.linger_s)
+
+    def _head(self, answer: Answer, framing: list, must_close: bool) -> bytes:
+        closing = [("connection", "close")] if must_close else []
+        reason = http.client.responses.get(answer.status, "")
+        return format_head(f"HTTP/1.1 {answer.status} {reason}",
+                           (*answer.headers, *framing, *closing))
+
+    def _write(self, data: bytes) -> None:
+        self._head_written = True
+        try:
+            self.wire.send(data, self.server.settings.timeouts.write_stall_s)
+        except OSError:
+            raise ClientGone from None
+
+
+def _closing(error: IroncageError) -> IroncageError:
+    """An error after which the connection's next bytes cannot be trusted."""
+    error.must_close = True
+    return error
+
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """The proxy as a server. It listens once made; start() serves, stop() drains and ends.
+
+    Raises: CannotListen; Misconfigured when the price table cannot be read.
+    """
+    daemon_threads = True
+    request_queue_size = LISTEN_BACKLOG
+    allow_reuse_address = os.name == "posix"
+    allow_reuse_port = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.router = Router(
+            settings.providers, load_prices(settings), timeouts=settings.timeouts,
+            limit_microdollars=settings.budget_microdollars, allow_paths=settings.allow_paths)
+        self.allowed_hosts = {name.lower() for name in (settings.host, *settings.allow_hosts)}
+        self.started_s = time.monotonic()
+        self.is_stopping = False
+        self.cuts_now = False                          # a second signal: do not wait
+        self._thread: Optional[threading.Thread] = None
+        self._changed = threading.Condition()          # guards the next field
+        self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM,
+                flags=socket.AI_PASSIVE)[0]
+            self.address_family = family
+            super().__init__(address[:2], ProxyHandler)
+        except OSError as err:
+            raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
+                               f"{_reason(err)}; choose another with --port "
+                               "(8787 is the default of other gateways too)") from err
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        return f"http://{host}:{self.port}"
+
+    def server_bind(self) -> None:
+        """Bind without http.server's reverse DNS look-up of our own name."""
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):     # Windows: nobody may take over our port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.settings.host, self.server_address[1]
+
+    def start(self) -> None:
+        """Serve, on a thread of our own, until stop()."""
+        self._thread = threading.Thread(target=self.serve_forever, args=(STOP_POLL_S,),
+                                        name="ironcage-accept", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop accepting, let requests in flight finish for a while, then cut and settle them."""
+        self.is_stopping = True
+        if self._thread is not None:
+            self.shutdown()
+            self._thread.join()
+            self._thread = None
+        self.server_close()
+        self._wait_for_connections(self.settings.timeouts.drain_s, lambda: not self.cuts_now)
+        self.router.shut_down()
+        self._wait_for_connections(CUT_JOIN_S, lambda: True, cut=True)
+
+    def __enter__(self) -> ProxyServer:
+        if self._thread is None:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _wait_for_connections(self, most_s: float, may_wait: Callable[[], bool], *,
+                              cut: bool = False) -> None:
+        """Close idle connections, or all, until none is left or the time is up."""
+        deadline_s = time.monotonic() + most_s
+        while may_wait():
+            with self._changed:
+                ending = [sock for sock, since in self._idle_since.items()
+                          if cut or since is not None]
+                left = len(self._idle_since)
+            for sock in ending:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            if not left or time.monotonic() >= deadline_s:
+                return
+            with self._changed:
+                self._changed.wait(STOP_POLL_S)
+
+    # Connections: one thread each, and a bound on them.
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:
+        """Start a connection's thread, unless there are too many and none is idle."""
+        longest_idle = None
+        with self._changed:
+            is_full = len(self._idle_since) >= MAX_CONNECTIONS
+            if is_full:
+                idle = [(since, id(sock), sock) for sock, since in self._idle_since.items()
+                        if since is not None]
+                longest_idle = min(idle)[2] if idle else None
+                if longest_idle is not None:
+                    self._idle_since[longest_idle] = None        # not to be chosen again
+            if not is_full or longest_idle is not None:
+                self._idle_since[request] = time.monotonic()
+        if longest_idle is not None:
+            with contextlib.suppress(OSError):
+                longest_idle.shutdown(socket.SHUT_RDWR)
+        if is_full and longest_idle is None:
+            self._turn_away(request)
+        else:
+            super().process_request(request, client_address)
+
+    def _turn_away(self, request: socket.socket) -> None:
+        error = ServerBusy(f"the proxy serves {MAX_CONNECTIONS} connections already")
+        body = json_bytes(error_object(error, "openai", "req_none"))
+        head = format_head("HTTP/1.1 503 Service Unavailable",
+                           [("content-type", "application/json"), ("retry-after", "1"),
+                            ("content-length", str(len(body))), ("connection", "close")])
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(head + body)
+        self.shutdown_request(request)
+
+    def mark_idle(self, connection: socket.socket, is_idle: bool) -> None:
+        """Note whether a connection waits for a request or serves one."""
+        with self._changed:
+            if connection in self._idle_since:
+                self._idle_since[connection] = time.monotonic() if is_idle else None
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """End a connection and forget it."""
+        super().shutdown_request(request)
+        with self._changed:
+            self._idle_since.pop(request, None)
+            self._changed.notify_all()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """What socketserver calls for an exception outside a request; never to stderr raw."""
+        log.exception("a connection failed by a fault of the proxy")
+
+    # Own routes.
+
+    def status(self, request: ClientRequest) -> dict:
+        """The whole state, as PRODUCT names it: amounts in microdollars, counts since start."""
+        return {**self.router.budget_status(), **self.router.totals.snapshot(),
+                "bound_exceeded": self.router.controller.bound_exceeded(),
+                "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
+
+    def get_budget(self, request: ClientRequest) -> dict:
+        """The four amounts."""
+        return self.router.budget_status()
+
+    def put_budget(self, request: ClientRequest) -> dict:
+        """Set the limit to {"limit_usd": "20.00"}: the admin's token only, until a restart."""
+        if self.settings.admin_token is None:
+            raise Forbidden("the budget cannot be changed over HTTP: start the proxy with "
+                            "--admin-token to allow it")
+        if request.caller != ADMIN:
+            raise Forbidden("the budget is changed with the admin's token, not a caller's")
+        kind = (request.head.header("content-type") or "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise UnsupportedBody("send the new limit as application/json")
+        parse_json_object(request.body)                # strict: no duplicate keys
+        fields = json.loads(request.body, parse_float=Decimal)
+        try:
+            if set(fields) != {"limit_usd"} or isinstance(fields["limit_usd"], bool):
+                raise ValueError("the body must be {\"limit_usd\": \"20.00\"}")
+            limit = parse_usd(fields["limit_usd"])
+        except ValueError as err:
+            raise BadRequest(str(err), param="limit_usd") from None
+        self.router.controller.set_budget(limit)
+        log.warning("budget set", extra={"fields": {"limit_usd": format_usd(limit)[1:]}})
+        return self.router.budget_status()
+
+
+OWN_ROUTES = MappingProxyType({
+    "/ironcage/status": {"GET": ProxyServer.status},
+    "/ironcage/budget": {"GET": ProxyServer.get_budget, "PUT": ProxyServer.put_budget},
+})
+
+
+class CannotListen(Misconfigured):
+    """The address cannot be listened on."""
+
+
+def load_prices(settings: Settings) -> PriceBook:
+    """The price table of the settings. Raises Misconfigured where it cannot be read.
+
+    Without --pricing and without a pricing.json beside this file there are no prices: that
+    serves without a budget only.
+    """
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pricing.json")
+    path = settings.pricing_path or beside
+    try:
+        return PriceBook.load(path)
+    except FileNotFoundError as err:
+        if settings.pricing_path is None and settings.budget_microdollars is None:
+            log.warning("there is no pricing.json beside the program: nothing is priced")
+            return PriceBook({})
+        raise Misconfigured(f"the price table {path} does not exist") from err
+    except OSError as err:
+        raise Misconfigured(f"the price table {path} cannot be read: {_reason(err)}") from err
+    except (ValueError, RecursionError) as err:
+        raise Misconfigured(f"the price table {path} is not usable: {err}") from err
+
+
+# ==== 14. Settings and command line =============================================================
+#
+# One table gives every flag, its environment variable, its check and its line of help. The first
+# of these that is set counts: flag, environment, default. Provider keys come from the environment
+# only. Nothing above reads the environment, prints, or ends the process.
+
+
+def _parse_port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65535:
+        raise ValueError("must be a port number from 0 to 65535")
+    return int(text)
+
+
+def _parse_megabytes(text: str) -> int:
+    if not re.fullmatch(r"\d{1,6}", text) or int(text) < 1:
+        raise ValueError("must be a whole number of megabytes from 1 up")
+    return int(text) * 1024 * 1024
+
+
+def _parse_token(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{8,512}", text):      # says nothing of the value: it is a secret
+        raise ValueError("must be 8 to 512 printable ASCII characters without spaces")
+    return text
+
+
+def _parse_base_url(text: str) -> str:
+    """A provider's base URL without its final slash and /v1."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                  and re.fullmatch(r"[!-~]+", text) and "\\" not in text)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must have no user name, query or fragment")
+    return re.sub(r"/v1$", "", text.rstrip("/")).rstrip("/")
+
+
+def _parse_host_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]{1,255}", text):
+        raise ValueError("must be a host name or an address")
+    return text
+
+
+def _parse_choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError("must be " + " or ".join(choices))
+        return text
+    return parse
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the settings: a flag and all that is known of it."""
+    flag: str
+    help: str
+    parse: Callable[[str], object] = str
+    default: object = None
+    env: str = ""
+    metavar: str = ""
+    repeats: bool = False                   # may be given several times
+
+    @property
+    def name(self) -> str:
+        return self.flag[2:].replace("-", "_")
+
+
+SETTINGS = (
+    Setting("--host", "address to listen on", _parse_host_name, "127.0.0.1", metavar="ADDRESS"),
+    Setting("--port", "port to listen on; 0 takes any free one", _parse_port, 8787,
+            metavar="PORT"),
+    Setting("--token", "what agents authenticate with; without it one is made and shown",
+            _parse_token, env="IRONCAGE_TOKEN", metavar="TOKEN"),
+    Setting("--admin-token", "what PUT /ironcage/budget needs; without it that route is closed",
+            _parse_token, env="IRONCAGE_ADMIN_TOKEN", metavar="TOKEN"),
+    Setting("--budget", "the most to spend, in USD, exact; without it spend is only counted",
+            parse_usd, metavar="USD"),
+    Setting("--pricing", "price table in LiteLLM's format, instead of pricing.json",
+            metavar="FILE"),
+    Setting("--openai-base-url", "where OpenAI calls go, with or without /v1", _parse_base_url,
+            "https://api.openai.com", "IRONCAGE_OPENAI_BASE_URL", "URL"),
+    Setting("--anthropic-base-url", "where Anthropic calls go", _parse_base_url,
+            "https://api.anthropic.com", "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
+    Setting("--max-body-mb", "largest request body, in megabytes", _parse_megabytes,
+            32 * 1024 * 1024, metavar="MB"),
+    Setting("--allow-host", "a further Host name to answer to", _parse_host_name, (),
+            metavar="NAME", repeats=True),
+    Setting("--allow-path", "a path (* and ? match) to let through unmetered under a budget",
+            default=(), metavar="PATTERN", repeats=True),
+    Setting("--log-format", "text or json", _parse_choice("text", "json"), "text",
+            metavar="FORMAT"),
+)
+# Flags without a value.
+SWITCHES = (
+    ("--allow-plain-http", "send keys to a base URL that is neither https nor on this machine"),
+    ("--quiet", "no banner and no line for each request"),
+)
+KEY_ENVIRONMENT = (("openai", "OPENAI_API_KEY"), ("anthropic", "ANTHROPIC_API_KEY"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> None:             # type: ignore[override]
+        raise Misconfigured(f"{message} (--help lists what there is)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ironcage_proxy.py", allow_abbrev=False,
+        description="A proxy between AI agents and model providers that holds the keys and "
+                    "never lets spend pass a limit.",
+        epilog="Provider keys come from the environment: "
+               + ", ".join(env for _, env in KEY_ENVIRONMENT) + ".")
+    parser.add_argument("command", nargs="?", choices=[*COMMANDS], default="serve",
+                        help="; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
+    for row in SETTINGS:
+        env = f" (environment: {row.env})" if row.env else ""
+        parser.add_argument(row.flag, metavar=row.metavar, dest=row.name, help=row.help + env,
+                            action="append" if row.repeats else "store")
+    for flag, text in SWITCHES:
+        parser.add_argument(flag, action="store_true", help=text)
+    return parser
+
+
+def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
+    """One setting's value. Raises Misconfigured, naming where the bad value came from."""
+    source = row.flag
+    if given is None and row.env and environ.get(row.env):
+        given, source = environ[row.env], row.env
+    if given is None:
+        return row.default
+    try:
+        return tuple(map(row.parse, given)) if row.repeats else row.parse(given)
+    except ValueError as err:
+        raise Misconfigured(f"{source}: {err}") from None
+
+
+def _provider_key(env: str, environ: Mapping[str, str]) -> Optional[str]:
+    key = environ.get(env, "").strip()
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise Misconfigured(f"{env} holds a character that a key cannot have")
+    return key or None
+
+
+def _check_plain_http(url: str, flag: str, allowed: bool) -> None:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
+            and not allowed:
+        raise Misconfigured(f"{flag}: http:// would send the provider's key in the clear; use "
+                            "https://, or say --allow-plain-http")
+
+
+def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
+    """Settings from command-line arguments and the environment. Raises Misconfigured."""
+    environ = os.environ if environ is None else environ
+    given = vars(_parser().parse_args(list(argv)))
+    values = {row.name: _setting_value(row, given[row.name], environ) for row in SETTINGS}
+    providers = []
+    for name, env in KEY_ENVIRONMENT:
+        url = values[f"{name}_base_url"]
+        _check_plain_http(url, f"--{name}-base-url", given["allow_plain_http"])
+        providers.append(Provider(name=name, format=name, base_url=url, key_env=env,
+                                  key=_provider_key(env, environ)))
+    token = values["token"]
+    if token is not None and token == values["admin_token"]:
+        raise Misconfigured("--admin-token must differ from --token")
+    return Settings(
+        host=values["host"], port=values["port"], token=token or "ic_" + secrets.token_urlsafe(24),
+        token_is_generated=token is None, admin_token=values["admin_token"],
+        providers=tuple(providers), budget_microdollars=values["budget"],
+        pricing_path=values["pricing"], allow_hosts=values["allow_host"],
+        allow_paths=values["allow_path"], max_body_bytes=values["max_body_mb"],
+        log_format=values["log_format"], quiet=given["quiet"], command=given["command"])
+
+
+class LogFormatter(logging.Formatter):
+    """One line a record: text with name=value pairs, or JSON. Values cannot forge a line."""
+
+    def __init__(self, log_format: str) -> None:
+        super().__init__()
+        self._as_json = log_format == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record, with the pairs of its `fields`."""
+        fields = dict(getattr(record, "fields", {}))
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        if self._as_json:
+            return json.dumps({"time": at, "level": record.levelname,
+                               "message": record.getMessage(), **fields})
+        pairs = "".join(f" {name}={self._shown(value)}" for name, value in fields.items())
+        return f"{at} {record.levelname} {record.getMessage()}{pairs}"
+
+    @staticmethod
+    def _shown(value: object) -> str:
+        text = str(value)
+        return text if re.fullmatch(r"[A-Za-z0-9_.:/@+-]+", text) else json.dumps(text)
+
+
+def _set_up_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(settings.log_format))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.WARNING if settings.quiet else logging.INFO)
+
+
+def _hide_from_other_processes() -> None:
+    """On Linux, keep other processes of this user from reading our memory and environment."""
+    if sys.platform != "linux":
+        return
+    import ctypes                # here only: it costs a millisecond and a megabyte
+    pr_set_dumpable = 4          # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
+
+
+def banner(server: ProxyServer) -> str:
+    """What a person needs to know at the start, and to paste into a shell."""
+    settings = server.settings
+    token = settings.token if settings.token_is_generated else "<the token you chose>"
+    found = [provider.key_env for provider in settings.providers if provider.key is not None]
+    budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
+        format_usd(settings.budget_microdollars) + " (kept in memory: a restart forgets spend)"
+    lines = [
+        f"ironcage_proxy {__version__} is listening on {server.url}",
+        f"  OpenAI clients:     export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}",
+        f"  Anthropic clients:  export ANTHROPIC_BASE_URL={server.url} ANTHROPIC_API_KEY={token}",
+        f"  provider keys:      {', '.join(found) or f'none found; {ECHO_MODEL} needs none'}",
+        f"  budget:             {budget}",
+    ]
+    if settings.allow_paths:
+        lines.append(f"  unmetered paths:    {', '.join(settings.allow_paths)}")
+    if settings.host in ("0.0.0.0", "::") and not settings.allow_hosts:
+        lines.append("  warning: every address is listened on, but only loopback names are "
+                     "answered to; add --allow-host NAME")
+    return "\n".join(lines)
+
+
+def run_serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
+    _hide_from_other_processes()
+    server = ProxyServer(settings)
+    asked_to_stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        server.cuts_now = asked_to_stop.is_set()
+        asked_to_stop.set()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    server.start()
+    if not settings.quiet:
+        print(banner(server), flush=True)
+    elif settings.token_is_generated or settings.port == 0:
+        print(f"{server.url} {settings.token if settings.token_is_generated else ''}".strip(),
+              flush=True)
+    while not asked_to_stop.wait(1):       # in slices: Windows cannot interrupt a longer wait
+        pass
+    server.stop()
+    spent = server.router.controller.total_spent()
+    log.info("stopped", extra={"fields": {"spent_usd": format_usd(spent)[1:]}})
+    return 0
+
+
+def run_check(settings: Settings) -> int:
+    """Say what is configured and whether it can serve, without serving."""
+    server = ProxyServer(settings)
+    try:
+        print(f"address   {server.url} is free")
+        for provider in settings.providers:
+            state = "set" if provider.key is not None else "not set"
+            print(f"provider  {provider.name}: {provider.base_url}, {provider.key_env} is {state}")
+        print(f"prices    {len(server.router.prices.keys())} models have a price")
+        limit = settings.budget_microdollars
+        print(f"budget    {'none' if limit is None else format_usd(limit)}")
+    finally:
+        server.server_close()
+    return 0
+
+
+def run_models(settings: Settings) -> int:
+    """List what is priced, in USD for a million tokens."""
+    prices = load_prices(settings)
+    print(f"{'model':50} {'provider':12} {'input':>12} {'output':>12}  USD per million tokens")
+    for key in prices.keys():
+        price = prices.price(key)
+        rates = price.rates(None, 0)
+        per_million = [format_usd(microdollars_ceil(rate * 10 ** 6))
+                       for rate in (rates["input"], rates["output"])]
+        print(f"{key:50} {price.provider:12} {per_million[0]:>12} {per_million[1]:>12}")
+    return 0
+
+
+def run_version(settings: Settings) -> int:
+    """Print the version."""
+    print(f"ironcage_proxy {__version__}")
+    return 0
+
+
+COMMANDS = MappingProxyType({
+    "serve": (run_serve, "serve (the default)"),
+    "check": (run_check, "say what is configured, without serving"),
+    "models": (run_models, "list what is priced, and how"),
+    "version": (run_version, "print the version"),
+})
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line. Returns the exit code: 0 fine, 1 runtime failure, 2 usage."""
+    try:
+        settings = settings_from(sys.argv[1:] if argv is None else argv)
+        _set_up_logging(settings)
+        run, _ = COMMANDS[settings.command]
+        return run(settings)
+    except Misconfigured as err:
+        print(f"ironcage_proxy: {err}", file=sys.stderr)
+        return 1 if isinstance(err, CannotListen) else 2
+    except BrokenPipeError:                    # `models | head`
+        return 0
+    except Exception:
+        log.exception("ironcage_proxy failed")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
