@@ -1,0 +1,41 @@
+"""Fixtures: a mock provider, and proxies in front of it that are stopped after each test."""
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import MockProvider, start_proxy  # noqa: E402
+
+
+@pytest.fixture
+def mock():
+    with MockProvider() as provider:
+        yield provider
+
+
+@pytest.fixture
+def proxy_for(mock):
+    """Start proxies: proxy_for("--budget", "1.00", timeouts={...}); all are stopped at the end."""
+    before = set(threading.enumerate())
+    started = []
+
+    def start(*argv, **options):
+        started.append(start_proxy(mock, *argv, **options))
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.stop()
+    leaked = [thread.name for thread in set(threading.enumerate()) - before
+              if thread.is_alive() and not thread.name.startswith("mock-")]
+    assert leaked == []
+
+
+@pytest.fixture
+def proxy(proxy_for):
+    """A proxy with a comfortable budget of ten dollars."""
+    return proxy_for("--budget", "10.00")
