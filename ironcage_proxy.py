@@ -101,7 +101,7 @@ MAX_CONNECTIONS = 1024                    # one thread each
 LISTEN_BACKLOG = 1024                     # the default of 5 drops bursts of connections
 POOLED_CONNECTIONS_PER_HOST = 128
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
-STOP_POLL_S = 0.2                         # how soon serve_forever sees that it should stop
+STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
 
 
@@ -2386,7 +2386,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
     and the most output that can have been made until then. Else all that was reserved.
     """
     refused = call.status is not None and not 200 <= call.status < 300
-    if not call.was_sent or call.price is None or (refused and call.meter.usage is None):
+    if not call.was_sent or (refused and call.meter.usage is None):
         return Charge(0)
     if call.meter.usage is not None and call.meter.usage_is_final:
         try:
@@ -2394,7 +2394,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
         except MalformedUsage as err:
             return Charge(call.reservation.microdollars, f"malformed usage: {err}")
         except UnpricedModel:
-            return Charge(call.reservation.microdollars, "a part was served by an unpriced model")
+            return Charge(call.reservation.microdollars, "a model without a price served it")
     if call.client_left and call.bound is not None:
         return Charge(_cost_until_now(call, prices, call.bound, elapsed_ms), "client gone")
     reason = "no answer" if call.status is None else "no usage in the answer"
@@ -2512,6 +2512,19 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int) -> 
         headers["content-length"] = str(body_bytes)
         headers.setdefault("content-type", "application/json")
     return headers
+
+
+def named_model(fields: Mapping[str, object]) -> str:
+    """The model that a request names; "" where a prompt stored at the provider names it.
+
+    Raises BadRequest.
+    """
+    model = fields.get("model")
+    if model is None and isinstance(fields.get("prompt"), dict):
+        return ""
+    if not isinstance(model, str) or not model:
+        raise BadRequest("model must be a string that names a model", param="model")
+    return model
 
 
 def check_key(provider: Provider) -> None:
@@ -2658,9 +2671,7 @@ class Router:
     def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str) -> Call:
         """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
         body = parse_json_object(request.body)
-        model = body.fields.get("model")
-        if not isinstance(model, str) or not model:
-            raise BadRequest("model must be a string that names a model", param="model")
+        model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)
         if api not in FORMAT_APIS[provider.format]:
             paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
@@ -2751,7 +2762,7 @@ class Router:
     def _upstream_body(self, call: Call) -> bytes:
         """The client's bytes, with only the fields changed that must be."""
         changes: dict[str, object] = {}
-        if call.body.fields["model"] != call.model:
+        if call.body.fields.get("model", "") != call.model:
             changes["model"] = call.model
         if call.wants_stream and call.api in ("chat", "completions"):
             options = call.body.fields.get("stream_options")
@@ -2795,7 +2806,8 @@ class Router:
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
         kind = (response.header("content-type") or "").partition(";")[0].strip().lower()
-        if kind == "text/event-stream" and 200 <= response.status < 300:
+        is_stream = kind == "text/event-stream" or (not kind and call.wants_stream)
+        if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
         body = _whole_body(response)
         encoding = (response.header("content-encoding") or "identity").strip().lower()
@@ -2853,10 +2865,7 @@ class Router:
                         client: Optional[Wire]) -> Iterator[Answer]:
         """count_tokens: at Anthropic, or here for the echo model. It is free."""
         fields = parse_json_object(request.body).fields
-        model = fields.get("model")
-        if not isinstance(model, str) or not model:
-            raise BadRequest("model must be a string that names a model", param="model")
-        provider, _ = self._provider_of_model(model, named)
+        provider, _ = self._provider_of_model(named_model(fields), named)
         if provider is ECHO_PROVIDER:
             headers = (("content-type", "application/json"), ("request-id", request.request_id),
                        ("x-ironcage-request-id", request.request_id))
