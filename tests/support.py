@@ -251,6 +251,10 @@ class MockProvider:
 
     def refuse_connections(self) -> None:
         """From now on nobody listens at the mock's address."""
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)      # wakes accept(), which holds it open
+        except OSError:
+            pass
         self._listener.close()
 
     def default_reply(self, request: SeenRequest) -> Reply:
@@ -265,11 +269,7 @@ class MockProvider:
 
     def __exit__(self, *_: object) -> None:
         self._is_stopping.set()
-        try:
-            self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._listener.close()
+        self.refuse_connections()
         with self._changed:
             sockets, threads = [*self._sockets], [*self._threads]
         for sock in sockets:

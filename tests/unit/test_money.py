@@ -198,8 +198,8 @@ def test_the_responses_api_counts_alike_under_other_names():
                                       "cache_write_tokens_details": {"ttl_12h_tokens": 5}},
              "output_tokens_details": {"reasoning_tokens": 8}}
 
-    assert 20 * 10 + 60 + 187.5 + 125 + 400 == 972.5
-    assert 973 == cost_in(OPENAI, usage, "responses")
+    # plain, read, written for 30 minutes (187.5), for 12 hours, output; rounded up
+    assert 200 + 60 + 188 + 125 + 400 == cost_in(OPENAI, usage, "responses")
 
 
 @pytest.mark.parametrize("usage, microdollars", [
@@ -643,12 +643,12 @@ def test_a_name_resolves_to_its_row(model, provider, key):
 
 @pytest.mark.parametrize("model, provider", [
     ("gpt-4o-mini", "openai"), ("gpt-4o-mini-2024-07-18", "openai"), ("gpt-5-pro", "openai"),
-    ("gpt-5.4", "openai"), ("gpt-4o-search-preview", "openai"), ("gpt-4o-2024", "groq/"),
+    ("gpt-5.4", "openai"), ("gpt-4o-search-preview", "openai"), ("gpt-4o-20240", "openai"),
     ("gpt", "openai"), ("gpt-4o-", "openai"), ("gpt-4o ", "openai"), (" gpt-4o", "openai"),
     ("gpt-4o\n", "openai"), ("gpt-4o\0", "openai"), ("GPT-4o", "openai"), ("", "openai"),
     ("gpt-4o-20", "openai"), ("gpt-4o-2029-01-02-preview", "openai"),
     ("gpt-4o-2029-01-02-latest-x", "openai"), ("gpt-4o-123456789", "openai"),
-    ("llama", "openai"), ("groq/llama", "") and ("llama", ""), ("groq/gpt-4o", "openai"),
+    ("llama", "openai"), ("llama", ""), ("groq/gpt-4o", "openai"),
     ("anthropic/gpt-4o", "openai"), ("openai/openai/gpt-4o", "openai"),
     ("ft:gpt-4o:org::id", "openai"), ("ft:gpt-4o-2024-05-13:org::id", "openai"),
     ("ft:gpt-5", "openai"), ("ft:", "openai"), ("ft", "openai"), ("sample_spec", "openai"),
@@ -656,12 +656,7 @@ def test_a_name_resolves_to_its_row(model, provider, key):
     ("claude-opus-4-latest\n", "anthropic"),
 ])
 def test_a_name_that_is_no_row_falls_to_no_other(model, provider):
-    rows = {name: row for name, row in NAMES.items()}
-    book = book_of(**rows)
-    if model == "gpt-4o-2024":
-        pytest.skip("see the next test")
-
-    assert book.find(model, provider) is None
+    assert book_of(**NAMES).find(model, provider) is None
 
 
 def test_mini_never_costs_what_its_big_sibling_does():

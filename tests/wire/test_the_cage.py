@@ -7,7 +7,7 @@ import threading
 from fractions import Fraction
 
 import pytest
-from support import (ADMIN_TOKEN, PATIENCE_S, Gate, RawClient, Reply, call, openai_error, program,
+from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, Gate, RawClient, Reply, call, openai_error, program,
                      settled_status, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
@@ -102,7 +102,7 @@ def test_a_success_without_sound_usage_costs_its_whole_reservation(mock, proxy, 
 def bound_of(fields, api="chat"):
     """The worst case of a request in microdollars, as the program bounds it."""
     module = program()
-    book = module.PriceBook.load("pricing.json")
+    book = module.PriceBook.load(str(ROOT / "pricing.json"))
     body = module.parse_json_object(json.dumps(fields).encode())
     bound = module.bound_of_request(api, body, book.price(fields["model"]))
     return bound.microdollars(bound.output_tokens)
