@@ -352,3 +352,335 @@ def test_an_ordinary_request_goes_up_byte_for_byte_but_for_the_usage_option(mock
     asks_usage = call.streamed and not call.shows_usage
     expected = {"stream_options": {"include_usage": True}} if asks_usage else {}
     assert expected == splices(client.sent[0].read(), mock.seen[-1].body)
+
+
+# The error matrix: what each call raises in each situation.
+
+@dataclass(frozen=True)
+class Row:
+    """What a situation comes to: for whole answers, for streams, at the provider, in money."""
+    whole: str                      # the exception's exact class, and its HTTP status
+    streamed: str
+    attempts: int                   # requests that the provider sees
+    charged: str                    # "nothing", or "bound": all that was reserved
+    code: object
+    words: str                      # in the exception's message
+
+
+NO_SUCH_THING = "no such thing"     # a whole answer has no events
+# fmt: off  (reads as the table that it is)
+ERRORS = {
+    "provider says 400": Row(
+        "BadRequestError 400", "BadRequestError 400", 1, "nothing",
+        "invalid_value", "Invalid value: 'purple'."),
+    "provider refuses our key": Row(
+        "AuthenticationError 401", "AuthenticationError 401", 1, "nothing",
+        "invalid_api_key", "Incorrect API key provided."),
+    "provider lacks the model": Row(
+        "NotFoundError 404", "NotFoundError 404", 1, "nothing",
+        "model_not_found", "does not exist"),
+    "provider says 429": Row(
+        "RateLimitError 429", "RateLimitError 429", 1, "nothing",
+        "rate_limit_exceeded", "Rate limit reached"),
+    "provider says 500": Row(
+        "InternalServerError 500", "InternalServerError 500", 1, "nothing",
+        None, "The server had an error"),
+    "provider says 503": Row(
+        "InternalServerError 503", "InternalServerError 503", 1, "nothing",
+        "overloaded", "The engine is overloaded"),
+    "provider says 529": Row(
+        "InternalServerError 529", "InternalServerError 529", 1, "nothing",
+        None, "Overloaded"),
+    "request is malformed": Row(
+        "BadRequestError 400", "BadRequestError 400", 0, "nothing",
+        None, "must be"),
+    "token is wrong": Row(
+        "AuthenticationError 401", "AuthenticationError 401", 0, "nothing",
+        "invalid_api_key", "this proxy takes its own token"),
+    "nothing is left": Row(
+        "APIStatusError 402", "APIStatusError 402", 0, "nothing",
+        "budget_exceeded", "Iron Cage budget limit exceeded"),
+    "request does not fit": Row(
+        "APIStatusError 402", "APIStatusError 402", 0, "nothing",
+        "insufficient_budget", "Iron Cage budget insufficient for this request"),
+    "model has no price": Row(
+        "BadRequestError 400", "BadRequestError 400", 0, "nothing",
+        "unpriced_model", "gpt-unpriced-9"),
+    "provider has no key here": Row(
+        "BadRequestError 400", "BadRequestError 400", 0, "nothing",
+        "no_provider_key", "OPENAI_API_KEY"),
+    "provider is unreachable": Row(
+        "InternalServerError 502", "InternalServerError 502", 0, "nothing",
+        "upstream_unreachable", "provider"),
+    "provider closes without an answer": Row(
+        "InternalServerError 502", "InternalServerError 502", 1, "bound",
+        "upstream_broke", "provider"),
+    "provider never answers": Row(
+        "InternalServerError 504", "InternalServerError 504", 1, "bound",
+        "upstream_timeout", "provider"),
+    "answer is reset in its middle": Row(
+        "InternalServerError 502", "APIError in stream", 1, "bound",
+        "upstream_broke", "provider"),
+    "answer ends in its middle": Row(
+        "InternalServerError 502", "APIError in stream", 1, "bound",
+        "upstream_broke", "provider"),
+    "answer stalls in its middle": Row(
+        "InternalServerError 504", "APIError in stream", 1, "bound",
+        "upstream_timeout", "provider"),
+    "provider ends its stream with an error": Row(
+        NO_SUCH_THING, "APIError in stream", 1, "bound",
+        "server_is_overloaded", "The model is overloaded"),
+}
+# fmt: on
+WHOLE_AND_STREAMED = ("chat", "chat stream", "responses", "responses stream", "completions",
+                      "completions stream", "embeddings")
+HELPERS = ("chat helper", "responses helper")
+CELLS = [(situation, name) for situation, row in ERRORS.items()
+         for name in (*WHOLE_AND_STREAMED, *(HELPERS if "in stream" in row.streamed else ()))
+         if CALLS[name].streamed or row.whole != NO_SUCH_THING]
+
+
+class Stage:
+    """What a situation sets up before the call."""
+
+    def __init__(self, mock, call):
+        self.mock, self.call = mock, call
+        self.argv, self.environ, self.timeouts = BUDGET, None, None
+        self.fields = cap_of(call, 1000)
+        self.client_options = {}
+        self.is_over = threading.Event()
+
+    def provider_says(self, status, message, code=None, headers=()):
+        self.mock.always = openai_error(status, message, code=code, headers=headers)
+
+    def breaks_with(self, *steps):
+        """The provider answers as it does, but for the steps with which it breaks off midway."""
+        def reply(request):
+            whole = self.mock.default_reply(request)
+            parts = whole.steps if len(whole.steps) > 1 else (whole.body[:40], whole.body[40:])
+            half = len(parts) // 2
+            return whole.with_steps([*parts[:half], *steps, *parts[half:]])
+        self.mock.always = reply
+
+    def never_answers(self):
+        def reply(_):
+            self.is_over.wait(PATIENCE_S)
+            return Reply(answers=False)
+        self.mock.always = reply
+
+
+def key_is_refused(stage):
+    stage.environ = {**proxy_environment(stage.mock), "OPENAI_API_KEY": OPENAI_KEY + "-old"}
+
+
+def model_is_gone(stage):
+    stage.mock.models.remove(API_MODELS[stage.call.api])
+
+
+def request_is_malformed(stage):
+    broken = CAP_FIELDS[stage.call.api]
+    stage.fields["extra_body"] = {broken: -1} if broken else {"model": ""}
+
+
+def request_does_not_fit(stage):
+    stage.argv = ("--budget", "0.0001")
+    stage.fields = {**cap_of(stage.call, 4000), "prompt": "canary " * 1000}
+
+
+def there_is_no_key(stage):
+    stage.environ = {**proxy_environment(stage.mock)}
+    del stage.environ["OPENAI_API_KEY"]
+
+
+def provider_never_answers(stage):
+    stage.timeouts = {"first_byte_s": 0.2}
+    stage.never_answers()
+
+
+def answer_stalls(stage):
+    stage.timeouts = {"between_bytes_s": 0.2}
+    stage.breaks_with(Hang())
+
+
+def stream_ends_with_an_error(stage):
+    error = {"message": "The model is overloaded", "type": "server_error", "param": None,
+             "code": "server_is_overloaded"}
+    stage.breaks_with(sse({"error": error}), Close())
+
+
+SITUATIONS = {
+    "provider says 400": lambda stage: stage.provider_says(
+        400, "Invalid value: 'purple'.", "invalid_value"),
+    "provider refuses our key": key_is_refused,
+    "provider lacks the model": model_is_gone,
+    "provider says 429": lambda stage: stage.provider_says(
+        429, "Rate limit reached", "rate_limit_exceeded", [("retry-after", "7")]),
+    "provider says 500": lambda stage: stage.provider_says(500, "The server had an error"),
+    "provider says 503": lambda stage: stage.provider_says(
+        503, "The engine is overloaded", "overloaded"),
+    "provider says 529": lambda stage: stage.provider_says(529, "Overloaded"),
+    "request is malformed": request_is_malformed,
+    "token is wrong": lambda stage: stage.client_options.update(api_key="ic_wrong"),
+    "nothing is left": lambda stage: setattr(stage, "argv", ("--budget", "0")),
+    "request does not fit": request_does_not_fit,
+    "model has no price": lambda stage: stage.fields.update(model="gpt-unpriced-9"),
+    "provider has no key here": there_is_no_key,
+    "provider is unreachable": lambda stage: stage.mock.refuse_connections(),
+    "provider closes without an answer": lambda stage: setattr(
+        stage.mock, "always", Reply(answers=False)),
+    "provider never answers": provider_never_answers,
+    "answer is reset in its middle": lambda stage: stage.breaks_with(Cut()),
+    "answer ends in its middle": lambda stage: stage.breaks_with(Close()),
+    "answer stalls in its middle": answer_stalls,
+    "provider ends its stream with an error": stream_ends_with_an_error,
+}
+
+
+def loads_event(event):
+    """One event of the mock as an object with attributes, however deep."""
+    return json.loads(event.partition(b"data: ")[2], object_hook=lambda d: SimpleNamespace(**d))
+
+
+def text_of_event(event):
+    """The text that one chunk or event adds."""
+    if hasattr(event, "choices"):
+        return "".join(getattr(choice, "text", None) or
+                       getattr(getattr(choice, "delta", None), "content", None) or ""
+                       for choice in event.choices)
+    return event.delta if event.type == "response.output_text.delta" else ""
+
+
+def noting_reservations(mock, proxy):
+    """Let the mock note what is reserved whenever a request reaches it; the list of notes."""
+    notes, behaviour = [], mock.always or mock.default_reply
+
+    def reply(request):
+        notes.append(status_of(proxy)["reserved_microdollars"])
+        return behaviour(request) if callable(behaviour) else behaviour
+
+    mock.always = reply
+    return notes
+
+
+def described(error):
+    """The exact class of an exception, and the HTTP status that it carries."""
+    status = getattr(error, "status_code", "in stream")
+    return f"{type(error).__name__} {status}"
+
+
+def test_every_situation_of_the_matrix_is_set_up():
+    assert list(ERRORS) == list(SITUATIONS)
+
+
+@pytest.mark.parametrize("situation, name", CELLS)
+def test_error_matrix(mock, proxy_for, client_of, situation, name):
+    row, call = ERRORS[situation], CALLS[name]
+    stage = Stage(mock, call)
+    SITUATIONS[situation](stage)
+    proxy = proxy_for(*stage.argv, environ=stage.environ, timeouts=stage.timeouts)
+    reservations = noting_reservations(mock, proxy)
+    client = client_of(proxy, **stage.client_options)
+
+    with pytest.raises(openai.OpenAIError) as caught:
+        call(client, **stage.fields)
+    stage.is_over.set()
+
+    error = caught.value
+    assert (row.streamed if call.streamed else row.whole) == described(error), error
+    assert row.words in error.message
+    assert row.code == error.code
+    assert row.attempts == len(mock.seen)
+    assert 1 == len(client.sent)
+    spent = settled_status(proxy)["spent_microdollars"]
+    assert (sum(reservations) if row.charged == "bound" else 0) == spent
+    assert mock.billed_microdollars <= spent
+    assert (row.charged == "bound") == (spent > 0)
+
+
+REFUSED_BY_BUDGET = ("nothing is left", "request does not fit")
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("situation", REFUSED_BY_BUDGET)
+def test_a_refusal_by_the_budget_is_never_tried_again(mock, proxy_for, client_of, situation,
+                                                      name):
+    stage = Stage(mock, CALLS[name])
+    SITUATIONS[situation](stage)
+    client = client_of(proxy_for(*stage.argv), max_retries=openai.DEFAULT_MAX_RETRIES)
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        CALLS[name](client, **stage.fields)
+
+    assert 402 == caught.value.status_code
+    assert "false" == caught.value.response.headers["x-should-retry"]
+    assert "iron_cage_" + caught.value.code == caught.value.type
+    assert (1, 0) == (len(client.sent), len(mock.seen))
+
+
+@pytest.mark.parametrize("name", ["chat", "responses stream", "completions"])
+def test_what_a_refusal_says_is_affordable_is_affordable(mock, proxy_for, client_of, name):
+    call = CALLS[name]
+    client = client_of(proxy_for("--budget", "0.001", "--no-fit"))
+    with pytest.raises(openai.APIStatusError) as caught:
+        call(client, **cap_of(call, 4000))
+    told = caught.value.body["ironcage"]
+
+    heard = call(client, **cap_of(call, told["affordable_output_tokens"]))
+
+    assert heard.text == mock.output_text
+    assert 1000 == told["limit_microdollars"] < told["needed_microdollars"]
+    with pytest.raises(openai.APIStatusError):
+        call(client_of(proxy_for("--budget", "0.001", "--no-fit")),
+             **cap_of(call, told["affordable_output_tokens"] + 1))
+
+
+@pytest.mark.parametrize("name", WHOLE_AND_STREAMED)
+def test_retry_after_and_request_id_of_the_provider_reach_the_exception(mock, proxy, client_of,
+                                                                       name):
+    stage = Stage(mock, CALLS[name])
+    SITUATIONS["provider says 429"](stage)
+
+    with pytest.raises(openai.RateLimitError) as caught:
+        CALLS[name](client_of(proxy))
+
+    assert "7" == caught.value.response.headers["retry-after"]
+    assert "req_mock" == caught.value.request_id
+
+
+@pytest.mark.parametrize("name", ["chat stream", "responses stream", "completions stream"])
+@pytest.mark.parametrize("break_off", [Cut, Close, Hang])
+def test_all_text_before_a_break_is_heard_before_the_error(mock, proxy_for, client_of, name,
+                                                          break_off):
+    call = CALLS[name]
+    stage = Stage(mock, call)
+    stage.breaks_with(break_off())
+    proxy = proxy_for(*BUDGET, timeouts={"between_bytes_s": 0.2})
+    texts = []
+
+    def ask(client, fields):
+        method = {"chat": client.chat.completions, "responses": client.responses,
+                  "completions": client.completions}[call.api]
+        with method.create(stream=True, **fields) as stream:
+            texts.extend(map(text_of_event, stream))
+
+    with pytest.raises(openai.APIError):
+        replace(call, ask=ask)(client_of(proxy))
+
+    text = "".join(texts)
+    steps = mock.default_reply(mock.seen[0]).steps
+    sent = "".join(map(text_of_event, map(loads_event, steps[:len(steps) // 2])))
+    assert sent == text != ""
+
+
+def test_a_flat_error_event_of_a_responses_stream_passes_through(mock, proxy, client_of):
+    """The SDK hands these on as events; it raises for a nested `error` only."""
+    event = {"type": "error", "sequence_number": 7, "code": "server_error", "param": None,
+             "message": "The server had an error"}
+    Stage(mock, CALLS["responses stream"]).breaks_with(sse(event, "error"), Close())
+
+    with client_of(proxy).responses.create(model="gpt-4o-mini", input=PROMPT,
+                                           stream=True) as stream:
+        events = list(stream)
+
+    assert event == events[-1].to_dict()
+    assert "response.output_text.delta" == events[-2].type

@@ -1,0 +1,621 @@
+"""Chapter 5: no call that a provider can bill for a request costs more than the request's bound,
+whatever its text, tools, tier, place or cache; the output cap that is derived from an amount is
+the largest that fits; and what no bound covers is refused."""
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import ironcage_proxy as ic
+
+BOOK = ic.PriceBook.load(str(Path(ic.__file__).resolve().with_name("pricing.json")))
+PRICES = [BOOK.price(key) for key in BOOK.keys()]
+ROW = {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": 1_000_000,
+       "max_output_tokens": 50_000, "input_cost_per_token": Decimal("0.00001"),
+       "output_cost_per_token": Decimal("0.00005")}
+CLAUDE = {**ROW, "litellm_provider": "anthropic",
+          "cache_creation_input_token_cost": Decimal("0.0000125"),
+          "cache_creation_input_token_cost_above_1hr": Decimal("0.00002")}
+
+
+def price_of(row: dict, key: str = "m") -> ic.Price:
+    return ic.PriceBook({key: row}).price(key)
+
+
+def body_of(fields: dict) -> ic.JsonBody:
+    return ic.parse_json_object(json.dumps(fields).encode())
+
+
+def bound_of(api: str, fields: dict, row: dict = ROW, **options: object) -> ic.Bound:
+    return ic.bound_of_request(api, body_of(fields), price_of(row), **options)
+
+
+def chat(**fields: object) -> dict:
+    return {"model": "m", "messages": [{"role": "user", "content": "Hello"}], **fields}
+
+
+def message(**fields: object) -> dict:
+    return {"model": "m", "max_tokens": 100, **chat(), **fields}
+
+
+# Any request, and any bill that a provider can make of it.
+
+SCRIPTS = ("abc deZ 019", "{}[]\":,\\/", "\n\t\x01\x7f", "äöüßéñ", "привет", "שלום", "مرحبا",
+           "नमस्ते", "日本語漢字", "한국어", "🐤😀🏳\u200d🌈", "\u2028\u0301\ufffd", "𝔘𝔫𝔦")
+
+
+def text(rng: Random, most: int = 40) -> str:
+    script = rng.choice(SCRIPTS)
+    return "".join(rng.choices(script, k=rng.randrange(most)))
+
+
+def seen_tokens(value: object) -> int:
+    """The most tokens that a byte-level tokenizer can make of a JSON value."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8"))
+    if isinstance(value, dict):
+        return sum(seen_tokens(name) + seen_tokens(child) for name, child in value.items())
+    if isinstance(value, list):
+        return sum(map(seen_tokens, value))
+    return 1                                        # a token id, a number, true, false or null
+
+
+def serialised(rng: Random, fields: dict) -> bytes:
+    """The fields as one of the JSON texts that clients send; some hide words behind escapes."""
+    body = json.dumps(fields, ensure_ascii=rng.random() < 0.5,
+                      separators=rng.choice([(",", ":"), (", ", ": ")]),
+                      indent=rng.choice([None, None, 1]))
+    for word, hidden in (('"1h"', '"\\u0031h"'), ('"cache_control"', '"cache\\u005fcontrol"'),
+                         ('"12h"', '"1\\u0032h"')):
+        if rng.random() < 0.5:
+            body = body.replace(word, hidden)
+    return body.encode()
+
+
+def cached(rng: Random) -> dict:
+    """A cache mark, or none."""
+    ttl = rng.choice([{}, {"ttl": "5m"}, {"ttl": "1h"}])
+    return rng.choice([{}, {"cache_control": {"type": "ephemeral", **ttl}}])
+
+
+def prompt_of(rng: Random, api: str) -> dict:
+    if api == "embeddings":
+        return {"input": rng.choice([text(rng), [text(rng), text(rng)], [1, 22, 333],
+                                     [[1, 2], [3]]])}
+    if api == "completions":
+        return {"prompt": rng.choice([text(rng), [text(rng), text(rng), "x"], [1, 22, 333],
+                                      [[1, 2], [3]]]),
+                **({"best_of": 3} if rng.random() < 0.3 else {})}
+    roles = ("user", "assistant")
+    turns = []
+    for _ in range(rng.randrange(1, 5)):
+        part = {"type": "input_text" if api == "responses" else "text", "text": text(rng, 300),
+                **(cached(rng) if api == "messages" else {})}
+        turns.append({"role": rng.choice(roles), "content": rng.choice([text(rng), [part]])})
+    if api == "responses":
+        return {"input": rng.choice([text(rng), turns]), "instructions": text(rng)}
+    system = {"system": [{"type": "text", "text": text(rng), **cached(rng)}]}
+    return {"messages": turns, **(system if api == "messages" else {})}
+
+
+def request_of(rng: Random, api: str) -> dict:
+    fields: dict = {"model": "m", **prompt_of(rng, api)}
+    if rng.random() < 0.15 and api in ("chat", "messages"):
+        kind = rng.choice(["image_url", "input_audio"] if api == "chat" else ["image", "document"])
+        fields["messages"].append({"role": "user", "content": [{"type": kind, kind: {"x": "y"}}]})
+    for name in ic.MAX_TOKENS_FIELDS[api]:
+        if rng.random() < 0.7 or api == "messages":
+            fields[name] = rng.choice([0, 1, 16, 1_000, 60_000, 300_000])
+    if rng.random() < 0.3 and api in ("chat", "responses", "messages"):
+        fields["tools"] = [{"type": "function", "name": text(rng)}] if api != "messages" else [
+            {"name": "f", "input_schema": {"type": "object", text(rng): {}}, **cached(rng)}]
+    if rng.random() < 0.3 and api in ("chat", "completions"):
+        fields["n"] = rng.choice([None, 1, 2, 7])
+    if rng.random() < 0.4:
+        fields["service_tier"] = rng.choice(
+            [None, "auto", "standard_only"] if api == "messages" else
+            [None, "auto", "default", "flex", "priority", "fast", "ultrafast", "of 2031"])
+    if api == "messages":
+        fields.update({name: rng.choice(values) for name, values in (
+            ("inference_geo", [None, "us", "global"]), ("speed", [None, "standard", "fast"]))
+            if rng.random() < 0.6})
+    if rng.random() < 0.1 and api in ("chat", "responses"):
+        fields["prompt_cache_options"] = {"ttl": "12h"}
+    if rng.random() < 0.1 and api == "chat":
+        fields["modalities"] = ["text", "audio"]
+    if rng.random() < 0.1 and api == "chat":
+        fields["prediction"] = {"type": "content", "content": "ab c" * rng.randrange(750)}
+    return fields
+
+
+def choices_of(api: str, fields: dict) -> int:
+    prompt = fields.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt[0] != 1 else 1
+    return prompts * max(fields.get("n") or 1, fields.get("best_of") or 1)
+
+
+def part_of(rng: Random, most: int) -> int:
+    return rng.choice([0, 0, most, rng.randrange(most + 1)])
+
+
+def bill_of(rng: Random, api: str, fields: dict, price: ic.Price, cap: int) -> tuple[dict, dict]:
+    """(usage, options of cost()) of a call that the provider can have made of the request."""
+    said = json.dumps(fields)
+    most_input = seen_tokens(fields) + 7 + 2_179 * ("tools" in fields)
+    if any(f'"type": "{kind}"' in said for kind in ("image_url", "input_audio", "image",
+                                                    "document")):
+        most_input = price.max_input_tokens
+    most_output = cap * choices_of(api, fields) + seen_tokens(fields.get("prediction", ""))
+    prompt, output = most_input - part_of(rng, most_input), most_output - part_of(rng, most_output)
+    read = part_of(rng, prompt)
+    if api == "messages":
+        written = part_of(rng, prompt - read) if "cache_control" in said else 0
+        hour = part_of(rng, written) if '"1h"' in said else 0
+        geo = {None: rng.choice(["us", "global", "not_available"]), "us": "us"}.get(
+            fields.get("inference_geo"), "global")
+        return {"input_tokens": prompt - read - written, "output_tokens": output,
+                "cache_read_input_tokens": read, "cache_creation_input_tokens": written,
+                "cache_creation": {"ephemeral_5m_input_tokens": written - hour,
+                                   "ephemeral_1h_input_tokens": hour},
+                "inference_geo": geo, "service_tier": rng.choice(["standard", "priority"]),
+                "speed": rng.choice([fields.get("speed"), "standard"])}, {}
+    written = part_of(rng, prompt - read)
+    half_day = part_of(rng, written) if '"12h"' in said else 0
+    heard = part_of(rng, prompt - read - written) if "input_audio" in said else 0
+    spoken = part_of(rng, output) if "modalities" in said else 0
+    ins, outs = ("input", "output") if api == "responses" else ("prompt", "completion")
+    usage = {f"{ins}_tokens": prompt, f"{ins}_tokens_details": {
+                 "cached_tokens": read, "cache_write_tokens": written, "audio_tokens": heard,
+                 "cache_write_tokens_details": {"ttl_12h_tokens": half_day}},
+             f"{outs}_tokens": output, f"{outs}_tokens_details": {
+                 "audio_tokens": spoken, "reasoning_tokens": part_of(rng, output)}}
+    asked = fields.get("service_tier")
+    served = {"fast": "priority", "auto": "default",
+              "of 2031": rng.choice(["priority", "ultrafast", "flex"])}.get(asked, asked)
+    return usage, {"service_tier": rng.choice([served, "default", None])}
+
+
+def sellers(api: str) -> list[ic.Price]:
+    if api == "messages":
+        return [price for price in PRICES if price.provider == "anthropic"]
+    return [price for price in PRICES if price.provider != "anthropic"
+            and price.max_input_tokens and not ic.SEARCHING_MODEL.search(price.key)]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_bill_that_a_provider_can_make_is_above_the_bound(seed):
+    rng = Random(seed)
+    for _ in range(10):
+        api = rng.choice(["chat", "responses", "messages", "messages", "completions",
+                          "embeddings"])
+        price = rng.choice(sellers(api))
+        fields = request_of(rng, api)
+        residency = rng.choice([None, "us", "eu"]) if api != "messages" else None
+        body = ic.parse_json_object(serialised(rng, fields))
+        bound = ic.bound_of_request(api, body, price, data_residency=residency)
+        cap = rng.choice([bound.output_tokens, rng.randrange(bound.output_tokens + 1)])
+
+        usage, options = bill_of(rng, api, fields, price, cap)
+        cost = BOOK.cost(price.key, usage, api=api, data_residency=residency, **options)
+
+        assert cost <= bound.microdollars(cap), (api, price.key, body.text, usage)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_tier_that_the_project_defaults_to_is_bounded(seed):
+    rng = Random(seed)
+    price = rng.choice(sellers("chat"))
+    usage = {"prompt_tokens": 20, "completion_tokens": 50}
+    fields = chat(max_tokens=50, **rng.choice([{}, {"service_tier": "auto"}]))
+
+    bound = ic.bound_of_request("chat", body_of(fields), price, default_tier="priority")
+    costs = [BOOK.cost(price.key, usage, api="chat", service_tier=tier)
+             for tier in (None, "priority")]
+
+    assert max(costs) <= bound.microdollars(50)
+
+
+# The bound, in figures.
+
+def test_the_bound_of_text_is_its_bytes_and_its_output_cap():
+    fields = chat(max_tokens=1_000)
+    body_bytes = len(json.dumps(fields))
+
+    bound = bound_of("chat", fields)
+
+    assert body_bytes + 64 == bound.input_tokens
+    assert (body_bytes + 64) * 10 + 1_000 * 50 == bound.microdollars(bound.output_tokens)
+
+
+def test_text_beyond_ascii_is_counted_in_bytes_and_not_in_characters():
+    body = ic.parse_json_object('{"messages":[{"role":"user","content":"日本語"}]}'.encode())
+
+    assert len(body.text) + 6 + 64 == ic.input_tokens_bound(body, price_of(ROW))
+
+
+@pytest.mark.parametrize("fields", [
+    {"tools": [{"type": "function"}]}, {"functions": [{"name": "f"}]},
+    {"response_format": {"type": "json_schema"}}, {"text": {"format": {"type": "json_schema"}}},
+    {"output_config": {"format": {}}}, {"output_format": {"type": "json_schema"}},
+])
+def test_tools_and_schemas_bring_system_prompts_that_are_bounded(fields):
+    bound = bound_of("chat", chat(**fields))
+
+    assert len(json.dumps(chat(**fields))) + 4_096 == bound.input_tokens
+
+
+@pytest.mark.parametrize("api, fields, answers", [
+    ("chat", chat(n=None), 1), ("chat", chat(n=3), 3),
+    ("completions", {"prompt": "a"}, 1), ("completions", {"prompt": ["a", "b"]}, 2),
+    ("completions", {"prompt": ["a", "b"], "n": 2}, 4),
+    ("completions", {"prompt": ["a", "b"], "n": 2, "best_of": 5}, 10),
+    ("completions", {"prompt": [1, 2, 3]}, 1), ("completions", {"prompt": [[1, 2], [3]]}, 2),
+    ("completions", {"prompt": []}, 1), ("responses", {"input": "a", "n": 3}, 1),
+    ("messages", message(n=3), 1),
+])
+def test_each_answer_that_is_asked_for_is_bounded(api, fields, answers):
+    bound = bound_of(api, fields)
+
+    assert answers * 50 * 1_000_000 == bound.output_picodollars
+
+
+@pytest.mark.parametrize("api, fields, cap", [
+    ("chat", {}, None), ("chat", {"max_tokens": 5}, 5), ("chat", {"max_completion_tokens": 5}, 5),
+    ("chat", {"max_tokens": 5, "max_completion_tokens": 7}, 7),
+    ("chat", {"max_tokens": 9, "max_completion_tokens": None}, 9),
+    ("chat", {"max_tokens": 0}, 0), ("chat", {"max_output_tokens": 5}, None),
+    ("responses", {"max_output_tokens": 5}, 5), ("responses", {"max_tokens": 5}, None),
+    ("messages", {"max_tokens": 5}, 5), ("completions", {}, 16),
+    ("completions", {"max_tokens": 500}, 500), ("embeddings", {"max_tokens": 5}, None),
+])
+def test_the_largest_cap_that_the_client_set_counts(api, fields, cap):
+    assert cap == ic.asked_output_tokens(api, fields)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, "5", True, [], 10 ** 12])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n"])
+def test_a_cap_that_is_no_count_is_refused(name, bad):
+    with pytest.raises(ic.BadRequest) as caught:
+        bound_of("chat", chat(**{name: bad}))
+
+    assert name == caught.value.param
+
+
+@pytest.mark.parametrize("n", [0, 129])
+def test_a_number_of_answers_out_of_range_is_refused(n):
+    with pytest.raises(ic.BadRequest, match="n must be a whole number from 1 to 128"):
+        bound_of("chat", chat(n=n))
+
+
+def test_a_cap_above_the_models_own_maximum_counts_as_that():
+    assert 50_000 == bound_of("chat", chat(max_tokens=10 ** 9)).output_tokens
+    assert 50_000 == bound_of("chat", chat()).output_tokens
+
+
+def test_a_model_whose_maximum_is_unknown_is_bounded_by_what_is_asked_or_assumed():
+    row = {name: value for name, value in ROW.items() if name != "max_output_tokens"}
+
+    assert 10 ** 6 == bound_of("chat", chat(max_tokens=10 ** 6), row).output_tokens
+    assert 128_000 == bound_of("chat", chat(), row).output_tokens
+
+
+def test_an_embedding_has_no_output():
+    bound = bound_of("embeddings", {"input": "text"})
+
+    assert (0, bound.microdollars(0)) == (
+        bound.output_tokens, (bound.input_tokens * 10))
+
+
+def test_a_rejected_prediction_is_bounded_beside_the_cap():
+    fields = chat(max_tokens=10, prediction={"type": "content", "content": "x" * 500})
+    without = {name: value for name, value in fields.items() if name != "prediction"}
+
+    more = bound_of("chat", fields).microdollars(10) - bound_of("chat", without).microdollars(10)
+
+    assert more >= 500 * 50 + 500 * 10
+
+
+@pytest.mark.parametrize("geo, factor", [("absent", 11), (None, 11), ("us", 11), ("global", 10)])
+@pytest.mark.parametrize("speed, fast", [("absent", 1), (None, 1), ("fast", 6)])
+def test_place_and_speed_multiply_the_bound(geo, factor, speed, fast):
+    row = {**CLAUDE, "provider_specific_entry": {"us": Decimal("1.1"), "fast": 6}}
+    asked = {name: value for name, value in (("inference_geo", geo), ("speed", speed))
+             if value != "absent"}
+
+    bound = bound_of("messages", message(**asked), row)
+
+    assert bound.input_tokens * 10 ** 6 * factor * fast == bound.input_picodollars
+    assert 5 * 10 ** 6 * factor * fast == bound.output_picodollars
+
+
+@pytest.mark.parametrize("residency, factor", [(None, 10), ("eu", 12), ("us", 11)])
+def test_regional_hosts_multiply_the_bound(residency, factor):
+    row = {**ROW, "regional_processing_uplift_multiplier_us": Decimal("1.1"),
+           "regional_processing_uplift_multiplier_eu": Decimal("1.2")}
+
+    bound = bound_of("chat", chat(), row, data_residency=residency)
+
+    assert bound.input_tokens * 10 ** 6 * factor == bound.input_picodollars
+
+
+@pytest.mark.parametrize("raw, rate", [
+    ('{"max_tokens":1,"messages":[]}', 10),
+    ('{"max_tokens":1,"messages":[],"cache_control":{"type":"ephemeral"}}', 12.5),
+    ('{"max_tokens":1,"messages":[],"cache_control":{"type":"ephemeral","ttl":"5m"}}', 12.5),
+    ('{"max_tokens":1,"messages":[],"cache_control":{"type":"ephemeral","ttl":"1h"}}', 20),
+    ('{"max_tokens":1,"messages":[],"cache_control":{"type":"ephemeral","ttl":"\\u0031h"}}', 20),
+    ('{"max_tokens":1,"messages":[],"cache_control":{"type":"ephemeral","ttl":"1\\u0068"}}', 20),
+    ('{"max_tokens":1,"messages":[],"cache\\u005fcontrol":{"ttl":"1h"}}', 20),
+    ('{"max_tokens":1,"messages":[],"\\u0063ache_control":{"ttl":"\\u0031\\u0068"}}', 20),
+])
+def test_input_is_bounded_at_the_dearest_cache_write_that_the_request_can_ask_for(raw, rate):
+    body = ic.parse_json_object(raw.encode())
+
+    bound = ic.bound_of_request("messages", body, price_of(CLAUDE))
+
+    assert bound.input_tokens * int(rate * 10 ** 6) == bound.input_picodollars
+
+
+@pytest.mark.parametrize("tier, rate", [
+    ("absent", 10), (None, 10), ("auto", 10), ("default", 10), ("flex", 10), ("scale", 10),
+    ("priority", 20), ("fast", 20), ("ultrafast", 50), ("of 2031", 50), (7, 50), ([], 50),
+])
+def test_input_is_bounded_at_the_dearer_of_the_tiers_that_can_serve(tier, rate):
+    row = {**ROW, "input_cost_per_token_priority": Decimal("0.00002"),
+           "input_cost_per_token_flex": Decimal("0.000005"),
+           "input_cost_per_token_ultrafast": Decimal("0.00005")}
+
+    bound = bound_of("chat", chat(**({} if tier == "absent" else {"service_tier": tier})), row)
+
+    assert bound.input_tokens * rate * 10 ** 6 == bound.input_picodollars
+
+
+@pytest.mark.parametrize("characters, rate", [(900, 10), (1_000, 100)])
+def test_the_long_context_price_is_bounded_once_the_prompt_may_reach_it(characters, rate):
+    row = {**ROW, "input_cost_per_token_above_1k_tokens": Decimal("0.0001")}
+    fields = {"input": "x" * characters}
+    assert (len(json.dumps(fields)) + 64 > 1_000) == (rate == 100)
+
+    bound = bound_of("responses", fields, row)
+
+    assert bound.input_tokens * rate * 10 ** 6 == bound.input_picodollars
+
+
+@pytest.mark.parametrize("fields, rate", [
+    ({}, 50), ({"modalities": ["text", "audio"]}, 200), ({"audio": {"voice": "alloy"}}, 200)])
+def test_spoken_output_is_bounded_at_its_own_price(fields, rate):
+    row = {**ROW, "output_cost_per_audio_token": Decimal("0.0002")}
+
+    assert rate * 10 ** 6 == bound_of("chat", chat(**fields), row).output_picodollars
+
+
+def test_a_free_model_is_bounded_at_nothing():
+    row = {**ROW, "input_cost_per_token": 0, "output_cost_per_token": 0}
+
+    bound = bound_of("chat", chat(), row)
+
+    assert 0 == bound.microdollars(bound.output_tokens)
+    assert 50_000 == bound.default_output_tokens(0)
+
+
+# Input that the request's bytes do not show.
+
+def content(*parts: dict) -> dict:
+    return chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}, *parts]}])
+
+
+UNSEEN = {
+    "image": content({"type": "image_url", "image_url": {"url": "https://x/y.png"}}),
+    "audio": content({"type": "input_audio", "input_audio": {"data": "AA=="}}),
+    "file": content({"type": "file", "file": {"file_id": "file-1"}}),
+    "image in messages": content({"type": "image", "source": {"type": "url", "url": "x"}}),
+    "document": content({"type": "document", "source": {"type": "file", "file_id": "x"}}),
+    "search result": content({"type": "search_result", "content": []}),
+    "container upload": content({"type": "container_upload", "file_id": "x"}),
+    "image in a tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
+        {"type": "image", "source": {}}]}),
+    "image in system": message(system=[{"type": "image", "source": {}}]),
+    "a type of tomorrow": content({"type": "hologram"}),
+    "no type at all but a list": content({"type": "text", "text": [{"type": "image"}]}),
+    "input image": {"input": [{"role": "user", "content": [
+        {"type": "input_image", "image_url": "x"}]}]},
+    "input file": {"input": [{"role": "user", "content": [
+        {"type": "input_file", "file_id": "x"}]}]},
+    "item reference": {"input": [{"type": "item_reference", "id": "msg_1"}]},
+    "compaction item": {"input": [{"type": "compaction", "encrypted_content": "x"}]},
+    "web search item": {"input": [{"type": "web_search_call", "id": "ws_1"}]},
+    "screenshot": {"input": [{"type": "computer_call_output", "output": {
+        "type": "computer_screenshot", "file_id": "x"}}]},
+    "previous response": {"input": "x", "previous_response_id": "resp_1"},
+    "conversation": {"input": "x", "conversation": "conv_1"},
+    "conversation object": {"input": "x", "conversation": {"id": "conv_1"}},
+    "container": message(container="container_1"),
+}
+SEEN = {
+    "text": content(),
+    "a plain string": chat(),
+    "refusal": content({"type": "refusal", "refusal": "no"}),
+    "tool use": content({"type": "tool_use", "id": "x", "name": "f", "input": {"type": "image"}}),
+    "tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
+        {"type": "text", "text": "image"}]}),
+    "thinking": content({"type": "thinking", "thinking": "x", "signature": "y"}),
+    "cache mark": content({"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}),
+    "schema": chat(tools=[{"type": "function", "function": {
+        "name": "f", "parameters": {"type": "object", "properties": {
+            "image": {"type": "image"}}}}}]),
+    "function call": {"input": [{"type": "function_call", "call_id": "x", "arguments": "{}"},
+                                {"type": "function_call_output", "call_id": "x", "output": "y"}]},
+    "null state": {"input": "x", "previous_response_id": None, "conversation": None},
+}
+
+
+@pytest.mark.parametrize("fields", UNSEEN.values(), ids=UNSEEN)
+def test_unseen_input_counts_as_the_models_whole_context(fields):
+    api = "responses" if "input" in fields else "chat"
+
+    assert 1_000_000 == bound_of(api, fields).input_tokens
+
+
+@pytest.mark.parametrize("fields", SEEN.values(), ids=SEEN)
+def test_text_counts_by_its_bytes(fields):
+    api = "responses" if "input" in fields else "chat"
+
+    assert bound_of(api, fields).input_tokens < 5_000
+
+
+@pytest.mark.parametrize("fields", UNSEEN.values(), ids=UNSEEN)
+def test_unseen_input_is_refused_where_the_models_context_is_unknown(fields):
+    row = {name: value for name, value in ROW.items() if name != "max_input_tokens"}
+
+    with pytest.raises(ic.UnboundedRequest, match="max_input_tokens for m"):
+        bound_of("chat", fields, row)
+
+
+# What cannot be bounded.
+
+@pytest.mark.parametrize("kind", [
+    "web_search", "web_search_preview", "web_search_2025_08_26", "web_search_20250305",
+    "web_fetch_20250910", "file_search", "code_interpreter", "code_execution_20250825",
+    "image_generation", "mcp", "mcp_toolset", "advisor_20260301", "tool_search",
+    "tool_search_tool_regex_20251119", "computer_use", "bash_20250124x", "bash_2025", "Function",
+    "function ", "", "of tomorrow",
+])
+def test_a_tool_that_the_provider_runs_is_refused(kind):
+    with pytest.raises(ic.UnboundedRequest) as caught:
+        ic.check_boundable({"tools": [{"type": "function"}, {"type": kind}]}, price_of(ROW))
+
+    assert (400, "tools", "iron_cage_unbounded_request") == (
+        caught.value.status, caught.value.param, caught.value.openai_type)
+
+
+@pytest.mark.parametrize("tool", [{"type": None}, {"type": 5}, {"type": ["function"]}, "function",
+                                  None, []], ids=repr)
+def test_what_is_no_tool_is_refused(tool):
+    with pytest.raises(ic.UnboundedRequest, match="the tool type \\? runs"):
+        ic.check_boundable({"tools": [tool]}, price_of(ROW))
+
+
+@pytest.mark.parametrize("kind", ["a\nb", "x" * 200, "\x1b[0m", "é"])
+def test_a_tool_type_that_is_no_plain_word_is_not_repeated(kind):
+    with pytest.raises(ic.UnboundedRequest, match="the tool type \\? runs"):
+        ic.check_boundable({"tools": [{"type": kind}]}, price_of(ROW))
+
+
+@pytest.mark.parametrize("tool", [
+    {"type": "function", "function": {"name": "web_search"}}, {"type": "function", "name": "f"},
+    {"name": "f", "input_schema": {}}, {"type": "custom", "name": "f"}, {"type": "local_shell"},
+    {"type": "apply_patch"}, {"type": "computer_use_preview"}, {"type": "bash_20250124"},
+    {"type": "text_editor_20250728"}, {"type": "memory_20250818"}, {"type": "computer_20251124"},
+])
+def test_a_tool_that_the_client_runs_is_accepted(tool):
+    assert ic.check_boundable({"tools": [tool]}, price_of(ROW)) is None
+
+
+@pytest.mark.parametrize("fields, name", [
+    ({"background": True}, "background"), ({"background": 1}, "background"),
+    ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"), ({"mcp_servers": []}, "mcp_servers"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"fallbacks": [{"model": "x"}]}, "fallbacks"), ({"fallbacks": "default"}, "fallbacks"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt"), ({"prompt": {}}, "prompt"),
+])
+def test_a_field_that_opens_the_bound_is_refused_by_its_name(fields, name):
+    with pytest.raises(ic.UnboundedRequest) as caught:
+        ic.check_boundable(fields, price_of(ROW))
+
+    assert name == caught.value.param
+    assert caught.value.message.startswith(f"{name}, as asked for here, cannot be used")
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"background": False}, {"background": None}, {"mcp_servers": None},
+    {"web_search_options": None}, {"fallbacks": None}, {"prompt": "a"}, {"prompt": ["a"]},
+    {"tools": None}, {"tools": []}, {"tool_choice": "web_search"},
+])
+def test_a_field_that_asks_for_nothing_is_accepted(fields):
+    assert ic.check_boundable(fields, price_of(ROW)) is None
+
+
+@pytest.mark.parametrize("key", [
+    "gpt-4o-search-preview", "gpt-4o-mini-search-preview-2025-03-11", "gpt-5-search-api",
+    "o3-deep-research", "o4-mini-deep-research-2025-06-26"])
+def test_a_model_that_searches_by_itself_is_refused(key):
+    with pytest.raises(ic.UnboundedRequest) as caught:
+        ic.check_boundable({}, price_of(ROW, key))
+
+    assert "model" == caught.value.param
+
+
+# Caps from amounts.
+
+def random_bound(rng: Random) -> ic.Bound:
+    fraction = rng.choice([1, 1, ic.Fraction(11, 10), ic.Fraction(1, 3)])
+    return ic.Bound(
+        input_tokens=0, input_picodollars=rng.randrange(10 ** rng.randrange(1, 13)) * fraction,
+        output_picodollars=rng.randrange(1, 10 ** rng.randrange(1, 9)) * fraction,
+        unlimited_output_tokens=rng.choice([0, 0, rng.randrange(5_000)]),
+        asked_output_tokens=None, most_output_tokens=rng.choice([0, 1, 500, 8_192, 128_000]))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_affordable_cap_is_the_largest_that_fits(seed):
+    rng = Random(seed)
+    for _ in range(20):
+        bound = random_bound(rng)
+        amount = rng.choice([0, 1, rng.randrange(10 ** rng.randrange(1, 10))])
+
+        cap = bound.affordable_output_tokens(amount)
+
+        if cap >= 0:
+            assert bound.microdollars(cap) <= amount < bound.microdollars(cap + 1)
+        else:
+            assert amount < bound.microdollars(0)
+
+
+def test_any_cap_is_affordable_where_output_is_free_and_input_fits():
+    bound = bound_of("chat", chat(), {**ROW, "output_cost_per_token": 0})
+    needed = bound.microdollars(0)
+
+    assert 50_000 == bound.affordable_output_tokens(needed)
+    assert bound.affordable_output_tokens(needed - 1) < 0
+
+
+def flat_bound(most_output_tokens: int) -> ic.Bound:
+    """Input is free, and an output token costs one microdollar."""
+    return ic.Bound(0, 0, 10 ** 6, 0, None, most_output_tokens)
+
+
+@pytest.mark.parametrize("free, most, cap", [
+    (10 ** 9, 50_000, 50_000),          # more than enough: the model's own maximum
+    (100_000, 50_000, 50_000), (99_999, 50_000, 49_999), (20_000, 50_000, 10_000),  # half
+    (16_384, 50_000, 8_192), (16_385, 50_000, 8_192),                               # still half
+    (16_383, 50_000, 16_383), (8_192, 50_000, 8_192), (1_024, 50_000, 1_024),       # the whole
+    (1_023, 50_000, None), (0, 50_000, None),                                       # too little
+    (8_192, 4_096, 4_096), (8_191, 4_096, 4_096), (4_096, 4_096, 4_096),    # a model that says
+    (4_095, 4_096, 4_095), (1_024, 4_096, 1_024), (1_023, 4_096, None),     # less at most
+    (400, 200, 200), (200, 200, 200), (199, 200, None),
+    (0, 0, 0), (5, 0, 0),
+])
+def test_a_default_cap_takes_half_while_that_is_comfortable_then_all_that_is_worth_it(
+        free, most, cap):
+    assert cap == flat_bound(most).default_output_tokens(free)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_default_cap_always_fits_and_never_passes_the_models_maximum(seed):
+    rng = Random(seed)
+    for _ in range(20):
+        bound, free = random_bound(rng), rng.randrange(10 ** rng.randrange(1, 10))
+
+        cap = bound.default_output_tokens(free)
+
+        if cap is not None:
+            assert 0 <= cap <= bound.most_output_tokens
+            assert bound.microdollars(cap) <= free
+            if cap < min(8_192, bound.most_output_tokens):
+                assert free // 2 < bound.microdollars(min(8_192, bound.most_output_tokens))
+        else:
+            assert free < bound.microdollars(min(1_024, bound.most_output_tokens))

@@ -1,0 +1,92 @@
+"""The README says what the program does: settings, routes, error codes and sums are compared."""
+import re
+
+import pytest
+from support import ROOT, program
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_settings_table_equals_the_programs():
+    module = program()
+    table = README[README.index("<!-- settings"):README.index("Provider keys:")]
+    rows = [tuple(cell.strip(" `") for cell in line.strip("|").split("|"))
+            for line in table.splitlines() if line.startswith("| `--")]
+
+    live = [(row.flag, row.env, row.help) for row in module.SETTINGS] + [
+        (flag, "", text) for flag, text in module.SWITCHES]
+    assert live == [(flag, env, text) for flag, env, _, text in rows]
+
+
+def test_the_defaults_in_the_settings_table_are_the_programs():
+    settings = program().settings_from([], {})
+
+    for flag, shown in re.findall(r"^\| `(--\S+)` \|[^|]*\| `([^`]+)` \|", README, re.MULTILINE):
+        name = flag[2:].replace("-", "_")
+        if name.endswith("_base_url"):
+            provider = [p for p in settings.providers if p.name == name.split("_")[0]]
+            assert shown == provider[0].base_url
+        elif name not in ("pricing", "max_body_mb"):
+            assert shown == str(getattr(settings, name))
+    assert settings.max_body_bytes == 32 * 1024 * 1024
+
+
+def error_classes(base):
+    for child in base.__subclasses__():
+        yield child
+        yield from error_classes(child)
+
+
+def test_every_error_code_is_in_the_readme():
+    errors = README[README.index("## Errors"):README.index("## Prices")]
+    documented = set(re.findall(r"`([a-z_]+)`", errors))
+    codes = {error.openai_code for error in error_classes(program().IroncageError)
+             if error.openai_code is not None and error.status not in (408, 411, 413, 415, 426)}
+
+    assert codes - documented == set()
+
+
+def test_every_metered_and_own_route_is_in_the_readme():
+    module = program()
+
+    for path in (*module.METERED_APIS, *module.OWN_ROUTES):
+        assert f"{path}" in README
+
+
+def test_the_worked_sum_of_the_budget_section_is_right():
+    """400 bytes, 1,000 tokens of output, gpt-4o-mini."""
+    module = program()
+    book = module.PriceBook.load(str(ROOT / "pricing.json"))
+    start, end = b'{"model":"gpt-4o-mini","max_tokens":1000,"messages":[{"role":"user",' \
+        b'"content":"', b'"}]}'
+    body = start + b"x" * (400 - len(start) - len(end)) + end
+    bound = module.bound_of_request("chat", module.parse_json_object(body),
+                                    book.price("gpt-4o-mini"))
+    usage = {"prompt_tokens": 90, "completion_tokens": 200}
+
+    assert "670 microdollars are reserved" in README
+    assert 670 == bound.microdollars(1000)
+    assert "134 microdollars are charged" in README
+    assert 134 == book.cost("gpt-4o-mini", usage, api="chat", provider="openai")
+
+
+def test_the_refusal_of_the_60_second_start_is_the_one_shown():
+    module = program()
+    details = module.budget_exceeded(1, 0, 1).details
+
+    for name in details:
+        assert f'"{name}"' in README
+
+
+@pytest.mark.parametrize("chapter", ["4", "5", "9", "10", "11", "12", "3", "6"])
+def test_the_audit_section_names_chapters_that_exist(chapter):
+    contents = re.findall(r"^ +(\d+)\. ", program().__doc__, re.MULTILINE)
+
+    assert chapter in contents
+
+
+def test_the_test_command_is_one_line_that_makes_its_own_environment():
+    command = re.search(r"<!-- test command -->\n```\n(.+)\n```", README)
+
+    assert command is not None
+    assert command[1].startswith("python3 -m venv ")
