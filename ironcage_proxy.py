@@ -859,8 +859,8 @@ MAX_TOKENS_FIELDS = MappingProxyType({
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 # What a provider adds to the prompt unseen: message framing, and the system prompts that come
-# with tools and structured output. Anthropic's tool prompts are up to 804 tokens, those of its
-# bash, editor and computer tools together 2,179 (tool-use pages, read November 2026).
+# with tools and structured output. Anthropic documents up to 530 tokens for tools in general; its
+# memory tool was seen to add about 1,500 (a recorded exchange). The rest is margin, assumed.
 FRAMING_TOKENS = 64
 TOOL_PROMPT_TOKENS = 4096
 
@@ -880,7 +880,7 @@ CLIENT_TOOL_TYPES = re.compile(
     r"function|custom|local_shell|shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}")
 STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container")
-UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks")
+UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks", "compaction")
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
 
 
@@ -959,6 +959,8 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         unbounded.append("prompt")
     if SEARCHING_MODEL.search(price.key):
         unbounded.append("model")
+    if any(kind.startswith("compact") for kind in _content_types(fields.get("context_management"))):
+        unbounded.append("context_management")     # reads the whole prompt once more
     for name in unbounded:
         raise UnboundedRequest(
             f"{name}, as asked for here, cannot be used under a budget: what it costs cannot be "

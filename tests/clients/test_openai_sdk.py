@@ -246,6 +246,96 @@ def test_the_raw_response_shows_the_providers_headers_and_the_cost(mock, proxy, 
     assert str(mock.billed_microdollars) == raw.headers["x-ironcage-cost-microdollars"]
 
 
+# The echo model: no key, no network, one microdollar a word read and two a word written.
+
+ECHO = "ironcage/echo"
+PROMPTS = {PROMPT: 6, "  Grüße\n\naus der\u2028H\u00f6hle \U0001f424  ": 6}     # and their words
+
+
+@pytest.fixture
+def echo_proxy(proxy_for):
+    """A proxy that knows no provider's key."""
+    return proxy_for(*BUDGET, environ={})
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["plain", "spaced"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "embeddings"])
+def test_echo_answers_every_call_with_its_prompt(echo_proxy, client_of, name, prompt):
+    call = CALLS[name]
+
+    heard = call(client_of(echo_proxy), model=ECHO, prompt=prompt)
+
+    assert prompt == heard.text
+    words = PROMPTS[prompt]
+    assert ((words, words) if call.shows_usage else None) == heard.usage
+    assert words + 2 * words == settled_status(echo_proxy)["spent_microdollars"]
+    validate(heard.objects)
+
+
+@pytest.mark.parametrize("name", ["chat stream", "completions stream"])
+def test_echo_shows_usage_in_the_last_chunk_of_a_stream_that_asked(echo_proxy, client_of, name):
+    heard = CALLS[name](client_of(echo_proxy), model=ECHO,
+                        stream_options={"include_usage": True})
+
+    assert (PROMPT_WORDS, PROMPT_WORDS) == heard.usage == counts(heard.objects[-1].usage)
+    assert [] == heard.objects[-1].choices
+    validate(heard.objects)
+
+
+def test_echo_embeds_alike_as_base64_and_as_floats(echo_proxy, client_of):
+    client = client_of(echo_proxy)
+
+    packed = CALLS["embeddings"](client, model=ECHO)
+    floats = CALLS["embeddings"](client, model=ECHO, encoding_format="float")
+
+    assert pytest.approx(floats.text, abs=1e-6) == packed.text
+    assert (PROMPT_WORDS, 0) == packed.usage == floats.usage
+    assert 2 * PROMPT_WORDS == settled_status(echo_proxy)["spent_microdollars"]
+    validate(packed.objects + floats.objects)
+
+
+@pytest.mark.parametrize("name", ["chat", "chat stream", "responses", "responses stream",
+                                  "completions", "completions stream"])
+def test_echo_stops_at_the_cap_and_says_so(echo_proxy, client_of, name):
+    call = CALLS[name]
+
+    heard = call(client_of(echo_proxy), model=ECHO, **cap_of(call, 3))
+
+    assert "Count the canaries" == heard.text
+    assert PROMPT_WORDS + 2 * 3 == settled_status(echo_proxy)["spent_microdollars"]
+    last = heard.objects[-1]
+    if call.api == "responses":
+        answer = last.response if call.streamed else last
+        assert ("incomplete", "max_output_tokens") \
+            == (answer.status, answer.incomplete_details.reason)
+    else:
+        assert "length" == last.choices[0].finish_reason
+
+
+def test_echo_is_parsed_as_structured_output(echo_proxy, client_of):
+    said = '{"city": "Wien", "degrees": 21}'
+    client = client_of(echo_proxy)
+
+    chatted = client.chat.completions.parse(
+        model=ECHO, messages=[{"role": "user", "content": said}], response_format=Weather)
+    responded = client.responses.parse(model=ECHO, input=said, text_format=Weather)
+
+    expected = Weather(city="Wien", degrees=21)
+    assert (expected, expected) == (chatted.choices[0].message.parsed, responded.output_parsed)
+
+
+def test_echo_is_the_only_model_that_a_proxy_without_keys_lists(echo_proxy, client_of):
+    """Agents ask for the models first; the one that needs no key must be among them."""
+    client = client_of(echo_proxy)
+
+    listed = client.models.list()
+    one = client.models.retrieve(ECHO)
+
+    assert [ECHO] == [model.id for model in listed]
+    assert ECHO == one.id
+    validate([*listed, one])
+
+
 # What the SDK sends, and what the provider gets.
 
 class Weather(pydantic.BaseModel):
@@ -484,7 +574,7 @@ def request_is_malformed(stage):
 
 def request_does_not_fit(stage):
     stage.argv = ("--budget", "0.0001")
-    stage.fields = {**cap_of(stage.call, 4000), "prompt": "canary " * 1000}
+    stage.fields = cap_of(stage.call, 4000) or {"prompt": "canary " * 1000}
 
 
 def there_is_no_key(stage):
@@ -620,17 +710,17 @@ def test_a_refusal_by_the_budget_is_never_tried_again(mock, proxy_for, client_of
 @pytest.mark.parametrize("name", ["chat", "responses stream", "completions"])
 def test_what_a_refusal_says_is_affordable_is_affordable(mock, proxy_for, client_of, name):
     call = CALLS[name]
-    client = client_of(proxy_for("--budget", "0.001", "--no-fit"))
+    client = client_of(proxy_for("--budget", "0.0005"))
     with pytest.raises(openai.APIStatusError) as caught:
-        call(client, **cap_of(call, 4000))
+        call(client, **cap_of(call, 999))
     told = caught.value.body["ironcage"]
 
     heard = call(client, **cap_of(call, told["affordable_output_tokens"]))
 
     assert heard.text == mock.output_text
-    assert 1000 == told["limit_microdollars"] < told["needed_microdollars"]
+    assert 500 == told["limit_microdollars"] < told["needed_microdollars"]
     with pytest.raises(openai.APIStatusError):
-        call(client_of(proxy_for("--budget", "0.001", "--no-fit")),
+        call(client_of(proxy_for("--budget", "0.0005")),
              **cap_of(call, told["affordable_output_tokens"] + 1))
 
 

@@ -8,8 +8,8 @@ import json
 from random import Random
 
 import pytest
-from support import (ANTHROPIC_KEY, OPENAI_KEY, Gate, RawClient, Reply, call, recordings,
-                     settled_status, sse, sse_events, status_of)
+from support import (ANTHROPIC_KEY, OPENAI_KEY, ROOT, Gate, RawClient, Reply, call, program,
+                     recordings, settled_status, sse, sse_events, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 64,
         "messages": [{"role": "user", "content": "Grüße \u2028 🐤"}]}
@@ -380,3 +380,29 @@ def test_every_recorded_exchange_comes_out_byte_identical_and_is_charged(mock, p
                 charged += 1
 
     assert charged > 290 and free > 40
+
+
+def test_no_recorded_prompt_was_billed_for_more_input_than_its_bound():
+    """Over all recorded successes that a budget would admit."""
+    module, checked = program(), 0
+    book = module.PriceBook.load(str(ROOT / "pricing.json"))
+    for name, exchange in recordings():
+        fields, provider = exchange["request"]["body"], exchange["provider"]
+        price = fields and book.find(fields.get("model") or "", provider)
+        if not price or exchange["request"]["path"].partition("?")[0] not in METERED_RECORDINGS:
+            continue
+        usage = told_usage(exchange, replayed(exchange).body)[0]
+        body = module.parse_json_object(json.dumps(fields).encode())
+        try:
+            module.check_boundable(fields, price)
+            bound = module.bound_of_request(exchange["api"], body, price)
+        except module.UnboundedRequest:
+            continue
+        if usage:
+            counts = module.USAGE_READERS[exchange["api"]](usage)
+            assert counts.prompt_tokens <= bound.input_tokens, name
+            assert counts.completion_tokens <= bound.output_tokens * max(
+                1, fields.get("n") or 1), name
+            checked += 1
+
+    assert checked > 190

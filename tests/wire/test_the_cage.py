@@ -314,6 +314,9 @@ def test_the_largest_of_several_caps_is_reserved_for(mock, proxy_for):
     ("/v1/messages", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
     ("/v1/messages", {"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ("/v1/messages", {"fallbacks": ["claude-opus-4-8"]}, "fallbacks"),
+    ("/v1/messages", {"context_management": {"edits": [{"type": "compact_20260112"}]}},
+     "context_management"),
+    ("/v1/responses", {"context_management": [{"type": "compaction"}]}, "context_management"),
 ])
 def test_what_no_bound_covers_is_refused_under_a_budget(mock, proxy, path, more, param):
     answer = call(proxy.port, "POST", path, {**METERED[path], **more})
