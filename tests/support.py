@@ -213,6 +213,7 @@ class MockProvider:
         self.connections = 0
         self.hang_ups = 0                            # streams that the proxy cut
         self.always: Optional[Union[Reply, Callable[[SeenRequest], Reply]]] = None
+        self.faults: list[str] = []                  # assertions of the mock's own threads
         self._script: queue.SimpleQueue = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._sockets: set[socket.socket] = set()
@@ -264,12 +265,13 @@ class MockProvider:
     # Serving.
 
     def __enter__(self) -> MockProvider:
-        self._start(self._accept, "mock-accept")
+        self._acceptor = self._start(self._accept, "mock-accept")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_stopping.set()
         self.refuse_connections()
+        self._acceptor.join(PATIENCE_S)      # it may be taking one more connection
         with self._changed:
             sockets, threads = [*self._sockets], [*self._threads]
         for sock in sockets:
@@ -280,12 +282,14 @@ class MockProvider:
         for thread in threads:
             thread.join(PATIENCE_S)
         assert not [thread.name for thread in threads if thread.is_alive()], "the mock leaked"
+        assert not self.faults, f"faults inside the mock: {self.faults}"
 
-    def _start(self, target: Callable, name: str, *args: object) -> None:
+    def _start(self, target: Callable, name: str, *args: object) -> threading.Thread:
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
         with self._changed:
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
+        return thread
 
     def _accept(self) -> None:
         while not self._is_stopping.is_set():
@@ -313,6 +317,8 @@ class MockProvider:
                     return
         except OSError:
             pass
+        except Exception as err:      # lost in a thread: __exit__ raises it
+            self.faults.append(f"{type(err).__name__}: {err}")
         finally:
             reader.close()
             sock.close()
@@ -527,7 +533,14 @@ def _text_and_counts(mock: MockProvider, request: SeenRequest, fields: dict
     made = (len(pieces) if mock.output_tokens is None else mock.output_tokens)
     made += mock.reasoning_tokens
     asked = -(-len(request.body) // 4) if mock.input_tokens is None else mock.input_tokens
+    asked = max(asked, mock.cached_tokens)       # OpenAI counts cached ones within the prompt
     return pieces[:cap], asked, min(made, cap), made > cap
+
+
+def _shares(mock: MockProvider, made: int, pieces: int) -> list[int]:
+    """Tokens made when each piece is shown: _bill() adds the hidden ones."""
+    shown = max(0, made - mock.reasoning_tokens)
+    return [-(-shown * count // pieces) for count in range(1, pieces + 1)]
 
 
 OPENAI_HEADERS = (("x-request-id", "req_mock"), ("openai-processing-ms", "12"),
@@ -554,7 +567,7 @@ def _chat(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
     usage = {"prompt_tokens": asked, "completion_tokens": made * n,
              "total_tokens": asked + made * n,
              "prompt_tokens_details": {"cached_tokens": mock.cached_tokens, "audio_tokens": 0},
-             "completion_tokens_details": {"reasoning_tokens": mock.reasoning_tokens * n,
+             "completion_tokens_details": {"reasoning_tokens": min(mock.reasoning_tokens, made) * n,
                                            "audio_tokens": 0, "accepted_prediction_tokens": 0,
                                            "rejected_prediction_tokens": 0}}
     bills = (fields["model"], usage)
@@ -582,9 +595,9 @@ def _chat(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
 
     events = [chunk({"role": "assistant", "content": "", "refusal": None}, i=i) for i in range(n)]
     tokens = [0] * n
-    for count, piece in enumerate(pieces, 1):
+    for piece, share in zip(pieces, _shares(mock, made, len(pieces))):
         events += [chunk({"content": piece}, i=i) for i in range(n)]
-        tokens += [min(count, made) * n] * n
+        tokens += [share * n] * n
     events += [chunk({}, finish, i) for i in range(n)]
     events += ([chunk(None)] if asks_usage else []) + [sse("[DONE]")]
     return _streamed(events, tokens, bills, OPENAI_HEADERS)
@@ -607,8 +620,8 @@ def _completion(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply
     events.append(sse({**base, "choices": choice("", finish)}))
     if (fields.get("stream_options") or {}).get("include_usage"):
         events.append(sse({**base, "choices": [], "usage": usage}))
-    tokens = range(1, len(pieces) + 1)
-    return _streamed([*events, sse("[DONE]")], tuple(tokens), (fields["model"], usage),
+    tokens = _shares(mock, made, len(pieces))
+    return _streamed([*events, sse("[DONE]")], tokens, (fields["model"], usage),
                      OPENAI_HEADERS)
 
 
@@ -628,7 +641,7 @@ def _responses(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
     pieces, asked, made, is_cut = _text_and_counts(mock, request, fields)
     usage = {"input_tokens": asked, "input_tokens_details": {"cached_tokens": mock.cached_tokens},
              "output_tokens": made, "total_tokens": asked + made,
-             "output_tokens_details": {"reasoning_tokens": mock.reasoning_tokens}}
+             "output_tokens_details": {"reasoning_tokens": min(mock.reasoning_tokens, made)}}
     part = {"type": "output_text", "text": "".join(pieces), "annotations": [], "logprobs": []}
     item = {"id": "msg_mock", "type": "message", "status": "completed", "role": "assistant",
             "content": [part]}
@@ -662,7 +675,7 @@ def _responses(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
               (f"response.{whole['status']}", {"response": whole})]
     events = [sse({"type": name, "sequence_number": i, **rest}, name)
               for i, (name, rest) in enumerate(parts)]
-    tokens = [0] * opening + [min(i, made) for i in range(1, len(pieces) + 1)]
+    tokens = [0] * opening + _shares(mock, made, len(pieces))
     return _streamed(events, tokens, bills, OPENAI_HEADERS)
 
 
@@ -695,7 +708,7 @@ def _messages(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
               event("message_delta", delta={"stop_reason": stop, "stop_sequence": None},
                     usage=final),
               event("message_stop")]
-    tokens = [0, 0, 0] + [min(i, made) for i in range(1, len(pieces) + 1)]
+    tokens = [0, 0, 0] + _shares(mock, made, len(pieces))
     return _streamed(events, tokens, bills, ANTHROPIC_HEADERS)
 
 
@@ -822,8 +835,9 @@ def call(port: int, method: str, target: str, fields: Optional[object] = None,
 def sse_events(stream: bytes) -> list[tuple[Optional[str], str]]:
     """(event name, data) of each event: a parser of its own, for complete streams."""
     events = []
-    for block in re.split(r"(?:\r\n|\n|\r){2}", stream.decode("utf-8")):
-        fields = [line.partition(":") for line in re.split(r"\r\n|\n|\r", block)]
+    text = re.sub(r"\r\n|\r", "\n", stream.decode("utf-8"))
+    for block in text.split("\n\n"):
+        fields = [line.partition(":") for line in block.split("\n")]
         data = [value[1:] if value.startswith(" ") else value
                 for name, _, value in fields if name == "data"]
         if data:
