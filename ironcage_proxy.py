@@ -446,6 +446,11 @@ def optional_flag(fields: Mapping[str, object], name: str) -> bool:
     return bool(value)
 
 
+def json_object(value: object) -> Mapping[str, object]:
+    """A value that should be an object; an empty one where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
 def json_bytes(value: object) -> bytes:
     """JSON as we send it: compact, ASCII only."""
     return json.dumps(value, separators=(",", ":")).encode("ascii")
@@ -522,7 +527,7 @@ class Usage:
 
 def _count(holder: object, name: str) -> int:
     """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
-    value = holder.get(name) if isinstance(holder, dict) else None
+    value = json_object(holder).get(name)
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -538,7 +543,7 @@ def usage_from_openai(usage: Mapping[str, object], names: Sequence[str] = ("prom
         raise MalformedUsage(f"{prompt_name}_tokens is missing")
     prompt = _count(usage, f"{prompt_name}_tokens")
     completion = _count(usage, f"{completion_name}_tokens")
-    read = usage.get(f"{prompt_name}_tokens_details") or {}
+    read = json_object(usage.get(f"{prompt_name}_tokens_details"))
     made = usage.get(f"{completion_name}_tokens_details")
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
     written = _count(read, "cache_write_tokens")
@@ -689,11 +694,11 @@ def price_from_row(key: str, row: object) -> Optional[Price]:
         return None
     token_prices = {name: value for name, value in row.items()
                     if "cost" in name and "_token" in name and not name.startswith("search")}
-    extras = row.get("provider_specific_entry") or {}
+    extras = json_object(row.get("provider_specific_entry"))
     multipliers = {"us_entry": extras.get("us", 1), "fast_entry": extras.get("fast", 1),
                    **{place: row.get(f"regional_processing_uplift_multiplier_{place}", 1)
                       for place in ("us", "eu")}}
-    searches = row.get(_SEARCHES) or {}
+    searches = json_object(row.get(_SEARCHES))
     search = searches.get("search_context_size_medium", WEB_SEARCH_USD)
     if not all(map(_is_amount, (*token_prices.values(), *multipliers.values(), search))):
         return None
@@ -1169,7 +1174,7 @@ class AnswerMeter:
         EVENT_READERS[self.api](self, parsed)
         return parsed
 
-    def _read_result(self, result: dict) -> None:
+    def _read_result(self, result: Mapping[str, object]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
         usage = result.get("usage")
         if isinstance(usage, dict):
@@ -1187,24 +1192,24 @@ class AnswerMeter:
         self._read_result(chunk)
         if isinstance(chunk.get("error"), dict):
             self._fail(chunk["error"])
-        for choice in chunk.get("choices") or ():
-            if isinstance(choice, dict):
-                self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
+        choices = chunk.get("choices")
+        for choice in map(json_object, choices if isinstance(choices, list) else ()):
+            self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
 
     def _read_responses_event(self, event: dict) -> None:
         kind = event.get("type")
         if kind in ("response.completed", "response.incomplete", "response.failed"):
             self.has_ended = True
-            self._read_result(event.get("response") or {})
+            self._read_result(json_object(event.get("response")))
         elif kind == "error":
-            self._fail(event.get("error") or event)
+            self._fail(json_object(event.get("error")) or event)
         else:
             self.output_bytes += _text_bytes(event.get("delta"))
 
     def _read_messages_event(self, event: dict) -> None:
         kind = event.get("type")
         if kind == "message_start":
-            self._read_result(event.get("message") or {})
+            self._read_result(json_object(event.get("message")))
             self.usage_is_final = False
         elif kind == "message_delta" and isinstance(event.get("usage"), dict):
             # Cumulative counts: what the delta has replaces, what it lacks stays.
@@ -1213,12 +1218,12 @@ class AnswerMeter:
         elif kind == "message_stop":
             self.has_ended = True
         elif kind == "error":
-            self._fail(event.get("error") or {})
+            self._fail(json_object(event.get("error")))
         else:
             self.output_bytes += _text_bytes(event.get("delta")) \
                 + _text_bytes(event.get("content_block"))
 
-    def _fail(self, error: dict) -> None:
+    def _fail(self, error: Mapping[str, object]) -> None:
         kind = error.get("type") or error.get("code")
         self.failure = kind if isinstance(kind, str) else "error"
         self.has_ended = True
@@ -1367,7 +1372,7 @@ def _echo_chat(answer: EchoAnswer) -> dict:
 
 
 def _echo_chat_events(answer: EchoAnswer) -> Iterator[bytes]:
-    asks_usage = (answer.fields.get("stream_options") or {}).get("include_usage")
+    asks_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
 
     def chunk(choices: list, usage: Optional[dict] = None) -> bytes:
         body = {"id": f"chatcmpl-{answer.answer_id}", "object": "chat.completion.chunk",
@@ -1396,7 +1401,7 @@ def _echo_completion(answer: EchoAnswer) -> dict:
 
 def _echo_completion_events(answer: EchoAnswer) -> Iterator[bytes]:
     whole = _echo_completion(answer)
-    asks_usage = (answer.fields.get("stream_options") or {}).get("include_usage")
+    asks_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
     base = {**whole, **({"usage": None} if asks_usage else {})}
     if not asks_usage:
         del base["usage"]
@@ -1675,7 +1680,6 @@ def insufficient_budget(spent: int, reserved: int, limit: int, needed: int,
 # hands bytes on in blocks of its own; a proxy that holds keys can afford neither.
 # Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
 
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) (\S+) HTTP/1\.([01])")

@@ -392,9 +392,6 @@ ERRORS = {
     "provider says 500": Row(
         "InternalServerError 500", "InternalServerError 500", 1, "nothing",
         "api_error", "Internal server error"),
-    "provider says 503": Row(
-        "ServiceUnavailableError 503", "ServiceUnavailableError 503", 1, "nothing",
-        "api_error", "Service unavailable"),
     "provider says 529": Row(
         "OverloadedError 529", "OverloadedError 529", 1, "nothing",
         "overloaded_error", "Overloaded"),
@@ -443,7 +440,6 @@ CELLS = [(situation, name) for situation, row in ERRORS.items() for name in CALL
          if CALLS[name].streamed or row.whole != NO_SUCH_THING]
 # Classes that older SDKs lack, and what they raise in their place.
 FORMERLY = {"PaymentRequiredError": "APIStatusError", "OverloadedError": "InternalServerError",
-            "ServiceUnavailableError": "InternalServerError",
             "GatewayTimeoutError": "InternalServerError"}
 
 
@@ -514,8 +510,6 @@ SITUATIONS = {
         429, "This request would exceed your limit", "rate_limit_error", [("retry-after", "7")]),
     "provider says 500": lambda stage: stage.provider_says(
         500, "Internal server error", "api_error"),
-    "provider says 503": lambda stage: stage.provider_says(
-        503, "Service unavailable", "api_error"),
     "provider says 529": lambda stage: stage.provider_says(529, "Overloaded", "overloaded_error"),
     "request is malformed": lambda stage: stage.fields.update(extra_body={"max_tokens": -1}),
     "token is wrong": lambda stage: stage.client_options.update(api_key="ic_wrong"),

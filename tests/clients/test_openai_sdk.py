@@ -180,7 +180,8 @@ def validate(objects):
         except pydantic.ValidationError as err:
             kind = getattr(thing, "object", None)
             faults = [(kind, fault["loc"][-1], fault["input"]) for fault in err.errors()]
-            assert [("text_completion", "finish_reason", None)] == faults, err
+            if faults != [("text_completion", "finish_reason", None)]:
+                raise
 
 
 # Answers.

@@ -57,7 +57,6 @@ SAMPLE = (
     '\n'
     'data:no space\n'
     'data:  two spaces\n'
-    'data\n'
     'id: 7\n'
     '\n'
     '\n'
@@ -68,7 +67,7 @@ SAMPLE = (
     'data: cut o').encode()
 STREAMS = {
     "LF": SAMPLE, "CRLF": SAMPLE.replace(b"\n", b"\r\n"), "CR": SAMPLE.replace(b"\n", b"\r"),
-    "mixed": b"\r\n".join(SAMPLE.split(b"\n\n")).replace(b"o\n", b"o\r").replace(b"\r\n", b"\n\r\n"),
+    "mixed": SAMPLE.replace(b"\n\n", b"\n\r\n").replace(b"t\n", b"t\r").replace(b"]\n", b"]\r\n"),
     "line ends only": b"\n\r\r\n\n\r\n\r\n\r\r\n\n\n",
     "nothing": b"",
 }
@@ -94,12 +93,11 @@ def test_a_stream_that_comes_byte_by_byte_gives_the_same_events(stream):
 def test_events_have_the_data_that_the_specification_says(name):
     events, rest = split([STREAMS[name]])
 
-    data = [ic.event_data(event) for event in events]
+    data = [data for data in map(ic.event_data, events) if data]
 
-    assert [data for _, data in spec_events(SAMPLE)][0] == data[0]
-    assert b"data: cut o" == rest.lstrip(b"\n")
-    assert '{"text":"Grüße 日本 🐤 \u2028"}'.encode() == data[0]
-    assert b"[DONE]" == data[-1]
+    assert ['{"text":"Grüße 日本 🐤 \u2028"}'.encode(), b"no space\n two spaces", b"[DONE]"] == data
+    assert [data for _, data in spec_events(STREAMS[name])] == data
+    assert rest.endswith(b"data: cut o")
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
@@ -613,8 +611,9 @@ def test_a_bomb_is_inflated_no_further_than_its_limit():
         ic.Inflater("gzip", 1_000).feed(bomb)
 
 
-@pytest.mark.parametrize("data", [b"not compressed", b"\x1f\x8b\x08\x00broken-broken-broken",
-                                  PACKED["gzip"][:30] + b"\xff" * 30, PACKED["gzip"][:-8] + b"x" * 8])
+@pytest.mark.parametrize("data", [
+    b"not compressed", b"\x1f\x8b\x08\x00broken-broken-broken", PACKED["gzip"][:-8] + b"x" * 8,
+], ids=["plain", "broken", "wrong checksum"])
 def test_broken_data_is_refused(data):
     with pytest.raises(zlib.error):
         ic.Inflater("gzip", 10 ** 6).feed(data)

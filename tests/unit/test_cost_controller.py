@@ -1,0 +1,426 @@
+"""Chapter 9: no reservation ever takes spent + reserved past the limit, under any order of calls and
+any number of threads; each reservation is settled once; the original's rules hold one by one."""
+from __future__ import annotations
+
+import threading
+from random import Random
+from typing import Optional
+
+import pytest
+
+import ironcage_proxy as ic
+
+EMPTY = (0, 0)
+
+
+def amounts(controller: ic.CostController) -> tuple[int, int]:
+    spent, reserved, _ = controller.get_full_status()
+    return spent, reserved
+
+
+# The original's rules.
+
+def test_a_budget_of_zero_refuses_at_once():
+    controller = ic.CostController(0)
+
+    with pytest.raises(ic.BudgetExceeded):
+        controller.check_budget()
+    with pytest.raises(ic.InsufficientBudget):
+        controller.reserve(1)
+
+
+def test_nothing_can_be_reserved_under_a_budget_of_zero():
+    assert 0 == ic.CostController(0).reserve(0).microdollars
+
+
+def test_exactly_what_is_available_can_be_reserved_and_not_one_more():
+    controller = ic.CostController(1_000)
+    controller.add_spend(100)
+
+    with pytest.raises(ic.InsufficientBudget):
+        controller.reserve(901)
+    controller.reserve(900)
+
+    assert 0 == controller.available()
+    with pytest.raises(ic.InsufficientBudget):
+        controller.reserve(1)
+
+
+def test_reservations_add_up():
+    controller = ic.CostController(1_000)
+    controller.reserve(400)
+    controller.reserve(600)
+
+    assert (0, 1_000, 1_000) == controller.get_full_status()
+    assert (0, 1_000, 0) == (controller.total_spent(), controller.total_reserved(),
+                             controller.available())
+
+
+def test_a_refused_reservation_changes_nothing():
+    controller = ic.CostController(1_000)
+    controller.reserve(600)
+    before = controller.get_full_status()
+
+    with pytest.raises(ic.InsufficientBudget):
+        controller.reserve(401)
+
+    assert before == controller.get_full_status()
+    assert 0 == controller.bound_exceeded()
+
+
+def test_a_commit_charges_the_actual_cost_and_releases_the_rest():
+    controller = ic.CostController(1_000)
+    reservation = controller.reserve(600)
+
+    controller.commit(reservation, 250)
+
+    assert (250, 0, 1_000) == controller.get_full_status()
+    assert 750 == controller.available()
+
+
+def test_a_commit_of_nothing_charges_nothing():
+    controller = ic.CostController(1_000)
+
+    controller.commit(controller.reserve(600), 0)
+
+    assert EMPTY == amounts(controller)
+
+
+def test_a_commit_adds_the_spend_before_it_releases_the_reservation():
+    """Between the two the sum may be too high, and never too low: nobody can slip in."""
+    written = []
+
+    class Watched(ic.CostController):
+        def __setattr__(self, name: str, value: object) -> None:
+            written.append(name)
+            super().__setattr__(name, value)
+
+    controller = Watched(1_000)
+    reservation = controller.reserve(600)
+    written.clear()
+
+    controller.commit(reservation, 250)
+
+    assert ["_spent", "_reserved"] == [n for n in written if n in ("_spent", "_reserved")]
+
+
+def test_a_commit_above_its_reservation_is_charged_in_full_and_counted():
+    controller = ic.CostController(1_000)
+
+    controller.commit(controller.reserve(600), 600)
+    controller.commit(controller.reserve(100), 950)
+
+    assert (1_550, 0) == amounts(controller)
+    assert 1 == controller.bound_exceeded()
+    assert 0 == controller.available()
+
+
+def test_a_cancelled_reservation_is_free_again():
+    controller = ic.CostController(1_000)
+
+    controller.cancel(controller.reserve(1_000))
+
+    assert (0, 0, 1_000) == controller.get_full_status()
+    assert 1_000 == controller.reserve(1_000).microdollars
+
+
+@pytest.mark.parametrize("first", ["commit", "cancel"])
+@pytest.mark.parametrize("second", ["commit", "cancel"])
+def test_a_reservation_settles_once(first, second):
+    controller = ic.CostController(1_000)
+    reservation = controller.reserve(600)
+
+    def settle(how: str) -> None:
+        if how == "commit":
+            controller.commit(reservation, 100)
+        else:
+            controller.cancel(reservation)
+
+    settle(first)
+    after = controller.get_full_status()
+    with pytest.raises(ValueError, match="settled already"):
+        settle(second)
+
+    assert after == controller.get_full_status()
+    assert not reservation.is_open
+
+
+def test_a_budget_can_be_lowered_to_block_and_raised_to_unblock():
+    controller = ic.CostController(1_000)
+    controller.add_spend(500)
+
+    controller.set_budget(500)
+    with pytest.raises(ic.BudgetExceeded):
+        controller.check_budget()
+    with pytest.raises(ic.InsufficientBudget):
+        controller.reserve(1)
+    controller.set_budget(501)
+    controller.check_budget()
+
+    assert (500, 501) == controller.get_status()
+    assert 1 == controller.reserve(1).microdollars
+
+
+def test_what_is_reserved_stays_reserved_when_the_budget_is_lowered_below_it():
+    controller = ic.CostController(1_000)
+    reservation = controller.reserve(800)
+
+    controller.set_budget(100)
+
+    assert (0, 800, 100) == controller.get_full_status()
+    assert 0 == controller.available()
+    controller.commit(reservation, 700)
+    assert (700, 0, 100) == controller.get_full_status()
+
+
+@pytest.mark.parametrize("spent, reserved, is_over", [
+    (0, 0, False), (999, 0, False), (1_000, 0, True), (1_001, 0, True), (0, 1_000, True),
+    (400, 599, False), (400, 600, True),
+])
+def test_the_quick_check_counts_what_is_reserved(spent, reserved, is_over):
+    controller = ic.CostController(1_000)
+    controller.reserve(reserved)
+    controller.add_spend(spent)
+    refused = []
+
+    try:
+        controller.check_budget()
+    except ic.BudgetExceeded as error:
+        refused.append(error)
+
+    assert is_over == bool(refused)
+
+
+def test_spend_without_a_reservation_is_charged_also_beyond_the_limit():
+    controller = ic.CostController(1_000)
+
+    controller.add_spend(5_000)
+
+    assert (5_000, 0) == amounts(controller)
+    assert 0 == controller.available()
+
+
+def test_a_limit_of_none_counts_and_refuses_nothing():
+    controller = ic.CostController()
+    controller.check_budget()
+
+    controller.commit(controller.reserve(10 ** 15), 10 ** 14)
+    controller.reserve(10 ** 18)
+
+    assert (10 ** 14, 10 ** 18, None) == controller.get_full_status()
+    assert (None, None) == (controller.available(), controller.budget_limit())
+    controller.check_budget()
+
+
+def test_a_limit_can_come_and_go():
+    controller = ic.CostController()
+    controller.add_spend(700)
+
+    controller.set_budget(1_000)
+    assert 300 == controller.available()
+    controller.set_budget(None)
+
+    assert controller.available() is None
+    assert 10 ** 9 == controller.reserve(10 ** 9).microdollars
+
+
+# What a refusal says.
+
+def test_a_refusal_of_one_request_gives_the_numbers():
+    controller = ic.CostController(1_000_000)
+    controller.add_spend(400_000)
+    controller.reserve(500_000)
+
+    with pytest.raises(ic.InsufficientBudget) as caught:
+        controller.reserve(250_000)
+
+    assert (402, "iron_cage_insufficient_budget", "insufficient_budget", "billing_error") == (
+        caught.value.status, caught.value.openai_type, caught.value.openai_code,
+        caught.value.anthropic_type)
+    assert {"scope": "proxy", "limit_microdollars": 1_000_000, "spent_microdollars": 400_000,
+            "reserved_microdollars": 500_000, "needed_microdollars": 250_000,
+            "affordable_output_tokens": 0} == caught.value.details
+    assert "Available: $0.10, Estimated max cost: $0.25." in caught.value.message
+    assert (("x-should-retry", "false"),) == caught.value.headers
+
+
+def test_a_refusal_when_nothing_is_left_gives_the_numbers():
+    controller = ic.CostController(1_000_000)
+    controller.add_spend(1_000_001)
+
+    with pytest.raises(ic.BudgetExceeded) as caught:
+        controller.check_budget()
+
+    assert (402, "iron_cage_budget_exceeded", "budget_exceeded", "billing_error") == (
+        caught.value.status, caught.value.openai_type, caught.value.openai_code,
+        caught.value.anthropic_type)
+    assert "Spent: $1.000001, Reserved: $0.00, Limit: $1.00." in caught.value.message
+    assert 1_000_001 == caught.value.details["spent_microdollars"]
+    assert (("x-should-retry", "false"),) == caught.value.headers
+
+
+# Many threads.
+
+def test_32_threads_never_take_the_sum_past_the_limit():
+    """A poller looks at the sum all the while; in the end it must add up exactly."""
+    limit = 100_000
+    controller = ic.CostController(limit)
+    start, is_over = threading.Barrier(33), threading.Event()
+    charged, refusals, polls, too_much = [0] * 32, [0] * 32, [0], []
+
+    def spender(number: int) -> None:
+        rng = Random(number)
+        held: list[ic.Reservation] = []
+        start.wait()
+        for _ in range(200):
+            try:
+                held.append(controller.reserve(rng.randrange(6_000)))
+            except ic.InsufficientBudget:
+                refusals[number] += 1
+            if held and rng.random() < 0.7:
+                reservation = held.pop(rng.randrange(len(held)))
+                if rng.random() < 0.5:
+                    actual = rng.randrange(reservation.microdollars // 50 + 1)
+                    controller.commit(reservation, actual)
+                    charged[number] += actual
+                else:
+                    controller.cancel(reservation)
+        for reservation in held:
+            controller.cancel(reservation)
+
+    def poller() -> None:
+        start.wait()
+        while True:
+            spent, reserved, _ = controller.get_full_status()
+            polls[0] += 1
+            if spent + reserved > limit or min(spent, reserved) < 0:
+                too_much.append((spent, reserved))
+            if is_over.is_set():
+                return
+
+    threads = [threading.Thread(target=spender, args=(number,)) for number in range(32)]
+    polling = threading.Thread(target=poller)
+    for thread in (*threads, polling):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    is_over.set()
+    polling.join()
+
+    assert [] == too_much
+    assert (sum(charged), 0, limit) == controller.get_full_status()
+    assert polls[0] >= 1
+    assert sum(refusals) > 0
+    assert 0 == controller.bound_exceeded()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_many_threads_that_want_the_last_amount_one_gets_it(seed):
+    controller = ic.CostController(1_000)
+    controller.add_spend(Random(seed).randrange(1_000))
+    last = controller.available()
+    start, won, refused = threading.Barrier(16), [], []
+
+    def grab() -> None:
+        start.wait()
+        try:
+            won.append(controller.reserve(last))
+        except ic.InsufficientBudget as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=grab) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert (1, 15) == (len(won), len(refused))
+    assert 1_000 == sum(amounts(controller))
+
+
+def test_of_many_threads_that_settle_one_reservation_one_does():
+    controller = ic.CostController(1_000)
+    reservation = controller.reserve(600)
+    start, settled, refused = threading.Barrier(16), [], []
+
+    def settle() -> None:
+        start.wait()
+        try:
+            controller.commit(reservation, 100)
+            settled.append(True)
+        except ValueError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=settle) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert (1, 15) == (len(settled), len(refused))
+    assert (100, 0) == amounts(controller)
+
+
+# Against a model that keeps lists, and sums them.
+
+class Model:
+    """The same rules, written the plainest way."""
+
+    def __init__(self, limit: Optional[int]) -> None:
+        self.limit = limit
+        self.charges: list[int] = []
+        self.open: dict[int, int] = {}
+
+    def free(self) -> Optional[int]:
+        return None if self.limit is None else \
+            self.limit - sum(self.charges) - sum(self.open.values())
+
+    def status(self) -> tuple[int, int, Optional[int]]:
+        return sum(self.charges), sum(self.open.values()), self.limit
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_sequence_of_calls_agrees_with_the_model(seed):
+    rng = Random(seed)
+    limit = rng.choice([None, 0, 1, 1_000, 50_000])
+    controller, model = ic.CostController(limit), Model(limit)
+    reservations: dict[int, ic.Reservation] = {}
+    exceeded = 0
+    for step in range(100):
+        call = rng.choice(["reserve"] * 4 + ["commit"] * 2 + ["cancel", "again", "add", "limit"])
+        free = model.free()
+        if call == "reserve":
+            exact = [free, free + 1] if free is not None and free >= 0 else []
+            amount = rng.choice([0, 1, rng.randrange(3_000), *exact])
+            try:
+                reservations[step] = controller.reserve(amount)
+                model.open[step] = amount
+                assert free is None or amount <= free
+            except ic.InsufficientBudget:
+                assert free is not None and amount > free
+        elif call in ("commit", "cancel") and model.open:
+            which = rng.choice(sorted(model.open))
+            amount = model.open.pop(which)
+            if call == "commit":
+                actual = rng.choice([0, amount, rng.randrange(amount + 1), amount + 1])
+                controller.commit(reservations[which], actual)
+                model.charges.append(actual)
+                exceeded += actual > amount
+            else:
+                controller.cancel(reservations[which])
+        elif call == "again" and len(reservations) > len(model.open):
+            which = rng.choice(sorted(set(reservations) - set(model.open)))
+            with pytest.raises(ValueError):
+                rng.choice([controller.cancel, lambda r: controller.commit(r, 5)])(
+                    reservations[which])
+        elif call == "add":
+            model.charges.append(rng.randrange(100))
+            controller.add_spend(model.charges[-1])
+        elif call == "limit":
+            model.limit = rng.choice([None, 0, rng.randrange(60_000)])
+            controller.set_budget(model.limit)
+
+        free = model.free()
+        assert model.status() == controller.get_full_status()
+        assert (None if free is None else max(0, free)) == controller.available()
+        assert exceeded == controller.bound_exceeded()
