@@ -137,7 +137,7 @@ COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
 # Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
 FREE_ROUTES = tuple((method, re.compile(pattern)) for method, pattern in (
     ("GET", r"/v1/models"),
-    ("GET", r"/v1/models/[A-Za-z0-9._:/-]+"),
+    ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+"),
     ("POST", r"/v1/messages/count_tokens"),
     ("POST", r"/v1/responses/input_tokens"),
     ("POST", r"/v1/moderations"),
@@ -1443,7 +1443,7 @@ def _echo_message_events(answer: EchoAnswer) -> Iterator[bytes]:
 
 def _echo_response(answer: EchoAnswer) -> dict:
     usage = {"input_tokens": answer.input_tokens, "output_tokens": len(answer.tokens),
-             "input_tokens_details": {"cached_tokens": 0},
+             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
              "output_tokens_details": {"reasoning_tokens": 0},
              "total_tokens": answer.input_tokens + len(answer.tokens)}
     part = {"type": "output_text", "text": answer.text, "annotations": [], "logprobs": []}
@@ -1525,6 +1525,28 @@ ECHO_ANSWERS = MappingProxyType({
     "responses": (_echo_response, _echo_response_events),
     "embeddings": (_echo_embeddings, None),
 })
+
+
+def echo_models(path: str, dialect: str) -> dict:
+    """The answer to /v1/models and /v1/models/{id} where there is no provider to ask.
+
+    Raises NotFound for any other model.
+    """
+    if dialect == "anthropic":
+        model: dict = {"type": "model", "id": ECHO_MODEL, "display_name": "Echo",
+                       "created_at": "2026-11-23T00:00:00Z", "lifecycle": "active",
+                       "max_input_tokens": ECHO_ROW["max_input_tokens"],
+                       "max_tokens": ECHO_ROW["max_output_tokens"], "capabilities": None}
+        whole = {"data": [model], "has_more": False, "first_id": ECHO_MODEL,
+                 "last_id": ECHO_MODEL}
+    else:
+        model = {"id": ECHO_MODEL, "object": "model", "created": 1795392000,
+                 "owned_by": "ironcage"}
+        whole = {"object": "list", "data": [model]}
+    named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
+    if named not in ("", ECHO_MODEL):
+        raise NotFound("no such model: no provider key is set, so there is only " + ECHO_MODEL)
+    return model if named else whole
 
 
 # ==== 9. Cost controller ========================================================================
@@ -2617,14 +2639,15 @@ class Router:
             call = self._admitted(request, named, api)
             with self._carried(call, path, client) as answer:
                 yield answer
-        elif path == COUNT_TOKENS_PATH and request.head.method == "POST":
-            with self._counted_tokens(request, named, path, client) as answer:
-                yield answer
-        else:
-            self._check_unmetered(request, path)
-            provider = named or self._provider_of_path(request, path)
-            with self._passed_through(request, provider, path, client) as answer:
-                yield answer
+            return
+        self._check_unmetered(request, path)
+        local = self._local_answer(request, named, path)
+        if local is not None:
+            yield local
+            return
+        provider = named or self._provider_of_path(request, path)
+        with self._passed_through(request, provider, path, client) as answer:
+            yield answer
 
     # Routing: which provider, under which name.
 
@@ -2866,22 +2889,29 @@ class Router:
         finally:
             response.close()
 
-    @contextlib.contextmanager
-    def _counted_tokens(self, request: ClientRequest, named: Optional[Provider], path: str,
-                        client: Optional[Wire]) -> Iterator[Answer]:
-        """count_tokens: at Anthropic, or here for the echo model. It is free."""
-        fields = parse_json_object(request.body).fields
-        provider, _ = self._provider_of_model(named_model(fields), named)
-        if provider is ECHO_PROVIDER:
-            headers = (("content-type", "application/json"), ("request-id", request.request_id),
-                       ("x-ironcage-request-id", request.request_id))
-            yield Answer(200, headers, json_bytes({"input_tokens": echo_input_tokens(fields)}))
-        elif provider.format != "anthropic":
-            raise Untranslatable("tokens can be counted for Anthropic's models only",
-                                 param="model")
+    def _local_answer(self, request: ClientRequest, named: Optional[Provider],
+                      path: str) -> Optional[Answer]:
+        """What the echo model answers to free routes: token counts, and a list of itself."""
+        if request.head.method == "POST" and path == COUNT_TOKENS_PATH:
+            fields = parse_json_object(request.body).fields
+            provider, _ = self._provider_of_model(named_model(fields), named)
+            if provider.format not in ("anthropic", "echo"):
+                raise Untranslatable("tokens can be counted for Anthropic's models only",
+                                     param="model")
+            if provider is not ECHO_PROVIDER:
+                return None
+            body: dict = {"input_tokens": echo_input_tokens(fields)}
+        elif request.head.method == "GET" and re.match(r"/v1/models(/|$)", path):
+            provider = named or self._provider_of_path(request, path)
+            if provider.key is not None:
+                return None
+            body = echo_models(path, provider.format)
         else:
-            with self._passed_through(request, provider, path, client) as answer:
-                yield answer
+            return None
+        headers = (("content-type", "application/json"), ("x-request-id", request.request_id),
+                   ("request-id", request.request_id),
+                   ("x-ironcage-request-id", request.request_id))
+        return Answer(200, headers, json_bytes(body))
 
     # Settlement.
 

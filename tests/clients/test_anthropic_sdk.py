@@ -229,8 +229,8 @@ def test_the_asynchronous_client_hears_the_same(mock, proxy):
 
 @pytest.mark.parametrize("options", [{"api_key": TOKEN}, {"api_key": None, "auth_token": TOKEN}],
                          ids=["api_key", "auth_token"])
-def test_the_token_is_taken_as_either_kind_of_credential(mock, proxy, client_of, monkeypatch,
-                                                        options):
+def test_the_token_is_taken_as_either_kind_of_credential(
+        mock, proxy, client_of, monkeypatch, options):
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
 
     heard = CALLS["message"](client_of(proxy, **options))
@@ -340,8 +340,8 @@ def parse_with_a_tool(client, **fields):
 
 @pytest.mark.parametrize("ask", [parse, parse_stream, parse_with_a_tool])
 @pytest.mark.parametrize("budget", [BUDGET, ()], ids=["budget", "no budget"])
-def test_a_structured_output_request_goes_up_byte_for_byte(mock, proxy_for, client_of, ask,
-                                                          budget):
+def test_a_structured_output_request_goes_up_byte_for_byte(
+        mock, proxy_for, client_of, ask, budget):
     mock.output_text = '{"city": "Wien", "degrees": 21}'
     client = client_of(proxy_for(*budget))
     question = [{"role": "user", "content": "Weather in Wien \u2014 grüß dich \U0001f424"}]
@@ -582,8 +582,8 @@ def test_error_matrix(mock, proxy_for, client_of, situation, name):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("situation", ["nothing is left", "request does not fit"])
-def test_a_refusal_by_the_budget_is_never_tried_again(mock, proxy_for, client_of, situation,
-                                                      name):
+def test_a_refusal_by_the_budget_is_never_tried_again(
+        mock, proxy_for, client_of, situation, name):
     stage = Stage(mock)
     SITUATIONS[situation](stage)
     client = client_of(proxy_for(*stage.argv), max_retries=anthropic.DEFAULT_MAX_RETRIES)
@@ -614,8 +614,8 @@ def test_what_a_refusal_says_is_affordable_is_affordable(mock, proxy_for, client
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_retry_after_and_request_id_of_the_provider_reach_the_exception(mock, proxy, client_of,
-                                                                       name):
+def test_retry_after_and_request_id_of_the_provider_reach_the_exception(
+        mock, proxy, client_of, name):
     stage = Stage(mock)
     SITUATIONS["provider says 429"](stage)
 
@@ -627,8 +627,8 @@ def test_retry_after_and_request_id_of_the_provider_reach_the_exception(mock, pr
 
 
 @pytest.mark.parametrize("break_off", [Cut, Close, Hang])
-def test_all_text_before_a_break_is_heard_before_the_error(mock, proxy_for, client_of,
-                                                          break_off):
+def test_all_text_before_a_break_is_heard_before_the_error(
+        mock, proxy_for, client_of, break_off):
     Stage(mock).breaks_with(break_off())
     proxy = proxy_for(*BUDGET, timeouts={"between_bytes_s": 0.2})
     texts = []

@@ -408,8 +408,8 @@ def splices(sent, got):
 
 
 @pytest.mark.parametrize("parse", PARSERS, ids=lambda parse: parse.__name__)
-def test_a_structured_output_request_with_a_cap_goes_up_byte_for_byte(mock, proxy, client_of,
-                                                                     parse):
+def test_a_structured_output_request_with_a_cap_goes_up_byte_for_byte(
+        mock, proxy, client_of, parse):
     mock.output_text = '{"city": "Wien", "degrees": 21}'
     client = client_of(proxy)
     cap, asks_usage = PARSERS[parse]
@@ -423,8 +423,8 @@ def test_a_structured_output_request_with_a_cap_goes_up_byte_for_byte(mock, prox
 
 
 @pytest.mark.parametrize("parse", PARSERS, ids=lambda parse: parse.__name__)
-def test_only_the_cap_and_the_usage_option_are_spliced_in_under_a_budget(mock, proxy, client_of,
-                                                                        parse):
+def test_only_the_cap_and_the_usage_option_are_spliced_in_under_a_budget(
+        mock, proxy, client_of, parse):
     mock.output_text = '{"city": "Wien", "degrees": 21}'
     client = client_of(proxy)
     cap, asks_usage = PARSERS[parse]
@@ -447,8 +447,8 @@ def test_without_a_budget_no_cap_is_spliced_in(mock, proxy_for, client_of, parse
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_ordinary_request_goes_up_byte_for_byte_but_for_the_usage_option(mock, proxy,
-                                                                           client_of, name):
+def test_an_ordinary_request_goes_up_byte_for_byte_but_for_the_usage_option(
+        mock, proxy, client_of, name):
     call = CALLS[name]
     client = client_of(proxy)
 
@@ -564,7 +564,9 @@ class Stage:
             whole = self.mock.default_reply(request)
             parts = whole.steps if len(whole.steps) > 1 else (whole.body[:40], whole.body[40:])
             half = len(parts) // 2
-            return whole.with_steps([*parts[:half], *steps, *parts[half:]])
+            broken = whole.with_steps([*parts[:half], *steps, *parts[half:]])
+            # The mock bills what breaks off by its output tokens; embeddings have none.
+            return replace(broken, bills=None) if self.call.api == "embeddings" else broken
         self.mock.always = reply
 
     def never_answers(self):
@@ -610,7 +612,8 @@ def answer_stalls(stage):
 def stream_ends_with_an_error(stage):
     error = {"message": "The model is overloaded", "type": "server_error", "param": None,
              "code": "server_is_overloaded"}
-    stage.breaks_with(sse({"error": error}), Close())
+    typed = {"type": "error", "error": error}       # flat ones raise nothing: a test of its own
+    stage.breaks_with(sse(typed if stage.call.api == "responses" else {"error": error}), Close())
 
 
 SITUATIONS = {
@@ -707,8 +710,8 @@ REFUSED_BY_BUDGET = ("nothing is left", "request does not fit")
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("situation", REFUSED_BY_BUDGET)
-def test_a_refusal_by_the_budget_is_never_tried_again(mock, proxy_for, client_of, situation,
-                                                      name):
+def test_a_refusal_by_the_budget_is_never_tried_again(
+        mock, proxy_for, client_of, situation, name):
     stage = Stage(mock, CALLS[name])
     SITUATIONS[situation](stage)
     client = client_of(proxy_for(*stage.argv), max_retries=openai.DEFAULT_MAX_RETRIES)
@@ -740,8 +743,8 @@ def test_what_a_refusal_says_is_affordable_is_affordable(mock, proxy_for, client
 
 
 @pytest.mark.parametrize("name", WHOLE_AND_STREAMED)
-def test_retry_after_and_request_id_of_the_provider_reach_the_exception(mock, proxy, client_of,
-                                                                       name):
+def test_retry_after_and_request_id_of_the_provider_reach_the_exception(
+        mock, proxy, client_of, name):
     stage = Stage(mock, CALLS[name])
     SITUATIONS["provider says 429"](stage)
 
@@ -754,8 +757,8 @@ def test_retry_after_and_request_id_of_the_provider_reach_the_exception(mock, pr
 
 @pytest.mark.parametrize("name", ["chat stream", "responses stream", "completions stream"])
 @pytest.mark.parametrize("break_off", [Cut, Close, Hang])
-def test_all_text_before_a_break_is_heard_before_the_error(mock, proxy_for, client_of, name,
-                                                          break_off):
+def test_all_text_before_a_break_is_heard_before_the_error(
+        mock, proxy_for, client_of, name, break_off):
     call = CALLS[name]
     stage = Stage(mock, call)
     stage.breaks_with(break_off())
@@ -775,6 +778,20 @@ def test_all_text_before_a_break_is_heard_before_the_error(mock, proxy_for, clie
     steps = mock.default_reply(mock.seen[0]).steps
     sent = "".join(map(text_of_event, map(loads_event, steps[:len(steps) // 2])))
     assert sent == text != ""
+
+
+def test_an_error_without_a_type_ends_a_responses_stream_too(mock, proxy, client_of):
+    """The SDK raises on it, so the call has failed, whoever hangs up first (here the client)."""
+    call = CALLS["responses stream"]
+    error = {"message": "The model is overloaded", "type": "server_error", "code": None}
+    Stage(mock, call).breaks_with(sse({"error": error}), Hang())
+    reservations = noting_reservations(mock, proxy)
+
+    with pytest.raises(openai.APIError, match="The model is overloaded"):
+        call(client_of(proxy), **cap_of(call, 1000))
+
+    status = settled_status(proxy)
+    assert (reservations, 1) == ([status["spent_microdollars"]], status["failed_requests"])
 
 
 def test_a_flat_error_event_of_a_responses_stream_passes_through(mock, proxy, client_of):
