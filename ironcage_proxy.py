@@ -1171,7 +1171,10 @@ class AnswerMeter:
             return None
         if not isinstance(parsed, dict):
             return None
-        EVENT_READERS[self.api](self, parsed)
+        if parsed.get("type") == "error" or isinstance(parsed.get("error"), dict):
+            self._fail(json_object(parsed.get("error")) or parsed)
+        else:
+            EVENT_READERS[self.api](self, parsed)
         return parsed
 
     def _read_result(self, result: Mapping[str, object]) -> None:
@@ -1190,8 +1193,6 @@ class AnswerMeter:
 
     def _read_chat_event(self, chunk: dict) -> None:
         self._read_result(chunk)
-        if isinstance(chunk.get("error"), dict):
-            self._fail(chunk["error"])
         choices = chunk.get("choices")
         for choice in map(json_object, choices if isinstance(choices, list) else ()):
             self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
@@ -1201,8 +1202,6 @@ class AnswerMeter:
         if kind in ("response.completed", "response.incomplete", "response.failed"):
             self.has_ended = True
             self._read_result(json_object(event.get("response")))
-        elif kind == "error":
-            self._fail(json_object(event.get("error")) or event)
         else:
             self.output_bytes += _text_bytes(event.get("delta"))
 
@@ -1217,8 +1216,6 @@ class AnswerMeter:
             self.usage, self.usage_is_final = {**(self.usage or {}), **told}, True
         elif kind == "message_stop":
             self.has_ended = True
-        elif kind == "error":
-            self._fail(json_object(event.get("error")))
         else:
             self.output_bytes += _text_bytes(event.get("delta")) \
                 + _text_bytes(event.get("content_block"))

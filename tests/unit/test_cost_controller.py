@@ -2,6 +2,7 @@
 any number of threads; each reservation is settled once; the original's rules hold one by one."""
 from __future__ import annotations
 
+import sys
 import threading
 from random import Random
 from typing import Optional
@@ -261,6 +262,16 @@ def test_a_refusal_when_nothing_is_left_gives_the_numbers():
 
 # Many threads.
 
+@pytest.fixture
+def restless():
+    """Threads take turns a thousand times as often as usual."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(usual_s)
+
+
+@pytest.mark.usefixtures("restless")
 def test_32_threads_never_take_the_sum_past_the_limit():
     """A poller looks at the sum all the while; in the end it must add up exactly."""
     limit = 100_000
