@@ -69,7 +69,7 @@ import urllib.request
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
@@ -323,6 +323,7 @@ class JsonBody:
     text: str
     fields: Mapping[str, object]
     spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in text
+    utf8_bytes: int                           # the length of the text
 
     def with_fields(self, changes: Mapping[str, object]) -> bytes:
         """The text with some top-level fields set, as UTF-8. All else stays as it was."""
@@ -354,12 +355,20 @@ def _bounded_integer(digits: str) -> int:
     return int(digits)
 
 
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise BadRequest("the request body has a number too large for a parser to hold")
+    return number
+
+
 def _no_constant(name: str) -> object:
     raise BadRequest(f"the request body contains {name}, which is not JSON")
 
 
 _STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object_without_duplicates,
-                                parse_int=_bounded_integer, parse_constant=_no_constant)
+                                parse_int=_bounded_integer, parse_float=_finite_number,
+                                parse_constant=_no_constant)
 _json_space_end = re.compile(r"[ \t\n\r]*").match
 
 
@@ -424,7 +433,7 @@ def parse_json_object(raw: bytes) -> JsonBody:
         raise BadRequest(f"the request body is not JSON: {err}") from None
     if _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
-    return JsonBody(text, fields, spans)
+    return JsonBody(text, fields, spans, len(raw))
 
 
 def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
@@ -469,6 +478,7 @@ PICODOLLARS_PER_MICRODOLLAR = 10 ** 6
 MICRODOLLARS_PER_USD = 10 ** 6
 
 Rate = Union[int, Fraction]
+_USD = re.compile(r"\+?(\d{1,13}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
 
 def parse_usd(value: object) -> int:
@@ -476,13 +486,10 @@ def parse_usd(value: object) -> int:
 
     Raises: ValueError when it is not a finite number >= 0.
     """
-    try:
-        amount = Decimal(str(value).strip())
-    except InvalidOperation:
-        raise ValueError(f"{value!r} is not an amount in USD") from None
-    if isinstance(value, bool) or not amount.is_finite() or amount < 0 or amount.adjusted() > 12:
-        raise ValueError(f"{value!r} is not an amount in USD from 0 up")
-    return int((amount * MICRODOLLARS_PER_USD).to_integral_value(rounding=ROUND_FLOOR))
+    text = str(value).strip()
+    if isinstance(value, bool) or not _USD.fullmatch(text) or Decimal(text) > 10 ** 12:
+        raise ValueError(f"{text[:40]!r} is not an amount in USD from 0 up")
+    return int(Fraction(text) * MICRODOLLARS_PER_USD)
 
 
 def format_usd(microdollars: int) -> str:
@@ -535,12 +542,17 @@ def _count(holder: object, name: str) -> int:
     return value
 
 
+def _check_told(usage: Mapping[str, object], *names: str) -> None:
+    for name in names:
+        if usage.get(name) is None:
+            raise MalformedUsage(f"{name} is missing")
+
+
 def usage_from_openai(usage: Mapping[str, object], names: Sequence[str] = ("prompt", "completion")
                       ) -> Usage:
-    """Chat completions, completions, embeddings: cached and audio are inside prompt_tokens."""
+    """Chat completions and completions: cached and audio tokens are inside prompt_tokens."""
     prompt_name, completion_name = names
-    if usage.get(f"{prompt_name}_tokens") is None:
-        raise MalformedUsage(f"{prompt_name}_tokens is missing")
+    _check_told(usage, f"{prompt_name}_tokens", f"{completion_name}_tokens")
     prompt = _count(usage, f"{prompt_name}_tokens")
     completion = _count(usage, f"{completion_name}_tokens")
     read = json_object(usage.get(f"{prompt_name}_tokens_details"))
@@ -562,13 +574,17 @@ def usage_from_responses(usage: Mapping[str, object]) -> Usage:
     return usage_from_openai(usage, ("input", "output"))
 
 
+def usage_from_embeddings(usage: Mapping[str, object]) -> Usage:
+    """Embeddings: input only."""
+    return usage_from_openai({"completion_tokens": 0, **usage})
+
+
 def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
     """Messages: cached and written tokens are outside input_tokens, and are added here.
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
     """
-    if usage.get("output_tokens") is None:
-        raise MalformedUsage("output_tokens is missing")
+    _check_told(usage, "input_tokens", "output_tokens")
     plain, read = _count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
     split = usage.get("cache_creation")
     written_1h = _count(split, "ephemeral_1h_input_tokens")
@@ -584,7 +600,7 @@ def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
 USAGE_READERS = MappingProxyType({
     "chat": usage_from_openai,
     "completions": usage_from_openai,
-    "embeddings": usage_from_openai,
+    "embeddings": usage_from_embeddings,
     "responses": usage_from_responses,
     "messages": usage_from_anthropic,
 })
@@ -694,13 +710,15 @@ def price_from_row(key: str, row: object) -> Optional[Price]:
         return None
     token_prices = {name: value for name, value in row.items()
                     if "cost" in name and "_token" in name and not name.startswith("search")}
-    extras = json_object(row.get("provider_specific_entry"))
+    extras, searches = row.get("provider_specific_entry") or {}, row.get(_SEARCHES) or {}
+    if not isinstance(extras, dict) or not isinstance(searches, dict):
+        return None
     multipliers = {"us_entry": extras.get("us", 1), "fast_entry": extras.get("fast", 1),
                    **{place: row.get(f"regional_processing_uplift_multiplier_{place}", 1)
                       for place in ("us", "eu")}}
-    searches = json_object(row.get(_SEARCHES))
     search = searches.get("search_context_size_medium", WEB_SEARCH_USD)
-    if not all(map(_is_amount, (*token_prices.values(), *multipliers.values(), search))):
+    if not all(map(_is_amount, (*token_prices.values(), *multipliers.values(), search))) \
+            or not all(multipliers.values()):
         return None
     return Price(
         key=key, provider=str(row.get("litellm_provider") or ""),
@@ -764,7 +782,7 @@ class PriceBook:
             return self._row(":".join(model.split(":")[:2]))
         names = [model, f"{provider}/{model}"]
         prefix, slash, rest = model.partition("/")
-        if slash and prefix in (provider, "models"):
+        if slash and (prefix == "models" or prefix == provider in ("openai", "anthropic")):
             names.append(rest)
         for shorten in (lambda name: name, lambda name: _DATE_SUFFIX.sub("", name),
                         lambda name: re.sub(r"-latest$", "", name)):
@@ -882,7 +900,7 @@ TEXT_PART_TYPES = frozenset({
 })
 # Tools that the client runs. All others run at the provider, and read and bill unbounded input.
 CLIENT_TOOL_TYPES = re.compile(
-    r"function|custom|local_shell|shell|apply_patch|computer(_use_preview)?|namespace"
+    r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}")
 STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container")
 UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks", "compaction")
@@ -935,7 +953,10 @@ class Bound:
 
 
 def _content_types(value: object) -> Iterator[str]:
-    """The `type` of every part in a prompt, wherever it stands; not those in tool arguments."""
+    """The `type` of every part in a prompt, wherever it stands; not those in tool arguments.
+
+    What stands for content kept at the provider, by its id alone, counts as "item_reference".
+    """
     if isinstance(value, list):
         for item in value:
             yield from _content_types(item)
@@ -943,6 +964,10 @@ def _content_types(value: object) -> Iterator[str]:
         kind = value.get("type")
         if isinstance(kind, str):
             yield kind
+        elif "id" in value and "content" not in value:
+            yield "item_reference"
+        if kind == "reasoning" and not value.get("encrypted_content"):
+            yield "item_reference"
         for name, child in value.items():
             if isinstance(child, (dict, list)) \
                     and name != "cache_control" and not (name == "input" and kind == "tool_use"):
@@ -970,14 +995,23 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         raise UnboundedRequest(
             f"{name}, as asked for here, cannot be used under a budget: what it costs cannot be "
             "bounded before it is sent", param=name)
-    tools = fields.get("tools")
-    for tool in tools if isinstance(tools, list) else ():
-        kind = tool.get("type", "function") if isinstance(tool, dict) else "?"
-        if not (isinstance(kind, str) and CLIENT_TOOL_TYPES.fullmatch(kind)):
-            shown = kind if isinstance(kind, str) and PRINTABLE_NAME.fullmatch(kind) else "?"
+    for kind in _tool_types(fields.get("tools")):
+        if not CLIENT_TOOL_TYPES.fullmatch(kind):
+            shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
             raise UnboundedRequest(
                 f"the tool type {shown} runs at the provider, which a budget cannot bound; "
                 "remove it from tools", param="tools")
+
+
+def _tool_types(tools: object) -> Iterator[str]:
+    """The type of every tool, also of those inside namespaces; "?" for what is not a tool."""
+    if tools is not None and not isinstance(tools, list):
+        yield "?"
+    for tool in tools if isinstance(tools, list) else ():
+        kind = tool.get("type", "function") if isinstance(tool, dict) else "?"
+        yield kind if isinstance(kind, str) else "?"
+        if isinstance(tool, dict) and kind == "namespace":
+            yield from _tool_types(tool.get("tools"))
 
 
 def input_tokens_bound(body: JsonBody, price: Price) -> int:
@@ -990,8 +1024,7 @@ def input_tokens_bound(body: JsonBody, price: Price) -> int:
         return price.max_input_tokens
     special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
     extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
-    utf8_bytes = len(body.text) if body.text.isascii() else len(body.text.encode("utf-8"))
-    return utf8_bytes + extra
+    return body.utf8_bytes + extra
 
 
 def _choices(api: str, fields: Mapping[str, object]) -> int:
@@ -1063,7 +1096,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         input_tokens=input_tokens,
         input_picodollars=input_tokens * input_rate * multiplier,
         output_picodollars=output_rate * multiplier * _choices(api, fields),
-        unlimited_output_tokens=len(body.text) if fields.get("prediction") is not None else 0,
+        unlimited_output_tokens=body.utf8_bytes if fields.get("prediction") is not None else 0,
         asked_output_tokens=asked,
         most_output_tokens=0 if api == "embeddings" else most)
 
@@ -1163,7 +1196,7 @@ class AnswerMeter:
     def read_event(self, data: bytes) -> Optional[dict]:
         """Read the data of one streamed event, and return it parsed; None if it is no object."""
         if data == b"[DONE]":
-            self.has_ended = True
+            self.has_ended, self.usage_is_final = True, self.usage is not None
             return None
         try:
             parsed = json.loads(data)
@@ -1194,6 +1227,7 @@ class AnswerMeter:
     def _read_chat_event(self, chunk: dict) -> None:
         self._read_result(chunk)
         choices = chunk.get("choices")
+        self.usage_is_final = self.usage is not None and not choices    # or told at [DONE]
         for choice in map(json_object, choices if isinstance(choices, list) else ()):
             self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
 
@@ -1281,7 +1315,7 @@ def without_usage(event: bytes, chunk: Optional[dict]) -> bytes:
     if chunk["usage"] is not None and chunk.get("choices") == [] \
             and not set(chunk) - USAGE_CHUNK_FIELDS:
         return b""
-    if chunk["usage"] is None and len(_USAGE_NULL.findall(event)) == 1:
+    if chunk["usage"] is None and len(_USAGE_NULL.findall(event)) == event.count(b'"usage"') == 1:
         # Inside a JSON string these quotes would be escaped: the match is the field itself.
         return _USAGE_NULL.sub(b"", event)
     return format_event({name: value for name, value in chunk.items() if name != "usage"})
@@ -1561,6 +1595,11 @@ class Reservation:
         self.is_open = True
 
 
+def _check_amount(microdollars: int) -> None:
+    if isinstance(microdollars, bool) or not isinstance(microdollars, int) or microdollars < 0:
+        raise ValueError(f"{microdollars!r} is not a whole number of microdollars from 0 up")
+
+
 class CostController:
     """Admits requests while spent + reserved stays within the limit.
 
@@ -1585,6 +1624,7 @@ class CostController:
 
     def reserve(self, max_cost_microdollars: int) -> Reservation:
         """Set an amount aside. Raises InsufficientBudget, changing nothing, if it does not fit."""
+        _check_amount(max_cost_microdollars)
         with self._lock:
             limit, spent, reserved = self._limit, self._spent, self._reserved
             fits = limit is None or max_cost_microdollars <= limit - spent - reserved
@@ -1596,6 +1636,7 @@ class CostController:
 
     def commit(self, reservation: Reservation, actual_microdollars: int) -> None:
         """Charge the actual cost and release the reservation. Raises ValueError if settled."""
+        _check_amount(actual_microdollars)
         with self._lock:
             self._close_locked(reservation)
             self._spent += actual_microdollars            # first spend, then release
@@ -1615,6 +1656,7 @@ class CostController:
 
     def add_spend(self, microdollars: int) -> None:
         """Charge an amount that nothing was reserved for."""
+        _check_amount(microdollars)
         with self._lock:
             self._spent += microdollars
 
@@ -1880,7 +1922,8 @@ class ChunkedDecoder:
         line = self._line()
         if line:
             raise MalformedHttp("a chunk is longer than its size")
-        self._state = self._size
+        if line is not None:
+            self._state = self._size
         return line is not None
 
     def _trailer(self, pieces: list) -> bool:
@@ -1998,6 +2041,8 @@ class Wire:
                 raise EOFError("the connection ended inside a head")
             data += more
             end = _HEAD_END.search(data)
+            if end is not None and end[0] != b"\r\n\r\n":
+                raise MalformedHttp("a line of the head does not end in CRLF")
             if end is not None and end.start() <= MAX_HEAD_BYTES:
                 self.received = data[end.end():]
                 return data[:end.start()]
@@ -2446,7 +2491,7 @@ def _cost_until_now(call: Call, prices: PriceBook, bound: Bound, elapsed_ms: int
     by_time = -(-elapsed_ms * call.provider.max_output_tokens_per_s // 1000)
     output_tokens = min(call.output_cap, max(call.meter.output_bytes, by_time))
     at_most = min(call.reservation.microdollars, bound.microdollars(output_tokens))
-    if call.meter.usage is None:
+    if call.meter.usage is None or call.api != "messages":
         return at_most
     try:
         usage = {**call.meter.usage, "output_tokens": output_tokens}

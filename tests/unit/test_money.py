@@ -45,7 +45,7 @@ def ceil_microdollars(usd: Fraction) -> int:
     ("+2", 2_000_000), ("1e-6", 1), ("1E2", 100_000_000), ("007", 7_000_000),
     ("0.1", 100_000), ("0.29", 290_000), ("1.15", 1_150_000), ("4.35", 4_350_000),
     ("9007199254.740993", 9_007_199_254_740_993), ("1000000000000", 10 ** 18),
-    ("-0", 0), ("1e-400", 0), (3, 3_000_000), (0, 0), (0.1, 100_000), (4.35, 4_350_000),
+    ("1e-400", 0), (3, 3_000_000), (0, 0), (0.1, 100_000), (4.35, 4_350_000),
     (1e-06, 1), (Decimal("0.30"), 300_000), (Decimal("0.0000015"), 1),
 ])
 def test_amounts_in_usd_are_read_exactly_and_rounded_down(value, microdollars):
@@ -121,11 +121,10 @@ def test_a_call_costs_what_the_oracle_says(row):
 
 
 def test_every_call_of_the_whole_oracle_costs_what_it_says():
-    """Azure's models are left out: our table prices OpenAI's own rows, which can differ."""
     path = SHARED / "pricing" / "oracle_shared.jsonl"
     if not path.is_file():
         pytest.skip("the whole oracle is not beside this checkout")
-    rows = [row for row in oracle_rows(path) if row["provider"] != "azure"]
+    rows = list(oracle_rows(path))
 
     wrong = [row for row in rows
              if ceil_microdollars(Fraction(row["expected_usd"])) != cost_of_oracle_row(row)]
