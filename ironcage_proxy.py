@@ -75,7 +75,7 @@ from types import MappingProxyType
 from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 __all__ = ["CostController", "IroncageError", "PriceBook", "ProxyServer", "Settings",
-           "UnpricedModel", "main", "settings_from"]
+           "UnpricedModel", "input_tokens_upper_bound", "main", "settings_from"]
 __version__ = "0.1.0"
 
 log = logging.getLogger("ironcage")
@@ -864,12 +864,80 @@ def _fees(price: Price, usage: Mapping[str, object], api: str,
 
 # ==== 5. Bounds =================================================================================
 #
-# The most that a request can cost, computed from its body before anything is sent. The rule for
-# text is a proof for byte-level tokenizers: a token is at least one byte, and a JSON body is never
-# shorter than the text in it, so the body's own length bounds all text, keys and schemas in it.
+# The most that a request can cost, computed from its body before anything is sent. Text is
+# bounded in one of two ways. By bytes: a token of a byte-level tokenizer is at least one byte,
+# and a JSON body is never shorter than the text in it, so the body's length bounds all text, keys
+# and schemas in it; that is a proof. By the measured rule: weights for letters, digits, words and
+# the like, tuned until no text of a corpus in many languages and formats had more tokens.
 # What is not text (images, files, audio, state kept at the provider) counts as the model's whole
 # context. What cannot be bounded at all (tools that the provider runs) is refused under a budget.
 # Assumed: the provider honours its max-token field; the price table is right.
+
+# Thousandths of a token; measured against o200k, cl100k and Claude 2's tokenizer on 814 texts.
+MILLITOKENS = MappingProxyType({
+    "letter": 250, "word": 750, "hump": 1400, "digit": 150, "number": 1800, "punctuation": 720,
+    "space": 20, "space_run": 800, "byte": 1000, "blob_byte": 600, "blob_switch": 400,
+})
+# Claude's tokenizers since Opus 4.7 are not published; seen by others to make up to 1.47 times as
+# many tokens as the measured one. 3/2 covers that.
+ANTHROPIC_FACTOR = Fraction(3, 2)
+ESTIMATE_SLACK_TOKENS = 8
+ESTIMATE_SLICE_BYTES = 1024 * 1024      # scanned at a time, so that copies stay small
+_BLOB = re.compile(rb"[A-Za-z0-9+/=_-]{24,}")      # base64, hashes, long identifiers
+_BLOB_SWITCHES = (b"lu", b"ul", b"ld", b"dl", b"ud", b"du")
+
+
+def _byte_class(byte: int) -> str:
+    """l, u: letters; d: digit; s: space; p: punctuation; x: what counts as a token a byte."""
+    char = chr(byte)
+    if byte >= 128 or byte < 32 or byte == 127 or char == "\\":
+        return "x"
+    return "l" if char.islower() else "u" if char.isupper() else "d" if char.isdigit() \
+        else "s" if char == " " else "p"
+
+
+_BYTE_CLASSES = bytes(ord(_byte_class(byte)) for byte in range(256))
+_WORD, _NUMBER, _SPACES = (
+    bytes(ord("a" if chr(kind) in kinds else ".") for kind in _BYTE_CLASSES)
+    for kinds in ("lu", "d", "s"))
+
+
+def _runs(text: bytes, members: bytes) -> int:
+    marked = text.translate(members)
+    return marked.count(b".a") + marked.startswith(b"a")
+
+
+def _millitokens(text: bytes) -> int:
+    """The measured rule on one slice: one pass over the bytes for each weight, none in Python."""
+    weights, total = MILLITOKENS, 0
+    blobs = _BLOB.findall(text)
+    if blobs:
+        switches = b"|".join(blobs).translate(_BYTE_CLASSES).count
+        total += weights["blob_byte"] * sum(map(len, blobs)) \
+            + weights["blob_switch"] * sum(map(switches, _BLOB_SWITCHES))
+        text = _BLOB.sub(b"|", text)
+    count = text.translate(_BYTE_CLASSES).count
+    return total + (
+        weights["letter"] * (count(b"l") + count(b"u")) + weights["hump"] * count(b"lu")
+        + weights["word"] * _runs(text, _WORD) + weights["digit"] * count(b"d")
+        + weights["number"] * _runs(text, _NUMBER) + weights["punctuation"] * count(b"p")
+        + weights["space"] * count(b"s") + weights["space_run"] * _runs(text, _SPACES)
+        + weights["byte"] * count(b"x"))
+
+
+def input_tokens_upper_bound(text: str, provider: str = "openai") -> int:
+    """Tokens that a text can be billed as, by the measured rule; never above a token a byte.
+
+    JSON text may be given as it stands: its escapes count for no less than what they stand for.
+    """
+    raw = text.encode("utf-8", "surrogatepass")
+    millitokens = sum(_millitokens(raw[at:at + ESTIMATE_SLICE_BYTES])
+                      for at in range(0, len(raw), ESTIMATE_SLICE_BYTES))
+    tokens: Rate = min(len(raw), -(-millitokens // 1000))
+    if provider == "anthropic":
+        tokens = -int(-tokens * ANTHROPIC_FACTOR // 1)
+    return int(tokens) + ESTIMATE_SLACK_TOKENS
+
 
 # The caps a client can put on its answer, by API; the first is set when a client puts none.
 MAX_TOKENS_FIELDS = MappingProxyType({
@@ -889,6 +957,7 @@ TOOL_PROMPT_TOKENS = 4096
 
 COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is free, above this
 LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
+LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
 # Content that is text and nothing else. Any other type counts as unseen input.
 TEXT_PART_TYPES = frozenset({
@@ -1014,8 +1083,11 @@ def _tool_types(tools: object) -> Iterator[str]:
             yield from _tool_types(tool.get("tools"))
 
 
-def input_tokens_bound(body: JsonBody, price: Price) -> int:
-    """Tokens that a request can be billed for as input. Raises UnboundedRequest."""
+def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False) -> int:
+    """Tokens that a request can be billed for as input. Raises UnboundedRequest.
+
+    By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
+    """
     if _has_unseen_input(body.fields):
         if price.max_input_tokens is None:
             raise UnboundedRequest(
@@ -1024,7 +1096,9 @@ def input_tokens_bound(body: JsonBody, price: Price) -> int:
         return price.max_input_tokens
     special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
     extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
-    return body.utf8_bytes + extra
+    if not measured:
+        return body.utf8_bytes + extra
+    return min(body.utf8_bytes, input_tokens_upper_bound(body.text, price.provider)) + extra
 
 
 def _choices(api: str, fields: Mapping[str, object]) -> int:
@@ -1079,10 +1153,10 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
-                     data_residency: Optional[str] = None) -> Bound:
+                     data_residency: Optional[str] = None, measured: bool = False) -> Bound:
     """The worst case of a request at a price. Raises BadRequest, UnboundedRequest."""
     fields = body.fields
-    input_tokens = input_tokens_bound(body, price)
+    input_tokens = input_tokens_bound(body, price, measured=measured)
     input_rate, output_rate = _dearest_rates(price, body, api, input_tokens, default_tier)
     multiplier = price.residency_multipliers.get(data_residency or "", Fraction(1))
     if api == "messages":
@@ -2648,12 +2722,13 @@ class Router:
 
     def __init__(self, providers: Iterable[Provider], prices: PriceBook, *,
                  limit_microdollars: Optional[int] = None, timeouts: Timeouts = Timeouts(),
-                 allow_paths: Sequence[str] = ()) -> None:
+                 allow_paths: Sequence[str] = (), bound_by: str = "measured") -> None:
         self.providers = {provider.name: provider for provider in (*providers, ECHO_PROVIDER)}
         self.prices = prices
         self.controller = CostController(limit_microdollars)
         self.totals = Totals()
         self._allow_paths = tuple(allow_paths)
+        self._bound_by = bound_by
         self._transport = KeepAliveHandler(timeouts)
         self._opener = build_opener(self._transport)
 
@@ -2761,15 +2836,24 @@ class Router:
             call.price = self.prices.find(upstream_model, provider.name)
         if call.price is not None:
             try:
-                call.bound = bound_of_request(
-                    api, body, call.price, default_tier=provider.default_service_tier,
-                    data_residency=provider.data_residency)
+                call.bound = self._bound(call, call.price)
             except UnboundedRequest:
                 if limited:
                     raise
             else:
                 self._reserve(call, call.bound)
         return call
+
+    def _bound(self, call: Call, price: Price) -> Bound:
+        """A call's worst case: by bytes while that is little of what is free, else measured."""
+        options = {"default_tier": call.provider.default_service_tier,
+                   "data_residency": call.provider.data_residency}
+        bound = bound_of_request(call.api, call.body, price, **options)
+        free = self.controller.available()
+        if free is None or self._bound_by == "bytes" \
+                or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
+            return bound
+        return bound_of_request(call.api, call.body, price, measured=True, **options)
 
     def _reserve(self, call: Call, bound: Bound) -> None:
         """Reserve a call's worst case; a call without a cap of its own gets one that fits."""
@@ -3026,6 +3110,7 @@ class Settings:
     pricing_path: Optional[str] = None                 # None: pricing.json beside this file
     allow_hosts: tuple[str, ...] = ()
     allow_paths: tuple[str, ...] = ()
+    bound: str = "measured"                            # or "bytes"
     max_body_bytes: int = 32 * 1024 * 1024
     log_format: str = "text"
     quiet: bool = False
@@ -3301,7 +3386,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.router = Router(
             settings.providers, load_prices(settings), timeouts=settings.timeouts,
-            limit_microdollars=settings.budget_microdollars, allow_paths=settings.allow_paths)
+            limit_microdollars=settings.budget_microdollars, allow_paths=settings.allow_paths,
+            bound_by=settings.bound)
         self.allowed_hosts = {name.lower() for name in (settings.host, *settings.allow_hosts)}
         self.started_s = time.monotonic()
         self.is_stopping = False
@@ -3576,6 +3662,9 @@ SETTINGS = (
             _parse_token, env="IRONCAGE_ADMIN_TOKEN", metavar="TOKEN"),
     Setting("--budget", "the most to spend, in USD, exact; without it spend is only counted",
             parse_usd, metavar="USD"),
+    Setting("--bound", "how text is bounded: measured, a rule that no measured text beats; or "
+            "bytes, a token a byte, which is a proof", _parse_choice("measured", "bytes"),
+            "measured", metavar="RULE"),
     Setting("--pricing", "price table in LiteLLM's format, instead of pricing.json",
             metavar="FILE"),
     Setting("--openai-base-url", "where OpenAI calls go, with or without /v1", _parse_base_url,
@@ -3670,7 +3759,7 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         host=values["host"], port=values["port"], token=token or "ic_" + secrets.token_urlsafe(24),
         token_is_generated=token is None, admin_token=values["admin_token"],
         providers=tuple(providers), budget_microdollars=values["budget"],
-        pricing_path=values["pricing"], allow_hosts=values["allow_host"],
+        pricing_path=values["pricing"], bound=values["bound"], allow_hosts=values["allow_host"],
         allow_paths=values["allow_path"], max_body_bytes=values["max_body_mb"],
         log_format=values["log_format"], quiet=given["quiet"], command=given["command"])
 

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 import ironcage_proxy as ic
+from support import SHARED
 
 BOOK = ic.PriceBook.load(str(Path(ic.__file__).resolve().with_name("pricing.json")))
 PRICES = [BOOK.price(key) for key in BOOK.keys()]
@@ -619,3 +620,53 @@ def test_a_default_cap_always_fits_and_never_passes_the_models_maximum(seed):
                 assert free // 2 < bound.microdollars(min(8_192, bound.most_output_tokens))
         else:
             assert free < bound.microdollars(min(1_024, bound.most_output_tokens))
+
+
+# The measured rule for text.
+
+def token_samples():
+    path = SHARED / "tokens" / "tokens.jsonl"
+    if not path.is_file():
+        pytest.skip("the texts with real token counts are not beside this checkout")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+REAL_COUNTS = {"openai": lambda sample: max(sample["o200k"], sample["cl100k"]),
+               "anthropic": lambda sample: sample["claude_old"] * 3 / 2}
+
+
+@pytest.mark.parametrize("provider", REAL_COUNTS)
+@pytest.mark.parametrize("form", [str, json.dumps, lambda t: json.dumps(t, ensure_ascii=False)],
+                         ids=["text", "escaped JSON", "JSON"])
+def test_no_measured_text_has_more_tokens_than_the_rule_says(provider, form):
+    samples, real = token_samples(), REAL_COUNTS[provider]
+
+    ratios = {sample["kind"]: [] for sample in samples}
+    for sample in samples:
+        bound = ic.input_tokens_upper_bound(form(sample["text"]), provider)
+        assert real(sample) <= bound, sample["kind"]
+        ratios[sample["kind"]].append(bound / real(sample))
+    common = sorted(ratio for kind, values in ratios.items() for ratio in values
+                    if kind.split(":")[0] in ("prose", "code"))
+    assert common[len(common) // 2] <= 2.3
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_rule_is_never_above_a_token_a_byte_and_never_falls_when_text_is_added(seed):
+    rng = Random(seed)
+    words = ["word", "Hump", "42", "\\n", " ", "\n", "é", "漢字", "🐤", "a1B2" * 9, "{}();", "\x00"]
+    text = "".join(rng.choices(words, k=rng.randrange(60)))
+    more = text + " " + "".join(rng.choices(words, k=9))
+
+    for provider, most in (("openai", 1), ("anthropic", 1.5)):
+        bound = ic.input_tokens_upper_bound(text, provider)
+        assert bound <= len(text.encode()) * most + 9
+        assert bound <= ic.input_tokens_upper_bound(more, provider) + 1
+
+
+def test_a_text_of_several_slices_counts_no_less_than_its_parts(monkeypatch):
+    text = "some words, 123 and more " * 400
+    whole = ic.input_tokens_upper_bound(text)
+    monkeypatch.setattr(ic, "ESTIMATE_SLICE_BYTES", 1000)
+
+    assert whole <= ic.input_tokens_upper_bound(text)

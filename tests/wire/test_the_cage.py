@@ -157,7 +157,7 @@ def test_a_zero_budget_refuses_at_once(mock, proxy_for, path):
 
 
 def test_a_request_that_does_not_fit_is_told_what_would(mock, proxy_for):
-    proxy = proxy_for("--budget", "0.0001")
+    proxy = proxy_for("--budget", "0.0001", "--bound", "bytes")
     asked = {**CHAT, "max_tokens": 16_000}
 
     answer = call(proxy.port, "POST", "/v1/chat/completions", asked)
@@ -335,6 +335,20 @@ def test_content_other_than_text_is_reserved_for_as_a_full_context(mock, proxy_f
 
     assert (402, 200) == (refused.status, passed.status)
     assert 128_000 * 0.15 < refused.json["error"]["ironcage"]["needed_microdollars"] < 20_000
+
+
+@pytest.mark.parametrize("rule, status", [("bytes", 402), ("measured", 200)])
+def test_a_long_prompt_fits_by_the_measured_rule_where_bytes_would_not(
+        mock, proxy_for, rule, status):
+    """40 kB of prose are at most 40,000 tokens by bytes, and about half of that by the rule."""
+    prose = "The quick brown fox jumps over the lazy dog, again and again. " * 650
+    fields = {**CAPPED_CHAT, "messages": [{"role": "user", "content": prose}]}
+    proxy = proxy_for("--budget", "0.005", "--bound", rule)
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", fields)
+
+    assert status == answer.status
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] <= 5000
 
 
 # Many at once.
