@@ -3265,6 +3265,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
         pieces: list[bytes] = []
         size = 0
+        if decoder.is_done:
+            return b""                       # and what was received is the next request
         while not decoder.is_done:
             try:
                 data = self.wire.receive(deadline_s - time.monotonic())
