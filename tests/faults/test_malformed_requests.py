@@ -84,18 +84,28 @@ BAD_BODIES = {
 }
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES)
+CHAT_ONLY = {"stream_options", "n", "max_completion_tokens"}
+
+
+def bad_body_cases():
+    """(path, body) of each bad body at each path that knows its field."""
+    for label, body in BAD_BODIES.items():
+        yield pytest.param("/v1/chat/completions", body, id=f"chat-{label}")
+        if isinstance(body, bytes):
+            yield pytest.param("/v1/messages", body, id=f"messages-{label}")
+            yield pytest.param("/v1/responses", body, id=f"responses-{label}")
+        elif not CHAT_ONLY & set(body):
+            claude = {**body, "model": "claude-haiku-4-5"}
+            yield pytest.param("/v1/messages", claude, id=f"messages-{label}")
+            capped = {"max_output_tokens" if name == "max_tokens" else name: value
+                      for name, value in body.items()}
+            yield pytest.param("/v1/responses", capped, id=f"responses-{label}")
+
+
+@pytest.mark.parametrize("path, body", bad_body_cases())
 def test_a_bad_body_is_one_clear_400_and_the_connection_goes_on(served, path, body):
     mock, proxy = served
     sent = len(mock.seen)
-    if isinstance(body, dict) and path != "/v1/chat/completions":
-        if {"stream_options", "n", "max_completion_tokens"} & set(body):
-            pytest.skip("a field of chat completions only")
-        body = {**body, "model": "claude-haiku-4-5" if path == "/v1/messages" else "gpt-4o-mini"}
-        if path == "/v1/responses":
-            body = {"max_output_tokens" if name == "max_tokens" else name: value
-                    for name, value in body.items()}
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     with RawClient(proxy.port) as client:
         client.request("POST", path, raw)

@@ -1,0 +1,386 @@
+"""Who may do what: tokens, hosts, own routes, routes under a budget, and where keys go."""
+import io
+import json
+import logging
+import socket
+
+import pytest
+from support import (ADMIN_TOKEN, ANTHROPIC_KEY, CANARIES, OPENAI_KEY, TOKEN, Close, MockProvider,
+                     RawClient, Reply, anthropic_error, call, openai_error, program,
+                     settled_status, start_proxy)
+
+CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+MESSAGE = {**CHAT, "model": "claude-haiku-4-5"}
+PATHS = {"/v1/chat/completions": CHAT, "/v1/messages": MESSAGE}
+
+
+@pytest.fixture(scope="module")
+def served():
+    with MockProvider() as mock:
+        proxy = start_proxy(mock, "--budget", "1", "--admin-token", ADMIN_TOKEN)
+        yield mock, proxy
+        proxy.stop()
+
+
+# Tokens.
+
+@pytest.mark.parametrize("headers, status", [
+    ([("Authorization", f"Bearer {TOKEN}")], 200),
+    ([("authorization", f"bearer  {TOKEN} ")], 200),
+    ([("X-Api-Key", TOKEN)], 200),
+    ([("x-api-key", TOKEN), ("authorization", "Bearer other")], 200),
+    ([("x-api-key", "other"), ("authorization", f"Bearer {TOKEN}")], 200),
+    ([], 401), ([("Authorization", "")], 401), ([("Authorization", "Bearer ")], 401),
+    ([("Authorization", TOKEN)], 401), ([("Authorization", f"Basic {TOKEN}")], 401),
+    ([("x-api-key", TOKEN[:-1])], 401), ([("x-api-key", TOKEN + "0")], 401),
+    ([("x-api-key", TOKEN.upper())], 401), ([("x-api-key", "\xe4\xf6\xfc")], 401),
+    ([("x-api-key", OPENAI_KEY)], 401), ([("cookie", f"token={TOKEN}")], 401),
+])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_token_is_taken_as_bearer_or_x_api_key_and_nothing_else(
+        served, path, headers, status):
+    mock, proxy = served
+    sent = len(mock.seen)
+
+    answer = call(proxy.port, "POST", path, PATHS[path], headers, token=None)
+
+    assert status == answer.status
+    assert sent + (status == 200) == len(mock.seen)
+    if status == 401:
+        kind = answer.json["error"]["type"]
+        assert kind == ("authentication_error" if path == "/v1/messages"
+                        else "invalid_request_error")
+        assert "Invalid API key" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("method, path", [
+    ("POST", "/"), ("PUT", "/"), ("GET", "/x"), ("GET", "/ironcage/status"),
+    ("GET", "/ironcage/budget"), ("PUT", "/ironcage/budget"), ("GET", "/v1/models"),
+    ("OPTIONS", "/v1/messages"), ("GET", "//"), ("GET", "/ironcage/")])
+def test_everything_but_get_and_head_of_the_root_needs_a_token(served, method, path):
+    _, proxy = served
+
+    assert 401 == call(proxy.port, method, path, b"{}", token=None).status
+
+
+def test_any_method_on_the_root_is_greeted_with_a_token_as_by_the_original(served):
+    _, proxy = served
+
+    assert b"LlmRouter OK" == call(proxy.port, "POST", "/", b"{}").body
+
+
+# Own routes.
+
+def test_an_unknown_own_route_is_a_404_that_names_the_known_ones(served):
+    _, proxy = served
+
+    answer = call(proxy.port, "GET", "/ironcage/secrets")
+
+    assert 404 == answer.status
+    assert "/ironcage/status" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("method, path, allowed", [
+    ("POST", "/ironcage/status", "GET"), ("DELETE", "/ironcage/budget", "GET, PUT")])
+def test_a_wrong_method_on_an_own_route_is_a_405_that_names_the_right_ones(
+        served, method, path, allowed):
+    _, proxy = served
+
+    answer = call(proxy.port, method, path, b"{}")
+
+    assert (405, allowed) == (answer.status, answer.header("allow"))
+
+
+def put_budget(proxy, body, token=ADMIN_TOKEN, content_type="application/json"):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with RawClient(proxy.port) as client:
+        lines = ["PUT /ironcage/budget HTTP/1.1", "Host: localhost",
+                 f"Authorization: Bearer {token}", f"Content-Length: {len(raw)}"]
+        if content_type is not None:
+            lines.append(f"Content-Type: {content_type}")
+        client.send("\r\n".join(lines).encode() + b"\r\n\r\n" + raw)
+        return client.read_answer()
+
+
+@pytest.mark.parametrize("body", [
+    {}, [], {"limit_usd": None}, {"limit_usd": True}, {"limit_usd": "-1"}, {"limit_usd": "NaN"},
+    {"limit_usd": "1e999"}, {"limit_usd": "ten"}, {"limit_usd": {}}, {"limit_usd": ""},
+    {"limit_usd": "1", "more": 1}, b'{"limit_usd": "1", "limit_usd": "2"}', b"limit_usd=1",
+    b'{"limit_usd": Infinity}', b"{"], ids=repr)
+def test_a_bad_limit_is_refused_and_changes_nothing(served, body):
+    _, proxy = served
+
+    answer = put_budget(proxy, body)
+
+    assert 400 == answer.status, answer.body
+    assert 1_000_000 == proxy.router.controller.budget_limit()
+
+
+@pytest.mark.parametrize("content_type, status", [
+    ("text/plain", 415), ("application/x-www-form-urlencoded", 415), (None, 415),
+    ("application/json; charset=utf-8", 200)])
+def test_the_limit_is_set_as_json_only_so_that_no_form_can_post_it(served, content_type, status):
+    _, proxy = served
+
+    assert status == put_budget(proxy, {"limit_usd": "1.00"}, content_type=content_type).status
+
+
+def test_a_callers_token_cannot_raise_its_own_limit(served):
+    _, proxy = served
+
+    answer = put_budget(proxy, {"limit_usd": "9"}, token=TOKEN)
+
+    assert 403 == answer.status
+    assert 1_000_000 == proxy.router.controller.budget_limit()
+
+
+def test_without_an_admin_token_the_limit_cannot_be_set_and_the_answer_says_how(mock, proxy):
+    answer = put_budget(proxy, {"limit_usd": "9"}, token=TOKEN)
+
+    assert 403 == answer.status
+    assert "--admin-token" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("limit, microdollars", [
+    ("20.00", 20_000_000), (20, 20_000_000), (0.1, 100_000), ("0.0000019", 1)])
+def test_a_limit_is_exact(mock, proxy_for, limit, microdollars):
+    proxy = proxy_for("--admin-token", ADMIN_TOKEN)
+
+    answer = put_budget(proxy, {"limit_usd": limit})
+
+    assert microdollars == answer.json["limit_microdollars"]
+
+
+def test_the_admins_token_reads_the_status_but_calls_no_models(served):
+    mock, proxy = served
+    sent = len(mock.seen)
+
+    status = call(proxy.port, "GET", "/ironcage/status", token=ADMIN_TOKEN)
+    refused = call(proxy.port, "POST", "/v1/chat/completions", CHAT, token=ADMIN_TOKEN)
+
+    assert (200, 403) == (status.status, refused.status)
+    assert sent == len(mock.seen)
+
+
+def test_no_answer_carries_cors_headers(mock, proxy):
+    mock.models.add("x")
+    origin = [("origin", "https://evil.example"), ("access-control-request-method", "PUT")]
+    answers = [call(proxy.port, method, path, b"{}", origin) for method, path in (
+        ("OPTIONS", "/ironcage/budget"), ("GET", "/ironcage/status"), ("GET", "/"),
+        ("POST", "/v1/messages"))]
+
+    assert not [name for answer in answers for name, _ in answer.headers
+                if name.startswith("access-control")]
+
+
+def test_a_name_given_with_allow_host_is_answered_to(mock, proxy_for):
+    proxy = proxy_for("--allow-host", "cage.local")
+
+    answers = [raw_status(proxy, host) for host in ("cage.local", "CAGE.local:8787",
+                                                    "other.local")]
+
+    assert [200, 200, 403] == answers
+
+
+def raw_status(proxy, host):
+    with RawClient(proxy.port) as client:
+        client.send(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        return client.read_answer().status
+
+
+# Routes.
+
+@pytest.mark.parametrize("path, provider", [
+    ("/openai/v1/chat/completions", "openai"), ("/anthropic/v1/messages", "anthropic")])
+def test_a_first_segment_picks_the_provider(served, path, provider):
+    mock, proxy = served
+    fields = CHAT if provider == "openai" else MESSAGE
+
+    answer = call(proxy.port, "POST", path, fields)
+
+    assert 200 == answer.status
+    assert "/v1/" + path.split("/v1/")[1] == mock.seen[-1].target
+
+
+@pytest.mark.parametrize("path", [
+    "/anthropicfoo/v1/messages", "/openaiv1/chat/completions", "/OpenAI/v1/chat/completions",
+    "/openai", "/ironcagefoo", "/openai/openai/v1/chat/completions",
+    "/v1/chat/completions/", "/v1/chat/completions/x", "//v1/chat/completions",
+    "/v1//chat/completions", "/v1/chat%2Fcompletions", "/%761/chat/completions",
+    "/V1/chat/completions", "/chat/completions", "/v1/images/generations", "/v1/audio/speech",
+    "/v1/audio/transcriptions", "/v1/batches", "/v1/messages/batches", "/v1/files",
+    "/v1/responses/compact", "/v1/responses/resp_1/x", "/v1/fine_tuning/jobs", "/v1/realtime",
+    "/v1/complete", "/v1/threads"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_under_a_budget_what_is_not_exactly_a_metered_route_is_refused(served, method, path):
+    mock, proxy = served
+    sent = len(mock.seen)
+
+    answer = call(proxy.port, method, path, CHAT)
+
+    error = answer.json["error"]
+    assert 400 == answer.status
+    assert "iron_cage_unmetered_route" in (error["type"], error.get("code"))
+    assert sent == len(mock.seen)
+
+
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/v1/models"), ("GET", "/v1/models/gpt-4o-mini"), ("POST", "/v1/moderations"),
+    ("POST", "/v1/responses/input_tokens"), ("GET", "/v1/responses/resp_1"),
+    ("DELETE", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel"),
+    ("POST", "/v1/messages/count_tokens")])
+def test_free_routes_pass_under_any_budget_and_cost_nothing(mock, proxy_for, method, path):
+    proxy = proxy_for("--budget", "0")
+    mock.always = Reply(steps=(b'{"ok": true}',))
+
+    answer = call(proxy.port, method, path, MESSAGE if method == "POST" else None)
+
+    assert (200, {"ok": True}) == (answer.status, answer.json)
+    assert 0 == settled_status(proxy)["spent_microdollars"]
+
+
+def test_an_allowed_path_passes_unmetered_and_is_named_in_the_banner(mock, proxy_for):
+    mock.always = Reply(steps=(b"{}",))
+    proxy = proxy_for("--budget", "1", "--allow-path", "/v1/images/*")
+
+    statuses = [call(proxy.port, "POST", path, CHAT).status
+                for path in ("/v1/images/generations", "/v1/audio/speech")]
+
+    assert [200, 400] == statuses
+    assert "/v1/images/*" in program().banner(proxy)
+
+
+def test_without_a_budget_any_path_passes(mock, proxy_for):
+    mock.always = Reply(steps=(b"{}",))
+    proxy = proxy_for()
+
+    for path in ("/v1/images/generations", "/v1/audio/speech", "/v1/batches", "/anything"):
+        assert 200 == call(proxy.port, "POST", path, CHAT).status
+
+
+@pytest.mark.parametrize("headers, path", [
+    ([("x-http-method-override", "DELETE")], "/v1/chat/completions"),
+    ([("x-method-override", "POST")], "/v1/responses/resp_1"),
+    ([], "/v1/responses/resp_1?_method=POST")])
+def test_a_method_override_is_refused_under_a_budget(served, headers, path):
+    _, proxy = served
+    is_get = "resp_1" in path
+
+    answer = call(proxy.port, "GET" if is_get else "POST", path, None if is_get else CHAT, headers)
+
+    assert (400, "iron_cage_unmetered_route") == (answer.status, answer.json["error"]["type"])
+
+
+@pytest.mark.parametrize("path, fields", [
+    ("/v1/messages", CHAT), ("/v1/chat/completions", MESSAGE), ("/v1/responses", MESSAGE),
+    ("/v1/messages/count_tokens", CHAT)])
+def test_a_model_that_does_not_speak_the_paths_dialect_is_refused_clearly(served, path, fields):
+    _, proxy = served
+
+    answer = call(proxy.port, "POST", path, fields)
+
+    assert 400 == answer.status
+    assert "dialect" in answer.json["error"]["message"] or "Anthropic" in \
+        answer.json["error"]["message"]
+
+
+def test_a_provider_without_a_key_is_named_with_the_variable_to_set(mock, proxy_for):
+    proxy = proxy_for("--budget", "1", environ={"OPENAI_API_KEY": "sk-only"})
+
+    answer = call(proxy.port, "POST", "/v1/messages", MESSAGE)
+
+    assert (400, "iron_cage_no_provider_key") == (
+        answer.status, answer.json["error"].get("code"))
+    assert "ANTHROPIC_API_KEY" in answer.json["error"]["message"]
+    assert 0 == settled_status(proxy)["reserved_microdollars"]
+
+
+# Where keys go.
+
+@pytest.mark.parametrize("path, headers, fields", [
+    ("//evil.example/v1/messages", [], MESSAGE),
+    ("/@evil.example/v1", [], MESSAGE),
+    ("/v1/chat/completions?url=http://evil.example", [], CHAT),
+    ("/v1/chat/completions", [("x-forwarded-host", "evil.example"), ("forwarded",
+                              "host=evil.example"), ("x-portkey-custom-host", "evil.example"),
+                              ("x-base-url", "http://evil.example")], CHAT),
+    ("/v1/chat/completions", [], {**CHAT, "api_base": "http://evil.example",
+                                  "base_url": "http://evil.example"}),
+    ("/v1/chat/completions", [], {**CHAT, "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "http://evil.example/x.png"}}]}]}),
+    ("/openai/@evil.example", [], CHAT), ("/evil.example:443/v1", [], CHAT)])
+def test_nothing_in_a_request_changes_where_it_goes(mock, proxy_for, monkeypatch, path, headers,
+                                                    fields):
+    proxy = proxy_for()
+    mock.always = Reply(steps=(b"{}",))
+    dialled, connect = [], socket.create_connection
+
+    def noting(address, *args, **options):
+        dialled.append(address)
+        return connect(address, *args, **options)
+
+    with_client = call(proxy.port, "GET", "/").status
+    monkeypatch.setattr(socket, "create_connection", noting)
+    import http.client
+    monkeypatch.setattr(http.client.socket, "create_connection", noting)
+    call(proxy.port, "POST", path, fields, headers)
+
+    assert 200 == with_client
+    assert {("127.0.0.1", proxy.port), ("127.0.0.1", mock.port)} >= set(dialled)
+    assert 1 == len(mock.seen)
+    assert f"127.0.0.1:{mock.port}" == mock.seen[0].header("host")
+
+
+def answers_of_every_kind(mock, proxy):
+    """Every answer that can be provoked here, as bytes of head and body."""
+    stream = {**CHAT, "stream": True}
+    scripts = [None, openai_error(400, "no"), openai_error(401, "no"), openai_error(500, "no"),
+               anthropic_error(529, "no"), Reply(answers=False),
+               Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
+                     steps=(b"data: {}\n\n", Close())), Reply(302, (("location", "http://x"),))]
+    for fields in (CHAT, stream, MESSAGE, {**CHAT, "model": 7}, {**CHAT, "model": "gpt-none"},
+                   {**CHAT, "max_tokens": 10 ** 8}):
+        path = "/v1/messages" if fields is MESSAGE else "/v1/chat/completions"
+        for script in scripts:
+            if script is not None:
+                mock.script(script)
+            answer = call(proxy.port, "POST", path, fields)
+            yield repr(answer.headers).encode() + answer.body
+            while not mock._script.empty():
+                mock._script.get()
+    for method, path, token in (
+            ("GET", "/ironcage/status", TOKEN), ("GET", "/ironcage/budget", TOKEN),
+            ("PUT", "/ironcage/budget", TOKEN), ("GET", "/ironcage/x", TOKEN),
+            ("GET", "/v1/models", TOKEN), ("POST", "/v1/messages", "wrong"), ("GET", "/", None)):
+        answer = call(proxy.port, method, path, b"{}" if method != "GET" else None, token=token)
+        yield repr(answer.headers).encode() + answer.body
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_canary_keys_appear_nowhere_but_in_their_providers_auth_header(
+        mock, proxy_for, monkeypatch, log_format):
+    module, written = program(), io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(module.LogFormatter(log_format))
+    module.log.addHandler(handler)
+    module.log.setLevel(logging.DEBUG)
+    proxy = proxy_for("--budget", "1", "--admin-token", ADMIN_TOKEN)
+    try:
+        shown = b"".join(answers_of_every_kind(mock, proxy))
+        monkeypatch.setattr(module, "answer_headers", lambda headers: 1 / 0)
+        shown += call(proxy.port, "POST", "/v1/chat/completions", CHAT).body
+    finally:
+        module.log.removeHandler(handler)
+    monkeypatch.undo()
+    everything = shown + "".join([
+        written.getvalue(), module.banner(proxy), repr(proxy.settings), repr(proxy.router),
+        repr(vars(proxy.router)), repr(vars(proxy)), repr(list(proxy.router.providers.values())),
+    ]).encode()
+
+    assert "ZeroDivisionError" in written.getvalue()
+    assert [] == [canary for canary in CANARIES if canary.encode() in everything]
+    for request in mock.seen:
+        head = repr(request.headers) + request.target + request.body.decode()
+        key = ANTHROPIC_KEY if request.path.startswith("/v1/messages") else OPENAI_KEY
+        assert 1 == head.count(key)
+        assert not [canary for canary in CANARIES if canary != key and canary in head]
