@@ -1,0 +1,318 @@
+"""The program as people run it: a process with flags, an environment, signals and exit codes.
+
+A fault of the user is one clear line and exit code 2 (1 where the machine is at fault), never a
+traceback. Stopping drains and settles.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, call,
+                     proxy_environment)
+
+PROGRAM = str(ROOT / "ironcage_proxy.py")
+CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
+        "messages": [{"role": "user", "content": "hi"}]}
+ECHO = {"model": "ironcage/echo", "max_tokens": 9,
+        "messages": [{"role": "user", "content": "one two"}]}
+
+
+def run(*argv, environ=None, cwd=None, program=PROGRAM):
+    """A finished run: (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, program, *argv], capture_output=True, text=True,
+                          cwd=cwd, env={"PATH": os.environ["PATH"], **(environ or {})},
+                          timeout=PATIENCE_S * 3)
+    return done.returncode, done.stdout, done.stderr
+
+
+class Served:
+    """The program, serving: its process, port and the first lines that it printed."""
+
+    def __init__(self, *argv, environ=None, cwd=None, program=PROGRAM, python=(sys.executable,),
+                 **options):
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [*python, program, "--port", "0", *argv], text=True, cwd=cwd,
+            stdout=subprocess.PIPE, stderr=self._log,
+            env={"PATH": os.environ["PATH"], **(environ or {})}, **options)
+        self.first_line = self.process.stdout.readline()
+        match = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
+        assert match, self.first_line + self.log
+        self.port = int(match[1])
+
+    @property
+    def log(self):
+        self._log.seek(0)
+        return self._log.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+        self.process.stdout.close()
+        self._log.close()
+
+    def stop(self, number=signal.SIGTERM):
+        """Signal it and wait: (exit code, the rest of stdout, stderr)."""
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE_S * 3)
+        return code, self.process.stdout.read(), self.log
+
+
+# One line, no traceback.
+
+BAD_USES = {
+    "unknown flag": ["--prot", "1"],
+    "unknown command": ["server"],
+    "abbreviated flag": ["--budg", "1"],
+    "port not a number": ["--port", "x"],
+    "port too high": ["--port", "65536"],
+    "negative port": ["--port=-1"],
+    "budget not a number": ["--budget", "ten"],
+    "negative budget": ["--budget=-1"],
+    "infinite budget": ["--budget", "inf"],
+    "token with a space": ["--token", "a b c d e f g h"],
+    "short token": ["--token", "abc"],
+    "one token twice": ["--token", TOKEN, "--admin-token", TOKEN],
+    "base URL of another scheme": ["--openai-base-url", "ftp://x"],
+    "base URL without a host": ["--openai-base-url", "https://"],
+    "base URL with credentials": ["--openai-base-url", "https://user:pass@x"],
+    "base URL with a query": ["--anthropic-base-url", "https://x/?a=1"],
+    "base URL in the clear": ["--openai-base-url", "http://api.example.com"],
+    "body limit of zero": ["--max-body-mb", "0"],
+    "log format": ["--log-format", "xml"],
+    "rule of bounds": ["--bound", "guess"],
+    "price file that is not there": ["--pricing", "/nonexistent.json"],
+    "price file that is a folder": ["--pricing", "/"],
+    "host name": ["--host", "a b"],
+}
+
+
+@pytest.mark.parametrize("argv", BAD_USES.values(), ids=BAD_USES)
+def test_a_bad_use_is_one_line_and_exit_code_2(argv):
+    code, out, err = run(*argv)
+
+    assert (2, "") == (code, out)
+    assert 1 == err.count("\n") and err.startswith("ironcage_proxy: ")
+    assert not [secret for secret in (TOKEN, "a b c d", "user:pass") if secret in err]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": }', "[" * 100_000])
+def test_a_broken_price_file_is_one_line_and_exit_code_2(tmp_path, content):
+    path = tmp_path / "prices.json"
+    path.write_text(content)
+
+    code, _, err = run("check", "--port", "0", "--pricing", str(path))
+
+    assert (2, 1) == (code, err.count("\n"))
+    assert str(path) in err
+
+
+def test_a_key_that_cannot_be_one_is_named_and_not_shown():
+    code, _, err = run("check", environ={"OPENAI_API_KEY": "sk-sec ret\nX: y"})
+
+    assert (2, 1) == (code, err.count("\n"))
+    assert "OPENAI_API_KEY" in err and "sec" not in err
+
+
+def test_a_bad_value_in_the_environment_is_named_by_its_variable():
+    code, _, err = run(environ={"IRONCAGE_OPENAI_BASE_URL": "nowhere"})
+
+    assert 2 == code
+    assert "IRONCAGE_OPENAI_BASE_URL" in err
+
+
+def test_a_taken_port_is_one_line_and_exit_code_1():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+
+        code, out, err = run("--port", port, "--token", TOKEN)
+
+    assert (1, "", 1) == (code, out, err.count("\n"))
+    assert port in err and "--port" in err
+
+
+# Other commands.
+
+def test_version_check_models_and_help_say_what_they_should():
+    version = run("version")
+    check = run("check", "--port", "0", "--budget", "2", environ={"OPENAI_API_KEY": "sk-canary"})
+    models = run("models")
+    usage = run("--help")
+
+    assert [0, 0, 0, 0] == [version[0], check[0], models[0], usage[0]]
+    assert re.fullmatch(r"ironcage_proxy \d+\.\d+\.\d+\n", version[1])
+    assert "OPENAI_API_KEY is set" in check[1] and "ANTHROPIC_API_KEY is not set" in check[1]
+    assert "$2.00" in check[1] and "sk-canary" not in check[1] + check[2]
+    assert re.search(r"^gpt-4o-mini +openai +\$0\.15 +\$0\.60$", models[1], re.MULTILINE)
+    assert "ironcage/echo" in models[1]
+    assert "--anthropic-base-url" in usage[1]
+
+
+# Serving.
+
+def test_two_files_in_an_empty_folder_are_enough(tmp_path):
+    """`-I -S`: no site packages, no environment, no user folder."""
+    for name in ("ironcage_proxy.py", "pricing.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    with Served("--token", TOKEN, "--budget", "1", cwd=tmp_path,
+                python=(sys.executable, "-I", "-S"), program="ironcage_proxy.py") as served:
+        answer = call(served.port, "POST", "/v1/chat/completions", ECHO)
+        code, _, err = served.stop()
+
+    assert (200, 0) == (answer.status, code)
+    assert "one two" == answer.json["choices"][0]["message"]["content"]
+    assert "Traceback" not in err
+
+
+def test_without_a_price_table_a_budget_is_refused_and_none_is_warned_of(tmp_path):
+    shutil.copy(PROGRAM, tmp_path)
+    program = str(tmp_path / "ironcage_proxy.py")
+
+    refused = run("--budget", "1", program=program)
+    with Served("--token", TOKEN, program=program) as served:
+        answer = call(served.port, "POST", "/v1/chat/completions", ECHO)
+        _, _, err = served.stop()
+
+    assert (2, 1) == (refused[0], refused[2].count("\n"))
+    assert 200 == answer.status
+    assert "nothing is priced" in err
+
+
+def test_a_token_that_was_made_is_shown_once_and_works():
+    with Served() as served:
+        banner = served.first_line + served.process.stdout.readline()
+        token = re.search(r"OPENAI_API_KEY=(ic_\S{20,})", banner)[1]
+        answer = call(served.port, "GET", "/ironcage/status", token=token)
+        code, out, err = served.stop()
+
+    assert (200, 0) == (answer.status, code)
+    assert token not in err
+
+
+def test_a_token_that_was_given_is_never_shown():
+    with Served("--token", TOKEN, environ={"IRONCAGE_ADMIN_TOKEN": ADMIN_TOKEN}) as served:
+        call(served.port, "GET", "/ironcage/status")
+        _, out, err = served.stop()
+
+    assert not [t for t in (TOKEN, ADMIN_TOKEN) if t in served.first_line + out + err]
+
+
+def test_the_banner_says_address_shell_lines_keys_and_budget():
+    with Served("--token", TOKEN, "--budget", "2.5",
+                environ={"ANTHROPIC_API_KEY": "sk-ant-canary"}) as served:
+        _, out, _ = served.stop()
+
+    banner = served.first_line + out
+    url = f"http://127.0.0.1:{served.port}"
+    assert f"export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=" in banner
+    assert f"export ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY=" in banner
+    assert "ANTHROPIC_API_KEY" in banner.split("provider keys:")[1]
+    assert "$2.50" in banner and "restart" in banner and "sk-ant-canary" not in banner
+
+
+def test_quiet_prints_only_what_cannot_be_known_otherwise():
+    with Served("--quiet", "--token", TOKEN) as served:
+        call(served.port, "POST", "/v1/chat/completions", ECHO)
+        _, out, err = served.stop()
+
+    assert f"http://127.0.0.1:{served.port}\n" == served.first_line
+    assert ("", "") == (out, err)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_finished_call_is_logged_in_the_originals_words(log_format):
+    with Served("--token", TOKEN, "--log-format", log_format) as served:
+        call(served.port, "POST", "/v1/chat/completions", ECHO)
+        _, _, err = served.stop()
+
+    line = next(line for line in err.splitlines() if "LLM request completed" in line)
+    if log_format == "json":
+        fields = json.loads(line)
+        assert ("ironcage/echo", 2, 2, "0.000006") == tuple(fields[name] for name in (
+            "model", "input_tokens", "output_tokens", "cost_usd"))
+    else:
+        for pair in ("model=ironcage/echo", "input_tokens=2", "cost_usd=0.000006"):
+            assert pair in line
+    assert "one two" not in err
+
+
+# Signals.
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_stream_in_flight_finish_and_exits_0(mock, number):
+    gate = Gate()
+    mock.script(lambda request: mock.default_reply(request).with_steps(
+        [mock.default_reply(request).steps[0], gate, *mock.default_reply(request).steps[1:]]))
+    with Served("--token", TOKEN, "--budget", "1",
+                environ=proxy_environment(mock)) as served, RawClient(served.port) as client:
+        client.request("POST", "/v1/chat/completions", json.dumps(CHAT).encode())
+        client.read_head()
+        client.read_chunk()
+        stopped = []
+        stopping = threading.Thread(target=lambda: stopped.append(served.stop(number)))
+        stopping.start()
+        gate.event.set()
+        rest = b"".join(iter(client.read_chunk, b""))
+        stopping.join(PATIENCE_S * 3)
+
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert 0 == stopped[0][0]
+    assert f"spent_usd=0.{mock.billed_microdollars:06d}" in stopped[0][2].replace('"', "")
+
+
+@posix
+def test_a_second_signal_cuts_at_once_settles_and_exits_0(mock):
+    mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
+                      steps=(b": wait\n\n", Hang())))
+    with Served("--token", TOKEN, "--budget", "1",
+                environ=proxy_environment(mock)) as served, RawClient(served.port) as client:
+        client.request("POST", "/v1/chat/completions", json.dumps(CHAT).encode())
+        client.read_head()
+        client.read_chunk()
+        served.process.send_signal(signal.SIGTERM)
+        refused = None
+        while refused is None:                    # the first signal has been taken
+            try:
+                RawClient(served.port).close()
+            except ConnectionRefusedError as err:
+                refused = err
+        code, _, log = served.stop()
+
+    assert 0 == code
+    assert "estimated" in log and "stopped" in log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="needs root to be others")
+def test_a_process_of_the_same_user_cannot_read_the_environment_of_the_proxy():
+    """Run as nobody, beside another process of nobody: /proc/PID/environ is closed to it."""
+    nobody, python = 65534, "/usr/bin/python3"         # root's own Python is closed to nobody
+    if not os.access(python, os.X_OK):
+        pytest.skip(f"there is no {python} that nobody could run")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        program = shutil.copy(PROGRAM, folder)
+        with Served("--token", TOKEN, program=program, python=(python,), user=nobody,
+                    environ={"OPENAI_API_KEY": "sk-canary"}) as served:
+            read = subprocess.run(["cat", f"/proc/{served.process.pid}/environ"], user=nobody,
+                                  capture_output=True)
+
+    assert 0 != read.returncode
+    assert b"sk-canary" not in read.stdout
