@@ -10,6 +10,7 @@ import json
 import queue
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -199,7 +200,8 @@ def exact_microdollars(model: str, usage: dict) -> int:
 class MockProvider:
     """A scriptable provider on a free loopback port. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Optional[ssl.SSLContext] = None) -> None:
+        self._tls = tls
         self.models = set(RATES)
         self.output_text = "Grüße aus der Höhle — the canary sings 🐤 and all is well."
         self.input_tokens: Optional[int] = None      # None: one for every four bytes of body
@@ -224,7 +226,8 @@ class MockProvider:
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(512)
         self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}" if tls is None \
+            else f"https://localhost:{self.port}"
 
     # For tests.
 
@@ -298,6 +301,12 @@ class MockProvider:
             except OSError:
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(sock, server_side=True)
+            except OSError:               # the proxy did not trust us
+                sock.close()
+                continue
             with self._changed:
                 self._sockets.add(sock)
                 number, self.connections = self.connections, self.connections + 1

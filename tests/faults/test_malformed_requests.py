@@ -102,7 +102,7 @@ def bad_body_cases():
             yield pytest.param("/v1/responses", capped, id=f"responses-{label}")
 
 
-@pytest.mark.parametrize("path, body", bad_body_cases())
+@pytest.mark.parametrize("path, body", [*bad_body_cases()])
 def test_a_bad_body_is_one_clear_400_and_the_connection_goes_on(served, path, body):
     mock, proxy = served
     sent = len(mock.seen)

@@ -1,0 +1,194 @@
+"""The way to a provider: TLS, verified, and proxies from the environment.
+
+Certificates are made with the `openssl` command; where it is absent these tests skip.
+"""
+import base64
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+
+import pytest
+from support import MockProvider, RawClient, call, proxy_environment, settled_status, start_proxy
+
+CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """(certificate, key) of a provider called localhost."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert,
+                    "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.fixture
+def tls_mock(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    with MockProvider(context) as mock:
+        yield mock
+
+
+@pytest.fixture
+def trusted(certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+
+
+@pytest.fixture
+def tls_proxy(tls_mock, trusted):
+    proxy = start_proxy(tls_mock, "--budget", "100")
+    yield proxy
+    proxy.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_over_tls_share_one_connection_and_are_billed(tls_mock, tls_proxy, stream):
+    with RawClient(tls_proxy.port) as client:
+        for _ in range(5):
+            client.request("POST", "/v1/chat/completions",
+                           json.dumps({**CHAT, "stream": stream}).encode())
+            assert 200 == client.read_answer().status
+
+    assert 1 == tls_mock.connections
+    assert tls_mock.billed_microdollars == settled_status(tls_proxy)["spent_microdollars"] > 0
+
+
+def test_large_bodies_travel_over_tls_both_ways(tls_mock, tls_proxy):
+    """What TLS has decrypted but not handed out is read without waiting for the socket."""
+    tls_mock.input_tokens = 10
+    tls_mock.output_text = "wort " * 1_000_000
+    tls_mock.output_tokens = 9
+    prompt = "x" * 8_000_000
+    fields = {**CHAT, "messages": [{"role": "user", "content": prompt}], "max_tokens": 1_000_000}
+
+    answer = call(tls_proxy.port, "POST", "/v1/chat/completions", fields)
+
+    assert 200 == answer.status, answer.body[:300]
+    assert 4_999_000 < len(answer.json["choices"][0]["message"]["content"])
+    assert prompt == tls_mock.seen[0].json["messages"][0]["content"]
+
+
+def test_a_certificate_that_is_not_trusted_is_an_unreachable_provider(tls_mock, monkeypatch):
+    proxy = start_proxy(tls_mock, "--budget", "1")
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    proxy.stop()
+    assert (502, "upstream_unreachable") == (answer.status, answer.json["error"]["code"])
+    assert "certificate" in answer.json["error"]["message"].lower()
+    assert ([], 0) == (tls_mock.seen, proxy.router.controller.total_spent())
+
+
+class ConnectProxy:
+    """A proxy that opens tunnels, or refuses them; it notes what it was asked."""
+
+    def __init__(self, refuses=False):
+        self.asked, self._refuses = [], refuses
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
+
+    def _serve(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._tunnel, args=(client,), daemon=True).start()
+
+    def _tunnel(self, client):
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(4096)
+        self.asked.append(head.decode())
+        if self._refuses:
+            client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+            client.close()
+            return
+        host, _, port = head.split()[1].decode().partition(":")
+        server = socket.create_connection((host, int(port)))
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        for source, target in ((client, server), (server, client)):
+            threading.Thread(target=relay, args=(source, target), daemon=True).start()
+
+
+def relay(source, target):
+    try:
+        for data in iter(lambda: source.recv(65536), b""):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Make the provider's name look like another machine's, so that proxies apply to it."""
+    import ironcage_proxy
+    monkeypatch.setattr(ironcage_proxy, "LOOPBACK_HOST", ironcage_proxy.re.compile(r"127\..*"))
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_https_proxy_is_used_with_its_credentials_and_never_sees_the_key(
+        tls_mock, trusted, elsewhere, monkeypatch, refuses):
+    tunnels = ConnectProxy(refuses)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:secret@127.0.0.1:{tunnels.port}")
+    monkeypatch.setenv("NO_PROXY", "")
+    proxy = start_proxy(tls_mock, "--budget", "1")
+
+    answers = [call(proxy.port, "POST", "/v1/chat/completions", CHAT) for _ in range(2)]
+
+    proxy.stop()
+    tunnels.close()
+    credentials = base64.b64encode(b"user:secret").decode()
+    assert f"CONNECT localhost:{tls_mock.port} " in tunnels.asked[0]
+    assert f"Basic {credentials}" in tunnels.asked[0]
+    assert not [asked for asked in tunnels.asked if "sk-" in asked]
+    if refuses:
+        assert (502, "upstream_unreachable") == (
+            answers[0].status, answers[0].json["error"]["code"])
+        assert "secret" not in answers[0].body.decode()
+        assert 0 == proxy.router.controller.total_spent()
+    else:
+        assert [200, 200] == [answer.status for answer in answers]
+        assert 1 == len(tunnels.asked) == tls_mock.connections
+        assert "proxy-authorization" not in dict(tls_mock.seen[0].headers)
+
+
+@pytest.mark.parametrize("no_proxy", ["localhost", "*"])
+def test_no_proxy_is_honoured(tls_mock, trusted, elsewhere, monkeypatch, no_proxy):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    proxy = start_proxy(tls_mock, "--budget", "1")
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    proxy.stop()
+    assert 200 == answer.status
+
+
+def test_a_provider_on_this_machine_is_never_reached_through_a_proxy(mock, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    proxy = start_proxy(mock, "--budget", "1", environ=proxy_environment(mock))
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    proxy.stop()
+    assert 200 == answer.status
