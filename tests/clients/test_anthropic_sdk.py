@@ -477,7 +477,7 @@ def key_is_refused(stage):
 
 
 def request_does_not_fit(stage):
-    stage.argv = ("--budget", "0.001")
+    stage.argv = ("--budget", "0.001", "--bound", "bytes")
     stage.fields = {"max_tokens": 20000}
 
 

@@ -590,7 +590,7 @@ def request_is_malformed(stage):
 
 
 def request_does_not_fit(stage):
-    stage.argv = ("--budget", "0.0001")
+    stage.argv = ("--budget", "0.0001", "--bound", "bytes")
     stage.fields = cap_of(stage.call, 4000) or {"prompt": "canary " * 1000}
 
 
