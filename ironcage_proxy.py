@@ -949,6 +949,7 @@ MAX_TOKENS_FIELDS = MappingProxyType({
 })
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
+LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
 # What a provider adds to the prompt unseen: message framing, and the system prompts that come
 # with tools and structured output. Anthropic documents up to 530 tokens for tools in general; its
 # memory tool was seen to add about 1,500 (a recorded exchange). The rest is margin, assumed.
@@ -984,14 +985,16 @@ class Bound:
     output_picodollars: Rate            # one output token in every choice, at its dearest
     unlimited_output_tokens: int        # output beside max_tokens: rejected predictions
     asked_output_tokens: Optional[int]  # the client's own cap, or the API's default; else None
-    most_output_tokens: int             # what the answer can be, whatever was asked
+    most_output_tokens: int             # what an answer without a cap of its own can be
 
     @property
     def output_tokens(self) -> int:
-        """The output cap that holds when we set none."""
-        if self.asked_output_tokens is None:
-            return self.most_output_tokens
-        return min(self.asked_output_tokens, self.most_output_tokens)
+        """The output cap that holds when we set none: the client's, as it travels upstream.
+
+        A model's maximum does not lower it: some betas raise that beyond the price table's.
+        """
+        return self.most_output_tokens if self.asked_output_tokens is None \
+            else self.asked_output_tokens
 
     def microdollars(self, output_tokens: int) -> int:
         """The worst cost with that output cap, rounded up."""
@@ -1083,17 +1086,19 @@ def _tool_types(tools: object) -> Iterator[str]:
             yield from _tool_types(tool.get("tools"))
 
 
-def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False) -> int:
+def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
+                       window: int = 0) -> int:
     """Tokens that a request can be billed for as input. Raises UnboundedRequest.
 
     By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
+    `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
     if _has_unseen_input(body.fields):
         if price.max_input_tokens is None:
             raise UnboundedRequest(
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
-        return price.max_input_tokens
+        return max(price.max_input_tokens, window)
     special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
     extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
     if not measured:
@@ -1153,10 +1158,11 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
-                     data_residency: Optional[str] = None, measured: bool = False) -> Bound:
+                     data_residency: Optional[str] = None, measured: bool = False,
+                     window: int = 0) -> Bound:
     """The worst case of a request at a price. Raises BadRequest, UnboundedRequest."""
     fields = body.fields
-    input_tokens = input_tokens_bound(body, price, measured=measured)
+    input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
     input_rate, output_rate = _dearest_rates(price, body, api, input_tokens, default_tier)
     multiplier = price.residency_multipliers.get(data_residency or "", Fraction(1))
     if api == "messages":
@@ -1164,15 +1170,13 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
             else Fraction(1)
         if fields.get("speed") is not None:
             multiplier *= price.fast_multiplier
-    asked = asked_output_tokens(api, fields)
-    most = price.max_output_tokens or (UNKNOWN_MAX_OUTPUT_TOKENS if asked is None else asked)
     return Bound(
         input_tokens=input_tokens,
         input_picodollars=input_tokens * input_rate * multiplier,
         output_picodollars=output_rate * multiplier * _choices(api, fields),
         unlimited_output_tokens=body.utf8_bytes if fields.get("prediction") is not None else 0,
-        asked_output_tokens=asked,
-        most_output_tokens=0 if api == "embeddings" else most)
+        asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
+        most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS)
 
 
 # ==== 6. Event streams ==========================================================================
@@ -2846,8 +2850,10 @@ class Router:
 
     def _bound(self, call: Call, price: Price) -> Bound:
         """A call's worst case: by bytes while that is little of what is free, else measured."""
+        betas = call.request.head.header("anthropic-beta") or ""
         options = {"default_tier": call.provider.default_service_tier,
-                   "data_residency": call.provider.data_residency}
+                   "data_residency": call.provider.data_residency,
+                   "window": LONG_WINDOW_TOKENS if "context-1m" in betas else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
         free = self.controller.available()
         if free is None or self._bound_by == "bytes" \
@@ -2864,7 +2870,7 @@ class Router:
                 cap: Optional[int] = own_cap
             elif spent >= limit:
                 self._refuse(budget_exceeded(spent, reserved, limit, bound.microdollars(own_cap)))
-            elif bound.asked_output_tokens is None and bound.most_output_tokens:
+            elif bound.asked_output_tokens is None:
                 cap = bound.default_output_tokens(limit - spent - reserved)
             else:
                 cap = own_cap
@@ -2880,8 +2886,8 @@ class Router:
                 call.output_cap = own_cap if cap is None else cap
                 own_field = any(call.body.fields.get(name) is not None
                                 for name in MAX_TOKENS_FIELDS[call.api])
-                if limit is not None and not own_field and bound.output_picodollars \
-                        and bound.most_output_tokens:
+                if limit is not None and MAX_TOKENS_FIELDS[call.api] and not own_field \
+                        and bound.output_picodollars:
                     call.set_output_cap = call.output_cap
 
     def _refuse(self, refusal: BudgetExceeded) -> None:
@@ -3469,6 +3475,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     # Connections: one thread each, and a bound on them.
 
+    def get_request(self) -> tuple[socket.socket, object]:
+        """Accept a connection; out of file descriptors, wait a little rather than spin."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(STOP_POLL_S)
+            raise
+
     def process_request(self, request: socket.socket, client_address: object) -> None:
         """Start a connection's thread, unless there are too many and none is idle."""
         longest_idle = None
@@ -3808,6 +3822,18 @@ def _hide_from_other_processes() -> None:
     ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
 
 
+def _raise_file_limit() -> None:
+    """On POSIX, allow two sockets for each connection; the usual limit of 1,024 files is less."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource          # here only: Windows has none
+        wanted = 2 * MAX_CONNECTIONS + 64
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def banner(server: ProxyServer) -> str:
     """What a person needs to know at the start, and to paste into a shell."""
     settings = server.settings
@@ -3833,6 +3859,7 @@ def banner(server: ProxyServer) -> str:
 def run_serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
     _hide_from_other_processes()
+    _raise_file_limit()
     server = ProxyServer(settings)
     asked_to_stop = threading.Event()
 

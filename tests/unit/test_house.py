@@ -20,7 +20,7 @@ BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "collections", "contextlib", "ctypes", "dataclasses",
     "decimal", "fnmatch", "fractions", "hashlib", "hmac", "http.client", "http.server", "json",
-    "logging", "os", "re", "secrets", "select", "signal", "socket", "socketserver", "ssl",
+    "logging", "os", "re", "resource", "secrets", "select", "signal", "socket", "socketserver", "ssl",
     "struct", "sys", "threading", "time", "types", "typing", "urllib.parse", "urllib.request",
     "zlib",
 }
