@@ -64,6 +64,7 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
@@ -169,7 +170,8 @@ ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "x-ironcage-request-id", "x-ironcage-cost-microdollars", "x-ironcage-max-tokens",
 }
 METHOD_OVERRIDE_HEADERS = frozenset({
-    "x-http-method-override", "x-http-method", "x-method-override",
+    "x-http-method-override", "x-http-method", "x-method-override", "x-original-url",
+    "x-rewrite-url",
 })
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
@@ -537,7 +539,7 @@ def _count(holder: object, name: str) -> int:
     value = json_object(holder).get(name)
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_TOKENS:
         raise MalformedUsage(f"{name} is not a token count")
     return value
 
@@ -611,6 +613,7 @@ TIER_SUFFIXES = MappingProxyType({
     "balanced": "_balanced", "batch": "_batches",
 })
 BATCH_SUFFIX = TIER_SUFFIXES["batch"]
+MOST_TOKENS = 10 ** 12            # in one count of one call; more is an error of the provider
 _SEARCHES = "search_context_cost_per_query"
 _THRESHOLD = re.compile(r"_above_(\d+)k_tokens")
 
@@ -875,15 +878,18 @@ def _fees(price: Price, usage: Mapping[str, object], api: str,
 
 # Thousandths of a token; measured against o200k, cl100k and Claude 2's tokenizer on 814 texts.
 MILLITOKENS = MappingProxyType({
-    "letter": 250, "word": 750, "hump": 1400, "digit": 150, "number": 1800, "punctuation": 720,
-    "space": 20, "space_run": 800, "byte": 1000, "blob_byte": 600, "blob_switch": 400,
+    "lower": 250, "upper": 500, "word": 750, "hump": 1400,
+    "far_letter": 450,                  # beside that, from the ninth letter of a word on
+    "digit": 334, "number": 1150, "punctuation": 720, "space": 20, "space_run": 800,
+    "byte": 1000, "blob_byte": 700, "blob_switch": 400,
 })
 # Claude's tokenizers since Opus 4.7 are not published; seen by others to make up to 1.47 times as
 # many tokens as the measured one. 3/2 covers that.
 ANTHROPIC_FACTOR = Fraction(3, 2)
 ESTIMATE_SLACK_TOKENS = 8
 ESTIMATE_SLICE_BYTES = 1024 * 1024      # scanned at a time, so that copies stay small
-_BLOB = re.compile(rb"[A-Za-z0-9+/=_-]{24,}")      # base64, hashes, long identifiers
+_BLOB = re.compile(rb"[A-Za-z0-9+/=_-]{20,}")      # base64, hashes, long identifiers
+_FAR_LETTERS = re.compile(rb"(?<=[A-Za-z]{8})[A-Za-z]+")
 _BLOB_SWITCHES = (b"lu", b"ul", b"ld", b"dl", b"ud", b"du")
 
 
@@ -917,8 +923,10 @@ def _millitokens(text: bytes) -> int:
             + weights["blob_switch"] * sum(map(switches, _BLOB_SWITCHES))
         text = _BLOB.sub(b"|", text)
     count = text.translate(_BYTE_CLASSES).count
+    far_letters = sum(map(len, _FAR_LETTERS.findall(text)))
     return total + (
-        weights["letter"] * (count(b"l") + count(b"u")) + weights["hump"] * count(b"lu")
+        weights["lower"] * count(b"l") + weights["upper"] * count(b"u")
+        + weights["hump"] * count(b"lu") + weights["far_letter"] * far_letters
         + weights["word"] * _runs(text, _WORD) + weights["digit"] * count(b"d")
         + weights["number"] * _runs(text, _NUMBER) + weights["punctuation"] * count(b"p")
         + weights["space"] * count(b"s") + weights["space_run"] * _runs(text, _SPACES)
@@ -930,6 +938,8 @@ def input_tokens_upper_bound(text: str, provider: str = "openai") -> int:
 
     JSON text may be given as it stands: its escapes count for no less than what they stand for.
     """
+    if provider == "anthropic" and not text.isascii():
+        text = max(text, unicodedata.normalize("NFKC", text), key=len)
     raw = text.encode("utf-8", "surrogatepass")
     millitokens = sum(_millitokens(raw[at:at + ESTIMATE_SLICE_BYTES])
                       for at in range(0, len(raw), ESTIMATE_SLICE_BYTES))
@@ -960,20 +970,35 @@ COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is f
 LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
 LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
-# Content that is text and nothing else. Any other type counts as unseen input.
+# Content that is text and nothing else; content that brings input which its bytes do not show and
+# counts as a whole context. Any other type may set off work at the provider, and is refused.
 TEXT_PART_TYPES = frozenset({
     "text", "input_text", "output_text", "summary_text", "reasoning_text", "refusal",
     "message", "function", "function_call", "function_call_output", "custom",
     "custom_tool_call", "custom_tool_call_output", "reasoning", "local_shell_call",
     "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call",
     "apply_patch_call_output", "tool_use", "tool_result", "thinking", "redacted_thinking",
+    "search_result", "tool_reference",
+})
+UNSEEN_PART_TYPES = re.compile(
+    r"(input_|computer_)?(image|file|audio|video|document|screenshot)(_url|_file)?|base64|url"
+    r"|content|container_upload|item_reference|compaction(_summary)?|server_tool_use"
+    r"|(web_search|web_fetch|file_search|code_interpreter|image_generation|computer|tool_search)"
+    r"_call(_output)?|computer_call_safety_check"
+    r"|(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)"
+    r"(_tool)?(_search)?(_result|_result_error)|web_search_result_location|encrypted_.*")
+# What hangs on content without being content: who called, what was cited, arguments.
+NOT_CONTENT_FIELDS = frozenset({
+    "cache_control", "caller", "action", "operation", "citations", "annotations", "logprobs",
+    "parameters", "arguments", "metadata",
 })
 # Tools that the client runs. All others run at the provider, and read and bill unbounded input.
 CLIENT_TOOL_TYPES = re.compile(
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}")
-STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container")
-UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks", "compaction")
+STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container", "thread")
+UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks", "compaction",
+                    "access_programs")
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
 
 
@@ -1041,17 +1066,19 @@ def _content_types(value: object) -> Iterator[str]:
         if kind == "reasoning" and not value.get("encrypted_content"):
             yield "item_reference"
         for name, child in value.items():
-            if isinstance(child, (dict, list)) \
-                    and name != "cache_control" and not (name == "input" and kind == "tool_use"):
+            if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
+                    and not (name == "input" and kind in ("tool_use", "server_tool_use")):
                 yield from _content_types(child)
+
+
+def _prompt_types(fields: Mapping[str, object]) -> Iterator[str]:
+    return _content_types([fields.get(name) for name in ("messages", "input", "system")])
 
 
 def _has_unseen_input(fields: Mapping[str, object]) -> bool:
     """Whether a request brings input that its bytes do not bound."""
-    if any(fields.get(name) is not None for name in STORED_STATE_FIELDS):
-        return True
-    prompt_fields = [fields.get(name) for name in ("messages", "input", "system")]
-    return any(kind not in TEXT_PART_TYPES for kind in _content_types(prompt_fields))
+    return any(fields.get(name) is not None for name in STORED_STATE_FIELDS) \
+        or any(kind not in TEXT_PART_TYPES for kind in _prompt_types(fields))
 
 
 def check_boundable(fields: Mapping[str, object], price: Price) -> None:
@@ -1063,10 +1090,23 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         unbounded.append("model")
     if any(kind.startswith("compact") for kind in _content_types(fields.get("context_management"))):
         unbounded.append("context_management")     # reads the whole prompt once more
+    if fields.get("speed") is not None and price.fast_multiplier == 1:
+        unbounded.append("speed")                  # a premium that the table has no price for
+    suffix = TIER_SUFFIXES.get(str(fields.get("service_tier")), "")
+    if suffix and not any(name.endswith(suffix) for name in price.amounts):
+        unbounded.append("service_tier")
+    unbounded += [name for name in fields if name != name.lower()]     # some servers fold case
     for name in unbounded:
+        shown = name if PRINTABLE_NAME.fullmatch(name) else "a field"
         raise UnboundedRequest(
-            f"{name}, as asked for here, cannot be used under a budget: what it costs cannot be "
-            "bounded before it is sent", param=name)
+            f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot be "
+            "bounded before it is sent", param=shown)
+    for kind in _prompt_types(fields):
+        if kind not in TEXT_PART_TYPES and not UNSEEN_PART_TYPES.fullmatch(kind):
+            shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
+            raise UnboundedRequest(
+                f"content of the type {shown} is not known, so that it cannot be bounded under a "
+                "budget", param="messages")
     for kind in _tool_types(fields.get("tools")):
         if not CLIENT_TOOL_TYPES.fullmatch(kind):
             shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
@@ -1101,9 +1141,14 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         return max(price.max_input_tokens, window)
     special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
     extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
+    text, utf8_bytes = body.text, body.utf8_bytes
+    if price.provider == "anthropic" and ("\\u" in text or not text.isascii()):
+        # Claude 2's tokenizer took the NFKC form, in which one character can become many.
+        text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False))
+        utf8_bytes = max(utf8_bytes, len(text.encode("utf-8", "surrogatepass")))
     if not measured:
-        return body.utf8_bytes + extra
-    return min(body.utf8_bytes, input_tokens_upper_bound(body.text, price.provider)) + extra
+        return utf8_bytes + extra
+    return min(utf8_bytes, input_tokens_upper_bound(text, price.provider)) + extra
 
 
 def _choices(api: str, fields: Mapping[str, object]) -> int:
@@ -1305,7 +1350,8 @@ class AnswerMeter:
     def _read_chat_event(self, chunk: dict) -> None:
         self._read_result(chunk)
         choices = chunk.get("choices")
-        self.usage_is_final = self.usage is not None and not choices    # or told at [DONE]
+        # Running usage beside choices is not final before [DONE].
+        self.usage_is_final = isinstance(chunk.get("usage"), dict) and not choices
         for choice in map(json_object, choices if isinstance(choices, list) else ()):
             self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
 
@@ -1325,9 +1371,10 @@ class AnswerMeter:
         elif kind == "message_delta" and isinstance(event.get("usage"), dict):
             # Cumulative counts: what the delta has replaces, what it lacks stays.
             told = {name: value for name, value in event["usage"].items() if value is not None}
-            self.usage, self.usage_is_final = {**(self.usage or {}), **told}, True
+            self.usage = {**(self.usage or {}), **told}
+            self.usage_is_final = json_object(event.get("delta")).get("stop_reason") is not None
         elif kind == "message_stop":
-            self.has_ended = True
+            self.has_ended, self.usage_is_final = True, self.usage is not None
         else:
             self.output_bytes += _text_bytes(event.get("delta")) \
                 + _text_bytes(event.get("content_block"))
@@ -2338,11 +2385,11 @@ class UpstreamResponse:
         self._decoder = body_decoder(self.length)
 
     def _read_head(self) -> tuple[int, bool, Headers]:
-        timeouts = self._timeouts
+        first_byte_by_s = min(time.monotonic() + self._timeouts.first_byte_s, self._deadline_s)
         while True:
-            if not self._wire.await_bytes(timeouts.first_byte_s, self._watched):
+            if not self._wire.await_bytes(first_byte_by_s - time.monotonic(), self._watched):
                 raise UpstreamBroke("the provider closed the connection without an answer")
-            head_by_s = time.monotonic() + timeouts.between_bytes_s
+            head_by_s = min(time.monotonic() + self._timeouts.between_bytes_s, self._deadline_s)
             first, *rest = head_lines(self._wire.read_head(head_by_s, self._watched))
             line = _STATUS_LINE.fullmatch(first)
             if line is None:
@@ -2550,11 +2597,19 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
 
 
 def _metered_cost(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> int:
-    """The exact cost: by the answer's model where it has a price, else by the request's."""
-    answered = call.meter.model
-    known = answered is not None and prices.find(answered, call.provider.name) is not None
-    return prices.cost(answered if known else call.model, usage, api=call.api,
-                       provider=call.provider.name, service_tier=call.meter.service_tier,
+    """The exact cost: by the answer's model, tier, speed and place; where it does not tell one,
+    or names a model that this provider does not sell, by the request's."""
+    asked, answered = call.body.fields, call.meter.model
+    sold = prices.find(answered, call.provider.name) if answered is not None else None
+    knows = sold is not None and (call.price is None or sold.provider == call.price.provider)
+    tier = asked.get("service_tier", call.provider.default_service_tier)
+    if tier in ("flex", "batch") or not isinstance(tier, str):
+        tier = None                               # a discount has to be told
+    if call.api == "messages":
+        usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")}, **usage}
+    return prices.cost(answered if knows else call.model, usage, api=call.api,
+                       provider=call.provider.name,
+                       service_tier=call.meter.service_tier or tier,
                        data_residency=call.provider.data_residency,
                        tool_calls=call.meter.tool_calls)
 
@@ -2846,6 +2901,9 @@ class Router:
                     raise
             else:
                 self._reserve(call, call.bound)
+        if not limited and self.controller.budget_limit() is not None:
+            self.controller.cancel(call.reservation)     # a budget came meanwhile: by its rules
+            return self._admitted(request, named, api)
         return call
 
     def _bound(self, call: Call, price: Price) -> Bound:
@@ -3055,13 +3113,16 @@ class Router:
         if call.charge is not None:
             return call.charge
         elapsed_ms = (time.monotonic_ns() - call.started_ns) // 1_000_000
-        call.charge = charge = charge_of(call, self.prices, elapsed_ms)
-        if call.was_sent:
-            self.controller.commit(call.reservation, charge.microdollars)
-        else:
-            self.controller.cancel(call.reservation)
-        self._record(call, charge, elapsed_ms)
-        return charge
+        call.charge = Charge(call.reservation.microdollars, "a fault of the proxy")
+        try:
+            call.charge = charge_of(call, self.prices, elapsed_ms)
+        finally:
+            if call.was_sent:
+                self.controller.commit(call.reservation, call.charge.microdollars)
+            else:
+                self.controller.cancel(call.reservation)
+        self._record(call, call.charge, elapsed_ms)
+        return call.charge
 
     def _record(self, call: Call, charge: Charge, elapsed_ms: int) -> None:
         """Count a settled call, and log it in the original's words."""

@@ -418,7 +418,6 @@ UNSEEN = {
     "file": content({"type": "file", "file": {"file_id": "file-1"}}),
     "image in messages": content({"type": "image", "source": {"type": "url", "url": "x"}}),
     "document": content({"type": "document", "source": {"type": "file", "file_id": "x"}}),
-    "search result": content({"type": "search_result", "content": []}),
     "container upload": content({"type": "container_upload", "file_id": "x"}),
     "image in a tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
         {"type": "image", "source": {}}]}),
@@ -652,7 +651,7 @@ def test_no_measured_text_has_more_tokens_than_the_rule_says(provider, form):
         ratios[sample["kind"]].append(bound / real(sample))
     common = sorted(ratio for kind, values in ratios.items() for ratio in values
                     if kind.split(":")[0] in ("prose", "code"))
-    assert common[len(common) // 2] <= 2.3
+    assert common[len(common) // 2] <= (2.3 if form is str else 2.5)
 
 
 @pytest.mark.parametrize("seed", range(100))

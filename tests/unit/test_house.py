@@ -21,7 +21,7 @@ STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "collections", "contextlib", "ctypes", "dataclasses",
     "decimal", "fnmatch", "fractions", "hashlib", "hmac", "http.client", "http.server", "json",
     "logging", "os", "re", "resource", "secrets", "select", "signal", "socket", "socketserver", "ssl",
-    "struct", "sys", "threading", "time", "types", "typing", "urllib.parse", "urllib.request",
+    "struct", "sys", "threading", "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request",
     "zlib",
 }
 BLOCKING_CALLS = {

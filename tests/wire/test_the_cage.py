@@ -317,12 +317,22 @@ def test_the_largest_of_several_caps_is_reserved_for(mock, proxy_for):
     ("/v1/messages", {"context_management": {"edits": [{"type": "compact_20260112"}]}},
      "context_management"),
     ("/v1/responses", {"context_management": [{"type": "compaction"}]}, "context_management"),
+    ("/v1/responses", {"input": [{"type": "compaction_trigger"}]}, "messages"),
+    ("/v1/responses", {"input": [{"type": "additional_tools", "tools": [
+        {"type": "web_search"}]}]}, "messages"),
+    ("/v1/responses", {"input": [{"type": "tool_search_output", "tools": []}]}, "messages"),
+    ("/v1/messages", {"messages": [{"role": "system", "content": [{
+        "type": "tool_addition", "tool": {"type": "tool_definition"}}]}]}, "messages"),
+    ("/v1/responses", {"access_programs": {"cyber": "x"}}, "access_programs"),
+    ("/v1/messages", {"speed": "fast"}, "speed"),
+    ("/v1/messages", {"service_tier": "priority"}, "service_tier"),
+    ("/v1/chat/completions", {"MAX_TOKENS": 16_000}, "MAX_TOKENS"),
 ])
 def test_what_no_bound_covers_is_refused_under_a_budget(mock, proxy, path, more, param):
     answer = call(proxy.port, "POST", path, {**METERED[path], **more})
 
-    assert 400 == answer.status
-    assert f"{param}" in answer.json["error"]["message"] or param == "tools"
+    assert 400 == answer.status, answer.body
+    assert param in answer.json["error"]["message"] or param in ("tools", "messages")
     assert mock.seen == []
 
 
@@ -349,6 +359,49 @@ def test_a_long_prompt_fits_by_the_measured_rule_where_bytes_would_not(
 
     assert status == answer.status
     assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] <= 5000
+
+
+def test_state_kept_at_the_provider_is_reserved_for_as_a_full_context(mock, proxy_for):
+    thread = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
+
+    answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages",
+                  {**MESSAGE, **thread})
+
+    assert 402 == answer.status
+    assert 200_000 <= answer.json["error"]["ironcage"]["needed_microdollars"]
+
+
+def test_a_tool_call_that_says_who_called_it_is_bounded_as_the_text_that_it_is(mock, proxy_for):
+    """Clients send back what the provider answered, with `caller` and the like."""
+    turns = [{"role": "user", "content": "hi"},
+             {"role": "assistant", "content": [{
+                 "type": "tool_use", "id": "toolu_1", "name": "f", "caller": {"type": "direct"},
+                 "input": {"type": "anything", "path": "x"}}]},
+             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1",
+                                           "content": "done"}]}]
+
+    answer = call(proxy_for("--budget", "0.02").port, "POST", "/v1/messages",
+                  {**MESSAGE, "messages": turns})
+
+    assert 200 == answer.status, answer.body
+
+
+@pytest.mark.parametrize("asked, told, microdollars", [
+    ({"service_tier": "priority"}, {}, 100 * 4.25 + 10 * 17),
+    ({"service_tier": "priority"}, {"service_tier": "default"}, 100 * 2.5 + 10 * 10),
+    ({"service_tier": "flex"}, {}, 100 * 2.5 + 10 * 10),
+    ({}, {"model": "ironcage/echo"}, 100 * 2.5 + 10 * 10),
+    ({}, {"model": "groq/llama-3.1-8b-instant"}, 100 * 2.5 + 10 * 10),
+])
+def test_what_an_answer_does_not_tell_is_charged_as_it_was_asked(
+        mock, proxy_for, asked, told, microdollars):
+    proxy = proxy_for()
+    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    mock.script(Reply(steps=(json.dumps({"model": "gpt-4o", "usage": usage, **told}).encode(),)))
+
+    call(proxy.port, "POST", "/v1/chat/completions", {**CAPPED_CHAT, "model": "gpt-4o", **asked})
+
+    assert microdollars == settled_status(proxy)["spent_microdollars"]
 
 
 # Many at once.
