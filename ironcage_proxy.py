@@ -1992,6 +1992,7 @@ class ChunkedDecoder:
 
     def __init__(self) -> None:
         self._buffer = b""
+        self._at = 0                          # how far the buffer has been read
         self._left = 0                        # bytes of the current chunk still to come
         self._state = self._size
         self.is_done = False
@@ -1999,25 +2000,25 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The pieces in `data`. Raises MalformedHttp."""
-        self._buffer += data
+        self._buffer, self._at = self._buffer[self._at:] + data, 0
         pieces: list[bytes] = []
         while not self.is_done and self._state(pieces):
             pass
         if self.is_done:
-            self.rest, self._buffer = self._buffer, b""
+            self.rest = self._buffer[self._at:]
         return pieces
 
     def end(self) -> bool:
         return self.is_done
 
     def _line(self) -> Optional[bytes]:
-        end = self._buffer.find(b"\n")
-        if end < 0 and len(self._buffer) <= MAX_CHUNK_LINE_BYTES:
+        end = self._buffer.find(b"\n", self._at)
+        if end < 0 and len(self._buffer) - self._at <= MAX_CHUNK_LINE_BYTES:
             return None
-        line = self._buffer[:end + 1]
+        line = self._buffer[self._at:end + 1]
         if not line.endswith(b"\r\n") or len(line) > MAX_CHUNK_LINE_BYTES:
             raise MalformedHttp("a line of the chunked body is malformed")
-        self._buffer = self._buffer[end + 1:]
+        self._at = end + 1
         return line[:-2]
 
     # Each state takes what it can from the buffer and says whether it got anywhere.
@@ -2034,10 +2035,10 @@ class ChunkedDecoder:
         return True
 
     def _payload(self, pieces: list) -> bool:
-        piece = self._buffer[:self._left]
+        piece = self._buffer[self._at:self._at + self._left]
         if piece:
             pieces.append(piece)
-            self._buffer = self._buffer[len(piece):]
+            self._at += len(piece)
             self._left -= len(piece)
         if not self._left:
             self._state = self._payload_end

@@ -8,7 +8,7 @@ import json
 from random import Random
 
 import pytest
-from support import (ANTHROPIC_KEY, OPENAI_KEY, ROOT, Gate, RawClient, Reply, call, program,
+from support import (ANTHROPIC_KEY, OPENAI_KEY, ROOT, Gate, Raw, RawClient, Reply, call, program,
                      recordings, settled_status, sse, sse_events, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 64,
@@ -280,6 +280,26 @@ def test_a_pooled_connection_that_the_provider_closed_is_found_before_use(mock, 
 
     assert [200, 200, 200] == statuses
     assert 3 == len(mock.seen)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_bytes_after_an_answer_are_never_taken_for_the_next_ones_answer(mock, proxy, framing):
+    """A provider, or who poses as one, cannot plant an answer for another client."""
+    planted = b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\nplanted"
+    ending = b"0\r\n\r\n" if framing == "chunked" else b""
+
+    def reply(request):
+        default = mock.default_reply(request)
+        return Reply(headers=default.headers, framing=framing,
+                     steps=(default.body, Raw(ending + planted)))
+
+    mock.script(reply)
+    first = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+    second = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    assert (200, 200) == (first.status, second.status)
+    assert "choices" in first.json and "choices" in second.json
+    assert 2 == mock.connections
 
 
 # Real exchanges.
