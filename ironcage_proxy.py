@@ -622,9 +622,13 @@ FILE_SEARCH_USD = Decimal("0.0025")     # OpenAI, each call
 CONTAINER_USD = Decimal("0.03")         # OpenAI code interpreter, each session
 
 
-def _picodollars(usd: Decimal) -> Rate:
-    exact = Fraction(usd) * PICODOLLARS_PER_USD
+def _exact(value: Union[Decimal, int], factor: int = 1) -> Rate:
+    exact = Fraction(value) * factor
     return exact.numerator if exact.denominator == 1 else exact
+
+
+def _picodollars(usd: Decimal) -> Rate:
+    return _exact(usd, PICODOLLARS_PER_USD)
 
 
 @dataclass(frozen=True)
@@ -639,31 +643,24 @@ class Price:
     amounts: Mapping[str, Rate]
     thresholds: tuple[int, ...]               # prompt tokens, ascending
     search_picodollars: Rate                  # each web search
-    us_multiplier: Fraction                   # Anthropic inference_geo "us"
-    fast_multiplier: Fraction                 # Anthropic speed "fast"
-    residency_multipliers: Mapping[str, Fraction]     # OpenAI regional hosts: "us", "eu"
+    us_multiplier: Rate                       # Anthropic inference_geo "us"
+    fast_multiplier: Rate                     # Anthropic speed "fast"
+    residency_multipliers: Mapping[str, Rate]         # OpenAI regional hosts: "us", "eu"
     max_input_tokens: Optional[int]
     max_output_tokens: Optional[int]
+    _rates: dict = field(default_factory=dict, repr=False, compare=False)     # worked out already
 
-    @property
-    def is_free(self) -> bool:
-        return not any(self.amounts.values())
+    def _amount(self, base: str, suffix: str, reached: Sequence[int]) -> Optional[Rate]:
+        """A base price for a tier (by its suffix) beyond the thresholds reached, or None.
 
-    def _amount(self, base: str, suffix: str, prompt_tokens: int) -> Optional[Rate]:
-        """A base price for a tier (by its suffix) at a prompt length, or None.
-
-        A long-context price replaces the flat one from its threshold on: above it, or for xAI
-        ("once its prompt reaches") at it. Batch prices never fall back to live ones here.
+        A long-context price replaces the flat one. Batch prices never fall back to live ones.
         """
         names = (suffix,) if suffix in ("", BATCH_SUFFIX) else (suffix, "")
         amount = next((self.amounts[base + s] for s in names if base + s in self.amounts), None)
-        for threshold in self.thresholds:
-            reached = prompt_tokens >= threshold if self.provider == "xai" \
-                else prompt_tokens > threshold
-            if reached:
-                long_base = f"{base}_above_{threshold // 1000}k_tokens"
-                amount = next((self.amounts[long_base + s] for s in names
-                               if long_base + s in self.amounts), amount)
+        for threshold in reached:
+            long_base = f"{base}_above_{threshold // 1000}k_tokens"
+            amount = next((self.amounts[long_base + s] for s in names
+                           if long_base + s in self.amounts), amount)
         return amount
 
     def rates(self, tier: Optional[str], prompt_tokens: int) -> dict[str, Rate]:
@@ -674,16 +671,21 @@ class Price:
         (OpenAI's older models have no batch price for cached input: it costs what input does).
         """
         suffix = TIER_SUFFIXES.get(tier or "", "")
+        # A long price holds above its threshold; at xAI "once its prompt reaches" it.
+        beyond = prompt_tokens + (self.provider == "xai")
+        reached = tuple(threshold for threshold in self.thresholds if beyond > threshold)
+        if (suffix, reached) in self._rates:
+            return self._rates[suffix, reached]
         halves = suffix == BATCH_SUFFIX and (
             self.provider == "anthropic" or not any(n.endswith(suffix) for n in self.amounts))
         live = self.rates(None, prompt_tokens) if halves else {}
         rates: dict[str, Rate] = {}
         for bucket, key, fallback in BUCKETS:
-            amount = self._amount(key, suffix, prompt_tokens)
+            amount = self._amount(key, suffix, reached)
             if amount is None:
                 amount = Fraction(live[bucket]) / 2 if halves else rates.get(fallback or "", 0)
             rates[bucket] = amount
-        return rates
+        return self._rates.setdefault((suffix, reached), rates)
 
 
 def microdollars_ceil(picodollars: Rate) -> int:
@@ -729,10 +731,10 @@ def price_from_row(key: str, row: object) -> Optional[Price]:
         thresholds=tuple(sorted({int(found[1]) * 1000 for name in token_prices
                                  for found in [_THRESHOLD.search(name)] if found})),
         search_picodollars=_picodollars(Decimal(search)),
-        us_multiplier=Fraction(multipliers["us_entry"]),
-        fast_multiplier=Fraction(multipliers["fast_entry"]),
+        us_multiplier=_exact(multipliers["us_entry"]),
+        fast_multiplier=_exact(multipliers["fast_entry"]),
         residency_multipliers=MappingProxyType(
-            {place: Fraction(multipliers[place]) for place in ("us", "eu")}),
+            {place: _exact(multipliers[place]) for place in ("us", "eu")}),
         max_input_tokens=_limit(row, "max_input_tokens"),
         max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"))
 
@@ -847,11 +849,11 @@ def _billed_entries(usage: Mapping[str, object], model: str) -> Iterator[tuple[s
 
 
 def _multiplier(price: Price, usage: Mapping[str, object], api: str,
-                data_residency: Optional[str]) -> Fraction:
+                data_residency: Optional[str]) -> Rate:
     if api != "messages":
-        return price.residency_multipliers.get(data_residency or "", Fraction(1))
-    place = price.us_multiplier if usage.get("inference_geo") == "us" else Fraction(1)
-    return place * (price.fast_multiplier if usage.get("speed") == "fast" else Fraction(1))
+        return price.residency_multipliers.get(data_residency or "", 1)
+    place = price.us_multiplier if usage.get("inference_geo") == "us" else 1
+    return place * (price.fast_multiplier if usage.get("speed") == "fast" else 1)
 
 
 def _fees(price: Price, usage: Mapping[str, object], api: str,
@@ -1209,10 +1211,9 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     fields = body.fields
     input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
     input_rate, output_rate = _dearest_rates(price, body, api, input_tokens, default_tier)
-    multiplier = price.residency_multipliers.get(data_residency or "", Fraction(1))
+    multiplier = price.residency_multipliers.get(data_residency or "", 1)
     if api == "messages":
-        multiplier = price.us_multiplier if fields.get("inference_geo") in (None, "us") \
-            else Fraction(1)
+        multiplier = price.us_multiplier if fields.get("inference_geo") in (None, "us") else 1
         if fields.get("speed") is not None:
             multiplier *= price.fast_multiplier
     return Bound(
