@@ -200,7 +200,8 @@ OTHER_REFUSALS = {
     "Host with more": (403, GET.replace(b"127.0.0.1", b"127.0.0.1:1/#@") + b"\r\n"),
     "Host that ends like ours": (403, GET.replace(b"127.0.0.1", b"127.0.0.1.evil.io") + b"\r\n"),
     "no token": (401, GET.replace(AUTH, b"") + b"\r\n"),
-    "no token and a huge body": (401, POST.replace(AUTH, b"") + b"Content-Length: 99999999\r\n\r\n"),
+    "no token and a huge body": (401, POST.replace(AUTH, b"")
+                                 + b"Content-Length: 99999999\r\n\r\n"),
     "wrong token and expect": (401, POST.replace(TOKEN.encode(), b"ic_wrong") + LENGTH
                                + b"Expect: 100-continue\r\n\r\n"),
     "expect and too large": (413, POST + b"Content-Length: 1048577\r\n"

@@ -20,9 +20,9 @@ BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "collections", "contextlib", "ctypes", "dataclasses",
     "decimal", "fnmatch", "fractions", "hashlib", "hmac", "http.client", "http.server", "json",
-    "logging", "os", "re", "resource", "secrets", "select", "signal", "socket", "socketserver", "ssl",
-    "struct", "sys", "threading", "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request",
-    "zlib",
+    "logging", "os", "re", "resource", "secrets", "select", "signal", "socket", "socketserver",
+    "ssl", "struct", "sys", "threading", "time", "types", "typing", "unicodedata", "urllib.parse",
+    "urllib.request", "zlib",
 }
 BLOCKING_CALLS = {
     "sleep", "urlopen", "open", "execute", "send", "sendall", "recv", "receive", "connect",
@@ -176,7 +176,8 @@ def test_every_signature_is_typed():
     for node in ast.walk(TREE):
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            bare = [argument.arg for argument in arguments
+                    if argument.annotation is None and argument.arg not in ("self", "cls")]
             if bare or node.returns is None:
                 untyped.append((node.lineno, node.name, bare))
 

@@ -7,8 +7,8 @@ import threading
 from fractions import Fraction
 
 import pytest
-from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, Gate, RawClient, Reply, call, openai_error, program,
-                     settled_status, status_of)
+from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, Gate, RawClient, Reply, call, openai_error,
+                     program, settled_status, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
 CAPPED_CHAT = {**CHAT, "max_tokens": 100}
