@@ -4,21 +4,23 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read, authenticate, route ]                                chapters 10, 13
-                     [ bound the worst case -> reserve it, or refuse ]            chapters 3 to 5, 9
-                     [ send with the provider's key ] --key--> OpenAI, Anthropic  chapters 10, 11
-                     [ forward what comes back, as it comes; read its usage ]     chapters 6, 7
-    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]          chapters 4, 12
+    agent --token--> [ read strictly, authenticate ]                            chapters 3, 10, 13
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 9, 12
+                     [ send with the provider's key ] --key--> provider           chapters 11, 12
+                     [ forward what comes back, as it comes; read its usage ]   chapters 6, 7, 12
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]        chapters 4, 9, 12
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
-    with ProxyServer(settings_from(["--port", "0"])) as server:      # embed, for now
+    with ProxyServer(settings_from(["--port", "0"])) as server:      # embed
         print(server.url, server.router.controller.available())
 
 Promises, each with a test that attacks it: only the standard library is used; connections are
-opened to the configured providers and to nobody else; spent + reserved never passes the limit
-by an admission; every request settles exactly once; a model, route or price that is not known
-is refused while a budget is set; provider keys go to their provider's host and nowhere else;
-between a client and a provider of one format, bytes travel unchanged.
+opened to the configured providers, or to the proxy that the environment names for them, and to
+nobody else; spent + reserved never passes the limit by an admission; every request settles
+exactly once; a model, route or price that is not known is refused while a budget is set; provider
+keys go to their provider's host and nowhere else; between a client and a provider of one format
+bytes travel unchanged, but for fields that the budget must set, which are spliced in.
+That a request cannot cost more than its bound rests on three assumptions, in chapter 5.
 
 Contents (each chapter uses only names of chapters above it):
 
@@ -37,8 +39,9 @@ Contents (each chapter uses only names of chapters above it):
     13. Server
     14. Settings and command line
 
-To answer "can it overspend?" read 4, 5, 9 and 12; "what leaves this machine?" 10 and 11;
-"is my message changed?" 3, 6 and 12.
+An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
+overspend?" read 3, 4, 5, 7, 9 and 12; "what leaves this machine?" 11, and upstream_headers and
+Router._send in 12; "is my message changed?" 3, without_usage in 7, Router._upstream_body in 12.
 """
 from __future__ import annotations
 
@@ -85,8 +88,9 @@ log = logging.getLogger("ironcage")
 # ==== 1. Limits and tables ======================================================================
 #
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
-# say which header, path and model goes where. To meter a further path, add a row to METERED_APIS
-# and a reader to the tables of chapter 7; to route a further model name, one to MODEL_PREFIXES.
+# say which header, path and model goes where. A further API needs a row in METERED_APIS and
+# FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
+# (8); a further model name, one in MODEL_PREFIXES.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -108,7 +112,7 @@ CUT_JOIN_S = 5                            # after a cut, how long handlers may t
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds after which a silent or slow peer is given up. Nothing waits for ever."""
+    """Seconds after which a silent or slow peer is given up. No single wait is without an end."""
     head_s: float = 10          # a whole request head, from its first byte (or from connecting)
     body_s: float = 120         # a whole request body
     keep_alive_s: float = 75    # between two requests of one connection
@@ -876,7 +880,8 @@ def _fees(price: Price, usage: Mapping[str, object], api: str,
 # the like, tuned until no text of a corpus in many languages and formats had more tokens.
 # What is not text (images, files, audio, state kept at the provider) counts as the model's whole
 # context. What cannot be bounded at all (tools that the provider runs) is refused under a budget.
-# Assumed: the provider honours its max-token field; the price table is right.
+# Assumed: the provider honours its max-token field; the price table is right; the measured rule
+# holds for texts that nobody measured (--bound bytes does without that one).
 
 # Thousandths of a token; measured against o200k, cl100k and Claude 2's tokenizer on 814 texts.
 MILLITOKENS = MappingProxyType({
@@ -1702,7 +1707,7 @@ def echo_models(path: str, dialect: str) -> dict:
         whole = {"object": "list", "data": [model]}
     named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
     if named not in ("", ECHO_MODEL):
-        raise NotFound("no such model: no provider key is set, so there is only " + ECHO_MODEL)
+        raise NotFound(f"no such model: without this provider's key there is only {ECHO_MODEL}")
     return model if named else whole
 
 
@@ -2241,7 +2246,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def _open(self, request: UpstreamRequest) -> UpstreamResponse:
         headers = dict(request.header_items())
-        proxy_authorization = headers.pop("Proxy-authorization", None)
+        proxy_authorization = headers.pop("Proxy-authorization", None) \
+            if request._tunnel_host else None        # else it is this request's own header
         body = request.data or b""
         head = format_head(f"{request.get_method()} {request.selector} HTTP/1.1", headers.items())
         place = (request.type, request.host, request._tunnel_host)
@@ -2562,7 +2568,7 @@ class Call:
         self.wants_stream = optional_flag(body.fields, "stream")
         self.hides_usage = False                      # the client did not ask for usage chunks
         self.meter = AnswerMeter(api)
-        self.started_ns = time.monotonic_ns()
+        self.sent_ns = time.monotonic_ns()            # set anew as it is sent
         self.was_sent = False                         # the provider may have seen it
         self.status: Optional[int] = None             # of the provider's answer
         self.client_left = False
@@ -2579,8 +2585,9 @@ class Charge:
 def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
     """What a call costs, from how it ended. Pure.
 
-    Not sent, or refused by the provider: nothing. Usage known: exactly. Client gone: the input,
-    and the most output that can have been made until then. Else all that was reserved.
+    Not sent, or refused by the provider without usage: nothing. Usage known: exactly. Client
+    gone: the input, and the most output that can have been made until then. Else all that was
+    reserved.
     """
     refused = call.status is not None and not 200 <= call.status < 300
     if not call.was_sent or (refused and call.meter.usage is None):
@@ -2998,7 +3005,7 @@ class Router:
 
     def _sent(self, call: Call, path: str, body: bytes,
               watched: Optional[Wire]) -> UpstreamResponse:
-        call.was_sent = True
+        call.was_sent, call.sent_ns = True, time.monotonic_ns()
         try:
             return self._send(call.request, call.provider, path, body, watched)
         except UpstreamError as err:
@@ -3007,7 +3014,7 @@ class Router:
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
               watched: Optional[Wire]) -> UpstreamResponse:
-        """One upstream call. Raises NoProviderKey, UpstreamError, ClientGone."""
+        """One upstream call. Raises UpstreamError, ClientGone."""
         query = "" if request.head.query is None else f"?{request.head.query}"
         upstream = UpstreamRequest(
             provider.base_url + path + query, method=request.head.method, body=body,
@@ -3073,6 +3080,9 @@ class Router:
         response = self._send(request, provider, path, request.body, client)
         self.totals.add({"by_provider": provider.name, "by_token": request.caller},
                         {"requests": 1, "failed_requests": int(response.status >= 400)})
+        log.info("request passed through unmetered", extra={"fields": {
+            "request_id": request.request_id, "provider": provider.name,
+            "path": path[:100], "status": response.status}})
         try:
             headers = (*answer_headers(response.headers),
                        ("x-ironcage-request-id", request.request_id))
@@ -3114,7 +3124,7 @@ class Router:
         """
         if call.charge is not None:
             return call.charge
-        elapsed_ms = (time.monotonic_ns() - call.started_ns) // 1_000_000
+        elapsed_ms = (time.monotonic_ns() - call.sent_ns) // 1_000_000
         call.charge = Charge(call.reservation.microdollars, "a fault of the proxy")
         try:
             call.charge = charge_of(call, self.prices, elapsed_ms)
@@ -3190,6 +3200,12 @@ class Settings:
 CALLER, ADMIN = "default", "admin"           # the names of the two tokens
 
 
+def host_name(authority: str) -> str:
+    """The host of `host`, `host:port` or `[address]:port`, in lower case; "?" for anything else."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::\d{1,5})?", authority)
+    return (match[1] or match[2]).lower() if match else "?"
+
+
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, on a thread of its own."""
     server: ProxyServer
@@ -3200,11 +3216,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.wire = Wire(self.connection)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
+        self._is_head = False                # the current request is a HEAD: no body in its answer
         self._head_written = False           # of the answer to the current request
 
     def handle_one_request(self) -> None:
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
+        self._is_head = False
         request_id = "req_" + secrets.token_hex(12)
         dialect = "openai"
         try:
@@ -3212,7 +3230,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if raw_head is not None:
                 head = parse_request_head(raw_head)
                 dialect = dialect_of(head.path)
-                self._may_stay_open = head.keeps_alive
+                self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
                 self._serve(head, request_id)
         except IroncageError as err:
             self._refuse(err, dialect, request_id)
@@ -3249,6 +3267,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
         self._check_host(head)
         if head.path == "/" and head.method in ("GET", "HEAD"):
+            if body_length(head.headers, otherwise=0):       # unread: nobody vouches for it
+                self._may_stay_open = False
             return self._write_greeting(head, request_id)
         caller = self._authenticated(head)
         if head.header("upgrade") is not None:
@@ -3273,8 +3293,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         stated = head.header("host")
         if stated is None:                             # HTTP/1.0; no browser sends it
             return
-        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::\d{1,5})?", stated)
-        host = match[1].lower() if match else "?"
+        host = host_name(stated)
         if not LOOPBACK_HOST.fullmatch(host) and host not in self.server.allowed_hosts:
             shown = host if PRINTABLE_NAME.fullmatch(host) else "NAME"
             raise Forbidden("the Host header does not name this proxy; if it is right, start the "
@@ -3354,8 +3373,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     # Answering.
 
     def _write_greeting(self, head: RequestHead, request_id: str) -> None:
-        if head.method in ("GET", "HEAD"):
-            self._read_body(head)
         headers = (("content-type", "text/plain; charset=utf-8"),
                    ("x-ironcage-request-id", request_id))
         self._write_answer(Answer(200, headers, b"LlmRouter OK"), head)
@@ -3391,9 +3408,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _write_answer(self, answer: Answer, head: RequestHead) -> None:
         """Write an answer, whole or as it arrives. Raises ClientGone, UpstreamError."""
-        bodiless = head.method == "HEAD" or answer.status in (204, 304)
+        bodiless = self._is_head or answer.status in (204, 304)
         if answer.body is not None:
-            self._write_whole(answer, bodiless=bodiless)
+            self._write_whole(answer)
             return
         chunked = answer.length < 0 and head.minor_version == 1 and not bodiless
         must_close = self._must_close or (answer.length < 0 and not chunked and not bodiless)
@@ -3412,13 +3429,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _must_close(self) -> bool:
         return not self._may_stay_open or self.server.is_stopping
 
-    def _write_whole(self, answer: Answer, *, must_close: bool = False,
-                     bodiless: bool = False) -> None:
+    def _write_whole(self, answer: Answer, *, must_close: bool = False) -> None:
         body, lingers = answer.body or b"", must_close
         must_close = must_close or self._must_close
         framing = [] if answer.status in (204, 304) else [("content-length", str(len(body)))]
         head = self._head(answer, framing, must_close)
-        self._write(head + (b"" if bodiless else body))
+        self._write(head + (b"" if self._is_head else body))
         self.close_connection = must_close
         if lingers:                          # the client may still be sending its request
             self.wire.linger(self.server.settings.timeouts.linger_s)
@@ -3459,7 +3475,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             settings.providers, load_prices(settings), timeouts=settings.timeouts,
             limit_microdollars=settings.budget_microdollars, allow_paths=settings.allow_paths,
             bound_by=settings.bound)
-        self.allowed_hosts = {name.lower() for name in (settings.host, *settings.allow_hosts)}
+        self.allowed_hosts = {
+            host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
+            for name in (settings.host, *settings.allow_hosts)}
         self.started_s = time.monotonic()
         self.is_stopping = False
         self.cuts_now = False                          # a second signal: do not wait

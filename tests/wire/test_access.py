@@ -69,6 +69,29 @@ def test_any_method_on_the_root_is_greeted_with_a_token_as_by_the_original(serve
     assert b"LlmRouter OK" == call(proxy.port, "POST", "/", b"{}").body
 
 
+def test_the_greeting_does_not_read_a_body_that_nobody_vouches_for(served):
+    _, proxy = served
+    with RawClient(proxy.port) as client:
+        client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n")
+        answer = client.read_answer()
+
+        assert (200, "close") == (answer.status, answer.header("connection"))
+        assert client.is_closed_by_server()
+
+
+@pytest.mark.parametrize("path", ["/ironcage/nothing", "/v1/foo", "/v1/models/none"])
+def test_an_error_to_a_head_request_has_no_body_that_could_be_the_next_answer(served, path):
+    _, proxy = served
+    with RawClient(proxy.port) as client:
+        client.request("HEAD", path)
+        refused = client.read_answer(to_head=True)
+        client.request("GET", "/ironcage/budget")
+        after = client.read_answer()
+
+    assert 400 <= refused.status
+    assert "limit_microdollars" in after.json
+
+
 # Own routes.
 
 def test_an_unknown_own_route_is_a_404_that_names_the_known_ones(served):
@@ -186,6 +209,13 @@ def raw_status(proxy, host):
     with RawClient(proxy.port) as client:
         client.send(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         return client.read_answer().status
+
+
+@pytest.mark.parametrize("host, stated", [
+    ("2001:db8::1", "[2001:db8::1]:8787"), ("[2001:db8::2]", "[2001:DB8::2]"),
+    ("cage.local:8080", "cage.local"), ("cage.local", "cage.local:9")])
+def test_hosts_are_compared_without_brackets_ports_and_case(mock, proxy_for, host, stated):
+    assert 200 == raw_status(proxy_for("--allow-host", host), stated)
 
 
 # Routes.
