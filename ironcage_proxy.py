@@ -1971,104 +1971,59 @@ def body_length(headers: Headers, *, otherwise: int) -> int:
     return int(lengths[0])
 
 
-class LengthDecoder:
-    """A body of so many bytes, or UNTIL_CLOSE."""
+class BodyDecoder:
+    """A message body: so many bytes, UNTIL_CLOSE, or CHUNKED (7.1), in the pieces that came.
+
+    One machine for all: `_left` bytes of payload are due; at 0 a chunked body is read by lines,
+    each of which is `_line`: "size", "end" of a chunk, or "trailer".
+    """
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self._line = "size" if length == CHUNKED else ""
+        self._left = max(0, length) if length != UNTIL_CLOSE else sys.maxsize
+        self._may_end = length == UNTIL_CLOSE
         self.is_done = length == 0
-        self.rest = b""                       # bytes that came after the body
+        self.rest = b""                       # received and not used; at the end, what came after
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The pieces of the body in `data`."""
-        if self._left == UNTIL_CLOSE:
-            return [data]
-        piece, self.rest = data[:self._left], data[self._left:]
-        self._left -= len(piece)
-        self.is_done = self._left == 0
-        return [piece] if piece else []
+        """The pieces of the body in `data`. Raises MalformedHttp."""
+        data, at, pieces = self.rest + data, 0, []
+        while not self.is_done:
+            if self._left:
+                piece = data[at:at + self._left]
+                if not piece:
+                    break
+                pieces.append(piece)
+                at, self._left = at + len(piece), self._left - len(piece)
+                self.is_done = not self._left and not self._line
+                continue
+            end = data.find(b"\n", at) + 1
+            if not end and len(data) - at <= MAX_CHUNK_LINE_BYTES:
+                break
+            if data[max(at, end - 2):end] != b"\r\n" or end - at > MAX_CHUNK_LINE_BYTES:
+                raise MalformedHttp("a line of the chunked body is malformed")
+            self._take_line(data[at:end - 2])
+            at = end
+        self.rest = data[at:]
+        return pieces
+
+    def _take_line(self, line: bytes) -> None:
+        if self._line == "size":
+            size = _CHUNK_SIZE.fullmatch(line)
+            if size is None:
+                raise MalformedHttp("a chunk size is malformed")
+            self._left = int(size[1], 16)
+            self._line = "end" if self._left else "trailer"
+        elif self._line == "end":
+            if line:
+                raise MalformedHttp("a chunk is longer than its size")
+            self._line = "size"
+        else:
+            self.is_done = not line           # trailer fields are read and dropped
 
     def end(self) -> bool:
         """The connection was closed: whether the body is whole."""
-        return self.is_done or self._left == UNTIL_CLOSE
-
-
-class ChunkedDecoder:
-    """A chunked body (7.1). Pieces come out in the chunks in which they came in."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-        self._at = 0                          # how far the buffer has been read
-        self._left = 0                        # bytes of the current chunk still to come
-        self._state = self._size
-        self.is_done = False
-        self.rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The pieces in `data`. Raises MalformedHttp."""
-        self._buffer, self._at = self._buffer[self._at:] + data, 0
-        pieces: list[bytes] = []
-        while not self.is_done and self._state(pieces):
-            pass
-        if self.is_done:
-            self.rest = self._buffer[self._at:]
-        return pieces
-
-    def end(self) -> bool:
-        return self.is_done
-
-    def _line(self) -> Optional[bytes]:
-        end = self._buffer.find(b"\n", self._at)
-        if end < 0 and len(self._buffer) - self._at <= MAX_CHUNK_LINE_BYTES:
-            return None
-        line = self._buffer[self._at:end + 1]
-        if not line.endswith(b"\r\n") or len(line) > MAX_CHUNK_LINE_BYTES:
-            raise MalformedHttp("a line of the chunked body is malformed")
-        self._at = end + 1
-        return line[:-2]
-
-    # Each state takes what it can from the buffer and says whether it got anywhere.
-
-    def _size(self, pieces: list) -> bool:
-        line = self._line()
-        if line is None:
-            return False
-        size = _CHUNK_SIZE.fullmatch(line)
-        if size is None:
-            raise MalformedHttp("a chunk size is malformed")
-        self._left = int(size[1], 16)
-        self._state = self._payload if self._left else self._trailer
-        return True
-
-    def _payload(self, pieces: list) -> bool:
-        piece = self._buffer[self._at:self._at + self._left]
-        if piece:
-            pieces.append(piece)
-            self._at += len(piece)
-            self._left -= len(piece)
-        if not self._left:
-            self._state = self._payload_end
-        return not self._left
-
-    def _payload_end(self, pieces: list) -> bool:
-        line = self._line()
-        if line:
-            raise MalformedHttp("a chunk is longer than its size")
-        if line is not None:
-            self._state = self._size
-        return line is not None
-
-    def _trailer(self, pieces: list) -> bool:
-        line = self._line()
-        self.is_done = line == b""            # trailer fields are read and dropped
-        return line is not None
-
-
-BodyDecoder = Union[LengthDecoder, ChunkedDecoder]
-
-
-def body_decoder(length: int) -> BodyDecoder:
-    return ChunkedDecoder() if length == CHUNKED else LengthDecoder(length)
+        return self.is_done or self._may_end
 
 
 def format_chunks(pieces: Iterable[bytes]) -> bytes:
@@ -2390,7 +2345,7 @@ class UpstreamResponse:
             self.length = 0 if bodiless else body_length(self.headers, otherwise=UNTIL_CLOSE)
         except MalformedHttp as err:
             raise UpstreamBroke(f"the provider's answer is malformed: {err.message}") from None
-        self._decoder = body_decoder(self.length)
+        self._decoder = BodyDecoder(self.length)
 
     def _read_head(self) -> tuple[int, bool, Headers]:
         first_byte_by_s = min(time.monotonic() + self._timeouts.first_byte_s, self._deadline_s)
@@ -3349,7 +3304,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return inflated
 
     def _received_body(self, length: int, too_large: BodyTooLarge) -> bytes:
-        decoder = body_decoder(length)
+        decoder = BodyDecoder(length)
         deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
         pieces: list[bytes] = []
         size = 0

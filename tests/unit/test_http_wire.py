@@ -269,13 +269,13 @@ CHUNKED_BODIES = {
 @pytest.mark.parametrize("raw, body", CHUNKED_BODIES.values(), ids=CHUNKED_BODIES)
 @pytest.mark.parametrize("rest", [b"", b"GET / HTTP/1.1\r\n", b"\r\n0\r\n\r\n"])
 def test_a_chunked_body_is_read_and_what_follows_is_kept(raw, body, rest):
-    assert (body, rest) == decoded(ic.ChunkedDecoder(), [raw + rest])
+    assert (body, rest) == decoded(ic.BodyDecoder(ic.CHUNKED), [raw + rest])
 
 
 @pytest.mark.parametrize("raw, body", CHUNKED_BODIES.values(), ids=CHUNKED_BODIES)
 def test_a_chunked_body_that_is_cut_is_not_whole(raw, body):
     for at in range(len(raw)):
-        decoder = ic.ChunkedDecoder()
+        decoder = ic.BodyDecoder(ic.CHUNKED)
         decoder.feed(raw[:at])
 
         assert not decoder.end() and not decoder.is_done
@@ -286,7 +286,7 @@ def test_a_chunked_body_that_is_cut_is_not_whole(raw, body):
 
 
 def test_chunks_come_out_as_they_came_in():
-    decoder = ic.ChunkedDecoder()
+    decoder = ic.BodyDecoder(ic.CHUNKED)
 
     pieces = decoder.feed(b"5\r\nhello\r\n6\r\n world\r\n3\r\nab")
 
@@ -318,8 +318,8 @@ BAD_CHUNKS = {
 @pytest.mark.parametrize("raw", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 def test_a_malformed_chunk_is_refused_in_one_read_or_in_many(raw):
     with pytest.raises(ic.MalformedHttp):
-        ic.ChunkedDecoder().feed(raw)
-    decoder = ic.ChunkedDecoder()
+        ic.BodyDecoder(ic.CHUNKED).feed(raw)
+    decoder = ic.BodyDecoder(ic.CHUNKED)
     with pytest.raises(ic.MalformedHttp):
         for at in range(len(raw)):
             decoder.feed(raw[at:at + 1])
@@ -335,7 +335,7 @@ def test_chunks_that_are_written_read_back(seed):
               for _ in range(rng.randrange(8))]
     written = ic.format_chunks(pieces) + ic.LAST_CHUNK
 
-    whole = ic.ChunkedDecoder().feed(written)
+    whole = ic.BodyDecoder(ic.CHUNKED).feed(written)
 
     assert [piece for piece in pieces if piece] == whole
 
@@ -350,12 +350,12 @@ def test_a_body_of_a_length_cut_anywhere_is_the_same_and_keeps_what_follows(leng
     stream = b"hello world"[:length] + rest
     for at in range(len(stream) + 1):
         assert (stream[:length], rest) == decoded(
-            ic.body_decoder(length), [stream[:at], stream[at:]])
+            ic.BodyDecoder(length), [stream[:at], stream[at:]])
 
 
 @pytest.mark.parametrize("length", [1, 5, 11])
 def test_a_body_of_a_length_is_whole_at_its_last_byte(length):
-    decoder = ic.LengthDecoder(length)
+    decoder = ic.BodyDecoder(length)
     ends = []
 
     for _ in range(length):
@@ -367,7 +367,7 @@ def test_a_body_of_a_length_is_whole_at_its_last_byte(length):
 
 
 def test_a_body_until_the_close_takes_all_and_is_whole_when_it_ends():
-    decoder = ic.body_decoder(ic.UNTIL_CLOSE)
+    decoder = ic.BodyDecoder(ic.UNTIL_CLOSE)
 
     assert [[b"a"], [b"bc"]] == [decoder.feed(b"a"), decoder.feed(b"bc")]
     assert (False, True, b"") == (decoder.is_done, decoder.end(), decoder.rest)

@@ -25,9 +25,9 @@ PRICE = ic.PriceBook({"m": PLAIN}).price("m")
 def test_a_chunked_body_cut_anywhere_is_the_same_and_keeps_what_follows(raw, body, rest):
     stream = raw + rest
     for at in range(len(stream) + 1):
-        assert (body, rest) == decoded(ic.ChunkedDecoder(), [stream[:at], stream[at:]])
+        assert (body, rest) == decoded(ic.BodyDecoder(ic.CHUNKED), [stream[:at], stream[at:]])
 
-    assert (body, rest) == decoded(ic.ChunkedDecoder(),
+    assert (body, rest) == decoded(ic.BodyDecoder(ic.CHUNKED),
                                    [stream[at:at + 1] for at in range(len(stream))])
 
 
@@ -40,8 +40,8 @@ def test_chunks_that_are_written_read_back(seed):
     written = ic.format_chunks(pieces) + ic.LAST_CHUNK
     cuts = sorted(rng.randrange(len(written) + 1) for _ in range(rng.randrange(6)))
 
-    whole = ic.ChunkedDecoder().feed(written)
-    body, rest = decoded(ic.ChunkedDecoder(),
+    whole = ic.BodyDecoder(ic.CHUNKED).feed(written)
+    body, rest = decoded(ic.BodyDecoder(ic.CHUNKED),
                          [written[a:b] for a, b in zip([0, *cuts], [*cuts, len(written)])])
 
     assert [piece for piece in pieces if piece] == whole
