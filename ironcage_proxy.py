@@ -1042,6 +1042,13 @@ class Bound:
             return self.most_output_tokens
         return int(left // self.output_picodollars) - self.unlimited_output_tokens
 
+    def cap_within(self, free_microdollars: Optional[int]) -> int:
+        """The cap to reserve for: the client's, or the default that fits, or the least of all."""
+        if self.asked_output_tokens is not None or free_microdollars is None:
+            return self.output_tokens
+        default = self.default_output_tokens(free_microdollars)
+        return min(LEAST_OUTPUT_TOKENS, self.most_output_tokens) if default is None else default
+
     def default_output_tokens(self, free_microdollars: int) -> Optional[int]:
         """The cap to set when the client set none: the largest that fits, or None.
 
@@ -2537,7 +2544,7 @@ class Charge:
     estimated: Optional[str] = None
 
 
-def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
+def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
     """What a call costs, from how it ended. Pure.
 
     Not sent, or refused by the provider without usage: nothing. Usage known: exactly. Client
@@ -2555,7 +2562,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ms: int) -> Charge:
         except UnpricedModel:
             return Charge(call.reservation.microdollars, "a model without a price served it")
     if call.client_left and call.bound is not None:
-        return Charge(_cost_until_now(call, prices, call.bound, elapsed_ms), "client gone")
+        return Charge(_cost_until_now(call, prices, call.bound, elapsed_ns), "client gone")
     reason = "no answer" if call.status is None else "no usage in the answer"
     return Charge(call.reservation.microdollars, reason)
 
@@ -2578,14 +2585,14 @@ def _metered_cost(call: Call, prices: PriceBook, usage: Mapping[str, object]) ->
                        tool_calls=call.meter.tool_calls)
 
 
-def _cost_until_now(call: Call, prices: PriceBook, bound: Bound, elapsed_ms: int) -> int:
+def _cost_until_now(call: Call, prices: PriceBook, bound: Bound, elapsed_ns: int) -> int:
     """The most that a stream can have cost when its client left.
 
     Output: a token is at least a byte of what was seen; what was not seen (reasoning, read-ahead)
     was made in the time since sending, at the provider's assumed speed; and never more than was
     reserved. Input: exact if the stream has told it, else its bound.
     """
-    by_time = -(-elapsed_ms * call.provider.max_output_tokens_per_s // 1000)
+    by_time = -(-elapsed_ns * call.provider.max_output_tokens_per_s // 10 ** 9)
     output_tokens = min(call.output_cap, max(call.meter.output_bytes, by_time))
     at_most = min(call.reservation.microdollars, bound.microdollars(output_tokens))
     if call.meter.usage is None or call.api != "messages":
@@ -2884,33 +2891,30 @@ class Router:
         return bound_of_request(call.api, call.body, price, measured=True, **options)
 
     def _reserve(self, call: Call, bound: Bound) -> None:
-        """Reserve a call's worst case; a call without a cap of its own gets one that fits."""
-        own_cap = bound.output_tokens
-        while call.reservation.microdollars == 0 and bound.microdollars(own_cap) > 0:
+        """Reserve a call's worst case; under a limit a call without a cap gets one that fits.
+
+        Raises BudgetExceeded, InsufficientBudget. A free call always passes.
+        """
+        if bound.microdollars(bound.output_tokens) == 0:
+            return
+        while call.reservation.microdollars == 0:
             spent, reserved, limit = self.controller.get_full_status()
-            if limit is None:
-                cap: Optional[int] = own_cap
-            elif spent >= limit:
-                self._refuse(budget_exceeded(spent, reserved, limit, bound.microdollars(own_cap)))
-            elif bound.asked_output_tokens is None:
-                cap = bound.default_output_tokens(limit - spent - reserved)
-            else:
-                cap = own_cap
-            needed = bound.microdollars(
-                min(LEAST_OUTPUT_TOKENS, bound.most_output_tokens) if cap is None else cap)
-            if limit is not None and (cap is None or needed > limit - spent - reserved):
-                affordable = min(bound.affordable_output_tokens(limit - spent - reserved),
-                                 bound.most_output_tokens)
+            free = None if limit is None else limit - spent - reserved
+            cap = bound.cap_within(free)
+            needed = bound.microdollars(cap)
+            if limit is not None and spent >= limit:
+                self._refuse(budget_exceeded(spent, reserved, limit, needed))
+            if limit is not None and needed > free:
+                affordable = min(bound.affordable_output_tokens(free), bound.most_output_tokens)
                 self._refuse(insufficient_budget(spent, reserved, limit, needed, affordable))
             # Between the look and this, another thread may have reserved: then look again.
             with contextlib.suppress(InsufficientBudget):
                 call.reservation = self.controller.reserve(needed)
-                call.output_cap = own_cap if cap is None else cap
-                own_field = any(call.body.fields.get(name) is not None
-                                for name in MAX_TOKENS_FIELDS[call.api])
-                if limit is not None and MAX_TOKENS_FIELDS[call.api] and not own_field \
-                        and bound.output_picodollars:
-                    call.set_output_cap = call.output_cap
+                call.output_cap = cap
+        fields = MAX_TOKENS_FIELDS[call.api]
+        if limit is not None and fields and bound.output_picodollars \
+                and all(call.body.fields.get(name) is None for name in fields):
+            call.set_output_cap = cap
 
     def _refuse(self, refusal: BudgetExceeded) -> None:
         self.totals.add({}, {"refused_requests": 1})
@@ -3079,16 +3083,16 @@ class Router:
         """
         if call.charge is not None:
             return call.charge
-        elapsed_ms = (time.monotonic_ns() - call.sent_ns) // 1_000_000
+        elapsed_ns = time.monotonic_ns() - call.sent_ns
         call.charge = Charge(call.reservation.microdollars, "a fault of the proxy")
         try:
-            call.charge = charge_of(call, self.prices, elapsed_ms)
+            call.charge = charge_of(call, self.prices, elapsed_ns)
         finally:
             if call.was_sent:
                 self.controller.commit(call.reservation, call.charge.microdollars)
             else:
                 self.controller.cancel(call.reservation)
-        self._record(call, call.charge, elapsed_ms)
+        self._record(call, call.charge, elapsed_ns // 1_000_000)
         return call.charge
 
     def _record(self, call: Call, charge: Charge, elapsed_ms: int) -> None:
