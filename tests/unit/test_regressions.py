@@ -183,3 +183,37 @@ def test_what_is_no_amount_cannot_be_reserved(amount):
         controller.reserve(amount)
 
     assert (0, 0, 1_000) == controller.get_full_status()
+
+
+# Found by the money review: counts that run are not the last ones.
+
+def read_events(api, *events):
+    meter = ic.AnswerMeter(api)
+    for event in events:
+        meter.read_event(json.dumps(event).encode())
+    return meter
+
+
+def test_running_usage_of_a_chat_stream_is_not_final():
+    """Also not when a chunk without choices comes after it."""
+    running = {"choices": [{"delta": {"content": "x"}}],
+               "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+
+    meter = read_events("chat", running, {"choices": []})
+    assert (1, False) == (meter.usage["completion_tokens"], meter.usage_is_final)
+
+    meter.read_event(b"[DONE]")
+    assert meter.usage_is_final
+
+
+def test_a_message_delta_without_a_stop_reason_is_not_final():
+    start = {"type": "message_start", "message": {"usage": {"input_tokens": 9,
+                                                            "output_tokens": 1}}}
+    running = {"type": "message_delta", "delta": {"stop_reason": None},
+               "usage": {"output_tokens": 3}}
+    last = {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+            "usage": {"output_tokens": 900}}
+
+    assert not read_events("messages", start, running).usage_is_final
+    assert read_events("messages", start, running, last).usage_is_final
+    assert read_events("messages", start, running, {"type": "message_stop"}).usage_is_final
