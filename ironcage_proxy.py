@@ -4,11 +4,12 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                            chapters 3, 10, 13
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 9, 12
-                     [ send with the provider's key ] --key--> provider           chapters 11, 12
-                     [ forward what comes back, as it comes; read its usage ]   chapters 6, 7, 12
-    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]        chapters 4, 9, 12
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 11, 12, 16
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 9, 15
+                     [ write the intent down ]                                chapter 10
+                     [ send with the provider's key ] --key--> provider       chapters 13, 15
+                     [ forward what comes back, as it comes; read its usage ] chapters 6, 7, 15
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 9, 10, 14
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
     with ProxyServer(settings_from(["--port", "0"])) as server:      # embed
@@ -33,26 +34,30 @@ Contents (each chapter uses only names of chapters above it):
      7. Usage of answers
      8. The echo model
      9. Cost controller
-    10. HTTP on a socket
-    11. Upstream
-    12. Router
-    13. Server
-    14. Settings and command line
+    10. Ledger
+    11. Callers and configuration
+    12. HTTP on a socket
+    13. Upstream
+    14. Settlement
+    15. Router
+    16. Server
+    17. Settings and command line
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 9 and 12; "what leaves this machine?" 11, and upstream_headers and
-Router._send in 12; "is my message changed?" 3, without_usage in 7, Router._upstream_body in 12.
+overspend?" read 3, 4, 5, 7, 9, 10, 14 and 15; "what leaves this machine?" 13, and Router._send in
+15; "is my message changed?" 3, without_usage in 7, Router._upstream_body in 15.
 """
 from __future__ import annotations
 
 import argparse
 import base64
 import contextlib
+import datetime
 import fnmatch
 import hashlib
-import hmac
 import http.client
 import http.server
+import itertools
 import json
 import logging
 import os
@@ -71,16 +76,17 @@ import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
+from typing import (Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence,
+                    Union)
 
 __all__ = ["CostController", "IroncageError", "PriceBook", "ProxyServer", "Settings",
            "UnpricedModel", "input_tokens_upper_bound", "main", "settings_from"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("ironcage")
 
@@ -108,6 +114,8 @@ POOLED_CONNECTIONS_PER_HOST = 128
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
 STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
+WAIT_POLL_S = 0.1                         # how soon who waits for budget sees its client go
+CONFIG_LOOK_S = 1                         # how often the configuration's file is looked at
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,7 @@ DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
 PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 # ==== 2. Errors =================================================================================
@@ -259,10 +268,17 @@ class Untranslatable(BadRequest):         # the model's provider does not speak 
 class BudgetExceeded(BadRequest):         # nothing is left
     status, openai_type, openai_code = 402, "iron_cage_budget_exceeded", "budget_exceeded"
     anthropic_type = "billing_error"
+class ModelForbidden(BadRequest):         # the caller's token is not for this model
+    status, openai_code, anthropic_type = 403, "model_not_allowed", "permission_error"
+class TooManyRequests(BadRequest):        # the caller's own limits
+    status, openai_type, openai_code = 429, "rate_limit_error", "rate_limit_exceeded"
+    anthropic_type = "rate_limit_error"
 class InsufficientBudget(BudgetExceeded):     # something is left, but the worst case does not fit
     openai_type, openai_code = "iron_cage_insufficient_budget", "insufficient_budget"
 class ServerBusy(IroncageError):
     status, openai_code, anthropic_type, must_close = 503, "overloaded", "overloaded_error", True
+class LedgerUnavailable(IroncageError):   # what cannot be written down is not sent
+    status, openai_type, openai_code = 503, "iron_cage_ledger_unavailable", "ledger_unavailable"
 # fmt: on
 
 
@@ -291,6 +307,11 @@ class ClientGone(Exception):
 
 class Misconfigured(Exception):
     """Settings that cannot be served with; the message is one line for the command line."""
+
+
+def _reason(err: BaseException) -> str:
+    """Why a connection failed, in words; of an exception without words, its name."""
+    return getattr(err, "strerror", None) or str(err) or type(err).__name__
 
 
 def dialect_of(path: str) -> str:
@@ -697,6 +718,14 @@ def microdollars_ceil(picodollars: Rate) -> int:
     return -int(-picodollars // PICODOLLARS_PER_MICRODOLLAR)
 
 
+BillLine = tuple[str, int, Rate]          # what was used, how many, picodollars for each
+
+
+def total_of(lines: Iterable[BillLine]) -> int:
+    """Microdollars of a bill, rounded up once. What is charged is always this sum of some bill."""
+    return microdollars_ceil(sum(count * rate for _, count, rate in lines))
+
+
 def _is_amount(value: object) -> bool:
     return isinstance(value, (int, Decimal)) and not isinstance(value, bool) \
         and Decimal(value).is_finite() and value >= 0
@@ -815,27 +844,35 @@ class PriceBook:
     def cost(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
              tool_calls: Optional[Mapping[str, int]] = None) -> int:
-        """Microdollars of one finished call, exact and rounded up once.
+        """Microdollars of one finished call, exact and rounded up once: the total of its bill()."""
+        return total_of(self.bill(model, usage, api=api, provider=provider, tool_calls=tool_calls,
+                                  service_tier=service_tier, data_residency=data_residency))
+
+    def bill(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
+             service_tier: Optional[str] = None, data_residency: Optional[str] = None,
+             tool_calls: Optional[Mapping[str, int]] = None) -> list[BillLine]:
+        """What one finished call is charged for, line by line.
 
         Shape: `usage` is the provider's own usage object; `service_tier` is the one that served
         (the answer's, where it says); `data_residency` "us" or "eu" for OpenAI's regional hosts;
         `tool_calls` counts OpenAI's hosted-tool items by type, which its usage leaves out.
         Raises: UnpricedModel; MalformedUsage.
         """
-        total: Rate = 0
+        lines = []
         price = self.price(model, provider)
         tier = usage.get("service_tier") if api == "messages" else None
         tier = tier if isinstance(tier, str) else service_tier
-        for entry_model, entry in _billed_entries(usage, model):
+        for entry_model, entry in billed_entries(usage, model):
             entry_price = price if entry_model == model else self.price(entry_model, provider)
             counts = USAGE_READERS[api](entry)
             rates = entry_price.rates(tier, counts.prompt_tokens)
-            tokens = sum(count * rates[bucket] for bucket, count in counts.buckets.items())
-            total += tokens * _multiplier(entry_price, usage, api, data_residency)
-        return microdollars_ceil(total + _fees(price, usage, api, tool_calls or {}))
+            multiplier = _multiplier(entry_price, usage, api, data_residency)
+            lines += [(bucket, count, rates[bucket] * multiplier)
+                      for bucket, count in counts.buckets.items() if count]
+        return lines + _fees(price, usage, api, tool_calls or {})
 
 
-def _billed_entries(usage: Mapping[str, object], model: str) -> Iterator[tuple[str, dict]]:
+def billed_entries(usage: Mapping[str, object], model: str) -> Iterator[tuple[str, dict]]:
     """(model, usage) of each billed part of a call.
 
     Anthropic's `iterations`, where present, hold all that was billed (compaction and advisor
@@ -861,14 +898,16 @@ def _multiplier(price: Price, usage: Mapping[str, object], api: str,
 
 
 def _fees(price: Price, usage: Mapping[str, object], api: str,
-          tool_calls: Mapping[str, int]) -> Rate:
-    """Per-call fees in picodollars: searches and hosted tools."""
+          tool_calls: Mapping[str, int]) -> list[BillLine]:
+    """Per-call fees: searches and hosted tools."""
     searches = tool_calls.get("web_search_call", 0)
     if api == "messages":
         searches += _count(usage.get("server_tool_use"), "web_search_requests")
-    return (searches * price.search_picodollars
-            + tool_calls.get("file_search_call", 0) * _picodollars(FILE_SEARCH_USD)
-            + bool(tool_calls.get("code_interpreter_call")) * _picodollars(CONTAINER_USD))
+    lines = (("web_search", searches, price.search_picodollars),
+             ("file_search", tool_calls.get("file_search_call", 0), _picodollars(FILE_SEARCH_USD)),
+             ("container", int(bool(tool_calls.get("code_interpreter_call"))),
+              _picodollars(CONTAINER_USD)))
+    return [line for line in lines if line[1]]
 
 
 # ==== 5. Bounds =================================================================================
@@ -975,6 +1014,7 @@ TOOL_PROMPT_TOKENS = 4096
 
 COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is free, above this
 LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
+LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_tokens
 LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
 # Content that is text and nothing else; content that brings input which its bytes do not show and
@@ -1018,6 +1058,8 @@ class Bound:
     unlimited_output_tokens: int        # output beside max_tokens: rejected predictions
     asked_output_tokens: Optional[int]  # the client's own cap, or the API's default; else None
     most_output_tokens: int             # what an answer without a cap of its own can be
+    least_output_tokens: int = 0        # a lower cap would not be a valid request
+    may_be_lowered: bool = True         # the client's cap, to what is free
 
     @property
     def output_tokens(self) -> int:
@@ -1027,6 +1069,13 @@ class Bound:
         """
         return self.most_output_tokens if self.asked_output_tokens is None \
             else self.asked_output_tokens
+
+    @property
+    def worthwhile_output_tokens(self) -> int:
+        """The least cap that is worth sending for: 1,024, or the client's if that is less."""
+        if self.asked_output_tokens is not None and not self.may_be_lowered:
+            return self.asked_output_tokens
+        return max(min(LEAST_OUTPUT_TOKENS, self.output_tokens), self.least_output_tokens)
 
     def microdollars(self, output_tokens: int) -> int:
         """The worst cost with that output cap, rounded up."""
@@ -1039,28 +1088,39 @@ class Bound:
         if left < 0:
             return -1
         if not self.output_picodollars:
-            return self.most_output_tokens
+            return self.output_tokens
         return int(left // self.output_picodollars) - self.unlimited_output_tokens
 
-    def cap_within(self, free_microdollars: Optional[int]) -> int:
-        """The cap to reserve for: the client's, or the default that fits, or the least of all."""
-        if self.asked_output_tokens is not None or free_microdollars is None:
-            return self.output_tokens
-        default = self.default_output_tokens(free_microdollars)
-        return min(LEAST_OUTPUT_TOKENS, self.most_output_tokens) if default is None else default
+    def fitting_cap(self, free_microdollars: Optional[int], *, at_last: bool) -> Optional[int]:
+        """The output cap to reserve for while so much is free; None: not now.
 
-    def default_output_tokens(self, free_microdollars: int) -> Optional[int]:
-        """The cap to set when the client set none: the largest that fits, or None.
-
-        It takes at most half of what is free while that is a comfortable answer, so that one
-        call does not keep all others waiting; else all that is free, if it is worth sending for.
+        The client's own, if it fits. A default or a lowered one takes at most half of what is
+        free while that is a comfortable answer, so that one call does not keep all others
+        waiting; `at_last`, all that is free, if it is worth sending for.
         """
-        for amount, least in ((free_microdollars // 2, COMFORTABLE_OUTPUT_TOKENS),
-                              (free_microdollars, LEAST_OUTPUT_TOKENS)):
-            tokens = self.affordable_output_tokens(amount)
-            if tokens >= min(least, self.most_output_tokens):
-                return min(tokens, self.most_output_tokens)
+        if free_microdollars is None:
+            return self.output_tokens
+        asked = self.asked_output_tokens
+        if asked is not None:
+            if self.microdollars(asked) <= free_microdollars:
+                return asked
+            if not self.may_be_lowered:
+                return None
+        comfortable = min(COMFORTABLE_OUTPUT_TOKENS, self.output_tokens)
+        for amount, least in ((free_microdollars // 2, comfortable), (free_microdollars, 0)):
+            cap = self.affordable_output_tokens(amount)
+            if cap >= max(least, self.worthwhile_output_tokens):
+                return min(cap, self.output_tokens)
+            if not at_last:
+                return None
         return None
+
+
+def fixed_bound(microdollars: int) -> Bound:
+    """The bound of what costs an amount at most, whatever it answers."""
+    return Bound(input_tokens=0, input_picodollars=microdollars * PICODOLLARS_PER_MICRODOLLAR,
+                 output_picodollars=0, unlimited_output_tokens=0, asked_output_tokens=0,
+                 most_output_tokens=0)
 
 
 def _content_types(value: object) -> Iterator[str]:
@@ -1183,6 +1243,13 @@ def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]
     return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
 
 
+def _least_output_tokens(api: str, fields: Mapping[str, object]) -> int:
+    """The least cap that leaves a request valid: Anthropic's must be above its thinking budget."""
+    if api != "messages":
+        return LEAST_RESPONSES_TOKENS if api == "responses" else 1
+    return 1 + (optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0)
+
+
 def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> set:
     """The service tiers that may serve a request; an unknown one may be any."""
     asked = fields.get("service_tier")
@@ -1218,7 +1285,7 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
                      data_residency: Optional[str] = None, measured: bool = False,
-                     window: int = 0) -> Bound:
+                     window: int = 0, may_be_lowered: bool = True) -> Bound:
     """The worst case of a request at a price. Raises BadRequest, UnboundedRequest."""
     fields = body.fields
     input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
@@ -1234,7 +1301,8 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         output_picodollars=output_rate * multiplier * _choices(api, fields),
         unlimited_output_tokens=body.utf8_bytes if fields.get("prediction") is not None else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
-        most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS)
+        most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
+        least_output_tokens=_least_output_tokens(api, fields), may_be_lowered=may_be_lowered)
 
 
 # ==== 6. Event streams ==========================================================================
@@ -1440,6 +1508,21 @@ class Inflater:
 
 
 INFLATABLE = frozenset({"gzip", "x-gzip", "deflate"})
+
+
+def inflated(body: bytes, encoding: str) -> bytes:
+    """A body without its content-encoding, for reading; b"" where that cannot be done."""
+    if encoding == "identity":
+        return body
+    if encoding not in INFLATABLE:
+        return b""
+    try:
+        return Inflater(encoding, MAX_INFLATED_BYTES).feed(body)
+    except (zlib.error, OverflowError):
+        return b""
+
+
+
 _USAGE_NULL = re.compile(rb',\s*"usage"\s*:\s*null')
 
 
@@ -1463,6 +1546,42 @@ USAGE_CHUNK_FIELDS = frozenset({
     "id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier",
     "obfuscation",
 })
+
+
+class StreamReader:
+    """The side pass over a stream: meters its events, and hides usage that was not asked for."""
+
+    def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
+        self._meter = meter
+        self._splitter = EventSplitter()
+        self.can_read = encoding == "identity" or encoding in INFLATABLE
+        self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
+        self._hides_usage = hides_usage and encoding == "identity"
+
+    def read(self, pieces: list[bytes]) -> list[bytes]:
+        """What to forward of one read."""
+        if not self.can_read:
+            return pieces
+        try:
+            plain = b"".join(pieces if self._inflater is None
+                             else map(self._inflater.feed, pieces))
+        except (zlib.error, OverflowError):
+            self.can_read = False
+            return pieces
+        kept = []
+        for event in self._splitter.feed(plain):
+            data = event_data(event)
+            chunk = self._meter.read_event(data) if data else None
+            if self._hides_usage:
+                kept.append(without_usage(event, chunk))
+        return kept if self._hides_usage else pieces
+
+    def finish(self) -> bytes:
+        """The end of the stream: read an event that no empty line ended, and what is held of it."""
+        rest = self._splitter.rest
+        if rest and self.can_read:
+            self._meter.read_event(event_data(rest))
+        return rest if self._hides_usage else b""
 
 
 # ==== 8. The echo model =========================================================================
@@ -1720,17 +1839,95 @@ def echo_models(path: str, dialect: str) -> dict:
 
 # ==== 9. Cost controller ========================================================================
 #
-# The cage itself: limit, spent and reserved in microdollars, behind one lock that is held for
-# arithmetic only. The names and rules are the original's (iron_runtime's CostController).
+# The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
+# has set aside, in microdollars, behind one lock that is held for arithmetic only. The names and
+# rules are the original's (iron_runtime's CostController); scopes, periods and the line are ours.
+#
+# The line: a request that does not fit now, but would if calls in flight cost less than they set
+# aside, waits. Rule: first come, first served, in every scope. One that waits holds up only later
+# requests that need a scope it lacks, small or big; so a big one is not starved by small ones that
+# fit into every gap, and a small one waits no longer than the big one's --wait, at the end of
+# which that one is lowered or refused. Where nothing is in flight nobody waits: nothing would come.
+
+PROXY_SCOPE = "proxy"
+PERIODS = ("total", "day", "week", "month")
+DAY_S = 86_400
+DO_NOT_RETRY = (("x-should-retry", "false"),)        # the SDKs honour it
+
+
+def period_start(period: str, now_s: int) -> int:
+    """Unix seconds of the UTC day's, week's (Monday) or month's beginning; 0 for "total"."""
+    today = now_s - now_s % DAY_S
+    if period == "month":
+        return today - (time.gmtime(now_s).tm_mday - 1) * DAY_S
+    if period == "week":
+        return today - time.gmtime(now_s).tm_wday * DAY_S
+    return today if period == "day" else 0
+
+
+class Budget(NamedTuple):
+    """The amounts of one scope at one instant, in microdollars; a limit of None refuses nothing."""
+    scope: str
+    limit: Optional[int]
+    spent: int
+    reserved: int
+
+    def as_json(self) -> dict:
+        """The four amounts as PRODUCT names them."""
+        free = None if self.limit is None else max(0, self.limit - self.spent - self.reserved)
+        return {"limit_microdollars": self.limit, "spent_microdollars": self.spent,
+                "reserved_microdollars": self.reserved, "available_microdollars": free}
+
+
+class Account:
+    """One scope's money. Guarded by its controller's lock."""
+    __slots__ = ("scope", "limit", "period", "since_s", "spent", "reserved")
+
+    def __init__(self, scope: str, limit: Optional[int], period: str, since_s: int,
+                 spent: int) -> None:
+        self.scope, self.limit, self.period = scope, limit, period
+        self.since_s = since_s                # when its current period began
+        self.spent, self.reserved = spent, 0
+
+    @property
+    def free(self) -> Optional[int]:
+        return None if self.limit is None else self.limit - self.spent - self.reserved
+
+    def may_fit(self, bound: Bound) -> bool:
+        """Whether a request would fit here, were all that is in flight settled for nothing."""
+        return self.limit is None \
+            or bound.fitting_cap(self.limit - self.spent, at_last=True) is not None
+
+    def budget(self) -> Budget:
+        return Budget(self.scope, self.limit, self.spent, self.reserved)
+
+    def roll(self, now_s: int) -> None:
+        """Begin the period that holds `now_s`. A clock that goes back reopens none."""
+        since_s = period_start(self.period, now_s)
+        if since_s > self.since_s:
+            self.since_s, self.spent, self.reserved = since_s, 0, 0
 
 
 class Reservation:
-    """A part of the budget that is set aside for one request, until it is settled."""
-    __slots__ = ("microdollars", "is_open")
+    """One request's claim on its scopes: in line, then a part set aside, then settled."""
+    __slots__ = ("bound", "accounts", "microdollars", "output_cap", "admitted_s", "is_open",
+                 "is_limited", "may_wait", "refused_by", "decided")
 
-    def __init__(self, microdollars: int) -> None:
-        self.microdollars = microdollars
-        self.is_open = True
+    def __init__(self, bound: Bound, accounts: Sequence[Account], may_wait: bool) -> None:
+        self.bound = bound
+        self.accounts = accounts
+        self.may_wait = may_wait
+        self.microdollars = 0                 # what is set aside in every account
+        self.output_cap = 0                   # the output tokens that it is set aside for
+        self.admitted_s = 0                   # Unix seconds: what it costs belongs to that period
+        self.is_open = False                  # set aside and not settled
+        self.is_limited = False               # one of its accounts had a limit
+        self.refused_by: Optional[Budget] = None
+        self.decided: Optional[threading.Event] = None       # made for one that has to wait
+
+    @property
+    def is_waiting(self) -> bool:
+        return not self.is_open and self.refused_by is None
 
 
 def _check_amount(microdollars: int) -> None:
@@ -1739,139 +1936,728 @@ def _check_amount(microdollars: int) -> None:
 
 
 class CostController:
-    """Admits requests while spent + reserved stays within the limit.
+    """Admits requests while spent + reserved stays within the limit, in each of their scopes.
 
-    Invariant: no reserve() ever makes spent + reserved exceed the limit. Only three things can:
+    Invariant: no admission ever makes spent + reserved exceed a limit. Only three things can:
     a lower limit (set_budget), spending without a reservation (add_spend), and an answer that
-    cost more than its reservation (commit; counted in `bound_exceeded`).
-    A limit of None counts and refuses nothing.
+    cost more than its reservation (commit; counted in `bound_exceeded`). A limit of None counts
+    and refuses nothing. A charge belongs to the period in which its request was admitted.
     """
 
-    def __init__(self, limit_microdollars: Optional[int] = None) -> None:
-        self._lock = threading.Lock()     # guards all fields below, and is_open of reservations
-        self._limit = limit_microdollars
-        self._spent = 0
-        self._reserved = 0
+    def __init__(self, limit_microdollars: Optional[int] = None, *, spent_microdollars: int = 0,
+                 clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock               # Unix seconds
+        self._lock = threading.Lock()     # guards all below, every Account and every Reservation
+        self._proxy = Account(PROXY_SCOPE, limit_microdollars, "total", 0, spent_microdollars)
+        self._accounts = {PROXY_SCOPE: self._proxy}
+        self._line: list[Reservation] = []          # who waits, in the order of arrival
         self._bound_exceeded = 0
+        self._is_closed = False
 
-    def check_budget(self) -> None:
-        """Raises BudgetExceeded when spent + reserved has reached the limit."""
-        spent, reserved, limit = self.get_full_status()
-        if limit is not None and spent + reserved >= limit:
-            raise budget_exceeded(spent, reserved, limit)
+    # Admission.
+
+    def ask(self, bound: Bound, scopes: Sequence[str] = (), *,
+            may_wait: bool = False) -> Reservation:
+        """A reservation that is open, refused, or waiting in line, for the bound of a request.
+
+        It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
+        """
+        with self._lock:
+            accounts = (self._proxy, *(self._accounts[scope] for scope in scopes))
+            claim = Reservation(bound, accounts, may_wait and not self._is_closed)
+            self._line.append(claim)
+            self._serve_line_locked()
+        return claim
+
+    def admit(self, bound: Bound, scopes: Sequence[str] = (), *, wait_s: int = 0,
+              has_left: Callable[[], bool] = lambda: False) -> Reservation:
+        """As ask(), waiting up to `wait_s` seconds in line, while the client has not left.
+
+        Raises: BudgetExceeded, InsufficientBudget; ServerBusy when the proxy stops; ClientGone.
+        """
+        claim = self.ask(bound, scopes, may_wait=wait_s > 0)
+        deadline_s = time.monotonic() + wait_s
+        while claim.is_waiting:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                self.expire(claim)
+            elif has_left():
+                self.leave(claim)
+                raise ClientGone
+            else:
+                claim.decided.wait(min(left_s, WAIT_POLL_S))
+        if claim.refused_by is not None:
+            if self._is_closed:
+                raise ServerBusy("the proxy is stopping")
+            raise budget_refusal(claim.refused_by, bound)
+        return claim
 
     def reserve(self, max_cost_microdollars: int) -> Reservation:
-        """Set an amount aside. Raises InsufficientBudget, changing nothing, if it does not fit."""
+        """Set an amount aside at once. Raises InsufficientBudget if it does not fit."""
         _check_amount(max_cost_microdollars)
+        bound = fixed_bound(max_cost_microdollars)
+        claim = self.ask(bound)
+        if claim.refused_by is not None:
+            raise insufficient_budget(claim.refused_by, bound)
+        return claim
+
+    def expire(self, claim: Reservation) -> None:
+        """A claim's time in line is over: it takes what is free, if that is enough, or leaves."""
         with self._lock:
-            limit, spent, reserved = self._limit, self._spent, self._reserved
-            fits = limit is None or max_cost_microdollars <= limit - spent - reserved
-            if fits:
-                self._reserved += max_cost_microdollars
-        if not fits:
-            raise insufficient_budget(spent, reserved, limit, max_cost_microdollars, 0)
-        return Reservation(max_cost_microdollars)
+            claim.may_wait = False
+            self._serve_line_locked()
+
+    def leave(self, claim: Reservation) -> None:
+        """A claim's client is gone: out of the line, or, if it was admitted meanwhile, released."""
+        with self._lock:
+            if claim.is_open:
+                self._release_locked(claim, 0)
+            elif claim in self._line:
+                self._line.remove(claim)
+            self._serve_line_locked()
+
+    def close(self) -> None:
+        """Refuse all who wait, and let nobody wait from now on."""
+        with self._lock:
+            self._is_closed = True
+            for claim in self._line:
+                claim.refused_by = claim.accounts[0].budget()
+                claim.decided.set()
+            self._line = []
+
+    def _serve_line_locked(self) -> None:
+        """Decide about all in line, in order: set aside, refuse, or leave waiting."""
+        blocked: set[Account] = set()         # the scopes that one further ahead waits for
+        waiting = []
+        for claim in self._line:
+            lacking = self._lacking_locked(claim, blocked)
+            hopeless = [account for account in lacking if not account.may_fit(claim.bound)]
+            if lacking and claim.may_wait and not hopeless:
+                blocked.update(lacking)
+                waiting.append(claim)
+                claim.decided = claim.decided or threading.Event()
+                continue
+            if lacking:
+                claim.refused_by = (hopeless or lacking)[0].budget()
+            if claim.decided is not None:
+                claim.decided.set()
+        self._line = waiting
+
+    def _lacking_locked(self, claim: Reservation, blocked: set) -> list[Account]:
+        """The accounts that cannot take a claim now; where there are none, it is set aside.
+
+        Where a claim cannot wait, or waiting would bring nothing, all that is free may be taken.
+        """
+        bound, now_s = claim.bound, int(self._clock())
+        cap, lacking, is_free = bound.output_tokens, [], not bound.microdollars(bound.output_tokens)
+        for account in claim.accounts:
+            account.roll(now_s)
+            at_last = not claim.may_wait or not account.reserved
+            fitting = None if account in blocked \
+                else bound.fitting_cap(account.free, at_last=at_last)
+            if fitting is not None:
+                cap = min(cap, fitting)
+            elif not is_free:
+                lacking.append(account)
+        if not lacking:
+            claim.is_open, claim.output_cap = True, cap
+            claim.admitted_s = max(now_s, *(account.since_s for account in claim.accounts))
+            claim.microdollars = bound.microdollars(cap)
+            for account in claim.accounts:
+                account.reserved += claim.microdollars
+                claim.is_limited |= account.limit is not None
+        return lacking
+
+    # Settlement.
 
     def commit(self, reservation: Reservation, actual_microdollars: int) -> None:
         """Charge the actual cost and release the reservation. Raises ValueError if settled."""
         _check_amount(actual_microdollars)
         with self._lock:
-            self._close_locked(reservation)
-            self._spent += actual_microdollars            # first spend, then release
-            self._reserved -= reservation.microdollars
+            self._release_locked(reservation, actual_microdollars)
             self._bound_exceeded += actual_microdollars > reservation.microdollars
+            self._serve_line_locked()
 
     def cancel(self, reservation: Reservation) -> None:
         """Release a reservation and charge nothing. Raises ValueError if settled."""
-        with self._lock:
-            self._close_locked(reservation)
-            self._reserved -= reservation.microdollars
+        self.commit(reservation, 0)
 
-    def _close_locked(self, reservation: Reservation) -> None:
+    @staticmethod
+    def _release_locked(reservation: Reservation, charge: int) -> None:
         if not reservation.is_open:
             raise ValueError("this reservation is settled already")
         reservation.is_open = False
+        for account in reservation.accounts:
+            if account.since_s <= reservation.admitted_s:       # else its period is over
+                account.spent += charge                         # first spend, then release
+                account.reserved -= reservation.microdollars
 
     def add_spend(self, microdollars: int) -> None:
-        """Charge an amount that nothing was reserved for."""
+        """Charge the proxy's scope an amount that nothing was reserved for."""
         _check_amount(microdollars)
         with self._lock:
-            self._spent += microdollars
+            self._proxy.spent += microdollars
+
+    # Limits.
 
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
-        """Set the limit, at any time; it can block and unblock."""
+        """Set the proxy's limit, at any time; it can block and unblock."""
         with self._lock:
-            self._limit = limit_microdollars
+            self._proxy.limit = limit_microdollars
+            self._serve_line_locked()
+
+    def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
+                  spent_since: Callable[[int], int]) -> None:
+        """Open a scope, or change its limit; its spend in this period is asked for if it is new."""
+        now_s = int(self._clock())
+        with self._lock:
+            account = self._accounts.get(scope)
+        if account is None or account.period != period:
+            since_s = period_start(period, now_s)
+            account = Account(scope, limit_microdollars, period, since_s, spent_since(since_s))
+        with self._lock:
+            account.limit = limit_microdollars
+            self._accounts[scope] = account
+            self._serve_line_locked()
+
+    def is_limited(self, scopes: Sequence[str] = ()) -> bool:
+        """Whether any of a request's scopes has a limit."""
+        with self._lock:
+            return any(self._accounts[scope].limit is not None for scope in (PROXY_SCOPE, *scopes))
+
+    # What it holds.
+
+    def budget(self, scope: str = PROXY_SCOPE) -> Budget:
+        """A scope's amounts at one instant."""
+        with self._lock:
+            account = self._accounts[scope]
+            account.roll(int(self._clock()))
+            return account.budget()
+
+    def check_budget(self) -> None:
+        """Raises BudgetExceeded when spent + reserved has reached the limit."""
+        budget = self.budget()
+        if budget.limit is not None and budget.spent + budget.reserved >= budget.limit:
+            raise budget_exceeded(budget)
+
+    def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
+        """What can still be reserved in all of the scopes, never below 0; None without a limit."""
+        budgets = [self.budget(scope) for scope in (PROXY_SCOPE, *scopes)]
+        return min((max(0, limit - spent - reserved) for _, limit, spent, reserved in budgets
+                    if limit is not None), default=None)
 
     def total_spent(self) -> int:
-        with self._lock:
-            return self._spent
+        return self.budget().spent
 
     def total_reserved(self) -> int:
-        with self._lock:
-            return self._reserved
+        return self.budget().reserved
 
     def budget_limit(self) -> Optional[int]:
-        with self._lock:
-            return self._limit
+        return self.budget().limit
 
     def bound_exceeded(self) -> int:
         """How many answers cost more than what was reserved for them."""
         with self._lock:
             return self._bound_exceeded
 
-    def available(self) -> Optional[int]:
-        """What can still be reserved, never below 0; None without a limit."""
-        with self._lock:
-            if self._limit is None:
-                return None
-            return max(0, self._limit - self._spent - self._reserved)
-
     def get_status(self) -> tuple[int, Optional[int]]:
         """(spent, limit) at one instant."""
-        with self._lock:
-            return self._spent, self._limit
+        _, limit, spent, _ = self.budget()
+        return spent, limit
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """(spent, reserved, limit) at one instant."""
-        with self._lock:
-            return self._spent, self._reserved, self._limit
+        _, limit, spent, reserved = self.budget()
+        return spent, reserved, limit
 
 
-DO_NOT_RETRY = (("x-should-retry", "false"),)        # the SDKs honour it
-
-
-def _budget_details(spent: int, reserved: int, limit: int, needed: int,
-                    affordable_output_tokens: int) -> dict:
-    return {"scope": "proxy", "limit_microdollars": limit, "spent_microdollars": spent,
-            "reserved_microdollars": reserved, "needed_microdollars": needed,
+def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
+    amounts = budget.as_json()
+    del amounts["available_microdollars"]
+    return {"scope": budget.scope, **amounts, "needed_microdollars": needed,
             "affordable_output_tokens": max(0, affordable_output_tokens)}
 
 
-def budget_exceeded(spent: int, reserved: int, limit: int, needed: int = 0) -> BudgetExceeded:
+def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
     """The refusal when nothing is left, in the original's words."""
     return BudgetExceeded(
-        f"Iron Cage budget limit exceeded. Spent: {format_usd(spent)}, "
-        f"Reserved: {format_usd(reserved)}, Limit: {format_usd(limit)}. "
+        f"Iron Cage budget limit exceeded. Spent: {format_usd(budget.spent)}, "
+        f"Reserved: {format_usd(budget.reserved)}, Limit: {format_usd(budget.limit)}. "
         "Raise the limit to go on.",
-        details=_budget_details(spent, reserved, limit, needed, 0), headers=DO_NOT_RETRY)
+        details=_refusal_details(budget, needed, 0), headers=DO_NOT_RETRY)
 
 
-def insufficient_budget(spent: int, reserved: int, limit: int, needed: int,
-                        affordable_output_tokens: int) -> InsufficientBudget:
+def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
     """The refusal when a request's worst case does not fit, in the original's words."""
-    advice = f"Reduce max_tokens to {affordable_output_tokens} or less" \
-        if affordable_output_tokens > 0 else "Reduce max_tokens"
+    needed = bound.microdollars(bound.worthwhile_output_tokens
+                                if bound.asked_output_tokens is None else bound.output_tokens)
+    free = budget.limit - budget.spent - budget.reserved
+    affordable = min(bound.affordable_output_tokens(free), bound.most_output_tokens)
+    advice = f"Reduce max_tokens to {affordable} or less" if affordable > 0 \
+        else "Reduce max_tokens"
     return InsufficientBudget(
         "Iron Cage budget insufficient for this request. "
-        f"Available: {format_usd(max(0, limit - spent - reserved))}, "
-        f"Estimated max cost: {format_usd(needed)}. "
+        f"Available: {format_usd(max(0, free))}, Estimated max cost: {format_usd(needed)}. "
         f"{advice} or wait for in-flight requests to complete.",
-        details=_budget_details(spent, reserved, limit, needed, affordable_output_tokens),
-        headers=DO_NOT_RETRY)
+        details=_refusal_details(budget, needed, affordable), headers=DO_NOT_RETRY)
 
 
-# ==== 10. HTTP on a socket ======================================================================
+def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
+    """Why a request's bound was refused in a scope."""
+    if budget.spent >= budget.limit:
+        return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens))
+    return insufficient_budget(budget, bound)
+
+
+# ==== 10. Ledger ================================================================================
+#
+# What every call cost, one row each. A row is written before the first byte of its call goes
+# upstream (the intent), and completed when the call settles. A row that was never settled, since
+# the process died, is charged at its bound on the next start. A ledger is four methods: intent,
+# settle, spent and recent; another engine needs no more than those.
+
+# The intent's, and from "settled_ms" on the settlement's.
+LEDGER_COLUMNS = MappingProxyType({
+    "id": "INTEGER PRIMARY KEY", "request_id": "TEXT NOT NULL",
+    "admitted_s": "INTEGER NOT NULL",         # Unix seconds; decides the period
+    "token": "TEXT NOT NULL", "provider": "TEXT NOT NULL", "model": "TEXT NOT NULL",
+    "price_key": "TEXT", "api": "TEXT NOT NULL", "stream": "INTEGER NOT NULL",
+    "bound_microdollars": "INTEGER NOT NULL",
+    "settled_ms": "INTEGER",                  # Unix milliseconds; null: in flight, or lost
+    "cost_microdollars": "INTEGER",
+    "estimated": "TEXT",                      # why the cost is not exact; null: it is
+    "status": "INTEGER",                      # of the provider's answer; null: there was none
+    "input_tokens": "INTEGER", "cached_input_tokens": "INTEGER", "output_tokens": "INTEGER",
+    "usage": "TEXT",                          # the provider's own usage object, JSON
+    "lines": "TEXT",                          # the bill: [[what, how many, picodollars each], ...]
+    "provider_request_id": "TEXT", "latency_ms": "INTEGER", "first_byte_ms": "INTEGER",
+})
+_SETTLED_COLUMNS = tuple(LEDGER_COLUMNS)[[*LEDGER_COLUMNS].index("settled_ms"):]
+# Each brings a ledger one version on (PRAGMA user_version). What stands here never changes.
+MIGRATIONS = (
+    "CREATE TABLE calls (" + ", ".join(map(" ".join, LEDGER_COLUMNS.items())) + ")",
+)
+LEDGER_BUSY_S = 2                             # how long to wait for another process's lock
+MEMORY_ROWS = 10_000
+_INSERT = (f"INSERT INTO calls ({', '.join(LEDGER_COLUMNS)}) "
+           f"VALUES ({', '.join(f':{name}' for name in LEDGER_COLUMNS)})")
+_SETTLE = (f"UPDATE calls SET {', '.join(f'{name} = :{name}' for name in _SETTLED_COLUMNS)} "
+           "WHERE id = :id AND settled_ms IS NULL")
+_RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdollars, estimated = "
+            "'the proxy ended', lines = '[[\"reserved\",' || bound_microdollars || ',1000000]]' "
+            "WHERE settled_ms IS NULL")
+
+
+def lines_to_json(lines: Iterable[BillLine]) -> str:
+    """A bill as a ledger stores it; rates that are not whole as "n/d"."""
+    return json.dumps([[what, count, rate if isinstance(rate, int) else str(rate)]
+                       for what, count, rate in lines], separators=(",", ":"))
+
+
+def lines_from_json(text: str) -> list[BillLine]:
+    """A stored bill. Raises ValueError, TypeError."""
+    return [(what, count, rate if isinstance(rate, int) else Fraction(rate))
+            for what, count, rate in json.loads(text)]
+
+
+class MemoryLedger:
+    """The last rows, and what each token spent on each day; gone with the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()         # guards the fields below
+        self._rows: deque = deque(maxlen=MEMORY_ROWS)
+        self._spent: Counter = Counter()      # (token, day since 1970) -> microdollars
+
+    def intent(self, row: dict) -> None:
+        """Count a call at its bound until it settles."""
+        with self._lock:
+            self._spent[row["token"], row["admitted_s"] // DAY_S] += row["bound_microdollars"]
+
+    def settle(self, row: dict) -> None:
+        """Count a call at its cost, and keep its row."""
+        saved = row["bound_microdollars"] - row["cost_microdollars"]
+        with self._lock:
+            self._spent[row["token"], row["admitted_s"] // DAY_S] -= saved
+            self._rows.append(row)
+
+    def spent(self, token: Optional[str], since_s: int) -> int:
+        """What one token, or None for all, spent since a day began; calls in flight in full."""
+        with self._lock:
+            return sum(amount for (name, day), amount in self._spent.items()
+                       if token in (None, name) and day * DAY_S >= since_s)
+
+    def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
+        """The newest settled rows, of one token or of all."""
+        with self._lock:
+            rows = [row for row in self._rows if token in (None, row["token"])]
+        return rows[:-most - 1:-1]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class _Write:
+    """One statement that waits to be committed."""
+    __slots__ = ("statement", "row", "is_intent", "error", "is_written")
+
+    def __init__(self, statement: str, row: dict, is_intent: bool) -> None:
+        self.statement, self.row, self.is_intent = statement, row, is_intent
+        self.is_written = False
+        self.error: Optional[Exception] = None
+
+
+class SqliteLedger:
+    """A ledger in an SQLite file, in WAL mode: what is committed survives the process, and with
+    `fsync` a loss of power too. One process at a time has it open for writing.
+
+    Opening it charges what an earlier process left unsettled. Raises Misconfigured.
+    """
+
+    def __init__(self, path: str, *, fsync: bool = False) -> None:
+        import sqlite3                        # here only: most runs do not need it
+        self._errors = sqlite3.Error
+        self._turn = threading.Lock()         # one transaction at a time
+        self._queue: list[_Write] = []        # appended by all, emptied by who has the turn
+        path = os.path.realpath(path)
+        try:
+            self._lock_file = _locked_file(path + ".lock")
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._db = sqlite3.connect(path, timeout=LEDGER_BUSY_S, isolation_level=None,
+                                       check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
+            self._migrate()
+            self.recovered = self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
+            newest = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0]
+        except (OSError, sqlite3.Error) as err:
+            raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
+        self._ids = itertools.count(newest + 1)
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise OSError("it was written by a newer version of this program")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(script)
+            self._db.execute(f"PRAGMA user_version = {number}")
+            self._db.execute("COMMIT")
+
+    def intent(self, row: dict) -> None:
+        """Put a call on disk before it is sent. Raises LedgerUnavailable: it must not be sent."""
+        row["id"] = next(self._ids)
+        error = self._write(_Write(_INSERT, row, is_intent=True))
+        if error is not None:
+            raise LedgerUnavailable("the proxy's ledger cannot be written, so that nothing is "
+                                    f"sent to providers: {_reason(error)}")
+
+    def settle(self, row: dict) -> None:
+        """Complete a call's row. Where that fails it is kept, and goes with the next write."""
+        error = self._write(_Write(_SETTLE, row, is_intent=False))
+        if error is not None:
+            log.error("a settlement is not in the ledger yet", extra={"fields": {
+                "request_id": row["request_id"], "reason": _reason(error)}})
+
+    def _write(self, write: _Write) -> Optional[Exception]:
+        """Commit a statement, together with all that others queued meanwhile."""
+        self._queue.append(write)
+        with self._turn:
+            if not write.is_written and write.error is None:
+                self._commit_queue()
+        return write.error
+
+    def _commit_queue(self) -> None:
+        """One transaction for the whole queue. Intents that fail leave it, settlements stay."""
+        batch = self._queue[:]
+        error: Optional[Exception] = None
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                self._db.execute(write.statement, write.row)
+            self._db.execute("COMMIT")
+        except self._errors as err:
+            error = err
+            with contextlib.suppress(self._errors):
+                self._db.execute("ROLLBACK")
+        for write in batch:
+            write.error, write.is_written = error, error is None
+        kept = [write for write in batch if error is not None and not write.is_intent]
+        self._queue[:len(batch)] = kept
+
+    def spent(self, token: Optional[str], since_s: int) -> int:
+        """What one token, or None for all, spent since then; calls in flight at their bound."""
+        with self._turn:
+            return self._db.execute(
+                "SELECT COALESCE(SUM(COALESCE(cost_microdollars, bound_microdollars)), 0) "
+                "FROM calls WHERE admitted_s >= ? AND (? IS NULL OR token = ?)",
+                (since_s, token, token)).fetchone()[0]
+
+    def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
+        """The newest settled rows, of one token or of all."""
+        with self._turn:
+            rows = self._db.execute(
+                "SELECT * FROM calls WHERE settled_ms IS NOT NULL AND (? IS NULL OR token = ?) "
+                "ORDER BY id DESC LIMIT ?", (token, token, most)).fetchall()
+        return [dict(row) for row in rows]
+
+    def close(self) -> None:
+        """Write what is still queued, and let go of the file."""
+        with self._turn:
+            if self._queue:
+                self._commit_queue()
+            self._db.close()
+        os.close(self._lock_file)
+
+
+Ledger = Union[MemoryLedger, SqliteLedger]
+
+
+def _locked_file(path: str) -> int:
+    """A file that this process holds an OS lock on as long as it lives. Raises OSError."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise OSError("another ironcage_proxy has it open") from None
+    return handle
+
+
+# Reading a ledger without serving: `usage` and `audit`.
+
+USAGE_GROUPS = MappingProxyType({
+    "model": "COALESCE(price_key, 'other')", "token": "token",
+    "day": "date(admitted_s, 'unixepoch')",
+})
+
+
+def ledger_rows(path: str, query: str, values: Sequence[object] = ()) -> list[dict]:
+    """The rows of a query on a ledger, which is only read. Raises Misconfigured."""
+    import sqlite3
+    try:
+        with contextlib.closing(sqlite3.connect(
+                f"file:{urllib.parse.quote(os.path.realpath(path))}?mode=ro", uri=True,
+                timeout=LEDGER_BUSY_S)) as db:
+            db.row_factory = sqlite3.Row
+            return [dict(row) for row in db.execute(query, values)]
+    except sqlite3.Error as err:
+        raise Misconfigured(f"the ledger {path} cannot be read: {_reason(err)}") from err
+
+
+def usage_report(path: str, since_s: int) -> dict:
+    """What was spent since then: {"by_model" | "by_token" | "by_day": [...], "total": {...}}."""
+    sums = ("COUNT(*) AS requests, COALESCE(SUM(input_tokens), 0) AS input_tokens, "
+            "COALESCE(SUM(cached_input_tokens), 0) AS cached_input_tokens, "
+            "COALESCE(SUM(output_tokens), 0) AS output_tokens, "
+            "COALESCE(SUM(COALESCE(cost_microdollars, bound_microdollars)), 0) "
+            "AS cost_microdollars, COALESCE(SUM(estimated IS NOT NULL), 0) AS estimated_requests, "
+            "COALESCE(SUM(settled_ms IS NULL), 0) AS unsettled_requests "
+            "FROM calls WHERE admitted_s >= ?")
+    report: dict = {
+        f"by_{name}": ledger_rows(
+            path, f"SELECT {group} AS {name}, {sums} GROUP BY 1 ORDER BY 1", (since_s,))
+        for name, group in USAGE_GROUPS.items()}
+    return {**report, "total": ledger_rows(path, f"SELECT {sums}", (since_s,))[0]}
+
+
+def audit_row(row: Mapping[str, object]) -> Optional[str]:
+    """What is wrong with a settled row, recomputed from what it stores; None if nothing is."""
+    try:
+        lines = lines_from_json(row["lines"])
+        if total_of(lines) != row["cost_microdollars"]:
+            return f"its lines come to {total_of(lines)} microdollars"
+        if row["estimated"] is not None or row["usage"] is None:
+            return None
+        billed, used = Counter(), Counter()
+        for what, count, _ in lines:
+            billed[what] += count
+        for _, entry in billed_entries(json.loads(row["usage"]), row["model"]):
+            used.update(USAGE_READERS[row["api"]](entry).buckets)
+        different = [bucket for bucket, _, _ in BUCKETS if billed[bucket] != used[bucket]]
+    except (ValueError, TypeError, KeyError) as err:
+        return f"it cannot be read: {type(err).__name__}"
+    return f"it bills other counts than its usage: {', '.join(different)}" if different else None
+
+
+# ==== 11. Callers and configuration =============================================================
+#
+# Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
+# is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
+
+TOKEN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
+RATE_WINDOW_S = 60
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A token: who asks with it, and what that one may do."""
+    name: str
+    sha256: str = field(repr=False)
+    budget_microdollars: Optional[int] = None      # None: as much as the proxy's budget allows
+    period: str = "total"
+    models: tuple[str, ...] = ()                   # patterns with * and ?; none: any model
+    requests_per_minute: Optional[int] = None
+    parallel_requests: Optional[int] = None
+    expires_s: Optional[int] = None                # Unix seconds
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that its calls belong to, beside the proxy's."""
+        return () if self.name in RESERVED_NAMES else (self.name,)
+
+    def may_use(self, provider: str, model: str) -> bool:
+        """Whether its patterns allow a model, by its name upstream, with or without provider/."""
+        return not self.models or any(
+            fnmatch.fnmatchcase(name, pattern)
+            for name in (model, f"{provider}/{model}") for pattern in self.models)
+
+
+def token_sha256(token: str) -> str:
+    """What is stored of a token."""
+    return hashlib.sha256(token.encode("utf-8")).hexdigest()
+
+
+def _config_text(pattern: str, meaning: str) -> Callable[[object], str]:
+    def read(value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {meaning}")
+        return value
+    return read
+
+
+def _config_count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10 ** 6:
+        raise ValueError("must be a whole number from 1 up")
+    return value
+
+
+def _config_patterns(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise ValueError("must be a list of patterns, such as [\"gpt-*\"]")
+    return tuple(value)
+
+
+def parse_time(value: object) -> int:
+    """Unix seconds of "2026-12-31" or "2026-12-31T23:59:59Z", in UTC where it does not say."""
+    try:
+        at = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", str(value)))
+    except ValueError:
+        raise ValueError("must be a date such as 2026-12-31 or 2026-12-31T23:59:59Z") from None
+    utc = at if at.tzinfo is not None else at.replace(tzinfo=datetime.timezone.utc)
+    return int(utc.timestamp())
+
+
+# Field of a token in the file -> (field of Caller, how it is read).
+TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
+    "name": ("name", _config_text(TOKEN_NAME.pattern, "1 to 64 letters, digits, _, . or -")),
+    "token": ("sha256", lambda value: token_sha256(
+        _config_text(r"[!-~]{8,512}", "8 to 512 printable ASCII characters")(value))),
+    "sha256": ("sha256", _config_text(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
+    "budget_usd": ("budget_microdollars", parse_usd),
+    "period": ("period", _config_text("|".join(PERIODS), " or ".join(PERIODS))),
+    "models": ("models", _config_patterns),
+    "requests_per_minute": ("requests_per_minute", _config_count),
+    "parallel_requests": ("parallel_requests", _config_count),
+    "expires": ("expires_s", parse_time),
+})
+
+
+def caller_from(row: object) -> Caller:
+    """One token of a configuration. Raises ValueError, naming the field."""
+    if not isinstance(row, dict):
+        raise ValueError("must be an object")
+    values: dict = {}
+    for name, value in row.items():
+        if name not in TOKEN_FIELDS:
+            raise ValueError(f"has an unknown field; there are {', '.join(TOKEN_FIELDS)}")
+        target, read = TOKEN_FIELDS[name]
+        try:
+            values[target] = read(value)
+        except ValueError as err:
+            # Of a token itself nothing is said.
+            raise ValueError(f"{name}: {err}") from None
+    if "name" not in values or ("token" in row) == ("sha256" in row):
+        raise ValueError("needs a name, and either token or sha256")
+    if values["name"] in RESERVED_NAMES:
+        raise ValueError(f"must not be named {values['name']}")
+    return Caller(**values)
+
+
+def read_config(path: str) -> dict:
+    """The JSON object in a configuration file. Raises Misconfigured."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            parsed = json.load(file, parse_float=Decimal,
+                               object_pairs_hook=_object_without_duplicates)
+    except OSError as err:
+        raise Misconfigured(f"the configuration {path} cannot be read: {_reason(err)}") from err
+    except (ValueError, RecursionError, BadRequest) as err:
+        raise Misconfigured(f"the configuration {path} is not usable JSON: {err}") from None
+    if not isinstance(parsed, dict) or set(parsed) - {"tokens"}:
+        raise Misconfigured(f"the configuration {path} must be an object with tokens")
+    if not isinstance(parsed.get("tokens", []), list):
+        raise Misconfigured(f"tokens in {path} must be a list")
+    return parsed
+
+
+def load_callers(path: str) -> tuple[Caller, ...]:
+    """The tokens of a configuration file. Raises Misconfigured."""
+    callers: list[Caller] = []
+    for number, row in enumerate(read_config(path).get("tokens", []), 1):
+        try:
+            callers.append(caller_from(row))
+        except ValueError as err:
+            raise Misconfigured(f"token {number} in {path} {err}") from None
+    for what in ("name", "sha256"):
+        if len({getattr(caller, what) for caller in callers}) != len(callers):
+            raise Misconfigured(f"two tokens in {path} have the same {what}")
+    return tuple(callers)
+
+
+class Traffic:
+    """How many requests each token has in flight, and has made within the last minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()                  # guards the fields below
+        self._in_flight: Counter = Counter()
+        self._times: dict[str, deque] = {}
+
+    @contextlib.contextmanager
+    def entered(self, caller: Caller) -> Iterator[None]:
+        """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
+        now_s = self._clock()
+        with self._lock:
+            times = self._times.setdefault(caller.name, deque())
+            while times and times[0] <= now_s - RATE_WINDOW_S:
+                times.popleft()
+            limit, parallel = caller.requests_per_minute, caller.parallel_requests
+            is_often = limit is not None and len(times) >= limit
+            is_many = parallel is not None and self._in_flight[caller.name] >= parallel
+            if not is_often and not is_many:
+                self._in_flight[caller.name] += 1
+                if limit is not None:
+                    times.append(now_s)
+            wait_s = int(times[0] + RATE_WINDOW_S - now_s) + 1 if is_often else 1
+        if is_often or is_many:
+            what = f"{limit} requests per minute" if is_often else f"{parallel} requests at a time"
+            raise TooManyRequests(f"the token {caller.name} may make {what}",
+                                  headers=[("retry-after", str(wait_s))])
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_flight[caller.name] -= 1
+
+
+# ==== 12. HTTP on a socket ======================================================================
 #
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
@@ -2176,7 +2962,7 @@ class Wire:
             self.sock.close()
 
 
-# ==== 11. Upstream ==============================================================================
+# ==== 13. Upstream ==============================================================================
 #
 # The one place that opens connections. An ordinary urllib opener with handlers of ours, which
 # keep connections alive: proxies from the environment and the system's CAs work as everywhere.
@@ -2331,11 +3117,6 @@ class UpstreamRequest(urllib.request.Request):
         self.watched = watched
 
 
-def _reason(err: BaseException) -> str:
-    """Why a connection failed, in words; of an exception without words, its name."""
-    return getattr(err, "strerror", None) or str(err) or type(err).__name__
-
-
 class UpstreamResponse:
     """The answer of a provider: status and headers at once, the body as it arrives."""
 
@@ -2433,13 +3214,6 @@ def build_opener(transport: KeepAliveHandler) -> urllib.request.OpenerDirector:
     return opener
 
 
-# ==== 12. Router ================================================================================
-#
-# The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
-# record meet here only. Whatever happens to a call, it settles once, in _settle(); what it is
-# charged then is decided by one pure function, charge_of().
-
-
 @dataclass(frozen=True)
 class Provider:
     """Where calls go, and with which key."""
@@ -2466,17 +3240,259 @@ class Provider:
 ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
 
 
+def check_key(provider: Provider) -> None:
+    """Raises NoProviderKey, naming the environment variable to set."""
+    if provider.key is None and provider is not ECHO_PROVIDER:
+        raise NoProviderKey(f"no key for the provider {provider.name} is known: set "
+                            f"{provider.key_env} in the proxy's environment")
+
+
+def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int) -> dict[str, str]:
+    """The headers of an upstream call: the client's end-to-end ones, and the provider's key."""
+    named = {option.strip().lower() for option in (head.header("connection") or "").split(",")}
+    headers = {"host": urllib.parse.urlsplit(provider.base_url).netloc}
+    for name, value in head.headers:
+        if name not in REQUEST_HEADERS_KEPT_BACK and name not in named \
+                and not name.startswith("x-ironcage-"):
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers.update(provider.credentials())
+    if provider.format == "anthropic":
+        headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
+    headers["accept-encoding"] = "identity"
+    if body_bytes or head.method in ("POST", "PUT", "PATCH"):
+        headers["content-length"] = str(body_bytes)
+        headers.setdefault("content-type", "application/json")
+    return headers
+
+
+def answer_headers(headers: Headers) -> Headers:
+    """The end-to-end headers of a provider's answer."""
+    named = {option.strip().lower()
+             for option in (header_value(headers, "connection") or "").split(",")}
+    return tuple((name, value) for name, value in headers
+                 if name not in ANSWER_HEADERS_KEPT_BACK and name not in named)
+
+
+def _told_length(response: UpstreamResponse) -> int:
+    """The length that an answer states, also where it comes without its body (HEAD)."""
+    stated = response.header("content-length")
+    return int(stated) if response.length == 0 and stated and stated.isdigit() \
+        else response.length
+
+
+# ==== 14. Settlement ============================================================================
+#
+# What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
+# whose lines add up to it; the ledger keeps them, so that `audit` can add them up again.
+
+
 @dataclass(frozen=True)
 class ClientRequest:
     """A request of an authenticated client, read whole."""
     head: RequestHead
     body: bytes
     request_id: str
-    caller: str                # the name of its token
+    caller: Caller
 
     @property
     def dialect(self) -> str:
         return dialect_of(self.head.path)
+
+
+class Call:
+    """One metered call from its admission to its settlement. One thread uses it."""
+
+    def __init__(self, request: ClientRequest, provider: Provider, api: str, model: str,
+                 body: JsonBody) -> None:
+        self.request, self.provider, self.api, self.body = request, provider, api, body
+        self.model = model                            # the name that goes upstream
+        self.price: Optional[Price] = None            # None: unpriced, and no budget is set
+        self.bound: Optional[Bound] = None            # None: it has no bound, and no budget is set
+        self.reservation: Optional[Reservation] = None        # set by its admission
+        self.set_output_cap: Optional[int] = None     # the cap that we put into the request
+        self.wants_stream = optional_flag(body.fields, "stream")
+        self.hides_usage = False                      # the client did not ask for usage chunks
+        self.meter = AnswerMeter(api)
+        self.sent_ns = time.monotonic_ns()            # set anew as it is sent
+        self.was_sent = False                         # the provider may have seen it
+        self.status: Optional[int] = None             # of the provider's answer
+        self.first_byte_ms: Optional[int] = None      # from sending to the head of the answer
+        self.provider_request_id: Optional[str] = None
+        self.client_left = False
+        self.charge: Optional[Charge] = None          # set when it is settled
+        self.row: Optional[dict] = None               # in the ledger, once the intent is written
+
+    def intent_row(self) -> dict:
+        """The ledger's row as it is before the call is sent."""
+        return {**dict.fromkeys(LEDGER_COLUMNS), "request_id": self.request.request_id,
+                "admitted_s": self.reservation.admitted_s, "token": self.request.caller.name,
+                "provider": self.provider.name, "model": self.model,
+                "price_key": self.price.key if self.price is not None else None,
+                "api": self.api, "stream": int(self.wants_stream),
+                "bound_microdollars": self.reservation.microdollars}
+
+    @property
+    def has_failed(self) -> bool:
+        return self.status is None or not 200 <= self.status < 300 \
+            or self.meter.failure is not None
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a call is charged, line by line, and why not exactly, if so."""
+    lines: Sequence[BillLine] = ()
+    estimated: Optional[str] = None
+
+    @property
+    def microdollars(self) -> int:
+        return total_of(self.lines)
+
+
+def reserved_in_full(call: Call) -> list[BillLine]:
+    """The bill of a call of which no more is known than what was set aside for it."""
+    return [("reserved", call.reservation.microdollars, PICODOLLARS_PER_MICRODOLLAR)]
+
+
+def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
+    """What a call costs, from how it ended. Pure.
+
+    Not sent, or refused by the provider without usage: nothing. Usage known: exactly. Client
+    gone: the input, and the most output that can have been made until then. Else all that was
+    reserved.
+    """
+    refused = call.status is not None and not 200 <= call.status < 300
+    if not call.was_sent or (refused and call.meter.usage is None):
+        return Charge()
+    if call.meter.usage is not None and call.meter.usage_is_final:
+        try:
+            return Charge(_metered_bill(call, prices, call.meter.usage))
+        except MalformedUsage as err:
+            return Charge(reserved_in_full(call), f"malformed usage: {err}")
+        except UnpricedModel:
+            reason = "a model without a price served it" if call.price is not None \
+                else "no price is known"
+            return Charge(reserved_in_full(call), reason)
+    if call.client_left and call.bound is not None:
+        return Charge(_bill_until_now(call, prices, call.bound, elapsed_ns), "client gone")
+    reason = "no answer" if call.status is None else "no usage in the answer"
+    return Charge(reserved_in_full(call), reason)
+
+
+def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> list[BillLine]:
+    """The exact bill: by the answer's model, tier, speed and place; where it does not tell one,
+    or names a model that this provider does not sell, by the request's."""
+    asked, answered = call.body.fields, call.meter.model
+    sold = prices.find(answered, call.provider.name) if answered is not None else None
+    knows = sold is not None and (call.price is None or sold.provider == call.price.provider)
+    tier = asked.get("service_tier", call.provider.default_service_tier)
+    if tier in ("flex", "batch") or not isinstance(tier, str):
+        tier = None                               # a discount has to be told
+    if call.api == "messages":
+        usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")}, **usage}
+    return prices.bill(answered if knows else call.model, usage, api=call.api,
+                       provider=call.provider.name,
+                       service_tier=call.meter.service_tier or tier,
+                       data_residency=call.provider.data_residency,
+                       tool_calls=call.meter.tool_calls)
+
+
+def _bill_until_now(call: Call, prices: PriceBook, bound: Bound,
+                    elapsed_ns: int) -> list[BillLine]:
+    """The most that a stream can have cost when its client left.
+
+    Output: a token is at least a byte of what was seen; what was not seen (reasoning, read-ahead)
+    was made in the time since sending, at the provider's assumed speed; and never more than was
+    reserved. Input: exact if the stream has told it, else its bound.
+    """
+    by_time = -(-elapsed_ns * call.provider.max_output_tokens_per_s // 10 ** 9)
+    output_tokens = min(call.reservation.output_cap, max(call.meter.output_bytes, by_time))
+    bills = [reserved_in_full(call),
+             [("input at most", 1, bound.input_picodollars),
+              ("output at most", output_tokens + bound.unlimited_output_tokens,
+               bound.output_picodollars)]]
+    if call.meter.usage is not None and call.api == "messages":
+        with contextlib.suppress(MalformedUsage, UnpricedModel):
+            bills.append(_metered_bill(call, prices,
+                                       {**call.meter.usage, "output_tokens": output_tokens}))
+    return min(bills, key=total_of)
+
+
+TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
+
+
+def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None:
+    """Fill the settlement's columns of a ledger row."""
+    counts: tuple = (None, None, None)
+    if call.meter.usage is not None:
+        with contextlib.suppress(MalformedUsage):
+            usage = USAGE_READERS[call.api](call.meter.usage)
+            counts = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+    row.update(
+        zip(TOKEN_COUNTS, counts), settled_ms=time.time_ns() // 10 ** 6, status=call.status,
+        cost_microdollars=charge.microdollars, estimated=charge.estimated,
+        usage=None if call.meter.usage is None else json.dumps(call.meter.usage),
+        lines=lines_to_json(charge.lines), provider_request_id=call.provider_request_id,
+        latency_ms=elapsed_ns // 10 ** 6, first_byte_ms=call.first_byte_ms)
+
+
+class Totals:
+    """Counts since the start, by model, provider and token. Names come from closed sets."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()                 # guards the next field
+        self._cells: dict[tuple[str, str, str], Counter] = {}     # (token, provider, model)
+
+    def add(self, token: str, provider: str, model: str, **counts: int) -> None:
+        """Add counts for a token, and a provider and a model where there are any."""
+        with self._lock:
+            self._cells.setdefault((token, provider, model), Counter()).update(counts)
+
+    def snapshot(self, token: Optional[str] = None) -> dict:
+        """The counts as JSON members of the status; of one token, or of all."""
+        with self._lock:
+            cells = [(names, Counter(counts)) for names, counts in sorted(self._cells.items())
+                     if token in (None, names[0])]
+        by: dict[str, dict] = {"by_token": {}, "by_provider": {}, "by_model": {}}
+        total: Counter = Counter()
+        for names, counts in cells:
+            total.update(counts)
+            for kind, name in zip(by, names):
+                if name:
+                    by[kind].setdefault(name, Counter()).update(counts)
+        return {**{name: total[name]
+                   for name in ("requests", "failed_requests", "refused_requests")},
+                "tokens": {name: total[name] for name in TOKEN_COUNTS}, **by}
+
+
+# ==== 15. Router ================================================================================
+#
+# The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
+# record meet here only. Whatever happens to a call, it settles once, in _settle().
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a server is started with."""
+    providers: tuple[Provider, ...]
+    token: str = field(repr=False)                     # what callers authenticate with
+    host: str = "127.0.0.1"
+    port: int = 8787                                   # 0: any free one
+    budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
+    admin_token: Optional[str] = field(default=None, repr=False)
+    token_is_generated: bool = False
+    config_path: Optional[str] = None                  # tokens of their own
+    ledger_path: Optional[str] = None                  # None: in memory
+    fsync: bool = False                                # the ledger survives a loss of power
+    pricing_path: Optional[str] = None                 # None: pricing.json beside this file
+    allow_hosts: tuple[str, ...] = ()
+    allow_paths: tuple[str, ...] = ()
+    bound: str = "measured"                            # or "bytes"
+    wait_s: int = 30                                   # in line for what calls in flight hold
+    no_fit: bool = False                               # never lower a client's output cap
+    max_body_bytes: int = 32 * 1024 * 1024
+    log_format: str = "text"
+    quiet: bool = False
+    timeouts: Timeouts = Timeouts()
 
 
 @dataclass(frozen=True)
@@ -2515,177 +3531,16 @@ class EchoResponse:
         """Nothing to give back."""
 
 
-class Call:
-    """One metered call from its admission to its settlement. One thread uses it."""
-
-    def __init__(self, request: ClientRequest, provider: Provider, api: str, model: str,
-                 body: JsonBody) -> None:
-        self.request, self.provider, self.api, self.body = request, provider, api, body
-        self.model = model                            # the name that goes upstream
-        self.price: Optional[Price] = None            # None: unpriced, and no budget is set
-        self.bound: Optional[Bound] = None            # None: it has no bound, and no budget is set
-        self.reservation = Reservation(0)
-        self.output_cap = 0                           # output tokens that were reserved for
-        self.set_output_cap: Optional[int] = None     # the cap that we put into the request
-        self.wants_stream = optional_flag(body.fields, "stream")
-        self.hides_usage = False                      # the client did not ask for usage chunks
-        self.meter = AnswerMeter(api)
-        self.sent_ns = time.monotonic_ns()            # set anew as it is sent
-        self.was_sent = False                         # the provider may have seen it
-        self.status: Optional[int] = None             # of the provider's answer
-        self.client_left = False
-        self.charge: Optional[Charge] = None          # set when it is settled
-
-
-@dataclass(frozen=True)
-class Charge:
-    """What a call is charged, and why not exactly, if so."""
-    microdollars: int
-    estimated: Optional[str] = None
-
-
-def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
-    """What a call costs, from how it ended. Pure.
-
-    Not sent, or refused by the provider without usage: nothing. Usage known: exactly. Client
-    gone: the input, and the most output that can have been made until then. Else all that was
-    reserved.
-    """
-    refused = call.status is not None and not 200 <= call.status < 300
-    if not call.was_sent or (refused and call.meter.usage is None):
-        return Charge(0)
-    if call.meter.usage is not None and call.meter.usage_is_final:
-        try:
-            return Charge(_metered_cost(call, prices, call.meter.usage))
-        except MalformedUsage as err:
-            return Charge(call.reservation.microdollars, f"malformed usage: {err}")
-        except UnpricedModel:
-            return Charge(call.reservation.microdollars, "a model without a price served it")
-    if call.client_left and call.bound is not None:
-        return Charge(_cost_until_now(call, prices, call.bound, elapsed_ns), "client gone")
-    reason = "no answer" if call.status is None else "no usage in the answer"
-    return Charge(call.reservation.microdollars, reason)
-
-
-def _metered_cost(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> int:
-    """The exact cost: by the answer's model, tier, speed and place; where it does not tell one,
-    or names a model that this provider does not sell, by the request's."""
-    asked, answered = call.body.fields, call.meter.model
-    sold = prices.find(answered, call.provider.name) if answered is not None else None
-    knows = sold is not None and (call.price is None or sold.provider == call.price.provider)
-    tier = asked.get("service_tier", call.provider.default_service_tier)
-    if tier in ("flex", "batch") or not isinstance(tier, str):
-        tier = None                               # a discount has to be told
-    if call.api == "messages":
-        usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")}, **usage}
-    return prices.cost(answered if knows else call.model, usage, api=call.api,
-                       provider=call.provider.name,
-                       service_tier=call.meter.service_tier or tier,
-                       data_residency=call.provider.data_residency,
-                       tool_calls=call.meter.tool_calls)
-
-
-def _cost_until_now(call: Call, prices: PriceBook, bound: Bound, elapsed_ns: int) -> int:
-    """The most that a stream can have cost when its client left.
-
-    Output: a token is at least a byte of what was seen; what was not seen (reasoning, read-ahead)
-    was made in the time since sending, at the provider's assumed speed; and never more than was
-    reserved. Input: exact if the stream has told it, else its bound.
-    """
-    by_time = -(-elapsed_ns * call.provider.max_output_tokens_per_s // 10 ** 9)
-    output_tokens = min(call.output_cap, max(call.meter.output_bytes, by_time))
-    at_most = min(call.reservation.microdollars, bound.microdollars(output_tokens))
-    if call.meter.usage is None or call.api != "messages":
-        return at_most
-    try:
-        usage = {**call.meter.usage, "output_tokens": output_tokens}
-        return min(at_most, _metered_cost(call, prices, usage))
-    except (MalformedUsage, UnpricedModel):
-        return at_most
-
-
-class Totals:
-    """Counts since the start, by model, provider and token. Names come from closed sets."""
-    KINDS = ("by_model", "by_provider", "by_token")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()                 # guards the fields below
-        self._all: Counter = Counter()
-        self._by: dict[str, dict[str, Counter]] = {kind: {} for kind in self.KINDS}
-
-    def add(self, names: Mapping[str, str], counts: Mapping[str, int]) -> None:
-        """Add counts to the whole and to one name of each kind."""
-        with self._lock:
-            self._all.update(counts)
-            for kind, name in names.items():
-                self._by[kind].setdefault(name, Counter()).update(counts)
-
-    def snapshot(self) -> dict:
-        """The counts as JSON members of the status."""
-        with self._lock:
-            members = {name: self._all[name]
-                       for name in ("requests", "failed_requests", "refused_requests")}
-            members["tokens"] = {name: self._all[name] for name in TOKEN_COUNTS}
-            for kind, named in self._by.items():
-                members[kind] = {name: dict(counts) for name, counts in sorted(named.items())}
-            return members
-
-
-TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
-
-
-class StreamReader:
-    """The side pass over a stream: meters its events, and hides usage that was not asked for."""
-
-    def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
-        self._meter = meter
-        self._splitter = EventSplitter()
-        self.can_read = encoding == "identity" or encoding in INFLATABLE
-        self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
-        self._hides_usage = hides_usage and encoding == "identity"
-
-    def read(self, pieces: list[bytes]) -> list[bytes]:
-        """What to forward of one read."""
-        if not self.can_read:
-            return pieces
-        try:
-            plain = b"".join(pieces if self._inflater is None
-                             else map(self._inflater.feed, pieces))
-        except (zlib.error, OverflowError):
-            self.can_read = False
-            return pieces
-        kept = []
-        for event in self._splitter.feed(plain):
-            data = event_data(event)
-            chunk = self._meter.read_event(data) if data else None
-            if self._hides_usage:
-                kept.append(without_usage(event, chunk))
-        return kept if self._hides_usage else pieces
-
-    def finish(self) -> bytes:
-        """The end of the stream: read an event that no empty line ended, and what is held of it."""
-        rest = self._splitter.rest
-        if rest and self.can_read:
-            self._meter.read_event(event_data(rest))
-        return rest if self._hides_usage else b""
-
-
-def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int) -> dict[str, str]:
-    """The headers of an upstream call: the client's end-to-end ones, and the provider's key."""
-    named = {option.strip().lower() for option in (head.header("connection") or "").split(",")}
-    headers = {"host": urllib.parse.urlsplit(provider.base_url).netloc}
-    for name, value in head.headers:
-        if name not in REQUEST_HEADERS_KEPT_BACK and name not in named \
-                and not name.startswith("x-ironcage-"):
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    headers.update(provider.credentials())
-    if provider.format == "anthropic":
-        headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
-    headers["accept-encoding"] = "identity"
-    if body_bytes or head.method in ("POST", "PUT", "PATCH"):
-        headers["content-length"] = str(body_bytes)
-        headers.setdefault("content-type", "application/json")
-    return headers
+def _whole_body(response: Union[EchoResponse, UpstreamResponse]) -> bytes:
+    """All of an answer's body. Raises UpstreamError, also beyond MAX_ANSWER_BYTES."""
+    pieces: list[bytes] = []
+    size = 0
+    for read in response.reads():
+        pieces += read
+        size += sum(map(len, read))
+        if size > MAX_ANSWER_BYTES:
+            raise UpstreamBroke(f"the provider's answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return b"".join(pieces)
 
 
 def named_model(fields: Mapping[str, object]) -> str:
@@ -2701,77 +3556,30 @@ def named_model(fields: Mapping[str, object]) -> str:
     return model
 
 
-def check_key(provider: Provider) -> None:
-    """Raises NoProviderKey, naming the environment variable to set."""
-    if provider.key is None and provider is not ECHO_PROVIDER:
-        raise NoProviderKey(f"no key for the provider {provider.name} is known: set "
-                            f"{provider.key_env} in the proxy's environment")
-
-
-def answer_headers(headers: Headers) -> Headers:
-    """The end-to-end headers of a provider's answer."""
-    named = {option.strip().lower()
-             for option in (header_value(headers, "connection") or "").split(",")}
-    return tuple((name, value) for name, value in headers
-                 if name not in ANSWER_HEADERS_KEPT_BACK and name not in named)
-
-
-def _told_length(response: UpstreamResponse) -> int:
-    """The length that an answer states, also where it comes without its body (HEAD)."""
-    stated = response.header("content-length")
-    return int(stated) if response.length == 0 and stated and stated.isdigit() \
-        else response.length
-
-
-def _whole_body(response: Union[EchoResponse, UpstreamResponse]) -> bytes:
-    """All of an answer's body. Raises UpstreamError, also beyond MAX_ANSWER_BYTES."""
-    pieces: list[bytes] = []
-    size = 0
-    for read in response.reads():
-        pieces += read
-        size += sum(map(len, read))
-        if size > MAX_ANSWER_BYTES:
-            raise UpstreamBroke(f"the provider's answer is longer than {MAX_ANSWER_BYTES} bytes")
-    return b"".join(pieces)
-
-
-def _inflated(body: bytes, encoding: str) -> bytes:
-    """A body without its content-encoding, for reading; b"" where that cannot be done."""
-    if encoding == "identity":
-        return body
-    if encoding not in INFLATABLE:
-        return b""
-    try:
-        return Inflater(encoding, MAX_INFLATED_BYTES).feed(body)
-    except (zlib.error, OverflowError):
-        return b""
-
-
 class Router:
     """Carries requests to providers under one budget."""
 
-    def __init__(self, providers: Iterable[Provider], prices: PriceBook, *,
-                 limit_microdollars: Optional[int] = None, timeouts: Timeouts = Timeouts(),
-                 allow_paths: Sequence[str] = (), bound_by: str = "measured") -> None:
-        self.providers = {provider.name: provider for provider in (*providers, ECHO_PROVIDER)}
-        self.prices = prices
-        self.controller = CostController(limit_microdollars)
+    def __init__(self, settings: Settings, prices: PriceBook, ledger: Ledger) -> None:
+        self.settings, self.prices, self.ledger = settings, prices, ledger
+        self.providers = {provider.name: provider
+                          for provider in (*settings.providers, ECHO_PROVIDER)}
+        self.controller = CostController(settings.budget_microdollars,
+                                         spent_microdollars=ledger.spent(None, 0))
         self.totals = Totals()
-        self._allow_paths = tuple(allow_paths)
-        self._bound_by = bound_by
-        self._transport = KeepAliveHandler(timeouts)
+        self.traffic = Traffic()
+        self._transport = KeepAliveHandler(settings.timeouts)
         self._opener = build_opener(self._transport)
+
+    def set_callers(self, callers: Iterable[Caller]) -> None:
+        """Open the scopes of tokens, or change their limits."""
+        for caller in callers:
+            self.controller.set_scope(
+                caller.name, caller.budget_microdollars, caller.period,
+                lambda since_s, name=caller.name: self.ledger.spent(name, since_s))
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
         self._transport.shut_down()
-
-    def budget_status(self) -> dict:
-        """The four amounts of the budget at one instant, in microdollars."""
-        spent, reserved, limit = self.controller.get_full_status()
-        free = None if limit is None else max(0, limit - spent - reserved)
-        return {"limit_microdollars": limit, "spent_microdollars": spent,
-                "reserved_microdollars": reserved, "available_microdollars": free}
 
     @contextlib.contextmanager
     def open(self, request: ClientRequest, client: Optional[Wire] = None) -> Iterator[Answer]:
@@ -2782,19 +3590,20 @@ class Router:
         """
         named, path = self._provider_in_path(request.head.path)
         api = METERED_APIS.get(path) if request.head.method == "POST" else None
-        if api is not None:
-            call = self._admitted(request, named, api)
-            with self._carried(call, path, client) as answer:
+        with self.traffic.entered(request.caller):
+            if api is not None:
+                call = self._admitted(request, named, api, client)
+                with self._carried(call, path, client) as answer:
+                    yield answer
+                return
+            self._check_unmetered(request, path)
+            local = self._local_answer(request, named, path)
+            if local is not None:
+                yield local
+                return
+            provider = named or self._provider_of_path(request, path)
+            with self._passed_through(request, provider, path, client) as answer:
                 yield answer
-            return
-        self._check_unmetered(request, path)
-        local = self._local_answer(request, named, path)
-        if local is not None:
-            yield local
-            return
-        provider = named or self._provider_of_path(request, path)
-        with self._passed_through(request, provider, path, client) as answer:
-            yield answer
 
     # Routing: which provider, under which name.
 
@@ -2825,12 +3634,14 @@ class Router:
 
     def _check_unmetered(self, request: ClientRequest, path: str) -> None:
         """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
-        if self.controller.budget_limit() is None:
+        caller = request.caller
+        if not caller.models and not self.controller.is_limited(caller.scopes):
             return
         self._check_method_override(request)
         method = request.head.method
         free = any(m == method and pattern.fullmatch(path) for m, pattern in FREE_ROUTES)
-        if not free and not any(fnmatch.fnmatchcase(path, p) for p in self._allow_paths):
+        if not free and not any(
+                fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
             hint = "; the base URL of an OpenAI client ends in /v1" \
                 if "/v1" + path in METERED_APIS else ""
             raise UnmeteredRoute(
@@ -2844,7 +3655,8 @@ class Router:
 
     # Admission: bound and reserve, or refuse.
 
-    def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str) -> Call:
+    def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str,
+                  client: Optional[Wire]) -> Call:
         """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
         body = parse_json_object(request.body)
         model = named_model(body.fields)
@@ -2854,10 +3666,13 @@ class Router:
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
                 f"dialect; call it at {', '.join(paths)}", param="model")
+        if not request.caller.may_use(provider.name, upstream_model):
+            raise ModelForbidden(f"the token {request.caller.name} may use other models only: "
+                                 f"{', '.join(request.caller.models)}", param="model")
         check_key(provider)
         call = Call(request, provider, api, upstream_model, body)
         asked_output_tokens(api, body.fields)
-        limited = self.controller.budget_limit() is not None
+        limited = self.controller.is_limited(request.caller.scopes)
         if limited:
             self._check_method_override(request)
             call.price = self.prices.price(upstream_model, provider.name)
@@ -2870,11 +3685,10 @@ class Router:
             except UnboundedRequest:
                 if limited:
                     raise
-            else:
-                self._reserve(call, call.bound)
-        if not limited and self.controller.budget_limit() is not None:
+        call.reservation = self._reserved(call, client)
+        if call.reservation.is_limited and not limited:
             self.controller.cancel(call.reservation)     # a budget came meanwhile: by its rules
-            return self._admitted(request, named, api)
+            return self._admitted(request, named, api, client)
         return call
 
     def _bound(self, call: Call, price: Price) -> Bound:
@@ -2882,43 +3696,35 @@ class Router:
         betas = call.request.head.header("anthropic-beta") or ""
         options = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
+                   "may_be_lowered": not self.settings.no_fit,
                    "window": LONG_WINDOW_TOKENS if "context-1m" in betas else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
-        free = self.controller.available()
-        if free is None or self._bound_by == "bytes" \
+        free = self.controller.available(call.request.caller.scopes)
+        if free is None or self.settings.bound == "bytes" \
                 or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
             return bound
         return bound_of_request(call.api, call.body, price, measured=True, **options)
 
-    def _reserve(self, call: Call, bound: Bound) -> None:
-        """Reserve a call's worst case; under a limit a call without a cap gets one that fits.
+    def _reserved(self, call: Call, client: Optional[Wire]) -> Reservation:
+        """Set a call's worst case aside in all of its scopes, waiting in line if need be.
 
-        Raises BudgetExceeded, InsufficientBudget. A free call always passes.
+        Under a limit a call without an output cap, or with one that does not fit, gets one that
+        does. Raises BudgetExceeded, InsufficientBudget; ServerBusy; ClientGone.
         """
-        if bound.microdollars(bound.output_tokens) == 0:
-            return
-        while call.reservation.microdollars == 0:
-            spent, reserved, limit = self.controller.get_full_status()
-            free = None if limit is None else limit - spent - reserved
-            cap = bound.cap_within(free)
-            needed = bound.microdollars(cap)
-            if limit is not None and spent >= limit:
-                self._refuse(budget_exceeded(spent, reserved, limit, needed))
-            if limit is not None and needed > free:
-                affordable = min(bound.affordable_output_tokens(free), bound.most_output_tokens)
-                self._refuse(insufficient_budget(spent, reserved, limit, needed, affordable))
-            # Between the look and this, another thread may have reserved: then look again.
-            with contextlib.suppress(InsufficientBudget):
-                call.reservation = self.controller.reserve(needed)
-                call.output_cap = cap
-        fields = MAX_TOKENS_FIELDS[call.api]
-        if limit is not None and fields and bound.output_picodollars \
-                and all(call.body.fields.get(name) is None for name in fields):
-            call.set_output_cap = cap
-
-    def _refuse(self, refusal: BudgetExceeded) -> None:
-        self.totals.add({}, {"refused_requests": 1})
-        raise refusal
+        bound = call.bound or fixed_bound(0)
+        try:
+            claim = self.controller.admit(
+                bound, call.request.caller.scopes, wait_s=self.settings.wait_s,
+                has_left=lambda: client is not None and bool(has_hung_up(client.sock)))
+        except BudgetExceeded:
+            self.totals.add(call.request.caller.name, "", "", refused_requests=1)
+            raise
+        names = MAX_TOKENS_FIELDS[call.api]
+        is_open = all(call.body.fields.get(name) is None for name in names)
+        if claim.is_limited and bound.output_picodollars and names \
+                and (is_open or claim.output_cap < bound.output_tokens):
+            call.set_output_cap = claim.output_cap
+        return claim
 
     # Sending and forwarding.
 
@@ -2929,6 +3735,9 @@ class Router:
             body = self._upstream_body(call)
             if client is not None and has_hung_up(client.sock):
                 raise ClientGone
+            row = call.intent_row()
+            self.ledger.intent(row)
+            call.row = row
             if call.provider.format == "echo":
                 response: Union[EchoResponse, UpstreamResponse] = EchoResponse(
                     call.api, parse_json_object(body), call.request.request_id)
@@ -2936,6 +3745,9 @@ class Router:
             else:
                 response = self._sent(call, path, body, client if call.wants_stream else None)
             call.status = response.status
+            call.first_byte_ms = (time.monotonic_ns() - call.sent_ns) // 10 ** 6
+            told_id = response.header("x-request-id") or response.header("request-id") or ""
+            call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
             try:
                 yield self._forwarded(call, response)
             finally:
@@ -2959,7 +3771,11 @@ class Router:
             if call.hides_usage:
                 changes["stream_options"] = {**(options or {}), "include_usage": True}
         if call.set_output_cap is not None:
-            changes[MAX_TOKENS_FIELDS[call.api][0]] = call.set_output_cap
+            names, cap = MAX_TOKENS_FIELDS[call.api], call.set_output_cap
+            asked = {name: call.body.fields[name] for name in names
+                     if call.body.fields.get(name) is not None}
+            changes.update({name: min(cap, own) for name, own in asked.items()}
+                           or {names[0]: cap})
         return call.body.with_fields(changes) if changes else call.request.body
 
     def _sent(self, call: Call, path: str, body: bytes,
@@ -2998,7 +3814,7 @@ class Router:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
         body = _whole_body(response)
         encoding = (response.header("content-encoding") or "identity").strip().lower()
-        call.meter.read_answer(_inflated(body, encoding))
+        call.meter.read_answer(inflated(body, encoding))
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
         return Answer(response.status, tuple(headers), body=body)
@@ -3037,8 +3853,8 @@ class Router:
         """An unmetered call: forwarded both ways as it is."""
         check_key(provider)
         response = self._send(request, provider, path, request.body, client)
-        self.totals.add({"by_provider": provider.name, "by_token": request.caller},
-                        {"requests": 1, "failed_requests": int(response.status >= 400)})
+        self.totals.add(request.caller.name, provider.name, "", requests=1,
+                        failed_requests=int(response.status >= 400))
         log.info("request passed through unmetered", extra={"fields": {
             "request_id": request.request_id, "provider": provider.name,
             "path": path[:100], "status": response.status}})
@@ -3084,79 +3900,47 @@ class Router:
         if call.charge is not None:
             return call.charge
         elapsed_ns = time.monotonic_ns() - call.sent_ns
-        call.charge = Charge(call.reservation.microdollars, "a fault of the proxy")
+        call.charge = Charge(reserved_in_full(call), "a fault of the proxy")
         try:
             call.charge = charge_of(call, self.prices, elapsed_ns)
         finally:
-            if call.was_sent:
-                self.controller.commit(call.reservation, call.charge.microdollars)
-            else:
-                self.controller.cancel(call.reservation)
-        self._record(call, call.charge, elapsed_ns // 1_000_000)
+            self.controller.commit(call.reservation, call.charge.microdollars)
+        row = call.row or call.intent_row()
+        complete_row(row, call, call.charge, elapsed_ns)
+        if call.row is not None:
+            self.ledger.settle(row)
+        self._record(call, row)
         return call.charge
 
-    def _record(self, call: Call, charge: Charge, elapsed_ms: int) -> None:
+    def _record(self, call: Call, row: Mapping[str, object]) -> None:
         """Count a settled call, and log it in the original's words."""
-        try:
-            usage = USAGE_READERS[call.api](call.meter.usage) if call.meter.usage else None
-        except MalformedUsage:
-            usage = None
-        failed = call.status is None or not 200 <= call.status < 300 \
-            or call.meter.failure is not None
-        model = call.price.key if call.price is not None else "other"
-        counts = {
-            "requests": 1, "failed_requests": int(failed),
-            "input_tokens": usage.prompt_tokens if usage else 0,
-            "cached_input_tokens": usage.cached_tokens if usage else 0,
-            "output_tokens": usage.completion_tokens if usage else 0,
-            "cost_microdollars": charge.microdollars,
-            "estimated_requests": int(charge.estimated is not None),
-        }
-        self.totals.add({"by_model": model, "by_provider": call.provider.name,
-                         "by_token": call.request.caller}, counts)
+        model, cost = row["price_key"] or "other", row["cost_microdollars"]
+        self.totals.add(
+            row["token"], row["provider"], model, requests=1, cost_microdollars=cost,
+            failed_requests=int(call.has_failed), **{name: row[name] or 0 for name in TOKEN_COUNTS},
+            estimated_requests=int(row["estimated"] is not None))
         fields = {
-            "request_id": call.request.request_id, "model": model, "provider": call.provider.name,
-            "status": call.status, "input_tokens": counts["input_tokens"],
-            "output_tokens": counts["output_tokens"],
-            "cost_usd": format_usd(charge.microdollars)[1:], "duration_ms": elapsed_ms,
+            "request_id": row["request_id"], "model": model, "provider": row["provider"],
+            "status": row["status"], "input_tokens": row["input_tokens"] or 0,
+            "output_tokens": row["output_tokens"] or 0, "cost_usd": format_usd(cost)[1:],
+            "duration_ms": row["latency_ms"],
         }
-        if charge.estimated is not None:
-            fields["estimated"] = charge.estimated
-        log.info("LLM request failed" if failed else "LLM request completed",
+        if row["estimated"] is not None:
+            fields["estimated"] = row["estimated"]
+        log.info("LLM request failed" if call.has_failed else "LLM request completed",
                  extra={"fields": fields})
-        if charge.microdollars > call.reservation.microdollars and call.bound is not None:
+        if cost > row["bound_microdollars"] and call.bound is not None:
             log.warning("bound exceeded", extra={"fields": {
-                **fields, "bound_usd": format_usd(call.reservation.microdollars)[1:]}})
+                **fields, "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
 
 
-# ==== 13. Server ================================================================================
+# ==== 16. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a server is started with."""
-    host: str
-    port: int                                          # 0: any free one
-    token: str = field(repr=False)                     # what callers authenticate with
-    providers: tuple[Provider, ...]
-    budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
-    admin_token: Optional[str] = field(default=None, repr=False)
-    token_is_generated: bool = False
-    pricing_path: Optional[str] = None                 # None: pricing.json beside this file
-    allow_hosts: tuple[str, ...] = ()
-    allow_paths: tuple[str, ...] = ()
-    bound: str = "measured"                            # or "bytes"
-    max_body_bytes: int = 32 * 1024 * 1024
-    log_format: str = "text"
-    quiet: bool = False
-    command: str = "serve"
-    timeouts: Timeouts = Timeouts()
-
-
-CALLER, ADMIN = "default", "admin"           # the names of the two tokens
+CALLER, ADMIN = "default", "admin"           # the names of the two tokens of the command line
 
 
 def host_name(authority: str) -> str:
@@ -3240,7 +4024,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return self._write_own(request)
         if self.server.is_stopping:
             raise ServerBusy("the proxy is stopping")
-        if caller == ADMIN:
+        if caller.name == ADMIN:
             raise Forbidden("the admin's token cannot call models; use a caller's token")
         with self.server.router.open(request, self.wire) as answer:
             self._write_answer(answer, head)
@@ -3258,19 +4042,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise Forbidden("the Host header does not name this proxy; if it is right, start the "
                             f"proxy with --allow-host {shown}")
 
-    def _authenticated(self, head: RequestHead) -> str:
-        """CALLER or ADMIN. Raises Unauthorized."""
+    def _authenticated(self, head: RequestHead) -> Caller:
+        """Whose token a request has. Raises Unauthorized."""
         offered = [value for name, value in head.headers if name == "x-api-key"]
         for name, value in head.headers:
             scheme, _, credential = value.partition(" ")
             if name == "authorization" and scheme.lower() == "bearer":
                 offered.append(credential.strip())
-        settings = self.server.settings
-        for name, token in ((CALLER, settings.token), (ADMIN, settings.admin_token)):
-            for credential in offered:
-                if token is not None and hmac.compare_digest(
-                        credential.encode("latin-1"), token.encode("utf-8")):
-                    return name
+        for credential in offered:
+            # Looked up by its hash, so that the time says nothing of how much of it was right.
+            caller = self.server.callers.get(token_sha256(credential))
+            if caller is not None and time.time() < (caller.expires_s or sys.maxsize):
+                return caller
+            if caller is not None:
+                raise Unauthorized(f"the token {caller.name} has expired")
         raise Unauthorized("Invalid API key: this proxy takes its own token, as "
                            "Authorization: Bearer or x-api-key, not a provider's key")
 
@@ -3430,10 +4215,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.router = Router(
-            settings.providers, load_prices(settings), timeouts=settings.timeouts,
-            limit_microdollars=settings.budget_microdollars, allow_paths=settings.allow_paths,
-            bound_by=settings.bound)
+        prices = load_prices(settings)
+        self.callers: Mapping[str, Caller] = {}        # by the SHA-256 of their tokens
+        self._config_seen = _file_state(settings.config_path)
+        callers = self._read_callers()
+        self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None \
+            else SqliteLedger(settings.ledger_path, fsync=settings.fsync)
+        self.router = Router(settings, prices, self.ledger)
+        self._take_callers(callers)
+        self.reload_asked = False                      # set by SIGHUP
+        self._looked_s = time.monotonic()
         self.allowed_hosts = {
             host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
             for name in (settings.host, *settings.allow_hosts)}
@@ -3450,6 +4241,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.address_family = family
             super().__init__(address[:2], ProxyHandler)
         except OSError as err:
+            self.ledger.close()
             raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
                                f"{_reason(err)}; choose another with --port "
                                "(8787 is the default of other gateways too)") from err
@@ -3479,6 +4271,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def stop(self) -> None:
         """Stop accepting, let requests in flight finish for a while, then cut and settle them."""
         self.is_stopping = True
+        self.router.controller.close()
         if self._thread is not None:
             self.shutdown()
             self._thread.join()
@@ -3487,6 +4280,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._wait_for_connections(self.settings.timeouts.drain_s, lambda: not self.cuts_now)
         self.router.shut_down()
         self._wait_for_connections(CUT_JOIN_S, lambda: True, cut=True)
+        self.ledger.close()
 
     def __enter__(self) -> ProxyServer:
         if self._thread is None:
@@ -3512,6 +4306,37 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 return
             with self._changed:
                 self._changed.wait(STOP_POLL_S)
+
+    # The tokens of --config, which may change while we serve.
+
+    def _read_callers(self) -> Mapping[str, Caller]:
+        settings = self.settings
+        own = [Caller(name, token_sha256(token)) for name, token in
+               ((CALLER, settings.token), (ADMIN, settings.admin_token)) if token is not None]
+        configured = load_callers(settings.config_path) if settings.config_path else ()
+        if {caller.sha256 for caller in own} & {caller.sha256 for caller in configured}:
+            raise Misconfigured("a token of --config is the same as --token or --admin-token")
+        return {caller.sha256: caller for caller in (*own, *configured)}
+
+    def _take_callers(self, callers: Mapping[str, Caller]) -> None:
+        self.router.set_callers(caller for caller in callers.values() if caller.scopes)
+        self.callers = callers
+
+    def service_actions(self) -> None:
+        """What serve_forever calls in each round: look whether the configuration changed."""
+        if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
+            return
+        self._looked_s = time.monotonic()
+        state = _file_state(self.settings.config_path)
+        if state == self._config_seen and not self.reload_asked:
+            return
+        self._config_seen, self.reload_asked = state, False
+        try:
+            self._take_callers(self._read_callers())
+        except Misconfigured as err:
+            log.error("the configuration stays as it was", extra={"fields": {"reason": str(err)}})
+        else:
+            log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
 
     # Connections: one thread each, and a bound on them.
 
@@ -3575,21 +4400,40 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Own routes.
 
     def status(self, request: ClientRequest) -> dict:
-        """The whole state, as PRODUCT names it: amounts in microdollars, counts since start."""
-        return {**self.router.budget_status(), **self.router.totals.snapshot(),
+        """The whole state, as PRODUCT names it: amounts in microdollars, counts since start.
+
+        A token of --config sees its own part.
+        """
+        counts = self.router.totals.snapshot(next(iter(request.caller.scopes), None))
+        for caller in self.callers.values():
+            if caller.scopes and request.caller.scopes in ((), caller.scopes):
+                amounts = self.router.controller.budget(caller.name).as_json()
+                counts["by_token"][caller.name] = {
+                    **counts["by_token"].get(caller.name, {}), **amounts}
+        return {**self.get_budget(request), **counts,
                 "bound_exceeded": self.router.controller.bound_exceeded(),
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
     def get_budget(self, request: ClientRequest) -> dict:
-        """The four amounts."""
-        return self.router.budget_status()
+        """The four amounts: the proxy's, or those of a token of --config."""
+        scope = next(iter(request.caller.scopes), PROXY_SCOPE)
+        return self.router.controller.budget(scope).as_json()
+
+    def usage(self, request: ClientRequest) -> dict:
+        """The newest rows of the ledger, `?limit=` of them: all, or those of one's own token."""
+        asked = urllib.parse.parse_qs(request.head.query or "").get("limit", ["100"])[-1]
+        if not re.fullmatch(r"\d{1,4}", asked, re.ASCII):
+            raise BadRequest("limit must be a number of rows from 0 to 9999", param="limit")
+        rows = self.ledger.recent(int(asked), next(iter(request.caller.scopes), None))
+        return {"rows": [{**row, **{name: row[name] and json.loads(row[name])
+                                    for name in ("usage", "lines")}} for row in rows]}
 
     def put_budget(self, request: ClientRequest) -> dict:
         """Set the limit to {"limit_usd": "20.00"}: the admin's token only, until a restart."""
         if self.settings.admin_token is None:
             raise Forbidden("the budget cannot be changed over HTTP: start the proxy with "
                             "--admin-token to allow it")
-        if request.caller != ADMIN:
+        if request.caller.name != ADMIN:
             raise Forbidden("the budget is changed with the admin's token, not a caller's")
         kind = (request.head.header("content-type") or "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -3604,17 +4448,27 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise BadRequest(str(err), param="limit_usd") from None
         self.router.controller.set_budget(limit)
         log.warning("budget set", extra={"fields": {"limit_usd": format_usd(limit)[1:]}})
-        return self.router.budget_status()
+        return self.get_budget(request)
 
 
 OWN_ROUTES = MappingProxyType({
     "/ironcage/status": {"GET": ProxyServer.status},
+    "/ironcage/usage": {"GET": ProxyServer.usage},
     "/ironcage/budget": {"GET": ProxyServer.get_budget, "PUT": ProxyServer.put_budget},
 })
 
 
 class CannotListen(Misconfigured):
     """The address cannot be listened on."""
+
+
+def _file_state(path: Optional[str]) -> Optional[tuple]:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        found = os.stat(path) if path is not None else None
+    except OSError:
+        return None
+    return found and (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def load_prices(settings: Settings) -> PriceBook:
@@ -3638,7 +4492,7 @@ def load_prices(settings: Settings) -> PriceBook:
         raise Misconfigured(f"the price table {path} is not usable: {err}") from err
 
 
-# ==== 14. Settings and command line =============================================================
+# ==== 17. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -3692,56 +4546,69 @@ def _parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _parse_seconds(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII):
+        raise ValueError("must be a whole number of seconds")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One row of the settings: a flag and all that is known of it."""
+    """One row of the settings: a flag, the field of Settings that it sets, and how it is read."""
     flag: str
+    field: str
     help: str
-    parse: Callable[[str], object] = str
-    default: object = None
+    parse: Optional[Callable[[str], object]] = str        # None: a switch, without a value
     env: str = ""
     metavar: str = ""
-    repeats: bool = False                   # may be given several times
-
-    @property
-    def name(self) -> str:
-        return self.flag[2:].replace("-", "_")
+    repeats: bool = False                                 # may be given several times
 
 
 SETTINGS = (
-    Setting("--host", "address to listen on", _parse_host_name, "127.0.0.1", metavar="ADDRESS"),
-    Setting("--port", "port to listen on; 0 takes any free one", _parse_port, 8787,
+    Setting("--host", "host", "address to listen on (127.0.0.1)", _parse_host_name,
+            metavar="ADDRESS"),
+    Setting("--port", "port", "port to listen on (8787); 0 takes any free one", _parse_port,
             metavar="PORT"),
-    Setting("--token", "what agents authenticate with; without it one is made and shown",
-            _parse_token, env="IRONCAGE_TOKEN", metavar="TOKEN"),
-    Setting("--admin-token", "what PUT /ironcage/budget needs; without it that route is closed",
-            _parse_token, env="IRONCAGE_ADMIN_TOKEN", metavar="TOKEN"),
-    Setting("--budget", "the most to spend, in USD, exact; without it spend is only counted",
-            parse_usd, metavar="USD"),
-    Setting("--bound", "how text is bounded: measured, a rule that no measured text beats; or "
-            "bytes, a token a byte, which is a proof", _parse_choice("measured", "bytes"),
-            "measured", metavar="RULE"),
-    Setting("--pricing", "price table in LiteLLM's format, instead of pricing.json",
+    Setting("--token", "token", "what agents authenticate with; without it one is made and shown",
+            _parse_token, "IRONCAGE_TOKEN", "TOKEN"),
+    Setting("--admin-token", "admin_token", "what PUT /ironcage/budget needs; without it that "
+            "route is closed", _parse_token, "IRONCAGE_ADMIN_TOKEN", "TOKEN"),
+    Setting("--budget", "budget_microdollars", "the most to spend, in USD, exact; without it "
+            "spend is only counted", parse_usd, metavar="USD"),
+    Setting("--ledger", "ledger_path", "SQLite file that keeps what every call cost; without it "
+            "a restart forgets", metavar="FILE"),
+    Setting("--fsync", "fsync", "let the ledger survive a loss of power too, at the price of a "
+            "disk flush for each call", None),
+    Setting("--config", "config_path", "JSON file with tokens of their own budgets and limits",
             metavar="FILE"),
-    Setting("--openai-base-url", "where OpenAI calls go, with or without /v1", _parse_base_url,
-            "https://api.openai.com", "IRONCAGE_OPENAI_BASE_URL", "URL"),
-    Setting("--anthropic-base-url", "where Anthropic calls go", _parse_base_url,
-            "https://api.anthropic.com", "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
-    Setting("--max-body-mb", "largest request body, in megabytes", _parse_megabytes,
-            32 * 1024 * 1024, metavar="MB"),
-    Setting("--allow-host", "a further Host name to answer to", _parse_host_name, (),
+    Setting("--wait", "wait_s", "seconds that a request may wait for money that calls in flight "
+            "hold (30)", _parse_seconds, metavar="SECONDS"),
+    Setting("--no-fit", "no_fit", "refuse a request whose max_tokens does not fit, rather than "
+            "lower it", None),
+    Setting("--bound", "bound", "how text is bounded: measured, a rule that no measured text "
+            "beats; or bytes, a token a byte, which is a proof",
+            _parse_choice("measured", "bytes"), metavar="RULE"),
+    Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
+            metavar="FILE"),
+    Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go, with or without /v1",
+            _parse_base_url, "IRONCAGE_OPENAI_BASE_URL", "URL"),
+    Setting("--anthropic-base-url", "anthropic_base_url", "where Anthropic calls go",
+            _parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
+    Setting("--allow-plain-http", "allow_plain_http", "send keys to a base URL that is neither "
+            "https nor on this machine", None),
+    Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
+            _parse_megabytes, metavar="MB"),
+    Setting("--allow-host", "allow_hosts", "a further Host name to answer to", _parse_host_name,
             metavar="NAME", repeats=True),
-    Setting("--allow-path", "a path (* and ? match) to let through unmetered under a budget",
-            default=(), metavar="PATTERN", repeats=True),
-    Setting("--log-format", "text or json", _parse_choice("text", "json"), "text",
+    Setting("--allow-path", "allow_paths", "a path (* and ? match) to let through unmetered under "
+            "a budget", metavar="PATTERN", repeats=True),
+    Setting("--log-format", "log_format", "text or json", _parse_choice("text", "json"),
             metavar="FORMAT"),
+    Setting("--quiet", "quiet", "no banner and no line for each request", None),
 )
-# Flags without a value.
-SWITCHES = (
-    ("--allow-plain-http", "send keys to a base URL that is neither https nor on this machine"),
-    ("--quiet", "no banner and no line for each request"),
-)
-KEY_ENVIRONMENT = (("openai", "OPENAI_API_KEY"), ("anthropic", "ANTHROPIC_API_KEY"))
+# Provider, the environment variable of its key, its base URL where no setting says another.
+BUILT_IN_PROVIDERS = (("openai", "OPENAI_API_KEY", "https://api.openai.com"),
+                      ("anthropic", "ANTHROPIC_API_KEY", "https://api.anthropic.com"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -3751,31 +4618,41 @@ class _Parser(argparse.ArgumentParser):
         raise Misconfigured(f"{message} (--help lists what there is)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str]) -> dict:
+    """The command line by names, values as text. Raises Misconfigured."""
     parser = _Parser(
         prog="ironcage_proxy.py", allow_abbrev=False,
         description="A proxy between AI agents and model providers that holds the keys and "
                     "never lets spend pass a limit.",
         epilog="Provider keys come from the environment: "
-               + ", ".join(env for _, env in KEY_ENVIRONMENT) + ".")
-    parser.add_argument("command", nargs="?", choices=[*COMMANDS], default="serve",
-                        help="; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
+               + ", ".join(env for _, env, _ in BUILT_IN_PROVIDERS) + ".")
+    parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
+        f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
+    parser.add_argument("--json", action="store_true", help="usage: print JSON")
+    parser.add_argument("--since", metavar="DATE", help="usage: from this day or time on (UTC)")
     for row in SETTINGS:
-        env = f" (environment: {row.env})" if row.env else ""
-        parser.add_argument(row.flag, metavar=row.metavar, dest=row.name, help=row.help + env,
-                            action="append" if row.repeats else "store")
-    for flag, text in SWITCHES:
-        parser.add_argument(flag, action="store_true", help=text)
-    return parser
+        if row.parse is None:
+            parser.add_argument(row.flag, dest=row.field, action="store_true", help=row.help)
+        else:
+            env = f" (environment: {row.env})" if row.env else ""
+            parser.add_argument(row.flag, metavar=row.metavar, dest=row.field, help=row.help + env,
+                                action="append" if row.repeats else "store")
+    given = vars(parser.parse_intermixed_args(list(argv)))
+    command, *rest = given["command"] or ["serve"]
+    if command not in COMMANDS:
+        raise Misconfigured(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+    if rest and command != "tokens":
+        raise Misconfigured(f"{command} takes no further words ({rest[0]!r})")
+    return {**given, "command": command, "words": rest}
 
 
 def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
-    """One setting's value. Raises Misconfigured, naming where the bad value came from."""
+    """One setting's value, or None. Raises Misconfigured, naming where the bad value came from."""
     source = row.flag
     if given is None and row.env and environ.get(row.env):
         given, source = environ[row.env], row.env
-    if given is None:
-        return row.default
+    if given is None or row.parse is None:
+        return given or None
     try:
         return tuple(map(row.parse, given)) if row.repeats else row.parse(given)
     except ValueError as err:
@@ -3800,24 +4677,21 @@ def _check_plain_http(url: str, flag: str, allowed: bool) -> None:
 def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
     """Settings from command-line arguments and the environment. Raises Misconfigured."""
     environ = os.environ if environ is None else environ
-    given = vars(_parser().parse_args(list(argv)))
-    values = {row.name: _setting_value(row, given[row.name], environ) for row in SETTINGS}
+    given = parse_arguments(argv)
+    told = {row.field: _setting_value(row, given[row.field], environ) for row in SETTINGS}
+    values = {name: value for name, value in told.items() if value is not None}
+    allow_plain_http = values.pop("allow_plain_http", False)
     providers = []
-    for name, env in KEY_ENVIRONMENT:
-        url = values[f"{name}_base_url"]
-        _check_plain_http(url, f"--{name}-base-url", given["allow_plain_http"])
+    for name, env, base_url in BUILT_IN_PROVIDERS:
+        url = values.pop(f"{name}_base_url", base_url)
+        _check_plain_http(url, f"--{name}-base-url", allow_plain_http)
         providers.append(Provider(name=name, format=name, base_url=url, key_env=env,
                                   key=_provider_key(env, environ)))
-    token = values["token"]
-    if token is not None and token == values["admin_token"]:
+    if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
-    return Settings(
-        host=values["host"], port=values["port"], token=token or "ic_" + secrets.token_urlsafe(24),
-        token_is_generated=token is None, admin_token=values["admin_token"],
-        providers=tuple(providers), budget_microdollars=values["budget"],
-        pricing_path=values["pricing"], bound=values["bound"], allow_hosts=values["allow_host"],
-        allow_paths=values["allow_path"], max_body_bytes=values["max_body_mb"],
-        log_format=values["log_format"], quiet=given["quiet"], command=given["command"])
+    generated = {} if "token" in values else {
+        "token": "ic_" + secrets.token_urlsafe(24), "token_is_generated": True}
+    return Settings(providers=tuple(providers), **generated, **values)
 
 
 class LogFormatter(logging.Formatter):
@@ -3880,7 +4754,9 @@ def banner(server: ProxyServer) -> str:
     token = settings.token if settings.token_is_generated else "<the token you chose>"
     found = [provider.key_env for provider in settings.providers if provider.key is not None]
     budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
-        format_usd(settings.budget_microdollars) + " (kept in memory: a restart forgets spend)"
+        format_usd(settings.budget_microdollars) + (
+            " (kept in memory: a restart forgets spend)" if settings.ledger_path is None else
+            f", of which {format_usd(server.router.controller.total_spent())} are spent")
     lines = [
         f"ironcage_proxy {__version__} is listening on {server.url}",
         f"  OpenAI clients:     export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}",
@@ -3888,6 +4764,13 @@ def banner(server: ProxyServer) -> str:
         f"  provider keys:      {', '.join(found) or f'none found; {ECHO_MODEL} needs none'}",
         f"  budget:             {budget}",
     ]
+    if isinstance(server.ledger, SqliteLedger):
+        cut_off = f" ({server.ledger.recovered} calls were cut off by the last exit and are " \
+            "charged at their bounds)" if server.ledger.recovered else ""
+        lines.append(f"  ledger:             {settings.ledger_path}{cut_off}")
+    if settings.config_path is not None:
+        named = sum(bool(caller.scopes) for caller in server.callers.values())
+        lines.append(f"  tokens:             {named} in {settings.config_path}")
     if settings.allow_paths:
         lines.append(f"  unmetered paths:    {', '.join(settings.allow_paths)}")
     if settings.host in ("0.0.0.0", "::") and not settings.allow_hosts:
@@ -3896,7 +4779,7 @@ def banner(server: ProxyServer) -> str:
     return "\n".join(lines)
 
 
-def run_serve(settings: Settings) -> int:
+def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
     _hide_from_other_processes()
     _raise_file_limit()
@@ -3907,9 +4790,13 @@ def run_serve(settings: Settings) -> int:
         server.cuts_now = asked_to_stop.is_set()
         asked_to_stop.set()
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+    def on_hang_up(number: int, frame: object) -> None:
+        server.reload_asked = True
+
+    for name, action in (("SIGINT", on_signal), ("SIGTERM", on_signal), ("SIGBREAK", on_signal),
+                         ("SIGHUP", on_hang_up)):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
+            signal.signal(getattr(signal, name), action)
     server.start()
     if not settings.quiet:
         print(banner(server), flush=True)
@@ -3924,9 +4811,9 @@ def run_serve(settings: Settings) -> int:
     return 0
 
 
-def run_check(settings: Settings) -> int:
+def run_check(settings: Settings, given: Mapping[str, object]) -> int:
     """Say what is configured and whether it can serve, without serving."""
-    server = ProxyServer(settings)
+    server = ProxyServer(replace(settings, ledger_path=None))
     try:
         print(f"address   {server.url} is free")
         for provider in settings.providers:
@@ -3935,12 +4822,129 @@ def run_check(settings: Settings) -> int:
         print(f"prices    {len(server.router.prices.keys())} models have a price")
         limit = settings.budget_microdollars
         print(f"budget    {'none' if limit is None else format_usd(limit)}")
+        print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
+        if settings.ledger_path is not None and os.path.exists(settings.ledger_path):
+            total = usage_report(settings.ledger_path, 0)["total"]
+            print(f"ledger    {total['requests']} calls, "
+                  f"{format_usd(total['cost_microdollars'])}")
     finally:
         server.server_close()
     return 0
 
 
-def run_models(settings: Settings) -> int:
+def _ledger_path(settings: Settings) -> str:
+    if settings.ledger_path is None:
+        raise Misconfigured("say which ledger to read, with --ledger FILE")
+    if not os.path.exists(settings.ledger_path):
+        raise Misconfigured(f"there is no ledger {settings.ledger_path}")
+    return settings.ledger_path
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as text in columns, the first to the left and the others to the right."""
+    cells = [[UNPRINTABLE.sub("?", str(value)) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(
+        value.ljust(width) if number == 0 else value.rjust(width)
+        for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in cells)
+
+
+def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
+    """Print what was spent, by model, token and day."""
+    try:
+        since_s = parse_time(given["since"]) if given["since"] is not None else 0
+    except ValueError as err:
+        raise Misconfigured(f"--since: {err}") from None
+    report = usage_report(_ledger_path(settings), since_s)
+    if given["json"]:
+        print(json.dumps(report, indent=2))
+        return 0
+    counts = ("requests", *TOKEN_COUNTS)
+    for group in USAGE_GROUPS:
+        rows = [(*(row[name] for name in (group, *counts)), format_usd(row["cost_microdollars"]))
+                for row in report[f"by_{group}"]]
+        total = report["total"]
+        rows.append(("total", *(total[name] for name in counts),
+                     format_usd(total["cost_microdollars"])))
+        print(table([(group, "requests", "input", "cached", "output", "cost"), *rows]) + "\n")
+    print(f"{report['total']['estimated_requests']} of the costs are estimates, "
+          f"{report['total']['unsettled_requests']} calls are in flight or were cut off")
+    return 0
+
+
+def run_audit(settings: Settings, given: Mapping[str, object]) -> int:
+    """Recompute every row of a ledger; 1 where any differs."""
+    rows = ledger_rows(_ledger_path(settings),
+                       "SELECT * FROM calls WHERE settled_ms IS NOT NULL ORDER BY id")
+    wrong = [(row, fault) for row in rows for fault in [audit_row(row)] if fault is not None]
+    for row, fault in wrong:
+        print(f"row {row['id']} ({UNPRINTABLE.sub('?', str(row['request_id']))}): {fault}")
+    total = sum(row["cost_microdollars"] for row in rows)
+    estimated = sum(row["estimated"] is not None for row in rows)
+    print(f"{len(rows)} rows, {format_usd(total)}, {estimated} of them estimated; "
+          f"{len(wrong)} do not add up")
+    return 1 if wrong else 0
+
+
+def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
+    """`tokens list | add NAME [field=value ...] | revoke NAME`, on the file of --config."""
+    path, (action, *words) = settings.config_path, given["words"] or ["list"]
+    if path is None:
+        raise Misconfigured("say which configuration holds the tokens, with --config FILE")
+    if action == "list" and not words:
+        rows = [(caller.name, "any" if caller.budget_microdollars is None
+                 else format_usd(caller.budget_microdollars), caller.period,
+                 ",".join(caller.models) or "any") for caller in load_callers(path)]
+        print(table([("name", "budget", "period", "models"), *rows]))
+        return 0
+    if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):
+        raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
+    config = read_config(path) if action == "revoke" or os.path.exists(path) else {}
+    tokens = config.setdefault("tokens", [])
+    known = [row for row in tokens if isinstance(row, dict) and row.get("name") == words[0]]
+    if action == "revoke":
+        if not known:
+            raise Misconfigured(f"there is no token named {words[0]} in {path}")
+        config["tokens"] = [row for row in tokens if row not in known]
+        _replace_file(path, config)
+        print(f"{words[0]} is revoked")
+        return 0
+    if known:
+        raise Misconfigured(f"there is a token named {words[0]} in {path} already")
+    token = "ic_" + secrets.token_urlsafe(24)
+    row = {"name": words[0], "sha256": token_sha256(token)}
+    for word in words[1:]:
+        name, _, value = word.partition("=")
+        row[name] = value.split(",") if name == "models" else \
+            int(value) if value.isdigit() and name.endswith("_requests") \
+            or name.startswith("requests_") else value
+    try:
+        caller_from(row)
+    except ValueError as err:
+        raise Misconfigured(f"the token {err}") from None
+    tokens.append(row)
+    _replace_file(path, config)
+    print(f"{token}\n  is the token {words[0]}; it is not shown again")
+    return 0
+
+
+def _replace_file(path: str, config: Mapping[str, object]) -> None:
+    """Write a configuration in one step: a reader sees the old file or the new one."""
+    path = os.path.realpath(path)
+    try:
+        handle = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, default=str)
+            file.write("\n")
+        os.replace(path + ".new", path)
+    except FileExistsError:
+        raise Misconfigured(f"{path}.new exists: another edit is under way, or was cut off and "
+                            "left it; remove it then") from None
+    except OSError as err:
+        raise Misconfigured(f"{path} cannot be written: {_reason(err)}") from err
+
+
+def run_models(settings: Settings, given: Mapping[str, object]) -> int:
     """List what is priced, in USD for a million tokens."""
     prices = load_prices(settings)
     print(f"{'model':50} {'provider':12} {'input':>12} {'output':>12}  USD per million tokens")
@@ -3953,7 +4957,7 @@ def run_models(settings: Settings) -> int:
     return 0
 
 
-def run_version(settings: Settings) -> int:
+def run_version(settings: Settings, given: Mapping[str, object]) -> int:
     """Print the version."""
     print(f"ironcage_proxy {__version__}")
     return 0
@@ -3962,6 +4966,9 @@ def run_version(settings: Settings) -> int:
 COMMANDS = MappingProxyType({
     "serve": (run_serve, "serve (the default)"),
     "check": (run_check, "say what is configured, without serving"),
+    "usage": (run_usage, "what was spent, by model, token and day, from --ledger"),
+    "audit": (run_audit, "recompute every row of --ledger"),
+    "tokens": (run_tokens, "list | add NAME [field=value ...] | revoke NAME, in --config"),
     "models": (run_models, "list what is priced, and how"),
     "version": (run_version, "print the version"),
 })
@@ -3970,10 +4977,11 @@ COMMANDS = MappingProxyType({
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the exit code: 0 fine, 1 runtime failure, 2 usage."""
     try:
-        settings = settings_from(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        settings, given = settings_from(argv), parse_arguments(argv)
         _set_up_logging(settings)
-        run, _ = COMMANDS[settings.command]
-        return run(settings)
+        run, _ = COMMANDS[given["command"]]
+        return run(settings, given)
     except Misconfigured as err:
         print(f"ironcage_proxy: {err}", file=sys.stderr)
         return 1 if isinstance(err, CannotListen) else 2

@@ -403,7 +403,7 @@ def test_a_free_model_is_bounded_at_nothing():
     bound = bound_of("chat", chat(), row)
 
     assert 0 == bound.microdollars(bound.output_tokens)
-    assert 50_000 == bound.default_output_tokens(0)
+    assert 50_000 == bound.fitting_cap(0, at_last=False)
 
 
 # Input that the request's bytes do not show.
@@ -604,7 +604,7 @@ def flat_bound(most_output_tokens: int) -> ic.Bound:
 ])
 def test_a_default_cap_takes_half_while_that_is_comfortable_then_all_that_is_worth_it(
         free, most, cap):
-    assert cap == flat_bound(most).default_output_tokens(free)
+    assert cap == flat_bound(most).fitting_cap(free, at_last=True)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -613,7 +613,7 @@ def test_a_default_cap_always_fits_and_never_passes_the_models_maximum(seed):
     for _ in range(20):
         bound, free = random_bound(rng), rng.randrange(10 ** rng.randrange(1, 10))
 
-        cap = bound.default_output_tokens(free)
+        cap = bound.fitting_cap(free, at_last=True)
 
         if cap is not None:
             assert 0 <= cap <= bound.most_output_tokens

@@ -176,7 +176,7 @@ def test_a_request_that_does_not_fit_is_told_what_would(mock, proxy_for):
 def test_exactly_the_available_amount_is_admitted_and_one_token_more_is_not(mock, proxy_for):
     fields = {**CHAT, "max_tokens": 50_00}
     bound = bound_of(fields)
-    proxy = proxy_for("--budget", f"0.{bound:06d}")
+    proxy = proxy_for("--budget", f"0.{bound:06d}", "--wait", "0")
     gate = Gate()
     mock.script(lambda request: mock.default_reply(request).with_steps(
         [gate, *mock.default_reply(request).steps]))
@@ -196,7 +196,7 @@ def test_exactly_the_available_amount_is_admitted_and_one_token_more_is_not(mock
 
 def test_one_microdollar_less_than_the_bound_refuses(mock, proxy_for):
     fields = {**CHAT, "max_tokens": 5000}
-    proxy = proxy_for("--budget", f"0.{bound_of(fields) - 1:06d}")
+    proxy = proxy_for("--budget", f"0.{bound_of(fields) - 1:06d}", "--no-fit")
 
     answer = call(proxy.port, "POST", "/v1/chat/completions", fields)
 
@@ -295,7 +295,7 @@ def test_the_clients_own_cap_is_left_alone(mock, proxy):
 
 def test_the_largest_of_several_caps_is_reserved_for(mock, proxy_for):
     fields = {**CHAT, "max_tokens": 5, "max_completion_tokens": 9_000}
-    proxy = proxy_for("--budget", "0.003")
+    proxy = proxy_for("--budget", "0.003", "--no-fit")
 
     answer = call(proxy.port, "POST", "/v1/chat/completions", fields)
 
