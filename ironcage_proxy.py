@@ -1091,12 +1091,14 @@ class Bound:
             return self.output_tokens
         return int(left // self.output_picodollars) - self.unlimited_output_tokens
 
-    def fitting_cap(self, free_microdollars: Optional[int], *, at_last: bool) -> Optional[int]:
+    def fitting_cap(self, free_microdollars: Optional[int], *, at_last: bool,
+                    shares: bool = False) -> Optional[int]:
         """The output cap to reserve for while so much is free; None: not now.
 
         The client's own, if it fits. A default or a lowered one takes at most half of what is
         free while that is a comfortable answer, so that one call does not keep all others
-        waiting; `at_last`, all that is free, if it is worth sending for.
+        waiting; `at_last`, all that is free, if it is worth sending for; and where it `shares`
+        with calls in flight, still only half, while that is worth sending for.
         """
         if free_microdollars is None:
             return self.output_tokens
@@ -1106,13 +1108,14 @@ class Bound:
                 return asked
             if not self.may_be_lowered:
                 return None
-        comfortable = min(COMFORTABLE_OUTPUT_TOKENS, self.output_tokens)
-        for amount, least in ((free_microdollars // 2, comfortable), (free_microdollars, 0)):
+        half, worthwhile = free_microdollars // 2, self.worthwhile_output_tokens
+        comfortable = max(worthwhile, min(COMFORTABLE_OUTPUT_TOKENS, self.output_tokens))
+        steps = [(half, comfortable)] + [(half, worthwhile)] * (at_last and shares) \
+            + [(free_microdollars, worthwhile)] * at_last
+        for amount, least in steps:
             cap = self.affordable_output_tokens(amount)
-            if cap >= max(least, self.worthwhile_output_tokens):
+            if cap >= least:
                 return min(cap, self.output_tokens)
-            if not at_last:
-                return None
         return None
 
 
@@ -2052,9 +2055,9 @@ class CostController:
         cap, lacking, is_free = bound.output_tokens, [], not bound.microdollars(bound.output_tokens)
         for account in claim.accounts:
             account.roll(now_s)
-            at_last = not claim.may_wait or not account.reserved
-            fitting = None if account in blocked \
-                else bound.fitting_cap(account.free, at_last=at_last)
+            is_busy = account.reserved > 0
+            fitting = None if account in blocked else bound.fitting_cap(
+                account.free, at_last=not (claim.may_wait and is_busy), shares=is_busy)
             if fitting is not None:
                 cap = min(cap, fitting)
             elif not is_free:
