@@ -81,7 +81,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence,
+from typing import (IO, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence,
                     Union)
 
 __all__ = ["CostController", "IroncageError", "PriceBook", "ProxyServer", "Settings",
@@ -2410,14 +2410,14 @@ class SqliteLedger:
             if self._queue:
                 self._commit_queue()
             self._db.close()
-        os.close(self._lock_file)
+        self._lock_file.close()
 
 
 Ledger = Union[MemoryLedger, SqliteLedger]
 
 
-def _locked_file(path: str) -> int:
-    """A file that this process holds an OS lock on as long as it lives. Raises OSError."""
+def _locked_file(path: str) -> IO[bytes]:
+    """A file that this process holds an OS lock on until it closes it or ends. Raises OSError."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if os.name == "nt":
@@ -2429,7 +2429,7 @@ def _locked_file(path: str) -> int:
     except OSError:
         os.close(handle)
         raise OSError("another ironcage_proxy has it open") from None
-    return handle
+    return os.fdopen(handle, "r+b")
 
 
 # Reading a ledger without serving: `usage` and `audit`.
