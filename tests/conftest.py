@@ -11,6 +11,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support import MockProvider, start_proxy  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: long; run with -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the long tests out of a run that does not ask for them."""
+    if config.getoption("-m"):
+        return
+    long_ones = [item for item in items if "soak" in item.keywords]
+    items[:] = [item for item in items if "soak" not in item.keywords]
+    config.hook.pytest_deselected(items=long_ones)
+
+
 @pytest.fixture
 def mock():
     with MockProvider() as provider:

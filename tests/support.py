@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import queue
 import re
+import signal
 import socket
 import ssl
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -884,6 +888,42 @@ def start_proxy(mock: Optional[MockProvider], *argv: str, environ: Optional[dict
     server = module.ProxyServer(settings)
     server.start()
     return server
+
+
+class Served:
+    """The program, serving: its process, port and the first lines that it printed."""
+
+    def __init__(self, *argv, environ=None, cwd=None, program=str(ROOT / "ironcage_proxy.py"),
+                 python=(sys.executable,), **options):
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [*python, program, "--port", "0", *argv], text=True, cwd=cwd,
+            stdout=subprocess.PIPE, stderr=self._log,
+            env={"PATH": os.environ["PATH"], **(environ or {})}, **options)
+        self.first_line = self.process.stdout.readline()
+        match = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
+        assert match, self.first_line + self.log
+        self.port = int(match[1])
+
+    @property
+    def log(self):
+        self._log.seek(0)
+        return self._log.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+        self.process.stdout.close()
+        self._log.close()
+
+    def stop(self, number=signal.SIGTERM):
+        """Signal it and wait: (exit code, the rest of stdout, stderr)."""
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE_S * 3)
+        return code, self.process.stdout.read(), self.log
 
 
 def status_of(proxy) -> dict:

@@ -15,8 +15,8 @@ import tempfile
 import threading
 
 import pytest
-from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, call,
-                     proxy_environment)
+from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
+                     call, proxy_environment)
 
 PROGRAM = str(ROOT / "ironcage_proxy.py")
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
@@ -31,42 +31,6 @@ def run(*argv, environ=None, cwd=None, program=PROGRAM):
                           cwd=cwd, env={"PATH": os.environ["PATH"], **(environ or {})},
                           timeout=PATIENCE_S * 3)
     return done.returncode, done.stdout, done.stderr
-
-
-class Served:
-    """The program, serving: its process, port and the first lines that it printed."""
-
-    def __init__(self, *argv, environ=None, cwd=None, program=PROGRAM, python=(sys.executable,),
-                 **options):
-        self._log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [*python, program, "--port", "0", *argv], text=True, cwd=cwd,
-            stdout=subprocess.PIPE, stderr=self._log,
-            env={"PATH": os.environ["PATH"], **(environ or {})}, **options)
-        self.first_line = self.process.stdout.readline()
-        match = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
-        assert match, self.first_line + self.log
-        self.port = int(match[1])
-
-    @property
-    def log(self):
-        self._log.seek(0)
-        return self._log.read()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait(PATIENCE_S)
-        self.process.stdout.close()
-        self._log.close()
-
-    def stop(self, number=signal.SIGTERM):
-        """Signal it and wait: (exit code, the rest of stdout, stderr)."""
-        self.process.send_signal(number)
-        code = self.process.wait(PATIENCE_S * 3)
-        return code, self.process.stdout.read(), self.log
 
 
 # One line, no traceback.
