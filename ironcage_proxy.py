@@ -1017,6 +1017,15 @@ LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth send
 LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_tokens
 LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
+# The most that one image is billed as, by LiteLLM's provider and the model's prefix; elsewhere an
+# image counts as a whole context. Sources: Anthropic's vision guide (at most 4,784 tokens, images
+# are scaled down to that); OpenAI's (at most 10,000 patches at up to 2.46 tokens; gpt-4o-mini
+# bills 2,833 tokens and 5,667 for each of at most 8 tiles). Read November 2026.
+IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", "gpt-4o-mini", 50_000),
+                ("openai", "", 25_000))
+INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data
+IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
+
 # Content that is text and nothing else; content that brings input which its bytes do not show and
 # counts as a whole context. Any other type may set off work at the provider, and is refused.
 TEXT_PART_TYPES = frozenset({
@@ -1126,36 +1135,51 @@ def fixed_bound(microdollars: int) -> Bound:
                  most_output_tokens=0)
 
 
-def _content_types(value: object) -> Iterator[str]:
-    """The `type` of every part in a prompt, wherever it stands; not those in tool arguments.
+def _parts(value: object) -> Iterator[tuple[str, dict]]:
+    """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
 
     What stands for content kept at the provider, by its id alone, counts as "item_reference".
     """
     if isinstance(value, list):
         for item in value:
-            yield from _content_types(item)
+            yield from _parts(item)
     elif isinstance(value, dict):
         kind = value.get("type")
         if isinstance(kind, str):
-            yield kind
+            yield kind, value
         elif "id" in value and "content" not in value:
-            yield "item_reference"
+            yield "item_reference", value
         if kind == "reasoning" and not value.get("encrypted_content"):
-            yield "item_reference"
+            yield "item_reference", value
+        if kind in IMAGE_PART_TYPES:
+            return
         for name, child in value.items():
             if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
                     and not (name == "input" and kind in ("tool_use", "server_tool_use")):
-                yield from _content_types(child)
+                yield from _parts(child)
 
 
-def _prompt_types(fields: Mapping[str, object]) -> Iterator[str]:
-    return _content_types([fields.get(name) for name in ("messages", "input", "system")])
+def _prompt_parts(fields: Mapping[str, object]) -> Iterator[tuple[str, dict]]:
+    return _parts([fields.get(name) for name in ("messages", "input", "system")])
 
 
-def _has_unseen_input(fields: Mapping[str, object]) -> bool:
-    """Whether a request brings input that its bytes do not bound."""
-    return any(fields.get(name) is not None for name in STORED_STATE_FIELDS) \
-        or any(kind not in TEXT_PART_TYPES for kind in _prompt_types(fields))
+def _unseen_input(fields: Mapping[str, object]) -> tuple[bool, list[dict]]:
+    """(whether a request brings input that its bytes do not bound, its images)."""
+    images, is_unseen = [], any(fields.get(name) is not None for name in STORED_STATE_FIELDS)
+    for kind, part in _prompt_parts(fields):
+        if kind in IMAGE_PART_TYPES:
+            images.append(part)
+        elif kind not in TEXT_PART_TYPES:
+            is_unseen = True
+    return is_unseen, images
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _strings(child)
 
 
 def check_boundable(fields: Mapping[str, object], price: Price) -> None:
@@ -1165,7 +1189,7 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         unbounded.append("prompt")
     if SEARCHING_MODEL.search(price.key):
         unbounded.append("model")
-    if any(kind.startswith("compact") for kind in _content_types(fields.get("context_management"))):
+    if any(kind.startswith("compact") for kind, _ in _parts(fields.get("context_management"))):
         unbounded.append("context_management")     # reads the whole prompt once more
     if fields.get("speed") is not None and price.fast_multiplier == 1:
         unbounded.append("speed")                  # a premium that the table has no price for
@@ -1178,7 +1202,7 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         raise UnboundedRequest(
             f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot be "
             "bounded before it is sent", param=shown)
-    for kind in _prompt_types(fields):
+    for kind, _ in _prompt_parts(fields):
         if kind not in TEXT_PART_TYPES and not UNSEEN_PART_TYPES.fullmatch(kind):
             shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
             raise UnboundedRequest(
@@ -1210,12 +1234,16 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
-    if _has_unseen_input(body.fields):
+    is_unseen, images = _unseen_input(body.fields)
+    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS
+                      if price.provider == provider and price.key.startswith(prefix)), None)
+    context = max(price.max_input_tokens or 0, window)
+    if is_unseen or (images and per_image is None):
         if price.max_input_tokens is None:
             raise UnboundedRequest(
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
-        return max(price.max_input_tokens, window)
+        return context
     special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
     extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
     text, utf8_bytes = body.text, body.utf8_bytes
@@ -1223,9 +1251,13 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
         text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False))
         utf8_bytes = max(utf8_bytes, len(text.encode("utf-8", "surrogatepass")))
-    if not measured:
-        return utf8_bytes + extra
-    return min(utf8_bytes, input_tokens_upper_bound(text, price.provider)) + extra
+    for data in filter(lambda text: len(text) > INLINE_IMAGE_CHARS, _strings(images)):
+        utf8_bytes -= len(data)             # an image's own bytes are not text; taken out once
+        text = text.replace(data, "", 1)
+    tokens = utf8_bytes if not measured else \
+        min(utf8_bytes, input_tokens_upper_bound(text, price.provider))
+    with_images = tokens + extra + len(images) * (per_image or 0)
+    return min(with_images, context) if images and price.max_input_tokens else with_images
 
 
 def _choices(api: str, fields: Mapping[str, object]) -> int:

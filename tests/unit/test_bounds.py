@@ -106,7 +106,7 @@ def prompt_of(rng: Random, api: str) -> dict:
 def request_of(rng: Random, api: str) -> dict:
     fields: dict = {"model": "m", **prompt_of(rng, api)}
     if rng.random() < 0.15 and api in ("chat", "messages"):
-        kind = rng.choice(["image_url", "input_audio"] if api == "chat" else ["image", "document"])
+        kind = "input_audio" if api == "chat" else "document"
         fields["messages"].append({"role": "user", "content": [{"type": kind, kind: {"x": "y"}}]})
     for name in ic.MAX_TOKENS_FIELDS[api]:
         if rng.random() < 0.7 or api == "messages":
@@ -147,8 +147,7 @@ def bill_of(rng: Random, api: str, fields: dict, price: ic.Price, cap: int) -> t
     """(usage, options of cost()) of a call that the provider can have made of the request."""
     said = json.dumps(fields)
     most_input = seen_tokens(fields) + 7 + 2_179 * ("tools" in fields)
-    if any(f'"type": "{kind}"' in said for kind in ("image_url", "input_audio", "image",
-                                                    "document")):
+    if any(f'"type": "{kind}"' in said for kind in ("input_audio", "document")):
         most_input = price.max_input_tokens
     most_output = cap * choices_of(api, fields) + seen_tokens(fields.get("prediction", ""))
     prompt, output = most_input - part_of(rng, most_input), most_output - part_of(rng, most_output)
@@ -413,19 +412,12 @@ def content(*parts: dict) -> dict:
 
 
 UNSEEN = {
-    "image": content({"type": "image_url", "image_url": {"url": "https://x/y.png"}}),
     "audio": content({"type": "input_audio", "input_audio": {"data": "AA=="}}),
     "file": content({"type": "file", "file": {"file_id": "file-1"}}),
-    "image in messages": content({"type": "image", "source": {"type": "url", "url": "x"}}),
     "document": content({"type": "document", "source": {"type": "file", "file_id": "x"}}),
     "container upload": content({"type": "container_upload", "file_id": "x"}),
-    "image in a tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
-        {"type": "image", "source": {}}]}),
-    "image in system": message(system=[{"type": "image", "source": {}}]),
     "a type of tomorrow": content({"type": "hologram"}),
-    "no type at all but a list": content({"type": "text", "text": [{"type": "image"}]}),
-    "input image": {"input": [{"role": "user", "content": [
-        {"type": "input_image", "image_url": "x"}]}]},
+    "no type at all but a list": content({"type": "text", "text": [{"type": "document"}]}),
     "input file": {"input": [{"role": "user", "content": [
         {"type": "input_file", "file_id": "x"}]}]},
     "item reference": {"input": [{"type": "item_reference", "id": "msg_1"}]},
@@ -437,6 +429,16 @@ UNSEEN = {
     "conversation": {"input": "x", "conversation": "conv_1"},
     "conversation object": {"input": "x", "conversation": {"id": "conv_1"}},
     "container": message(container="container_1"),
+}
+IMAGES = {
+    "image": content({"type": "image_url", "image_url": {"url": "https://x/y.png"}}),
+    "image in messages": content({"type": "image", "source": {"type": "url", "url": "x"}}),
+    "image by its id": content({"type": "image", "source": {"type": "file", "file_id": "x"}}),
+    "image in a tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
+        {"type": "image", "source": {}}]}),
+    "image in system": message(system=[{"type": "image", "source": {}}]),
+    "input image": {"input": [{"role": "user", "content": [
+        {"type": "input_image", "image_url": "x"}]}]},
 }
 SEEN = {
     "text": content(),
@@ -461,6 +463,40 @@ def test_unseen_input_counts_as_the_models_whole_context(fields):
     api = "responses" if "input" in fields else "chat"
 
     assert 1_000_000 == bound_of(api, fields).input_tokens
+
+
+@pytest.mark.parametrize("provider, tokens", [("openai", 25_000), ("anthropic", 5_000)])
+@pytest.mark.parametrize("fields", IMAGES.values(), ids=IMAGES)
+def test_an_image_counts_as_the_most_that_its_provider_makes_of_one(fields, provider, tokens):
+    row = {**ROW, "litellm_provider": provider}
+    api = "responses" if "input" in fields else "chat"
+
+    assert tokens < bound_of(api, fields, row).input_tokens < tokens + 300
+
+
+@pytest.mark.parametrize("fields", IMAGES.values(), ids=IMAGES)
+def test_an_image_of_another_provider_counts_as_the_models_whole_context(fields):
+    row = {**ROW, "litellm_provider": "nobody"}
+    api = "responses" if "input" in fields else "chat"
+
+    assert 1_000_000 == bound_of(api, fields, row).input_tokens
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_bytes_of_an_inline_image_are_not_text(measured):
+    """Each image takes out its own data once: the same text beside it stays and counts."""
+    data = "data:image/png;base64," + "iVBORw0KGgo" * 5_000
+    image = {"type": "image_url", "image_url": {"url": data}}
+
+    def tokens(*parts):
+        body = ic.parse_json_object(json.dumps(content(*parts)).encode())
+        return ic.input_tokens_bound(body, price_of(ROW), measured=measured)
+
+    one, two = tokens(image), tokens(image, image)
+    beside = tokens(image, {"type": "text", "text": data})
+
+    assert 25_000 < one < 25_300 and 50_000 < two < 50_400
+    assert beside > one + 15_000
 
 
 @pytest.mark.parametrize("fields", SEEN.values(), ids=SEEN)

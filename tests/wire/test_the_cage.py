@@ -337,8 +337,8 @@ def test_what_no_bound_covers_is_refused_under_a_budget(mock, proxy, path, more,
 
 
 def test_content_other_than_text_is_reserved_for_as_a_full_context(mock, proxy_for):
-    image = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
-    fields = {**CAPPED_CHAT, "messages": [{"role": "user", "content": [image]}]}
+    audio = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}
+    fields = {**CAPPED_CHAT, "messages": [{"role": "user", "content": [audio]}]}
 
     refused = call(proxy_for("--budget", "0.019").port, "POST", "/v1/chat/completions", fields)
     passed = call(proxy_for("--budget", "0.020").port, "POST", "/v1/chat/completions", fields)
