@@ -54,6 +54,7 @@ import base64
 import contextlib
 import datetime
 import fnmatch
+import functools
 import hashlib
 import http.client
 import http.server
@@ -545,6 +546,8 @@ BUCKETS = (
     ("audio_output", "output_cost_per_audio_token", "output"),
 )
 INPUT_PRICE, OUTPUT_PRICE = BUCKETS[0][1], BUCKETS[6][1]
+OUTPUT_BUCKETS = frozenset({"output", "reasoning", "audio_output"})
+INPUT_BUCKETS = frozenset(bucket for bucket, _, _ in BUCKETS) - OUTPUT_BUCKETS
 
 
 @dataclass(frozen=True)
@@ -643,8 +646,8 @@ _SEARCHES = "search_context_cost_per_query"
 _THRESHOLD = re.compile(r"_above_(\d+)k_tokens")
 
 WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
-FILE_SEARCH_USD = Decimal("0.0025")     # OpenAI, each call
-CONTAINER_USD = Decimal("0.03")         # OpenAI code interpreter, each session
+FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
+CONTAINER_PICODOLLARS = 3 * 10 ** 10    # OpenAI code interpreter: $0.03 each session
 
 
 def _exact(value: Union[Decimal, int], factor: int = 1) -> Rate:
@@ -790,6 +793,7 @@ class PriceBook:
     def __init__(self, rows: Mapping[str, object]) -> None:
         self._rows = {**rows, ECHO_MODEL: dict(ECHO_ROW)}
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
+        self.find = functools.lru_cache(maxsize=1024)(self._find)
 
     @classmethod
     def load(cls, path: str) -> PriceBook:
@@ -810,7 +814,7 @@ class PriceBook:
             self._prices[key] = price_from_row(key, self._rows[key])
         return self._prices.get(key)
 
-    def find(self, model: str, provider: str = "") -> Optional[Price]:
+    def _find(self, model: str, provider: str = "") -> Optional[Price]:
         """The price of a model as a provider sells it, or None.
 
         Tried in order: the name itself, with the provider's prefix, without it; then each less
@@ -904,9 +908,9 @@ def _fees(price: Price, usage: Mapping[str, object], api: str,
     if api == "messages":
         searches += _count(usage.get("server_tool_use"), "web_search_requests")
     lines = (("web_search", searches, price.search_picodollars),
-             ("file_search", tool_calls.get("file_search_call", 0), _picodollars(FILE_SEARCH_USD)),
+             ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
              ("container", int(bool(tool_calls.get("code_interpreter_call"))),
-              _picodollars(CONTAINER_USD)))
+              CONTAINER_PICODOLLARS))
     return [line for line in lines if line[1]]
 
 
@@ -2263,8 +2267,8 @@ LEDGER_COLUMNS = MappingProxyType({
     "estimated": "TEXT",                      # why the cost is not exact; null: it is
     "status": "INTEGER",                      # of the provider's answer; null: there was none
     "input_tokens": "INTEGER", "cached_input_tokens": "INTEGER", "output_tokens": "INTEGER",
-    "usage": "TEXT",                          # the provider's own usage object, JSON
-    "lines": "TEXT",                          # the bill: [[what, how many, picodollars each], ...]
+    "usage": "TEXT",                          # the provider's own usage object, as JSON
+    "lines": "TEXT",                          # the bill, [[what, how many, picodollars each], ...]
     "provider_request_id": "TEXT", "latency_ms": "INTEGER", "first_byte_ms": "INTEGER",
 })
 _SETTLED_COLUMNS = tuple(LEDGER_COLUMNS)[[*LEDGER_COLUMNS].index("settled_ms"):]
@@ -2293,6 +2297,12 @@ def lines_from_json(text: str) -> list[BillLine]:
     """A stored bill. Raises ValueError, TypeError."""
     return [(what, count, rate if isinstance(rate, int) else Fraction(rate))
             for what, count, rate in json.loads(text)]
+
+
+def stored_row(row: Mapping[str, object]) -> dict:
+    """A settled row as the columns take it: its usage and its bill as JSON."""
+    return {**row, "lines": lines_to_json(row["lines"]),
+            "usage": None if row["usage"] is None else json.dumps(row["usage"])}
 
 
 class MemoryLedger:
@@ -2389,7 +2399,7 @@ class SqliteLedger:
 
     def settle(self, row: dict) -> None:
         """Complete a call's row. Where that fails it is kept, and goes with the next write."""
-        error = self._write(_Write(_SETTLE, row, is_intent=False))
+        error = self._write(_Write(_SETTLE, stored_row(row), is_intent=False))
         if error is not None:
             log.error("a settlement is not in the ledger yet", extra={"fields": {
                 "request_id": row["request_id"], "reason": _reason(error)}})
@@ -2434,7 +2444,8 @@ class SqliteLedger:
             rows = self._db.execute(
                 "SELECT * FROM calls WHERE settled_ms IS NOT NULL AND (? IS NULL OR token = ?) "
                 "ORDER BY id DESC LIMIT ?", (token, token, most)).fetchall()
-        return [dict(row) for row in rows]
+        return [{**row, "usage": row["usage"] and json.loads(row["usage"]),
+                 "lines": lines_from_json(row["lines"])} for row in map(dict, rows)]
 
     def close(self) -> None:
         """Write what is still queued, and let go of the file."""
@@ -2668,6 +2679,9 @@ class Traffic:
     @contextlib.contextmanager
     def entered(self, caller: Caller) -> Iterator[None]:
         """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
+        if caller.requests_per_minute is None and caller.parallel_requests is None:
+            yield
+            return
         now_s = self._clock()
         with self._lock:
             times = self._times.setdefault(caller.name, deque())
@@ -3458,16 +3472,18 @@ TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
 def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None:
     """Fill the settlement's columns of a ledger row."""
     counts: tuple = (None, None, None)
-    if call.meter.usage is not None:
+    if charge.lines and charge.estimated is None:
+        counts = tuple(sum(count for what, count, _ in charge.lines if what in buckets)
+                       for buckets in (INPUT_BUCKETS, ("cache_read",), OUTPUT_BUCKETS))
+    elif call.meter.usage is not None:
         with contextlib.suppress(MalformedUsage):
             usage = USAGE_READERS[call.api](call.meter.usage)
             counts = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
     row.update(
         zip(TOKEN_COUNTS, counts), settled_ms=time.time_ns() // 10 ** 6, status=call.status,
         cost_microdollars=charge.microdollars, estimated=charge.estimated,
-        usage=None if call.meter.usage is None else json.dumps(call.meter.usage),
-        lines=lines_to_json(charge.lines), provider_request_id=call.provider_request_id,
-        latency_ms=elapsed_ns // 10 ** 6, first_byte_ms=call.first_byte_ms)
+        usage=call.meter.usage, lines=charge.lines, latency_ms=elapsed_ns // 10 ** 6,
+        provider_request_id=call.provider_request_id, first_byte_ms=call.first_byte_ms)
 
 
 class Totals:
@@ -3480,7 +3496,9 @@ class Totals:
     def add(self, token: str, provider: str, model: str, **counts: int) -> None:
         """Add counts for a token, and a provider and a model where there are any."""
         with self._lock:
-            self._cells.setdefault((token, provider, model), Counter()).update(counts)
+            cell = self._cells.setdefault((token, provider, model), Counter())
+            for name, count in counts.items():
+                cell[name] += count
 
     def snapshot(self, token: Optional[str] = None) -> dict:
         """The counts as JSON members of the status; of one token, or of all."""
@@ -4460,8 +4478,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if not re.fullmatch(r"\d{1,4}", asked, re.ASCII):
             raise BadRequest("limit must be a number of rows from 0 to 9999", param="limit")
         rows = self.ledger.recent(int(asked), next(iter(request.caller.scopes), None))
-        return {"rows": [{**row, **{name: row[name] and json.loads(row[name])
-                                    for name in ("usage", "lines")}} for row in rows]}
+        return {"rows": [{**row, "lines": json.loads(lines_to_json(row["lines"]))}
+                         for row in rows]}
 
     def put_budget(self, request: ClientRequest) -> dict:
         """Set the limit to {"limit_usd": "20.00"}: the admin's token only, until a restart."""

@@ -19,10 +19,10 @@ BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "collections", "contextlib", "ctypes", "dataclasses",
-    "datetime", "decimal", "fcntl", "fnmatch", "fractions", "hashlib", "http.client",
-    "http.server", "itertools", "json", "logging", "msvcrt", "os", "re", "resource", "secrets", "select", "signal", "socket", "socketserver",
-    "sqlite3", "ssl", "struct", "sys", "threading", "time", "types", "typing", "unicodedata", "urllib.parse",
-    "urllib.request", "zlib",
+    "datetime", "decimal", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
+    "http.server", "itertools", "json", "logging", "msvcrt", "os", "re", "resource", "secrets",
+    "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "struct", "sys", "threading",
+    "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request", "zlib",
 }
 BLOCKING_CALLS = {
     "sleep", "urlopen", "open", "execute", "send", "sendall", "recv", "receive", "connect",

@@ -25,8 +25,8 @@ def settled(intent, prompt=1_000, completion=100, **more):
     lines = [("input", prompt, RATES["input"]), ("output", completion, RATES["output"])]
     return {**intent, "settled_ms": 1, "cost_microdollars": ic.total_of(lines), "status": 200,
             "input_tokens": prompt, "cached_input_tokens": 0, "output_tokens": completion,
-            "usage": json.dumps({"prompt_tokens": prompt, "completion_tokens": completion}),
-            "lines": ic.lines_to_json(lines), **more}
+            "usage": {"prompt_tokens": prompt, "completion_tokens": completion},
+            "lines": lines, **more}
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_a_torn_log_loses_the_last_writes_only_and_never_half_of_one(path, tmp_p
 # Auditing.
 
 def test_a_row_that_adds_up_is_right():
-    assert ic.audit_row(settled(row())) is None
+    assert ic.audit_row(ic.stored_row(settled(row()))) is None
 
 
 @pytest.mark.parametrize("change, fault", [
@@ -344,7 +344,7 @@ def test_a_row_that_adds_up_is_right():
     ({"lines": None}, "cannot be read"), ({"api": "nonsense"}, "cannot be read"),
 ])
 def test_a_row_that_was_tampered_with_is_found(change, fault):
-    assert fault in ic.audit_row({**settled(row()), **change})
+    assert fault in ic.audit_row({**ic.stored_row(settled(row())), **change})
 
 
 def test_rates_that_are_not_whole_are_kept_exactly():
