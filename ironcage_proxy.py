@@ -744,7 +744,7 @@ def price_from_row(key: str, row: object) -> Optional[Price]:
 
     A row with a negative, infinite or non-numeric price anywhere is not a price at all.
     """
-    if not isinstance(row, dict) or not _is_amount(row.get(INPUT_PRICE)):
+    if not isinstance(row, Mapping) or not _is_amount(row.get(INPUT_PRICE)):
         return None
     mode = row.get("mode")
     if mode != "embedding" and not _is_amount(row.get(OUTPUT_PRICE)):
@@ -781,6 +781,7 @@ ECHO_ROW = MappingProxyType({
     INPUT_PRICE: Decimal("1e-6"), OUTPUT_PRICE: Decimal("2e-6"),
     "max_input_tokens": 1_000_000, "max_output_tokens": 100_000,
 })
+FREE_ROW = MappingProxyType({INPUT_PRICE: 0, OUTPUT_PRICE: 0})
 _DATE_SUFFIX = re.compile(r"(-\d{4}-\d{2}-\d{2}|[-@]\d{8}|@default|-\d{4})$")
 
 
@@ -791,9 +792,10 @@ class PriceBook:
     """
 
     def __init__(self, rows: Mapping[str, object]) -> None:
-        self._rows = {**rows, ECHO_MODEL: dict(ECHO_ROW)}
+        self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
         self.find = functools.lru_cache(maxsize=1024)(self._find)
+        self._free_providers: frozenset = frozenset()
 
     @classmethod
     def load(cls, path: str) -> PriceBook:
@@ -809,6 +811,11 @@ class PriceBook:
         """The names of all rows that price tokens, sorted."""
         return sorted(key for key in self._rows if self._row(key) is not None)
 
+    def set_free_providers(self, names: Iterable[str]) -> None:
+        """Say whose models all cost nothing: an operator's own servers."""
+        self._free_providers = frozenset(names)
+        self.find.cache_clear()
+
     def _row(self, key: str) -> Optional[Price]:
         if key in self._rows and key not in self._prices:
             self._prices[key] = price_from_row(key, self._rows[key])
@@ -820,6 +827,8 @@ class PriceBook:
         Tried in order: the name itself, with the provider's prefix, without it; then each less
         its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row only.
         """
+        if provider in self._free_providers:
+            return price_from_row(f"{provider}/*", FREE_ROW)
         if model.startswith("ft:"):
             return self._row(":".join(model.split(":")[:2]))
         names = [model, f"{provider}/{model}"]
@@ -2538,7 +2547,88 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
 
 TOKEN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
+RESERVED_PROVIDERS = frozenset({"v1", "ironcage"})
+PROVIDER_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 RATE_WINDOW_S = 60
+# Well-known providers: name (LiteLLM's, as in price tables), format, environment variable of the
+# key, base URL. One with a key is used where that is set; one without, a server on this machine
+# that costs nothing, only where the configuration names it.
+KNOWN_PROVIDERS = (
+    ("openai", "openai", "OPENAI_API_KEY", "https://api.openai.com"),
+    ("anthropic", "anthropic", "ANTHROPIC_API_KEY", "https://api.anthropic.com"),
+    ("cerebras", "openai", "CEREBRAS_API_KEY", "https://api.cerebras.ai"),
+    ("deepseek", "openai", "DEEPSEEK_API_KEY", "https://api.deepseek.com"),
+    ("fireworks_ai", "openai", "FIREWORKS_API_KEY", "https://api.fireworks.ai/inference"),
+    ("groq", "openai", "GROQ_API_KEY", "https://api.groq.com/openai"),
+    ("mistral", "openai", "MISTRAL_API_KEY", "https://api.mistral.ai"),
+    ("openrouter", "openai", "OPENROUTER_API_KEY", "https://openrouter.ai/api"),
+    ("together_ai", "openai", "TOGETHER_API_KEY", "https://api.together.xyz"),
+    ("xai", "openai", "XAI_API_KEY", "https://api.x.ai"),
+    ("llamacpp", "openai", "", "http://127.0.0.1:8080"),
+    ("lm_studio", "openai", "", "http://127.0.0.1:1234"),
+    ("ollama", "openai", "", "http://127.0.0.1:11434"),
+    ("vllm", "openai", "", "http://127.0.0.1:8000"),
+)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Where calls go, and with which key."""
+    name: str
+    format: str                                # the dialect it speaks: a key of FORMAT_APIS
+    base_url: str                              # scheme and host, perhaps a path; no final /v1
+    key: Optional[str] = field(default=None, repr=False)
+    key_env: str = ""                          # the environment variable that holds the key
+    default_service_tier: str = "default"      # assumed where a request leaves it open
+    max_output_tokens_per_s: int = 1000        # assumed of any model, for streams cut short
+    is_free: bool = False                      # none of its models costs anything
+    stream_usage: bool = True                  # it knows stream_options.include_usage
+
+    @property
+    def data_residency(self) -> Optional[str]:
+        """"us" or "eu" for OpenAI's regional hosts, which cost more."""
+        host = urllib.parse.urlsplit(self.base_url).hostname or ""
+        return host[:2] if host in ("us.api.openai.com", "eu.api.openai.com") else None
+
+    def credentials(self) -> dict[str, str]:
+        """The header that carries the key; none for a provider that needs no key."""
+        if self.key is None:
+            return {}
+        return {"x-api-key": self.key} if self.format == "anthropic" \
+            else {"authorization": f"Bearer {self.key}"}
+
+
+ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
+
+
+def parse_base_url(text: str) -> str:
+    """A provider's base URL without its final slash and /v1."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                  and re.fullmatch(r"[!-~]+", text) and "\\" not in text)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must have no user name, query or fragment")
+    return re.sub(r"/v1$", "", text.rstrip("/")).rstrip("/")
+
+
+def with_key(provider: Provider, environ: Mapping[str, str], *,
+             allow_plain_http: bool = False) -> Provider:
+    """A provider with its key from the environment, if that is there. Raises Misconfigured."""
+    key = environ.get(provider.key_env, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise Misconfigured(f"{provider.key_env} holds a character that a key cannot have")
+    parts = urllib.parse.urlsplit(provider.base_url)
+    if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
+            and not allow_plain_http:
+        raise Misconfigured(f"the base URL of {provider.name}: http:// would send the provider's "
+                            "key in the clear; use https://, or say --allow-plain-http")
+    return replace(provider, key=key or None)
 
 
 @dataclass(frozen=True)
@@ -2615,25 +2705,77 @@ TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
 })
 
 
-def caller_from(row: object) -> Caller:
-    """One token of a configuration. Raises ValueError, naming the field."""
+def _config_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+# The same for a provider.
+PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
+    "base_url": ("base_url", lambda value: parse_base_url(
+        _config_text(r".{1,2048}", "a URL")(value))),
+    "format": ("format", _config_text("openai|anthropic", "openai or anthropic")),
+    "key_env": ("key_env", _config_text(ENVIRONMENT_NAME.pattern, "an environment variable")),
+    "free": ("is_free", _config_flag),
+    "stream_usage": ("stream_usage", _config_flag),
+    "default_service_tier": ("default_service_tier",
+                             _config_text("[a-z]{1,32}", "a service tier")),
+    "max_output_tokens_per_s": ("max_output_tokens_per_s", _config_count),
+})
+
+
+def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dict:
+    """The values of an object in the file, by the names of our fields. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("must be an object")
     values: dict = {}
     for name, value in row.items():
-        if name not in TOKEN_FIELDS:
-            raise ValueError(f"has an unknown field; there are {', '.join(TOKEN_FIELDS)}")
-        target, read = TOKEN_FIELDS[name]
+        if name not in fields:
+            raise ValueError(f"has an unknown field; there are {', '.join(fields)}")
+        target, read = fields[name]
         try:
             values[target] = read(value)
-        except ValueError as err:
-            # Of a token itself nothing is said.
+        except ValueError as err:                      # which says nothing of a token itself
             raise ValueError(f"{name}: {err}") from None
+    return values
+
+
+def caller_from(row: object) -> Caller:
+    """One token of a configuration. Raises ValueError, naming the field."""
+    values = _read_fields(row, TOKEN_FIELDS)
     if "name" not in values or ("token" in row) == ("sha256" in row):
         raise ValueError("needs a name, and either token or sha256")
     if values["name"] in RESERVED_NAMES:
         raise ValueError(f"must not be named {values['name']}")
     return Caller(**values)
+
+
+def provider_from(name: str, row: object) -> Provider:
+    """One provider of a configuration, without its key. Raises ValueError, naming the field."""
+    if not PROVIDER_NAME.fullmatch(name) or name in RESERVED_PROVIDERS:
+        raise ValueError("must be named with a-z, 0-9, _ and -, and not as a path of ours")
+    known = {row[0]: {"format": row[1], "key_env": row[2], "base_url": row[3],
+                      "is_free": not row[2]} for row in KNOWN_PROVIDERS}.get(name, {})
+    values = {"format": "openai", **known, **_read_fields(row, PROVIDER_FIELDS)}
+    if "base_url" not in values:
+        raise ValueError("needs a base_url")
+    return Provider(name=name, **values)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a configuration file says."""
+    callers: tuple[Caller, ...] = ()
+    providers: tuple[Provider, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)      # pattern -> provider/model
+
+    def aliased(self, model: str) -> str:
+        """The model that a name stands for: itself, where no alias matches; the first that does."""
+        if model in self.aliases:
+            return self.aliases[model]
+        return next((target for pattern, target in self.aliases.items()
+                     if fnmatch.fnmatchcase(model, pattern)), model)
 
 
 def read_config(path: str) -> dict:
@@ -2646,25 +2788,38 @@ def read_config(path: str) -> dict:
         raise Misconfigured(f"the configuration {path} cannot be read: {_reason(err)}") from err
     except (ValueError, RecursionError, BadRequest) as err:
         raise Misconfigured(f"the configuration {path} is not usable JSON: {err}") from None
-    if not isinstance(parsed, dict) or set(parsed) - {"tokens"}:
-        raise Misconfigured(f"the configuration {path} must be an object with tokens")
-    if not isinstance(parsed.get("tokens", []), list):
-        raise Misconfigured(f"tokens in {path} must be a list")
+    kinds = {"tokens": list, "providers": dict, "models": dict}
+    if not isinstance(parsed, dict) or set(parsed) - set(kinds) \
+            or any(not isinstance(value, kinds[name]) for name, value in parsed.items()):
+        raise Misconfigured(f"the configuration {path} must be an object with a list of tokens, "
+                            "an object of providers and an object of models")
     return parsed
 
 
-def load_callers(path: str) -> tuple[Caller, ...]:
-    """The tokens of a configuration file. Raises Misconfigured."""
-    callers: list[Caller] = []
-    for number, row in enumerate(read_config(path).get("tokens", []), 1):
+def load_config(path: str, environ: Mapping[str, str], *,
+                allow_plain_http: bool = False) -> Config:
+    """A configuration file. Raises Misconfigured, naming what is wrong in one line."""
+    parsed = read_config(path)
+    callers, providers = [], []
+    for number, row in enumerate(parsed.get("tokens", []), 1):
         try:
             callers.append(caller_from(row))
         except ValueError as err:
             raise Misconfigured(f"token {number} in {path} {err}") from None
+    for name, row in parsed.get("providers", {}).items():
+        shown = name if PRINTABLE_NAME.fullmatch(name) else "?"
+        try:
+            providers.append(with_key(provider_from(name, row), environ,
+                                      allow_plain_http=allow_plain_http))
+        except ValueError as err:
+            raise Misconfigured(f"the provider {shown} in {path} {err}") from None
     for what in ("name", "sha256"):
         if len({getattr(caller, what) for caller in callers}) != len(callers):
             raise Misconfigured(f"two tokens in {path} have the same {what}")
-    return tuple(callers)
+    aliases = parsed.get("models", {})
+    if not all(isinstance(target, str) and target for target in aliases.values()):
+        raise Misconfigured(f"models in {path} must map names to names")
+    return Config(tuple(callers), tuple(providers), aliases)
 
 
 class Traffic:
@@ -3263,35 +3418,9 @@ def build_opener(transport: KeepAliveHandler) -> urllib.request.OpenerDirector:
     return opener
 
 
-@dataclass(frozen=True)
-class Provider:
-    """Where calls go, and with which key."""
-    name: str
-    format: str                                # the dialect it speaks: a key of FORMAT_APIS
-    base_url: str                              # scheme and host, perhaps a path; no final /v1
-    key: Optional[str] = field(default=None, repr=False)
-    key_env: str = ""                          # the environment variable that holds the key
-    default_service_tier: str = "default"      # assumed where a request leaves it open
-    max_output_tokens_per_s: int = 1000        # assumed of any model, for streams cut short
-
-    @property
-    def data_residency(self) -> Optional[str]:
-        """"us" or "eu" for OpenAI's regional hosts, which cost more."""
-        host = urllib.parse.urlsplit(self.base_url).hostname or ""
-        return host[:2] if host in ("us.api.openai.com", "eu.api.openai.com") else None
-
-    def credentials(self) -> dict[str, str]:
-        if self.format == "anthropic":
-            return {"x-api-key": self.key or ""}
-        return {"authorization": f"Bearer {self.key}"}
-
-
-ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
-
-
 def check_key(provider: Provider) -> None:
     """Raises NoProviderKey, naming the environment variable to set."""
-    if provider.key is None and provider is not ECHO_PROVIDER:
+    if provider.key is None and provider.key_env:
         raise NoProviderKey(f"no key for the provider {provider.name} is known: set "
                             f"{provider.key_env} in the proxy's environment")
 
@@ -3533,7 +3662,9 @@ class Settings:
     budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
     admin_token: Optional[str] = field(default=None, repr=False)
     token_is_generated: bool = False
-    config_path: Optional[str] = None                  # tokens of their own
+    config_path: Optional[str] = None                  # tokens, providers and aliases
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)    # for its keys
+    allow_plain_http: bool = False
     ledger_path: Optional[str] = None                  # None: in memory
     fsync: bool = False                                # the ledger survives a loss of power
     pricing_path: Optional[str] = None                 # None: pricing.json beside this file
@@ -3614,8 +3745,7 @@ class Router:
 
     def __init__(self, settings: Settings, prices: PriceBook, ledger: Ledger) -> None:
         self.settings, self.prices, self.ledger = settings, prices, ledger
-        self.providers = {provider.name: provider
-                          for provider in (*settings.providers, ECHO_PROVIDER)}
+        self.config, self.providers = Config(), {}
         self.controller = CostController(settings.budget_microdollars,
                                          spent_microdollars=ledger.spent(None, 0))
         self.totals = Totals()
@@ -3623,9 +3753,14 @@ class Router:
         self._transport = KeepAliveHandler(settings.timeouts)
         self._opener = build_opener(self._transport)
 
-    def set_callers(self, callers: Iterable[Caller]) -> None:
-        """Open the scopes of tokens, or change their limits."""
-        for caller in callers:
+    def configure(self, config: Config) -> None:
+        """Take a configuration: its providers and aliases, and the scopes of its tokens."""
+        self.providers = {provider.name: provider for provider in (
+            *self.settings.providers, *config.providers, ECHO_PROVIDER)}
+        self.prices.set_free_providers(
+            name for name, provider in self.providers.items() if provider.is_free)
+        self.config = config
+        for caller in config.callers:
             self.controller.set_scope(
                 caller.name, caller.budget_microdollars, caller.period,
                 lambda since_s, name=caller.name: self.ledger.spent(name, since_s))
@@ -3668,8 +3803,14 @@ class Router:
         return None, path
 
     def _provider_of_model(self, model: str, named: Optional[Provider]) -> tuple[Provider, str]:
-        """The provider of a model, and the model's name there: provider/model, then prefix."""
+        """The provider of a model, and the model's name there.
+
+        provider/model names both; else an alias; else the prefix of the name.
+        """
         prefix, slash, rest = model.partition("/")
+        if named is None and not (slash and prefix in self.providers):
+            model = self.config.aliased(model)
+            prefix, slash, rest = model.partition("/")
         if model == ECHO_MODEL:
             return ECHO_PROVIDER, model
         if slash and prefix in self.providers and named in (None, self.providers[prefix]):
@@ -4271,11 +4412,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         prices = load_prices(settings)
         self.callers: Mapping[str, Caller] = {}        # by the SHA-256 of their tokens
         self._config_seen = _file_state(settings.config_path)
-        callers = self._read_callers()
+        config = self._read_config()
         self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None \
             else SqliteLedger(settings.ledger_path, fsync=settings.fsync)
         self.router = Router(settings, prices, self.ledger)
-        self._take_callers(callers)
+        self._take_config(config)
         self.reload_asked = False                      # set by SIGHUP
         self._looked_s = time.monotonic()
         self.allowed_hosts = {
@@ -4360,20 +4501,28 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             with self._changed:
                 self._changed.wait(STOP_POLL_S)
 
-    # The tokens of --config, which may change while we serve.
+    # The configuration, which may change while we serve.
 
-    def _read_callers(self) -> Mapping[str, Caller]:
+    def _own_callers(self) -> list[Caller]:
+        """The callers of the two tokens of the command line."""
+        return [Caller(name, token_sha256(token)) for name, token in
+                ((CALLER, self.settings.token), (ADMIN, self.settings.admin_token))
+                if token is not None]
+
+    def _read_config(self) -> Config:
         settings = self.settings
-        own = [Caller(name, token_sha256(token)) for name, token in
-               ((CALLER, settings.token), (ADMIN, settings.admin_token)) if token is not None]
-        configured = load_callers(settings.config_path) if settings.config_path else ()
-        if {caller.sha256 for caller in own} & {caller.sha256 for caller in configured}:
+        if settings.config_path is None:
+            return Config()
+        config = load_config(settings.config_path, settings.environ,
+                             allow_plain_http=settings.allow_plain_http)
+        if {c.sha256 for c in self._own_callers()} & {c.sha256 for c in config.callers}:
             raise Misconfigured("a token of --config is the same as --token or --admin-token")
-        return {caller.sha256: caller for caller in (*own, *configured)}
+        return config
 
-    def _take_callers(self, callers: Mapping[str, Caller]) -> None:
-        self.router.set_callers(caller for caller in callers.values() if caller.scopes)
-        self.callers = callers
+    def _take_config(self, config: Config) -> None:
+        self.router.configure(config)
+        self.callers = {caller.sha256: caller for caller in (*self._own_callers(),
+                                                             *config.callers)}
 
     def service_actions(self) -> None:
         """What serve_forever calls in each round: look whether the configuration changed."""
@@ -4385,7 +4534,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return
         self._config_seen, self.reload_asked = state, False
         try:
-            self._take_callers(self._read_callers())
+            self._take_config(self._read_config())
         except Misconfigured as err:
             log.error("the configuration stays as it was", extra={"fields": {"reason": str(err)}})
         else:
@@ -4570,21 +4719,6 @@ def _parse_token(text: str) -> str:
     return text
 
 
-def _parse_base_url(text: str) -> str:
-    """A provider's base URL without its final slash and /v1."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        usable = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                  and re.fullmatch(r"[!-~]+", text) and "\\" not in text)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError("must be an http:// or https:// URL with a host")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must have no user name, query or fragment")
-    return re.sub(r"/v1$", "", text.rstrip("/")).rstrip("/")
-
-
 def _parse_host_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]{1,255}", text):
         raise ValueError("must be a host name or an address")
@@ -4632,7 +4766,7 @@ SETTINGS = (
             "a restart forgets", metavar="FILE"),
     Setting("--fsync", "fsync", "let the ledger survive a loss of power too, at the price of a "
             "disk flush for each call", None),
-    Setting("--config", "config_path", "JSON file with tokens of their own budgets and limits",
+    Setting("--config", "config_path", "JSON file with tokens, providers and model aliases",
             metavar="FILE"),
     Setting("--wait", "wait_s", "seconds that a request may wait for money that calls in flight "
             "hold (30)", _parse_seconds, metavar="SECONDS"),
@@ -4644,9 +4778,9 @@ SETTINGS = (
     Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
             metavar="FILE"),
     Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go, with or without /v1",
-            _parse_base_url, "IRONCAGE_OPENAI_BASE_URL", "URL"),
+            parse_base_url, "IRONCAGE_OPENAI_BASE_URL", "URL"),
     Setting("--anthropic-base-url", "anthropic_base_url", "where Anthropic calls go",
-            _parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
+            parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
     Setting("--allow-plain-http", "allow_plain_http", "send keys to a base URL that is neither "
             "https nor on this machine", None),
     Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
@@ -4659,10 +4793,6 @@ SETTINGS = (
             metavar="FORMAT"),
     Setting("--quiet", "quiet", "no banner and no line for each request", None),
 )
-# Provider, the environment variable of its key, its base URL where no setting says another.
-BUILT_IN_PROVIDERS = (("openai", "OPENAI_API_KEY", "https://api.openai.com"),
-                      ("anthropic", "ANTHROPIC_API_KEY", "https://api.anthropic.com"))
-
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
@@ -4678,7 +4808,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
         description="A proxy between AI agents and model providers that holds the keys and "
                     "never lets spend pass a limit.",
         epilog="Provider keys come from the environment: "
-               + ", ".join(env for _, env, _ in BUILT_IN_PROVIDERS) + ".")
+               + ", ".join(env for _, _, env, _ in KNOWN_PROVIDERS if env) + ".")
     parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
         f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
     parser.add_argument("--json", action="store_true", help="usage: print JSON")
@@ -4712,39 +4842,24 @@ def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> o
         raise Misconfigured(f"{source}: {err}") from None
 
 
-def _provider_key(env: str, environ: Mapping[str, str]) -> Optional[str]:
-    key = environ.get(env, "").strip()
-    if key and not re.fullmatch(r"[!-~]+", key):
-        raise Misconfigured(f"{env} holds a character that a key cannot have")
-    return key or None
-
-
-def _check_plain_http(url: str, flag: str, allowed: bool) -> None:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
-            and not allowed:
-        raise Misconfigured(f"{flag}: http:// would send the provider's key in the clear; use "
-                            "https://, or say --allow-plain-http")
-
-
 def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
     """Settings from command-line arguments and the environment. Raises Misconfigured."""
     environ = os.environ if environ is None else environ
     given = parse_arguments(argv)
     told = {row.field: _setting_value(row, given[row.field], environ) for row in SETTINGS}
     values = {name: value for name, value in told.items() if value is not None}
-    allow_plain_http = values.pop("allow_plain_http", False)
+    allow_plain_http = bool(values.get("allow_plain_http"))
     providers = []
-    for name, env, base_url in BUILT_IN_PROVIDERS:
+    for name, speaks, env, base_url in KNOWN_PROVIDERS:
         url = values.pop(f"{name}_base_url", base_url)
-        _check_plain_http(url, f"--{name}-base-url", allow_plain_http)
-        providers.append(Provider(name=name, format=name, base_url=url, key_env=env,
-                                  key=_provider_key(env, environ)))
+        if name in ("openai", "anthropic") or environ.get(env):
+            providers.append(with_key(Provider(name, speaks, url, key_env=env), environ,
+                                      allow_plain_http=allow_plain_http))
     if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
     generated = {} if "token" in values else {
         "token": "ic_" + secrets.token_urlsafe(24), "token_is_generated": True}
-    return Settings(providers=tuple(providers), **generated, **values)
+    return Settings(providers=tuple(providers), environ=environ, **generated, **values)
 
 
 class LogFormatter(logging.Formatter):
@@ -4805,7 +4920,8 @@ def banner(server: ProxyServer) -> str:
     """What a person needs to know at the start, and to paste into a shell."""
     settings = server.settings
     token = settings.token if settings.token_is_generated else "<the token you chose>"
-    found = [provider.key_env for provider in settings.providers if provider.key is not None]
+    found = [provider.key_env for provider in server.router.providers.values()
+             if provider.key is not None]
     budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
         format_usd(settings.budget_microdollars) + (
             " (kept in memory: a restart forgets spend)" if settings.ledger_path is None else
@@ -4869,9 +4985,10 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
     server = ProxyServer(replace(settings, ledger_path=None))
     try:
         print(f"address   {server.url} is free")
-        for provider in settings.providers:
-            state = "set" if provider.key is not None else "not set"
-            print(f"provider  {provider.name}: {provider.base_url}, {provider.key_env} is {state}")
+        for name, provider in server.router.providers.items():
+            state = f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
+                if provider.key_env else "no key needed"
+            print(f"provider  {name}: {provider.base_url or 'built in'}, {state}")
         print(f"prices    {len(server.router.prices.keys())} models have a price")
         limit = settings.budget_microdollars
         print(f"budget    {'none' if limit is None else format_usd(limit)}")
@@ -4947,7 +5064,7 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
     if action == "list" and not words:
         rows = [(caller.name, "any" if caller.budget_microdollars is None
                  else format_usd(caller.budget_microdollars), caller.period,
-                 ",".join(caller.models) or "any") for caller in load_callers(path)]
+                 ",".join(caller.models) or "any") for caller in load_config(path, {}).callers]
         print(table([("name", "budget", "period", "models"), *rows]))
         return 0
     if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):

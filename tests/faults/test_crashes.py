@@ -5,7 +5,6 @@ The provider's bill is the mock's, which outlives the proxy and goes on counting
 import json
 import os
 import random
-import socket
 import sqlite3
 import subprocess
 import sys

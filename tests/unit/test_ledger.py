@@ -1,5 +1,4 @@
 """Chapter 10: a row is on disk before its call is sent, is completed once, and adds up."""
-import json
 import os
 import sqlite3
 import stat

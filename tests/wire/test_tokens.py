@@ -238,7 +238,7 @@ def test_a_fault_in_the_file_is_one_line_that_names_it(config, tokens, fault):
     write_config(config, *tokens)
 
     with pytest.raises(module.Misconfigured) as caught:
-        module.load_callers(str(config))
+        module.load_config(str(config), {})
 
     assert fault in str(caught.value) and "\n" not in str(caught.value)
     assert ALICE not in str(caught.value) and BOB not in str(caught.value)
@@ -250,7 +250,7 @@ def test_what_is_no_configuration_is_refused(config, text):
     config.write_text(text, encoding="latin-1")
 
     with pytest.raises(program().Misconfigured):
-        program().load_callers(str(config))
+        program().load_config(str(config), {})
 
 
 def test_the_token_of_the_command_line_cannot_stand_in_the_file(config):
@@ -324,7 +324,7 @@ def test_tokens_are_added_listed_and_revoked_on_the_command_line(config, capsys)
     token = out.split()[0]
     assert 0 == code and token.startswith("ic_")
     assert token not in config.read_text()
-    [caller] = program().load_callers(str(config))
+    [caller] = program().load_config(str(config), {}).callers
     assert program().Caller(
         "ci", hashlib.sha256(token.encode()).hexdigest(), 5_000_000, "day",
         ("gpt-*", "claude-h*"), 60, 4, 1_801_353_600) == caller
@@ -335,7 +335,7 @@ def test_tokens_are_added_listed_and_revoked_on_the_command_line(config, capsys)
     _, listed, _ = run(*flags, "tokens", "list", capsys=capsys)
     assert "ci" in listed and "$5.00" in listed and token not in listed
     assert 0 == run("tokens", "revoke", "ci", *flags, capsys=capsys)[0]
-    assert () == program().load_callers(str(config))
+    assert () == program().load_config(str(config), {}).callers
 
 
 @pytest.mark.parametrize("words, fault", [

@@ -1,0 +1,176 @@
+"""Providers and aliases of --config: where calls go, with which key, at what price."""
+import json
+
+import pytest
+from support import OPENAI_KEY, call, program, settled_status
+
+CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
+        "messages": [{"role": "user", "content": "hello"}]}
+LAB_KEY = "lab-canary-0123456789"
+
+
+@pytest.fixture
+def proxy_with(mock, proxy_for, tmp_path):
+    """Start a proxy with a configuration; `environ` is added to that of the mock."""
+    def start(config, *flags, environ=None):
+        path = tmp_path / "cage.json"
+        path.write_text(json.dumps(config))
+        from support import proxy_environment
+        return proxy_for("--config", str(path), *flags,
+                         environ={**proxy_environment(mock), **(environ or {})})
+    return start
+
+
+def chat(proxy, model, path="/v1/chat/completions"):
+    return call(proxy.port, "POST", path, {**CHAT, "model": model})
+
+
+def test_a_provider_of_any_name_is_reached_by_its_prefix_and_by_its_path(mock, proxy_with):
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url + "/v1", "key_env": "LAB_KEY"}}},
+                       environ={"LAB_KEY": OPENAI_KEY})
+
+    first = chat(proxy, "lab/gpt-4o-mini")
+    second = chat(proxy, "gpt-4o-mini", "/lab/v1/chat/completions")
+
+    assert [200, 200] == [first.status, second.status]
+    assert ["gpt-4o-mini"] * 2 == [seen.json["model"] for seen in mock.seen]
+    assert {"lab"} == set(settled_status(proxy)["by_provider"])
+
+
+def test_a_key_goes_to_its_own_provider_only(mock, proxy_with):
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"},
+                                      "open": {"base_url": mock.url}}},
+                       environ={"LAB_KEY": LAB_KEY})
+
+    for model in ("lab/gpt-4o-mini", "open/gpt-4o-mini", "gpt-4o-mini"):
+        chat(proxy, model)
+
+    assert [f"Bearer {LAB_KEY}", None, f"Bearer {OPENAI_KEY}"] == [
+        seen.header("authorization") for seen in mock.seen]
+
+
+def test_a_provider_whose_key_is_not_set_is_refused_by_name(mock, proxy_with):
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"}}})
+
+    answer = chat(proxy, "lab/gpt-4o-mini")
+
+    assert (400, "no_provider_key") == (answer.status, answer.json["error"]["code"])
+    assert "LAB_KEY" in answer.json["error"]["message"]
+
+
+def test_the_models_of_a_free_provider_pass_at_any_budget_and_cost_nothing(mock, proxy_with):
+    mock.models.add("qwen-of-tomorrow")
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "free": True,
+                                              "key_env": "LAB_KEY"}}},
+                       "--budget", "0", environ={"LAB_KEY": OPENAI_KEY})
+
+    answer = chat(proxy, "lab/qwen-of-tomorrow")
+
+    assert (200, "0") == (answer.status, answer.header("x-ironcage-cost-microdollars"))
+    assert {"lab/*"} == set(settled_status(proxy)["by_model"])
+    assert 402 == chat(proxy, "gpt-4o-mini").status
+
+
+def test_the_models_of_other_providers_need_a_price_under_a_budget(mock, proxy_with):
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url}}}, "--budget", "1")
+
+    assert "unpriced_model" == chat(proxy, "lab/qwen-of-tomorrow").json["error"]["code"]
+
+
+def test_a_server_of_this_machine_is_known_only_where_the_configuration_names_it(
+        mock, proxy_with, proxy_for):
+    """Else an agent could reach whatever listens there."""
+    plain, named = proxy_for(), proxy_with({"providers": {"ollama": {"base_url": mock.url}}})
+
+    chat(plain, "ollama/gpt-4o-mini"), chat(named, "ollama/gpt-4o-mini")
+
+    assert ["ollama/gpt-4o-mini", "gpt-4o-mini"] == [seen.json["model"] for seen in mock.seen]
+    assert named.router.providers["ollama"].is_free
+    assert "http://127.0.0.1:11434" == program().provider_from("ollama", {}).base_url
+
+
+def test_a_known_host_is_there_where_its_key_is(mock, proxy_for):
+    from support import proxy_environment
+    with_key = proxy_for(environ={**proxy_environment(mock), "GROQ_API_KEY": "gsk_0123456789"})
+
+    assert "https://api.groq.com/openai" == with_key.router.providers["groq"].base_url
+    assert "groq" not in proxy_for().router.providers
+
+
+@pytest.mark.parametrize("asked, sent", [
+    ("fast", "gpt-4o-mini"), ("claude-haiku-9", "gpt-4o"), ("claude-haiku-4-5", "gpt-3.5-turbo"),
+    ("lab/fast", "fast"), ("gpt-4o", "gpt-4o"),
+])
+def test_aliases_are_exact_names_first_and_then_patterns_in_order(mock, proxy_with, asked, sent):
+    proxy = proxy_with({
+        "providers": {"lab": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}},
+        "models": {"claude-*": "lab/gpt-4o", "claude-haiku-4-5": "gpt-3.5-turbo",
+                   "fast": "openai/gpt-4o-mini"}})
+
+    chat(proxy, asked)
+
+    assert sent == mock.seen[0].json["model"]
+
+
+def test_a_tokens_model_patterns_look_at_what_an_alias_stands_for(mock, proxy_with):
+    proxy = proxy_with({"models": {"gpt-4o": "gpt-4o-mini", "cheap": "gpt-4o"},
+                        "tokens": [{"name": "a", "token": "ic_alice_0123456789",
+                                    "models": ["gpt-4o-mini"]}]})
+
+    def status(model):
+        return call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": model},
+                    token="ic_alice_0123456789").status
+
+    assert [200, 403] == [status("gpt-4o"), status("cheap")]
+
+
+@pytest.mark.parametrize("config, fault", [
+    ({"providers": {"lab": {}}}, "needs a base_url"),
+    ({"providers": {"Lab": {"base_url": "https://x"}}}, "must be named with"),
+    ({"providers": {"v1": {"base_url": "https://x"}}}, "must be named with"),
+    ({"providers": {"ironcage": {"base_url": "https://x"}}}, "must be named with"),
+    ({"providers": {"lab": {"base_url": "ftp://x"}}}, "base_url: must be an http"),
+    ({"providers": {"lab": {"base_url": "https://u:p@x"}}}, "base_url: must have no user name"),
+    ({"providers": {"lab": {"base_url": 7}}}, "base_url: must be a URL"),
+    ({"providers": {"lab": {"base_url": "http://lab.example"}}}, "in the clear"),
+    ({"providers": {"lab": {"base_url": "https://x", "key": "sk-1234567890"}}}, "unknown field"),
+    ({"providers": {"lab": {"base_url": "https://x", "format": "grpc"}}}, "format: must be openai"),
+    ({"providers": {"lab": {"base_url": "https://x", "free": "yes"}}}, "free: must be true"),
+    ({"providers": {"lab": {"base_url": "https://x", "key_env": "A B"}}}, "key_env: must be an"),
+    ({"providers": []}, "an object of providers"), ({"models": []}, "an object of models"),
+    ({"models": {"fast": 1}}, "must map names to names"), ({"secrets": {}}, "must be an object"),
+])
+def test_a_fault_in_providers_or_models_is_one_line_without_a_key(tmp_path, config, fault):
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps(config))
+
+    with pytest.raises(program().Misconfigured) as caught:
+        program().load_config(str(path), {})
+
+    assert fault in str(caught.value) and "\n" not in str(caught.value)
+    assert "sk-1234567890" not in str(caught.value)
+
+
+def test_plain_http_to_another_machine_can_be_allowed(tmp_path):
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({"providers": {"lab": {"base_url": "http://lab.example"}}}))
+
+    config = program().load_config(str(path), {}, allow_plain_http=True)
+
+    assert "http://lab.example" == config.providers[0].base_url
+
+
+def test_providers_and_aliases_change_while_serving(mock, proxy_with, tmp_path):
+    import threading
+    proxy = proxy_with({"models": {"fast": "gpt-4o"}})
+    chat(proxy, "fast")
+
+    (tmp_path / "cage.json").write_text(json.dumps({"models": {"fast": "gpt-4o-mini"}}))
+    proxy.reload_asked = True
+    for _ in range(1_000):
+        if proxy.router.config.aliases == {"fast": "gpt-4o-mini"}:
+            break
+        threading.Event().wait(0.01)
+    chat(proxy, "fast")
+
+    assert ["gpt-4o", "gpt-4o-mini"] == [seen.json["model"] for seen in mock.seen]
