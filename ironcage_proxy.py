@@ -4,16 +4,16 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 11, 12, 16
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 9, 15
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 11, 12, 17
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 9, 16
                      [ write the intent down ]                                chapter 10
-                     [ send with the provider's key ] --key--> provider       chapters 13, 15
-                     [ forward what comes back, as it comes; read its usage ] chapters 6, 7, 15
+                     [ send with the provider's key ] --key--> provider       chapters 13, 16
+                     [ forward what comes back, as it comes; read its usage ] chapters 6, 7, 16
     agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 9, 10, 14
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
-    with ProxyServer(settings_from(["--port", "0"])) as server:      # embed
-        print(server.url, server.router.controller.available())
+    python ironcage_proxy.py --budget 2.00 -- claude -p "…"  # run one command inside the cage
+    with LlmRouter(budget="5.00") as router: ...             # embed
 
 Promises, each with a test that attacks it: only the standard library is used; connections are
 opened to the configured providers, or to the proxy that the environment names for them, and to
@@ -39,13 +39,15 @@ Contents (each chapter uses only names of chapters above it):
     12. HTTP on a socket
     13. Upstream
     14. Settlement
-    15. Router
-    16. Server
-    17. Settings and command line
+    15. Events and metrics
+    16. Router
+    17. Server
+    18. Settings and command line
+    19. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 9, 10, 14 and 15; "what leaves this machine?" 13, and Router._send in
-15; "is my message changed?" 3, without_usage in 7, Router._upstream_body in 15.
+overspend?" read 3, 4, 5, 7, 9, 10, 14 and 16; "what leaves this machine?" 13, and Router._send in
+16; "is my message changed?" 3, without_usage in 7, Router._upstream_body in 16.
 """
 from __future__ import annotations
 
@@ -85,8 +87,10 @@ from types import MappingProxyType
 from typing import (IO, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence,
                     Union)
 
-__all__ = ["CostController", "IroncageError", "PriceBook", "ProxyServer", "Settings",
-           "UnpricedModel", "input_tokens_upper_bound", "main", "settings_from"]
+__all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
+           "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
+           "RouterStopped", "Settings", "UnpricedModel", "input_tokens_upper_bound", "main",
+           "settings_from"]
 __version__ = "0.2.0"
 
 log = logging.getLogger("ironcage")
@@ -3615,12 +3619,90 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
         provider_request_id=call.provider_request_id, first_byte_ms=call.first_byte_ms)
 
 
+# ==== 15. Events and metrics ====================================================================
+#
+# What happened, for those who watch: values for `on_event`, counts for the status, text for
+# Prometheus. Nothing here holds a secret, a prompt or an answer. The first five are the original's.
+
+
+@dataclass(frozen=True)
+class LlmRequestCompleted:
+    """A call that a provider answered with success, settled. Times in milliseconds."""
+    agent_id: str                  # the token's name, or --agent-id
+    provider_id: str               # --provider-id, or the provider's name
+    request_id: str
+    model: str
+    provider: str
+    input_tokens: int
+    output_tokens: int
+    cost_micros: int
+    is_estimated: bool
+    duration_ms: int
+
+
+@dataclass(frozen=True)
+class LlmRequestFailed:
+    """A call that failed, settled: by the provider's status, or without an answer."""
+    agent_id: str
+    provider_id: str
+    request_id: str
+    model: str
+    provider: str
+    error_code: Optional[int]      # the provider's HTTP status; None: there was no answer
+    error_message: str
+    cost_micros: int
+    duration_ms: int
+
+
+@dataclass(frozen=True)
+class BudgetThresholdReached:
+    """The proxy's spend passed 50, 80, 90 or 100 percent of its limit."""
+    percent: int
+    spent_microdollars: int
+    limit_microdollars: int
+
+
+@dataclass(frozen=True)
+class RouterStarted:
+    """The proxy serves."""
+    port: int
+    limit_microdollars: Optional[int]
+
+
+@dataclass(frozen=True)
+class RouterStopped:
+    """The proxy has stopped, and everything is settled. Totals since its start."""
+    requests: int
+    failed_requests: int
+    input_tokens: int
+    output_tokens: int
+    spent_microdollars: int
+
+
+Event = Union[LlmRequestCompleted, LlmRequestFailed, BudgetThresholdReached, RouterStarted,
+              RouterStopped]
+BUDGET_THRESHOLDS = (50, 80, 90, 100)
+# Upper bounds of the histograms' buckets, in milliseconds.
+HISTOGRAM_MS = (10, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
+
+
+def event_name(event: Event) -> str:
+    """"llm_request_completed" of LlmRequestCompleted."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+def bucket_of(milliseconds: int) -> str:
+    """The bucket of a histogram that a time falls into, by its upper bound in seconds."""
+    return next((f"{most / 1000:g}" for most in HISTOGRAM_MS if milliseconds <= most), "+Inf")
+
+
 class Totals:
     """Counts since the start, by model, provider and token. Names come from closed sets."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()                 # guards the next field
+        self._lock = threading.Lock()                 # guards the fields below
         self._cells: dict[tuple[str, str, str], Counter] = {}     # (token, provider, model)
+        self._seen: Counter = Counter()               # (metric, label, label) for metrics()
 
     def add(self, token: str, provider: str, model: str, **counts: int) -> None:
         """Add counts for a token, and a provider and a model where there are any."""
@@ -3628,6 +3710,17 @@ class Totals:
             cell = self._cells.setdefault((token, provider, model), Counter())
             for name, count in counts.items():
                 cell[name] += count
+
+    def observe(self, *observations: tuple) -> None:
+        """Count (metric, label, ...) each once, for metrics()."""
+        with self._lock:
+            for observation in observations:
+                self._seen[observation] += 1
+
+    def observed(self) -> dict:
+        """How often each observation was made."""
+        with self._lock:
+            return dict(self._seen)
 
     def snapshot(self, token: Optional[str] = None) -> dict:
         """The counts as JSON members of the status; of one token, or of all."""
@@ -3646,7 +3739,70 @@ class Totals:
                 "tokens": {name: total[name] for name in TOKEN_COUNTS}, **by}
 
 
-# ==== 15. Router ================================================================================
+def _sample(name: str, labels: Mapping[str, str], value: object) -> str:
+    inside = ",".join(f'{label}="{text}"' for label, text in labels.items())
+    return f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"
+
+
+def _histogram(name: str, observed: Mapping[tuple, int], metric: str) -> list[str]:
+    """The samples of a histogram by provider; buckets count all below them."""
+    lines = []
+    bounds = [f"{most / 1000:g}" for most in HISTOGRAM_MS] + ["+Inf"]
+    for provider in sorted({key[1] for key in observed if key[0] == metric}):
+        total = 0
+        for bound in bounds:
+            total += observed.get((metric, provider, bound), 0)
+            lines.append(_sample(f"{name}_bucket", {"provider": provider, "le": bound}, total))
+        lines.append(_sample(f"{name}_count", {"provider": provider}, total))
+    return lines
+
+
+def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str, int]) -> str:
+    """Everything that is counted, in Prometheus's text format 0.0.4.
+
+    Labels come from closed sets: names of providers, priced models and tokens, statuses, reasons.
+    """
+    counts, observed = totals.snapshot(), totals.observed()
+    families: list[tuple[str, str, str, list[str]]] = [
+        ("ironcage_requests_total", "counter", "Calls by provider, model and status.", [
+            _sample("ironcage_requests_total",
+                    dict(zip(("provider", "model", "status"), key[1:])), count)
+            for key, count in sorted(observed.items()) if key[0] == "request"]),
+        ("ironcage_refusals_total", "counter", "Requests that the proxy refused, by reason.", [
+            _sample("ironcage_refusals_total", {"reason": key[1]}, count)
+            for key, count in sorted(observed.items()) if key[0] == "refusal"]),
+        ("ironcage_tokens_total", "counter", "Tokens by model and kind.", [
+            _sample("ironcage_tokens_total",
+                    {"model": model, "kind": name.replace("_tokens", "")}, cell.get(name, 0))
+            for model, cell in counts["by_model"].items() for name in TOKEN_COUNTS]),
+        ("ironcage_cost_microdollars_total", "counter", "Cost by model, in microdollars.", [
+            _sample("ironcage_cost_microdollars_total", {"model": model},
+                    cell.get("cost_microdollars", 0))
+            for model, cell in counts["by_model"].items()]),
+        ("ironcage_estimated_requests_total", "counter", "Calls that were charged by estimate.", [
+            _sample("ironcage_estimated_requests_total", {"provider": provider},
+                    cell.get("estimated_requests", 0))
+            for provider, cell in counts["by_provider"].items()]),
+        ("ironcage_request_seconds", "histogram", "From sending a call to its settlement.",
+         _histogram("ironcage_request_seconds", observed, "latency")),
+        ("ironcage_first_byte_seconds", "histogram", "From sending a call to its answer's head.",
+         _histogram("ironcage_first_byte_seconds", observed, "first_byte")),
+    ]
+    for amount in ("limit", "spent", "reserved"):
+        name = f"ironcage_{amount}_microdollars"
+        families.append((name, "gauge", f"What is {amount}, by scope, in microdollars.", [
+            _sample(name, {"scope": budget.scope}, getattr(budget, amount))
+            for budget in budgets if getattr(budget, amount) is not None]))
+    families += [(name, "gauge", text, [_sample(name, {}, gauges[name])]) for name, text in (
+        ("ironcage_in_flight", "Requests that are being served."),
+        ("ironcage_bound_exceeded", "Answers that cost more than their bound."),
+        ("ironcage_uptime_seconds", "Seconds since the start."))]
+    lines = [line for name, kind, text, samples in families if samples
+             for line in (f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples)]
+    return "\n".join(lines) + "\n"
+
+
+# ==== 16. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -3674,6 +3830,9 @@ class Settings:
     wait_s: int = 30                                   # in line for what calls in flight hold
     no_fit: bool = False                               # never lower a client's output cap
     max_body_bytes: int = 32 * 1024 * 1024
+    agent_id: Optional[str] = None                     # in events, instead of the token's name
+    provider_id: Optional[str] = None                  # in events, instead of the provider's name
+    on_event: Optional[Callable[[Event], None]] = field(default=None, repr=False)
     log_format: str = "text"
     quiet: bool = False
     timeouts: Timeouts = Timeouts()
@@ -3750,6 +3909,8 @@ class Router:
                                          spent_microdollars=ledger.spent(None, 0))
         self.totals = Totals()
         self.traffic = Traffic()
+        self._thresholds_lock = threading.Lock()       # guards the next field
+        self._thresholds_told: set[int] = set()
         self._transport = KeepAliveHandler(settings.timeouts)
         self._opener = build_opener(self._transport)
 
@@ -4107,17 +4268,23 @@ class Router:
         return call.charge
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:
-        """Count a settled call, and log it in the original's words."""
+        """Count a settled call, log it in the original's words, and tell of it."""
         model, cost = row["price_key"] or "other", row["cost_microdollars"]
+        provider, latency_ms = row["provider"], row["latency_ms"]
         self.totals.add(
-            row["token"], row["provider"], model, requests=1, cost_microdollars=cost,
+            row["token"], provider, model, requests=1, cost_microdollars=cost,
             failed_requests=int(call.has_failed), **{name: row[name] or 0 for name in TOKEN_COUNTS},
             estimated_requests=int(row["estimated"] is not None))
+        self.totals.observe(
+            ("request", provider, model, str(call.status or "none")),
+            ("latency", provider, bucket_of(latency_ms)),
+            *([("first_byte", provider, bucket_of(call.first_byte_ms))]
+              if call.first_byte_ms is not None else ()))
         fields = {
-            "request_id": row["request_id"], "model": model, "provider": row["provider"],
+            "request_id": row["request_id"], "model": model, "provider": provider,
             "status": row["status"], "input_tokens": row["input_tokens"] or 0,
             "output_tokens": row["output_tokens"] or 0, "cost_usd": format_usd(cost)[1:],
-            "duration_ms": row["latency_ms"],
+            "duration_ms": latency_ms,
         }
         if row["estimated"] is not None:
             fields["estimated"] = row["estimated"]
@@ -4126,9 +4293,50 @@ class Router:
         if cost > row["bound_microdollars"] and call.bound is not None:
             log.warning("bound exceeded", extra={"fields": {
                 **fields, "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
+        self._tell_thresholds()
+        if self.settings.on_event is not None:
+            self.emit(self._event_of(call, row))
+
+    def _event_of(self, call: Call, row: Mapping[str, object]) -> Event:
+        settings = self.settings
+        common = {"agent_id": settings.agent_id or row["token"], "request_id": row["request_id"],
+                  "provider_id": settings.provider_id or row["provider"],
+                  "model": call.model if call.price is not None else "other",
+                  "provider": row["provider"], "cost_micros": row["cost_microdollars"],
+                  "duration_ms": row["latency_ms"]}
+        if call.has_failed:
+            reason = call.meter.failure or (
+                f"status {call.status}" if call.status is not None else "no answer")
+            return LlmRequestFailed(error_code=call.status, error_message=reason, **common)
+        return LlmRequestCompleted(
+            input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
+            is_estimated=row["estimated"] is not None, **common)
+
+    def _tell_thresholds(self) -> None:
+        """Tell once of each part of the limit that spend has passed; again after a raise."""
+        spent, limit = self.controller.get_status()
+        if limit is None:
+            return
+        with self._thresholds_lock:
+            passed = {percent for percent in BUDGET_THRESHOLDS if spent * 100 >= limit * percent}
+            fresh, self._thresholds_told = passed - self._thresholds_told, passed
+        for percent in sorted(fresh):
+            log.warning("budget threshold reached", extra={"fields": {
+                "percent": percent, "spent_usd": format_usd(spent)[1:],
+                "limit_usd": format_usd(limit)[1:]}})
+            self.emit(BudgetThresholdReached(percent, spent, limit))
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to `on_event`; a fault there is logged and ends nothing."""
+        if self.settings.on_event is None:
+            return
+        try:
+            self.settings.on_event(event)
+        except Exception:
+            log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 16. Server ================================================================================
+# ==== 17. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -4324,9 +4532,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if action is None:
             raise MethodNotAllowed(f"{request.head.path} takes {' and '.join(methods)}",
                                    headers=[("allow", ", ".join(methods))])
-        headers = (("content-type", "application/json"), ("cache-control", "no-store"),
+        kind, body = action(self.server, request)
+        headers = (("content-type", kind), ("cache-control", "no-store"),
                    ("x-ironcage-request-id", request.request_id))
-        body = json_bytes(action(self.server, request))
         self._write_answer(Answer(200, headers, body), request.head)
 
     def _refuse(self, error: IroncageError, dialect: str, request_id: str) -> None:
@@ -4338,6 +4546,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                    ("x-request-id", request_id), ("x-ironcage-request-id", request_id),
                    *error.headers)
         body = json_bytes(error_object(error, dialect, request_id))
+        self.server.router.totals.observe(("refusal", error.openai_code or error.openai_type))
         log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused",
                 extra={"fields": {"request_id": request_id, "status": error.status,
                                   "reason": error.openai_code or error.openai_type}})
@@ -4425,6 +4634,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.started_s = time.monotonic()
         self.is_stopping = False
         self.cuts_now = False                          # a second signal: do not wait
+        self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
         self._changed = threading.Condition()          # guards the next field
         self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
@@ -4461,6 +4671,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, args=(STOP_POLL_S,),
                                         name="ironcage-accept", daemon=True)
         self._thread.start()
+        self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def stop(self) -> None:
         """Stop accepting, let requests in flight finish for a while, then cut and settle them."""
@@ -4475,6 +4686,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.router.shut_down()
         self._wait_for_connections(CUT_JOIN_S, lambda: True, cut=True)
         self.ledger.close()
+        if not self._has_stopped:
+            self._has_stopped = True
+            counts = self.router.totals.snapshot()
+            self.router.emit(RouterStopped(
+                counts["requests"], counts["failed_requests"], counts["tokens"]["input_tokens"],
+                counts["tokens"]["output_tokens"], self.router.controller.total_spent()))
 
     def __enter__(self) -> ProxyServer:
         if self._thread is None:
@@ -4601,6 +4818,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     # Own routes.
 
+    def metrics(self, request: ClientRequest) -> str:
+        """For Prometheus: the callers and the admin of the command line may read it."""
+        if request.caller.scopes:
+            raise Forbidden("metrics are read with --token or --admin-token")
+        scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
+        with self._changed:
+            in_flight = sum(since is None for since in self._idle_since.values())
+        return metrics_text(
+            self.router.totals, [self.router.controller.budget(scope) for scope in scopes],
+            {"ironcage_in_flight": in_flight,
+             "ironcage_bound_exceeded": self.router.controller.bound_exceeded(),
+             "ironcage_uptime_seconds": int(time.monotonic() - self.started_s)})
+
     def status(self, request: ClientRequest) -> dict:
         """The whole state, as PRODUCT names it: amounts in microdollars, counts since start.
 
@@ -4653,10 +4883,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return self.get_budget(request)
 
 
+def _as_json(action: Callable) -> Callable[..., tuple[str, bytes]]:
+    return lambda server, request: ("application/json", json_bytes(action(server, request)))
+
+
+# path -> method -> what makes the (content type, body) of the answer
 OWN_ROUTES = MappingProxyType({
-    "/ironcage/status": {"GET": ProxyServer.status},
-    "/ironcage/usage": {"GET": ProxyServer.usage},
-    "/ironcage/budget": {"GET": ProxyServer.get_budget, "PUT": ProxyServer.put_budget},
+    "/ironcage/status": {"GET": _as_json(ProxyServer.status)},
+    "/ironcage/usage": {"GET": _as_json(ProxyServer.usage)},
+    "/ironcage/budget": {"GET": _as_json(ProxyServer.get_budget),
+                         "PUT": _as_json(ProxyServer.put_budget)},
+    "/ironcage/metrics": {"GET": lambda server, request: (
+        "text/plain; version=0.0.4; charset=utf-8", server.metrics(request).encode("utf-8"))},
 })
 
 
@@ -4694,7 +4932,7 @@ def load_prices(settings: Settings) -> PriceBook:
         raise Misconfigured(f"the price table {path} is not usable: {err}") from err
 
 
-# ==== 17. Settings and command line =============================================================
+# ==== 18. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -4722,6 +4960,12 @@ def _parse_token(text: str) -> str:
 def _parse_host_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]{1,255}", text):
         raise ValueError("must be a host name or an address")
+    return text
+
+
+def _parse_id(text: str) -> str:
+    if not TOKEN_NAME.fullmatch(text):
+        raise ValueError("must be 1 to 64 letters, digits, _, . or -")
     return text
 
 
@@ -4785,6 +5029,10 @@ SETTINGS = (
             "https nor on this machine", None),
     Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
             _parse_megabytes, metavar="MB"),
+    Setting("--agent-id", "agent_id", "who asks, in events, instead of the token's name",
+            _parse_id, metavar="NAME"),
+    Setting("--provider-id", "provider_id", "the provider, in events, instead of its name",
+            _parse_id, metavar="NAME"),
     Setting("--allow-host", "allow_hosts", "a further Host name to answer to", _parse_host_name,
             metavar="NAME", repeats=True),
     Setting("--allow-path", "allow_paths", "a path (* and ? match) to let through unmetered under "
@@ -4802,11 +5050,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> dict:
-    """The command line by names, values as text. Raises Misconfigured."""
+    """The command line by names, values as text. Raises Misconfigured.
+
+    What follows a -- is the command to wrap.
+    """
+    argv = list(argv)
+    own, wrapped = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv \
+        else (argv, None)
     parser = _Parser(
         prog="ironcage_proxy.py", allow_abbrev=False,
         description="A proxy between AI agents and model providers that holds the keys and "
-                    "never lets spend pass a limit.",
+                    "never lets spend pass a limit. `-- CMD ARGS` runs one command inside the "
+                    "cage, and then prints the bill.",
         epilog="Provider keys come from the environment: "
                + ", ".join(env for _, _, env, _ in KNOWN_PROVIDERS if env) + ".")
     parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
@@ -4820,13 +5075,15 @@ def parse_arguments(argv: Sequence[str]) -> dict:
             env = f" (environment: {row.env})" if row.env else ""
             parser.add_argument(row.flag, metavar=row.metavar, dest=row.field, help=row.help + env,
                                 action="append" if row.repeats else "store")
-    given = vars(parser.parse_intermixed_args(list(argv)))
+    given = vars(parser.parse_intermixed_args(own))
     command, *rest = given["command"] or ["serve"]
+    if wrapped is not None and (command != "serve" or rest or not wrapped):
+        raise Misconfigured("after -- there must be a command to run, and before it flags only")
     if command not in COMMANDS:
         raise Misconfigured(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
     if rest and command != "tokens":
         raise Misconfigured(f"{command} takes no further words ({rest[0]!r})")
-    return {**given, "command": command, "words": rest}
+    return {**given, "command": command, "words": rest, "wrapped": wrapped}
 
 
 def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
@@ -4848,6 +5105,8 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
     given = parse_arguments(argv)
     told = {row.field: _setting_value(row, given[row.field], environ) for row in SETTINGS}
     values = {name: value for name, value in told.items() if value is not None}
+    if given["wrapped"] is not None:
+        values = {"port": 0, "quiet": True, **values}
     allow_plain_http = bool(values.get("allow_plain_http"))
     providers = []
     for name, speaks, env, base_url in KNOWN_PROVIDERS:
@@ -4978,6 +5237,65 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     spent = server.router.controller.total_spent()
     log.info("stopped", extra={"fields": {"spent_usd": format_usd(spent)[1:]}})
     return 0
+
+
+def child_environment(server: ProxyServer, environ: Mapping[str, str]) -> dict[str, str]:
+    """What a wrapped command gets: the proxy's address and token, and no key that we hold."""
+    settings = server.settings
+    held = [secret for secret in (settings.admin_token, *(
+        provider.key for provider in server.router.providers.values())) if secret]
+    hidden = {row.env for row in SETTINGS if row.env} | {
+        env for _, _, env, _ in KNOWN_PROVIDERS} | {
+        provider.key_env for provider in server.router.providers.values()}
+    kept = {name: value for name, value in environ.items()
+            if name not in hidden and not any(secret in value for secret in held)}
+    direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
+    no_proxy = ",".join(filter(None, direct))
+    return {**kept, "NO_PROXY": no_proxy, "no_proxy": no_proxy,
+            "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_BASE": f"{server.url}/v1",
+            "OPENAI_API_KEY": settings.token, "ANTHROPIC_BASE_URL": server.url,
+            "ANTHROPIC_API_KEY": settings.token, "ANTHROPIC_AUTH_TOKEN": settings.token}
+
+
+def bill(server: ProxyServer) -> str:
+    """What a wrapped command used and cost, in a few lines."""
+    counts, budget = server.router.totals.snapshot(), server.router.controller.budget()
+    rows = [(model, *(cell.get(name, 0) for name in ("requests", *TOKEN_COUNTS)),
+             format_usd(cell.get("cost_microdollars", 0)))
+            for model, cell in counts["by_model"].items()]
+    total = ("total", counts["requests"], *(counts["tokens"][name] for name in TOKEN_COUNTS),
+             format_usd(budget.spent))
+    limit = "no limit" if budget.limit is None else f"of {format_usd(budget.limit)}"
+    refused = counts["refused_requests"]
+    return table([("ironcage", "calls", "input", "cached", "output", "cost"), *rows, total]) \
+        + f"\nspent {format_usd(budget.spent)}, {limit}" \
+        + (f"; {refused} calls were refused for want of budget" if refused else "")
+
+
+def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
+    """Run a command with the cage around it; its exit code, and the bill on stderr."""
+    import subprocess            # here only: serving does not need it
+    _hide_from_other_processes()
+    server = ProxyServer(settings)
+    server.start()
+    try:
+        child = subprocess.Popen(given["wrapped"], env=child_environment(server, os.environ))
+    except OSError as err:
+        server.stop()
+        print(f"ironcage_proxy: cannot run {given['wrapped'][0]}: {_reason(err)}", file=sys.stderr)
+        return 127 if isinstance(err, FileNotFoundError) else 126
+
+    def pass_on(number: int, frame: object) -> None:
+        if number != signal.SIGINT or not sys.stdin.isatty():    # a terminal tells both
+            child.send_signal(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), pass_on)
+    code = child.wait()
+    server.stop()
+    print(bill(server), file=sys.stderr)
+    return code if code >= 0 else 128 - code
 
 
 def run_check(settings: Settings, given: Mapping[str, object]) -> int:
@@ -5151,7 +5469,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         settings, given = settings_from(argv), parse_arguments(argv)
         _set_up_logging(settings)
         run, _ = COMMANDS[given["command"]]
-        return run(settings, given)
+        return (run if given["wrapped"] is None else run_wrapped)(settings, given)
     except Misconfigured as err:
         print(f"ironcage_proxy: {err}", file=sys.stderr)
         return 1 if isinstance(err, CannotListen) else 2
@@ -5160,6 +5478,108 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except Exception:
         log.exception("ironcage_proxy failed")
         return 1
+
+
+# ==== 19. Embedding =============================================================================
+#
+# The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
+# did; inside they are microdollars.
+
+
+class LlmRouter:
+    """A proxy inside this process, ready when the constructor returns.
+
+    `api_key` is what clients authenticate with (made where absent); `provider_key` goes to
+    Anthropic if it starts with "sk-ant-", else to OpenAI; without one, keys come from the
+    environment. `budget` is in USD (str, Decimal, int, or float by its repr); `ledger` is a path;
+    `on_event` gets each event. Raises Misconfigured.
+    """
+
+    def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
+                 cache_ttl_seconds: int = 300, budget: object = None,
+                 provider_key: Optional[str] = None, *, ledger: Optional[str] = None,
+                 on_event: Optional[Callable[[Event], None]] = None,
+                 environ: Optional[Mapping[str, str]] = None, **more: object) -> None:
+        if server_url is not None:
+            raise Misconfigured("an Iron Cage server is not supported yet; give a provider_key")
+        environ = dict(os.environ if environ is None else environ)
+        name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
+        if provider_key is not None:
+            for other, _, env, _ in KNOWN_PROVIDERS:
+                environ.pop(env, None)
+                if other == name:
+                    environ[env] = provider_key
+        environ.pop("IRONCAGE_TOKEN", None)
+        try:
+            limit = None if budget is None else parse_usd(budget)
+        except ValueError as err:
+            raise Misconfigured(f"budget: {err}") from None
+        settings = settings_from(["--port", "0"], environ)
+        self._server = ProxyServer(replace(
+            settings, token=api_key or settings.token, budget_microdollars=limit,
+            ledger_path=ledger, on_event=on_event, quiet=True, **more))
+        self._provider = name
+        self._is_running = True
+        self._server.start()
+
+    @property
+    def base_url(self) -> str:
+        """For an OpenAI client; an Anthropic one takes it without its /v1."""
+        return f"{self._server.url}/v1"
+
+    @property
+    def api_key(self) -> str:
+        return self._server.settings.token
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    @property
+    def provider(self) -> str:
+        return self._provider
+
+    @property
+    def is_running(self) -> bool:
+        return self._is_running
+
+    @property
+    def budget(self) -> Optional[float]:
+        """The limit in USD, or None."""
+        limit = self._server.router.controller.budget_limit()
+        return None if limit is None else limit / MICRODOLLARS_PER_USD
+
+    @property
+    def budget_status(self) -> Optional[tuple[float, float]]:
+        """(spent, limit) in USD; None without a limit."""
+        spent, limit = self._server.router.controller.get_status()
+        return None if limit is None else (spent / MICRODOLLARS_PER_USD,
+                                           limit / MICRODOLLARS_PER_USD)
+
+    def total_spent(self) -> float:
+        """USD."""
+        return self._server.router.controller.total_spent() / MICRODOLLARS_PER_USD
+
+    def set_budget(self, usd: object) -> None:
+        """Set the limit in USD; it can block and unblock. Raises ValueError."""
+        self._server.router.controller.set_budget(parse_usd(usd))
+
+    def usage(self) -> dict:
+        """Counts since the start by model, provider and token, and amounts in microdollars."""
+        return {**self._server.router.controller.budget().as_json(),
+                **self._server.router.totals.snapshot()}
+
+    def stop(self) -> None:
+        """Let requests in flight finish, settle everything, free the port. Again: nothing."""
+        if self._is_running:
+            self._is_running = False
+            self._server.stop()
+
+    def __enter__(self) -> LlmRouter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 if __name__ == "__main__":
