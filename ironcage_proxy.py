@@ -2434,7 +2434,7 @@ class SqliteLedger:
             for write in batch:
                 self._db.execute(write.statement, write.row)
             self._db.execute("COMMIT")
-        except self._errors as err:
+        except (self._errors, ValueError, OverflowError) as err:
             error = err
             with contextlib.suppress(self._errors):
                 self._db.execute("ROLLBACK")
@@ -3508,7 +3508,7 @@ class Call:
         """The ledger's row as it is before the call is sent."""
         return {**dict.fromkeys(LEDGER_COLUMNS), "request_id": self.request.request_id,
                 "admitted_s": self.reservation.admitted_s, "token": self.request.caller.name,
-                "provider": self.provider.name, "model": self.model,
+                "provider": self.provider.name, "model": ascii(self.model[:256])[1:-1],
                 "price_key": self.price.key if self.price is not None else None,
                 "api": self.api, "stream": int(self.wants_stream),
                 "bound_microdollars": self.reservation.microdollars}
@@ -3899,6 +3899,9 @@ def named_model(fields: Mapping[str, object]) -> str:
     return model
 
 
+_CHARSET = re.compile(r"charset=\"?([^\s;\"]+)", re.IGNORECASE)
+
+
 class Router:
     """Carries requests to providers under one budget."""
 
@@ -4013,6 +4016,9 @@ class Router:
     def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str,
                   client: Optional[Wire]) -> Call:
         """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
+        charset = _CHARSET.search(request.head.header("content-type") or "")
+        if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
+            raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
         body = parse_json_object(request.body)
         model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)

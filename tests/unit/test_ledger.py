@@ -222,6 +222,19 @@ def test_an_intent_that_cannot_be_written_is_refused_and_leaves_nothing_behind(p
     ledger.close()
 
 
+def test_a_row_that_sqlite_cannot_hold_fails_alone_and_blocks_nothing(path):
+    ledger = ic.SqliteLedger(path)
+    with pytest.raises(ic.LedgerUnavailable):
+        ledger.intent(row(model="gpt-\ud800"))
+    with pytest.raises(ic.LedgerUnavailable):
+        ledger.intent(row(bound=2 ** 70))
+
+    ledger.intent(row())
+
+    assert 1 == len(rows(path))
+    ledger.close()
+
+
 def test_a_settlement_that_cannot_be_written_goes_with_the_next_write(path):
     ledger = ic.SqliteLedger(path)
     ledger._db = Unwritable(ledger._db)

@@ -7,7 +7,7 @@ import threading
 from fractions import Fraction
 
 import pytest
-from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, Gate, RawClient, Reply, call, openai_error,
+from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, RawClient, Reply, call, openai_error,
                      program, settled_status, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
@@ -300,6 +300,19 @@ def test_the_largest_of_several_caps_is_reserved_for(mock, proxy_for):
     answer = call(proxy.port, "POST", "/v1/chat/completions", fields)
 
     assert 402 == answer.status
+
+
+@pytest.mark.parametrize("charset, status", [
+    ("utf-8", 200), ('"UTF-8"', 200), ("utf-16", 415), ("latin1", 415)])
+def test_a_charset_under_which_the_provider_could_read_another_body_is_refused(
+        mock, proxy, charset, status):
+    body = json.dumps(CAPPED_CHAT).encode()
+    with RawClient(proxy.port) as client:
+        client.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: "
+                    b"Bearer " + TOKEN.encode() + b"\r\nContent-Type: application/json; charset="
+                    + charset.encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+        assert status == client.read_answer().status
 
 
 # What cannot be bounded.

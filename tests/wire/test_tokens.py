@@ -401,6 +401,19 @@ def test_a_ledger_or_configuration_that_cannot_be_used_is_one_line(capsys, argv,
     assert fault in err
 
 
+@pytest.mark.parametrize("model", ["gpt-\ud800", "x" * 100_000, "a\nb", "\u202e"])
+def test_a_strange_model_name_cannot_break_the_ledger(mock, proxy_for, tmp_path, model):
+    proxy = proxy_for("--ledger", str(tmp_path / "cage.db"))
+
+    chat(proxy, TOKEN, {**CHAT, "model": model})
+
+    assert 200 == chat(proxy, TOKEN).status
+    [strange, plain] = program().ledger_rows(str(tmp_path / "cage.db"),
+                                             "SELECT model FROM calls ORDER BY id")
+    assert strange["model"].isascii() and len(strange["model"]) < 3_000
+    assert "gpt-4o-mini" == plain["model"]
+
+
 def test_every_row_of_the_ledger_adds_up_and_holds_no_text_of_prompts(mock, proxy_for, tmp_path):
     path = str(tmp_path / "cage.db")
     proxy = proxy_for("--budget", "1.00", "--ledger", path)
