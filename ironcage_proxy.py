@@ -4,12 +4,12 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 11, 12, 17
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 9, 16
-                     [ write the intent down ]                                chapter 10
-                     [ send with the provider's key ] --key--> provider       chapters 13, 16
-                     [ forward what comes back, as it comes; read its usage ] chapters 6, 7, 16
-    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 9, 10, 14
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 14, 15, 20
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 12, 19
+                     [ write the intent down ]                                chapter 13
+                     [ send with the provider's key ] --key--> provider       chapters 16, 19
+                     [ forward what comes back, as it comes; read its usage ] chapters 6-11, 19
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 12, 13, 17
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
     python ironcage_proxy.py --budget 2.00 -- claude -p "…"  # run one command inside the cage
@@ -33,21 +33,24 @@ Contents (each chapter uses only names of chapters above it):
      6. Event streams
      7. Usage of answers
      8. The echo model
-     9. Cost controller
-    10. Ledger
-    11. Callers and configuration
-    12. HTTP on a socket
-    13. Upstream
-    14. Settlement
-    15. Events and metrics
-    16. Router
-    17. Server
-    18. Settings and command line
-    19. Embedding
+     9. Translation: what both directions share
+    10. OpenAI clients on Claude
+    11. Anthropic clients on OpenAI's format
+    12. Cost controller
+    13. Ledger
+    14. Callers and configuration
+    15. HTTP on a socket
+    16. Upstream
+    17. Settlement
+    18. Events and metrics
+    19. Router
+    20. Server
+    21. Settings and command line
+    22. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 9, 10, 14 and 16; "what leaves this machine?" 13, and Router._send in
-16; "is my message changed?" 3, without_usage in 7, Router._upstream_body in 16.
+overspend?" read 3, 4, 5, 7, 12, 13, 17 and 19; "what leaves this machine?" 16, and Router._send in
+19; "is my message changed?" 3, without_usage in 7, 9 to 11, Router._upstream_body in 19.
 """
 from __future__ import annotations
 
@@ -186,6 +189,13 @@ ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "content-length", "set-cookie", "set-cookie2",
     "x-ironcage-request-id", "x-ironcage-cost-microdollars", "x-ironcage-max-tokens",
 }
+VENDOR_HEADER = re.compile(r"(anthropic|openai|x-stainless|x-claude|x-codex|x-app)(-|$)|"
+                           r"content-type$")
+# Rate-limit headers: Anthropic's -> OpenAI's.
+RATE_LIMIT_HEADERS = MappingProxyType({
+    f"anthropic-ratelimit-{what}-{amount}": f"x-ratelimit-{amount}-{what}"
+    for what in ("requests", "tokens") for amount in ("limit", "remaining")})
+REWRITTEN_HEADERS = frozenset({"content-type", "content-encoding", "x-request-id", "request-id"})
 METHOD_OVERRIDE_HEADERS = frozenset({
     "x-http-method-override", "x-http-method", "x-method-override", "x-original-url",
     "x-rewrite-url",
@@ -1628,6 +1638,19 @@ class StreamReader:
                 kept.append(without_usage(event, chunk))
         return kept if self._hides_usage else pieces
 
+    def parsed(self, pieces: list[bytes]) -> Iterator[dict]:
+        """The JSON events of one read, metered. Raises UpstreamBroke for what cannot be read."""
+        try:
+            plain = b"".join(pieces if self._inflater is None
+                             else map(self._inflater.feed, pieces))
+        except (zlib.error, OverflowError):
+            raise UpstreamBroke("the provider's compressed stream is broken") from None
+        for event in self._splitter.feed(plain):
+            data = event_data(event)
+            parsed = self._meter.read_event(data) if data else None
+            if parsed is not None:
+                yield parsed
+
     def finish(self) -> bytes:
         """The end of the stream: read an event that no empty line ended, and what is held of it."""
         rest = self._splitter.rest
@@ -1889,7 +1912,1383 @@ def echo_models(path: str, dialect: str) -> dict:
     return model if named else whole
 
 
-# ==== 9. Cost controller ========================================================================
+# ==== 9. Translation: what both directions share ================================================
+#
+# A translator is made from one request and carries it, its answer, its stream and its errors from
+# the client's API to the provider's and back. It is pure: dicts in, dicts out. Lossless or loud:
+# what could not be carried is named in a header, or refused under --strict before it is sent.
+# Source: the OpenAI and Anthropic API references, and their SDKs' stream accumulators.
+
+
+class Losses:
+    """What a translation could not carry over. With `strict`, a loss raises BadRequest."""
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
+        self.dropped: list[str] = []             # fields of the client's request
+        self.adjusted: dict[str, str] = {}       # field -> what it became
+
+    def drop(self, name: str) -> None:
+        """A field that the provider has no place for."""
+        self._check(name, "cannot be carried over to this model's provider")
+        if name not in self.dropped:
+            self.dropped.append(name)
+
+    def adjust(self, name: str, became: object) -> None:
+        """A field whose value had to change; `became` is a number or a word of ours."""
+        self._check(name, f"would have to become {became} for this model's provider")
+        self.adjusted[name] = str(became)
+
+    def _check(self, name: str, fault: str) -> None:
+        if self._strict:
+            raise BadRequest(f"{_header_name(name)} {fault}, and strict mode is on",
+                             param=_header_name(name))
+
+    def headers(self) -> list[tuple[str, str]]:
+        """The headers that tell of them."""
+        lines = [("x-ironcage-dropped-params", [_header_name(name) for name in self.dropped]),
+                 ("x-ironcage-adjusted", [f"{_header_name(name)}={_header_name(value)}"
+                                          for name, value in self.adjusted.items()])]
+        return [(header, ",".join(names)[:2048]) for header, names in lines if names]
+
+
+def _header_name(name: str) -> str:
+    return name if PRINTABLE_NAME.fullmatch(name) else "?"
+
+
+def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses: Losses) -> dict:
+    """Go through top-level fields by their rules; what is passed on as it is comes back.
+
+    A rule is (action, neutral values): "own" is handled elsewhere, "pass" goes on, "silent" has no
+    effect that a client could see, "drop" is told, "refuse" ends the request. Null is always
+    neutral. A field without a rule is dropped.
+    """
+    passed = {}
+    for name, value in fields.items():
+        action, *neutral = rules.get(name, ("drop",))
+        if value is None or value in neutral or action in ("own", "silent"):
+            continue
+        if action == "pass":
+            passed[name] = value
+        elif action == "refuse":
+            raise BadRequest(f"{_header_name(name)}, as asked for here, cannot be carried over to "
+                             "this model's provider", param=_header_name(name))
+        else:
+            losses.drop(name)
+    return passed
+
+
+def _string_list(value: object) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]
+
+
+def _parts_of(content: object) -> list[dict]:
+    """A message's content as a list of parts; a string is one text part, null is none."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [part for part in content if isinstance(part, dict)] \
+        if isinstance(content, list) else []
+
+
+def _text_of(content: object, separator: str = "") -> str:
+    return separator.join(str(part.get("text") or "") for part in _parts_of(content)
+                          if part.get("type") in (None, "text", "input_text"))
+
+
+def _hashed(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def fitting_name(name: str, most: int) -> str:
+    """A tool's name as a provider takes it; a changed one ends in a hash, so that none collide."""
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return clean if clean == name and len(name) <= most \
+        else f"{clean[:most - 9]}_{_hashed(name, 8)}"
+
+
+def arguments_to_input(arguments: object) -> dict:
+    """A tool call's arguments as an object; what is none is wrapped until its return."""
+    text = arguments if isinstance(arguments, str) else ""
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        return {"__raw": text}
+    return value if isinstance(value, dict) else {"__value": value}
+
+
+def input_to_arguments(value: object) -> str:
+    """The other way round."""
+    fields = json_object(value)
+    if set(fields) == {"__raw"} and isinstance(fields["__raw"], str):
+        return fields["__raw"]
+    return json.dumps(fields["__value"] if set(fields) == {"__value"} else fields,
+                      ensure_ascii=False)
+
+
+DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
+IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
+# The first bytes of an image, in base64, and what they say it is.
+IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
+               ("UklGR", "image/webp"))
+
+# Provider's status -> (type, code) in OpenAI's dialect; type in Anthropic's.
+OPENAI_ERRORS = MappingProxyType({
+    400: ("invalid_request_error", None), 401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "permission_denied"),
+    404: ("invalid_request_error", "model_not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("requests", "rate_limit_exceeded"), 500: ("server_error", None),
+    503: ("server_error", "overloaded"), 504: ("server_error", "timeout"),
+})
+ANTHROPIC_ERRORS = MappingProxyType({
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+    529: "overloaded_error",
+})
+
+
+# ==== 10. OpenAI clients on Claude ==============================================================
+#
+# Chat completions carried over Anthropic's Messages.
+
+
+@dataclass(frozen=True)
+class Claude:
+    """What a family of Claude models takes."""
+    sampling: bool = False           # temperature and the like
+    prefill: bool = False            # a last message of the assistant
+    manual_thinking: bool = False    # a budget of tokens; else adaptive
+    may_not_think: bool = True       # thinking can be disabled
+    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
+    later_system: bool = True        # system messages after the first user's
+    forced_tools: bool = False       # tool_choice any or tool
+    schemas: bool = True             # structured output
+
+
+# First match wins; newer ones are taken to be like the newest.
+CLAUDE_FAMILIES = (
+    (r"claude-(3|2|instant)|claude-(opus|sonnet)-4(-0|-1|-\d{8}|$)", Claude(
+        True, True, True, efforts=(), later_system=False, forced_tools=True, schemas=False)),
+    (r"claude-opus-4-5", Claude(True, True, True, efforts=("low", "medium", "high"),
+                                later_system=False, forced_tools=True)),
+    (r"claude-(sonnet|haiku)-4-5", Claude(True, True, True, efforts=(), later_system=False,
+                                          forced_tools=True)),
+    (r"claude-(opus|sonnet)-4-6", Claude(True, efforts=("low", "medium", "high", "max"),
+                                         later_system=False, forced_tools=True)),
+    (r"claude-opus-4-7", Claude(later_system=False, forced_tools=True)),
+    (r"claude-opus-4-8|claude-(opus|sonnet)-5(-\d{8}|$)|claude-haiku-5-5",
+     Claude(forced_tools=True)),
+    (r"claude-(fable|mythos)-5(-\d{8}|$)", Claude(may_not_think=False, forced_tools=True)),
+    (r"claude-(fable|mythos)", Claude(may_not_think=False)),
+    (r"", Claude()),
+)
+CHAT_TO_MESSAGES_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature",
+        "top_p", "top_k", "stop", "tools", "functions", "tool_choice", "function_call",
+        "parallel_tool_calls", "response_format", "reasoning_effort", "user",
+        "safety_identifier", "metadata", "service_tier"), ("own",)),
+    **dict.fromkeys((
+        "stream_options", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options"), ("silent",)),
+    **dict.fromkeys((
+        "thinking", "output_config", "cache_control", "speed", "inference_geo",
+        "context_management", "mcp_servers", "container"), ("pass",)),
+    "n": ("refuse", 1), "audio": ("refuse",), "modalities": ("refuse", ["text"], []),
+    "store": ("drop", False), "seed": ("drop",), "frequency_penalty": ("drop", 0),
+    "presence_penalty": ("drop", 0), "logit_bias": ("drop", {}), "logprobs": ("drop", False),
+    "top_logprobs": ("drop", 0), "verbosity": ("drop",), "moderation": ("drop",),
+    "web_search_options": ("drop",),
+})
+SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
+    "auto": ("auto", False), "default": ("standard_only", False),
+    "flex": ("standard_only", True), "priority": ("auto", True), "fast": ("auto", True),
+    "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
+THINKING_BUDGETS = MappingProxyType({
+    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+MAX_CACHE_MARKS = 4
+UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
+OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
+FINISH_REASONS = MappingProxyType({
+    "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
+    "refusal": "content_filter", "model_context_window_exceeded": "length"})       # else stop
+SCHEMA_KEYWORDS = frozenset({"$defs", "$ref", "type", "enum", "const", "anyOf", "allOf", "default",
+                             "properties", "required", "items", "title", "description", "pattern"})
+SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "uri",
+                            "ipv4", "ipv6", "uuid"})
+
+
+def claude_of(model: str) -> Claude:
+    """The family that a model belongs to."""
+    name = model.rpartition("/")[2]
+    return next(family for pattern, family in CLAUDE_FAMILIES if re.match(pattern, name))
+
+
+def claude_schema(schema: object) -> object:
+    """A JSON schema in the part of the language that Anthropic takes; the rest becomes words."""
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return {"$ref": schema["$ref"]}
+    kept: dict = {}
+    words = []
+    for name, value in schema.items():
+        name = "anyOf" if name == "oneOf" else name
+        if name in ("properties", "$defs", "definitions"):
+            kept[name] = {key: claude_schema(child) for key, child in json_object(value).items()}
+        elif name in ("anyOf", "allOf"):
+            kept[name] = [claude_schema(child) for child in value] if isinstance(value, list) \
+                else []
+        elif name == "items":
+            kept[name] = claude_schema(value)
+        elif name in SCHEMA_KEYWORDS or (name == "format" and value in SCHEMA_FORMATS) \
+                or (name == "minItems" and value in (0, 1)):
+            kept[name] = value
+        elif name not in ("additionalProperties", "$schema", "$id", "strict"):
+            words.append(f"{name}: {json.dumps(value)}")
+    if kept.get("type") == "object" or "properties" in kept:
+        kept["additionalProperties"] = False
+    if words:
+        kept["description"] = "; ".join([*_string_list(kept.get("description")), *words])
+    return kept
+
+
+def _is_open(schema: object) -> bool:
+    """Whether a schema allows properties that it does not name, or has no shape at all."""
+    if isinstance(schema, list):
+        return any(map(_is_open, schema))
+    if not isinstance(schema, dict):
+        return False
+    if schema.get("type") == "object" and not schema.get("properties"):
+        return True
+    return schema.get("additionalProperties") not in (None, False) \
+        or any(_is_open(child) for name, child in schema.items()
+               if name not in ("enum", "const", "default"))
+
+
+class ChatOnClaude:
+    """A chat completions request carried over Messages. Raises BadRequest."""
+    api, path = "messages", "/v1/messages"
+
+    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
+                 is_openai: bool = False) -> None:
+        self._losses, self._claude = losses, claude_of(str(fields.get("model")))
+        self._names: dict[str, str] = {}           # name at Claude -> the client's
+        self._custom: set[str] = set()             # names of tools whose input is plain text
+        self._is_legacy = bool(fields.get("functions"))
+        self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
+        self._system: list[dict] = []
+        self._cache_marks: list[dict] = []
+        self._created_at = int(time.time())
+        self.request = self._request(fields, most_output_tokens)
+
+    # The request.
+
+    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
+        losses = self._losses
+        passed = apply_rules(fields, CHAT_TO_MESSAGES_RULES, losses)
+        asked = next((cap for cap in (optional_count(fields, name, least=1) for name in
+                                      ("max_completion_tokens", "max_tokens")) if cap), None)
+        if asked is not None and asked > most_output_tokens:
+            losses.adjust("max_tokens", most_output_tokens)
+        default = most_output_tokens if optional_flag(fields, "stream") \
+            else min(most_output_tokens, UNSTREAMED_OUTPUT_TOKENS)
+        request: dict = {"model": fields["model"],
+                         "max_tokens": min(asked or default, most_output_tokens)}
+        tools = self._tools(fields)
+        messages = self._messages(fields.get("messages"))
+        request["messages"] = messages
+        if not tools and any(block.get("type") in ("tool_use", "tool_result")
+                             for turn in messages for block in _parts_of(turn["content"])):
+            names = {block["name"] for turn in messages for block in _parts_of(turn["content"])
+                     if block.get("type") == "tool_use"}
+            tools = [{"name": name, "input_schema": {"type": "object"}} for name in sorted(names)]
+            request["tool_choice"] = {"type": "none"}
+        elif tools:
+            choice = self._tool_choice(fields)
+            request.update({"tool_choice": choice} if choice else {})
+        if tools:
+            request["tools"] = tools
+        self._set_format(fields.get("response_format"), request)
+        self._set_thinking(fields.get("reasoning_effort"), request, passed)
+        self._set_sampling(fields, request, passed)
+        stops = [text for text in _string_list(fields.get("stop")) if text.strip()]
+        if len(stops) < len(_string_list(fields.get("stop"))):
+            losses.drop("stop")
+        user = fields.get("safety_identifier") or fields.get("user") \
+            or json_object(fields.get("metadata")).get("user_id")
+        if set(json_object(fields.get("metadata"))) - {"user_id"}:
+            losses.drop("metadata")
+        tier, changed = SERVICE_TIERS_TO_CLAUDE.get(str(fields.get("service_tier")), (None, True))
+        if fields.get("service_tier") is not None and changed:
+            losses.adjust("service_tier", tier or "auto")
+        optional = {
+            "system": self._system, "stop_sequences": stops, "service_tier": tier,
+            "stream": optional_flag(fields, "stream"),
+            "metadata": isinstance(user, str) and {
+                "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
+                else user}}
+        for mark in self._cache_marks[:-MAX_CACHE_MARKS]:
+            del mark["cache_control"]
+        return {**request, **{name: value for name, value in optional.items() if value}, **passed}
+
+    def _set_sampling(self, fields: Mapping[str, object], request: dict,
+                      passed: Mapping[str, object]) -> None:
+        thinks = "thinking" in request or json_object(passed.get("thinking")).get("type") in (
+            "enabled", "adaptive")
+        for name in ("temperature", "top_p", "top_k"):
+            value = fields.get(name)
+            if value is None or (value == 1 and name != "top_k"
+                                 and (thinks or not self._claude.sampling)):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise BadRequest(f"{name} must be a number", param=name)
+            if not self._claude.sampling or thinks or (name == "top_p"
+                                                       and "temperature" in request):
+                self._losses.drop(name)
+            else:
+                if name == "temperature" and value > 1:
+                    self._losses.adjust(name, 1)
+                    value = 1
+                request[name] = value
+
+    def _set_thinking(self, effort: object, request: dict, passed: Mapping[str, object]) -> None:
+        claude = self._claude
+        if effort is None or "thinking" in passed:
+            return
+        if effort not in ("none", "minimal", *EFFORTS):
+            raise BadRequest("reasoning_effort is not one of none, minimal, low, medium, high, "
+                             "xhigh, max", param="reasoning_effort")
+        if effort == "none":
+            if not claude.may_not_think:
+                self._losses.adjust("reasoning_effort", "low")
+                request.setdefault("output_config", {})["effort"] = "low"
+            elif not claude.manual_thinking:
+                request["thinking"] = {"type": "disabled"}
+        elif claude.manual_thinking:
+            if request["max_tokens"] <= THINKING_BUDGETS["minimal"]:
+                self._losses.drop("reasoning_effort")
+                return
+            request["thinking"] = {"type": "enabled", "budget_tokens": min(
+                THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
+        else:
+            wanted = "low" if effort == "minimal" else effort
+            known = [name for name in EFFORTS[:EFFORTS.index(wanted) + 1]
+                     if name in claude.efforts]
+            if known[-1] != effort and effort != "minimal":
+                self._losses.adjust("reasoning_effort", known[-1])
+            request["thinking"] = {"type": "adaptive"}
+            request.setdefault("output_config", {})["effort"] = known[-1]
+        if request.get("thinking", {}).get("type") == "enabled" \
+                and request.get("tool_choice", {}).get("type") in ("any", "tool"):
+            self._ask_instead_of_forcing(request)
+
+    def _set_format(self, wanted: object, request: dict) -> None:
+        kind = json_object(wanted).get("type", "text")
+        if wanted is None or kind == "text":
+            return
+        holder = json_object(json_object(wanted).get("json_schema"))
+        schema = holder.get("schema")
+        if kind == "json_schema" and self._claude.schemas and isinstance(schema, dict) \
+                and not _is_open(schema):
+            request["output_config"] = {"format": {"type": "json_schema",
+                                                   "schema": claude_schema(schema)}}
+            return
+        if kind not in ("json_schema", "json_object"):
+            raise BadRequest("response_format has a type that is not known",
+                             param="response_format")
+        self._losses.adjust("response_format", "instructed")
+        text = "Respond with one JSON object and nothing else."
+        if schema is not None:
+            text += f" It must match this JSON schema:\n{json.dumps(schema)}"
+        self._system.append({"type": "text", "text": text})
+
+    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
+        rows = fields.get("tools") or [{"type": "function", "function": function}
+                                       for function in fields.get("functions") or ()]
+        if not isinstance(rows, list):
+            raise BadRequest("tools must be a list", param="tools")
+        return [self._tool(json_object(row)) for row in rows]
+
+    def _tool(self, row: Mapping[str, object]) -> dict:
+        kind = row.get("type", "function")
+        if "input_schema" in row or (isinstance(kind, str) and re.search(r"_\d{8}$", kind)):
+            return dict(row)                       # one of Anthropic's own
+        inner = json_object(row.get(str(kind)))
+        name = inner.get("name")
+        if kind not in ("function", "custom") or not isinstance(name, str) or not name:
+            raise BadRequest("a tool must be a function or a custom tool with a name",
+                             param="tools")
+        schema = inner.get("parameters") or {"type": "object", "properties": {}}
+        description = inner.get("description")
+        if kind == "custom":
+            self._custom.add(name)
+            schema = {"type": "object", "properties": {"input": {"type": "string"}},
+                      "required": ["input"], "additionalProperties": False}
+            if json_object(inner.get("format")).get("type") == "grammar":
+                self._losses.adjust("tools.custom.format", "described")
+                description = f"{description or ''}\n{json.dumps(inner['format'])}".strip()
+        if "type" not in json_object(schema):
+            schema = {"type": "object", **json_object(schema)}
+        tool = {"name": self._claude_name(name), "input_schema": schema}
+        tool.update({"description": description} if description else {})
+        for holder in (row, inner):
+            tool.update({key: holder[key] for key in ("cache_control", "defer_loading",
+                                                      "input_examples") if key in holder})
+        if inner.get("strict") and kind == "function":
+            if self._claude.schemas and not _is_open(schema):
+                tool.update(strict=True, input_schema=claude_schema(schema))
+            else:
+                self._losses.drop("tools.function.strict")
+        return tool
+
+    def _claude_name(self, name: str) -> str:
+        fitting = fitting_name(name, 128)
+        self._names[fitting] = name
+        return fitting
+
+    def _tool_choice(self, fields: Mapping[str, object]) -> Optional[dict]:
+        wanted = fields.get("tool_choice", fields.get("function_call"))
+        choice: Optional[dict] = None
+        if isinstance(wanted, str):
+            names = {"auto": "auto", "none": "none", "required": "any"}
+            if wanted not in names:
+                raise BadRequest("tool_choice is not one of auto, none, required",
+                                 param="tool_choice")
+            choice = {"type": names[wanted]}
+        elif isinstance(wanted, dict):
+            inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
+            if wanted.get("type") == "allowed_tools":
+                raise BadRequest("tool_choice allowed_tools cannot be carried over; send only the "
+                                 "tools that are allowed", param="tool_choice")
+            choice = {"type": "tool", "name": self._claude_name(str(inner.get("name")))}
+        one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
+        if one_at_a_time and (choice or {}).get("type") != "none":
+            choice = {**(choice or {"type": "auto"}), "disable_parallel_tool_use": True}
+        request = {"tool_choice": choice} if choice else {}
+        if choice and choice["type"] in ("any", "tool") and not self._claude.forced_tools:
+            self._ask_instead_of_forcing(request)
+        return request.get("tool_choice")
+
+    def _ask_instead_of_forcing(self, request: dict) -> None:
+        """Some models refuse a forced tool; they are asked for it in words."""
+        choice = request["tool_choice"]
+        which = f"the tool {choice['name']}" if choice["type"] == "tool" else "one of the tools"
+        self._losses.adjust("tool_choice", "auto")
+        self._system.append({"type": "text", "text": f"Call {which} now."})
+        request["tool_choice"] = {
+            "type": "auto", **{name: value for name, value in choice.items()
+                               if name == "disable_parallel_tool_use"}}
+
+    # Its messages.
+
+    def _messages(self, messages: object) -> list[dict]:
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages must be a list of at least one message", param="messages")
+        turns: list[dict] = []
+        leading: list[dict] = []
+        for message in map(json_object, messages):
+            role, blocks = self._turn(message, is_leading=not turns)
+            if role == "system" and not turns:
+                leading += blocks
+            elif role == "system":
+                self._add_later_system(turns, blocks)
+            elif blocks:
+                if turns and turns[-1]["role"] == role:
+                    turns[-1]["content"] += blocks
+                else:
+                    turns.append({"role": role, "content": blocks})
+        if not turns and leading:                  # there must be one message
+            turns.append({"role": "user", "content": [leading.pop()]})
+        if not turns:
+            raise BadRequest("messages have no content", param="messages")
+        self._system = leading + self._system
+        if turns[0]["role"] == "assistant":
+            self._losses.adjust("messages", "user-first")
+            turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+        self._pair_tools(turns)
+        self._end_with_user(turns)
+        return turns
+
+    def _turn(self, message: Mapping[str, object], *, is_leading: bool) -> tuple[str, list[dict]]:
+        role = message.get("role")
+        if role in ("system", "developer"):
+            return "system", self._blocks(message.get("content"))
+        if role == "assistant":
+            return "assistant", self._assistant_blocks(message)
+        if role in ("tool", "function"):
+            call_id = message.get("tool_call_id", message.get("name"))
+            content = self._blocks(message.get("content"))
+            result = {"type": "tool_result", "tool_use_id": self._claude_id(str(call_id))}
+            if content:
+                plain = len(content) == 1 and set(content[0]) == {"type", "text"}
+                result["content"] = content[0]["text"] if plain else content
+            return "user", [self._marked(result, message)]
+        if role == "user":
+            return "user", self._blocks(message.get("content"))
+        raise BadRequest("a message has a role that is not known", param="messages")
+
+    def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
+        """A system message after the first: in place where the model takes that, else as user."""
+        if not blocks:
+            return
+        if self._claude.later_system and turns[-1]["role"] == "user":
+            turns.append({"role": "system", "content": blocks})
+            return
+        if self._claude.later_system and turns[-1]["role"] == "system":
+            turns[-1]["content"] += blocks
+            return
+        self._losses.adjust("messages.system", "user")
+        told = [{**block, "text": f"[system instruction, not from the user]\n{block['text']}"}
+                if "text" in block else block for block in blocks]
+        if turns[-1]["role"] == "user":
+            turns[-1]["content"] += told
+        else:
+            turns.append({"role": "user", "content": told})
+
+    def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
+        carried = [block for block in _parts_of(message.get("thinking_blocks"))
+                   if block.get("type") in ("thinking", "redacted_thinking")]
+        blocks = [{name: value for name, value in block.items() if name != "index"}
+                  for block in carried
+                  if not str(block.get("signature") or "").startswith(OWN_SIGNATURE)]
+        blocks += self._blocks(message.get("content"))
+        if isinstance(message.get("refusal"), str) and message["refusal"].strip():
+            blocks.append({"type": "text", "text": message["refusal"]})
+        calls = message.get("tool_calls") or []
+        if message.get("function_call"):
+            function = json_object(message["function_call"])
+            calls = [{"id": function.get("name"), "type": "function", "function": function}]
+        for call in map(json_object, calls if isinstance(calls, list) else ()):
+            inner = json_object(call.get(str(call.get("type", "function"))))
+            blocks.append({
+                "type": "tool_use", "id": self._claude_id(str(call.get("id"))),
+                "name": fitting_name(str(inner.get("name")), 128),
+                "input": {"input": inner.get("input")} if call.get("type") == "custom"
+                else arguments_to_input(inner.get("arguments"))})
+        return blocks
+
+    @staticmethod
+    def _claude_id(call_id: str) -> str:
+        return call_id if re.fullmatch(r"[A-Za-z0-9_-]+", call_id) \
+            else f"toolu_{_hashed(call_id, 24)}"
+
+    def _marked(self, block: dict, holder: Mapping[str, object]) -> dict:
+        """A block with the cache mark of what it came from, if there was one."""
+        mark = holder.get("cache_control")
+        if mark is None and holder.get("prompt_cache_breakpoint") is not None:
+            long = json_object(holder["prompt_cache_breakpoint"]).get("ttl") == "12h"
+            mark = {"type": "ephemeral", **({"ttl": "1h"} if long else {})}
+        if mark is not None:
+            block["cache_control"] = mark
+            self._cache_marks.append(block)
+        return block
+
+    def _blocks(self, content: object) -> list[dict]:
+        blocks = (self._block(part) for part in _parts_of(content))
+        return [block for block in blocks if block is not None]
+
+    def _block(self, part: Mapping[str, object]) -> Optional[dict]:
+        kind = part.get("type")
+        if kind in ("text", "refusal"):
+            text = part.get("text", part.get("refusal"))
+            if not isinstance(text, str) or not text.strip():
+                return None                        # Anthropic refuses empty text
+            return self._marked({"type": "text", "text": text}, part)
+        if kind == "image_url":
+            image = part.get("image_url")
+            url = image if isinstance(image, str) else json_object(image).get("url")
+            return self._marked({"type": "image", "source": self._image_source(url)}, part)
+        if kind == "file":
+            return self._marked(self._document(json_object(part.get("file"))), part)
+        raise BadRequest(f"content of the type {_header_name(str(kind))} cannot be carried over "
+                         "to Claude", param="messages")
+
+    @staticmethod
+    def _image_source(url: object) -> dict:
+        text = url if isinstance(url, str) else ""
+        data = DATA_URL.match(text)
+        if data is not None:
+            encoded = text[data.end():]
+            media = next((kind for magic, kind in IMAGE_MAGIC if encoded.startswith(magic)),
+                         data[1].lower())
+            if media in IMAGE_MEDIA:
+                return {"type": "base64", "media_type": media, "data": encoded}
+        elif text.startswith("https://"):
+            return {"type": "url", "url": text}
+        raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
+                         "WebP", param="messages")
+
+    @staticmethod
+    def _document(file: Mapping[str, object]) -> dict:
+        data, file_id = file.get("file_data"), file.get("file_id")
+        if isinstance(data, str):
+            header = DATA_URL.match(data)
+            media = header[1].lower() if header else "application/pdf"
+            encoded = data[header.end():] if header else data
+            title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
+            if media == "application/pdf":
+                return {"type": "document", **title, "source": {
+                    "type": "base64", "media_type": media, "data": encoded}}
+            if media.startswith("text/"):
+                try:
+                    text = base64.b64decode(encoded).decode("utf-8")
+                except ValueError:
+                    raise BadRequest("a text file is not base64 of UTF-8", param="messages") \
+                        from None
+                return {"type": "document", **title, "source": {
+                    "type": "text", "media_type": "text/plain", "data": text}}
+        elif isinstance(file_id, str) and file_id.startswith("file_"):
+            return {"type": "document", "source": {"type": "file", "file_id": file_id}}
+        raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
+
+    def _pair_tools(self, turns: list[dict]) -> None:
+        """Every call has one result, first in the next turn, in the order of the calls."""
+        for number, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            ids = [block["id"] for block in turn["content"] if block["type"] == "tool_use"]
+            if not ids:
+                continue
+            if number + 1 == len(turns) or turns[number + 1]["role"] != "user":
+                turns.insert(number + 1, {"role": "user", "content": []})
+            after = turns[number + 1]
+            results = {block["tool_use_id"]: block for block in after["content"]
+                       if block["type"] == "tool_result"}
+            missing = [call_id for call_id in ids if call_id not in results]
+            if missing or len(results) < sum(b["type"] == "tool_result" for b in after["content"]):
+                self._losses.adjust("messages.tool", "paired")
+            rest = [block for block in after["content"] if block["type"] != "tool_result"
+                    or block["tool_use_id"] not in ids]
+            after["content"] = [results.get(call_id) or {
+                "type": "tool_result", "tool_use_id": call_id, "is_error": True,
+                "content": "[no result provided]"} for call_id in ids] + rest
+        self._tell_orphans(turns)
+
+    def _tell_orphans(self, turns: list[dict]) -> None:
+        """A result without its call becomes text."""
+        known: set[str] = set()
+        for turn in turns:
+            for at, block in enumerate(turn["content"]):
+                if block["type"] == "tool_result" and block["tool_use_id"] not in known:
+                    self._losses.adjust("messages.tool", "text")
+                    text = f"[result of tool call {block['tool_use_id']}]\n" \
+                        + _text_of(block.get("content"))
+                    turn["content"][at] = {"type": "text", "text": text}
+            known = {block["id"] for block in turn["content"] if block["type"] == "tool_use"} \
+                if turn["role"] == "assistant" else known if turn["role"] == "system" else set()
+
+    def _end_with_user(self, turns: list[dict]) -> None:
+        last = turns[-1]
+        if last["role"] != "assistant":
+            return
+        if self._claude.prefill:
+            if last["content"][-1]["type"] == "text":
+                last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+            return
+        self._losses.adjust("messages.prefill", "continued")
+        turns.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
+
+    # The answer.
+
+    def answer(self, message: Mapping[str, object]) -> dict:
+        """A whole answer as a chat.completion."""
+        said: dict = {"role": "assistant", "content": None, "refusal": None}
+        texts, calls, thoughts, others = [], [], [], []
+        for block in _parts_of(message.get("content")):
+            kind = block.get("type")
+            if kind == "text":
+                texts.append(str(block.get("text") or ""))
+            elif kind == "tool_use":
+                calls.append(self._call(block))
+            elif kind in ("thinking", "redacted_thinking"):
+                thoughts.append(block)
+            else:
+                others.append(block)
+        said["content"] = "".join(texts) if texts or not calls else None
+        self._add_calls(said, calls)
+        if thoughts:
+            said["thinking_blocks"] = thoughts
+            said["reasoning_content"] = "\n".join(
+                block["thinking"] for block in thoughts if block.get("thinking")) or None
+        if others:
+            said["x_anthropic_content"] = message["content"]
+        self._add_refusal(said, message)
+        return {"id": self._id(message), "object": "chat.completion",
+                "created": self._created_at, "model": message.get("model"),
+                "system_fingerprint": None, "service_tier": self._tier(message.get("usage")),
+                "choices": [{"index": 0, "message": said, "logprobs": None,
+                             "finish_reason": self._finish_reason(message.get("stop_reason"))}],
+                "usage": chat_usage(message.get("usage"))}
+
+    @staticmethod
+    def _id(message: Mapping[str, object]) -> str:
+        return "chatcmpl-" + re.sub("^msg_", "", str(message.get("id")))
+
+    @staticmethod
+    def _tier(usage: object) -> Optional[str]:
+        return {"standard": "default", "priority": "priority", "batch": "default"}.get(
+            str(json_object(usage).get("service_tier")))
+
+    def _finish_reason(self, stop_reason: object) -> str:
+        reason = FINISH_REASONS.get(str(stop_reason), "stop")
+        return "function_call" if reason == "tool_calls" and self._is_legacy else reason
+
+    @staticmethod
+    def _add_refusal(said: dict, message: Mapping[str, object]) -> None:
+        details = json_object(message.get("stop_details"))
+        if message.get("stop_reason") == "refusal":
+            said["refusal"] = details.get("explanation") \
+                or f"refused: {details.get('category') or 'no reason given'}"
+
+    def _call(self, block: Mapping[str, object]) -> dict:
+        name = self._names.get(str(block.get("name")), block.get("name"))
+        if name in self._custom:
+            return {"id": block.get("id"), "type": "custom", "custom": {
+                "name": name, "input": json_object(block.get("input")).get("input", "")}}
+        return {"id": block.get("id"), "type": "function", "function": {
+            "name": name, "arguments": input_to_arguments(block.get("input"))}}
+
+    def _add_calls(self, said: dict, calls: list[dict]) -> None:
+        if calls and self._is_legacy:
+            said["function_call"] = calls[0]["function"]
+        elif calls:
+            said["tool_calls"] = calls
+
+    # The stream.
+
+    def events(self, events: Iterable[Mapping[str, object]]) -> Iterator[dict]:
+        """Anthropic's stream as chat.completion.chunk dicts; [DONE] is the writer's."""
+        base: dict = {"id": "chatcmpl-", "object": "chat.completion.chunk",
+                      "created": self._created_at, "model": None, "system_fingerprint": None}
+        usage: dict = {}
+        final: dict = {}
+        blocks: dict[object, dict] = {}
+        tools = 0
+
+        def chunk(delta: dict, finish_reason: Optional[str] = None) -> dict:
+            body = {**base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+                                         "finish_reason": finish_reason}]}
+            return {**body, "usage": None} if self._wants_usage else body
+
+        for event in events:
+            kind = event.get("type")
+            if kind == "message_start":
+                message = json_object(event.get("message"))
+                base.update(id=self._id(message), model=message.get("model"))
+                usage.update(json_object(message.get("usage")))
+                yield chunk({"role": "assistant", "content": "", "refusal": None})
+            elif kind == "content_block_start":
+                block = dict(json_object(event.get("content_block")))
+                blocks[event.get("index")] = block
+                if block.get("type") == "tool_use":
+                    block.update(number=tools, json="", is_custom=self._names.get(
+                        str(block.get("name")), block.get("name")) in self._custom)
+                    tools += 1
+                    yield chunk(self._tool_delta(block))
+                elif block.get("type") == "text" and block.get("text"):
+                    yield chunk({"content": block["text"]})
+            elif kind == "content_block_delta":
+                delta = json_object(event.get("delta"))
+                for part in self._delta(blocks.get(event.get("index"), {}), delta):
+                    yield chunk(part)
+            elif kind == "content_block_stop":
+                for part in self._block_end(blocks.get(event.get("index"), {}), event):
+                    yield chunk(part)
+            elif kind == "message_delta":
+                told = json_object(event.get("usage"))
+                usage.update({name: value for name, value in told.items() if value is not None})
+                final.update(json_object(event.get("delta")))
+            elif kind == "message_stop":
+                said: dict = {}
+                self._add_refusal(said, final)
+                if said:
+                    yield chunk(said)
+                yield chunk({}, self._finish_reason(final.get("stop_reason")))
+                if self._wants_usage:
+                    yield {**base, "choices": [], "usage": chat_usage(usage)}
+
+    def _tool_delta(self, block: Mapping[str, object]) -> dict:
+        call = self._call({**block, "input": {}})
+        if call["type"] == "function":
+            call["function"]["arguments"] = ""
+        if self._is_legacy:
+            return {"function_call": call["function"]}
+        return {"tool_calls": [{"index": block["number"], **call}]}
+
+    def _arguments_delta(self, block: Mapping[str, object], text: str) -> dict:
+        if self._is_legacy:
+            return {"function_call": {"arguments": text}}
+        kind = {"custom": {"input": text}} if block["is_custom"] \
+            else {"function": {"arguments": text}}
+        return {"tool_calls": [{"index": block["number"], **kind}]}
+
+    def _delta(self, block: dict, delta: Mapping[str, object]) -> Iterator[dict]:
+        kind = delta.get("type")
+        if kind == "text_delta" and delta.get("text"):
+            yield {"content": delta["text"]}
+        elif kind == "input_json_delta" and delta.get("partial_json") and "number" in block:
+            block["json"] += delta["partial_json"]
+            if not block["is_custom"]:
+                yield self._arguments_delta(block, delta["partial_json"])
+        elif kind == "thinking_delta" and delta.get("thinking"):
+            block["thinking"] = str(block.get("thinking") or "") + delta["thinking"]
+            yield {"reasoning_content": delta["thinking"]}
+        elif kind == "signature_delta":
+            block["signature"] = str(block.get("signature") or "") \
+                + str(delta.get("signature") or "")
+
+    def _block_end(self, block: Mapping[str, object],
+                   event: Mapping[str, object]) -> Iterator[dict]:
+        if "number" in block and block["is_custom"]:
+            yield self._arguments_delta(
+                block, str(arguments_to_input(block["json"]).get("input", "")))
+        elif "number" in block and not block["json"]:        # a call without arguments
+            yield self._arguments_delta(block, input_to_arguments(block.get("input")))
+        elif block.get("type") in ("thinking", "redacted_thinking"):
+            yield {"thinking_blocks": [{"index": event.get("index"), **block}]}
+
+    # Its errors.
+
+    def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
+        """An error of Anthropic in OpenAI's words."""
+        inner = json_object(body.get("error"))
+        message = str(inner.get("message") or f"the provider answered with the status {status}")
+        if inner.get("type") == "billing_error":
+            return 429, {"error": {"message": message, "type": "insufficient_quota",
+                                   "param": None, "code": "insufficient_quota"}}
+        status = 503 if status == 529 else status
+        kind, code = OPENAI_ERRORS.get(status, (
+            "server_error" if status >= 500 else "invalid_request_error", None))
+        if status == 400 and re.search("prompt is too long|exceed context", message):
+            code = "context_length_exceeded"
+        code = json_object(inner.get("details")).get("error_code") or code
+        return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def chat_usage(usage: object) -> dict:
+    """Anthropic's usage in OpenAI's counting: what was cached is inside prompt_tokens."""
+    def count(holder: object, name: str) -> int:
+        value = json_object(holder).get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+    read, written = count(usage, "cache_read_input_tokens"), \
+        count(usage, "cache_creation_input_tokens")
+    prompt = count(usage, "input_tokens") + read + written
+    output = count(usage, "output_tokens")
+    thought = count(json_object(usage).get("output_tokens_details"), "thinking_tokens")
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written,
+                                      "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": thought, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0}}
+
+
+# ==== 11. Anthropic clients on OpenAI's format ==================================================
+#
+# Messages carried over chat completions: of OpenAI itself, and of the many servers that speak its
+# format, know fewer fields, and send sloppier streams.
+
+MESSAGES_TO_CHAT_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "max_tokens", "system", "messages", "tools", "tool_choice", "stop_sequences",
+        "temperature", "top_p", "stream", "thinking", "output_config", "output_format",
+        "metadata", "service_tier", "context_management"), ("own",)),
+    "cache_control": ("silent",), "top_k": ("drop",), "speed": ("drop", "standard"),
+    "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
+    "compaction": ("refuse",), "thread": ("refuse",),
+})                                                 # everything else is dropped, and told
+OPENAI_REASONING = re.compile(r"(gpt-[5-9]|o\d|codex)")
+CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
+OWN_THINKING = OWN_SIGNATURE + base64.urlsafe_b64encode(b"chat").decode().rstrip("=")
+STOP_REASONS = MappingProxyType({"stop": "end_turn", "length": "max_tokens",
+                                 "tool_calls": "tool_use", "function_call": "tool_use",
+                                 "content_filter": "refusal"})          # else end_turn
+MAX_STOPS = 4
+
+
+class MessagesOnChat:
+    """A Messages request carried over chat completions. Raises BadRequest."""
+    api, path = "chat", "/v1/chat/completions"
+
+    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
+                 is_openai: bool = True) -> None:
+        self._losses, self.is_openai = losses, is_openai
+        self._names: dict[str, str] = {}           # name at the provider -> the client's
+        self._reasons = is_openai and OPENAI_REASONING.match(str(fields.get("model"))) is not None
+        self.request = self._request(fields, most_output_tokens)
+
+    # The request.
+
+    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
+        losses = self._losses
+        apply_rules(fields, MESSAGES_TO_CHAT_RULES, losses)
+        cap = optional_count(fields, "max_tokens", least=1)
+        if cap is None:
+            raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
+        if cap > most_output_tokens:
+            losses.adjust("max_tokens", most_output_tokens)
+        request: dict = {"model": fields["model"],
+                         "messages": [*self._system(fields.get("system")),
+                                      *self._messages(fields.get("messages"))],
+                         "max_completion_tokens" if self.is_openai else "max_tokens":
+                             min(cap, most_output_tokens)}
+        tools = [tool for tool in map(self._tool, map(json_object, fields.get("tools") or ()))
+                 if tool is not None]
+        if tools:
+            request["tools"] = tools
+            request.update(self._tool_choice(json_object(fields.get("tool_choice"))))
+        stops = _string_list(fields.get("stop_sequences") or [])
+        if len(stops) > MAX_STOPS or (stops and self._reasons):
+            losses.drop("stop_sequences")
+            stops = [] if self._reasons else stops[:MAX_STOPS]
+        if stops:
+            request["stop"] = stops
+        for name in ("temperature", "top_p"):
+            if fields.get(name) is not None and not (self._reasons and fields[name] == 1):
+                if self._reasons:
+                    losses.drop(name)
+                else:
+                    request[name] = fields[name]
+        if optional_flag(fields, "stream"):
+            request["stream"] = True
+        self._set_reasoning(fields, request)
+        self._set_rest(fields, request)
+        return request
+
+    def _set_reasoning(self, fields: Mapping[str, object], request: dict) -> None:
+        thinking = json_object(fields.get("thinking"))
+        effort = json_object(fields.get("output_config")).get("effort")
+        for message in map(json_object, fields["messages"]):
+            effort = json_object(message.get("output_config")).get("effort", effort)
+        if not self._reasons:
+            return
+        if effort is None and thinking.get("type") == "enabled":
+            budget = optional_count(thinking, "budget_tokens") or 0
+            effort = next((name for most, name in ((8192, "low"), (16384, "medium"),
+                                                   (32768, "high")) if budget < most), "xhigh")
+        if effort == "max":
+            self._losses.adjust("output_config.effort", "xhigh")
+            effort = "xhigh"
+        if effort is not None:
+            request["reasoning_effort"] = effort
+
+    def _set_rest(self, fields: Mapping[str, object], request: dict) -> None:
+        output = json_object(fields.get("output_config"))
+        if "task_budget" in output:
+            self._losses.drop("output_config.task_budget")
+        wanted = json_object(output.get("format") or fields.get("output_format"))
+        if wanted.get("type") == "json_schema":
+            request["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": "output", "schema": wanted.get("schema"),
+                "strict": _is_strict(wanted.get("schema"))}}
+        user = json_object(fields.get("metadata")).get("user_id")
+        if isinstance(user, str) and self.is_openai:
+            request["safety_identifier"] = _hashed(user, 64)
+        tier = {"auto": "auto", "standard_only": "default"}.get(str(fields.get("service_tier")))
+        if tier and self.is_openai:
+            request["service_tier"] = tier
+        edits = json_object(fields.get("context_management")).get("edits")
+        if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
+            self._losses.drop("context_management")
+
+    def _system(self, system: object) -> list[dict]:
+        texts = [text for text in (str(part.get("text") or "") for part in _parts_of(system))
+                 if text and not text.startswith(CLAUDE_CODE_BILLING)]
+        return [self._system_message(texts)] if texts else []
+
+    def _system_message(self, texts: list[str]) -> dict:
+        role = "developer" if self._reasons else "system"
+        content = [{"type": "text", "text": text} for text in texts] \
+            if len(texts) > 1 and self.is_openai else "\n\n".join(texts)
+        return {"role": role, "content": content}
+
+    def _tool(self, row: Mapping[str, object]) -> Optional[dict]:
+        kind = row.get("type")
+        if kind not in (None, "custom"):
+            raise BadRequest(f"the tool type {_header_name(str(kind))} is one of Anthropic's own, "
+                             "which this model's provider does not have", param="tools")
+        function = {"name": self._chat_name(str(row.get("name"))),
+                    "parameters": row.get("input_schema") or {"type": "object", "properties": {}}}
+        if row.get("description"):
+            function["description"] = row["description"]
+        if row.get("strict") is True and self.is_openai:
+            function["strict"] = True
+        return {"type": "function", "function": function}
+
+    def _chat_name(self, name: str) -> str:
+        fitting = fitting_name(name, 64)
+        self._names[fitting] = name
+        return fitting
+
+    def _tool_choice(self, choice: Mapping[str, object]) -> dict:
+        kind = choice.get("type")
+        known: dict = {"auto": "auto", "any": "required", "none": "none"}
+        chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
+        if kind == "tool":
+            chosen = {"tool_choice": {"type": "function", "function": {
+                "name": self._chat_name(str(choice.get("name")))}}}
+        if choice.get("disable_parallel_tool_use") is True:
+            chosen["parallel_tool_calls"] = False
+        return chosen
+
+    # Its messages.
+
+    def _messages(self, messages: object) -> list[dict]:
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages must be a list of at least one message", param="messages")
+        turns: list[dict] = []
+        held: list[dict] = []          # system messages between calls and results: put behind
+        for message in map(json_object, messages):
+            role, parts = message.get("role"), _parts_of(message.get("content"))
+            if role == "assistant":
+                turns.append(self._assistant(parts))
+            elif role == "user":
+                turns += [*self._user(parts, turns), *held]
+                held = []
+            elif role == "system":
+                texts = [str(part["text"]) for part in parts if part.get("text")]
+                system = [self._system_message(texts)] if texts else []
+                if turns and turns[-1].get("tool_calls"):
+                    held += system
+                else:
+                    turns += system
+            else:
+                raise BadRequest("a message has a role that is not known", param="messages")
+        if turns and turns[-1]["role"] == "assistant":
+            self._losses.adjust("messages.prefill", "kept")
+        return turns + held
+
+    def _assistant(self, parts: list[dict]) -> dict:
+        texts = [str(part.get("text") or "") for part in parts if part.get("type") == "text"]
+        calls = [{"id": part.get("id"), "type": "function", "function": {
+            "name": self._chat_name(str(part.get("name"))),
+            "arguments": input_to_arguments(part.get("input"))}}
+            for part in parts if part.get("type") == "tool_use"]
+        text = "".join(texts)
+        return {"role": "assistant", "content": text if text or not calls else None,
+                **({"tool_calls": calls} if calls else {})}
+
+    def _user(self, parts: list[dict], turns: list[dict]) -> list[dict]:
+        """A user's turn: its tool results as messages of their own, first; then the rest."""
+        results, content = [], []
+        names = {call["id"]: call["function"]["name"] for turn in turns
+                 for call in turn.get("tool_calls") or ()}
+        for part in parts:
+            if part.get("type") != "tool_result":
+                content += self._part(part)
+                continue
+            call_id = part.get("tool_use_id")
+            inner = _parts_of(part.get("content"))
+            images = [piece for piece in inner if piece.get("type") == "image"]
+            text = "\n".join(str(piece.get("text") or "") if piece.get("type") == "text" else
+                             "[image]" if piece.get("type") == "image" else json.dumps(piece)
+                             for piece in inner)
+            if part.get("is_error") is True and not text.startswith("Error"):
+                text = f"Error: {text}"
+            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            for image in images:
+                content.append({"type": "text", "text":
+                                f"Image from tool {names.get(call_id, call_id)}:"})
+                content += self._part(image)
+        if not content:
+            return results
+        if len(content) == 1 and content[0]["type"] == "text":
+            return [*results, {"role": "user", "content": content[0]["text"]}]
+        return [*results, {"role": "user", "content": content}]
+
+    def _part(self, part: Mapping[str, object]) -> list[dict]:
+        kind, source = part.get("type"), json_object(part.get("source"))
+        if kind == "text":
+            return [{"type": "text", "text": part["text"]}] if part.get("text") else []
+        if kind == "image" and source.get("type") == "base64":
+            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+            return [{"type": "image_url", "image_url": {"url": url}}]
+        if kind == "image" and source.get("type") == "url":
+            return [{"type": "image_url", "image_url": {"url": source.get("url")}}]
+        if kind == "document" and source.get("type") == "base64" and self.is_openai:
+            return [{"type": "file", "file": {
+                "filename": part.get("title") or "document.pdf",
+                "file_data": f"data:{source.get('media_type')};base64,{source.get('data')}"}}]
+        if kind == "document" and source.get("type") == "text":
+            return [{"type": "text", "text": f"<document title={part.get('title') or ''!s}>\n"
+                     f"{source.get('data')}\n</document>"}]
+        if kind == "document" and source.get("type") == "content":
+            return [piece for inner in _parts_of(source.get("content"))
+                    for piece in self._part(inner)]
+        if kind == "search_result":
+            return [{"type": "text", "text": f"{part.get('title')} ({part.get('source')})\n"
+                     + _text_of(part.get("content"), "\n")}]
+        raise BadRequest(f"content of the type {_header_name(str(kind))} cannot be carried over "
+                         "to this model's provider", param="messages")
+
+    # The answer.
+
+    def answer(self, completion: Mapping[str, object]) -> dict:
+        """A chat.completion as a whole message."""
+        choice = _first_choice(completion)
+        said = json_object(choice.get("message"))
+        content: list[dict] = []
+        thought = _reasoning_of(said)
+        if thought:
+            content.append({"type": "thinking", "thinking": thought, "signature": OWN_THINKING})
+        for text in (said.get("content"), said.get("refusal")):
+            if isinstance(text, str) and text:
+                content.append({"type": "text", "text": text})
+        calls = _parts_of(said.get("tool_calls"))
+        if isinstance(said.get("function_call"), dict):
+            calls.append({"function": said["function_call"]})
+        for call in calls:
+            function = json_object(call.get("function", call.get("custom")))
+            content.append({"type": "tool_use", "id": call.get("id") or _tool_use_id(),
+                            "name": self._client_name(function.get("name")),
+                            "input": {"input": function["input"]} if "input" in function
+                            else arguments_to_input(function.get("arguments"))})
+        return {**self._empty_message(completion), "content": content,
+                **_stop_of(choice, bool(calls), bool(said.get("refusal"))),
+                "usage": messages_usage(completion.get("usage"))}
+
+    def _client_name(self, name: object) -> object:
+        return self._names.get(str(name), name)
+
+    @staticmethod
+    def _empty_message(completion: Mapping[str, object]) -> dict:
+        own_id = re.sub(r"[^A-Za-z0-9_-]", "_", str(completion.get("id") or ""))
+        return {"id": f"msg_{own_id or secrets.token_hex(12)}", "type": "message",
+                "role": "assistant", "model": completion.get("model"), "content": [],
+                "stop_reason": None, "stop_sequence": None, "usage": messages_usage(None)}
+
+    # The stream.
+
+    def events(self, chunks: Iterable[Mapping[str, object]]) -> Iterator[dict]:
+        """Chunks as Anthropic's events; [DONE] was taken off before.
+
+        One block is open at a time: a tool call that comes while another is open is held back.
+        """
+        stream = _MessageStream(self)
+        for chunk in chunks:
+            yield from stream.read(chunk)
+        yield from stream.finish()
+
+    # Its errors.
+
+    def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
+        """An error of OpenAI in Anthropic's words."""
+        inner = body.get("error", body)
+        message = inner if isinstance(inner, str) else json_object(inner).get("message")
+        code = json_object(inner).get("code")
+        text = str(message or f"the provider answered with the status {status}")
+        status = {422: 400, 502: 500, 503: 529}.get(status, status)
+        if code in ("insufficient_quota", "billing_hard_limit_reached"):
+            status = 402
+        if code == "context_length_exceeded" and "prompt is too long" not in text:
+            numbers = [int(number) for number in re.findall(r"\d{4,}", text.replace(",", ""))]
+            told = f": {max(numbers)} tokens > {min(numbers)} maximum" if len(numbers) > 1 else ""
+            text = f"prompt is too long{told}. {text}"        # Claude Code compacts on these words
+        kind = ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500
+                                    else "invalid_request_error")
+        return status, {"type": "error", "request_id": request_id,
+                        "error": {"type": kind, "message": text}}
+
+
+class _MessageStream:
+    """The state of one stream on its way from chunks to Anthropic's events."""
+
+    def __init__(self, translator: MessagesOnChat) -> None:
+        self._translator = translator
+        self._holds_arguments = not translator.is_openai     # until they are known to be JSON
+        self._has_begun = False
+        self._index = 0                    # of the next block
+        self._open: object = None          # "thinking", "text", or the tool that is open
+        self._tools: dict[object, dict] = {}
+        self._usage: object = None
+        self._choice: dict = {}            # what the finish said
+        self._refused = False
+
+    def read(self, chunk: Mapping[str, object]) -> Iterator[dict]:
+        """The events of one chunk."""
+        if not self._has_begun:
+            self._has_begun = True
+            yield {"type": "message_start", "message": self._translator._empty_message(chunk)}
+            yield {"type": "ping"}
+        if isinstance(chunk.get("usage"), dict):
+            self._usage = chunk["usage"]
+        choice = _first_choice(chunk)
+        delta = json_object(choice.get("delta") or choice.get("message"))
+        thought = _reasoning_of(delta)
+        if thought:
+            yield from self._ensure("thinking", {"type": "thinking", "thinking": "",
+                                                 "signature": ""})
+            yield self._delta({"type": "thinking_delta", "thinking": thought})
+        for name in ("content", "refusal"):
+            text = delta.get(name)
+            if isinstance(text, str) and text:
+                self._refused |= name == "refusal"
+                yield from self._ensure("text", {"type": "text", "text": ""})
+                yield self._delta({"type": "text_delta", "text": text})
+        for number, call in enumerate(_parts_of(delta.get("tool_calls"))):
+            yield from self._read_call(call, number)
+        if choice.get("finish_reason") is not None:
+            self._choice = choice
+
+    def _read_call(self, call: Mapping[str, object], number: int) -> Iterator[dict]:
+        index = call.get("index")
+        if index is None:                  # sloppy servers leave it out: a new id is a new call
+            index = call.get("id") or (list(self._tools)[-1] if self._tools else number)
+        tool = self._tools.setdefault(index, {"id": None, "name": "", "json": "",
+                                              "has_begun": False})
+        function = json_object(call.get("function"))
+        tool["id"] = tool["id"] or call.get("id")
+        if not tool["has_begun"] and isinstance(function.get("name"), str):
+            tool["name"] = function["name"] if function["name"].startswith(tool["name"]) \
+                else tool["name"] + function["name"]
+        more = function.get("arguments")
+        more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
+        tool["json"] += more
+        if self._open is tool:
+            if more and not self._holds_arguments:
+                yield self._delta({"type": "input_json_delta", "partial_json": more})
+        elif not tool["has_begun"] and tool["name"] and not isinstance(self._open, dict):
+            yield from self._begin_tool(tool)
+
+    def _begin_tool(self, tool: dict) -> Iterator[dict]:
+        tool["has_begun"] = True
+        yield from self._ensure(tool, {
+            "type": "tool_use", "id": tool["id"] or _tool_use_id(),
+            "name": self._translator._client_name(tool["name"]), "input": {}})
+        if tool["json"] and not self._holds_arguments:
+            yield self._delta({"type": "input_json_delta", "partial_json": tool["json"]})
+
+    def _ensure(self, wanted: object, block: dict) -> Iterator[dict]:
+        """The block that is wanted is open; the one before it is closed."""
+        if self._open is wanted or (isinstance(wanted, str) and self._open == wanted):
+            return
+        yield from self._close()
+        self._open = wanted
+        yield {"type": "content_block_start", "index": self._index, "content_block": block}
+
+    def _delta(self, delta: dict) -> dict:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+
+    def _close(self) -> Iterator[dict]:
+        if self._open is None:
+            return
+        if self._open == "thinking":
+            yield self._delta({"type": "signature_delta", "signature": OWN_THINKING})
+        elif isinstance(self._open, dict) and (self._holds_arguments
+                                               or not self._open["json"].strip()):
+            whole = json.dumps(arguments_to_input(self._open["json"]), ensure_ascii=False)
+            yield self._delta({"type": "input_json_delta", "partial_json": whole})
+        yield {"type": "content_block_stop", "index": self._index}
+        self._open, self._index = None, self._index + 1
+
+    def finish(self) -> Iterator[dict]:
+        """The events that end the message. Raises UpstreamBroke where the provider never did."""
+        if not self._choice:
+            raise UpstreamBroke("the provider's stream ended without a finish reason")
+        yield from self._close()
+        for tool in self._tools.values():
+            if not tool["has_begun"]:
+                yield from self._begin_tool(tool)
+                yield from self._close()
+        usage = messages_usage(self._usage)
+        yield {"type": "message_delta", "usage": usage,
+               "delta": _stop_of(self._choice, bool(self._tools), self._refused)}
+        yield {"type": "message_stop"}
+
+
+def _first_choice(body: Mapping[str, object]) -> dict:
+    return next((choice for choice in _parts_of(body.get("choices"))
+                 if choice.get("index") in (0, None)), {})
+
+
+def _stop_of(choice: Mapping[str, object], has_tools: bool, is_refusal: bool) -> dict:
+    """stop_reason and stop_sequence of a choice; `stop_reason` is what vLLM and others add."""
+    reason = STOP_REASONS.get(str(choice.get("finish_reason")), "end_turn")
+    matched = choice.get("stop_reason")
+    if is_refusal:
+        reason = "refusal"
+    elif has_tools and reason == "end_turn":
+        reason = "tool_use"
+    elif not has_tools and reason == "tool_use":
+        reason = "end_turn"
+    elif reason == "end_turn" and isinstance(matched, str) and matched:
+        return {"stop_reason": "stop_sequence", "stop_sequence": matched}
+    return {"stop_reason": reason, "stop_sequence": None}
+
+
+def _reasoning_of(said: Mapping[str, object]) -> str:
+    """The reasoning that compatible servers show, under any of its names."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(said.get(name), str) and said[name]:
+            return said[name]
+    return "".join(str(part.get("text") or "") for part in _parts_of(said.get("reasoning_details")))
+
+
+def _tool_use_id() -> str:
+    return f"toolu_{secrets.token_hex(12)}"
+
+
+def _is_strict(schema: object) -> bool:
+    """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed."""
+    if isinstance(schema, list):
+        return all(map(_is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    if "properties" in schema and (
+            schema.get("additionalProperties") is not False
+            or set(schema.get("required") or ()) != set(json_object(schema["properties"]))):
+        return False
+    return all(map(_is_strict, schema.values()))
+
+
+def messages_usage(usage: object) -> dict:
+    """OpenAI's usage in Anthropic's counting: what was cached is beside input_tokens."""
+    def count(holder: object, name: str) -> int:
+        value = json_object(holder).get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+    details = json_object(usage).get("prompt_tokens_details")
+    read, written = count(details, "cached_tokens"), count(details, "cache_write_tokens")
+    return {"input_tokens": max(0, count(usage, "prompt_tokens") - read - written),
+            "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
+            "output_tokens": count(usage, "completion_tokens")}
+
+
+# Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
+ESTIMATE_BYTES_PER_TOKEN = Fraction(36, 10)
+ESTIMATED_IMAGE_TOKENS = 1600
+
+
+def estimated_input_tokens(fields: Mapping[str, object]) -> int:
+    """A best estimate of a Messages request's input, not a bound (count_tokens)."""
+    _, images = _unseen_input(fields)
+    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in ("system", "messages",
+                                                                        "tools")
+                for text in _strings(fields.get(name)))
+    sizes -= sum(map(len, _strings(images)))
+    messages = fields.get("messages")
+    count = len(messages) if isinstance(messages, list) else 0
+    return -int(-max(0, sizes) // ESTIMATE_BYTES_PER_TOKEN) + 8 * count \
+        + ESTIMATED_IMAGE_TOKENS * len(images)
+
+
+# The type of an error inside a stream -> the status that it would have had.
+ERROR_STATUSES = MappingProxyType({
+    **{kind: status for status, kind in ANTHROPIC_ERRORS.items()},
+    "server_error": 500, "insufficient_quota": 429, "rate_limit_exceeded": 429, "requests": 429,
+    "tokens": 429})
+# (the client's API, the format of the model's provider) -> what carries the one over the other
+TRANSLATORS = MappingProxyType({("chat", "anthropic"): ChatOnClaude,
+                                ("messages", "openai"): MessagesOnChat})
+Translator = Union[ChatOnClaude, MessagesOnChat]
+
+
+# ==== 12. Cost controller =======================================================================
 #
 # The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
 # has set aside, in microdollars, behind one lock that is held for arithmetic only. The names and
@@ -2261,7 +3660,7 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
     return insufficient_budget(budget, bound)
 
 
-# ==== 10. Ledger ================================================================================
+# ==== 13. Ledger ================================================================================
 #
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
@@ -2544,7 +3943,7 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
     return f"it bills other counts than its usage: {', '.join(different)}" if different else None
 
 
-# ==== 11. Callers and configuration =============================================================
+# ==== 14. Callers and configuration =============================================================
 #
 # Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
 # is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
@@ -2865,7 +4264,7 @@ class Traffic:
                 self._in_flight[caller.name] -= 1
 
 
-# ==== 12. HTTP on a socket ======================================================================
+# ==== 15. HTTP on a socket ======================================================================
 #
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
@@ -3170,7 +4569,7 @@ class Wire:
             self.sock.close()
 
 
-# ==== 13. Upstream ==============================================================================
+# ==== 16. Upstream ==============================================================================
 #
 # The one place that opens connections. An ordinary urllib opener with handlers of ours, which
 # keep connections alive: proxies from the environment and the system's CAs work as everywhere.
@@ -3429,13 +4828,18 @@ def check_key(provider: Provider) -> None:
                             f"{provider.key_env} in the proxy's environment")
 
 
-def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int) -> dict[str, str]:
-    """The headers of an upstream call: the client's end-to-end ones, and the provider's key."""
+def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int, *,
+                     is_translated: bool = False) -> dict[str, str]:
+    """The headers of an upstream call: the client's end-to-end ones, and the provider's key.
+
+    A translated call is the proxy's own: what one vendor's clients say to it stays behind.
+    """
     named = {option.strip().lower() for option in (head.header("connection") or "").split(",")}
     headers = {"host": urllib.parse.urlsplit(provider.base_url).netloc}
     for name, value in head.headers:
         if name not in REQUEST_HEADERS_KEPT_BACK and name not in named \
-                and not name.startswith("x-ironcage-"):
+                and not name.startswith("x-ironcage-") \
+                and not (is_translated and VENDOR_HEADER.match(name)):
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
     headers.update(provider.credentials())
     if provider.format == "anthropic":
@@ -3462,7 +4866,7 @@ def _told_length(response: UpstreamResponse) -> int:
         else response.length
 
 
-# ==== 14. Settlement ============================================================================
+# ==== 17. Settlement ============================================================================
 #
 # What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
 # whose lines add up to it; the ledger keeps them, so that `audit` can add them up again.
@@ -3490,6 +4894,9 @@ class Call:
         self.model = model                            # the name that goes upstream
         self.price: Optional[Price] = None            # None: unpriced, and no budget is set
         self.bound: Optional[Bound] = None            # None: it has no bound, and no budget is set
+        self.translator: Optional[Translator] = None  # where the provider speaks another API
+        self.losses = Losses()                        # what it could not carry over
+        self.asked_model = model                      # the name that the client used
         self.reservation: Optional[Reservation] = None        # set by its admission
         self.set_output_cap: Optional[int] = None     # the cap that we put into the request
         self.wants_stream = optional_flag(body.fields, "stream")
@@ -3619,7 +5026,7 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
         provider_request_id=call.provider_request_id, first_byte_ms=call.first_byte_ms)
 
 
-# ==== 15. Events and metrics ====================================================================
+# ==== 18. Events and metrics ====================================================================
 #
 # What happened, for those who watch: values for `on_event`, counts for the status, text for
 # Prometheus. Nothing here holds a secret, a prompt or an answer. The first five are the original's.
@@ -3802,7 +5209,7 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-# ==== 16. Router ================================================================================
+# ==== 19. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -3829,6 +5236,7 @@ class Settings:
     bound: str = "measured"                            # or "bytes"
     wait_s: int = 30                                   # in line for what calls in flight hold
     no_fit: bool = False                               # never lower a client's output cap
+    strict: bool = False                               # refuse what a translation would lose
     max_body_bytes: int = 32 * 1024 * 1024
     agent_id: Optional[str] = None                     # in events, instead of the token's name
     provider_id: Optional[str] = None                  # in events, instead of the provider's name
@@ -4022,18 +5430,16 @@ class Router:
         body = parse_json_object(request.body)
         model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)
-        if api not in FORMAT_APIS[provider.format]:
-            paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
-            raise Untranslatable(
-                f"the model is served by {provider.name}, which does not speak this path's "
-                f"dialect; call it at {', '.join(paths)}", param="model")
         if not request.caller.may_use(provider.name, upstream_model):
             raise ModelForbidden(f"the token {request.caller.name} may use other models only: "
                                  f"{', '.join(request.caller.models)}", param="model")
         check_key(provider)
-        call = Call(request, provider, api, upstream_model, body)
-        asked_output_tokens(api, body.fields)
         limited = self.controller.is_limited(request.caller.scopes)
+        call = Call(request, provider, api, upstream_model, body) \
+            if api in FORMAT_APIS[provider.format] \
+            else self._translated(request, provider, api, upstream_model, body, limited)
+        body = call.body
+        asked_output_tokens(call.api, body.fields)
         if limited:
             self._check_method_override(request)
             call.price = self.prices.price(upstream_model, provider.name)
@@ -4050,6 +5456,33 @@ class Router:
         if call.reservation.is_limited and not limited:
             self.controller.cancel(call.reservation)     # a budget came meanwhile: by its rules
             return self._admitted(request, named, api, client)
+        return call
+
+    def _translated(self, request: ClientRequest, provider: Provider, api: str, model: str,
+                    body: JsonBody, limited: bool) -> Call:
+        """A call in the API that its provider speaks. Raises BadRequest, Untranslatable.
+
+        Under a limit a cap that the client did not set is left to the reservation.
+        """
+        make = TRANSLATORS.get((api, provider.format))
+        if make is None:
+            paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
+            raise Untranslatable(
+                f"the model is served by {provider.name}, which does not speak this path's "
+                f"dialect; call it at {', '.join(paths)}", param="model")
+        price = self.prices.find(model, provider.name)
+        most = price.max_output_tokens if price is not None else None
+        losses = Losses(strict=self.settings.strict
+                        or request.head.header("x-ironcage-strict") == "1")
+        translator = make({**body.fields, "model": model}, losses,
+                          most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
+                          is_openai=provider.name == "openai")
+        fields = translator.request
+        if limited and asked_output_tokens(api, body.fields) is None:
+            fields = {name: value for name, value in fields.items() if name != "max_tokens"}
+        call = Call(request, provider, translator.api, model, parse_json_object(json_bytes(fields)))
+        call.translator, call.losses = translator, losses
+        call.asked_model = str(body.fields["model"])
         return call
 
     def _bound(self, call: Call, price: Price) -> Bound:
@@ -4124,7 +5557,8 @@ class Router:
         changes: dict[str, object] = {}
         if call.body.fields.get("model", "") != call.model:
             changes["model"] = call.model
-        if call.wants_stream and call.api in ("chat", "completions"):
+        if call.wants_stream and call.api in ("chat", "completions") \
+                and call.provider.stream_usage:
             options = call.body.fields.get("stream_options")
             if options is not None and not isinstance(options, dict):
                 raise BadRequest("stream_options must be an object", param="stream_options")
@@ -4137,24 +5571,28 @@ class Router:
                      if call.body.fields.get(name) is not None}
             changes.update({name: min(cap, own) for name, own in asked.items()}
                            or {names[0]: cap})
-        return call.body.with_fields(changes) if changes else call.request.body
+        is_same = not changes and call.translator is None
+        return call.request.body if is_same else call.body.with_fields(changes)
 
     def _sent(self, call: Call, path: str, body: bytes,
               watched: Optional[Wire]) -> UpstreamResponse:
         call.was_sent, call.sent_ns = True, time.monotonic_ns()
+        is_translated = call.translator is not None
+        path = call.translator.path if call.translator is not None else path
         try:
-            return self._send(call.request, call.provider, path, body, watched)
+            return self._send(call.request, call.provider, path, body, watched,
+                              is_translated=is_translated)
         except UpstreamError as err:
             call.was_sent = err.may_be_billed
             raise
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
-              watched: Optional[Wire]) -> UpstreamResponse:
+              watched: Optional[Wire], *, is_translated: bool = False) -> UpstreamResponse:
         """One upstream call. Raises UpstreamError, ClientGone."""
-        query = "" if request.head.query is None else f"?{request.head.query}"
-        upstream = UpstreamRequest(
-            provider.base_url + path + query, method=request.head.method, body=body,
-            headers=upstream_headers(request.head, provider, len(body)), watched=watched)
+        query = "" if request.head.query is None or is_translated else f"?{request.head.query}"
+        headers = upstream_headers(request.head, provider, len(body), is_translated=is_translated)
+        upstream = UpstreamRequest(provider.base_url + path + query, method=request.head.method,
+                                   body=body, headers=headers, watched=watched)
         response = self._opener.open(upstream)
         if 300 <= response.status < 400 and response.status != 304:
             response.close()
@@ -4165,12 +5603,15 @@ class Router:
 
     def _forwarded(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> Answer:
         """The answer to send on: a stream as it arrives, anything else whole and settled."""
-        headers = [*answer_headers(response.headers),
+        headers = [*answer_headers(response.headers), *call.losses.headers(),
                    ("x-ironcage-request-id", call.request.request_id)]
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
         kind = (response.header("content-type") or "").partition(";")[0].strip().lower()
         is_stream = kind == "text/event-stream" or (not kind and call.wants_stream)
+        if call.translator is not None:
+            return self._carried_back(call, call.translator, response, headers,
+                                      is_stream and 200 <= response.status < 300)
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
         body = _whole_body(response)
@@ -4179,6 +5620,117 @@ class Router:
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
         return Answer(response.status, tuple(headers), body=body)
+
+    # Carrying translated answers back.
+
+    def _carried_back(self, call: Call, translator: Translator,
+                      response: Union[EchoResponse, UpstreamResponse], headers: list,
+                      is_stream: bool) -> Answer:
+        """A translated answer, whole, streamed or an error. Raises UpstreamBroke.
+
+        A stream's status waits for its first event, which may be an error.
+        """
+        own_id = call.request.request_id
+        headers = [(RATE_LIMIT_HEADERS.get(name, name), value) for name, value in headers
+                   if name not in REWRITTEN_HEADERS]
+        headers += [("x-request-id", own_id), ("request-id", own_id),
+                    *([("x-ironcage-upstream-request-id", call.provider_request_id)]
+                      if call.provider_request_id else ())]
+        if is_stream:
+            events = self._carried_events(call, translator, response)
+            first = next(events, None)
+            if isinstance(first, tuple):                   # an error before anything else
+                status, body = first
+                return self._translated_error(call, translator, status, body, headers)
+            reads = self._written_events(
+                call, events if first is None else itertools.chain((first,), events))
+            return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
+                          reads=reads)
+        raw = inflated(_whole_body(response),
+                       (response.header("content-encoding") or "identity").strip().lower())
+        call.meter.read_answer(raw)
+        charge = self._settle(call)
+        headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
+        try:
+            parsed = json.loads(raw)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not 200 <= response.status < 300:
+            body = parsed if isinstance(parsed, dict) else {
+                "error": {"message": raw[:500].decode("utf-8", "replace")}}
+            return self._translated_error(call, translator, response.status, body, headers)
+        if not isinstance(parsed, dict):
+            raise UpstreamBroke("the provider's answer is not JSON")
+        answer = self._as_asked(call, translator.answer(parsed))
+        return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
+
+    def _translated_error(self, call: Call, translator: Translator, status: int,
+                          body: Mapping[str, object], headers: list) -> Answer:
+        told, translated = translator.error(status, body, call.request.request_id)
+        no_retry = DO_NOT_RETRY if told == 402 or json_object(translated["error"]).get(
+            "code") == "insufficient_quota" else ()
+        return Answer(told, (*headers, *no_retry, ("content-type", "application/json")),
+                      json_bytes(translated))
+
+    def _carried_events(self, call: Call, translator: Translator,
+                        response: Union[EchoResponse, UpstreamResponse]
+                        ) -> Iterator[Union[dict, tuple[int, dict]]]:
+        """The client's events; an error of the provider as (status, its body), the last."""
+        failure: list[dict] = []
+
+        def parsed_events() -> Iterator[dict]:
+            """What the provider streams, metered, up to its end or its error."""
+            encoding = (response.header("content-encoding") or "identity").strip().lower()
+            reader = StreamReader(call.meter, encoding, hides_usage=False)
+            for pieces in response.reads():
+                for event in reader.parsed(pieces):
+                    if call.meter.failure is not None:
+                        failure.append(event)
+                        return
+                    if call.meter.has_ended:
+                        self._settle(call)         # before the client can see that it is over
+                    yield event
+            if not call.meter.has_ended:
+                raise UpstreamBroke("the provider's stream ended without its last event")
+            self._settle(call)
+
+        try:
+            for event in translator.events(parsed_events()):
+                yield self._as_asked(call, event)
+        except UpstreamBroke:
+            if not failure:
+                raise
+        if failure:
+            self._settle(call)
+            status = ERROR_STATUSES.get(str(call.meter.failure), 500)
+            yield status, failure[0]
+
+    def _as_asked(self, call: Call, body: dict) -> dict:
+        """An answer or event under the name of the model that the client asked for."""
+        message = body.get("message")
+        for holder in (body, message if isinstance(message, dict) else {}):
+            if "model" in holder:
+                holder["model"] = call.asked_model
+        return body
+
+    def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
+        """Translated events as bytes; a stream that breaks ends with its dialect's error."""
+        client_api = METERED_APIS[self._provider_in_path(call.request.head.path)[1]]
+        own_id = call.request.request_id
+        try:
+            for event in events:
+                if isinstance(event, tuple):
+                    _, body = call.translator.error(*event, own_id)
+                    yield [format_event(body, "error" if client_api == "messages" else None)]
+                    return
+                yield [format_event(event, event["type"] if client_api == "messages" else None)]
+            if client_api == "chat":
+                yield [format_event("[DONE]")]
+        except UpstreamError as err:
+            log.warning("stream broke", extra={"fields": {
+                "request_id": own_id, "reason": err.message}})
+            self._settle(call)
+            yield [error_event(err, client_api, own_id)]
 
     def _streamed(self, call: Call, response: Union[EchoResponse, UpstreamResponse]
                   ) -> Iterator[list[bytes]]:
@@ -4230,15 +5782,16 @@ class Router:
     def _local_answer(self, request: ClientRequest, named: Optional[Provider],
                       path: str) -> Optional[Answer]:
         """What the echo model answers to free routes: token counts, and a list of itself."""
+        estimated: tuple = ()
         if request.head.method == "POST" and path == COUNT_TOKENS_PATH:
             fields = parse_json_object(request.body).fields
             provider, _ = self._provider_of_model(named_model(fields), named)
-            if provider.format not in ("anthropic", "echo"):
-                raise Untranslatable("tokens can be counted for Anthropic's models only",
-                                     param="model")
-            if provider is not ECHO_PROVIDER:
+            if provider.format == "anthropic":
                 return None
-            body: dict = {"input_tokens": echo_input_tokens(fields)}
+            is_echo = provider is ECHO_PROVIDER
+            body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
+                          else estimated_input_tokens(fields)}
+            estimated = () if is_echo else (("x-ironcage-estimated", "1"),)
         elif request.head.method == "GET" and re.match(r"/v1/models(/|$)", path):
             provider = named or self._provider_of_path(request, path)
             if provider.key is not None:
@@ -4248,7 +5801,7 @@ class Router:
             return None
         headers = (("content-type", "application/json"), ("x-request-id", request.request_id),
                    ("request-id", request.request_id),
-                   ("x-ironcage-request-id", request.request_id))
+                   ("x-ironcage-request-id", request.request_id), *estimated)
         return Answer(200, headers, json_bytes(body))
 
     # Settlement.
@@ -4342,7 +5895,7 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 17. Server ================================================================================
+# ==== 20. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -4938,7 +6491,7 @@ def load_prices(settings: Settings) -> PriceBook:
         raise Misconfigured(f"the price table {path} is not usable: {err}") from err
 
 
-# ==== 18. Settings and command line =============================================================
+# ==== 21. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -5022,6 +6575,8 @@ SETTINGS = (
             "hold (30)", _parse_seconds, metavar="SECONDS"),
     Setting("--no-fit", "no_fit", "refuse a request whose max_tokens does not fit, rather than "
             "lower it", None),
+    Setting("--strict", "strict", "refuse a translated request that would lose or change a field",
+            None),
     Setting("--bound", "bound", "how text is bounded: measured, a rule that no measured text "
             "beats; or bytes, a token a byte, which is a proof",
             _parse_choice("measured", "bytes"), metavar="RULE"),
@@ -5486,7 +7041,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 19. Embedding =============================================================================
+# ==== 22. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.

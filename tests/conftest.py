@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # translation_checker
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import MockProvider, start_proxy  # noqa: E402

@@ -302,16 +302,14 @@ def test_a_method_override_is_refused_under_a_budget(served, headers, path):
 
 
 @pytest.mark.parametrize("path, fields", [
-    ("/v1/messages", CHAT), ("/v1/chat/completions", MESSAGE), ("/v1/responses", MESSAGE),
-    ("/v1/messages/count_tokens", CHAT)])
+    ("/v1/responses", MESSAGE), ("/v1/completions", MESSAGE), ("/v1/embeddings", MESSAGE)])
 def test_a_model_that_does_not_speak_the_paths_dialect_is_refused_clearly(served, path, fields):
     _, proxy = served
 
     answer = call(proxy.port, "POST", path, fields)
 
     assert 400 == answer.status
-    assert "dialect" in answer.json["error"]["message"] or "Anthropic" in \
-        answer.json["error"]["message"]
+    assert "dialect" in answer.json["error"]["message"]
 
 
 def test_a_provider_without_a_key_is_named_with_the_variable_to_set(mock, proxy_for):

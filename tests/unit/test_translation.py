@@ -1,0 +1,875 @@
+"""Chapters 9 to 11: golden pairs for each rule of the translation, both ways; streams against
+checkers that know nothing of the translators; the bugs of other gateways, each by its name."""
+import base64
+import json
+
+import pytest
+from translation_checker import check_chat_stream, check_message_stream
+
+import ironcage_proxy as ic
+
+USER = {"role": "user", "content": "hi"}
+OLD, NEW = "claude-haiku-4-5", "claude-opus-5-5"       # takes sampling and budgets; takes neither
+PNG = "data:image/png;base64,iVBORw0KGgo="
+JPEG_CALLED_PNG = "data:image/png;base64,/9j/4AAQ"
+PDF = "data:application/pdf;base64,JVBERi0="
+TEXT_FILE = "data:text/plain;base64," + base64.b64encode("Grüße".encode()).decode()
+OPEN_SCHEMA = {"type": "object"}
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}},
+          "required": ["n"], "additionalProperties": False}
+
+
+def to_claude(fields, model=OLD, strict=False, most=64_000):
+    losses = ic.Losses(strict=strict)
+    fields = {"messages": [USER], **fields, "model": model}
+    return ic.ChatOnClaude(fields, losses, most_output_tokens=most), losses
+
+
+def to_chat(fields, model="gpt-4o", is_openai=True, strict=False, most=128_000):
+    losses = ic.Losses(strict=strict)
+    fields = {"messages": [USER], "max_tokens": 100, **fields, "model": model}
+    return ic.MessagesOnChat(fields, losses, most_output_tokens=most, is_openai=is_openai), losses
+
+
+def text(words, **more):
+    return {"type": "text", "text": words, **more}
+
+
+def tool(name="f", **more):
+    return {"type": "function", "function": {"name": name, "parameters": SCHEMA, **more}}
+
+
+def call(name="f", arguments="{}", call_id="call_1"):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+# (rule, model, chat fields, what Claude gets, what is dropped, what is adjusted)
+TO_CLAUDE = [
+    ("model", OLD, {}, {"model": OLD}, [], {}),
+    ("max_tokens", OLD, {"max_tokens": 7}, {"max_tokens": 7}, [], {}),
+    ("max_completion_tokens", OLD, {"max_completion_tokens": 9, "max_tokens": 7},
+     {"max_tokens": 9}, [], {}),
+    ("max_tokens", OLD, {"max_tokens": 99_999}, {"max_tokens": 64_000}, [],
+     {"max_tokens": "64000"}),
+    ("max_tokens", OLD, {}, {"max_tokens": 21_333}, [], {}),
+    ("stream", OLD, {"stream": True}, {"stream": True, "max_tokens": 64_000}, [], {}),
+    ("stream_options", OLD, {"stream": True, "stream_options": {"include_usage": True}}, {}, [],
+     {}),
+    ("temperature", OLD, {"temperature": 0.5}, {"temperature": 0.5}, [], {}),
+    ("temperature", OLD, {"temperature": 1.7}, {"temperature": 1}, [], {"temperature": "1"}),
+    ("temperature", NEW, {"temperature": 1}, {"temperature": None}, [], {}),
+    ("temperature", NEW, {"temperature": 0.5}, {"temperature": None}, ["temperature"], {}),
+    ("top_p", OLD, {"top_p": 0.5}, {"top_p": 0.5}, [], {}),
+    ("top_p", OLD, {"top_p": 0.5, "temperature": 0.2}, {"top_p": None}, ["top_p"], {}),
+    ("top_k", OLD, {"top_k": 5}, {"top_k": 5}, [], {}),
+    ("stop", OLD, {"stop": "END"}, {"stop_sequences": ["END"]}, [], {}),
+    ("stop", OLD, {"stop": ["a", " ", "\n"]}, {"stop_sequences": ["a"]}, ["stop"], {}),
+    ("n", OLD, {"n": 1}, {"n": None}, [], {}),
+    ("user", OLD, {"user": "u-1"}, {"metadata": {"user_id": "u-1"}}, [], {}),
+    ("user", OLD, {"user": "a@b.c"}, {"metadata": {"user_id": ic._hashed("a@b.c", 64)}}, [], {}),
+    ("safety_identifier", OLD, {"user": "u", "safety_identifier": "s"},
+     {"metadata": {"user_id": "s"}}, [], {}),
+    ("metadata", OLD, {"metadata": {"user_id": "u", "k": "v"}},
+     {"metadata": {"user_id": "u"}}, ["metadata"], {}),
+    ("service_tier", OLD, {"service_tier": "auto"}, {"service_tier": "auto"}, [], {}),
+    ("service_tier", OLD, {"service_tier": "default"}, {"service_tier": "standard_only"}, [], {}),
+    ("service_tier", OLD, {"service_tier": "flex"}, {"service_tier": "standard_only"}, [],
+     {"service_tier": "standard_only"}),
+    ("store", OLD, {"store": False}, {"store": None}, [], {}),
+    ("store", OLD, {"store": True}, {"store": None}, ["store"], {}),
+    ("modalities", OLD, {"modalities": ["text"]}, {"modalities": None}, [], {}),
+    *[(name, OLD, {name: value}, {name: None}, [], {}) for name, value in (
+        ("prediction", {"type": "content", "content": "x"}), ("prompt_cache_key", "k"),
+        ("prompt_cache_retention", "24h"), ("prompt_cache_options", {}), ("seed", None),
+        ("frequency_penalty", 0), ("presence_penalty", 0), ("logit_bias", {}),
+        ("logprobs", False), ("top_logprobs", 0), ("verbosity", None), ("moderation", None),
+        ("web_search_options", None), ("audio", None))],
+    *[(name, OLD, {name: value}, {name: None}, [name], {}) for name, value in (
+        ("seed", 7), ("frequency_penalty", 0.5), ("presence_penalty", 0.5),
+        ("logit_bias", {"1": 1}), ("logprobs", True), ("top_logprobs", 3), ("verbosity", "low"),
+        ("moderation", {"model": "m"}), ("web_search_options", {}), ("field_of_tomorrow", 1))],
+    *[(name, NEW, {name: value}, {name: value}, [], {}) for name, value in (
+        ("thinking", {"type": "adaptive"}), ("output_config", {"effort": "low"}),
+        ("cache_control", {"type": "ephemeral"}), ("speed", "fast"), ("inference_geo", "us"),
+        ("context_management", {"edits": []}), ("mcp_servers", []), ("container", "c"))],
+    ("reasoning_effort", NEW, {"reasoning_effort": "high"}, {
+        "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}, [], {}),
+    ("reasoning_effort", NEW, {"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}}, [],
+     {}),
+    ("reasoning_effort", "claude-fable-5", {"reasoning_effort": "none"}, {
+        "thinking": None, "output_config": {"effort": "low"}}, [], {"reasoning_effort": "low"}),
+    ("reasoning_effort", "claude-opus-4-6", {"reasoning_effort": "xhigh"}, {
+        "output_config": {"effort": "high"}}, [], {"reasoning_effort": "high"}),
+    ("reasoning_effort", OLD, {"reasoning_effort": "high", "max_tokens": 32_000}, {
+        "thinking": {"type": "enabled", "budget_tokens": 16_384}}, [], {}),
+    ("reasoning_effort", OLD, {"reasoning_effort": "high", "max_tokens": 2_000}, {
+        "thinking": {"type": "enabled", "budget_tokens": 1_999}}, [], {}),
+    ("reasoning_effort", OLD, {"reasoning_effort": "high", "max_tokens": 100}, {
+        "thinking": None}, ["reasoning_effort"], {}),
+    ("reasoning_effort", OLD, {"reasoning_effort": "none"}, {"thinking": None}, [], {}),
+    ("response_format", OLD, {"response_format": {"type": "text"}}, {"output_config": None}, [],
+     {}),
+    ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": SCHEMA}}}, {"output_config": {"format": {
+            "type": "json_schema", "schema": {
+                "type": "object", "required": ["n"], "additionalProperties": False,
+                "properties": {"n": {"type": "integer", "description": "minimum: 1"}}}}}}, [], {}),
+    ("response_format", OLD, {"response_format": {"type": "json_object"}}, {
+        "system": [text("Respond with one JSON object and nothing else.")]}, [],
+     {"response_format": "instructed"}),
+    ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": OPEN_SCHEMA}}}, {"output_config": None}, [], {"response_format": "instructed"}),
+    ("tools", OLD, {"tools": [tool(description="d")]}, {"tools": [
+        {"name": "f", "description": "d", "input_schema": SCHEMA}]}, [], {}),
+    ("tools", OLD, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tools": [
+        {"name": "f", "input_schema": {"type": "object", "properties": {}}}]}, [], {}),
+    ("tools", OLD, {"tools": [{"type": "custom", "custom": {"name": "c"}}]}, {"tools": [
+        {"name": "c", "input_schema": {
+            "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+            "additionalProperties": False}}]}, [], {}),
+    ("tools", OLD, {"tools": [tool(strict=True)]}, {"tools": [{
+        "name": "f", "strict": True, "input_schema": ic.claude_schema(SCHEMA)}]}, [], {}),
+    ("tools", OLD, {"tools": [{"type": "function", "function": {
+        "name": "f", "strict": True, "parameters": OPEN_SCHEMA}}]}, {"tools": [{
+            "name": "f", "input_schema": OPEN_SCHEMA}]}, ["tools.function.strict"], {}),
+    ("functions", OLD, {"functions": [{"name": "f", "parameters": SCHEMA}]}, {"tools": [
+        {"name": "f", "input_schema": SCHEMA}]}, [], {}),
+    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "auto"},
+     {"tool_choice": {"type": "auto"}}, [], {}),
+    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "none"},
+     {"tool_choice": {"type": "none"}}, [], {}),
+    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "required"},
+     {"tool_choice": {"type": "any"}}, [], {}),
+    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": {
+        "type": "function", "function": {"name": "f"}}},
+     {"tool_choice": {"type": "tool", "name": "f"}}, [], {}),
+    ("tool_choice", NEW, {"tools": [tool()], "tool_choice": "required"},
+     {"tool_choice": {"type": "auto"}, "system": [text("Call one of the tools now.")]}, [],
+     {"tool_choice": "auto"}),
+    ("tool_choice", OLD, {"tool_choice": "required"}, {"tool_choice": None}, [], {}),
+    ("function_call", OLD, {"functions": [{"name": "f"}], "function_call": {"name": "f"}},
+     {"tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True}}, [], {}),
+    ("parallel_tool_calls", OLD, {"tools": [tool()], "parallel_tool_calls": False},
+     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, [], {}),
+    ("parallel_tool_calls", OLD, {"tools": [tool()], "parallel_tool_calls": False,
+                                  "tool_choice": "none"},
+     {"tool_choice": {"type": "none"}}, [], {}),
+]
+REFUSED_BY_CLAUDE = {
+    "n": {"n": 2}, "audio": {"audio": {"voice": "x"}}, "modalities": {"modalities": ["audio"]},
+    "tool type": {"tools": [{"type": "hologram"}]}, "effort": {"reasoning_effort": "huge"},
+    "format": {"response_format": {"type": "xml"}}, "choice": {"tools": [tool()],
+                                                               "tool_choice": "maybe"},
+    "no messages": {"messages": []}, "no content": {"messages": [{"role": "user", "content": ""}]},
+    "role": {"messages": [{"role": "oracle", "content": "x"}]},
+    "http image": {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]},
+    "svg": {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,AA=="}}]}]},
+    "audio part": {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+    "an OpenAI file": {"messages": [{"role": "user", "content": [
+        {"type": "file", "file": {"file_id": "file-1"}}]}]},
+    "temperature": {"temperature": "hot"}, "cap": {"max_tokens": 0},
+}
+
+
+@pytest.mark.parametrize("rule, model, fields, expected, dropped, adjusted", TO_CLAUDE,
+                         ids=[f"{row[0]}-{number}" for number, row in enumerate(TO_CLAUDE)])
+def test_a_chat_field_on_claude(rule, model, fields, expected, dropped, adjusted):
+    translator, losses = to_claude(fields, model)
+
+    assert expected == {name: translator.request.get(name) for name in expected}
+    assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
+
+
+def test_every_rule_of_chat_fields_has_a_golden_pair():
+    assert set(ic.CHAT_TO_MESSAGES_RULES) - {row[0] for row in TO_CLAUDE} == {"messages"}
+
+
+@pytest.mark.parametrize("fields", REFUSED_BY_CLAUDE.values(), ids=REFUSED_BY_CLAUDE)
+def test_what_cannot_be_said_to_claude_is_refused(fields):
+    with pytest.raises(ic.BadRequest):
+        to_claude(fields)
+
+
+@pytest.mark.parametrize("rule, model, fields, expected, dropped, adjusted", [
+    row for row in TO_CLAUDE if row[4] or row[5]])
+def test_strict_mode_refuses_every_loss(rule, model, fields, expected, dropped, adjusted):
+    with pytest.raises(ic.BadRequest, match="strict mode"):
+        to_claude(fields, model, strict=True)
+
+
+def test_losses_are_told_in_headers_that_hold_names_only():
+    losses = ic.Losses()
+    losses.drop("seed"), losses.drop("seed"), losses.drop("a\r\nb: c")
+    losses.adjust("max_tokens", 9)
+
+    assert [("x-ironcage-dropped-params", "seed,?"),
+            ("x-ironcage-adjusted", "max_tokens=9")] == losses.headers()
+
+
+# Messages to Claude: (what it shows, model, messages, expected messages, expected system)
+SYSTEM = {"role": "system", "content": "S"}
+TURNS = {
+    "leading system and developer": (OLD, [SYSTEM, {"role": "developer", "content": "D"}, USER],
+                                     [("user", [text("hi")])], [text("S"), text("D")]),
+    "a later system message is told in place": (
+        OLD, [USER, SYSTEM], [("user", [text("hi"), text(
+            "[system instruction, not from the user]\nS")])], []),
+    "a later system message stays where the model takes it": (
+        NEW, [USER, SYSTEM], [("user", [text("hi")]), ("system", [text("S")])], []),
+    "only a system message": (OLD, [SYSTEM], [("user", [text("S")])], []),
+    "runs of one role are one turn": (
+        OLD, [USER, USER, {"role": "assistant", "content": "a"},
+              {"role": "assistant", "content": "b"}, USER],
+        [("user", [text("hi"), text("hi")]), ("assistant", [text("a"), text("b")]),
+         ("user", [text("hi")])], []),
+    "a leading assistant": (OLD, [{"role": "assistant", "content": "a"}, USER],
+                            [("user", [text(".")]), ("assistant", [text("a")]),
+                             ("user", [text("hi")])], []),
+    "empty text and empty messages go": (
+        OLD, [{"role": "user", "content": [text(""), text(" \n"), text("x")]},
+              {"role": "assistant", "content": ""}, {"role": "assistant", "content": None}],
+        [("user", [text("x")])], []),
+    "prefill loses its trailing space": (OLD, [USER, {"role": "assistant", "content": "a \n"}],
+                                         [("user", [text("hi")]), ("assistant", [text("a")])], []),
+    "prefill where the model takes none": (
+        NEW, [USER, {"role": "assistant", "content": "a"}],
+        [("user", [text("hi")]), ("assistant", [text("a")]), ("user", [text("Continue.")])], []),
+    "results come first, in the order of the calls": (
+        OLD, [USER, {"role": "assistant", "content": None, "tool_calls": [
+            call(call_id="a"), call(call_id="b", arguments='{"n": 1}')]},
+            {"role": "tool", "tool_call_id": "b", "content": "B"}, USER,
+            {"role": "tool", "tool_call_id": "a", "content": [text("A")]}],
+        [("user", [text("hi")]), ("assistant", [
+            {"type": "tool_use", "id": "a", "name": "f", "input": {}},
+            {"type": "tool_use", "id": "b", "name": "f", "input": {"n": 1}}]),
+         ("user", [{"type": "tool_result", "tool_use_id": "a", "content": "A"},
+                   {"type": "tool_result", "tool_use_id": "b", "content": "B"}, text("hi")])], []),
+    "a missing result is made": (
+        OLD, [USER, {"role": "assistant", "tool_calls": [call()]}],
+        [("user", [text("hi")]),
+         ("assistant", [{"type": "tool_use", "id": "call_1", "name": "f", "input": {}}]),
+         ("user", [{"type": "tool_result", "tool_use_id": "call_1", "is_error": True,
+                    "content": "[no result provided]"}])], []),
+    "of two results the last counts": (
+        OLD, [USER, {"role": "assistant", "tool_calls": [call()]},
+              {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+              {"role": "tool", "tool_call_id": "call_1", "content": "2"}],
+        [("user", [text("hi")]),
+         ("assistant", [{"type": "tool_use", "id": "call_1", "name": "f", "input": {}}]),
+         ("user", [{"type": "tool_result", "tool_use_id": "call_1", "content": "2"}])], []),
+    "a result without its call is text": (
+        OLD, [USER, {"role": "tool", "tool_call_id": "x", "content": "R"}],
+        [("user", [text("hi"), text("[result of tool call x]\nR")])], []),
+    "a legacy function": (
+        OLD, [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+              {"role": "function", "name": "f", "content": "R"}],
+        [("user", [text("hi")]),
+         ("assistant", [{"type": "tool_use", "id": "f", "name": "f", "input": {}}]),
+         ("user", [{"type": "tool_result", "tool_use_id": "f", "content": "R"}])], []),
+    "images": (OLD, [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": JPEG_CALLED_PNG}},
+        {"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}}]}],
+        [("user", [{"type": "image", "source": {"type": "base64", "media_type": "image/jpeg",
+                                                "data": "/9j/4AAQ"}},
+                   {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])], []),
+    "files": (OLD, [{"role": "user", "content": [
+        {"type": "file", "file": {"file_data": PDF, "filename": "a.pdf"}},
+        {"type": "file", "file": {"file_data": TEXT_FILE}}]}],
+        [("user", [{"type": "document", "title": "a.pdf", "source": {
+            "type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}},
+            {"type": "document", "source": {"type": "text", "media_type": "text/plain",
+                                            "data": "Grüße"}}])], []),
+    "cache marks": (OLD, [{"role": "user", "content": [
+        text("a", cache_control={"type": "ephemeral", "ttl": "1h"}),
+        text("b", prompt_cache_breakpoint={"mode": "explicit"})]}],
+        [("user", [text("a", cache_control={"type": "ephemeral", "ttl": "1h"}),
+                   text("b", cache_control={"type": "ephemeral"})])], []),
+    "thinking comes back verbatim, and what no Claude signed does not": (
+        OLD, [USER, {"role": "assistant", "content": "a", "thinking_blocks": [
+            {"index": 0, "type": "thinking", "thinking": "T", "signature": "sig"},
+            {"type": "redacted_thinking", "data": "D"},
+            {"type": "thinking", "thinking": "U", "signature": "icx1.abc"}]}, USER],
+        [("user", [text("hi")]), ("assistant", [
+            {"type": "thinking", "thinking": "T", "signature": "sig"},
+            {"type": "redacted_thinking", "data": "D"}, text("a")]), ("user", [text("hi")])], []),
+    "a refusal is the assistant's text": (
+        OLD, [USER, {"role": "assistant", "content": None, "refusal": "no"}, USER],
+        [("user", [text("hi")]), ("assistant", [text("no")]), ("user", [text("hi")])], []),
+}
+
+
+@pytest.mark.parametrize("model, messages, expected, system", TURNS.values(), ids=TURNS)
+def test_chat_messages_on_claude(model, messages, expected, system):
+    translator, _ = to_claude({"messages": messages, "tools": [tool()]}, model)
+
+    assert expected == [(m["role"], m["content"]) for m in translator.request["messages"]]
+    assert system == translator.request.get("system", [])
+
+
+def test_at_most_four_cache_marks_travel_the_last_ones():
+    marks = [text(str(n), cache_control={"type": "ephemeral"}) for n in range(6)]
+    translator, _ = to_claude({"messages": [{"role": "user", "content": marks}]})
+
+    blocks = translator.request["messages"][0]["content"]
+    assert [False, False, True, True, True, True] == ["cache_control" in b for b in blocks]
+
+
+def test_history_with_tools_and_a_request_without_them_gets_their_names():
+    """Bug of others: Anthropic refuses tool blocks without tools."""
+    translator, _ = to_claude({"messages": [
+        USER, {"role": "assistant", "tool_calls": [call("f")]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "R"}]})
+
+    assert ([{"name": "f", "input_schema": {"type": "object"}}], {"type": "none"}) == (
+        translator.request["tools"], translator.request["tool_choice"])
+
+
+def test_a_conversation_grows_at_its_end_only():
+    """Else the prompt cache breaks: turn N's messages are a prefix of turn N+1's."""
+    history = [SYSTEM, USER, {"role": "assistant", "tool_calls": [call()]},
+               {"role": "tool", "tool_call_id": "call_1", "content": "R"},
+               {"role": "assistant", "content": "done"}, USER]
+    first, _ = to_claude({"messages": history[:2], "tools": [tool()]})
+    later, _ = to_claude({"messages": history, "tools": [tool()]})
+
+    assert first.request["messages"] == later.request["messages"][:1]
+    assert first.request["system"] == later.request["system"]
+
+
+@pytest.mark.parametrize("arguments, wrapped", [
+    ("", {}), ("  ", {}), ('{"a": "ü"}', {"a": "ü"}), ("[1]", {"__value": [1]}),
+    ("null", {"__value": None}), ("{bad", {"__raw": "{bad"})])
+def test_any_arguments_survive_the_way_there_and_back(arguments, wrapped):
+    assert wrapped == ic.arguments_to_input(arguments)
+    if arguments.strip():
+        again = ic.input_to_arguments(ic.arguments_to_input(arguments))
+        assert again == arguments or json.loads(again) == json.loads(arguments)
+
+
+def test_names_and_ids_that_anthropic_refuses_are_replaced_and_come_back():
+    translator, _ = to_claude({"tools": [tool("a.b"), tool("a_b")], "messages": [
+        USER, {"role": "assistant", "tool_calls": [call("a.b", call_id="x:1")]},
+        {"role": "tool", "tool_call_id": "x:1", "content": "R"}]})
+    names = [row["name"] for row in translator.request["tools"]]
+    use = translator.request["messages"][1]["content"][0]
+    result = translator.request["messages"][2]["content"][0]
+
+    assert names[1] == "a_b" and names[0] == use["name"] != "a_b"
+    assert use["id"] == result["tool_use_id"] and use["id"].startswith("toolu_")
+    answer = translator.answer({"id": "msg_1", "content": [
+        {"type": "tool_use", "id": "t", "name": names[0], "input": {}}]})
+    assert "a.b" == answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"]
+
+
+# Claude's answers.
+
+MESSAGE_USAGE = {"input_tokens": 10, "cache_read_input_tokens": 5,
+                 "cache_creation_input_tokens": 3, "output_tokens": 7,
+                 "output_tokens_details": {"thinking_tokens": 2}, "service_tier": "standard"}
+
+
+def message(*content, stop="end_turn", **more):
+    return {"id": "msg_1", "type": "message", "role": "assistant", "model": OLD,
+            "content": list(content), "stop_reason": stop, "usage": MESSAGE_USAGE, **more}
+
+
+@pytest.mark.parametrize("stop, finish", [
+    ("end_turn", "stop"), ("stop_sequence", "stop"), ("max_tokens", "length"),
+    ("tool_use", "tool_calls"), ("pause_turn", "stop"), ("refusal", "content_filter"),
+    ("model_context_window_exceeded", "length"), ("compaction", "stop"), ("of_tomorrow", "stop")])
+def test_stop_reasons_of_claude(stop, finish):
+    translator, _ = to_claude({})
+
+    assert finish == translator.answer(message(text("x"), stop=stop))["choices"][0][
+        "finish_reason"]
+
+
+def test_an_answer_of_claude_as_a_chat_completion():
+    translator, _ = to_claude({"tools": [tool(), {"type": "custom", "custom": {"name": "c"}}]})
+    thinking = {"type": "thinking", "thinking": "T", "signature": "s"}
+
+    answer = translator.answer(message(
+        thinking, text("a"), text("b"), {"type": "tool_use", "id": "t1", "name": "f",
+                                         "input": {"n": 1}},
+        {"type": "tool_use", "id": "t2", "name": "c", "input": {"input": "raw"}}, stop="tool_use"))
+
+    said = answer["choices"][0]["message"]
+    assert ("chatcmpl-1", "ab", "T", [thinking], "default") == (
+        answer["id"], said["content"], said["reasoning_content"], said["thinking_blocks"],
+        answer["service_tier"])
+    assert [{"id": "t1", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}},
+            {"id": "t2", "type": "custom", "custom": {"name": "c", "input": "raw"}}] \
+        == said["tool_calls"]
+    assert (18, 7, 25, 5, 3, 2) == (
+        answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"],
+        answer["usage"]["total_tokens"],
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"],
+        answer["usage"]["prompt_tokens_details"]["cache_write_tokens"],
+        answer["usage"]["completion_tokens_details"]["reasoning_tokens"])
+
+
+def test_content_is_null_with_calls_and_empty_without_anything():
+    translator, _ = to_claude({})
+
+    calls = translator.answer(message({"type": "tool_use", "id": "t", "name": "f", "input": {}}))
+    assert calls["choices"][0]["message"]["content"] is None
+    assert "" == translator.answer(message())["choices"][0]["message"]["content"]
+
+
+def test_a_legacy_client_gets_a_function_call():
+    translator, _ = to_claude({"functions": [{"name": "f"}]})
+
+    choice = translator.answer(message({"type": "tool_use", "id": "t", "name": "f", "input": {}},
+                                       stop="tool_use"))["choices"][0]
+
+    assert ("function_call", {"name": "f", "arguments": "{}"}) == (
+        choice["finish_reason"], choice["message"]["function_call"])
+
+
+def stream_of(whole, pieces=3):
+    """Anthropic's events for a whole message, with its text and JSON cut into pieces."""
+    yield {"type": "message_start", "message": {
+        **whole, "content": [], "stop_reason": None, "usage": {**MESSAGE_USAGE,
+                                                               "output_tokens": 1}}}
+    yield {"type": "ping"}
+    for index, block in enumerate(whole["content"]):
+        kind = block["type"]
+        blank = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""},
+                 "tool_use": {"input": {}}}.get(kind, {})
+        yield {"type": "content_block_start", "index": index, "content_block": {**block, **blank}}
+        said = {"text": block.get("text"), "thinking": block.get("thinking"),
+                "tool_use": json.dumps(block.get("input")) if block.get("input") else ""}.get(kind)
+        names = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+                 "tool_use": ("input_json_delta", "partial_json")}
+        size = max(1, len(said or "") // pieces)
+        for at in range(0, len(said or ""), size):
+            yield {"type": "content_block_delta", "index": index,
+                   "delta": {"type": names[kind][0], names[kind][1]: said[at:at + size]}}
+        if kind == "thinking":
+            yield {"type": "content_block_delta", "index": index,
+                   "delta": {"type": "signature_delta", "signature": block["signature"]}}
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": {"stop_reason": whole["stop_reason"],
+                                              "stop_details": whole.get("stop_details")},
+           "usage": {"output_tokens": MESSAGE_USAGE["output_tokens"], "input_tokens": None}}
+    yield {"type": "message_stop"}
+
+
+def calls_in(said):
+    """Tool calls with their arguments parsed: JSON may be written in more than one way."""
+    return [(c["id"], c["type"], c[c["type"]]["name"], c[c["type"]].get("input")
+             or json.loads(c[c["type"]]["arguments"])) for c in said.get("tool_calls", ())]
+
+
+STREAMED = {
+    "text": message(text("hello there")),
+    "nothing": message(),
+    "thinking, text, tools": message(
+        {"type": "thinking", "thinking": "Thinking", "signature": "sig"}, text("so"),
+        {"type": "tool_use", "id": "t1", "name": "f", "input": {"n": 1}},
+        {"type": "tool_use", "id": "t2", "name": "f", "input": {}}, stop="tool_use"),
+    "text after a tool": message({"type": "tool_use", "id": "t1", "name": "f",
+                                  "input": {"a": "ü"}},
+                                 text("and"), stop="tool_use"),
+    "a custom tool": message({"type": "tool_use", "id": "t1", "name": "c",
+                              "input": {"input": "raw"}}, stop="tool_use"),
+    "a refusal": message(text("I"), stop="refusal",
+                         stop_details={"type": "refusal", "explanation": "no"}),
+    "redacted": message({"type": "redacted_thinking", "data": "D"}, text("x")),
+}
+
+
+@pytest.mark.parametrize("asks_usage", [False, True])
+@pytest.mark.parametrize("whole", STREAMED.values(), ids=STREAMED)
+def test_a_stream_of_claude_folds_to_its_whole_answer(whole, asks_usage):
+    fields = {"stream": True, "stream_options": {"include_usage": asks_usage},
+              "tools": [tool(), {"type": "custom", "custom": {"name": "c"}}]}
+    translator, _ = to_claude(fields)
+
+    folded, finish, usage = check_chat_stream(
+        list(translator.events(stream_of(whole))), asks_usage)
+
+    expected = translator.answer(whole)
+    said = expected["choices"][0]["message"]
+    assert (said["content"] or "", expected["choices"][0]["finish_reason"]) == (
+        folded["content"], finish)
+    assert calls_in(said) == calls_in(folded)
+    assert (said.get("refusal"), said.get("reasoning_content")) == (
+        folded.get("refusal"), folded.get("reasoning_content"))
+    assert said.get("thinking_blocks") == ([
+        {name: value for name, value in block.items() if name != "index"}
+        for block in folded.get("thinking_blocks", ())] or None)
+    assert usage == (expected["usage"] if asks_usage else None)
+
+
+@pytest.mark.parametrize("status, kind, told, expected", [
+    (400, "invalid_request_error", "bad", (400, "invalid_request_error", None)),
+    (400, "invalid_request_error", "prompt is too long: 2 tokens",
+     (400, "invalid_request_error", "context_length_exceeded")),
+    (401, "authentication_error", "no", (401, "invalid_request_error", "invalid_api_key")),
+    (402, "billing_error", "pay", (429, "insufficient_quota", "insufficient_quota")),
+    (403, "permission_error", "no", (403, "invalid_request_error", "permission_denied")),
+    (404, "not_found_error", "?", (404, "invalid_request_error", "model_not_found")),
+    (413, "request_too_large", "big", (413, "invalid_request_error", "request_too_large")),
+    (429, "rate_limit_error", "slow", (429, "requests", "rate_limit_exceeded")),
+    (500, "api_error", "oops", (500, "server_error", None)),
+    (504, "timeout_error", "late", (504, "server_error", "timeout")),
+    (529, "overloaded_error", "busy", (503, "server_error", "overloaded")),
+    (418, "teapot", "short", (418, "invalid_request_error", None)),
+])
+def test_errors_of_claude_in_openais_words(status, kind, told, expected):
+    translator, _ = to_claude({})
+
+    got, body = translator.error(status, {"type": "error", "error": {
+        "type": kind, "message": told}}, "req_1")
+
+    assert expected == (got, body["error"]["type"], body["error"]["code"])
+    assert told == body["error"]["message"]
+
+
+# Anthropic clients. (rule, model, is it OpenAI, fields, what the server gets, dropped, adjusted)
+TO_CHAT = [
+    ("model", "gpt-4o", True, {}, {"model": "gpt-4o"}, [], {}),
+    ("max_tokens", "gpt-4o", True, {}, {"max_completion_tokens": 100}, [], {}),
+    ("max_tokens", "qwen", False, {}, {"max_tokens": 100, "max_completion_tokens": None}, [], {}),
+    ("max_tokens", "gpt-4o", True, {"max_tokens": 10 ** 6}, {"max_completion_tokens": 128_000}, [],
+     {"max_tokens": "128000"}),
+    ("stop_sequences", "gpt-4o", True, {"stop_sequences": ["a"]}, {"stop": ["a"]}, [], {}),
+    ("stop_sequences", "gpt-4o", True, {"stop_sequences": list("abcde")}, {"stop": list("abcd")},
+     ["stop_sequences"], {}),
+    ("stop_sequences", "gpt-5.5", True, {"stop_sequences": ["a"]}, {"stop": None},
+     ["stop_sequences"], {}),
+    ("temperature", "gpt-4o", True, {"temperature": 0.5}, {"temperature": 0.5}, [], {}),
+    ("temperature", "gpt-5.5", True, {"temperature": 0.5}, {"temperature": None}, ["temperature"],
+     {}),
+    ("temperature", "gpt-5.5", True, {"temperature": 1}, {"temperature": None}, [], {}),
+    ("top_p", "gpt-4o", True, {"top_p": 0.5}, {"top_p": 0.5}, [], {}),
+    ("top_k", "gpt-4o", True, {"top_k": 5}, {"top_k": None}, ["top_k"], {}),
+    ("stream", "gpt-4o", True, {"stream": True}, {"stream": True}, [], {}),
+    ("thinking", "gpt-5.5", True, {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
+     {"reasoning_effort": "medium"}, [], {}),
+    ("thinking", "gpt-4o", True, {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
+     {"reasoning_effort": None}, [], {}),
+    ("output_config", "gpt-5.5", True, {"output_config": {"effort": "max"}},
+     {"reasoning_effort": "xhigh"}, [], {"output_config.effort": "xhigh"}),
+    ("output_config", "gpt-5.5", True, {"output_config": {"task_budget": {}}}, {},
+     ["output_config.task_budget"], {}),
+    ("output_config", "gpt-4o", True, {"output_config": {"format": {
+        "type": "json_schema", "schema": SCHEMA}}}, {"response_format": {
+            "type": "json_schema", "json_schema": {"name": "output", "schema": SCHEMA,
+                                                   "strict": True}}}, [], {}),
+    ("output_format", "gpt-4o", True, {"output_format": {
+        "type": "json_schema", "schema": {"type": "object", "properties": {"n": {}}}}},
+     {"response_format": {"type": "json_schema", "json_schema": {
+         "name": "output", "schema": {"type": "object", "properties": {"n": {}}},
+         "strict": False}}}, [], {}),
+    ("metadata", "gpt-4o", True, {"metadata": {"user_id": "u"}},
+     {"safety_identifier": ic._hashed("u", 64)}, [], {}),
+    ("metadata", "qwen", False, {"metadata": {"user_id": "u"}}, {"safety_identifier": None}, [],
+     {}),
+    ("service_tier", "gpt-4o", True, {"service_tier": "standard_only"},
+     {"service_tier": "default"}, [], {}),
+    ("speed", "gpt-4o", True, {"speed": "fast"}, {"speed": None}, ["speed"], {}),
+    ("cache_control", "gpt-4o", True, {"cache_control": {"type": "ephemeral"}},
+     {"cache_control": None}, [], {}),
+    ("context_management", "gpt-4o", True, {"context_management": {"edits": [
+        {"type": "clear_thinking_20251015"}]}}, {"context_management": None}, [], {}),
+    ("context_management", "gpt-4o", True, {"context_management": {"edits": [
+        {"type": "compact_20260112"}]}}, {}, ["context_management"], {}),
+    ("mcp_servers", "gpt-4o", True, {"mcp_servers": []}, {"mcp_servers": None}, [], {}),
+    ("skills", "gpt-4o", True, {"skills": []}, {"skills": None}, [], {}),
+    *[(name, "gpt-4o", True, {name: None}, {name: None}, [], {})
+      for name in ("container", "compaction", "thread")],
+    ("unknown", "gpt-4o", True, {"fallbacks": ["x"]}, {"fallbacks": None}, ["fallbacks"], {}),
+    ("system", "gpt-4o", True, {"system": "S"}, {"messages": [
+        {"role": "system", "content": "S"}, USER]}, [], {}),
+    ("system", "gpt-5.5", True, {"system": [text("x-anthropic-billing-header: v1"), text("S"),
+                                            text("T")]},
+     {"messages": [{"role": "developer", "content": [text("S"), text("T")]}, USER]}, [], {}),
+    ("system", "qwen", False, {"system": [text("S"), text("T")]},
+     {"messages": [{"role": "system", "content": "S\n\nT"}, USER]}, [], {}),
+    ("tools", "gpt-4o", True, {"tools": [{"name": "f", "description": "d",
+                                          "input_schema": SCHEMA}]},
+     {"tools": [{"type": "function", "function": {
+         "name": "f", "parameters": SCHEMA, "description": "d"}}]}, [], {}),
+    *[("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {"type": kind}},
+       {"tool_choice": told}, [], {}) for kind, told in (
+           ("auto", "auto"), ("any", "required"), ("none", "none"))],
+    ("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {
+        "type": "tool", "name": "f", "disable_parallel_tool_use": True}},
+     {"tool_choice": {"type": "function", "function": {"name": "f"}},
+      "parallel_tool_calls": False}, [], {}),
+]
+
+
+@pytest.mark.parametrize("rule, model, is_openai, fields, expected, dropped, adjusted", TO_CHAT,
+                         ids=[f"{row[0]}-{number}" for number, row in enumerate(TO_CHAT)])
+def test_a_messages_field_on_chat(rule, model, is_openai, fields, expected, dropped, adjusted):
+    translator, losses = to_chat(fields, model, is_openai)
+
+    assert expected == {name: translator.request.get(name) for name in expected}
+    assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
+
+
+def test_every_rule_of_messages_fields_has_a_golden_pair():
+    assert set(ic.MESSAGES_TO_CHAT_RULES) - {row[0] for row in TO_CHAT} == {"messages"}
+
+
+@pytest.mark.parametrize("fields", [
+    {"mcp_servers": [{"url": "x"}]}, {"container": "c"}, {"skills": ["s"]},
+    {"compaction": {}}, {"thread": "t"}, {"max_tokens": None}, {"messages": []},
+    {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file"}}]}]},
+    {"messages": [{"role": "oracle", "content": "x"}]}])
+def test_what_cannot_be_said_to_a_chat_server_is_refused(fields):
+    with pytest.raises(ic.BadRequest):
+        to_chat(fields)
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                     "data": "iVBORw0KGgo="}}
+IMAGE_URL = {"type": "image_url", "image_url": {"url": PNG}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [call(call_id="t", arguments="{}")]}
+USE = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}
+
+
+def result(content=None, **more):
+    return {"type": "tool_result", "tool_use_id": "t", "content": content, **more}
+
+
+CHAT_TURNS = {
+    "text": ([USER], [USER]),
+    "parts": ([{"role": "user", "content": [text("a"), IMAGE]}],
+              [{"role": "user", "content": [text("a"), IMAGE_URL]}]),
+    "results stand alone and before the rest": (
+        [USER, USE, {"role": "user", "content": [text("so"), result("R")]}],
+        [USER, CALLED, {"role": "tool", "tool_call_id": "t", "content": "R"},
+         {"role": "user", "content": "so"}]),
+    "an image in a result follows as the user's": (
+        [USER, USE, {"role": "user", "content": [result([text("R"), IMAGE])]}],
+        [USER, CALLED, {"role": "tool", "tool_call_id": "t", "content": "R\n[image]"},
+         {"role": "user", "content": [text("Image from tool f:"), IMAGE_URL]}]),
+    "an error says so": ([USER, USE, {"role": "user", "content": [result("R", is_error=True)]}],
+                         [USER, CALLED, {"role": "tool", "tool_call_id": "t",
+                                         "content": "Error: R"}]),
+    "an absent result is empty": ([USER, USE, {"role": "user", "content": [result()]}],
+                                  [USER, CALLED, {"role": "tool", "tool_call_id": "t",
+                                                  "content": ""}]),
+    "thinking stays behind": ([USER, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "T", "signature": "s"}, text("a"), text("b")]}, USER],
+        [USER, {"role": "assistant", "content": "ab"}, USER]),
+    "a system message in place": (
+        [USER, {"role": "system", "content": "S"}, USER],
+        [USER, {"role": "system", "content": "S"}, USER]),
+    "a system message between call and result goes behind": (
+        [USER, USE, {"role": "system", "content": [text("S")]},
+         {"role": "user", "content": [result("R")]}],
+        [USER, CALLED, {"role": "tool", "tool_call_id": "t", "content": "R"},
+         {"role": "system", "content": "S"}]),
+    "documents": ([{"role": "user", "content": [
+        {"type": "document", "title": "a.pdf", "source": {
+            "type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}},
+        {"type": "document", "title": "N", "source": {"type": "text", "data": "words"}}]}],
+        [{"role": "user", "content": [
+            {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF}},
+            text("<document title=N>\nwords\n</document>")]}]),
+}
+
+
+@pytest.mark.parametrize("messages, expected", CHAT_TURNS.values(), ids=CHAT_TURNS)
+def test_messages_turns_on_chat(messages, expected):
+    assert expected == to_chat({"messages": messages})[0].request["messages"]
+
+
+def test_a_long_tool_name_is_cut_for_openai_and_comes_back():
+    name = "mcp__" + "x" * 80
+    translator, _ = to_chat({"tools": [{"name": name}]})
+    short = translator.request["tools"][0]["function"]["name"]
+
+    answer = translator.answer({"choices": [{"message": {"tool_calls": [call(short)]},
+                                             "finish_reason": "tool_calls"}]})
+
+    assert len(short) == 64 and name == answer["content"][0]["name"]
+
+
+CHAT_USAGE = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25,
+              "prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 2}}
+
+
+def completion(finish="stop", **said):
+    return {"id": "chatcmpl-1", "model": "gpt-4o", "usage": CHAT_USAGE, "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": None, **said},
+         "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("said, finish, stop", [
+    ({"content": "x"}, "stop", "end_turn"), ({"content": "x"}, "length", "max_tokens"),
+    ({"tool_calls": [call()]}, "tool_calls", "tool_use"), ({"tool_calls": [call()]}, "stop",
+                                                           "tool_use"),
+    ({"content": "x"}, "tool_calls", "end_turn"), ({"content": "x"}, "content_filter", "refusal"),
+    ({"refusal": "no"}, "stop", "refusal"), ({"content": "x"}, "eos", "end_turn"),
+    ({"function_call": {"name": "f", "arguments": "{}"}}, "function_call", "tool_use")])
+def test_finish_reasons_of_chat_servers(said, finish, stop):
+    assert stop == to_chat({})[0].answer(completion(finish, **said))["stop_reason"]
+
+
+def test_an_answer_of_a_chat_server_as_a_message():
+    answer = to_chat({})[0].answer(completion(
+        "tool_calls", content="a", reasoning_content="T",
+        tool_calls=[call(arguments='{"n": 1}'), call(call_id=None)]))
+
+    thinking, said, first, second = answer["content"]
+    assert ("T", "a") == (thinking["thinking"], said["text"])
+    assert thinking["signature"].startswith("icx1.")
+    assert ({"n": 1}, "call_1") == (first["input"], first["id"])
+    assert second["id"].startswith("toolu_")
+    assert {"input_tokens": 10, "cache_read_input_tokens": 8, "cache_creation_input_tokens": 2,
+            "output_tokens": 5} == answer["usage"]
+
+
+def chunks_of(*deltas, finish="stop", usage="after"):
+    base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o"}
+    for delta in deltas:
+        yield {**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    yield {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}],
+           **({"usage": CHAT_USAGE} if usage == "with" else {})}
+    if usage == "after":
+        yield {**base, "choices": [], "usage": CHAT_USAGE}
+
+
+def piece(index=0, arguments="", **more):
+    function = {"arguments": arguments, **({"name": more.pop("name")} if "name" in more else {})}
+    return {"tool_calls": [{**({} if index is None else {"index": index}), **more,
+                            "function": function}]}
+
+
+# what it shows -> (deltas, finish, expected content as (kind, value) pairs)
+CHAT_STREAMS = {
+    "role and text": ([{"role": "assistant", "content": ""}, {"content": "he"}, {"content": "y"}],
+                      "stop", [("text", "hey")]),
+    "no role chunk": ([{"content": "hey"}], "stop", [("text", "hey")]),
+    "nothing": ([{"role": "assistant"}], "stop", []),
+    "reasoning, text, tool": (
+        [{"reasoning_content": "T"}, {"content": "x"}, piece(id="a", name="f"),
+         piece(arguments='{"n"'), piece(arguments=": 1}")], "tool_calls",
+        [("thinking", "T"), ("text", "x"), ("tool_use", {"n": 1})]),
+    "text after a tool is a new block": (
+        [{"content": "x"}, piece(id="a", name="f", arguments="{}"), {"content": "y"}],
+        "tool_calls", [("text", "x"), ("tool_use", {}), ("text", "y")]),
+    "a call without arguments": ([piece(id="a", name="f")], "tool_calls", [("tool_use", {})]),
+    "two parallel calls": (
+        [piece(0, id="a", name="f", arguments='{"n": 1}'),
+         piece(1, id="b", name="g", arguments='{"n": 2}')], "tool_calls",
+        [("tool_use", {"n": 1}), ("tool_use", {"n": 2})]),
+    "two interleaved calls": (
+        [piece(0, id="a", name="f"), piece(1, id="b", name="g"), piece(0, '{"n":'),
+         piece(1, '{"n":'), piece(0, " 1}"), piece(1, " 2}")], "tool_calls",
+        [("tool_use", {"n": 1}), ("tool_use", {"n": 2})]),
+    "a missing index": ([piece(None, id="a", name="f", arguments='{"n"'),
+                         piece(None, arguments=": 1}"),
+                         piece(None, id="b", name="g", arguments="{}")], "tool_calls",
+                        [("tool_use", {"n": 1}), ("tool_use", {})]),
+    "a name and an id that are repeated": (
+        [piece(0, id="a", name="f", arguments='{"n": '),
+         piece(0, id="a", name="f", arguments="1}")], "tool_calls", [("tool_use", {"n": 1})]),
+    "a missing id": ([piece(0, name="f", arguments="{}")], "tool_calls", [("tool_use", {})]),
+    "finish says stop although there were tools": (
+        [piece(0, id="a", name="f", arguments="{}")], "stop", [("tool_use", {})]),
+    "empty tool_calls beside content": ([{"content": "x", "tool_calls": []}], "stop",
+                                        [("text", "x")]),
+    "content and a call in one chunk": ([{"content": "x", **piece(0, id="a", name="f")}],
+                                        "tool_calls", [("text", "x"), ("tool_use", {})]),
+    "a refusal": ([{"refusal": "no"}], "stop", [("text", "no")]),
+}
+
+
+@pytest.mark.parametrize("is_openai", [True, False])
+@pytest.mark.parametrize("usage", ["after", "with", "none"])
+@pytest.mark.parametrize("deltas, finish, content", CHAT_STREAMS.values(), ids=CHAT_STREAMS)
+def test_a_stream_of_a_chat_server_as_a_message(deltas, finish, content, usage, is_openai):
+    translator, _ = to_chat({}, is_openai=is_openai)
+
+    folded = check_message_stream(list(translator.events(
+        chunks_of(*deltas, finish=finish, usage=usage))))
+
+    assert content == [(b["type"], b.get("text", b.get("thinking", b.get("input"))))
+                       for b in folded["content"]]
+    has_tools = any(kind == "tool_use" for kind, _ in content)
+    assert ("refusal" if "refusal" in deltas[0] else "tool_use" if has_tools else "end_turn") \
+        == folded["stop_reason"]
+    if usage != "none":
+        assert (10, 5) == (folded["usage"]["input_tokens"], folded["usage"]["output_tokens"])
+
+
+def test_arguments_of_a_sloppy_server_that_are_no_json_are_wrapped():
+    """Bug of others: invalid JSON in a stream crashes the Anthropic SDK."""
+    translator, _ = to_chat({}, is_openai=False)
+
+    folded = check_message_stream(list(translator.events(
+        chunks_of(piece(0, id="a", name="f", arguments="{bad"), finish="tool_calls"))))
+
+    assert {"__raw": "{bad"} == folded["content"][0]["input"]
+
+
+def test_a_stream_without_a_finish_is_broken_and_never_an_end_turn():
+    translator, _ = to_chat({})
+    chunks = list(chunks_of({"content": "x"}))[:1]
+
+    with pytest.raises(ic.UpstreamBroke):
+        list(translator.events(chunks))
+
+
+@pytest.mark.parametrize("status, inner, expected", [
+    (400, {"message": "bad"}, (400, "invalid_request_error")),
+    (401, {"message": "no"}, (401, "authentication_error")),
+    (403, {"message": "no"}, (403, "permission_error")),
+    (404, {"message": "?"}, (404, "not_found_error")),
+    (409, {"message": "?"}, (409, "conflict_error")),
+    (413, {"message": "big"}, (413, "request_too_large")),
+    (422, {"message": "odd"}, (400, "invalid_request_error")),
+    (429, {"message": "slow"}, (429, "rate_limit_error")),
+    (429, {"message": "pay", "code": "insufficient_quota"}, (402, "billing_error")),
+    (500, {"message": "oops"}, (500, "api_error")), (502, {"message": "x"}, (500, "api_error")),
+    (503, {"message": "busy"}, (529, "overloaded_error")),
+    (504, {"message": "late"}, (504, "timeout_error")),
+])
+def test_errors_of_chat_servers_in_anthropics_words(status, inner, expected):
+    got, body = to_chat({})[0].error(status, {"error": inner}, "req_1")
+
+    assert expected == (got, body["error"]["type"])
+    assert (inner["message"], "req_1") == (body["error"]["message"], body["request_id"])
+
+
+def test_a_context_overflow_has_the_words_on_which_claude_code_compacts():
+    _, body = to_chat({})[0].error(400, {"error": {
+        "code": "context_length_exceeded", "message":
+        "This model's maximum context length is 128,000 tokens, your messages are 150,000."}}, "r")
+
+    assert body["error"]["message"].startswith(
+        "prompt is too long: 150000 tokens > 128000 maximum")
+
+
+# There and back.
+
+@pytest.mark.parametrize("said", [
+    {"content": "x"}, {"content": None, "tool_calls": [call(arguments='{"n": 1}'),
+                                                       call("g", "[1]", "call_2")]},
+    {"content": "x", "tool_calls": [call(arguments="{bad")]}])
+def test_an_answer_survives_the_way_there_and_back(said):
+    finish = "tool_calls" if "tool_calls" in said else "stop"
+    there = to_chat({})[0].answer(completion(finish, **said))
+    back = to_claude({})[0].answer(there)["choices"][0]
+
+    assert said == {name: back["message"].get(name) for name in said}
+    assert finish == back["finish_reason"]
+
+
+def test_an_estimate_counts_text_and_images_not_their_bytes():
+    plain = ic.estimated_input_tokens({"messages": [{"role": "user", "content": "word " * 360}]})
+    with_image = ic.estimated_input_tokens({"messages": [{"role": "user", "content": [
+        text("word " * 360), {"type": "image", "source": {
+            "type": "base64", "media_type": "image/png", "data": "A" * 100_000}}]}]})
+
+    assert 500 <= plain <= 520 and 2_090 <= with_image <= 2_130
