@@ -1890,26 +1890,31 @@ ECHO_ANSWERS = MappingProxyType({
 })
 
 
-def echo_models(path: str, dialect: str) -> dict:
-    """The answer to /v1/models and /v1/models/{id} where there is no provider to ask.
+def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price]]) -> dict:
+    """The answer to /v1/models and /v1/models/{id}: name -> (its provider, its price).
 
-    Raises NotFound for any other model.
+    Raises NotFound for a model that is not among them.
     """
-    if dialect == "anthropic":
-        model: dict = {"type": "model", "id": ECHO_MODEL, "display_name": "Echo",
-                       "created_at": "2026-11-23T00:00:00Z", "lifecycle": "active",
-                       "max_input_tokens": ECHO_ROW["max_input_tokens"],
-                       "max_tokens": ECHO_ROW["max_output_tokens"], "capabilities": None}
-        whole = {"data": [model], "has_more": False, "first_id": ECHO_MODEL,
-                 "last_id": ECHO_MODEL}
-    else:
-        model = {"id": ECHO_MODEL, "object": "model", "created": 1795392000,
-                 "owned_by": "ironcage"}
-        whole = {"object": "list", "data": [model]}
+    def entry(name: str) -> dict:
+        owner, price = models[name]
+        if dialect == "anthropic":
+            return {"type": "model", "id": name, "display_name": name, "lifecycle": "active",
+                    "created_at": "1970-01-01T00:00:00Z", "capabilities": None,
+                    "max_input_tokens": price.max_input_tokens,
+                    "max_tokens": price.max_output_tokens}
+        return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+
     named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
-    if named not in ("", ECHO_MODEL):
-        raise NotFound(f"no such model: without this provider's key there is only {ECHO_MODEL}")
-    return model if named else whole
+    if named:
+        if named not in models:
+            raise NotFound("no such model is known here: it has no price, or its provider's key "
+                           "is not set")
+        return entry(named)
+    data = [entry(name) for name in models]
+    if dialect == "anthropic":
+        return {"data": data, "has_more": False, "first_id": data[0]["id"],
+                "last_id": data[-1]["id"]}
+    return {"object": "list", "data": data}
 
 
 # ==== 9. Translation: what both directions share ================================================
@@ -5781,7 +5786,7 @@ class Router:
 
     def _local_answer(self, request: ClientRequest, named: Optional[Provider],
                       path: str) -> Optional[Answer]:
-        """What the echo model answers to free routes: token counts, and a list of itself."""
+        """What is answered here: tokens of models that nobody counts, and the list of models."""
         estimated: tuple = ()
         if request.head.method == "POST" and path == COUNT_TOKENS_PATH:
             fields = parse_json_object(request.body).fields
@@ -5793,16 +5798,35 @@ class Router:
                           else estimated_input_tokens(fields)}
             estimated = () if is_echo else (("x-ironcage-estimated", "1"),)
         elif request.head.method == "GET" and re.match(r"/v1/models(/|$)", path):
-            provider = named or self._provider_of_path(request, path)
-            if provider.key is not None:
-                return None
-            body = echo_models(path, provider.format)
+            if named is not None and named.key is not None:
+                return None                        # the provider's own list was asked for
+            dialect = self._provider_of_path(request, path).format
+            body = models_answer(path, dialect, self._known_models(request.caller))
         else:
             return None
         headers = (("content-type", "application/json"), ("x-request-id", request.request_id),
                    ("request-id", request.request_id),
                    ("x-ironcage-request-id", request.request_id), *estimated)
         return Answer(200, headers, json_bytes(body))
+
+    def _known_models(self, caller: Caller) -> dict[str, tuple[str, Price]]:
+        """The priced models of the providers that can be called, and aliases: (provider, price)."""
+        ready = {name: provider for name, provider in self.providers.items()
+                 if provider.key is not None or not provider.key_env}
+        models = {}
+        for key in self.prices.keys():
+            price = self.prices.price(key)
+            if price.provider in ready and caller.may_use(price.provider, key):
+                plain = price.provider in ("openai", "anthropic", ECHO_PROVIDER.name) \
+                    or key.startswith(price.provider + "/")
+                models[key if plain else f"{price.provider}/{key}"] = (price.provider, price)
+        for alias in self.config.aliases:
+            provider, model = self._provider_of_model(alias, None)
+            price = self.prices.find(model, provider.name)
+            if price is not None and not re.search("[*?[]", alias) and provider.name in ready \
+                    and caller.may_use(provider.name, model):
+                models[alias] = (provider.name, price)
+        return models
 
     # Settlement.
 

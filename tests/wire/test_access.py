@@ -255,8 +255,8 @@ def test_under_a_budget_what_is_not_exactly_a_metered_route_is_refused(served, m
 
 
 @pytest.mark.parametrize("method, path", [
-    ("GET", "/v1/models"), ("GET", "/v1/models/gpt-4o-mini"), ("POST", "/v1/moderations"),
-    ("POST", "/v1/responses/input_tokens"), ("GET", "/v1/responses/resp_1"),
+    ("GET", "/openai/v1/models"), ("GET", "/openai/v1/models/gpt-4o-mini"),
+    ("POST", "/v1/moderations"), ("POST", "/v1/responses/input_tokens"), ("GET", "/v1/responses/resp_1"),
     ("DELETE", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel"),
     ("POST", "/v1/messages/count_tokens")])
 def test_free_routes_pass_under_any_budget_and_cost_nothing(mock, proxy_for, method, path):

@@ -1,0 +1,243 @@
+"""Translated calls over sockets: each dialect's client on the other's model, under a budget."""
+import json
+from dataclasses import replace
+
+import pytest
+from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, Gate, RawClient, Reply, anthropic_error,
+                     call, openai_error, program, settled_status, sse, sse_events)
+from translation_checker import check_chat_stream, check_message_stream
+
+USER = [{"role": "user", "content": "hello there"}]
+ON_CLAUDE = {"model": "claude-haiku-4-5", "messages": USER, "max_tokens": 100}
+ON_GPT = {"model": "gpt-4o-mini", "messages": USER, "max_tokens": 100}
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+EACH_WAY = pytest.mark.parametrize("path, fields", [(CHAT, ON_CLAUDE), (MESSAGES, ON_GPT)],
+                                   ids=["chat on Claude", "messages on GPT"])
+
+
+def test_a_chat_client_gets_claudes_answer_as_a_chat_completion(mock, proxy):
+    answer = call(proxy.port, "POST", CHAT, ON_CLAUDE)
+
+    body = answer.json
+    assert (200, "chat.completion", "claude-haiku-4-5") == (answer.status, body["object"],
+                                                            body["model"])
+    assert body["choices"][0]["message"]["content"] and body["usage"]["prompt_tokens"] > 0
+    seen = mock.seen[0]
+    assert ("/v1/messages", ANTHROPIC_KEY, "2023-06-01", None) == (
+        seen.path, seen.header("x-api-key"), seen.header("anthropic-version"),
+        seen.header("authorization"))
+    assert str(mock.billed_microdollars) == answer.header("x-ironcage-cost-microdollars")
+    assert answer.header("x-request-id") == answer.header("request-id")
+    assert answer.header("x-ironcage-upstream-request-id")
+
+
+def test_a_messages_client_gets_gpts_answer_as_a_message(mock, proxy):
+    answer = call(proxy.port, "POST", MESSAGES + "?beta=true", ON_GPT,
+                  [("anthropic-version", "2023-06-01"), ("anthropic-beta", "x-2026-01-01"),
+                   ("x-stainless-lang", "python")])
+
+    body = answer.json
+    assert (200, "message", "gpt-4o-mini", "end_turn") == (
+        answer.status, body["type"], body["model"], body["stop_reason"])
+    seen = mock.seen[0]
+    assert ("/v1/chat/completions", f"Bearer {OPENAI_KEY}") == (
+        seen.target, seen.header("authorization"))
+    for name in ("anthropic-version", "anthropic-beta", "x-api-key", "x-stainless-lang"):
+        assert seen.header(name) is None
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] > 0
+
+
+@EACH_WAY
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_translated_call_costs_what_the_provider_bills(mock, proxy, path, fields, stream):
+    mock.cached_tokens, mock.reasoning_tokens = 3, 2
+
+    call(proxy.port, "POST", path, {**fields, "stream": stream})
+
+    status = settled_status(proxy)
+    assert mock.billed_microdollars == status["spent_microdollars"] > 0
+    assert 0 == status["bound_exceeded"]
+
+
+@pytest.mark.parametrize("asks_usage", [False, True])
+def test_a_stream_of_claude_reaches_a_chat_client_as_chunks(mock, proxy, asks_usage):
+    answer = call(proxy.port, "POST", CHAT, {**ON_CLAUDE, "stream": True, "stream_options": {
+        "include_usage": asks_usage}})
+
+    events = sse_events(answer.body)
+    assert (None, "[DONE]") == events[-1]
+    message, finish, usage = check_chat_stream([json.loads(d) for _, d in events[:-1]], asks_usage)
+    assert message["content"] and "stop" == finish
+    assert "text/event-stream" == answer.header("content-type")
+
+
+def test_a_stream_of_gpt_reaches_a_messages_client_as_events(mock, proxy):
+    answer = call(proxy.port, "POST", MESSAGES, {**ON_GPT, "stream": True})
+
+    events = sse_events(answer.body)
+    assert all(name == json.loads(data)["type"] for name, data in events)
+    message = check_message_stream([json.loads(data) for _, data in events])
+    assert message["content"][0]["text"] and message["usage"]["output_tokens"] > 0
+    assert "gpt-4o-mini" == message["model"]
+    assert {"include_usage": True} == mock.seen[0].json["stream_options"]
+
+
+def test_a_server_that_does_not_know_stream_options_is_not_sent_them(mock, proxy_for, tmp_path):
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({"providers": {"lab": {
+        "base_url": mock.url, "key_env": "OPENAI_API_KEY", "stream_usage": False, "free": True}}}))
+    proxy = proxy_for("--config", str(path))
+
+    answer = call(proxy.port, "POST", MESSAGES, {**ON_GPT, "model": "lab/gpt-4o-mini",
+                                                 "stream": True})
+
+    assert 200 == answer.status
+    assert "stream_options" not in mock.seen[0].json
+    assert 100 == mock.seen[0].json["max_tokens"]
+
+
+def test_what_was_lost_or_changed_is_told_and_strict_refuses_it(mock, proxy_for):
+    proxy = proxy_for("--budget", "1")
+    fields = {**ON_CLAUDE, "seed": 7, "temperature": 1.5}
+
+    lenient = call(proxy.port, "POST", CHAT, fields)
+    strict = call(proxy.port, "POST", CHAT, fields, [("x-ironcage-strict", "1")])
+    flag = call(proxy_for("--budget", "1", "--strict").port, "POST", CHAT, fields)
+
+    assert ("seed", "temperature=1") == (lenient.header("x-ironcage-dropped-params"),
+                                         lenient.header("x-ironcage-adjusted"))
+    assert [200, 400, 400] == [lenient.status, strict.status, flag.status]
+    assert "temperature" == strict.json["error"]["param"] or "seed" == strict.json["error"]["param"]
+    assert 1 == len(mock.seen)
+
+
+def test_a_chat_client_without_a_cap_gets_one_that_fits_the_budget(mock, proxy_for):
+    proxy = proxy_for("--budget", "0.10", "--no-fit")
+
+    answer = call(proxy.port, "POST", CHAT, {"model": "claude-haiku-4-5", "messages": USER})
+
+    told = int(answer.header("x-ironcage-max-tokens"))
+    assert (200, told) == (answer.status, mock.seen[0].json["max_tokens"])
+    assert 8_192 <= told <= 10_000                          # half of $0.10 at $5 a million
+
+
+@EACH_WAY
+def test_refusals_of_the_budget_come_in_the_clients_dialect(mock, proxy_for, path, fields):
+    answer = call(proxy_for("--budget", "0").port, "POST", path, fields)
+
+    kind = "billing_error" if path == MESSAGES else "iron_cage_budget_exceeded"
+    assert (402, kind, []) == (answer.status, answer.json["error"]["type"], mock.seen)
+
+
+@pytest.mark.parametrize("path, fields, reply, expected", [
+    (CHAT, ON_CLAUDE, anthropic_error(429, "slow", "rate_limit_error",
+                                      headers=[("retry-after", "7")]), (429, "requests")),
+    (CHAT, ON_CLAUDE, anthropic_error(529, "busy", "overloaded_error"), (503, "server_error")),
+    (MESSAGES, ON_GPT, openai_error(429, "slow", headers=[("retry-after", "7")]),
+     (429, "rate_limit_error")),
+    (MESSAGES, ON_GPT, openai_error(401, "bad key"), (401, "authentication_error")),
+    (MESSAGES, ON_GPT, openai_error(503, "busy"), (529, "overloaded_error")),
+    (MESSAGES, ON_GPT, Reply(502, (("content-type", "text/html"),), (b"<html>bad",)),
+     (500, "api_error")),
+])
+def test_errors_of_the_provider_come_in_the_clients_dialect(mock, proxy, path, fields, reply,
+                                                            expected):
+    mock.script(reply)
+
+    answer = call(proxy.port, "POST", path, fields)
+
+    assert expected == (answer.status, answer.json["error"]["type"])
+    if answer.status == 429:
+        assert "7" == answer.header("retry-after")
+    assert 0 == settled_status(proxy)["spent_microdollars"]
+
+
+SSE = (("content-type", "text/event-stream"),)
+
+
+def test_an_error_as_the_first_event_is_a_status_not_a_broken_stream(mock, proxy):
+    mock.script(Reply(headers=SSE, framing="chunked", steps=(sse({
+        "type": "error", "error": {"type": "overloaded_error", "message": "busy"}}, "error"),)))
+
+    answer = call(proxy.port, "POST", CHAT, {**ON_CLAUDE, "stream": True})
+
+    assert (503, "busy") == (answer.status, answer.json["error"]["message"])
+
+
+@EACH_WAY
+def test_an_error_in_the_middle_ends_the_stream_in_the_clients_dialect(mock, proxy, path, fields):
+    error = sse({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}},
+                "error") if path == CHAT else sse({"error": {"message": "busy", "type": "x"}})
+    mock.script(lambda request: replace(
+        mock.default_reply(request), steps=(*mock.default_reply(request).steps[:4], error)))
+
+    events = sse_events(call(proxy.port, "POST", path, {**fields, "stream": True}).body)
+
+    name, data = events[-1]
+    assert (None if path == CHAT else "error") == name
+    assert "busy" == json.loads(data)["error"]["message"]
+    assert 0 == settled_status(proxy)["reserved_microdollars"]
+
+
+@EACH_WAY
+def test_a_stream_that_breaks_off_ends_with_an_error_and_is_charged(mock, proxy, path, fields):
+    mock.script(lambda request: replace(
+        mock.default_reply(request), steps=(*mock.default_reply(request).steps[:4], Close())))
+
+    events = sse_events(call(proxy.port, "POST", path, {**fields, "stream": True}).body)
+
+    assert "error" in json.loads(events[-1][1])
+    status = settled_status(proxy)
+    assert status["spent_microdollars"] >= mock.billed_microdollars > 0
+
+
+@EACH_WAY
+def test_a_client_that_leaves_a_translated_stream_ends_the_call(mock, proxy, path, fields):
+    gate = Gate()
+    mock.script(lambda request: replace(
+        mock.default_reply(request), steps=(*mock.default_reply(request).steps[:5], gate)))
+    with RawClient(proxy.port) as client:
+        client.request("POST", path, json.dumps({**fields, "stream": True}).encode())
+        client.read_head()
+        client.read_chunk()
+        client.leave()
+
+        mock.wait_for_hang_ups()
+
+    status = settled_status(proxy)
+    assert status["spent_microdollars"] >= mock.billed_microdollars
+
+
+def test_the_tokens_of_a_model_elsewhere_are_estimated_and_said_so(mock, proxy):
+    answer = call(proxy.port, "POST", "/v1/messages/count_tokens?beta=true",
+                  {"model": "gpt-4o-mini", "messages": USER})
+
+    assert (200, "1") == (answer.status, answer.header("x-ironcage-estimated"))
+    assert 5 < answer.json["input_tokens"] < 30
+    assert ([], 0) == (mock.seen, settled_status(proxy)["spent_microdollars"])
+
+
+@pytest.mark.parametrize("cut", [1, 7, 64])
+def test_events_that_are_cut_anywhere_are_translated_alike(mock, proxy, cut):
+    def chopped(request):
+        body = mock.default_reply(request).body
+        return replace(mock.default_reply(request), tokens_by_step=(), steps=tuple(
+            body[at:at + cut] for at in range(0, len(body), cut)))
+
+    whole = call(proxy.port, "POST", CHAT, {**ON_CLAUDE, "stream": True}).body
+    mock.script(chopped)
+    pieces = call(proxy.port, "POST", CHAT, {**ON_CLAUDE, "stream": True}).body
+
+    def said(body):
+        return [json.loads(data)["choices"][0]["delta"] for _, data in sse_events(body)
+                if data != "[DONE]"]
+
+    assert said(whole) == said(pieces)
+
+
+def test_the_echo_model_answers_each_dialect_without_translation(proxy_for):
+    proxy = proxy_for(environ={})
+
+    for path in (CHAT, MESSAGES):
+        assert 200 == call(proxy.port, "POST", path, {**ON_GPT, "model": program().ECHO_MODEL}
+                           ).status
