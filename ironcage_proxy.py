@@ -2455,11 +2455,11 @@ class ChatOnClaude:
             turns.append({"role": "user", "content": told})
 
     def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
-        carried = [block for block in _parts_of(message.get("thinking_blocks"))
-                   if block.get("type") in ("thinking", "redacted_thinking")]
         blocks = [{name: value for name, value in block.items() if name != "index"}
-                  for block in carried
-                  if not str(block.get("signature") or "").startswith(OWN_SIGNATURE)]
+                  for block in _parts_of(message.get("thinking_blocks"))
+                  if block.get("type") == "redacted_thinking"
+                  or (block.get("type") == "thinking" and block.get("signature")
+                      and not str(block["signature"]).startswith(OWN_SIGNATURE))]
         blocks += self._blocks(message.get("content"))
         if isinstance(message.get("refusal"), str) and message["refusal"].strip():
             blocks.append({"type": "text", "text": message["refusal"]})
