@@ -4,7 +4,7 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 14, 15, 20
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 14, 15, 21
                      [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 12, 19
                      [ write the intent down ]                                chapter 13
                      [ send with the provider's key ] --key--> provider       chapters 16, 19
@@ -44,9 +44,10 @@ Contents (each chapter uses only names of chapters above it):
     17. Settlement
     18. Events and metrics
     19. Router
-    20. Server
-    21. Settings and command line
-    22. Embedding
+    20. Dashboard
+    21. Server
+    22. Settings and command line
+    23. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
 overspend?" read 3, 4, 5, 7, 12, 13, 17 and 19; "what leaves this machine?" 16, and Router._send in
@@ -5919,7 +5920,141 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 20. Server ================================================================================
+# ==== 20. Dashboard =============================================================================
+#
+# One page without data and without an outside resource; it asks for a token, keeps it in the tab,
+# and shows what the status and usage routes tell. Text goes in as text only.
+
+DASHBOARD_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --spent: #2a78d6; --held: #e0a030; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+h1 { font-size: 1.2rem; } h2 { font-size: 1rem; margin-top: 1.6rem; }
+#gauge { display: flex; height: 1.4rem; border: 1px solid var(--line); border-radius: .4rem;
+         overflow: hidden; }
+#spent { background: var(--spent); } #held { background: var(--held); }
+.over #spent { background: #d03b3b; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+         white-space: nowrap; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
+.bars { display: flex; align-items: flex-end; gap: 2px; height: 5rem;
+        border-bottom: 1px solid var(--line); }
+.bars div { flex: 1; background: var(--spent); }
+input, button { font: inherit; padding: .3rem .6rem; } [hidden] { display: none; }
+#note { min-height: 1.5em; }
+"""
+DASHBOARD_SCRIPT = """
+const at = id => document.getElementById(id);
+const usd = n => '$' + (n / 1e6).toLocaleString('en', {minimumFractionDigits: 2,
+                                                      maximumFractionDigits: 6});
+const row = (cells, kind = 'td') => {
+  const line = document.createElement('tr');
+  for (const cell of cells) {
+    const box = document.createElement(kind);
+    box.textContent = cell ?? '';
+    line.append(box);
+  }
+  return line;
+};
+const fill = (id, head, rows) => at(id).replaceChildren(row(head, 'th'), ...rows.map(r => row(r)));
+const get = async path => {
+  const answer = await fetch(path, {headers: {
+    authorization: 'Bearer ' + sessionStorage.getItem('token')}});
+  if (!answer.ok) throw answer.status;
+  return answer.json();
+};
+const counts = ['requests', 'input', 'cached', 'output', 'cost'];
+const groups = named => Object.entries(named).map(([name, c]) => [
+  name, c.requests, c.input_tokens, c.cached_input_tokens, c.output_tokens,
+  usd(c.cost_microdollars ?? 0)]);
+const show = (status, usage) => {
+  const limit = status.limit_microdollars, spent = status.spent_microdollars;
+  const held = status.reserved_microdollars, whole = Math.max(limit ?? 0, spent + held, 1);
+  at('spent').style.width = 100 * spent / whole + '%';
+  at('held').style.width = 100 * held / whole + '%';
+  document.body.classList.toggle('over', limit !== null && spent >= limit);
+  at('amounts').textContent = usd(spent) + ' spent, ' + usd(held) + ' reserved, ' + (
+    limit === null ? 'no limit' : usd(status.available_microdollars) + ' free of ' + usd(limit));
+  at('facts').textContent = status.requests + ' calls, ' + status.failed_requests + ' failed, '
+    + status.refused_requests + ' refused for want of budget, up ' + status.uptime_s + ' s';
+  fill('models', ['model', ...counts], groups(status.by_model));
+  fill('tokens', ['token', ...counts], groups(status.by_token));
+  fill('rows', ['time', 'token', 'model', 'status', 'input', 'output', 'cost', 'note'],
+    usage.rows.map(r => [new Date(r.settled_ms).toLocaleTimeString(), r.token, r.model,
+      r.status ?? 'none', r.input_tokens, r.output_tokens, usd(r.cost_microdollars),
+      r.estimated && 'estimated: ' + r.estimated]));
+  const times = usage.rows.map(r => r.settled_ms), first = Math.min(...times);
+  const step = Math.max((Math.max(...times) - first) / 39, 1), sums = Array(40).fill(0);
+  for (const r of usage.rows) sums[Math.floor((r.settled_ms - first) / step)]
+    += r.cost_microdollars;
+  const most = Math.max(...sums, 1);
+  at('bars').replaceChildren(...sums.map(sum => {
+    const bar = document.createElement('div');
+    bar.style.height = 100 * sum / most + '%';
+    bar.title = usd(sum);
+    return bar;
+  }));
+};
+const tick = async () => {
+  const known = sessionStorage.getItem('token') !== null;
+  at('ask').hidden = known;
+  at('page').hidden = !known;
+  if (!known) return;
+  try {
+    show(await get('status'), await get('usage?limit=200'));
+    at('note').textContent = '';
+  } catch (fault) {
+    if (fault === 401) sessionStorage.removeItem('token');
+    at('note').textContent = fault === 401 ? 'That token is not known here.'
+      : 'The proxy does not answer.';
+    if (fault === 401) { at('ask').hidden = false; at('page').hidden = true; }
+  }
+};
+at('ask').addEventListener('submit', event => {
+  event.preventDefault();
+  sessionStorage.setItem('token', at('token').value);
+  at('token').value = '';
+  tick();
+});
+tick();
+setInterval(tick, 2000);
+"""
+DASHBOARD_BODY = """
+<h1>ironcage</h1>
+<p id="note" role="status"></p>
+<form id="ask"><label>Token <input id="token" type="password" autocomplete="off"></label>
+<button>Show</button></form>
+<main id="page" hidden>
+<div id="gauge"><div id="spent"></div><div id="held"></div></div>
+<p id="amounts"></p><p id="facts"></p>
+<h2>Spend over the last calls</h2><div class="bars" id="bars"></div>
+<h2>By model</h2><div class="scroll"><table id="models"></table></div>
+<h2>By token</h2><div class="scroll"><table id="tokens"></table></div>
+<h2>Last calls</h2><div class="scroll"><table id="rows"></table></div>
+</main>
+"""
+
+
+def dashboard_answer() -> Answer:
+    """The page, under a policy that lets nothing else run, load or frame it."""
+    def hashed(text: str) -> str:
+        digest = hashlib.sha256(text.encode("utf-8")).digest()
+        return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+    policy = (f"default-src 'none'; script-src {hashed(DASHBOARD_SCRIPT)}; "
+              f"style-src {hashed(DASHBOARD_STYLE)}; connect-src 'self'; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
+    body = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ironcage</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{DASHBOARD_STYLE}</style></head><body>{DASHBOARD_BODY}"
+            f"<script>{DASHBOARD_SCRIPT}</script></body></html>")
+    headers = (("content-type", "text/html; charset=utf-8"), ("content-security-policy", policy),
+               ("cache-control", "no-store"), ("x-content-type-options", "nosniff"),
+               ("referrer-policy", "no-referrer"))
+    return Answer(200, headers, body.encode("utf-8"))
+
+
+# ==== 21. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -5998,6 +6133,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if body_length(head.headers, otherwise=0):       # unread: nobody vouches for it
                 self._may_stay_open = False
             return self._write_greeting(head, request_id)
+        if head.path == "/ironcage/dashboard" and head.method in ("GET", "HEAD"):
+            self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
+            return self._write_answer(dashboard_answer(), head)
         caller = self._authenticated(head)
         if head.header("upgrade") is not None:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests")
@@ -6515,7 +6653,7 @@ def load_prices(settings: Settings) -> PriceBook:
         raise Misconfigured(f"the price table {path} is not usable: {err}") from err
 
 
-# ==== 21. Settings and command line =============================================================
+# ==== 22. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -7065,7 +7203,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 22. Embedding =============================================================================
+# ==== 23. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.

@@ -1,0 +1,86 @@
+"""The dashboard: a page without data or outside resources; in a real browser where there is one."""
+import base64
+import hashlib
+import json
+import re
+
+import pytest
+from support import TOKEN, RawClient, call, settled_status
+
+CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
+        "messages": [{"role": "user", "content": "hello"}]}
+
+
+def test_the_page_needs_no_token_and_holds_no_data(mock, proxy):
+    call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    answer = call(proxy.port, "GET", "/ironcage/dashboard", token=None)
+
+    assert (200, "text/html; charset=utf-8") == (answer.status, answer.header("content-type"))
+    assert b"gpt-4o-mini" not in answer.body and TOKEN.encode() not in answer.body
+
+
+def test_its_policy_lets_only_its_own_script_and_style_run(proxy):
+    answer = call(proxy.port, "GET", "/ironcage/dashboard", token=None)
+    policy, page = answer.header("content-security-policy"), answer.body.decode()
+
+    for kind in ("script", "style"):
+        [inline] = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    for rule in ("default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'",
+                 "form-action 'none'"):
+        assert rule in policy
+    assert not re.search(r"https?://|src=|innerHTML|localStorage|eval\(", page)
+
+
+def test_a_foreign_host_gets_no_page(proxy):
+    with RawClient(proxy.port) as client:
+        client.send(b"GET /ironcage/dashboard HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+
+        assert 403 == client.read_answer().status
+
+
+@pytest.fixture
+def page(request):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as run:
+        try:
+            browser = run.chromium.launch()
+        except playwright.Error:
+            pytest.skip("Chromium is not installed")
+        with browser.new_page() as page:
+            yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_shows_spend_and_updates_by_itself(mock, proxy, page, width, tmp_path):
+    faults = []
+    page.on("pageerror", faults.append)
+    page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(proxy.url + "/ironcage/dashboard")
+    page.fill("#token", TOKEN)
+    page.click("button")
+    page.wait_for_selector("#page:not([hidden])")
+
+    call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+    settled_status(proxy)
+    page.wait_for_selector("#rows td")
+
+    assert "gpt-4o-mini" in page.inner_text("#rows")
+    assert "free of $10.00" in page.inner_text("#amounts")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert [] == faults
+    page.screenshot(path=str(tmp_path / f"dashboard-{width}.png"))
+
+
+def test_a_wrong_token_is_asked_for_again(proxy, page):
+    page.goto(proxy.url + "/ironcage/dashboard")
+    page.fill("#token", "ic_wrong_0123456789")
+    page.click("button")
+    page.wait_for_function("document.getElementById('note').textContent !== ''")
+
+    assert page.is_visible("#ask") and page.evaluate("sessionStorage.length") == 0
+    assert json.dumps(page.inner_text("#note")) == '"That token is not known here."'
