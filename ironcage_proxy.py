@@ -192,10 +192,10 @@ ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
 }
 VENDOR_HEADER = re.compile(r"(anthropic|openai|x-stainless|x-claude|x-codex|x-app)(-|$)|"
                            r"content-type$")
-# Rate-limit headers: Anthropic's -> OpenAI's.
-RATE_LIMIT_HEADERS = MappingProxyType({
-    f"anthropic-ratelimit-{what}-{amount}": f"x-ratelimit-{amount}-{what}"
-    for what in ("requests", "tokens") for amount in ("limit", "remaining")})
+# Rate-limit headers: (Anthropic's, OpenAI's). A reset is a time for one, a duration for the other.
+RATE_LIMIT_HEADERS = tuple(
+    (f"anthropic-ratelimit-{what}-{amount}", f"x-ratelimit-{amount}-{what}")
+    for what in ("requests", "tokens") for amount in ("limit", "remaining", "reset"))
 REWRITTEN_HEADERS = frozenset({"content-type", "content-encoding", "x-request-id", "request-id"})
 METHOD_OVERRIDE_HEADERS = frozenset({
     "x-http-method-override", "x-http-method", "x-method-override", "x-original-url",
@@ -4865,6 +4865,35 @@ def answer_headers(headers: Headers) -> Headers:
                  if name not in ANSWER_HEADERS_KEPT_BACK and name not in named)
 
 
+def translated_rate_limits(headers: Iterable[tuple[str, str]],
+                           upstream_api: str) -> list[tuple[str, str]]:
+    """A provider's headers with its rate limits in the other vendor's names and forms."""
+    to_openai = upstream_api == "messages"
+    names = {(ours if to_openai else theirs): (theirs if to_openai else ours)
+             for ours, theirs in RATE_LIMIT_HEADERS}
+    now_s = int(time.time())
+    translated = []
+    for name, value in headers:
+        if name in names and "reset" in name:
+            try:
+                value = f"{max(0, parse_time(value) - now_s)}s" if to_openai \
+                    else time.strftime("%Y-%m-%dT%H:%M:%SZ",
+                                       time.gmtime(now_s + duration_s(value)))
+            except ValueError:
+                continue                           # a form that is not known says nothing
+        translated.append((names.get(name, name), value))
+    return translated
+
+
+def duration_s(text: str) -> int:
+    """Whole seconds of "1s", "6m0s" or "120ms", rounded up. Raises ValueError."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?(?:(\d+)ms)?", text)
+    if match is None or not text:
+        raise ValueError("not a duration")
+    hours, minutes, seconds, _ = (int(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + ("." in text or match[4] is not None)
+
+
 def _told_length(response: UpstreamResponse) -> int:
     """The length that an answer states, also where it comes without its body (HEAD)."""
     stated = response.header("content-length")
@@ -5637,8 +5666,8 @@ class Router:
         A stream's status waits for its first event, which may be an error.
         """
         own_id = call.request.request_id
-        headers = [(RATE_LIMIT_HEADERS.get(name, name), value) for name, value in headers
-                   if name not in REWRITTEN_HEADERS]
+        headers = [header for header in translated_rate_limits(headers, translator.api)
+                   if header[0] not in REWRITTEN_HEADERS]
         headers += [("x-request-id", own_id), ("request-id", own_id),
                     *([("x-ironcage-upstream-request-id", call.provider_request_id)]
                       if call.provider_request_id else ())]
