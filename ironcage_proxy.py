@@ -1984,6 +1984,22 @@ def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses
     return passed
 
 
+@contextlib.contextmanager
+def well_shaped(fault: IroncageError) -> Iterator[None]:
+    """What JSON of another shape than its API says does to a translator, as one error of ours.
+
+    The rules above check what matters; a wrong type anywhere else ends here.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as err:
+        raise fault from err
+
+
+REQUEST_SHAPE = "a field of the request has another type than its API says"
+ANSWER_SHAPE = "the provider's answer has another shape than its API says"
+
+
 def _string_list(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
@@ -2239,6 +2255,9 @@ class ChatOnClaude:
                 else user}}
         for mark in self._cache_marks[:-MAX_CACHE_MARKS]:
             del mark["cache_control"]
+        if "output_config" in passed:              # the client's own, and what was derived
+            passed["output_config"] = {**request.get("output_config", {}),
+                                       **json_object(passed["output_config"])}
         return {**request, **{name: value for name, value in optional.items() if value}, **passed}
 
     def _set_sampling(self, fields: Mapping[str, object], request: dict,
@@ -5509,9 +5528,10 @@ class Router:
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.header("x-ironcage-strict") == "1")
-        translator = make({**body.fields, "model": model}, losses,
-                          most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
-                          is_openai=provider.name == "openai")
+        with well_shaped(BadRequest(REQUEST_SHAPE)):
+            translator = make({**body.fields, "model": model}, losses,
+                              most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
+                              is_openai=provider.name == "openai")
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
@@ -5696,7 +5716,8 @@ class Router:
             return self._translated_error(call, translator, response.status, body, headers)
         if not isinstance(parsed, dict):
             raise UpstreamBroke("the provider's answer is not JSON")
-        answer = self._as_asked(call, translator.answer(parsed))
+        with well_shaped(UpstreamBroke(ANSWER_SHAPE)):
+            answer = self._as_asked(call, translator.answer(parsed))
         return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
 
     def _translated_error(self, call: Call, translator: Translator, status: int,
@@ -5729,8 +5750,13 @@ class Router:
                 raise UpstreamBroke("the provider's stream ended without its last event")
             self._settle(call)
 
+        events = translator.events(parsed_events())
         try:
-            for event in translator.events(parsed_events()):
+            while True:
+                with well_shaped(UpstreamBroke(ANSWER_SHAPE)):
+                    event = next(events, None)
+                if event is None:
+                    break
                 yield self._as_asked(call, event)
         except UpstreamBroke:
             if not failure:

@@ -270,3 +270,33 @@ def test_the_echo_model_answers_each_dialect_without_translation(proxy_for):
     for path in (CHAT, MESSAGES):
         assert 200 == call(proxy.port, "POST", path, {**ON_GPT, "model": program().ECHO_MODEL}
                            ).status
+
+
+@EACH_WAY
+@pytest.mark.parametrize("wrong", [
+    {"tools": "many"}, {"tools": [{"type": {}}]}, {"stop": 7, "stop_sequences": 7},
+    {"messages": [{"role": "user", "content": 7}]}, {"messages": ["x"]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]}])
+def test_a_request_of_the_wrong_shape_is_a_400_and_nothing_is_spent(mock, proxy, path, fields,
+                                                                    wrong):
+    answer = call(proxy.port, "POST", path, {**fields, **wrong})
+
+    assert answer.status in (200, 400)
+    assert answer.status == 200 or "invalid_request_error" == answer.json["error"]["type"]
+    status = settled_status(proxy)
+    assert mock.billed_microdollars == status["spent_microdollars"]
+
+
+@EACH_WAY
+def test_an_answer_of_the_wrong_shape_is_a_502_and_is_charged(mock, proxy, path, fields):
+    usage = {"input_tokens": 5, "output_tokens": 5} if path == CHAT else {
+        "prompt_tokens": 5, "completion_tokens": 5}
+    mock.script(Reply(steps=(json.dumps({
+        "content": [{"type": "tool_use", "name": {}}], "usage": usage, "stop_details": 7,
+        "choices": [{"index": 0, "message": {"tool_calls": [{"function": {"name": {}}}]}}],
+    }).encode(),)))
+
+    answer = call(proxy.port, "POST", path, fields)
+
+    assert answer.status in (200, 502)
+    assert settled_status(proxy)["spent_microdollars"] > 0

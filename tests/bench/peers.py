@@ -1,0 +1,165 @@
+"""What the benchmark runs beside the proxy, each in a process of its own:
+
+    peers.py provider PORT        answers canned bytes, whole or streamed, on kept connections
+    peers.py naive PORT URL       the naive proxy: http.server and urlopen, nothing else
+    peers.py load PORT CONNECTIONS REQUESTS KIND PID     loads a port; prints one JSON line
+"""
+import http.server
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import urllib.request
+
+CHUNKS = 200
+USAGE = {"prompt_tokens": 60, "completion_tokens": 72, "total_tokens": 132}
+BODY = json.dumps({
+    "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o-mini",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 600},
+                 "finish_reason": "stop"}], "usage": USAGE}).encode()
+WHOLE = (b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+         % len(BODY)) + BODY
+SSE_HEAD = (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+            b"transfer-encoding: chunked\r\n\r\n")
+
+
+def event(number, usage=None):
+    choices = [] if usage else [{"index": 0, "delta": {"content": f"word {number} "},
+                                 "logprobs": None, "finish_reason": None}]
+    data = b"data: %b\n\n" % json.dumps({
+        "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1,
+        "model": "gpt-4o-mini", "choices": choices, "usage": usage}).encode()
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+STREAM = [event(number) for number in range(CHUNKS)] + [
+    event(0, USAGE), b"e\r\ndata: [DONE]\n\n\r\n", b"0\r\n\r\n"]
+
+
+def provide(port):
+    def serve(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reader = sock.makefile("rb")
+        while reader.readline():
+            length = 0
+            for line in iter(reader.readline, b"\r\n"):
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            body = reader.read(length)
+            if b'"stream": true' in body:
+                sock.sendall(SSE_HEAD)
+                for chunk in STREAM:
+                    sock.sendall(chunk)
+            else:
+                sock.sendall(WHOLE)
+
+    with socket.create_server(("127.0.0.1", port), backlog=1024) as listener:
+        print("ready", flush=True)
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
+def proxy_naively(port, url):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            request = urllib.request.Request(url + self.path, body, {
+                "Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as answer:
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers["Content-Type"])
+                if answer.headers["Content-Length"] is not None:
+                    data = answer.read()
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+                    return
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                while data := answer.read1(65536):
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+                self.wfile.write(b"0\r\n\r\n")
+
+        def log_message(self, *args):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 1024
+
+    server = Server(("127.0.0.1", port), Handler)
+    print("ready", flush=True)
+    server.serve_forever()
+
+
+def cpu_s(pid):
+    """CPU seconds of a process so far; None where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(port, connections, requests, kind, pid):
+    size = {"small": 900, "stream": 900, "long": 400_000}[kind]
+    fields = {"model": "gpt-4o-mini", "max_tokens": 72,
+              "messages": [{"role": "user", "content": "some words " * (size // 11)}]}
+    body = json.dumps({**fields, **({"stream": True} if kind == "stream" else {})}).encode()
+    request = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
+               b"ic_bench_0123456789\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+               % len(body)) + body
+    times_s, firsts_s, faults = [], [], []
+
+    def run(count):
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(count):
+                start, data = time.perf_counter(), b""
+                sock.sendall(request)
+                while b"\r\n\r\n" not in data:
+                    data += sock.recv(65536)
+                firsts_s.append(time.perf_counter() - start)
+                head, _, rest = data.partition(b"\r\n\r\n")
+                if b" 200 " not in head[:20]:
+                    faults.append(head[:20])
+                lower = head.lower()
+                if b"content-length:" in lower:
+                    length = int(lower.split(b"content-length:")[1].split(b"\r\n")[0])
+                    while len(rest) < length:
+                        rest += sock.recv(65536)
+                else:
+                    while not rest.endswith(b"0\r\n\r\n"):
+                        rest = rest[-8:] + sock.recv(65536)
+                times_s.append(time.perf_counter() - start)
+
+    run(10)
+    del times_s[:], firsts_s[:]
+    threads = [threading.Thread(target=run, args=(requests // connections,))
+               for _ in range(connections)]
+    before, start = cpu_s(pid), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took_s, after = time.perf_counter() - start, cpu_s(pid)
+    times_s.sort()
+    cpu_us = None if before is None else (after - before) / len(times_s) * 1e6
+    print(json.dumps({
+        "per_s": len(times_s) / took_s, "p50_us": times_s[len(times_s) // 2] * 1e6,
+        "p99_us": times_s[int(len(times_s) * 0.99)] * 1e6, "cpu_us": cpu_us,
+        "faults": len(faults)}))
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "provider":
+        provide(int(rest[0]))
+    elif what == "naive":
+        proxy_naively(int(rest[0]), rest[1])
+    else:
+        load(int(rest[0]), int(rest[1]), int(rest[2]), rest[3], int(rest[4]))
