@@ -7210,6 +7210,188 @@ def _replace_file(path: str, config: Mapping[str, object]) -> None:
         raise Misconfigured(f"{path} cannot be written: {_reason(err)}") from err
 
 
+# The self-test: each guarantee tried on a real server against a fake provider, in this process.
+
+
+class _FakeProvider(http.server.BaseHTTPRequestHandler):
+    """Answers both dialects with fixed usage, and keeps what it was sent."""
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, bytes, str]] = []        # (path, body, credentials)
+
+    def do_POST(self) -> None:
+        """Keep the request, and answer it in its path's dialect."""
+        body = self.rfile.read(int(self.headers["content-length"]))
+        key = f"{self.headers['authorization']} {self.headers['x-api-key']}"
+        type(self).seen.append((self.path, body, key))
+        model = json.loads(body)["model"]
+        if self.path.endswith("/messages"):
+            answer: dict = {"id": "msg_1", "type": "message", "role": "assistant", "model": model,
+                            "content": [{"type": "text", "text": "ok"}], "stop_reason": "end_turn",
+                            "usage": {"input_tokens": 20, "output_tokens": 10}}
+        else:
+            answer = {"id": "c1", "object": "chat.completion", "model": model, "choices": [
+                {"index": 0, "finish_reason": "stop",
+                 "message": {"role": "assistant", "content": "ok"}}],
+                "usage": {"prompt_tokens": 20, "completion_tokens": 10}}
+        data = json_bytes(answer)
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+class _Laboratory:
+    """A proxy in front of the fake provider, with canary keys, and all that it ever answered."""
+    KEYS = ("sk-canary-openai-0123456789", "sk-ant-canary-0123456789")
+    # 20 tokens in at $0.15 a million and 10 out at $0.60 a million are 9 microdollars.
+    PRICES = """{"gpt-4o-mini": {"input_cost_per_token": 1.5e-7, "output_cost_per_token": 6e-7,
+                                 "max_input_tokens": 128000, "max_output_tokens": 16384},
+                 "claude-haiku-4-5": {"input_cost_per_token": 1e-6, "output_cost_per_token": 5e-6,
+                                      "max_input_tokens": 200000, "max_output_tokens": 64000}}"""
+
+    def __init__(self, folder: str) -> None:
+        _FakeProvider.seen = []
+        self.folder, self.answered = folder, b""
+        self.fake = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _FakeProvider)
+        threading.Thread(target=self.fake.serve_forever, args=(STOP_POLL_S,), daemon=True).start()
+        url = f"http://127.0.0.1:{self.fake.server_address[1]}"
+        prices = os.path.join(folder, "prices.json")
+        with open(prices, "w", encoding="utf-8") as file:
+            file.write(self.PRICES)
+        settings = settings_from(
+            ["--port", "0", "--budget", "0.001", "--pricing", prices, "--openai-base-url", url,
+             "--anthropic-base-url", url, "--wait", "0"],
+            {"OPENAI_API_KEY": self.KEYS[0], "ANTHROPIC_API_KEY": self.KEYS[1]})
+        self.server = ProxyServer(settings)
+        self.server.start()
+
+    def call(self, path: str, fields: Mapping[str, object], token: Optional[str] = None,
+             headers: Optional[Mapping[str, str]] = None) -> tuple[int, Mapping[str, str], bytes]:
+        """One POST: (status, headers, body)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=10)
+        connection.request("POST", path, json.dumps(fields), {
+            "authorization": f"Bearer {token or self.server.settings.token}",
+            "content-type": "application/json", **(headers or {})})
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        self.answered += str(answer.headers).encode() + body
+        return answer.status, {k.lower(): v for k, v in answer.headers.items()}, body
+
+    def close(self) -> None:
+        self.server.stop()
+        self.fake.shutdown()
+        self.fake.server_close()
+
+
+def _test_chat(**more: object) -> dict:
+    return {"model": "gpt-4o-mini", "max_tokens": 20,
+            "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def _try_never_over(lab: _Laboratory) -> bool:
+    threads = [threading.Thread(target=lambda: [lab.call("/v1/chat/completions", _test_chat())
+                                                for _ in range(15)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    budget = lab.server.router.controller.budget()
+    refused = lab.call("/v1/chat/completions", _test_chat(max_tokens=20_000))[0]
+    return budget.spent == 9 * len(_FakeProvider.seen) <= budget.limit \
+        and budget.reserved == 0 and refused == 402
+
+
+def _try_never_under_counted(lab: _Laboratory) -> bool:
+    path = os.path.join(lab.folder, "cage.db")
+    ledger = SqliteLedger(path)
+    ledger.intent({**dict.fromkeys(LEDGER_COLUMNS), "request_id": "r", "admitted_s": 1,
+                   "token": "t", "provider": "p", "model": "m", "api": "chat", "stream": 0,
+                   "bound_microdollars": 77})
+    ledger.close()                                     # as after a crash: it was never settled
+    again = SqliteLedger(path)
+    try:
+        return (again.recovered, again.spent(None, 0)) == (1, 77)
+    finally:
+        again.close()
+
+
+def _try_exact(lab: _Laboratory) -> bool:
+    _, headers, _ = lab.call("/v1/chat/completions", _test_chat())
+    return headers.get("x-ironcage-cost-microdollars") == "9"
+
+
+def _try_fails_closed(lab: _Laboratory) -> bool:
+    return [lab.call(path, fields)[0] for path, fields in (
+        ("/v1/chat/completions", _test_chat(model="gpt-mystery")),
+        ("/v1/images/generations", _test_chat()),
+        ("/v1/responses", {"model": "gpt-4o-mini", "input": "x", "background": True}))] \
+        == [400] * 3 and lab.call("/v1/chat/completions", _test_chat(), token="wrong")[0] == 401
+
+
+def _try_keys_stay(lab: _Laboratory) -> bool:
+    lab.call("/v1/messages", {**_test_chat(), "model": "claude-haiku-4-5"})
+    sent = {("messages" in path, key) for path, _, key in _FakeProvider.seen}
+    return sent <= {(False, f"Bearer {lab.KEYS[0]} None"), (True, f"None {lab.KEYS[1]}")} \
+        and not any(key.encode() in lab.answered for key in lab.KEYS)
+
+
+def _try_is_transparent(lab: _Laboratory) -> bool:
+    fields = _test_chat(user="\u00fc  x")
+    _, _, body = lab.call("/v1/chat/completions", fields)
+    return _FakeProvider.seen[-1][1] == json.dumps(fields).encode() \
+        and json.loads(body)["id"] == "c1"
+
+
+def _try_is_lossless_or_loud(lab: _Laboratory) -> bool:
+    fields = _test_chat(model="claude-haiku-4-5", seed=7)
+    _, headers, body = lab.call("/v1/chat/completions", fields)
+    strict = lab.call("/v1/chat/completions", fields, headers={"x-ironcage-strict": "1"})[0]
+    return (headers.get("x-ironcage-dropped-params"), json.loads(body)["object"], strict) \
+        == ("seed", "chat.completion", 400)
+
+
+def _try_is_quiet(lab: _Laboratory) -> bool:
+    return LOOPBACK_HOST.fullmatch(lab.server.server_address[0]) is not None
+
+
+SELF_TESTS = (
+    ("exact", "a call costs its price to the microdollar", _try_exact),
+    ("transparent", "bytes travel unchanged between clients and providers of one format",
+     _try_is_transparent),
+    ("lossless or loud", "what a translation loses is told, or refused", _try_is_lossless_or_loud),
+    ("fail closed", "what cannot be priced, metered or vouched for is refused", _try_fails_closed),
+    ("keys stay", "keys go to their provider and appear in no answer", _try_keys_stay),
+    ("never over", "many threads spend no more than the limit", _try_never_over),
+    ("never under-counted", "an unsettled call is charged on the next start",
+     _try_never_under_counted),
+    ("quiet", "only this machine is listened to", _try_is_quiet),
+)
+
+
+def run_selftest(settings: Settings, given: Mapping[str, object]) -> int:
+    """Try every guarantee against a fake provider inside the process; 1 where any is broken."""
+    import tempfile              # here only: serving does not need it
+    log.setLevel(logging.CRITICAL)
+    broken = 0
+    for name, meaning, holds in SELF_TESTS:
+        with tempfile.TemporaryDirectory() as folder:
+            lab = _Laboratory(folder)
+            try:
+                is_held = holds(lab)
+            except (OSError, ValueError, KeyError, http.client.HTTPException):
+                is_held = False
+            finally:
+                lab.close()
+        broken += not is_held
+        print(f"{'held  ' if is_held else 'BROKEN'}  {name}: {meaning}")
+    return 1 if broken else 0
+
+
 def run_models(settings: Settings, given: Mapping[str, object]) -> int:
     """List what is priced, in USD for a million tokens."""
     prices = load_prices(settings)
@@ -7235,6 +7417,7 @@ COMMANDS = MappingProxyType({
     "usage": (run_usage, "what was spent, by model, token and day, from --ledger"),
     "audit": (run_audit, "recompute every row of --ledger"),
     "tokens": (run_tokens, "list | add NAME [field=value ...] | revoke NAME, in --config"),
+    "selftest": (run_selftest, "try every guarantee against a fake provider inside the process"),
     "models": (run_models, "list what is priced, and how"),
     "version": (run_version, "print the version"),
 })

@@ -22,7 +22,7 @@ STDLIB_IMPORTS = {
     "datetime", "decimal", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
     "http.server", "itertools", "json", "logging", "msvcrt", "os", "re", "resource", "secrets",
     "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "struct", "subprocess", "sys",
-    "threading",
+    "tempfile", "threading",
     "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request", "zlib",
 }
 BLOCKING_CALLS = {
@@ -64,6 +64,12 @@ def test_contents_list_equals_the_chapters():
     contents = re.findall(r"^ +(\d+\. .+)$", ast.get_docstring(TREE, clean=False), re.MULTILINE)
 
     assert [title for title, _ in CHAPTERS] == contents
+
+
+def test_no_name_is_defined_twice():
+    names = [node.name for node in TREE.body if hasattr(node, "name")]
+
+    assert [] == [name for name in set(names) if names.count(name) > 1]
 
 
 def test_chapters_are_numbered_in_order():

@@ -215,8 +215,12 @@ def test_metrics_say_what_happened_in_prometheus_text(mock, proxy_for):
     call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "gpt-mystery"})
     settled_status(proxy)
 
-    answer = call(proxy.port, "GET", "/ironcage/metrics", token=ADMIN_TOKEN)
-    text = answer.body.decode()
+    for _ in range(1_000):                   # a call is counted just after it is settled
+        answer = call(proxy.port, "GET", "/ironcage/metrics", token=ADMIN_TOKEN)
+        text = answer.body.decode()
+        if 'request_seconds_count{provider="openai"} 2' in text and "in_flight 1\n" in text:
+            break
+        threading.Event().wait(0.01)
 
     assert answer.header("content-type").startswith("text/plain; version=0.0.4")
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -357,3 +361,35 @@ def test_the_token_of_the_cage_is_not_in_the_output(mock):
     done = wrapped(mock, "--token", TOKEN, "--", sys.executable, "-c", AGENT, "1")
 
     assert 0 == done.returncode and TOKEN not in done.stdout + done.stderr
+
+
+# The self-test.
+
+def test_the_selftest_holds_every_guarantee_in_an_empty_environment(tmp_path):
+    done = subprocess.run([sys.executable, "-I", str(ROOT / "ironcage_proxy.py"), "selftest"],
+                          capture_output=True, text=True, timeout=60, cwd=tmp_path, env={})
+
+    lines = done.stdout.splitlines()
+    assert (0, len(program().SELF_TESTS)) == (done.returncode, len(lines)), done.stdout
+    assert all(line.startswith("held ") for line in lines)
+    assert "" == done.stderr and [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, break_it", [
+    ("exact", lambda ic, patch: patch.setattr(ic, "microdollars_ceil", lambda amount: 1)),
+    ("keys stay", lambda ic, patch: patch.setattr(
+        ic.Provider, "credentials", lambda self: {"authorization": "Bearer sk-canary-both"})),
+    ("fail closed", lambda ic, patch: patch.setattr(
+        ic.Router, "_check_unmetered", lambda *_: None)),
+    ("transparent", lambda ic, patch: patch.setattr(
+        ic.Router, "_upstream_body", lambda self, call: call.request.body + b" ")),
+])
+def test_the_selftest_sees_a_guarantee_that_is_broken(monkeypatch, tmp_path, name, break_it):
+    module = program()
+    break_it(module, monkeypatch)
+    [holds] = [test for title, _, test in module.SELF_TESTS if title == name]
+    lab = module._Laboratory(str(tmp_path))
+    try:
+        assert not holds(lab)
+    finally:
+        lab.close()
