@@ -137,6 +137,7 @@ class Timeouts:
     connect_s: float = 10       # TCP and TLS to a provider
     first_byte_s: float = 600   # from the last byte sent to the first byte of the answer
     between_bytes_s: float = 300
+    ping_s: float = 15          # of silence in a translated stream, before the client hears of it
     call_s: float = 3600        # one upstream call in all
     drain_s: float = 30         # at stop, for the requests in flight
     linger_s: float = 2         # reading on after a refusal, so that the client can read it
@@ -1408,6 +1409,9 @@ def event_data(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+SSE_PING = b": ping\n\n"                           # a comment, which keeps a connection alive
+
+
 def format_event(data: Union[dict, str], name: Optional[str] = None) -> bytes:
     """One event as bytes; the only place that writes them. A dict is sent as JSON."""
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
@@ -2048,6 +2052,8 @@ def input_to_arguments(value: object) -> str:
                       ensure_ascii=False)
 
 
+LATER_SYSTEM = "[system instruction, not from the user]\n"
+FENCED = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
 DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
 IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
 # The first bytes of an image, in base64, and what they say it is.
@@ -2132,6 +2138,9 @@ THINKING_BUDGETS = MappingProxyType({
     "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 MAX_CACHE_MARKS = 4
+# What a request may ask to be enforced, by their documentation of structured outputs.
+MOST_ENFORCED = MappingProxyType({"strict tools": 20, "optional properties": 24, "unions": 16})
+ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
 UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
 OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
 FINISH_REASONS = MappingProxyType({
@@ -2191,15 +2200,74 @@ def _is_open(schema: object) -> bool:
                if name not in ("enum", "const", "default"))
 
 
+def _is_recursive(schema: object, root: Mapping[str, object], done: set[str],
+                  inside: tuple[str, ...]) -> bool:
+    """Whether a schema refers to itself, or to anything outside; `done` are known not to."""
+    children: Iterable[object] = schema if isinstance(schema, list) else ()
+    if isinstance(schema, dict):
+        children = schema.values()
+        ref = schema.get("$ref")
+        if isinstance(ref, str) and ref not in done:
+            if ref in inside or not ref.startswith("#/"):
+                return True
+            if _is_recursive(_referred(ref, root), root, done, (*inside, ref)):
+                return True
+            done.add(ref)
+    return any(_is_recursive(child, root, done, inside) for child in children)
+
+
+def _referred(ref: str, root: Mapping[str, object]) -> dict:
+    """What a local reference of a JSON schema points to."""
+    target = root
+    for step in ref[2:].split("/"):
+        target = json_object(target.get(step))
+    return target
+
+
+def _schema_size(schema: object) -> Counter:
+    """How much of MOST_ENFORCED a schema takes up."""
+    size: Counter = Counter()
+    if isinstance(schema, dict):
+        required = schema.get("required")
+        size["optional properties"] = len(
+            json_object(schema.get("properties")).keys() - set(required or ()))
+        size["unions"] = int(isinstance(schema.get("type"), list)
+                             or any(name in schema for name in ("anyOf", "oneOf")))
+    for child in schema.values() if isinstance(schema, dict) else \
+            schema if isinstance(schema, list) else ():
+        size += _schema_size(child)
+    return size
+
+
+def object_schema(schema: Mapping[str, object]) -> dict:
+    """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
+    are merged, and what all of them require is required."""
+    branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
+                for name in ("anyOf", "oneOf", "allOf") for branch in _parts_of(schema.get(name))]
+    own = {name: value for name, value in schema.items() if name not in ("anyOf", "oneOf", "allOf")}
+    if not branches:
+        return {"type": "object", **own}
+    properties: dict = {}
+    for holder in (*branches, own):
+        properties.update(json_object(holder.get("properties")))
+    in_all = set.intersection(*(set(branch.get("required") or ()) for branch in branches))
+    required = sorted(in_all | set(own.get("required") or ()))
+    return {"type": "object", **own, "properties": properties,
+            **({"required": required} if required else {})}
+
+
 class ChatOnClaude:
     """A chat completions request carried over Messages. Raises BadRequest."""
     api, path = "messages", "/v1/messages"
+    betas: tuple[str, ...] = ()                    # for the header anthropic-beta
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = False) -> None:
+                 is_openai: bool = False, echoes_reasoning: bool = False) -> None:
         self._losses, self._claude = losses, claude_of(str(fields.get("model")))
         self._names: dict[str, str] = {}           # name at Claude -> the client's
         self._custom: set[str] = set()             # names of tools whose input is plain text
+        self._enforced = Counter()                 # of MOST_ENFORCED
+        self._unfences, self._answers_by_tool = False, False       # JSON asked for in other ways
         self._is_legacy = bool(fields.get("functions"))
         self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
         self._system: list[dict] = []
@@ -2221,22 +2289,23 @@ class ChatOnClaude:
         request: dict = {"model": fields["model"],
                          "max_tokens": min(asked or default, most_output_tokens)}
         tools = self._tools(fields)
-        messages = self._messages(fields.get("messages"))
-        request["messages"] = messages
-        if not tools and any(block.get("type") in ("tool_use", "tool_result")
-                             for turn in messages for block in _parts_of(turn["content"])):
-            names = {block["name"] for turn in messages for block in _parts_of(turn["content"])
-                     if block.get("type") == "tool_use"}
-            tools = [{"name": name, "input_schema": {"type": "object"}} for name in sorted(names)]
-            request["tool_choice"] = {"type": "none"}
-        elif tools:
-            choice = self._tool_choice(fields)
-            request.update({"tool_choice": choice} if choice else {})
+        if "thinking" in passed:
+            request["thinking"] = passed.pop("thinking")
+        self._set_thinking(fields.get("reasoning_effort"), request)
+        messages = request["messages"] = self._messages(fields.get("messages"),
+                                                        self._thinks(request))
+        self._check_thinking(request)
+        names = {block["name"] for turn in messages for block in turn["content"]
+                 if block["type"] == "tool_use"}
         if tools:
             request["tools"] = tools
+            self._set_tool_choice(fields, request)
+        elif names:
+            request["tools"] = [{"name": name, "input_schema": {"type": "object"}}
+                                for name in sorted(names)]
+            request["tool_choice"] = {"type": "none"}
         self._set_format(fields.get("response_format"), request)
-        self._set_thinking(fields.get("reasoning_effort"), request, passed)
-        self._set_sampling(fields, request, passed)
+        self._set_sampling(fields, request)
         stops = [text for text in _string_list(fields.get("stop")) if text.strip()]
         if len(stops) < len(_string_list(fields.get("stop"))):
             losses.drop("stop")
@@ -2260,10 +2329,12 @@ class ChatOnClaude:
                                        **json_object(passed["output_config"])}
         return {**request, **{name: value for name, value in optional.items() if value}, **passed}
 
-    def _set_sampling(self, fields: Mapping[str, object], request: dict,
-                      passed: Mapping[str, object]) -> None:
-        thinks = "thinking" in request or json_object(passed.get("thinking")).get("type") in (
-            "enabled", "adaptive")
+    @staticmethod
+    def _thinks(request: Mapping[str, object]) -> bool:
+        return json_object(request.get("thinking")).get("type") in ("enabled", "adaptive")
+
+    def _set_sampling(self, fields: Mapping[str, object], request: dict) -> None:
+        thinks = self._thinks(request)
         for name in ("temperature", "top_p", "top_k"):
             value = fields.get(name)
             if value is None or (value == 1 and name != "top_k"
@@ -2280,9 +2351,9 @@ class ChatOnClaude:
                     value = 1
                 request[name] = value
 
-    def _set_thinking(self, effort: object, request: dict, passed: Mapping[str, object]) -> None:
+    def _set_thinking(self, effort: object, request: dict) -> None:
         claude = self._claude
-        if effort is None or "thinking" in passed:
+        if effort is None or "thinking" in request:
             return
         if effort not in ("none", "minimal", *EFFORTS):
             raise BadRequest("reasoning_effort is not one of none, minimal, low, medium, high, "
@@ -2307,9 +2378,27 @@ class ChatOnClaude:
                 self._losses.adjust("reasoning_effort", known[-1])
             request["thinking"] = {"type": "adaptive"}
             request.setdefault("output_config", {})["effort"] = known[-1]
-        if request.get("thinking", {}).get("type") == "enabled" \
-                and request.get("tool_choice", {}).get("type") in ("any", "tool"):
-            self._ask_instead_of_forcing(request)
+
+    def _check_thinking(self, request: dict) -> None:
+        """A budgeted thought goes on after a tool's result only where its beginning came along."""
+        last = next((turn["content"] for turn in reversed(request["messages"])
+                     if turn["role"] == "assistant"), [])
+        if json_object(request.get("thinking")).get("type") == "enabled" \
+                and any(block["type"] == "tool_use" for block in last) \
+                and last[0]["type"] not in ("thinking", "redacted_thinking"):
+            self._losses.drop("thinking")
+            del request["thinking"]
+
+    def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
+        """Whether the model can be held to a schema; what it adds to the request is counted."""
+        if not self._claude.schemas or not isinstance(schema, dict) or _is_open(schema) \
+                or _is_recursive(schema, schema, set(), ()):
+            return False
+        size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
+        if any(size[what] > most for what, most in MOST_ENFORCED.items()):
+            return False
+        self._enforced = size
+        return True
 
     def _set_format(self, wanted: object, request: dict) -> None:
         kind = json_object(wanted).get("type", "text")
@@ -2317,15 +2406,24 @@ class ChatOnClaude:
             return
         holder = json_object(json_object(wanted).get("json_schema"))
         schema = holder.get("schema")
-        if kind == "json_schema" and self._claude.schemas and isinstance(schema, dict) \
-                and not _is_open(schema):
-            request["output_config"] = {"format": {"type": "json_schema",
-                                                   "schema": claude_schema(schema)}}
-            return
         if kind not in ("json_schema", "json_object"):
             raise BadRequest("response_format has a type that is not known",
                              param="response_format")
+        if kind == "json_schema" and self._can_enforce(schema):
+            request.setdefault("output_config", {})["format"] = {
+                "type": "json_schema", "schema": claude_schema(schema)}
+            return
+        if json_object(schema).get("type") == "object" and self._claude.forced_tools \
+                and "thinking" not in request and "tools" not in request:
+            self._losses.adjust("response_format", "tool")
+            self._answers_by_tool = True
+            request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
+                                 "description": str(holder.get("description") or "The answer.")}]
+            request["tool_choice"] = {"type": "tool", "name": ANSWER_TOOL,
+                                      "disable_parallel_tool_use": True}
+            return
         self._losses.adjust("response_format", "instructed")
+        self._unfences = True
         text = "Respond with one JSON object and nothing else."
         if schema is not None:
             text += f" It must match this JSON schema:\n{json.dumps(schema)}"
@@ -2336,7 +2434,13 @@ class ChatOnClaude:
                                        for function in fields.get("functions") or ()]
         if not isinstance(rows, list):
             raise BadRequest("tools must be a list", param="tools")
-        return [self._tool(json_object(row)) for row in rows]
+        tools = [self._tool(json_object(row)) for row in rows]
+        choice = json_object(fields.get("tool_choice"))
+        if choice.get("type") != "allowed_tools":
+            return tools
+        allowed = {json_object(row.get(str(row.get("type")))).get("name")
+                   for row in _parts_of(json_object(choice.get("allowed_tools")).get("tools"))}
+        return [tool for tool in tools if self._names.get(tool["name"], tool["name"]) in allowed]
 
     def _tool(self, row: Mapping[str, object]) -> dict:
         kind = row.get("type", "function")
@@ -2356,15 +2460,18 @@ class ChatOnClaude:
             if json_object(inner.get("format")).get("type") == "grammar":
                 self._losses.adjust("tools.custom.format", "described")
                 description = f"{description or ''}\n{json.dumps(inner['format'])}".strip()
-        if "type" not in json_object(schema):
-            schema = {"type": "object", **json_object(schema)}
+        whole = object_schema(json_object(schema))
+        if whole.keys() - {"type"} != schema.keys() - {"type"}:
+            self._losses.adjust("tools.function.parameters", "merged")
+        schema = whole
         tool = {"name": self._claude_name(name), "input_schema": schema}
         tool.update({"description": description} if description else {})
         for holder in (row, inner):
-            tool.update({key: holder[key] for key in ("cache_control", "defer_loading",
-                                                      "input_examples") if key in holder})
+            tool.update({key: holder[key] for key in (
+                "cache_control", "defer_loading", "input_examples", "eager_input_streaming")
+                if key in holder})
         if inner.get("strict") and kind == "function":
-            if self._claude.schemas and not _is_open(schema):
+            if self._can_enforce(schema, strict_tools=1):
                 tool.update(strict=True, input_schema=claude_schema(schema))
             else:
                 self._losses.drop("tools.function.strict")
@@ -2375,9 +2482,11 @@ class ChatOnClaude:
         self._names[fitting] = name
         return fitting
 
-    def _tool_choice(self, fields: Mapping[str, object]) -> Optional[dict]:
+    def _set_tool_choice(self, fields: Mapping[str, object], request: dict) -> None:
         wanted = fields.get("tool_choice", fields.get("function_call"))
-        choice: Optional[dict] = None
+        choice: dict = {}
+        if json_object(wanted).get("type") == "allowed_tools":
+            wanted = json_object(wanted["allowed_tools"]).get("mode", "auto")
         if isinstance(wanted, str):
             names = {"auto": "auto", "none": "none", "required": "any"}
             if wanted not in names:
@@ -2386,46 +2495,46 @@ class ChatOnClaude:
             choice = {"type": names[wanted]}
         elif isinstance(wanted, dict):
             inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
-            if wanted.get("type") == "allowed_tools":
-                raise BadRequest("tool_choice allowed_tools cannot be carried over; send only the "
-                                 "tools that are allowed", param="tool_choice")
             choice = {"type": "tool", "name": self._claude_name(str(inner.get("name")))}
         one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
-        if one_at_a_time and (choice or {}).get("type") != "none":
-            choice = {**(choice or {"type": "auto"}), "disable_parallel_tool_use": True}
-        request = {"tool_choice": choice} if choice else {}
-        if choice and choice["type"] in ("any", "tool") and not self._claude.forced_tools:
-            self._ask_instead_of_forcing(request)
-        return request.get("tool_choice")
-
-    def _ask_instead_of_forcing(self, request: dict) -> None:
-        """Some models refuse a forced tool; they are asked for it in words."""
-        choice = request["tool_choice"]
-        which = f"the tool {choice['name']}" if choice["type"] == "tool" else "one of the tools"
-        self._losses.adjust("tool_choice", "auto")
-        self._system.append({"type": "text", "text": f"Call {which} now."})
-        request["tool_choice"] = {
-            "type": "auto", **{name: value for name, value in choice.items()
-                               if name == "disable_parallel_tool_use"}}
+        if one_at_a_time and choice.get("type") != "none":
+            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
+        thinks_by_budget = json_object(request.get("thinking")).get("type") == "enabled"
+        if choice.get("type") in ("any", "tool") \
+                and (thinks_by_budget or not self._claude.forced_tools):
+            which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
+            self._losses.adjust("tool_choice", "auto")
+            self._system.append({"type": "text", "text": f"Call {which} now."})
+            choice["type"] = "auto"
+        if choice:
+            request["tool_choice"] = choice
 
     # Its messages.
 
-    def _messages(self, messages: object) -> list[dict]:
+    def _messages(self, messages: object, thinks: bool) -> list[dict]:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one message", param="messages")
         turns: list[dict] = []
         leading: list[dict] = []
+        later: list[dict] = []         # system messages after the first user's: behind that turn
         for message in map(json_object, messages):
-            role, blocks = self._turn(message, is_leading=not turns)
-            if role == "system" and not turns:
-                leading += blocks
-            elif role == "system":
-                self._add_later_system(turns, blocks)
+            role, blocks = self._turn(message)
+            if role == "system":
+                if not turns:
+                    leading += blocks
+                elif self._claude.later_system:
+                    later += blocks
+                else:
+                    self._tell_as_user(turns, blocks)
             elif blocks:
+                if role == "assistant":
+                    self._add_later_system(turns, later)
+                    later = []
                 if turns and turns[-1]["role"] == role:
                     turns[-1]["content"] += blocks
                 else:
                     turns.append({"role": role, "content": blocks})
+        self._add_later_system(turns, later)
         if not turns and leading:                  # there must be one message
             turns.append({"role": "user", "content": [leading.pop()]})
         if not turns:
@@ -2435,10 +2544,10 @@ class ChatOnClaude:
             self._losses.adjust("messages", "user-first")
             turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
         self._pair_tools(turns)
-        self._end_with_user(turns)
+        self._end_with_user(turns, thinks)
         return turns
 
-    def _turn(self, message: Mapping[str, object], *, is_leading: bool) -> tuple[str, list[dict]]:
+    def _turn(self, message: Mapping[str, object]) -> tuple[str, list[dict]]:
         role = message.get("role")
         if role in ("system", "developer"):
             return "system", self._blocks(message.get("content"))
@@ -2457,17 +2566,15 @@ class ChatOnClaude:
         raise BadRequest("a message has a role that is not known", param="messages")
 
     def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
-        """A system message after the first: in place where the model takes that, else as user."""
-        if not blocks:
-            return
-        if self._claude.later_system and turns[-1]["role"] == "user":
+        """A system message stands behind a user's turn only; elsewhere it is told as user."""
+        if blocks and turns[-1]["role"] == "user":
             turns.append({"role": "system", "content": blocks})
-            return
-        if self._claude.later_system and turns[-1]["role"] == "system":
-            turns[-1]["content"] += blocks
-            return
+        elif blocks:
+            self._tell_as_user(turns, blocks)
+
+    def _tell_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
         self._losses.adjust("messages.system", "user")
-        told = [{**block, "text": f"[system instruction, not from the user]\n{block['text']}"}
+        told = [{**block, "text": LATER_SYSTEM + block["text"]}
                 if "text" in block else block for block in blocks]
         if turns[-1]["role"] == "user":
             turns[-1]["content"] += told
@@ -2480,6 +2587,9 @@ class ChatOnClaude:
                   if block.get("type") == "redacted_thinking"
                   or (block.get("type") == "thinking" and block.get("signature")
                       and not str(block["signature"]).startswith(OWN_SIGNATURE))]
+        own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
+        if own and _text_of(own) == _text_of(message.get("content")):
+            return own
         blocks += self._blocks(message.get("content"))
         if isinstance(message.get("refusal"), str) and message["refusal"].strip():
             blocks.append({"type": "text", "text": message["refusal"]})
@@ -2547,8 +2657,7 @@ class ChatOnClaude:
         raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
                          "WebP", param="messages")
 
-    @staticmethod
-    def _document(file: Mapping[str, object]) -> dict:
+    def _document(self, file: Mapping[str, object]) -> dict:
         data, file_id = file.get("file_data"), file.get("file_id")
         if isinstance(data, str):
             header = DATA_URL.match(data)
@@ -2567,6 +2676,7 @@ class ChatOnClaude:
                 return {"type": "document", **title, "source": {
                     "type": "text", "media_type": "text/plain", "data": text}}
         elif isinstance(file_id, str) and file_id.startswith("file_"):
+            self.betas = ("files-api-2025-04-14",)
             return {"type": "document", "source": {"type": "file", "file_id": file_id}}
         raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
 
@@ -2606,11 +2716,11 @@ class ChatOnClaude:
             known = {block["id"] for block in turn["content"] if block["type"] == "tool_use"} \
                 if turn["role"] == "assistant" else known if turn["role"] == "system" else set()
 
-    def _end_with_user(self, turns: list[dict]) -> None:
+    def _end_with_user(self, turns: list[dict], thinks: bool) -> None:
         last = turns[-1]
         if last["role"] != "assistant":
             return
-        if self._claude.prefill:
+        if self._claude.prefill and not thinks:
             if last["content"][-1]["type"] == "text":
                 last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
             return
@@ -2626,7 +2736,12 @@ class ChatOnClaude:
         for block in _parts_of(message.get("content")):
             kind = block.get("type")
             if kind == "text":
+                cited = _url_citations(block, sum(map(len, texts)))
+                if cited:
+                    said.setdefault("annotations", []).extend(cited)
                 texts.append(str(block.get("text") or ""))
+            elif kind == "tool_use" and self._answers_by_tool:
+                texts.append(json.dumps(block.get("input"), ensure_ascii=False))
             elif kind == "tool_use":
                 calls.append(self._call(block))
             elif kind in ("thinking", "redacted_thinking"):
@@ -2634,6 +2749,9 @@ class ChatOnClaude:
             else:
                 others.append(block)
         said["content"] = "".join(texts) if texts or not calls else None
+        fenced = FENCED.fullmatch(said["content"] or "") if self._unfences else None
+        if fenced:
+            said["content"] = fenced[1]
         self._add_calls(said, calls)
         if thoughts:
             said["thinking_blocks"] = thoughts
@@ -2660,6 +2778,8 @@ class ChatOnClaude:
 
     def _finish_reason(self, stop_reason: object) -> str:
         reason = FINISH_REASONS.get(str(stop_reason), "stop")
+        if reason == "tool_calls" and self._answers_by_tool:
+            return "stop"
         return "function_call" if reason == "tool_calls" and self._is_legacy else reason
 
     @staticmethod
@@ -2686,13 +2806,13 @@ class ChatOnClaude:
     # The stream.
 
     def events(self, events: Iterable[Mapping[str, object]]) -> Iterator[dict]:
-        """Anthropic's stream as chat.completion.chunk dicts; [DONE] is the writer's."""
+        """Anthropic's stream as chat.completion.chunk dicts and pings; [DONE] is the writer's."""
         base: dict = {"id": "chatcmpl-", "object": "chat.completion.chunk",
                       "created": self._created_at, "model": None, "system_fingerprint": None}
         usage: dict = {}
         final: dict = {}
         blocks: dict[object, dict] = {}
-        tools = 0
+        tools = annotations = length = 0
 
         def chunk(delta: dict, finish_reason: Optional[str] = None) -> dict:
             body = {**base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
@@ -2709,24 +2829,34 @@ class ChatOnClaude:
             elif kind == "content_block_start":
                 block = dict(json_object(event.get("content_block")))
                 blocks[event.get("index")] = block
-                if block.get("type") == "tool_use":
+                if block.get("type") == "tool_use" and not self._answers_by_tool:
                     block.update(number=tools, json="", is_custom=self._names.get(
                         str(block.get("name")), block.get("name")) in self._custom)
                     tools += 1
                     yield chunk(self._tool_delta(block))
                 elif block.get("type") == "text" and block.get("text"):
+                    block["length"] = len(block["text"])
+                    length += block["length"]
                     yield chunk({"content": block["text"]})
             elif kind == "content_block_delta":
                 delta = json_object(event.get("delta"))
                 for part in self._delta(blocks.get(event.get("index"), {}), delta):
+                    length += len(part.get("content") or "")
                     yield chunk(part)
             elif kind == "content_block_stop":
                 for part in self._block_end(blocks.get(event.get("index"), {}), event):
                     yield chunk(part)
+                cited = _url_citations(blocks.get(event.get("index"), {}), length)
+                if cited:
+                    yield chunk({"annotations": [{"index": annotations + number, **row}
+                                                 for number, row in enumerate(cited)]})
+                    annotations += len(cited)
             elif kind == "message_delta":
                 told = json_object(event.get("usage"))
                 usage.update({name: value for name, value in told.items() if value is not None})
                 final.update(json_object(event.get("delta")))
+            elif kind == "ping" and base["model"] is not None:
+                yield {"type": "ping"}             # is written as a comment
             elif kind == "message_stop":
                 said: dict = {}
                 self._add_refusal(said, final)
@@ -2754,7 +2884,12 @@ class ChatOnClaude:
     def _delta(self, block: dict, delta: Mapping[str, object]) -> Iterator[dict]:
         kind = delta.get("type")
         if kind == "text_delta" and delta.get("text"):
+            block["length"] = block.get("length", 0) + len(delta["text"])
             yield {"content": delta["text"]}
+        elif kind == "citations_delta":
+            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
+        elif kind == "input_json_delta" and self._answers_by_tool and delta.get("partial_json"):
+            yield {"content": delta["partial_json"]}
         elif kind == "input_json_delta" and delta.get("partial_json") and "number" in block:
             block["json"] += delta["partial_json"]
             if not block["is_custom"]:
@@ -2794,6 +2929,17 @@ class ChatOnClaude:
         return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
+def _url_citations(block: Mapping[str, object], at: int) -> list[dict]:
+    """A text block's citations of the web as annotations; it begins (streamed: ends) at `at`."""
+    length = block.get("length")
+    begin, end = (at, at + len(str(block.get("text") or ""))) if length is None \
+        else (at - length, at)
+    return [{"type": "url_citation", "url_citation": {
+        "url": row.get("url"), "title": row.get("title") or "", "start_index": begin,
+        "end_index": end}} for row in _parts_of(block.get("citations"))
+        if row.get("type") == "web_search_result_location"]
+
+
 def chat_usage(usage: object) -> dict:
     """Anthropic's usage in OpenAI's counting: what was cached is inside prompt_tokens."""
     def count(holder: object, name: str) -> int:
@@ -2827,24 +2973,85 @@ MESSAGES_TO_CHAT_RULES = MappingProxyType({
     "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
     "compaction": ("refuse",), "thread": ("refuse",),
 })                                                 # everything else is dropped, and told
-OPENAI_REASONING = re.compile(r"(gpt-[5-9]|o\d|codex)")
+
+
+@dataclass(frozen=True)
+class Gpt:
+    """What a family of OpenAI's models takes in chat completions."""
+    efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
+    effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
+
+
+# First match wins; newer ones are taken to be like the newest. From reports of their 400s:
+# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 and later with "none" only.
+GPT_EFFORTS = ("none", "minimal", *EFFORTS)
+GPT_FAMILIES = (
+    (r"gpt-5-chat", Gpt()),
+    (r"o\d", Gpt(("low", "medium", "high"))),
+    (r"gpt-5\.\d+-chat", Gpt(("medium",))),
+    (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
+    (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
+    (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
+    (r"gpt-([5-9]|\d\d)|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
+    (r"", Gpt()),
+)
+THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
+
+
+def _string_fields(*names: str, **enums: tuple[str, ...]) -> dict:
+    fields: dict = {name: {"type": "string"} for name in names}
+    for name, values in enums.items():
+        fields[name] = {"type": "string", "enum": list(values)}
+    return {"type": "object", "properties": fields}
+
+
+_EDITOR = _string_fields("path", "file_text", "old_str", "new_str", "insert_text", command=(
+    "view", "create", "str_replace", "insert", "undo_edit"))
+_EDITOR["properties"].update(insert_line={"type": "integer"},
+                             view_range={"type": "array", "items": {"type": "integer"}})
+# Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
+# function: description, schema). Source: their tool documentation and SDK's types.
+CLIENT_TOOLS = (
+    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
+        "type": "object", "properties": {"command": {"type": "string"},
+                                         "restart": {"type": "boolean"}}}),
+    ("text_editor_", "View, create and edit text files.", {**_EDITOR,
+                                                           "required": ["command", "path"]}),
+    ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
+     "rename.", {**_EDITOR, "properties": {
+         **_EDITOR["properties"], "old_path": {"type": "string"}, "new_path": {"type": "string"},
+         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
+                                                "delete", "rename"]}}, "required": ["command"]}),
+)
+DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here all tools are sent
 CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
 OWN_THINKING = OWN_SIGNATURE + base64.urlsafe_b64encode(b"chat").decode().rstrip("=")
 STOP_REASONS = MappingProxyType({"stop": "end_turn", "length": "max_tokens",
                                  "tool_calls": "tool_use", "function_call": "tool_use",
                                  "content_filter": "refusal"})          # else end_turn
 MAX_STOPS = 4
+MAX_CHAT_ID = 40                                   # characters of a tool call's id
+
+
+def gpt_of(model: str) -> Gpt:
+    """The family that a model belongs to."""
+    return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
 
 
 class MessagesOnChat:
     """A Messages request carried over chat completions. Raises BadRequest."""
     api, path = "chat", "/v1/chat/completions"
+    betas = ()
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = True) -> None:
+                 is_openai: bool = True, echoes_reasoning: bool = False) -> None:
         self._losses, self.is_openai = losses, is_openai
+        self._echoes_reasoning = echoes_reasoning
         self._names: dict[str, str] = {}           # name at the provider -> the client's
-        self._reasons = is_openai and OPENAI_REASONING.match(str(fields.get("model"))) is not None
+        self._added_tools: list[object] = []       # within the conversation (beta)
+        self._removed_tools: set[str] = set()
+        self._called: dict[str, str] = {}          # id of a tool call in the history -> its name
+        self._gpt = gpt_of(str(fields.get("model"))) if is_openai else Gpt()
         self.request = self._request(fields, most_output_tokens)
 
     # The request.
@@ -2862,45 +3069,53 @@ class MessagesOnChat:
                                       *self._messages(fields.get("messages"))],
                          "max_completion_tokens" if self.is_openai else "max_tokens":
                              min(cap, most_output_tokens)}
-        tools = [tool for tool in map(self._tool, map(json_object, fields.get("tools") or ()))
-                 if tool is not None]
+        tools = self._tools(fields)
         if tools:
             request["tools"] = tools
-            request.update(self._tool_choice(json_object(fields.get("tool_choice"))))
+            request.update(self._tool_choice(json_object(fields.get("tool_choice")), tools))
         stops = _string_list(fields.get("stop_sequences") or [])
-        if len(stops) > MAX_STOPS or (stops and self._reasons):
+        most_stops = 0 if self._gpt.efforts else MAX_STOPS
+        if len(stops) > most_stops:
             losses.drop("stop_sequences")
-            stops = [] if self._reasons else stops[:MAX_STOPS]
-        if stops:
-            request["stop"] = stops
-        for name in ("temperature", "top_p"):
-            if fields.get(name) is not None and not (self._reasons and fields[name] == 1):
-                if self._reasons:
-                    losses.drop(name)
-                else:
-                    request[name] = fields[name]
+        if stops[:most_stops]:
+            request["stop"] = stops[:most_stops]
         if optional_flag(fields, "stream"):
             request["stream"] = True
         self._set_reasoning(fields, request)
+        takes_sampling = not self._gpt.efforts or request.get("reasoning_effort") == "none"
+        for name in ("temperature", "top_p"):
+            if fields.get(name) is not None and takes_sampling:
+                request[name] = fields[name]
+            elif fields.get(name) not in (None, 1):
+                losses.drop(name)
         self._set_rest(fields, request)
         return request
 
     def _set_reasoning(self, fields: Mapping[str, object], request: dict) -> None:
-        thinking = json_object(fields.get("thinking"))
-        effort = json_object(fields.get("output_config")).get("effort")
-        for message in map(json_object, fields["messages"]):
-            effort = json_object(message.get("output_config")).get("effort", effort)
-        if not self._reasons:
+        """reasoning_effort: what was asked, or the next lower that the model takes beside tools."""
+        if not self._gpt.efforts:
             return
-        if effort is None and thinking.get("type") == "enabled":
-            budget = optional_count(thinking, "budget_tokens") or 0
-            effort = next((name for most, name in ((8192, "low"), (16384, "medium"),
-                                                   (32768, "high")) if budget < most), "xhigh")
-        if effort == "max":
-            self._losses.adjust("output_config.effort", "xhigh")
-            effort = "xhigh"
+        thinking, asked_by = json_object(fields.get("thinking")), "output_config.effort"
+        asked = json_object(fields.get("output_config")).get("effort")
+        for message in map(json_object, fields["messages"]):
+            asked = json_object(message.get("output_config")).get("effort", asked)
+        if asked is None and thinking.get("type") not in (None, "adaptive"):
+            budget, asked_by = optional_count(thinking, "budget_tokens") or 0, "thinking"
+            asked = next((name for most, name in THINKING_EFFORTS if budget < most), "xhigh") \
+                if thinking["type"] == "enabled" else "none"
+        effort = asked
+        if "tools" in request and self._gpt.effort_with_tools != "any":
+            effort = self._gpt.effort_with_tools
+        elif asked in GPT_EFFORTS:
+            known = [name for name in GPT_EFFORTS[:GPT_EFFORTS.index(asked) + 1]
+                     if name in self._gpt.efforts]
+            effort = known[-1] if known else self._gpt.efforts[0]
         if effort is not None:
             request["reasoning_effort"] = effort
+        if effort is None and asked not in (None, "none"):
+            self._losses.drop(asked_by)
+        elif effort not in (None, asked):
+            self._losses.adjust(asked_by, effort)
 
     def _set_rest(self, fields: Mapping[str, object], request: dict) -> None:
         output = json_object(fields.get("output_config"))
@@ -2914,6 +3129,9 @@ class MessagesOnChat:
         user = json_object(fields.get("metadata")).get("user_id")
         if isinstance(user, str) and self.is_openai:
             request["safety_identifier"] = _hashed(user, 64)
+            session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
+            if session:
+                request["prompt_cache_key"] = session[1]
         tier = {"auto": "auto", "standard_only": "default"}.get(str(fields.get("service_tier")))
         if tier and self.is_openai:
             request["service_tier"] = tier
@@ -2927,22 +3145,41 @@ class MessagesOnChat:
         return [self._system_message(texts)] if texts else []
 
     def _system_message(self, texts: list[str]) -> dict:
-        role = "developer" if self._reasons else "system"
+        role = "developer" if self._gpt.efforts else "system"
         content = [{"type": "text", "text": text} for text in texts] \
             if len(texts) > 1 and self.is_openai else "\n\n".join(texts)
         return {"role": role, "content": content}
 
+    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
+        """The functions; a request that has only tools which Anthropic runs is refused."""
+        rows = [json_object(row) for row in (*(fields.get("tools") or ()), *self._added_tools)]
+        tools = [self._tool(row) for row in rows if row.get("name") != DEFERRED_TOOLS
+                 and row.get("name") not in self._removed_tools]
+        if tools and not any(tools):
+            raise BadRequest("the tools are all of Anthropic's own, which this model's provider "
+                             "does not have", param="tools")
+        return [tool for tool in tools if tool is not None]
+
     def _tool(self, row: Mapping[str, object]) -> Optional[dict]:
-        kind = row.get("type")
-        if kind not in (None, "custom"):
-            raise BadRequest(f"the tool type {_header_name(str(kind))} is one of Anthropic's own, "
-                             "which this model's provider does not have", param="tools")
-        function = {"name": self._chat_name(str(row.get("name"))),
-                    "parameters": row.get("input_schema") or {"type": "object", "properties": {}}}
-        if row.get("description"):
-            function["description"] = row["description"]
+        kind, description = str(row.get("type") or "custom"), row.get("description")
+        schema = row.get("input_schema")
+        if kind != "custom":
+            known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
+            if known is None:
+                self._losses.drop(f"tools.{kind}")
+                return None
+            self._losses.adjust(f"tools.{kind}", "function")
+            _, description, schema = known
+        function = {"name": self._chat_name(str(row.get("name"))), "parameters": {
+            name: value for name, value in json_object(
+                schema or {"type": "object", "properties": {}}).items() if name != "$schema"}}
+        if description:
+            function["description"] = description
         if row.get("strict") is True and self.is_openai:
-            function["strict"] = True
+            if _is_strict(schema):
+                function["strict"] = True
+            else:
+                self._losses.drop("tools.strict")
         return {"type": "function", "function": function}
 
     def _chat_name(self, name: str) -> str:
@@ -2950,13 +3187,16 @@ class MessagesOnChat:
         self._names[fitting] = name
         return fitting
 
-    def _tool_choice(self, choice: Mapping[str, object]) -> dict:
+    def _tool_choice(self, choice: Mapping[str, object], tools: list[dict]) -> dict:
         kind = choice.get("type")
         known: dict = {"auto": "auto", "any": "required", "none": "none"}
         chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
         if kind == "tool":
-            chosen = {"tool_choice": {"type": "function", "function": {
-                "name": self._chat_name(str(choice.get("name")))}}}
+            function = {"name": self._chat_name(str(choice.get("name")))}
+            if any(tool["function"]["name"] == function["name"] for tool in tools):
+                chosen = {"tool_choice": {"type": "function", "function": function}}
+            else:
+                self._losses.adjust("tool_choice", "auto")
         if choice.get("disable_parallel_tool_use") is True:
             chosen["parallel_tool_calls"] = False
         return chosen
@@ -2966,48 +3206,116 @@ class MessagesOnChat:
     def _messages(self, messages: object) -> list[dict]:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one message", param="messages")
+        rows = [json_object(message) for message in messages]
+        last_user = max((at for at, row in enumerate(rows) if row.get("role") == "user"),
+                        default=-1)
         turns: list[dict] = []
-        held: list[dict] = []          # system messages between calls and results: put behind
-        for message in map(json_object, messages):
+        for at, message in enumerate(rows):
             role, parts = message.get("role"), _parts_of(message.get("content"))
             if role == "assistant":
-                turns.append(self._assistant(parts))
+                turns += self._assistant(parts)
             elif role == "user":
-                turns += [*self._user(parts, turns), *held]
-                held = []
+                turns += self._user(parts)
             elif role == "system":
-                texts = [str(part["text"]) for part in parts if part.get("text")]
-                system = [self._system_message(texts)] if texts else []
-                if turns and turns[-1].get("tool_calls"):
-                    held += system
-                else:
-                    turns += system
+                is_over = message.get("clear_at") == "next_user_message" and at < last_user
+                turns += self._later_system([] if is_over else parts, parts)
             else:
                 raise BadRequest("a message has a role that is not known", param="messages")
         if turns and turns[-1]["role"] == "assistant":
             self._losses.adjust("messages.prefill", "kept")
-        return turns + held
+        turns = self._paired(turns)
+        return turns if self.is_openai else self._alternating(turns)
 
-    def _assistant(self, parts: list[dict]) -> dict:
-        texts = [str(part.get("text") or "") for part in parts if part.get("type") == "text"]
-        calls = [{"id": part.get("id"), "type": "function", "function": {
+    def _later_system(self, shown: list[dict], parts: list[dict]) -> list[dict]:
+        """A system message in place. Chat templates of other servers want it first, or not at all;
+        there it is told as the user's."""
+        for part in parts:
+            changed = json_object(part.get("tool"))
+            if part.get("type") == "tool_removal":
+                self._removed_tools.add(str(changed.get("name")))
+            elif part.get("type") == "tool_addition":
+                self._removed_tools.discard(str(changed.get("name")))
+                if "definition" in changed:
+                    self._added_tools.append(changed["definition"])
+        texts = [str(part["text"]) for part in shown if part.get("text")]
+        if not texts:
+            return []
+        if self.is_openai:
+            return [self._system_message(texts)]
+        self._losses.adjust("messages.system", "user")
+        return [{"role": "user", "content": "\n\n".join([LATER_SYSTEM + texts[0], *texts[1:]])}]
+
+    def _paired(self, turns: list[dict]) -> list[dict]:
+        """Every call's result stands right behind it; one without its call is the user's text."""
+        results: dict[int, dict[str, dict]] = {}
+        owner = -1
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                owner = number
+            elif turn["role"] == "tool":
+                results.setdefault(owner, {})[turn["tool_call_id"]] = turn
+        paired = []
+        for number, turn in enumerate([{"role": "tool"}, *turns], -1):
+            if turn["role"] != "tool":
+                paired.append(turn)
+            own = results.get(number, {})
+            calls = [call["id"] for call in turn.get("tool_calls") or ()]
+            if own.keys() != set(calls):
+                self._losses.adjust("messages.tool_result", "paired")
+            paired += [own.pop(call_id, None) or {
+                "role": "tool", "tool_call_id": call_id, "content": "[no result provided]"}
+                for call_id in calls]
+            paired += [{"role": "user", "content":
+                        f"[result of tool call {call_id}]\n{orphan['content']}"}
+                       for call_id, orphan in own.items()]
+        return paired
+
+    @staticmethod
+    def _alternating(turns: list[dict]) -> list[dict]:
+        """Runs of the user's turns as one: chat templates of local models want them to alternate.
+        """
+        merged: list[dict] = []
+        for turn in turns:
+            before = merged[-1] if merged else {}
+            if turn["role"] == "user" == before.get("role"):
+                both = (before["content"], turn["content"])
+                content = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
+                    else [part for one in both for part in _parts_of(one)]
+                merged[-1] = {"role": "user", "content": content}
+            else:
+                merged.append(turn)
+        return merged
+
+    @staticmethod
+    def _chat_id(call_id: object) -> str:
+        text = str(call_id)
+        return text if len(text) <= MAX_CHAT_ID else f"call_{_hashed(text, 24)}"
+
+    def _assistant(self, parts: list[dict]) -> list[dict]:
+        def joined(kind: str, name: str) -> str:
+            return "".join(str(part.get(name) or "") for part in parts if part.get("type") == kind)
+
+        calls = [{"id": self._chat_id(part.get("id")), "type": "function", "function": {
             "name": self._chat_name(str(part.get("name"))),
             "arguments": input_to_arguments(part.get("input"))}}
             for part in parts if part.get("type") == "tool_use"]
-        text = "".join(texts)
-        return {"role": "assistant", "content": text if text or not calls else None,
-                **({"tool_calls": calls} if calls else {})}
+        self._called.update((call["id"], call["function"]["name"]) for call in calls)
+        text = joined("text", "text")
+        if not text and not calls:
+            return []
+        said = {"role": "assistant", "content": text or None}
+        if self._echoes_reasoning:
+            said["reasoning_content"] = joined("thinking", "thinking")
+        return [{**said, **({"tool_calls": calls} if calls else {})}]
 
-    def _user(self, parts: list[dict], turns: list[dict]) -> list[dict]:
+    def _user(self, parts: list[dict]) -> list[dict]:
         """A user's turn: its tool results as messages of their own, first; then the rest."""
         results, content = [], []
-        names = {call["id"]: call["function"]["name"] for turn in turns
-                 for call in turn.get("tool_calls") or ()}
         for part in parts:
             if part.get("type") != "tool_result":
                 content += self._part(part)
                 continue
-            call_id = part.get("tool_use_id")
+            call_id = self._chat_id(part.get("tool_use_id"))
             inner = _parts_of(part.get("content"))
             images = [piece for piece in inner if piece.get("type") == "image"]
             text = "\n".join(str(piece.get("text") or "") if piece.get("type") == "text" else
@@ -3018,7 +3326,7 @@ class MessagesOnChat:
             results.append({"role": "tool", "tool_call_id": call_id, "content": text})
             for image in images:
                 content.append({"type": "text", "text":
-                                f"Image from tool {names.get(call_id, call_id)}:"})
+                                f"Image from tool {self._called.get(call_id, call_id)}:"})
                 content += self._part(image)
         if not content:
             return results
@@ -3096,7 +3404,10 @@ class MessagesOnChat:
         """
         stream = _MessageStream(self)
         for chunk in chunks:
-            yield from stream.read(chunk)
+            if chunk.get("type") != "ping":
+                yield from stream.read(chunk)
+            elif stream.has_begun:
+                yield {"type": "ping"}
         yield from stream.finish()
 
     # Its errors.
@@ -3126,7 +3437,7 @@ class _MessageStream:
     def __init__(self, translator: MessagesOnChat) -> None:
         self._translator = translator
         self._holds_arguments = not translator.is_openai     # until they are known to be JSON
-        self._has_begun = False
+        self.has_begun = False
         self._index = 0                    # of the next block
         self._open: object = None          # "thinking", "text", or the tool that is open
         self._tools: dict[object, dict] = {}
@@ -3136,8 +3447,8 @@ class _MessageStream:
 
     def read(self, chunk: Mapping[str, object]) -> Iterator[dict]:
         """The events of one chunk."""
-        if not self._has_begun:
-            self._has_begun = True
+        if not self.has_begun:
+            self.has_begun = True
             yield {"type": "message_start", "message": self._translator._empty_message(chunk)}
             yield {"type": "ping"}
         if isinstance(chunk.get("usage"), dict):
@@ -3174,6 +3485,8 @@ class _MessageStream:
         more = function.get("arguments")
         more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
         tool["json"] += more
+        if tool["has_begun"] and self._open is not tool and more.strip():
+            raise UpstreamBroke("the provider went on with a tool call after another block")
         if self._open is tool:
             if more and not self._holds_arguments:
                 yield self._delta({"type": "input_json_delta", "partial_json": more})
@@ -3235,9 +3548,10 @@ def _stop_of(choice: Mapping[str, object], has_tools: bool, is_refusal: bool) ->
     """stop_reason and stop_sequence of a choice; `stop_reason` is what vLLM and others add."""
     reason = STOP_REASONS.get(str(choice.get("finish_reason")), "end_turn")
     matched = choice.get("stop_reason")
-    if is_refusal:
-        reason = "refusal"
-    elif has_tools and reason == "end_turn":
+    if is_refusal or reason == "refusal":
+        return {"stop_reason": "refusal", "stop_sequence": None, "stop_details": {
+            "type": "refusal", "category": None, "explanation": None}}
+    if has_tools and reason == "end_turn":
         reason = "tool_use"
     elif not has_tools and reason == "tool_use":
         reason = "end_turn"
@@ -3279,9 +3593,11 @@ def messages_usage(usage: object) -> dict:
 
     details = json_object(usage).get("prompt_tokens_details")
     read, written = count(details, "cached_tokens"), count(details, "cache_write_tokens")
+    thought = count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
     return {"input_tokens": max(0, count(usage, "prompt_tokens") - read - written),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
-            "output_tokens": count(usage, "completion_tokens")}
+            "output_tokens": count(usage, "completion_tokens"),
+            "output_tokens_details": {"thinking_tokens": thought}}
 
 
 # Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
@@ -3998,6 +4314,8 @@ KNOWN_PROVIDERS = (
     ("ollama", "openai", "", "http://127.0.0.1:11434"),
     ("vllm", "openai", "", "http://127.0.0.1:8000"),
 )
+# They refuse an assistant's message without the reasoning that they gave with it.
+WANT_REASONING_BACK = frozenset({"deepseek"})
 
 
 @dataclass(frozen=True)
@@ -4012,6 +4330,7 @@ class Provider:
     max_output_tokens_per_s: int = 1000        # assumed of any model, for streams cut short
     is_free: bool = False                      # none of its models costs anything
     stream_usage: bool = True                  # it knows stream_options.include_usage
+    echo_reasoning: bool = False               # it wants its reasoning back, of every answer
 
     @property
     def data_residency(self) -> Optional[str]:
@@ -4147,6 +4466,7 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "key_env": ("key_env", _config_text(ENVIRONMENT_NAME.pattern, "an environment variable")),
     "free": ("is_free", _config_flag),
     "stream_usage": ("stream_usage", _config_flag),
+    "echo_reasoning": ("echo_reasoning", _config_flag),
     "default_service_tier": ("default_service_tier",
                              _config_text("[a-z]{1,32}", "a service tier")),
     "max_output_tokens_per_s": ("max_output_tokens_per_s", _config_count),
@@ -4787,18 +5107,29 @@ class UpstreamResponse:
     def header(self, name: str) -> Optional[str]:
         return header_value(self.headers, name)
 
-    def reads(self) -> Iterator[list[bytes]]:
-        """The body: for each read from the socket, its pieces, split as the provider split them.
+    def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
+        """The body: for each read from the socket, its pieces, split as the provider split them;
+        and an empty list after each `tick_s` without a byte.
 
         Raises: UpstreamBroke when the body ends early; UpstreamTimedOut; ClientGone.
         """
         decoder = self._decoder
+        last_s = time.monotonic()
         while not decoder.is_done:
             with _upstream_failures():
-                left_s = self._deadline_s - time.monotonic()
-                data = self._wire.receive(min(self._timeouts.between_bytes_s, left_s),
-                                          self._watched)
+                left_s = min(self._deadline_s,
+                             last_s + self._timeouts.between_bytes_s) - time.monotonic()
+                try:
+                    data = self._wire.receive(min(left_s, tick_s), self._watched)
+                except TimeoutError:
+                    if left_s <= tick_s:
+                        raise
+                    data = None
                 pieces = decoder.feed(data) if data else []
+            if data is None:
+                yield []
+                continue
+            last_s = time.monotonic()
             if pieces:
                 yield pieces
             if not data:
@@ -4853,21 +5184,25 @@ def check_key(provider: Provider) -> None:
                             f"{provider.key_env} in the proxy's environment")
 
 
-def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int, *,
-                     is_translated: bool = False) -> dict[str, str]:
+def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
+                     translator: Optional[Translator] = None) -> dict[str, str]:
     """The headers of an upstream call: the client's end-to-end ones, and the provider's key.
 
-    A translated call is the proxy's own: what one vendor's clients say to it stays behind.
+    A translated call is the proxy's own: what one vendor's clients say to it stays behind, but
+    for the features of Anthropic that a client of OpenAI's names.
     """
     named = {option.strip().lower() for option in (head.header("connection") or "").split(",")}
     headers = {"host": urllib.parse.urlsplit(provider.base_url).netloc}
     for name, value in head.headers:
         if name not in REQUEST_HEADERS_KEPT_BACK and name not in named \
                 and not name.startswith("x-ironcage-") \
-                and not (is_translated and VENDOR_HEADER.match(name)):
+                and not (translator is not None and VENDOR_HEADER.match(name)):
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
     headers.update(provider.credentials())
     if provider.format == "anthropic":
+        if translator is not None:
+            betas = [*filter(None, [head.header("anthropic-beta")]), *translator.betas]
+            headers.update({"anthropic-beta": ",".join(betas)} if betas else {})
         headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
     headers["accept-encoding"] = "identity"
     if body_bytes or head.method in ("POST", "PUT", "PATCH"):
@@ -5329,7 +5664,7 @@ class EchoResponse:
     def header(self, name: str) -> Optional[str]:
         return header_value(self.headers, name)
 
-    def reads(self) -> Iterator[list[bytes]]:
+    def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
         return self._reads
 
     def close(self) -> None:
@@ -5361,6 +5696,7 @@ def named_model(fields: Mapping[str, object]) -> str:
     return model
 
 
+NO_OUTPUT = re.compile(rb'"max_tokens"\s*:\s*0\s*[,}]')
 _CHARSET = re.compile(r"charset=\"?([^\s;\"]+)", re.IGNORECASE)
 
 
@@ -5405,6 +5741,10 @@ class Router:
         named, path = self._provider_in_path(request.head.path)
         api = METERED_APIS.get(path) if request.head.method == "POST" else None
         with self.traffic.entered(request.caller):
+            warmed = self._warmed_answer(request, named, api)
+            if warmed is not None:
+                yield warmed
+                return
             if api is not None:
                 call = self._admitted(request, named, api, client)
                 with self._carried(call, path, client) as answer:
@@ -5531,7 +5871,9 @@ class Router:
         with well_shaped(BadRequest(REQUEST_SHAPE)):
             translator = make({**body.fields, "model": model}, losses,
                               most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
-                              is_openai=provider.name == "openai")
+                              is_openai=provider.name == "openai",
+                              echoes_reasoning=provider.echo_reasoning
+                              or provider.name in WANT_REASONING_BACK)
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
@@ -5632,20 +5974,19 @@ class Router:
     def _sent(self, call: Call, path: str, body: bytes,
               watched: Optional[Wire]) -> UpstreamResponse:
         call.was_sent, call.sent_ns = True, time.monotonic_ns()
-        is_translated = call.translator is not None
         path = call.translator.path if call.translator is not None else path
         try:
-            return self._send(call.request, call.provider, path, body, watched,
-                              is_translated=is_translated)
+            return self._send(call.request, call.provider, path, body, watched, call.translator)
         except UpstreamError as err:
             call.was_sent = err.may_be_billed
             raise
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
-              watched: Optional[Wire], *, is_translated: bool = False) -> UpstreamResponse:
+              watched: Optional[Wire],
+              translator: Optional[Translator] = None) -> UpstreamResponse:
         """One upstream call. Raises UpstreamError, ClientGone."""
-        query = "" if request.head.query is None or is_translated else f"?{request.head.query}"
-        headers = upstream_headers(request.head, provider, len(body), is_translated=is_translated)
+        query = "" if request.head.query is None or translator else f"?{request.head.query}"
+        headers = upstream_headers(request.head, provider, len(body), translator)
         upstream = UpstreamRequest(provider.base_url + path + query, method=request.head.method,
                                    body=body, headers=headers, watched=watched)
         response = self._opener.open(upstream)
@@ -5738,7 +6079,9 @@ class Router:
             """What the provider streams, metered, up to its end or its error."""
             encoding = (response.header("content-encoding") or "identity").strip().lower()
             reader = StreamReader(call.meter, encoding, hides_usage=False)
-            for pieces in response.reads():
+            for pieces in response.reads(self.settings.timeouts.ping_s):
+                if not pieces:
+                    yield {"type": "ping"}
                 for event in reader.parsed(pieces):
                     if call.meter.failure is not None:
                         failure.append(event)
@@ -5784,7 +6127,10 @@ class Router:
                     _, body = call.translator.error(*event, own_id)
                     yield [format_event(body, "error" if client_api == "messages" else None)]
                     return
-                yield [format_event(event, event["type"] if client_api == "messages" else None)]
+                if client_api == "messages":
+                    yield [format_event(event, event["type"])]
+                else:
+                    yield [SSE_PING if event.get("type") == "ping" else format_event(event)]
             if client_api == "chat":
                 yield [format_event("[DONE]")]
         except UpstreamError as err:
@@ -5860,10 +6206,39 @@ class Router:
             body = models_answer(path, dialect, self._known_models(request.caller))
         else:
             return None
-        headers = (("content-type", "application/json"), ("x-request-id", request.request_id),
-                   ("request-id", request.request_id),
-                   ("x-ironcage-request-id", request.request_id), *estimated)
-        return Answer(200, headers, json_bytes(body))
+        return self._made_answer(request, json_bytes(body), "application/json", estimated)
+
+    def _warmed_answer(self, request: ClientRequest, named: Optional[Provider],
+                       api: Optional[str]) -> Optional[Answer]:
+        """The answer to a Messages call for no output, which warms Anthropic's cache: elsewhere
+        there is none to warm."""
+        if api != "messages" or not NO_OUTPUT.search(request.body):
+            return None
+        fields = parse_json_object(request.body).fields
+        provider, model = self._provider_of_model(named_model(fields), named)
+        if fields.get("max_tokens") != 0 or provider.format != "openai" \
+                or not request.caller.may_use(provider.name, model):
+            return None
+        message = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
+                   "model": fields["model"], "content": [], "stop_reason": "max_tokens",
+                   "stop_sequence": None, "usage": messages_usage(None)}
+        ends = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+        events = ({"type": "message_start", "message": {**message, "stop_reason": None}},
+                  {"type": "message_delta", "delta": ends, "usage": message["usage"]},
+                  {"type": "message_stop"})
+        is_stream = optional_flag(fields, "stream")
+        return self._made_answer(
+            request, b"".join(format_event(event, event["type"]) for event in events)
+            if is_stream else json_bytes(message),
+            "text/event-stream" if is_stream else "application/json")
+
+    @staticmethod
+    def _made_answer(request: ClientRequest, body: bytes, kind: str,
+                     headers: Headers = ()) -> Answer:
+        """An answer that no provider had a part in."""
+        return Answer(200, (("content-type", kind), ("x-request-id", request.request_id),
+                            ("request-id", request.request_id),
+                            ("x-ironcage-request-id", request.request_id), *headers), body)
 
     def _known_models(self, caller: Caller) -> dict[str, tuple[str, Price]]:
         """The priced models of the providers that can be called, and aliases: (provider, price)."""

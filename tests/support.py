@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence, Union
 
 import pytest
+from vendor_rules import refused_by_anthropic, refused_by_openai
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"             # recorded exchanges and figures, where they are
@@ -207,6 +208,7 @@ class MockProvider:
     def __init__(self, tls: Optional[ssl.SSLContext] = None) -> None:
         self._tls = tls
         self.models = set(RATES)
+        self.applies_vendor_rules = True
         self.output_text = "Grüße aus der Höhle — the canary sings 🐤 and all is well."
         self.input_tokens: Optional[int] = None      # None: one for every four bytes of body
         self.output_tokens: Optional[int] = None     # None: one for every piece of text
@@ -510,6 +512,10 @@ def _refused_fields(mock: MockProvider, api: str, fields: object) -> Optional[Re
         return error(400, "max_tokens is not a positive integer")
     if fields.get("stream_options") is not None and fields.get("stream") is not True:
         return error(400, "The 'stream_options' parameter is only allowed when 'stream' is on.")
+    faults = {"messages": refused_by_anthropic, "chat": refused_by_openai}.get(api)
+    fault = faults(fields) if faults and mock.applies_vendor_rules else None
+    if fault is not None:
+        return error(400, fault)
     if fields["model"] not in mock.models:
         return anthropic_error(404, f"model: {fields['model']}", "not_found_error") \
             if anthropic else openai_error(404, f"The model `{fields['model']}` does not exist.",

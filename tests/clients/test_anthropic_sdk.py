@@ -333,7 +333,7 @@ def parse_stream(client, **fields):
 
 def parse_with_a_tool(client, **fields):
     tools = [{"name": "weather", "description": "Größe des Wetters", "strict": True,
-              "input_schema": Weather.model_json_schema()}]
+              "input_schema": {**Weather.model_json_schema(), "additionalProperties": False}}]
     return parse(client, tools=tools, tool_choice={"type": "auto"}, **fields)
 
 

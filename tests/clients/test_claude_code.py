@@ -27,12 +27,12 @@ def streamed(*deltas, finish="stop"):
                         sse("[DONE]")))
 
 
-def claude_code(proxy, tmp_path, prompt, *flags):
+def claude_code(proxy, tmp_path, prompt, *flags, model="gpt-4o-mini"):
     done = subprocess.run(
         [CLAUDE, "-p", prompt, *flags], stdin=subprocess.DEVNULL, capture_output=True, text=True,
         timeout=90, cwd=tmp_path, env={
             "PATH": os.environ["PATH"], "HOME": str(tmp_path), "ANTHROPIC_BASE_URL": proxy.url,
-            "ANTHROPIC_API_KEY": TOKEN, "ANTHROPIC_MODEL": "gpt-4o-mini",
+            "ANTHROPIC_API_KEY": TOKEN, "ANTHROPIC_MODEL": model,
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"})
     assert 0 == done.returncode, done.stdout + done.stderr
     return done.stdout
@@ -68,3 +68,19 @@ def test_it_runs_a_tool_and_sends_no_call_twice(mock, proxy_for, tmp_path):
     [result] = [m for m in second.json["messages"] if m["role"] == "tool"]
     assert ("call_1", True) == (result["tool_call_id"], "made-by-the-tool" in result["content"])
     assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.parametrize("model", ["gpt-5.5", "gpt-5.6", "lab/qwen3"])
+def test_it_reaches_models_with_rules_of_their_own(mock, proxy_for, tmp_path, model):
+    """The mock refuses what they refuse: reasoning beside tools, later system messages."""
+    config = tmp_path / "cage.json"
+    config.write_text(json.dumps({"providers": {"lab": {
+        "base_url": mock.url, "key_env": "OPENAI_API_KEY", "free": True}}}))
+    mock.models |= {"gpt-5.5", "gpt-5.6", "qwen3"}
+    mock.output_text = "PONG"
+    proxy = proxy_for("--config", str(config))
+
+    assert "PONG" in claude_code(proxy, tmp_path, "say PONG", model=model)
+    assert mock.seen[0].json["tools"]
+    roles = [message["role"] for message in mock.seen[0].json["messages"]]
+    assert model != "lab/qwen3" or ["system", "user"] == roles

@@ -4,7 +4,9 @@ import base64
 import json
 
 import pytest
+from support import recordings
 from translation_checker import check_chat_stream, check_message_stream
+from vendor_rules import refused_by_anthropic, refused_by_openai
 
 import ironcage_proxy as ic
 
@@ -17,18 +19,30 @@ TEXT_FILE = "data:text/plain;base64," + base64.b64encode("Grüße".encode()).dec
 OPEN_SCHEMA = {"type": "object"}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}},
           "required": ["n"], "additionalProperties": False}
+RECURSIVE_SCHEMA = {"type": "object", "additionalProperties": False, "properties": {
+    "child": {"$ref": "#"}}}
+MANY_OPTIONAL = {"type": "object", "additionalProperties": False, "properties": {
+    f"p{number}": {"type": "string"} for number in range(25)}}
+REFERRING_SCHEMA = {"type": "object", "additionalProperties": False, "required": ["a", "b"],
+                    "properties": {"a": {"$ref": "#/$defs/X"}, "b": {"$ref": "#/$defs/X"}},
+                    "$defs": {"X": {"type": "string"}}}
 
 
 def to_claude(fields, model=OLD, strict=False, most=64_000):
     losses = ic.Losses(strict=strict)
     fields = {"messages": [USER], **fields, "model": model}
-    return ic.ChatOnClaude(fields, losses, most_output_tokens=most), losses
+    translator = ic.ChatOnClaude(fields, losses, most_output_tokens=most)
+    assert refused_by_anthropic(translator.request) is None
+    return translator, losses
 
 
-def to_chat(fields, model="gpt-4o", is_openai=True, strict=False, most=128_000):
+def to_chat(fields, model="gpt-4o", is_openai=True, strict=False, most=128_000, **target):
     losses = ic.Losses(strict=strict)
     fields = {"messages": [USER], "max_tokens": 100, **fields, "model": model}
-    return ic.MessagesOnChat(fields, losses, most_output_tokens=most, is_openai=is_openai), losses
+    translator = ic.MessagesOnChat(fields, losses, most_output_tokens=most, is_openai=is_openai,
+                                   **target)
+    assert not is_openai or refused_by_openai(translator.request) is None
+    return translator, losses
 
 
 def text(words, **more):
@@ -118,7 +132,46 @@ TO_CLAUDE = [
         "system": [text("Respond with one JSON object and nothing else.")]}, [],
      {"response_format": "instructed"}),
     ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
-        "schema": OPEN_SCHEMA}}}, {"output_config": None}, [], {"response_format": "instructed"}),
+        "schema": OPEN_SCHEMA}}}, {"output_config": None, "tools": [
+            {"name": "json_response", "description": "The answer.", "input_schema": OPEN_SCHEMA}],
+            "tool_choice": {"type": "tool", "name": "json_response",
+                            "disable_parallel_tool_use": True}}, [], {"response_format": "tool"}),
+    ("response_format", NEW, {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": RECURSIVE_SCHEMA}}}, {"output_config": None, "tools": None}, [],
+     {"response_format": "instructed"}),
+    ("response_format", "claude-3-haiku", {"response_format": {
+        "type": "json_schema", "json_schema": {"schema": SCHEMA}}, "tools": [tool()]},
+     {"tool_choice": None}, [], {"response_format": "instructed"}),
+    ("response_format", "claude-opus-4-6", {"reasoning_effort": "high", "response_format": {
+        "type": "json_schema", "json_schema": {"schema": OPEN_SCHEMA}}}, {"tools": None}, [],
+     {"response_format": "instructed"}),
+    ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": MANY_OPTIONAL}}}, {"output_config": None}, [], {"response_format": "tool"}),
+    ("response_format", NEW, {"reasoning_effort": "low", "response_format": {
+        "type": "json_schema", "json_schema": {"schema": REFERRING_SCHEMA}}}, {
+            "output_config": {"effort": "low", "format": {
+                "type": "json_schema", "schema": ic.claude_schema(REFERRING_SCHEMA)}}}, [], {}),
+    ("tools", OLD, {"tools": [tool(str(n), strict=True) for n in range(21)]},
+     {}, ["tools.function.strict"], {}),
+    ("tools", OLD, {"tools": [{"type": "function", "eager_input_streaming": True, "function": {
+        "name": "f", "parameters": {"$defs": {"B": {"properties": {"b": {}}, "required": ["b", "x"]}},
+                                    "properties": {"x": {}}, "anyOf": [
+            {"properties": {"a": {}}, "required": ["a", "x"]}, {"$ref": "#/$defs/B"}]}}}]},
+     {"tools": [{"name": "f", "eager_input_streaming": True, "input_schema": {
+         "type": "object", "$defs": {"B": {"properties": {"b": {}}, "required": ["b", "x"]}},
+         "properties": {"a": {}, "b": {}, "x": {}}, "required": ["x"]}}]}, [],
+     {"tools.function.parameters": "merged"}),
+    ("tool_choice", OLD, {"tools": [tool(), tool("g"), {"type": "custom", "custom": {"name": "h"}}],
+                          "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]}}},
+     {"tool_choice": {"type": "any"}, "tools": [{"name": "g", "input_schema": SCHEMA}]}, [], {}),
+    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "required", "max_tokens": 9000,
+                          "reasoning_effort": "low"},
+     {"tool_choice": {"type": "auto"}, "thinking": {"type": "enabled", "budget_tokens": 2048}}, [],
+     {"tool_choice": "auto"}),
+    ("thinking", OLD, {"thinking": {"type": "enabled", "budget_tokens": 2000}, "temperature": 0.5,
+                       "max_tokens": 9000}, {
+        "temperature": None}, ["temperature"], {}),
     ("tools", OLD, {"tools": [tool(description="d")]}, {"tools": [
         {"name": "f", "description": "d", "input_schema": SCHEMA}]}, [], {}),
     ("tools", OLD, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tools": [
@@ -218,6 +271,35 @@ TURNS = {
             "[system instruction, not from the user]\nS")])], []),
     "a later system message stays where the model takes it": (
         NEW, [USER, SYSTEM], [("user", [text("hi")]), ("system", [text("S")])], []),
+    "a later system message before the user's next words stands behind them": (
+        NEW, [USER, {"role": "assistant", "content": "a"}, SYSTEM, USER,
+              {"role": "assistant", "content": "b"}, USER, SYSTEM, USER],
+        [("user", [text("hi")]), ("assistant", [text("a")]), ("user", [text("hi")]),
+         ("system", [text("S")]), ("assistant", [text("b")]), ("user", [text("hi"), text("hi")]),
+         ("system", [text("S")])], []),
+    "a later system message between calls and results stands behind these": (
+        NEW, [USER, {"role": "assistant", "tool_calls": [call()]}, SYSTEM,
+              {"role": "tool", "tool_call_id": "call_1", "content": "R"}],
+        [("user", [text("hi")]),
+         ("assistant", [{"type": "tool_use", "id": "call_1", "name": "f", "input": {}}]),
+         ("user", [{"type": "tool_result", "tool_use_id": "call_1", "content": "R"}]),
+         ("system", [text("S")])], []),
+    "a later system message between two of the assistant's is told as user": (
+        NEW, [USER, {"role": "assistant", "content": "a"}, SYSTEM,
+              {"role": "assistant", "content": "b"}, USER],
+        [("user", [text("hi")]), ("assistant", [text("a")]), ("user", [text(
+            "[system instruction, not from the user]\nS")]), ("assistant", [text("b")]),
+         ("user", [text("hi")])], []),
+    "what only Claude's API has comes back as it was": (
+        OLD, [USER, {"role": "assistant", "content": "ab", "x_anthropic_content": [
+            text("a"), {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+            text("b")]}, USER],
+        [("user", [text("hi")]), ("assistant", [
+            text("a"), {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+            text("b")]), ("user", [text("hi")])], []),
+    "and not where the client changed the text": (
+        OLD, [USER, {"role": "assistant", "content": "c", "x_anthropic_content": [text("a")]}, USER],
+        [("user", [text("hi")]), ("assistant", [text("c")]), ("user", [text("hi")])], []),
     "only a system message": (OLD, [SYSTEM], [("user", [text("S")])], []),
     "runs of one role are one turn": (
         OLD, [USER, USER, {"role": "assistant", "content": "a"},
@@ -306,6 +388,102 @@ def test_chat_messages_on_claude(model, messages, expected, system):
 
     assert expected == [(m["role"], m["content"]) for m in translator.request["messages"]]
     assert system == translator.request.get("system", [])
+
+
+def test_a_budgeted_thought_without_its_beginning_is_dropped_and_told():
+    """Clients that rebuild their history lose thinking blocks; Anthropic refuses to go on."""
+    called = {"role": "assistant", "tool_calls": [call()]}
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "R"}
+    thought = {"type": "thinking", "thinking": "T", "signature": "s"}
+    fields = {"tools": [tool()], "reasoning_effort": "low", "max_tokens": 9000}
+
+    lost, losses = to_claude({**fields, "messages": [USER, called, result]})
+    kept, _ = to_claude({**fields, "messages": [USER, {**called, "thinking_blocks": [thought]},
+                                                result]})
+
+    assert ("thinking" in lost.request, losses.dropped) == (False, ["thinking"])
+    assert 2048 == kept.request["thinking"]["budget_tokens"]
+
+
+def test_a_thinking_model_gets_no_prefill():
+    translator, losses = to_claude({
+        "messages": [USER, {"role": "assistant", "content": "a"}], "reasoning_effort": "low",
+        "max_tokens": 9000})
+
+    assert "user" == translator.request["messages"][-1]["role"]
+    assert {"messages.prefill": "continued"} == losses.adjusted
+
+
+def test_a_file_at_anthropic_brings_its_beta_along():
+    translator, _ = to_claude({"messages": [{"role": "user", "content": [
+        {"type": "file", "file": {"file_id": "file_1"}}]}]})
+
+    assert ("files-api-2025-04-14",) == translator.betas
+
+
+def test_a_schema_of_doubling_references_is_walked_once():
+    """Each definition names the next one twice: 2 to the 40th ways, and one walk."""
+    schema = {"$ref": "#/$defs/d0", "$defs": {
+        f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)}}
+
+    assert not ic._is_recursive(schema, schema, set(), ())
+
+
+def test_an_answer_through_a_tool_is_the_content():
+    asked = {"response_format": {"type": "json_schema", "json_schema": {"schema": OPEN_SCHEMA}}}
+    translator, _ = to_claude(asked)
+    whole = message({"type": "tool_use", "id": "t", "name": "json_response",
+                     "input": {"n": 1, "ü": [2]}}, stop="tool_use")
+
+    choice = translator.answer(whole)["choices"][0]
+    folded, finish, _ = check_chat_stream(list(translator.events(stream_of(whole))))
+
+    assert ('{"n": 1, "ü": [2]}', "stop") == (choice["message"]["content"],
+                                              choice["finish_reason"])
+    assert "tool_calls" not in choice["message"]
+    assert ({"n": 1, "ü": [2]}, "stop") == (json.loads(folded["content"]), finish)
+
+
+@pytest.mark.parametrize("said, content", [
+    ('```json\n{"a": 1}\n```', '{"a": 1}'), ('```\n{"a": 1}\n```\n', '{"a": 1}'),
+    ('{"a": "```"}', '{"a": "```"}'), ("x ```json\n{}\n```", "x ```json\n{}\n```")])
+def test_instructed_json_loses_its_fence(said, content):
+    instructed, _ = to_claude({"response_format": {"type": "json_object"}})
+    plain, _ = to_claude({})
+
+    assert content == instructed.answer(message(text(said)))["choices"][0]["message"]["content"]
+    assert said == plain.answer(message(text(said)))["choices"][0]["message"]["content"]
+
+
+def test_citations_of_the_web_are_annotations():
+    cited = text("sky", citations=[{"type": "web_search_result_location", "url": "https://x",
+                                    "title": "X", "cited_text": "c", "encrypted_index": "e"}])
+    whole = message(text("The "), cited, text("."))
+    translator, _ = to_claude({"stream": True})
+    expected = {"type": "url_citation", "url_citation": {
+        "url": "https://x", "title": "X", "start_index": 4, "end_index": 7}}
+    events = []
+    for event in stream_of({**whole, "content": [text("The "), text("sky"), text(".")]}):
+        if event["type"] == "content_block_stop" and event["index"] == 1:
+            events.append({"type": "content_block_delta", "index": 1, "delta": {
+                "type": "citations_delta", "citation": cited["citations"][0]}})
+        events.append(event)
+
+    chunks = list(translator.events(events))
+
+    assert [expected] == translator.answer(whole)["choices"][0]["message"]["annotations"]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if "choices" in chunk]
+    assert [[{"index": 0, **expected}]] == [
+        delta["annotations"] for delta in deltas if "annotations" in delta]
+
+
+def test_a_ping_of_claude_is_passed_on_once_the_answer_has_begun():
+    events = list(stream_of(message(text("a"))))
+    assert ["message_start", "ping"] == [event["type"] for event in events[:2]]
+
+    chunks = list(to_claude({"stream": True})[0].events([{"type": "ping"}, *events]))
+
+    assert [1] == [number for number, chunk in enumerate(chunks) if chunk == {"type": "ping"}]
 
 
 def test_at_most_four_cache_marks_travel_the_last_ones():
@@ -565,6 +743,43 @@ TO_CHAT = [
      {"response_format": {"type": "json_schema", "json_schema": {
          "name": "output", "schema": {"type": "object", "properties": {"n": {}}},
          "strict": False}}}, [], {}),
+    *[("output_config", model, True, {"output_config": {"effort": asked}},
+       {"reasoning_effort": told}, [], {} if told == asked else {"output_config.effort": told})
+      for model, asked, told in (
+          ("o3", "xhigh", "high"), ("gpt-5-mini", "low", "low"), ("gpt-5.1", "max", "high"),
+          ("gpt-5.2", "xhigh", "xhigh"), ("gpt-5.1-chat-latest", "low", "medium"),
+          ("gpt-6-astra", "max", "xhigh"))],
+    *[("thinking", model, True, {"thinking": thinking}, {"reasoning_effort": told}, [],
+       {"thinking": told} if changed else {})
+      for model, thinking, told, changed in (
+          ("gpt-5.5", {"type": "disabled"}, "none", False), ("o3", {"type": "disabled"}, "low", True),
+          ("gpt-5", {"type": "disabled"}, "minimal", True),
+          ("gpt-5.5", {"type": "between_tools"}, "none", False),
+          ("gpt-5", {"type": "enabled", "budget_tokens": 1024}, "minimal", False),
+          ("o3", {"type": "enabled", "budget_tokens": 1024}, "low", True),
+          ("gpt-5.5", {"type": "enabled", "budget_tokens": 40_000}, "xhigh", False),
+          ("gpt-5.5", {"type": "adaptive"}, None, False))],
+    # OpenAI's 400s of reasoning beside tools
+    ("output_config", "gpt-5.5", True, {"tools": [{"name": "f"}], "output_config": {
+        "effort": "high"}}, {"reasoning_effort": None}, ["output_config.effort"], {}),
+    ("thinking", "gpt-5.4", True, {"tools": [{"name": "f"}], "thinking": {
+        "type": "enabled", "budget_tokens": 4096}}, {"reasoning_effort": None}, ["thinking"], {}),
+    ("thinking", "gpt-5.4", True, {"tools": [{"name": "f"}], "thinking": {"type": "disabled"}},
+     {"reasoning_effort": None}, [], {}),
+    ("output_config", "gpt-5.6-terra", True, {"tools": [{"name": "f"}], "output_config": {
+        "effort": "high"}}, {"reasoning_effort": "none"}, [], {"output_config.effort": "none"}),
+    ("output_config", "gpt-6-sol", True, {"tools": [{"name": "f"}]}, {"reasoning_effort": "none"},
+     [], {"output_config.effort": "none"}),
+    ("output_config", "gpt-5.1", True, {"tools": [{"name": "f"}], "output_config": {
+        "effort": "high"}}, {"reasoning_effort": "high"}, [], {}),
+    ("temperature", "gpt-5.6", True, {"tools": [{"name": "f"}], "temperature": 0.5},
+     {"temperature": 0.5}, [], {"output_config.effort": "none"}),
+    ("metadata", "gpt-4o", True, {"metadata": {"user_id": json.dumps({
+        "device_id": "d", "session_id": "01234567-89ab-cdef-0123-456789abcdef"})}},
+     {"prompt_cache_key": "01234567-89ab-cdef-0123-456789abcdef"}, [], {}),
+    ("metadata", "gpt-4o", True, {"metadata": {
+        "user_id": "user_ab_account__session_01234567-89ab-cdef-0123-456789abcdef"}},
+     {"prompt_cache_key": "01234567-89ab-cdef-0123-456789abcdef"}, [], {}),
     ("metadata", "gpt-4o", True, {"metadata": {"user_id": "u"}},
      {"safety_identifier": ic._hashed("u", 64)}, [], {}),
     ("metadata", "qwen", False, {"metadata": {"user_id": "u"}}, {"safety_identifier": None}, [],
@@ -594,6 +809,27 @@ TO_CHAT = [
                                           "input_schema": SCHEMA}]},
      {"tools": [{"type": "function", "function": {
          "name": "f", "parameters": SCHEMA, "description": "d"}}]}, [], {}),
+    ("tools", "gpt-4o", True, {"tools": [
+        {"name": "DeferredToolPlaceholder", "defer_loading": True},
+        {"name": "f", "input_schema": {"$schema": "x", **SCHEMA}, "strict": True,
+         "cache_control": {"type": "ephemeral"}, "input_examples": [{}]}]},
+     {"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA,
+                                                  "strict": True}}]}, [], {}),
+    ("tools", "gpt-4o", True, {"tools": [{"name": "f", "strict": True, "input_schema": {
+        "type": "object", "properties": {"n": {}}}}]}, {"tools": [{
+            "type": "function", "function": {"name": "f", "parameters": {
+                "type": "object", "properties": {"n": {}}}}}]}, ["tools.strict"], {}),
+    ("tools", "gpt-4o", True, {"tools": [
+        {"type": "web_search_20250305", "name": "web_search"}, {"name": "f"}]},
+     {"tools": [{"type": "function", "function": {
+         "name": "f", "parameters": {"type": "object", "properties": {}}}}]},
+     ["tools.web_search_20250305"], {}),
+    ("tools", "gpt-4o", True, {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+     {"tools": [{"type": "function", "function": {
+         "name": "bash", "parameters": ic.CLIENT_TOOLS[0][2],
+         "description": ic.CLIENT_TOOLS[0][1]}}]}, [], {"tools.bash_20250124": "function"}),
+    ("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {
+        "type": "tool", "name": "gone"}}, {"tool_choice": None}, [], {"tool_choice": "auto"}),
     *[("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {"type": kind}},
        {"tool_choice": told}, [], {}) for kind, told in (
            ("auto", "auto"), ("any", "required"), ("none", "none"))],
@@ -639,6 +875,7 @@ def result(content=None, **more):
     return {"type": "tool_result", "tool_use_id": "t", "content": content, **more}
 
 
+LONG_ID = "call_" + ic._hashed("t" * 41, 24)
 CHAT_TURNS = {
     "text": ([USER], [USER]),
     "parts": ([{"role": "user", "content": [text("a"), IMAGE]}],
@@ -668,6 +905,37 @@ CHAT_TURNS = {
          {"role": "user", "content": [result("R")]}],
         [USER, CALLED, {"role": "tool", "tool_call_id": "t", "content": "R"},
          {"role": "system", "content": "S"}]),
+    "a missing result is made": (
+        [USER, USE, USER],
+        [USER, CALLED, {"role": "tool", "tool_call_id": "t", "content": "[no result provided]"},
+         USER]),
+    "a result without its call is text": (
+        [{"role": "user", "content": [result("R")]}, {"role": "assistant", "content": "a"},
+         {"role": "user", "content": [result("S")]}],
+        [{"role": "user", "content": "[result of tool call t]\nR"},
+         {"role": "assistant", "content": "a"},
+         {"role": "user", "content": "[result of tool call t]\nS"}]),
+    "results in two turns stand behind their calls": (
+        [USER, {"role": "assistant", "content": [USE["content"][0],
+                                                 {**USE["content"][0], "id": "u"}]},
+         {"role": "user", "content": [{**result("U"), "tool_use_id": "u"}, text("so")]},
+         {"role": "user", "content": [result("R")]}],
+        [USER, {**CALLED, "tool_calls": [call(call_id="t"), call(call_id="u")]},
+         {"role": "tool", "tool_call_id": "t", "content": "R"},
+         {"role": "tool", "tool_call_id": "u", "content": "U"}, {"role": "user", "content": "so"}]),
+    "ids that are too long are hashed, of call and result alike": (
+        [USER, {"role": "assistant", "content": [{**USE["content"][0], "id": "t" * 41}]},
+         {"role": "user", "content": [{**result("R"), "tool_use_id": "t" * 41}]}],
+        [USER, {**CALLED, "tool_calls": [call(call_id=LONG_ID)]},
+         {"role": "tool", "tool_call_id": LONG_ID, "content": "R"}]),
+    "an assistant that said nothing goes": (
+        [USER, {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}, USER],
+        [USER, USER]),
+    "a system message for one turn only": (
+        [USER, {"role": "system", "content": "S", "clear_at": "next_user_message"},
+         {"role": "assistant", "content": "a"}, USER,
+         {"role": "system", "content": "T", "clear_at": "next_user_message"}],
+        [USER, {"role": "assistant", "content": "a"}, USER, {"role": "system", "content": "T"}]),
     "documents": ([{"role": "user", "content": [
         {"type": "document", "title": "a.pdf", "source": {
             "type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}},
@@ -683,6 +951,76 @@ def test_messages_turns_on_chat(messages, expected):
     assert expected == to_chat({"messages": messages})[0].request["messages"]
 
 
+def test_other_servers_get_no_later_system_message_and_alternating_roles():
+    """Chat templates of local models raise on both."""
+    translator, losses = to_chat({"system": "S", "messages": [
+        USER, {"role": "system", "content": "T"}, USE,
+        {"role": "user", "content": [result([text("R"), IMAGE]), text("so")]}, USER]},
+        "qwen", is_openai=False)
+
+    assert [{"role": "system", "content": "S"},
+            {"role": "user", "content": "hi\n\n[system instruction, not from the user]\nT"}, CALLED,
+            {"role": "tool", "tool_call_id": "t", "content": "R\n[image]"},
+            {"role": "user", "content": [text("Image from tool f:"), IMAGE_URL, text("so"),
+                                         text("hi")]}] == translator.request["messages"]
+    assert {"messages.system": "user"} == losses.adjusted
+
+
+def test_a_server_that_wants_its_reasoning_back_gets_it_of_every_answer():
+    said = {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "T", "signature": "icx1.abc"}, *USE["content"]]}
+    translator, _ = to_chat({"messages": [
+        USER, said, {"role": "user", "content": [result("R")]},
+        {"role": "assistant", "content": "a"}, USER]}, "deepseek-v4", is_openai=False,
+        echoes_reasoning=True)
+
+    assert ["T", ""] == [turn["reasoning_content"] for turn in translator.request["messages"]
+                         if turn["role"] == "assistant"]
+
+
+def test_tools_added_and_removed_within_the_conversation():
+    def change(kind, tool):
+        return {"role": "system", "content": [{"type": kind, "tool": tool}]}
+
+    translator, _ = to_chat({"tools": [{"name": "f"}, {"name": "g"}, {"name": "h"}], "messages": [
+        USER, change("tool_removal", {"type": "tool_reference", "name": "g"}),
+        change("tool_removal", {"type": "tool_reference", "name": "h"}),
+        change("tool_addition", {"type": "tool_reference", "name": "h"}),
+        change("tool_addition", {"type": "tool_definition", "definition": {"name": "i"}})]})
+
+    assert ["f", "h", "i"] == [tool["function"]["name"] for tool in translator.request["tools"]]
+
+
+@pytest.mark.parametrize("kind, properties", [
+    ("bash_20250124", {"command", "restart"}),
+    ("text_editor_20250728", {"command", "path", "file_text", "old_str", "new_str", "insert_text",
+                              "insert_line", "view_range"}),
+    ("memory_20250818", {"command", "path", "file_text", "old_str", "new_str", "insert_text",
+                         "insert_line", "view_range", "old_path", "new_path"})])
+def test_tools_that_claude_knows_by_heart_are_spelt_out_for_others(kind, properties):
+    tool = to_chat({"tools": [{"type": kind, "name": "x"}]})[0].request["tools"][0]["function"]
+
+    assert properties == set(tool["parameters"]["properties"]) and tool["description"]
+
+
+def test_arguments_that_come_after_another_block_break_the_stream():
+    translator, _ = to_chat({"stream": True})
+
+    with pytest.raises(ic.UpstreamBroke):
+        list(translator.events(chunks_of(piece(arguments='{"n":', id="c", name="f"),
+                                         {"content": "words"}, piece(arguments=" 1}"))))
+
+
+def test_a_ping_reaches_the_client_once_the_message_has_begun():
+    chunks = [{"type": "ping"}, *chunks_of({"content": "a"})]
+    chunks.insert(2, {"type": "ping"})
+
+    kinds = [event["type"] for event in to_chat({"stream": True})[0].events(chunks)]
+
+    assert ["message_start", "ping", "content_block_start", "content_block_delta", "ping",
+            "content_block_stop"] == kinds[:6]
+
+
 def test_a_long_tool_name_is_cut_for_openai_and_comes_back():
     name = "mcp__" + "x" * 80
     translator, _ = to_chat({"tools": [{"name": name}]})
@@ -695,7 +1033,8 @@ def test_a_long_tool_name_is_cut_for_openai_and_comes_back():
 
 
 CHAT_USAGE = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25,
-              "prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 2}}
+              "prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 2},
+              "completion_tokens_details": {"reasoning_tokens": 3}}
 
 
 def completion(finish="stop", **said):
@@ -726,7 +1065,7 @@ def test_an_answer_of_a_chat_server_as_a_message():
     assert ({"n": 1}, "call_1") == (first["input"], first["id"])
     assert second["id"].startswith("toolu_")
     assert {"input_tokens": 10, "cache_read_input_tokens": 8, "cache_creation_input_tokens": 2,
-            "output_tokens": 5} == answer["usage"]
+            "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 3}} == answer["usage"]
 
 
 def chunks_of(*deltas, finish="stop", usage="after"):
@@ -864,6 +1203,23 @@ def test_an_answer_survives_the_way_there_and_back(said):
 
     assert said == {name: back["message"].get(name) for name in said}
     assert finish == back["finish_reason"]
+
+
+def test_every_recorded_request_is_carried_over_by_the_other_vendors_rules():
+    """What real clients sent: refused here with a reason, or taken there."""
+    count = 0
+    for name, exchange in recordings():
+        fields = exchange["request"]["body"]
+        if exchange["api"] not in ("messages", "chat") or not isinstance(fields, dict):
+            continue
+        make = to_chat if exchange["api"] == "messages" else to_claude
+        try:
+            with ic.well_shaped(ic.BadRequest(ic.REQUEST_SHAPE)):
+                make(fields, model="gpt-5.6" if make is to_chat else OLD)
+            count += 1
+        except ic.BadRequest as err:
+            assert err.message, name
+    assert count > 150
 
 
 def test_an_estimate_counts_text_and_images_not_their_bytes():

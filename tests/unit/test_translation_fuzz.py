@@ -4,7 +4,7 @@ import json
 from random import Random
 
 import pytest
-from test_translation import (CHAT_STREAMS, CHAT_TURNS, STREAMED, TO_CHAT, TO_CLAUDE, TURNS,
+from test_translation import (CHAT_STREAMS, CHAT_TURNS, OLD, STREAMED, TO_CHAT, TO_CLAUDE, TURNS,
                               chunks_of, completion, stream_of, to_chat, to_claude)
 
 import ironcage_proxy as ic
@@ -51,12 +51,13 @@ MESSAGES_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], "max_toke
 @pytest.mark.parametrize("seed", range(40))
 def test_hostile_requests_are_refused_or_carried_over(seed):
     rng = Random(seed)
-    for make, requests in ((to_claude, CHAT_REQUESTS), (to_chat, MESSAGES_REQUESTS)):
+    for make, model, requests in ((ic.ChatOnClaude, OLD, CHAT_REQUESTS),
+                                  (ic.MessagesOnChat, "gpt-4o", MESSAGES_REQUESTS)):
         for request in requests:
-            fields = mutated(rng, request)
+            fields = {**mutated(rng, request), "model": model}
             try:
                 with ic.well_shaped(ic.BadRequest(ic.REQUEST_SHAPE)):
-                    translator, _ = make(fields)
+                    translator = make(fields, ic.Losses(), most_output_tokens=64_000)
             except ic.BadRequest:
                 continue
             json.dumps(translator.request)

@@ -63,7 +63,9 @@ def check_message_stream(events):
 def check_chat_stream(chunks, asks_usage=False):
     """A chat stream: one id and model, the role first and once, tool indices dense and in order,
     an id and a name in a call's first delta, one finish_reason, after which there is nothing but the
-    usage chunk, and that only if asked. Returns the message, its finish reason and the usage."""
+    usage chunk, and that only if asked; pings anywhere. Returns the message, its finish reason and
+    the usage."""
+    chunks = [chunk for chunk in chunks if chunk != {"type": "ping"}]
     assert 1 == len({(chunk["id"], chunk["model"], chunk["created"]) for chunk in chunks})
     message, calls, finish, usage = {"content": ""}, [], None, None
     for number, chunk in enumerate(chunks):

@@ -49,6 +49,22 @@ def test_a_key_goes_to_its_own_provider_only(mock, proxy_with):
         seen.header("authorization") for seen in mock.seen]
 
 
+@pytest.mark.parametrize("name, options, wanted", [
+    ("deepseek", {}, True), ("lab", {"echo_reasoning": True}, True), ("lab", {}, False)])
+def test_reasoning_goes_back_to_the_servers_that_want_it(mock, proxy_with, name, options, wanted):
+    """DeepSeek answers 400 to an assistant's message without the reasoning that it gave."""
+    proxy = proxy_with({"providers": {name: {"base_url": mock.url, "key_env": "OPENAI_API_KEY",
+                                             "free": True, **options}}})
+    history = [*CHAT["messages"], {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "T", "signature": "icx1.Y2hhdA"},
+        {"type": "text", "text": "a"}]}, *CHAT["messages"]]
+
+    call(proxy.port, "POST", "/v1/messages", {**CHAT, "model": f"{name}/gpt-4o-mini",
+                                              "messages": history})
+
+    assert ("T" if wanted else None) == mock.seen[0].json["messages"][1].get("reasoning_content")
+
+
 def test_a_provider_whose_key_is_not_set_is_refused_by_name(mock, proxy_with):
     proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"}}})
 

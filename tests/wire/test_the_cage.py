@@ -394,7 +394,8 @@ def test_a_tool_call_that_says_who_called_it_is_bounded_as_the_text_that_it_is(m
                                            "content": "done"}]}]
 
     answer = call(proxy_for("--budget", "0.02").port, "POST", "/v1/messages",
-                  {**MESSAGE, "messages": turns})
+                  {**MESSAGE, "messages": turns,
+                   "tools": [{"name": "f", "input_schema": {"type": "object"}}]})
 
     assert 200 == answer.status, answer.body
 

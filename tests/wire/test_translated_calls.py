@@ -237,6 +237,73 @@ def test_a_client_that_leaves_a_translated_stream_ends_the_call(mock, proxy, pat
     assert status["spent_microdollars"] >= mock.billed_microdollars
 
 
+@EACH_WAY
+def test_a_quiet_provider_is_covered_by_pings(mock, proxy_for, path, fields):
+    """A client that hears nothing for long gives up; Anthropic pings, others keep silent."""
+    proxy = proxy_for("--budget", "1", timeouts={"ping_s": 0.05})
+    gate = Gate()
+
+    def stop_in_the_middle(request):
+        reply = mock.default_reply(request)
+        return replace(reply, steps=(*reply.steps[:4], gate, *reply.steps[4:]))
+
+    mock.script(stop_in_the_middle)
+    ping = b"event: ping" if path == MESSAGES else b": ping\n\n"
+    with RawClient(proxy.port) as client:
+        client.request("POST", path, json.dumps({**fields, "stream": True}).encode())
+        client.read_head()
+        pings = 0
+        while pings < 3:
+            pings += ping in client.read_chunk()
+        gate.event.set()
+        rest = b"".join(iter(client.read_chunk, b""))
+
+    assert (b"[DONE]" if path == CHAT else b"message_stop") in rest
+    status = settled_status(proxy)
+    assert mock.billed_microdollars == status["spent_microdollars"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_for_no_output_is_answered_here(mock, proxy, stream):
+    """It warms Anthropic's cache; elsewhere there is none to warm, and nothing to pay."""
+    answer = call(proxy.port, "POST", MESSAGES, {**ON_GPT, "max_tokens": 0, "stream": stream})
+
+    body = check_message_stream([json.loads(data) for _, data in sse_events(answer.body)]) \
+        if stream else answer.json
+    assert (200, [], "max_tokens", "gpt-4o-mini") == (
+        answer.status, body["content"], body["stop_reason"], body["model"])
+    assert ([], 0) == (mock.seen, settled_status(proxy)["spent_microdollars"])
+
+
+def test_a_chat_client_can_name_features_of_anthropic(mock, proxy_for):
+    """With the header of their SDK, as with extra_body; a file of theirs brings its own."""
+    proxy, named = proxy_for(), [("anthropic-beta", "x-2026-01-01")]
+    part = {"type": "file", "file": {"file_id": "file_1"}}
+
+    call(proxy.port, "POST", CHAT, ON_CLAUDE, named)
+    call(proxy.port, "POST", CHAT, {**ON_CLAUDE, "messages": [
+        {"role": "user", "content": [part]}]}, named)
+
+    assert ["x-2026-01-01", "x-2026-01-01,files-api-2025-04-14"] == [
+        seen.header("anthropic-beta") for seen in mock.seen]
+
+
+@pytest.mark.parametrize("model, effort, told", [
+    ("gpt-5.5", None, "output_config.effort"), ("gpt-5.6-terra", "none", "none")])
+def test_tools_of_a_messages_client_reach_models_that_refuse_reasoning_beside_them(
+        mock, proxy, model, effort, told):
+    """What Claude Code sends; OpenAI answers 400 to tools beside reasoning_effort."""
+    mock.models.add(model)
+    answer = call(proxy.port, "POST", MESSAGES, {
+        **ON_GPT, "model": model, "thinking": {"type": "adaptive"},
+        "output_config": {"effort": "high"},
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}]})
+
+    assert (200, effort) == (answer.status, mock.seen[0].json.get("reasoning_effort"))
+    headers = answer.header("x-ironcage-dropped-params") or answer.header("x-ironcage-adjusted")
+    assert told in headers
+
+
 def test_the_tokens_of_a_model_elsewhere_are_estimated_and_said_so(mock, proxy):
     answer = call(proxy.port, "POST", "/v1/messages/count_tokens?beta=true",
                   {"model": "gpt-4o-mini", "messages": USER})

@@ -247,8 +247,10 @@ def test_vector_d_input_is_bounded_at_the_rate_of_writing_it_to_a_cache(mock, pr
 @pytest.mark.parametrize("path, fields", [
     ("/v1/messages", {"model": "claude-haiku-4-5", "max_tokens": 10, "system": "TEXT",
                       "messages": [{"role": "user", "content": "hi"}]}),
-    ("/v1/messages", {"model": "claude-haiku-4-5", "max_tokens": 10, "messages": [],
-                      "tools": [{"name": "t", "description": "TEXT", "input_schema": {}}]}),
+    ("/v1/messages", {"model": "claude-haiku-4-5", "max_tokens": 10,
+                      "messages": [{"role": "user", "content": "hi"}], "tools": [
+                          {"name": "t", "description": "TEXT",
+                           "input_schema": {"type": "object"}}]}),
     ("/v1/responses", {"model": "gpt-4o-mini", "max_output_tokens": 16, "input": "hi",
                        "instructions": "TEXT"}),
     ("/v1/responses", {"model": "gpt-4o-mini", "max_output_tokens": 16, "input": "hi",
