@@ -2519,21 +2519,21 @@ class ChatOnClaude:
         later: list[dict] = []         # system messages after the first user's: behind that turn
         for message in map(json_object, messages):
             role, blocks = self._turn(message)
-            if role == "system":
-                if not turns:
-                    leading += blocks
-                elif self._claude.later_system:
-                    later += blocks
-                else:
-                    self._tell_as_user(turns, blocks)
-            elif blocks:
-                if role == "assistant":
-                    self._add_later_system(turns, later)
-                    later = []
-                if turns and turns[-1]["role"] == role:
-                    turns[-1]["content"] += blocks
-                else:
-                    turns.append({"role": role, "content": blocks})
+            if not blocks:
+                continue
+            if role == "assistant":
+                self._add_later_system(turns, later)
+                later = []
+            if role == "system" and not turns:
+                leading += blocks
+            elif role == "system" and self._claude.later_system:
+                later += blocks
+            elif role == "system":
+                self._tell_as_user(turns, blocks)
+            elif turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
         self._add_later_system(turns, later)
         if not turns and leading:                  # there must be one message
             turns.append({"role": "user", "content": [leading.pop()]})
@@ -3598,6 +3598,25 @@ def messages_usage(usage: object) -> dict:
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
             "output_tokens": count(usage, "completion_tokens"),
             "output_tokens_details": {"thinking_tokens": thought}}
+
+
+def without_own_thinking(messages: object) -> object:
+    """A conversation without the thinking that an answer of ours brought from another provider:
+    Claude refuses what it has not signed itself."""
+    def is_ours(block: object) -> bool:
+        return str(json_object(block).get("signature")).startswith(OWN_SIGNATURE)
+
+    if not isinstance(messages, list):
+        return messages
+    kept = []
+    for message in messages:
+        content = json_object(message).get("content")
+        if isinstance(content, list) and any(map(is_ours, content)):
+            message = {**message, "content": [one for one in content if not is_ours(one)]}
+            if not message["content"]:
+                continue
+        kept.append(message)
+    return kept
 
 
 # Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
@@ -5968,6 +5987,11 @@ class Router:
                      if call.body.fields.get(name) is not None}
             changes.update({name: min(cap, own) for name, own in asked.items()}
                            or {names[0]: cap})
+        if call.api == "messages" and call.translator is None and OWN_SIGNATURE in call.body.text:
+            kept = without_own_thinking(call.body.fields.get("messages"))
+            if kept != call.body.fields.get("messages"):
+                changes["messages"] = kept
+                call.losses.adjust("messages.thinking", "removed")
         is_same = not changes and call.translator is None
         return call.request.body if is_same else call.body.with_fields(changes)
 

@@ -1,11 +1,13 @@
 """Hostile requests and broken answers: a translator refuses or carries over, and never fails."""
+import contextlib
 import copy
 import json
 from random import Random
 
 import pytest
-from test_translation import (CHAT_STREAMS, CHAT_TURNS, OLD, STREAMED, TO_CHAT, TO_CLAUDE, TURNS,
-                              chunks_of, completion, stream_of, to_chat, to_claude)
+from test_translation import (CHAT_STREAMS, CHAT_TURNS, OLD, OPEN_SCHEMA, STREAMED, TO_CHAT,
+                              TO_CLAUDE, TURNS, call, chunks_of, completion, stream_of, text,
+                              to_chat, to_claude, tool)
 
 import ironcage_proxy as ic
 
@@ -75,6 +77,66 @@ def test_broken_answers_are_carried_over_or_said_to_be_broken(seed):
         _tolerant(lambda d=deltas, f=finish: list(chat.events(
             mutated(rng, chunk) for chunk in chunks_of(*d, finish=f))))
     _tolerant(lambda: chat.answer(mutated(rng, completion(content="x", tool_calls=[{}]))))
+
+
+def chat_conversation(rng):
+    """A conversation as chat clients send it, and as careless ones do."""
+    messages, open_ids, number = [], [], 0
+    for _ in range(rng.randrange(1, 9)):
+        kind = rng.choice(("user", "user", "assistant", "calls", "tool", "system", "prefill"))
+        words = rng.choice(("hi", "", " ", "so \n", [text("a"), text("")], None))
+        if kind == "calls":
+            open_ids = [f"{rng.choice(('call', 'toolu', 'x.y', 'é'))}_{number + n}"
+                        for n in range(rng.randrange(1, 4))]
+            number += len(open_ids)
+            messages.append({"role": "assistant", "content": words, "tool_calls": [
+                call(rng.choice(("f", "a.b")), '{"n": 1}', call_id) for call_id in open_ids]})
+        elif kind == "tool":
+            for call_id in rng.sample(open_ids, rng.randrange(len(open_ids) + 1)) or ["nobody"]:
+                messages.append({"role": "tool", "tool_call_id": call_id, "content": words})
+        else:
+            messages.append({"role": {"prefill": "assistant"}.get(kind, kind), "content": words})
+    return messages
+
+
+def messages_conversation(rng):
+    """A conversation as Anthropic's clients send it, and as careless ones do."""
+    messages, open_ids, number = [], [], 0
+    for _ in range(rng.randrange(1, 9)):
+        kind = rng.choice(("user", "assistant", "calls", "results", "system"))
+        content = [text(rng.choice(("hi", "", "so")))]
+        if kind == "calls":
+            open_ids = [f"toolu_{number + n}" + "x" * rng.choice((0, 40)) for n in range(2)]
+            number += 2
+            content += [{"type": "tool_use", "id": call_id, "name": "f", "input": {}}
+                        for call_id in open_ids]
+        elif kind == "results":
+            content = [{"type": "tool_result", "tool_use_id": call_id, "content": "R"}
+                       for call_id in rng.sample(open_ids, rng.randrange(len(open_ids) + 1))] \
+                + rng.choice(([], content)) or content
+        messages.append({"role": {"calls": "assistant", "results": "user"}.get(kind, kind),
+                         "content": content})
+    return messages
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_what_is_carried_over_meets_the_other_vendors_rules(seed):
+    """to_claude and to_chat hold what comes out against them."""
+    rng = Random(seed)
+    for model in ("claude-3-haiku", OLD, "claude-opus-4-6", "claude-opus-4-8", "claude-opus-5-5"):
+        with contextlib.suppress(ic.BadRequest):
+            to_claude({"messages": chat_conversation(rng), "max_tokens": 9000, **rng.choice((
+                {}, {"reasoning_effort": "high"}, {"tools": [tool(), tool("a.b")]},
+                {"tools": [tool(), tool("a.b")], "tool_choice": "required",
+                 "reasoning_effort": "low"}, {"temperature": 0.3, "top_p": 0.5},
+                {"response_format": {"type": "json_schema", "json_schema": {
+                    "schema": OPEN_SCHEMA}}}))}, model)
+    for model in ("gpt-4o", "o3", "gpt-5-mini", "gpt-5.5", "gpt-5.6"):
+        with contextlib.suppress(ic.BadRequest):
+            to_chat({"messages": messages_conversation(rng), **rng.choice((
+                {}, {"tools": [{"name": "f"}]}, {"thinking": {"type": "disabled"}},
+                {"tools": [{"name": "f"}], "output_config": {"effort": "max"}},
+                {"temperature": 0.3, "stop_sequences": ["x"]}))}, model)
 
 
 def _tolerant(carry):

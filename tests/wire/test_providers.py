@@ -65,6 +65,26 @@ def test_reasoning_goes_back_to_the_servers_that_want_it(mock, proxy_with, name,
     assert ("T" if wanted else None) == mock.seen[0].json["messages"][1].get("reasoning_content")
 
 
+def test_a_conversation_moves_from_another_model_to_claude(mock, proxy):
+    """Claude refuses thinking that it has not signed: that of the other model stays behind."""
+    question = {"role": "user", "content": "hello"}
+    ours = {"type": "thinking", "thinking": "T", "signature": "icx1.Y2hhdA"}
+    theirs = {"type": "thinking", "thinking": "U", "signature": "EqQB"}
+    said = {"type": "text", "text": "a"}
+    fields = {"model": "claude-haiku-4-5", "max_tokens": 10, "messages": [
+        question, {"role": "assistant", "content": [ours, said]}, question,
+        {"role": "assistant", "content": [theirs, said]}, question,
+        {"role": "assistant", "content": [ours]}, question]}
+
+    answer = call(proxy.port, "POST", "/v1/messages", fields)
+
+    assert (200, "messages.thinking=removed") == (answer.status,
+                                                  answer.header("x-ironcage-adjusted"))
+    assert [question, {"role": "assistant", "content": [said]}, question,
+            {"role": "assistant", "content": [theirs, said]}, question, question] == \
+        mock.seen[0].json["messages"]
+
+
 def test_a_provider_whose_key_is_not_set_is_refused_by_name(mock, proxy_with):
     proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"}}})
 
