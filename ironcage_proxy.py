@@ -4,11 +4,11 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 14, 15, 21
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 12, 19
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 14, 15, 22
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 12, 20
                      [ write the intent down ]                                chapter 13
-                     [ send with the provider's key ] --key--> provider       chapters 16, 19
-                     [ forward what comes back, as it comes; read its usage ] chapters 6-11, 19
+                     [ send with the provider's key ] --key--> provider       chapters 16, 20
+                     [ forward what comes back, as it comes; read its usage ] chapters 6-11, 20
     agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 12, 13, 17
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
@@ -16,11 +16,11 @@ Agents get a token and a base URL, never the real key; what they spend can never
     with LlmRouter(budget="5.00") as router: ...             # embed
 
 Promises, each with a test that attacks it: only the standard library is used; connections are
-opened to the configured providers, or to the proxy that the environment names for them, and to
-nobody else; spent + reserved never passes the limit by an admission; every request settles
-exactly once; a model, route or price that is not known is refused while a budget is set; provider
-keys go to their provider's host and nowhere else; between a client and a provider of one format
-bytes travel unchanged, but for fields that the budget must set, which are spliced in.
+opened to the configured providers and Iron Cage server, or to the proxy that the environment names
+for them, and to nobody else; spent + reserved never passes the limit by an admission; every request
+settles exactly once; a model, route or price that is not known is refused while a budget is set;
+provider keys go to their provider's host and nowhere else; between a client and a provider of one
+format bytes travel unchanged, but for fields that the budget must set, which are spliced in.
 That a request cannot cost more than its bound rests on three assumptions, in chapter 5.
 
 Contents (each chapter uses only names of chapters above it):
@@ -43,15 +43,17 @@ Contents (each chapter uses only names of chapters above it):
     16. Upstream
     17. Settlement
     18. Events and metrics
-    19. Router
-    20. Dashboard
-    21. Server
-    22. Settings and command line
-    23. Embedding
+    19. Iron Cage server
+    20. Router
+    21. Dashboard
+    22. Server
+    23. Settings and command line
+    24. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 12, 13, 17 and 19; "what leaves this machine?" 16, and Router._send in
-19; "is my message changed?" 3, without_usage in 7, 9 to 11, Router._upstream_body in 19.
+overspend?" read 3, 4, 5, 7, 12, 13, 17 and 20; "what leaves this machine?" 16, and who calls it,
+CageServer._post in 19 and Router._send in 20; "is my message changed?" 3, without_usage in 7, 9 to
+11, Router._upstream_body in 20.
 """
 from __future__ import annotations
 
@@ -89,7 +91,7 @@ from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
 from typing import (IO, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence,
-                    Union)
+                    TypeVar, Union)
 
 __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
@@ -294,6 +296,9 @@ class InsufficientBudget(BudgetExceeded):     # something is left, but the worst
     openai_type, openai_code = "iron_cage_insufficient_budget", "insufficient_budget"
 class ServerBusy(IroncageError):
     status, openai_code, anthropic_type, must_close = 503, "overloaded", "overloaded_error", True
+class CageServerFailed(IroncageError):    # no key, or no lease of budget, came from there
+    status, openai_type, openai_code = 502, "iron_cage_server_failed", "server_failed"
+    is_final = False                      # it said no, rather than nothing
 class LedgerUnavailable(IroncageError):   # what cannot be written down is not sent
     status, openai_type, openai_code = 503, "iron_cage_ledger_unavailable", "ledger_unavailable"
 # fmt: on
@@ -4025,7 +4030,7 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
 # the process died, is charged at its bound on the next start. A ledger is four methods: intent,
-# settle, spent and recent; another engine needs no more than those.
+# settle, spent and recent, and three for leases; another engine needs no more than those.
 
 # The intent's, and from "settled_ms" on the settlement's.
 LEDGER_COLUMNS = MappingProxyType({
@@ -4047,6 +4052,8 @@ _SETTLED_COLUMNS = tuple(LEDGER_COLUMNS)[[*LEDGER_COLUMNS].index("settled_ms"):]
 # Each brings a ledger one version on (PRAGMA user_version). What stands here never changes.
 MIGRATIONS = (
     "CREATE TABLE calls (" + ", ".join(map(" ".join, LEDGER_COLUMNS.items())) + ")",
+    "CREATE TABLE leases (lease_id TEXT PRIMARY KEY, granted INTEGER NOT NULL, "
+    "spent_before INTEGER NOT NULL)",
 )
 LEDGER_BUSY_S = 2                             # how long to wait for another process's lock
 MEMORY_ROWS = 10_000
@@ -4057,6 +4064,13 @@ _SETTLE = (f"UPDATE calls SET {', '.join(f'{name} = :{name}' for name in _SETTLE
 _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdollars, estimated = "
             "'the proxy ended', lines = '[[\"reserved\",' || bound_microdollars || ',1000000]]' "
             "WHERE settled_ms IS NULL")
+
+
+class Lease(NamedTuple):
+    """Budget that an Iron Cage server lent, in microdollars, and what was spent before it."""
+    lease_id: str
+    granted: int
+    spent_before: int
 
 
 def lines_to_json(lines: Iterable[BillLine]) -> str:
@@ -4084,6 +4098,7 @@ class MemoryLedger:
         self._lock = threading.Lock()         # guards the fields below
         self._rows: deque = deque(maxlen=MEMORY_ROWS)
         self._spent: Counter = Counter()      # (token, day since 1970) -> microdollars
+        self._leases: list[Lease] = []
 
     def intent(self, row: dict) -> None:
         """Count a call at its bound until it settles."""
@@ -4108,6 +4123,18 @@ class MemoryLedger:
         with self._lock:
             rows = [row for row in self._rows if token in (None, row["token"])]
         return rows[:-most - 1:-1]
+
+    def leases(self) -> list[Lease]:
+        """Those that were not given back."""
+        return [*self._leases]
+
+    def keep_lease(self, lease: Lease) -> None:
+        """Remember that it must be given back."""
+        self._leases.append(lease)
+
+    def forget_lease(self, lease: Lease) -> None:
+        """It was given back."""
+        self._leases.remove(lease)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -4218,6 +4245,25 @@ class SqliteLedger:
                 "ORDER BY id DESC LIMIT ?", (token, token, most)).fetchall()
         return [{**row, "usage": row["usage"] and json.loads(row["usage"]),
                  "lines": lines_from_json(row["lines"])} for row in map(dict, rows)]
+
+    def leases(self) -> list[Lease]:
+        """Those that were not given back, of earlier processes too."""
+        with self._turn:
+            return [Lease(*row) for row in self._db.execute("SELECT * FROM leases")]
+
+    def keep_lease(self, lease: Lease) -> None:
+        """Remember on disk that it must be given back. Raises LedgerUnavailable."""
+        try:
+            with self._turn:
+                self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease)
+        except self._errors as err:
+            raise LedgerUnavailable("the proxy's ledger cannot be written, so that no budget is "
+                                    f"leased: {_reason(err)}") from err
+
+    def forget_lease(self, lease: Lease) -> None:
+        """It was given back."""
+        with self._turn, contextlib.suppress(self._errors):    # given back twice is refused
+            self._db.execute("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id])
 
     def close(self) -> None:
         """Write what is still queued, and let go of the file."""
@@ -5165,6 +5211,18 @@ class UpstreamResponse:
             self._pool.give_back(self._wire, self._place, reusable=whole and self._reusable)
 
 
+def whole_body(response: UpstreamResponse) -> bytes:
+    """All of an answer's body. Raises UpstreamError, also beyond MAX_ANSWER_BYTES."""
+    pieces: list[bytes] = []
+    size = 0
+    for read in response.reads():
+        pieces += read
+        size += sum(map(len, read))
+        if size > MAX_ANSWER_BYTES:
+            raise UpstreamBroke(f"the provider's answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return b"".join(pieces)
+
+
 @contextlib.contextmanager
 def _upstream_failures() -> Iterator[None]:
     """The one table from a socket's exceptions to ours, for what was already sent."""
@@ -5617,7 +5675,291 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-# ==== 19. Router ================================================================================
+# ==== 19. Iron Cage server ======================================================================
+#
+# With --server-url the provider's key, the budget and the account of it all are another machine's:
+# an Iron Cage server, by the original's protocol. The key is fetched and kept for a while, budget
+# is leased before anything is spent, what is left goes back at the end, and each call is told of.
+# Nothing here is waited for by a call that has what it needs.
+
+SERVER_TIMEOUTS = Timeouts(connect_s=5, first_byte_s=10, between_bytes_s=10, call_s=15)
+SERVER_RETRY_S = 5                            # after a failure, before the server is asked again
+SERVER_STOP_S = 10                            # at the end, for events and for the lease
+SERVER_POLL_S = 0.5                           # meanwhile, between two tries
+EVENTS_EVERY_S = 30
+EVENTS_AT_ONCE = 10                           # as many waiting are sent before that
+MAX_EVENTS = 10_000                           # kept while the server does not take them
+MAX_EVENT_BACKOFF_S = 60
+NEVER_S = -1e9                                # before any time of the monotonic clock
+_T = TypeVar("_T")
+
+
+class CageServer:
+    """An Iron Cage server, seen from here. `take` is called with each lease that it grants.
+
+    A server that is away, slow or talks nonsense changes nothing for a key that is known and a
+    lease that is held; one that says no (4xx) is believed.
+    """
+
+    def __init__(self, url: str, token: str, ledger: Ledger, take: Callable[[Lease], None], *,
+                 cache_ttl_s: int = 300, allow_plain_http: bool = False,
+                 timeouts: Timeouts = SERVER_TIMEOUTS) -> None:
+        self.url, self._token, self._ledger, self._take = url, token, ledger, take
+        self._cache_ttl_s, self._allow_plain_http = cache_ttl_s, allow_plain_http
+        # Refuses a server that would be sent its token in the clear, as a provider its key.
+        with_key(Provider("server", "openai", url), {}, allow_plain_http=allow_plain_http)
+        self._transport = KeepAliveHandler(timeouts)
+        self._opener = build_opener(self._transport)
+        self._turn = threading.Lock()         # one asks the server; who waits takes what comes
+        self._held: Optional[Provider] = None          # with its key
+        self.provider_name: Optional[str] = None       # of the last key that was given
+        self._fetched_s = self._fresh_until_s = NEVER_S
+        self._refused_key: Optional[str] = None        # by its provider
+        self.lease: Optional[Lease] = None
+        self._failure: Optional[CageServerFailed] = None
+        self._failed_until_s = NEVER_S
+        self._changed = threading.Condition()          # guards the fields below
+        self._events: deque = deque()
+        self.dropped_events = 0
+        self._is_stopping, self._stop_by_s = False, 0.0
+        self._thread = threading.Thread(target=self._send_events, name="ironcage-events",
+                                        daemon=True)
+
+    # Its protocol.
+
+    def _post(self, path: str, fields: Mapping[str, object]) -> tuple[int, dict]:
+        """(status, body) of one call. Raises UpstreamError."""
+        body = json_bytes(fields)
+        headers = {"host": urllib.parse.urlsplit(self.url).netloc,
+                   "authorization": f"Bearer {self._token}", "accept-encoding": "identity",
+                   "content-type": "application/json", "content-length": str(len(body))}
+        response = self._opener.open(UpstreamRequest(self.url + path, method="POST", body=body,
+                                                     headers=headers, watched=None))
+        try:
+            raw = whole_body(response)
+        finally:
+            response.close()
+        try:
+            return response.status, json_object(json.loads(raw))
+        except (ValueError, RecursionError):
+            return response.status, {}
+
+    def _ask(self, path: str, fields: Mapping[str, object],
+             read: Callable[[dict], _T]) -> _T:
+        """What `read` makes of an answer. Raises CageServerFailed, `is_final` where it was a no."""
+        try:
+            status, body = self._post(path, fields)
+            if 200 <= status < 300:
+                return read(body)
+        except UpstreamError as err:
+            told, status = err.message.replace("the provider", "it"), 0
+        except (ValueError, KeyError, TypeError, Misconfigured):
+            told = "its answer is not what its protocol says"
+        else:
+            told = str(body.get("error") or f"it answered with the status {status}")[:300]
+            told += f" ({_header_name(str(body['code']))})" if "code" in body else ""
+        failure = CageServerFailed("the Iron Cage server has not given what a call needs: "
+                                   + told.replace(self._token, "***"))
+        failure.is_final = 400 <= status < 500
+        raise failure
+
+    def _read_provider(self, body: Mapping[str, object]) -> Provider:
+        name = body["provider"]
+        speaks, base_url = {row[0]: (row[1], row[3]) for row in KNOWN_PROVIDERS}[name]
+        if not isinstance(body["provider_key"], str) or not body["provider_key"].strip():
+            raise ValueError("no key")
+        url = parse_base_url(body["base_url"]) if body.get("base_url") else base_url
+        return with_key(Provider(name, speaks, url, key_env="IRONCAGE_SERVER_KEY"),
+                        {"IRONCAGE_SERVER_KEY": body["provider_key"]},
+                        allow_plain_http=self._allow_plain_http)
+
+    def _read_lease(self, body: Mapping[str, object]) -> Lease:
+        granted, lease_id = body["budget_granted"], body["lease_id"]
+        if not isinstance(granted, int) or isinstance(granted, bool) or granted < 0 \
+                or not isinstance(lease_id, str) or not lease_id:
+            raise ValueError("not a lease")
+        return Lease(lease_id, granted, self._ledger.spent(None, 0))
+
+    # What a call needs.
+
+    def provider(self) -> Provider:
+        """The provider with its key. Raises CageServerFailed.
+
+        A key is asked for once for all that wait for it; who holds one, though an old one, does
+        not wait.
+        """
+        held = self._held
+        if held is not None and held.key != self._refused_key:
+            if time.monotonic() < self._fresh_until_s or not self._turn.acquire(blocking=False):
+                return held
+        else:
+            self._turn.acquire()
+        try:
+            return self._provider_in_turn()
+        finally:
+            self._turn.release()
+
+    def _provider_in_turn(self) -> Provider:
+        now_s = time.monotonic()
+        held = self._held if self._held is not None and self._held.key != self._refused_key \
+            else None
+        if held is not None and now_s < self._fresh_until_s:
+            return held
+        self._raise_recent_failure()
+        try:
+            fetched = self._ask("/api/v1/agents/provider-key", {"ic_token": self._token},
+                                self._read_provider)
+        except CageServerFailed as err:
+            if held is None or err.is_final:
+                self._held = None
+                self._remember(err)
+                raise
+            log.warning("the key is kept", extra={"fields": {"reason": err.message}})
+            self._fresh_until_s = now_s + SERVER_RETRY_S
+            return held
+        self._held, self.provider_name, self._refused_key = fetched, fetched.name, None
+        self._fetched_s, self._fresh_until_s = now_s, now_s + self._cache_ttl_s
+        return fetched
+
+    def _raise_recent_failure(self) -> None:
+        if self._failure is not None and time.monotonic() < self._failed_until_s:
+            raise self._failure
+
+    def _remember(self, failure: CageServerFailed) -> None:
+        self._failure, self._failed_until_s = failure, time.monotonic() + SERVER_RETRY_S
+
+    def refused(self, provider: Provider) -> None:
+        """A provider answered 401: its key is fetched anew, unless that was done just now."""
+        if time.monotonic() - self._fetched_s >= SERVER_RETRY_S:
+            self._refused_key = provider.key
+
+    def check_lease(self) -> None:
+        """There is a lease, or one is granted now. Raises CageServerFailed."""
+        if self.lease is not None:
+            return
+        name = self.provider().name
+        with self._turn:
+            if self.lease is not None:
+                return
+            self._raise_recent_failure()
+            try:
+                lease = self._ask("/api/v1/budget/handshake",
+                                  {"ic_token": self._token, "provider": name}, self._read_lease)
+            except CageServerFailed as err:
+                self._remember(err)
+                raise
+            try:
+                self._ledger.keep_lease(lease)
+            except LedgerUnavailable:
+                self._give_back(lease)
+                raise
+            self._take(lease)
+            self.lease = lease
+            log.info("budget leased", extra={"fields": {
+                "lease_id": lease.lease_id, "granted_usd": format_usd(lease.granted)[1:]}})
+
+    # Its beginning and its end.
+
+    def start(self) -> None:
+        """Give back what a process that died held, ask for a lease, and begin to tell of calls."""
+        for lease in self._ledger.leases():
+            self._give_back(lease)
+        try:
+            self.check_lease()
+        except CageServerFailed as err:
+            log.warning("nothing can be spent yet", extra={"fields": {"reason": err.message}})
+        self._thread.start()
+
+    def _give_back(self, lease: Lease) -> bool:
+        """Tell what was spent of a lease; whether the server knows now. A no of its is final."""
+        spent = max(0, self._ledger.spent(None, 0) - lease.spent_before)
+        try:
+            self._ask("/api/v1/budget/return", {
+                "lease_id": lease.lease_id, "spent_microdollars": spent}, lambda body: None)
+        except CageServerFailed as err:
+            log.warning("a lease is not given back", extra={"fields": {
+                "lease_id": lease.lease_id, "reason": err.message}})
+            if not err.is_final:
+                return False
+        self._ledger.forget_lease(lease)
+        return True
+
+    def stop(self) -> None:
+        """Send the events that wait and give the lease back, for at most SERVER_STOP_S."""
+        deadline_s = time.monotonic() + SERVER_STOP_S
+        with self._changed:
+            self._is_stopping, self._stop_by_s = True, deadline_s
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(SERVER_STOP_S)
+        for lease in self._ledger.leases():
+            while not self._give_back(lease) and time.monotonic() < deadline_s:
+                time.sleep(SERVER_POLL_S)
+        self._transport.shut_down()
+
+    # Its events.
+
+    def tell(self, event: Event) -> None:
+        """Keep an event until it is sent; where too many wait, it is dropped and counted."""
+        if not isinstance(event, (LlmRequestCompleted, LlmRequestFailed)):
+            return
+        fields = {"event_type": event_name(event), "event_id": event.request_id,
+                  "timestamp_ms": time.time_ns() // 10 ** 6, **vars(event)}
+        with self._changed:
+            if len(self._events) >= MAX_EVENTS:
+                self.dropped_events += 1
+                return
+            self._events.append(fields)
+            if len(self._events) >= EVENTS_AT_ONCE:
+                self._changed.notify_all()
+
+    def _send_events(self) -> None:
+        """Send events, oldest first, until the end; the thread of its own that this runs on."""
+        backoff_s = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_stopping or (
+                        len(self._events) >= EVENTS_AT_ONCE and not backoff_s),
+                    backoff_s or EVENTS_EVERY_S)
+                is_last, count = self._is_stopping, len(self._events)
+            sent = all(self._send_oldest_event() for _ in range(count))
+            backoff_s = 0 if sent else min(MAX_EVENT_BACKOFF_S, 2 * backoff_s or 1)
+            if is_last and (sent or time.monotonic() >= self._stop_by_s):
+                break
+            if is_last:
+                time.sleep(SERVER_POLL_S)
+        with self._changed:
+            self.dropped_events += len(self._events)
+            self._events.clear()
+        if self.dropped_events:
+            log.warning("events were dropped", extra={"fields": {"events": self.dropped_events}})
+
+    def _send_oldest_event(self) -> bool:
+        """Whether the server took it, or will never: what it answers 4xx to is dropped."""
+        try:
+            self._ask("/api/v1/analytics/events", {**self._events[0], "ic_token": self._token},
+                      lambda body: None)
+        except CageServerFailed as err:
+            if not err.is_final:
+                return False
+            with self._changed:
+                self.dropped_events += 1
+            log.warning("an event is refused", extra={"fields": {"reason": err.message}})
+        with self._changed:
+            self._events.popleft()
+        return True
+
+    def as_json(self) -> dict:
+        """What /ironcage/status says of it."""
+        lease = self.lease
+        with self._changed:
+            return {"url": self.url, "lease_id": None if lease is None else lease.lease_id,
+                    "granted_microdollars": 0 if lease is None else lease.granted,
+                    "events_waiting": len(self._events), "events_dropped": self.dropped_events}
+
+
+# ==== 20. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -5645,6 +5987,9 @@ class Settings:
     wait_s: int = 30                                   # in line for what calls in flight hold
     no_fit: bool = False                               # never lower a client's output cap
     strict: bool = False                               # refuse what a translation would lose
+    server_url: Optional[str] = None                   # of an Iron Cage server
+    server_token: Optional[str] = field(default=None, repr=False)      # there; None: `token`
+    cache_ttl_s: int = 300                             # how long its key is kept
     max_body_bytes: int = 32 * 1024 * 1024
     agent_id: Optional[str] = None                     # in events, instead of the token's name
     provider_id: Optional[str] = None                  # in events, instead of the provider's name
@@ -5690,18 +6035,6 @@ class EchoResponse:
         """Nothing to give back."""
 
 
-def _whole_body(response: Union[EchoResponse, UpstreamResponse]) -> bytes:
-    """All of an answer's body. Raises UpstreamError, also beyond MAX_ANSWER_BYTES."""
-    pieces: list[bytes] = []
-    size = 0
-    for read in response.reads():
-        pieces += read
-        size += sum(map(len, read))
-        if size > MAX_ANSWER_BYTES:
-            raise UpstreamBroke(f"the provider's answer is longer than {MAX_ANSWER_BYTES} bytes")
-    return b"".join(pieces)
-
-
 def named_model(fields: Mapping[str, object]) -> str:
     """The model that a request names; "" where a prompt stored at the provider names it.
 
@@ -5733,6 +6066,28 @@ class Router:
         self._thresholds_told: set[int] = set()
         self._transport = KeepAliveHandler(settings.timeouts)
         self._opener = build_opener(self._transport)
+        self.server: Optional[CageServer] = None
+        if settings.server_url is not None:
+            self.controller.set_budget(0)              # until there is a lease
+            self.server = CageServer(
+                settings.server_url, settings.server_token or settings.token, ledger,
+                self._take_lease, cache_ttl_s=settings.cache_ttl_s,
+                allow_plain_http=settings.allow_plain_http)
+
+    def _take_lease(self, lease: Lease) -> None:
+        """What a lease allows to be spent, which --budget can lower."""
+        limits = (self.settings.budget_microdollars, lease.spent_before + lease.granted)
+        self.controller.set_budget(min(limit for limit in limits if limit is not None))
+
+    def _ready(self, provider: Provider) -> Provider:
+        """A provider with its key, from the Iron Cage server if there is one; then there is a
+        lease too. Raises NoProviderKey, CageServerFailed."""
+        if self.server is not None:
+            self.server.check_lease()
+            known = self.server.provider()
+            provider = known if known.name == provider.name else provider
+        check_key(provider)
+        return provider
 
     def configure(self, config: Config) -> None:
         """Take a configuration: its providers and aliases, and the scopes of its tokens."""
@@ -5846,7 +6201,7 @@ class Router:
         if not request.caller.may_use(provider.name, upstream_model):
             raise ModelForbidden(f"the token {request.caller.name} may use other models only: "
                                  f"{', '.join(request.caller.models)}", param="model")
-        check_key(provider)
+        provider = self._ready(provider)
         limited = self.controller.is_limited(request.caller.scopes)
         call = Call(request, provider, api, upstream_model, body) \
             if api in FORMAT_APIS[provider.format] \
@@ -5955,6 +6310,8 @@ class Router:
             else:
                 response = self._sent(call, path, body, client if call.wants_stream else None)
             call.status = response.status
+            if call.status == 401 and self.server is not None:
+                self.server.refused(call.provider)
             call.first_byte_ms = (time.monotonic_ns() - call.sent_ns) // 10 ** 6
             told_id = response.header("x-request-id") or response.header("request-id") or ""
             call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
@@ -6034,7 +6391,7 @@ class Router:
                                       is_stream and 200 <= response.status < 300)
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
-        body = _whole_body(response)
+        body = whole_body(response)
         encoding = (response.header("content-encoding") or "identity").strip().lower()
         call.meter.read_answer(inflated(body, encoding))
         charge = self._settle(call)
@@ -6066,7 +6423,7 @@ class Router:
                 call, events if first is None else itertools.chain((first,), events))
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
-        raw = inflated(_whole_body(response),
+        raw = inflated(whole_body(response),
                        (response.header("content-encoding") or "identity").strip().lower())
         call.meter.read_answer(raw)
         charge = self._settle(call)
@@ -6195,7 +6552,7 @@ class Router:
     def _passed_through(self, request: ClientRequest, provider: Provider, path: str,
                         client: Optional[Wire]) -> Iterator[Answer]:
         """An unmetered call: forwarded both ways as it is."""
-        check_key(provider)
+        provider = self._ready(provider)
         response = self._send(request, provider, path, request.body, client)
         self.totals.add(request.caller.name, provider.name, "", requests=1,
                         failed_requests=int(response.status >= 400))
@@ -6267,7 +6624,8 @@ class Router:
     def _known_models(self, caller: Caller) -> dict[str, tuple[str, Price]]:
         """The priced models of the providers that can be called, and aliases: (provider, price)."""
         ready = {name: provider for name, provider in self.providers.items()
-                 if provider.key is not None or not provider.key_env}
+                 if provider.key is not None or not provider.key_env
+                 or (self.server is not None and name == self.server.provider_name)}
         models = {}
         for key in self.prices.keys():
             price = self.prices.price(key)
@@ -6332,7 +6690,7 @@ class Router:
             log.warning("bound exceeded", extra={"fields": {
                 **fields, "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
         self._tell_thresholds()
-        if self.settings.on_event is not None:
+        if self.settings.on_event is not None or self.server is not None:
             self.emit(self._event_of(call, row))
 
     def _event_of(self, call: Call, row: Mapping[str, object]) -> Event:
@@ -6365,7 +6723,10 @@ class Router:
             self.emit(BudgetThresholdReached(percent, spent, limit))
 
     def emit(self, event: Event) -> None:
-        """Hand an event to `on_event`; a fault there is logged and ends nothing."""
+        """Hand an event to `on_event`, whose faults are logged and end nothing, and to the server.
+        """
+        if self.server is not None:
+            self.server.tell(event)
         if self.settings.on_event is None:
             return
         try:
@@ -6374,7 +6735,7 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 20. Dashboard =============================================================================
+# ==== 21. Dashboard =============================================================================
 #
 # One page without data and without an outside resource; it asks for a token, keeps it in the tab,
 # and shows what the status and usage routes tell. Text goes in as text only.
@@ -6508,7 +6869,7 @@ def dashboard_answer() -> Answer:
     return Answer(200, headers, body.encode("utf-8"))
 
 
-# ==== 21. Server ================================================================================
+# ==== 22. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -6846,6 +7207,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, args=(STOP_POLL_S,),
                                         name="ironcage-accept", daemon=True)
         self._thread.start()
+        if self.router.server is not None:
+            self.router.server.start()
         self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def stop(self) -> None:
@@ -6860,6 +7223,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._wait_for_connections(self.settings.timeouts.drain_s, lambda: not self.cuts_now)
         self.router.shut_down()
         self._wait_for_connections(CUT_JOIN_S, lambda: True, cut=True)
+        if self.router.server is not None and not self._has_stopped:
+            self.router.server.stop()
         self.ledger.close()
         if not self._has_stopped:
             self._has_stopped = True
@@ -7018,6 +7383,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 counts["by_token"][caller.name] = {
                     **counts["by_token"].get(caller.name, {}), **amounts}
         return {**self.get_budget(request), **counts,
+                **({"server": self.router.server.as_json()} if self.router.server else {}),
                 "bound_exceeded": self.router.controller.bound_exceeded(),
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
@@ -7042,6 +7408,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                             "--admin-token to allow it")
         if request.caller.name != ADMIN:
             raise Forbidden("the budget is changed with the admin's token, not a caller's")
+        if self.router.server is not None:
+            raise Forbidden("the budget is leased from the Iron Cage server, and changed there")
         kind = (request.head.header("content-type") or "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
@@ -7107,7 +7475,7 @@ def load_prices(settings: Settings) -> PriceBook:
         raise Misconfigured(f"the price table {path} is not usable: {err}") from err
 
 
-# ==== 22. Settings and command line =============================================================
+# ==== 23. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -7204,6 +7572,12 @@ SETTINGS = (
             parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
     Setting("--allow-plain-http", "allow_plain_http", "send keys to a base URL that is neither "
             "https nor on this machine", None),
+    Setting("--server-url", "server_url", "an Iron Cage server, which knows the provider's key and "
+            "lends budget", parse_base_url, metavar="URL"),
+    Setting("--server-token", "server_token", "what the proxy authenticates with there; without it "
+            "--token is used", _parse_token, "IRONCAGE_SERVER_TOKEN", "TOKEN"),
+    Setting("--cache-ttl", "cache_ttl_s", "seconds that a key from there is kept (300)",
+            _parse_seconds, metavar="SECONDS"),
     Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
             _parse_megabytes, metavar="MB"),
     Setting("--agent-id", "agent_id", "who asks, in events, instead of the token's name",
@@ -7293,6 +7667,8 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
                                       allow_plain_http=allow_plain_http))
     if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
+    if "server_url" in values and not {"token", "server_token"} & values.keys():
+        raise Misconfigured("--server-url needs --server-token: what to authenticate with there")
     generated = {} if "token" in values else {
         "token": "ic_" + secrets.token_urlsafe(24), "token_is_generated": True}
     return Settings(providers=tuple(providers), environ=environ, **generated, **values)
@@ -7369,6 +7745,14 @@ def banner(server: ProxyServer) -> str:
         f"  provider keys:      {', '.join(found) or f'none found; {ECHO_MODEL} needs none'}",
         f"  budget:             {budget}",
     ]
+    if server.router.server is not None:
+        lease = server.router.server.lease
+        told = "no lease yet: nothing can be spent" if lease is None \
+            else f"{format_usd(lease.granted)} leased"
+        lines.append(f"  Iron Cage server:   {settings.server_url}, {told}")
+        if settings.server_token is None:
+            lines.append("  warning: agents hold the token of the Iron Cage server; give the "
+                         "proxy its own with --server-token")
     if isinstance(server.ledger, SqliteLedger):
         cut_off = f" ({server.ledger.recovered} calls were cut off by the last exit and are " \
             "charged at their bounds)" if server.ledger.recovered else ""
@@ -7419,7 +7803,7 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
 def child_environment(server: ProxyServer, environ: Mapping[str, str]) -> dict[str, str]:
     """What a wrapped command gets: the proxy's address and token, and no key that we hold."""
     settings = server.settings
-    held = [secret for secret in (settings.admin_token, *(
+    held = [secret for secret in (settings.admin_token, settings.server_token, *(
         provider.key for provider in server.router.providers.values())) if secret]
     hidden = {row.env for row in SETTINGS if row.env} | {
         env for _, _, env, _ in KNOWN_PROVIDERS} | {
@@ -7840,7 +8224,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 23. Embedding =============================================================================
+# ==== 24. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.
@@ -7850,9 +8234,10 @@ class LlmRouter:
     """A proxy inside this process, ready when the constructor returns.
 
     `api_key` is what clients authenticate with (made where absent); `provider_key` goes to
-    Anthropic if it starts with "sk-ant-", else to OpenAI; without one, keys come from the
-    environment. `budget` is in USD (str, Decimal, int, or float by its repr); `ledger` is a path;
-    `on_event` gets each event. Raises Misconfigured.
+    Anthropic if it starts with "sk-ant-", else to OpenAI; without one, keys come from the Iron
+    Cage server at `server_url`, where `api_key` (or `server_token`) is the credential, or else
+    from the environment. `budget` is in USD (str, Decimal, int, or float by its repr); `ledger`
+    is a path; `on_event` gets each event. Raises Misconfigured.
     """
 
     def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
@@ -7860,8 +8245,6 @@ class LlmRouter:
                  provider_key: Optional[str] = None, *, ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
                  environ: Optional[Mapping[str, str]] = None, **more: object) -> None:
-        if server_url is not None:
-            raise Misconfigured("an Iron Cage server is not supported yet; give a provider_key")
         environ = dict(os.environ if environ is None else environ)
         name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
         if provider_key is not None:
@@ -7874,6 +8257,11 @@ class LlmRouter:
             limit = None if budget is None else parse_usd(budget)
         except ValueError as err:
             raise Misconfigured(f"budget: {err}") from None
+        if server_url is not None and provider_key is None:
+            if api_key is None and "server_token" not in more:
+                raise Misconfigured("server_url needs an api_key: the token of that server")
+            more = {"server_url": parse_base_url(server_url), "cache_ttl_s": cache_ttl_seconds,
+                    **more}
         settings = settings_from(["--port", "0"], environ)
         self._server = ProxyServer(replace(
             settings, token=api_key or settings.token, budget_microdollars=limit,
@@ -7897,7 +8285,9 @@ class LlmRouter:
 
     @property
     def provider(self) -> str:
-        return self._provider
+        """"openai" or "anthropic"; in server mode asked for there. Raises CageServerFailed."""
+        server = self._server.router.server
+        return self._provider if server is None else server.provider().name
 
     @property
     def is_running(self) -> bool:
@@ -7922,6 +8312,8 @@ class LlmRouter:
 
     def set_budget(self, usd: object) -> None:
         """Set the limit in USD; it can block and unblock. Raises ValueError."""
+        if self._server.router.server is not None:
+            raise ValueError("the budget is leased from the Iron Cage server, and changed there")
         self._server.router.controller.set_budget(parse_usd(usd))
 
     def usage(self) -> dict:

@@ -1,0 +1,391 @@
+"""Server mode: key, budget and account come from an Iron Cage server, here a small real one."""
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from support import ANTHROPIC_KEY, OPENAI_KEY, TOKEN, Served, call, program, proxy_environment
+
+CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
+        "messages": [{"role": "user", "content": "hello"}]}
+SERVER_TOKEN = "ic_server-canary-0123456789"
+KEY_PATH, EVENTS_PATH = "/api/v1/agents/provider-key", "/api/v1/analytics/events"
+LEASE_PATH, RETURN_PATH = "/api/v1/budget/handshake", "/api/v1/budget/return"
+
+
+class ThreadingServer(http.server.ThreadingHTTPServer):
+    """Its threads are known as a mock's."""
+    daemon_threads = True
+
+    def process_request_thread(self, *args):
+        threading.current_thread().name = "mock-iron-cage-call"
+        super().process_request_thread(*args)
+
+
+class IronCage:
+    """An Iron Cage server: answers by path, which a test replaces, and what it was asked."""
+
+    def __init__(self, base_url):
+        self.asked = []                                # (path, body), as they came
+        self.authorizations = set()
+        self.changed = threading.Condition()
+        self.grants = 0
+        self.answers = {
+            KEY_PATH: lambda body: (200, {"provider_key": OPENAI_KEY, "provider": "openai",
+                                          "base_url": base_url}),
+            LEASE_PATH: self.lease, RETURN_PATH: lambda body: (200, {}),
+            EVENTS_PATH: lambda body: (202, {})}
+        double = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                raw = self.rfile.read(int(self.headers["content-length"]))
+                status, answer = double.answer(self.path, json.loads(raw),
+                                               self.headers["authorization"])
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,),
+                                        name="mock-iron-cage", daemon=True)
+        self._thread.start()
+
+    def lease(self, body):
+        self.grants += 1
+        return 200, {"budget_granted": 500_000, "lease_id": f"lease_{self.grants}"}
+
+    def answer(self, path, body, authorization):
+        with self.changed:
+            self.asked.append((path, body))
+            self.authorizations.add(authorization)
+            self.changed.notify_all()
+        return self.answers[path](body)
+
+    def bodies(self, path):
+        with self.changed:
+            return [body for asked, body in self.asked if asked == path]
+
+    def wait_for(self, path, count):
+        with self.changed:
+            assert self.changed.wait_for(
+                lambda: sum(asked == path for asked, _ in self.asked) >= count, 20), self.asked
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def cage(mock):
+    server = IronCage(mock.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def proxy_of(mock, cage, proxy_for, monkeypatch):
+    """A proxy in server mode, without a key of its own, which waits for nothing needlessly."""
+    monkeypatch.setattr(program(), "SERVER_RETRY_S", 0)
+    monkeypatch.setattr(program(), "SERVER_POLL_S", 0.01)
+    monkeypatch.setattr(program(), "SERVER_STOP_S", 1)
+    environ = {name: value for name, value in proxy_environment(mock).items()
+               if not name.endswith("_API_KEY")}
+
+    def start(*argv):
+        return proxy_for("--server-url", cage.url, "--server-token", SERVER_TOKEN, *argv,
+                         environ=environ)
+    return start
+
+
+def chat(proxy, **more):
+    return call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, **more})
+
+
+def status(proxy):
+    return call(proxy.port, "GET", "/ironcage/status").json
+
+
+def test_key_and_budget_come_from_the_server_and_the_rest_goes_back(mock, cage, proxy_of):
+    proxy = proxy_of()
+    answer = chat(proxy)
+    told = status(proxy)
+    proxy.stop()
+
+    assert (200, f"Bearer {OPENAI_KEY}") == (answer.status, mock.seen[0].header("authorization"))
+    assert (500_000, mock.billed_microdollars) == (told["limit_microdollars"],
+                                                   told["spent_microdollars"])
+    assert ("lease_1", 500_000) == (told["server"]["lease_id"],
+                                    told["server"]["granted_microdollars"])
+    assert [{"ic_token": SERVER_TOKEN}] == cage.bodies(KEY_PATH)
+    assert [{"ic_token": SERVER_TOKEN, "provider": "openai"}] == cage.bodies(LEASE_PATH)
+    assert [{"lease_id": "lease_1", "spent_microdollars": mock.billed_microdollars}] == \
+        cage.bodies(RETURN_PATH)
+    assert {f"Bearer {SERVER_TOKEN}"} == cage.authorizations
+
+
+def test_a_lease_is_a_limit_and_the_budget_flag_can_only_lower_it(mock, cage, proxy_of):
+    cage.answers[LEASE_PATH] = lambda body: (200, {"budget_granted": 20, "lease_id": "small"})
+
+    refused = chat(proxy_of())
+    low, high = proxy_of("--budget", "0.000007"), proxy_of("--budget", "5")
+
+    assert (402, []) == (refused.status, mock.seen)
+    assert [7, 20] == [status(proxy)["limit_microdollars"] for proxy in (low, high)]
+
+
+@pytest.mark.parametrize("path", [KEY_PATH, LEASE_PATH])
+@pytest.mark.parametrize("answer, words", [
+    ((403, {"error": "agent is suspended", "code": "AGENT_SUSPENDED"}), "AGENT_SUSPENDED"),
+    ((503, {"error": "down"}), "down"), ((200, b"<html>"), "not what its protocol says"),
+    ((200, {"budget_granted": True, "lease_id": "x", "provider": "openai", "provider_key": 7}),
+     "not what its protocol says"),
+    ((200, {"budget_granted": -1, "lease_id": "", "provider": "nobody", "provider_key": "k"}),
+     "not what its protocol says"),
+    ((302, b""), "302"), ((500, f"{SERVER_TOKEN}".encode()), "500")])
+def test_without_a_key_or_a_lease_nothing_is_spent_until_the_server_is_back(
+        mock, cage, proxy_of, path, answer, words):
+    right, cage.answers[path] = cage.answers[path], lambda body: answer
+    proxy = proxy_of()
+
+    refused = chat(proxy)
+    none_sent = not mock.seen
+    cage.answers[path] = right
+    served = chat(proxy)
+
+    error = refused.json["error"]
+    assert (502, "iron_cage_server_failed", True) == (refused.status, error["type"], none_sent)
+    assert words in error["message"] and SERVER_TOKEN not in error["message"]
+    assert 200 == served.status
+
+
+def test_a_server_that_cannot_be_reached_is_one_clear_sentence(mock, cage, proxy_of):
+    cage.close()
+
+    answer = chat(proxy_of())
+
+    assert 502 == answer.status
+    assert "Iron Cage server" in answer.json["error"]["message"]
+    assert [] == mock.seen
+
+
+def test_a_burst_asks_for_the_key_once(mock, cage, proxy_of):
+    right, gate = cage.answers[KEY_PATH], threading.Event()
+    cage.answers[KEY_PATH] = lambda body: (503, {})
+    proxy = proxy_of()                                 # its first try failed
+    cage.answers[KEY_PATH] = lambda body: gate.wait(20) and right(body)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(chat(proxy))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    cage.wait_for(KEY_PATH, 2)
+    gate.set()
+    for thread in threads:
+        thread.join()
+
+    assert [200] * 12 == [answer.status for answer in answers]
+    assert (2, 1) == (len(cage.bodies(KEY_PATH)), len(cage.bodies(LEASE_PATH)))
+
+
+def test_an_old_key_serves_through_an_outage_of_the_server(mock, cage, proxy_of):
+    proxy = proxy_of("--cache-ttl", "0")
+    cage.answers[KEY_PATH] = lambda body: (503, {"error": "down"})
+
+    assert [200, 200] == [chat(proxy).status, chat(proxy).status]
+
+    assert len(cage.bodies(KEY_PATH)) > 2
+
+
+def test_a_key_that_is_withdrawn_is_not_used_again(mock, cage, proxy_of):
+    proxy = proxy_of("--cache-ttl", "0")
+    cage.answers[KEY_PATH] = lambda body: (403, {"error": "revoked", "code": "REVOKED"})
+
+    answer = chat(proxy)
+
+    assert (502, []) == (answer.status, mock.seen)
+    assert "revoked" in answer.json["error"]["message"]
+
+
+def test_a_key_that_its_provider_refuses_is_fetched_anew(mock, cage, proxy_of):
+    right = cage.answers[KEY_PATH]
+    cage.answers[KEY_PATH] = lambda body: (200, {**right(body)[1], "provider_key": "sk-rotated"})
+    proxy = proxy_of()
+    refused = chat(proxy)
+    cage.answers[KEY_PATH] = right
+
+    assert (401, 200) == (refused.status, chat(proxy).status)
+    assert 2 == len(cage.bodies(KEY_PATH))
+
+
+def test_the_server_can_name_anthropic(mock, cage, proxy_of):
+    cage.answers[KEY_PATH] = lambda body: (200, {
+        "provider_key": ANTHROPIC_KEY, "provider": "anthropic", "base_url": mock.url})
+
+    answer = chat(proxy_of(), model="claude-haiku-4-5")
+
+    assert (200, ANTHROPIC_KEY) == (answer.status, mock.seen[0].header("x-api-key"))
+
+
+def test_a_base_url_from_the_server_must_be_safe(mock, cage, proxy_of):
+    cage.answers[KEY_PATH] = lambda body: (200, {
+        "provider_key": OPENAI_KEY, "provider": "openai", "base_url": "http://lab.example"})
+
+    assert (502, []) == (chat(proxy_of()).status, mock.seen)
+
+
+def test_each_call_is_told_of(mock, cage, proxy_of):
+    from support import openai_error
+    proxy = proxy_of("--agent-id", "agent_7")
+    chat(proxy)
+    mock.script(openai_error(429, "slow down"))
+    chat(proxy)
+    proxy.stop()
+
+    done, failed = cage.bodies(EVENTS_PATH)
+    common = {"ic_token": SERVER_TOKEN, "provider": "openai", "model": "gpt-4o-mini",
+              "agent_id": "agent_7"}
+    assert {**common, "event_type": "llm_request_completed",
+            "cost_micros": mock.billed_microdollars}.items() <= done.items()
+    assert {**common, "event_type": "llm_request_failed", "error_code": 429}.items() \
+        <= failed.items()
+    assert done["event_id"] != failed["event_id"] and done["input_tokens"] > 0
+    assert abs(done["timestamp_ms"] / 1000 - time.time()) < 60
+
+
+def test_ten_events_are_sent_at_once_and_those_that_are_refused_are_dropped(mock, cage, proxy_of):
+    cage.answers[EVENTS_PATH] = lambda body: (400, {"error": "no"})
+    proxy = proxy_of()
+    for _ in range(10):
+        assert 200 == chat(proxy).status
+
+    cage.wait_for(EVENTS_PATH, 10)
+    proxy.stop()
+
+    assert 10 == len(cage.bodies(EVENTS_PATH))
+    assert 10 == proxy.router.server.dropped_events
+
+
+def test_events_outlive_an_outage_and_what_has_no_room_is_counted(
+        mock, cage, proxy_of, monkeypatch):
+    monkeypatch.setattr(program(), "MAX_EVENTS", 3)
+    cage.answers[EVENTS_PATH] = lambda body: (503, {})
+    proxy = proxy_of()
+    for _ in range(5):
+        chat(proxy)
+    told = status(proxy)["server"]
+    cage.answers[EVENTS_PATH] = lambda body: (200, {})
+    proxy.stop()
+
+    assert (3, 2) == (told["events_waiting"], told["events_dropped"])
+    assert 3 == len({body["event_id"] for body in cage.bodies(EVENTS_PATH)})
+    assert (2, 0) == (proxy.router.server.dropped_events, proxy.router.server.as_json()[
+        "events_waiting"])
+
+
+def test_events_that_the_server_never_took_are_counted_at_the_end(mock, cage, proxy_of):
+    cage.answers[EVENTS_PATH] = lambda body: (503, {})
+    proxy = proxy_of()
+    chat(proxy)
+    proxy.stop()
+
+    assert 1 == proxy.router.server.dropped_events
+
+
+def test_a_lease_that_could_not_be_given_back_is_at_the_next_start(
+        mock, cage, proxy_of, tmp_path):
+    ledger = str(tmp_path / "ledger.db")
+    cage.answers[RETURN_PATH] = lambda body: (503, {})
+    proxy = proxy_of("--ledger", ledger)
+    chat(proxy)
+    proxy.stop()
+    spent, before = mock.billed_microdollars, len(cage.bodies(RETURN_PATH))
+    cage.answers[RETURN_PATH] = lambda body: (200, {})
+
+    again = proxy_of("--ledger", ledger)
+    limit = status(again)["limit_microdollars"]
+    again.stop()
+    proxy_of("--ledger", ledger).stop()
+
+    assert before > 1                                  # it was tried for a while
+    assert [("lease_1", spent), ("lease_2", 0), ("lease_3", 0)] == [
+        (body["lease_id"], body["spent_microdollars"]) for body in cage.bodies(RETURN_PATH)[before:]]
+    assert spent + 500_000 == limit                    # the new lease counts from now
+
+
+def test_a_lease_outlives_the_process_that_is_killed(mock, cage, tmp_path):
+    """What the dead process had in flight is charged, and its lease given back with it."""
+    ledger = str(tmp_path / "ledger.db")
+    flags = ["--token", TOKEN, "--ledger", ledger, "--server-url", cage.url, "--server-token",
+             SERVER_TOKEN]
+    with Served(*flags) as first:
+        assert 200 == chat(first).status
+        first.process.kill()
+        first.process.wait()
+    with Served(*flags) as second:
+        assert 200 == chat(second).status
+        second.stop()
+
+    assert [("lease_1", True), ("lease_2", True)] == [
+        (body["lease_id"], body["spent_microdollars"] > 0) for body in cage.bodies(RETURN_PATH)]
+
+
+def test_the_budget_cannot_be_changed_here(cage, proxy_of):
+    proxy = proxy_of("--admin-token", "admin-canary-0123456789")
+
+    answer = call(proxy.port, "PUT", "/ironcage/budget", {"limit_usd": "9"},
+                  token="admin-canary-0123456789")
+
+    assert (403, 500_000) == (answer.status, status(proxy)["limit_microdollars"])
+
+
+def test_models_of_the_servers_provider_are_listed(cage, proxy_of):
+    ids = [row["id"] for row in call(proxy_of().port, "GET", "/v1/models").json["data"]]
+
+    assert "gpt-4o-mini" in ids and not any(name.startswith("claude") for name in ids)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--server-url", "http://127.0.0.1:1"], "--server-token"),
+    (["--server-url", "http://cage.example", "--server-token", SERVER_TOKEN], "http"),
+    (["--server-url", "nonsense", "--server-token", SERVER_TOKEN], "--server-url")])
+def test_wrong_settings_are_one_line(flags, words):
+    done = subprocess.run([sys.executable, program().__file__, "--port", "0", *flags],
+                          capture_output=True, text=True, timeout=30)
+
+    assert (2, "") == (done.returncode, done.stdout)
+    assert words in done.stderr and 1 == done.stderr.count("\n")
+    assert SERVER_TOKEN not in done.stderr
+
+
+def test_an_embedded_router_in_server_mode(mock, cage):
+    with program().LlmRouter(api_key=SERVER_TOKEN, server_url=cage.url, environ={}) as router:
+        answer = call(router.port, "POST", "/v1/chat/completions", CHAT, token=SERVER_TOKEN)
+        seen = (answer.status, router.provider, router.budget, router.total_spent())
+        with pytest.raises(ValueError, match="leased"):
+            router.set_budget("9")
+
+    assert (200, "openai", 0.5, mock.billed_microdollars / 1_000_000) == seen
+    assert 1 == len(cage.bodies(RETURN_PATH))
+
+
+def test_no_secret_reaches_the_log(mock, cage, tmp_path):
+    cage.answers[EVENTS_PATH] = lambda body: (400, {"error": f"bad {SERVER_TOKEN} {OPENAI_KEY}"})
+    with Served("--token", TOKEN, "--server-url", cage.url, "--server-token",
+                SERVER_TOKEN) as proxy:
+        assert 200 == chat(proxy).status
+        _, _, log = proxy.stop()
+
+    assert "an event is refused" in log
+    assert SERVER_TOKEN not in log
