@@ -5891,7 +5891,7 @@ class CageServer:
             self._is_stopping, self._stop_by_s = True, deadline_s
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(SERVER_STOP_S)
+            self._thread.join()                # it ends by then, or with the call that it is in
         for lease in self._ledger.leases():
             while not self._give_back(lease) and time.monotonic() < deadline_s:
                 time.sleep(SERVER_POLL_S)
