@@ -736,6 +736,12 @@ class Price:
             rates[bucket] = amount
         return self._rates.setdefault((suffix, reached), rates)
 
+    def per_million(self) -> tuple[str, str]:
+        """Input and output in USD for a million tokens, to be read by people."""
+        rates = self.rates(None, 0)
+        return (format_usd(microdollars_ceil(rates["input"] * 10 ** 6)),
+                format_usd(microdollars_ceil(rates["output"] * 10 ** 6)))
+
 
 def microdollars_ceil(picodollars: Rate) -> int:
     """Whole microdollars, rounded up: the one place where money is rounded."""
@@ -5555,6 +5561,7 @@ class RouterStopped:
 Event = Union[LlmRequestCompleted, LlmRequestFailed, BudgetThresholdReached, RouterStarted,
               RouterStopped]
 BUDGET_THRESHOLDS = (50, 80, 90, 100)
+REFUSALS_KEPT = 200
 # Upper bounds of the histograms' buckets, in milliseconds.
 HISTOGRAM_MS = (10, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
 
@@ -5576,6 +5583,7 @@ class Totals:
         self._lock = threading.Lock()                 # guards the fields below
         self._cells: dict[tuple[str, str, str], Counter] = {}     # (token, provider, model)
         self._seen: Counter = Counter()               # (metric, label, label) for metrics()
+        self._refusals: deque = deque(maxlen=REFUSALS_KEPT)
 
     def add(self, token: str, provider: str, model: str, **counts: int) -> None:
         """Add counts for a token, and a provider and a model where there are any."""
@@ -5589,6 +5597,16 @@ class Totals:
         with self._lock:
             for observation in observations:
                 self._seen[observation] += 1
+
+    def refuse(self, refusal: Mapping[str, object]) -> None:
+        """Keep a call that was refused here, for those who look on."""
+        with self._lock:
+            self._refusals.append(refusal)
+
+    def refusals(self, token: Optional[str] = None) -> list[Mapping[str, object]]:
+        """The newest calls that were refused here, of one token or of all."""
+        with self._lock:
+            return [row for row in reversed(self._refusals) if token in (None, row["token"])]
 
     def observed(self) -> dict:
         """How often each observation was made."""
@@ -5669,7 +5687,9 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     families += [(name, "gauge", text, [_sample(name, {}, gauges[name])]) for name, text in (
         ("ironcage_in_flight", "Requests that are being served."),
         ("ironcage_bound_exceeded", "Answers that cost more than their bound."),
-        ("ironcage_uptime_seconds", "Seconds since the start."))]
+        ("ironcage_server_events_waiting", "Events that the Iron Cage server has not got yet."),
+        ("ironcage_server_events_dropped", "Events that it will never get."),
+        ("ironcage_uptime_seconds", "Seconds since the start.")) if name in gauges]
     lines = [line for name, kind, text, samples in families if samples
              for line in (f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples)]
     return "\n".join(lines) + "\n"
@@ -6159,6 +6179,16 @@ class Router:
             return named, model
         name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
         return self.providers[name], model
+
+    def resolution(self, model: str) -> str:
+        """Where a model would go and at which price, in one line."""
+        provider, name = self._provider_of_model(model, None)
+        price = self.prices.find(name, provider.name)
+        if price is None:
+            told = "no price is known, so it is refused under a budget"
+        else:
+            told = "input {}, output {} for a million tokens".format(*price.per_million())
+        return f"{model} -> {provider.name}/{name}, {told}"
 
     def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
         speaks_anthropic = request.dialect == "anthropic" or (
@@ -6752,6 +6782,8 @@ h1 { font-size: 1.2rem; } h2 { font-size: 1rem; margin-top: 1.6rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
+#rows th:last-child, #rows td:last-child { text-align: left; white-space: normal;
+                                           min-width: 16rem; }
 .bars { display: flex; align-items: flex-end; gap: 2px; height: 5rem;
         border-bottom: 1px solid var(--line); }
 .bars div { flex: 1; background: var(--spent); }
@@ -6794,10 +6826,13 @@ const show = (status, usage) => {
     + status.refused_requests + ' refused for want of budget, up ' + status.uptime_s + ' s';
   fill('models', ['model', ...counts], groups(status.by_model));
   fill('tokens', ['token', ...counts], groups(status.by_token));
-  fill('rows', ['time', 'token', 'model', 'status', 'input', 'output', 'cost', 'note'],
-    usage.rows.map(r => [new Date(r.settled_ms).toLocaleTimeString(), r.token, r.model,
+  const lines = [...usage.rows.map(r => [r.settled_ms, r.token, r.model,
       r.status ?? 'none', r.input_tokens, r.output_tokens, usd(r.cost_microdollars),
-      r.estimated && 'estimated: ' + r.estimated]));
+      r.estimated && 'estimated: ' + r.estimated]),
+    ...usage.refused.map(r => [r.refused_ms, r.token, '', r.status, '', '', '',
+      'refused: ' + r.message])].sort((a, b) => b[0] - a[0]);
+  fill('rows', ['time', 'token', 'model', 'status', 'input', 'output', 'cost', 'note'],
+    lines.map(([ms, ...rest]) => [new Date(ms).toLocaleTimeString(), ...rest]));
   const times = usage.rows.map(r => r.settled_ms), first = Math.min(...times);
   const step = Math.max((Math.max(...times) - first) / 39, 1), sums = Array(40).fill(0);
   for (const r of usage.rows) sums[Math.floor((r.settled_ms - first) / step)]
@@ -6900,7 +6935,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
-        self._is_head = False
+        self._is_head, self._caller = False, None
         request_id = "req_" + secrets.token_hex(12)
         dialect = "openai"
         try:
@@ -6960,6 +6995,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         request = ClientRequest(head, body, request_id, caller)
         if head.path == "/ironcage" or head.path.startswith("/ironcage/"):
             return self._write_own(request)
+        self._caller = caller
         if self.server.is_stopping:
             raise ServerBusy("the proxy is stopping")
         if caller.name == ADMIN:
@@ -7082,10 +7118,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                    ("x-request-id", request_id), ("x-ironcage-request-id", request_id),
                    *error.headers)
         body = json_bytes(error_object(error, dialect, request_id))
-        self.server.router.totals.observe(("refusal", error.openai_code or error.openai_type))
+        reason = error.openai_code or error.openai_type
+        totals = self.server.router.totals
+        totals.observe(("refusal", reason))
+        if self._caller is not None:
+            totals.refuse({"refused_ms": time.time_ns() // 10 ** 6, "request_id": request_id,
+                           "token": self._caller.name, "status": error.status, "reason": reason,
+                           "message": error.message})
         log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused",
                 extra={"fields": {"request_id": request_id, "status": error.status,
-                                  "reason": error.openai_code or error.openai_type}})
+                                  "reason": reason}})
         with contextlib.suppress(ClientGone):
             self._write_whole(Answer(error.status, headers, body), must_close=error.must_close)
 
@@ -7365,11 +7407,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
         with self._changed:
             in_flight = sum(since is None for since in self._idle_since.values())
+        told = {} if self.router.server is None else self.router.server.as_json()
         return metrics_text(
             self.router.totals, [self.router.controller.budget(scope) for scope in scopes],
             {"ironcage_in_flight": in_flight,
              "ironcage_bound_exceeded": self.router.controller.bound_exceeded(),
-             "ironcage_uptime_seconds": int(time.monotonic() - self.started_s)})
+             "ironcage_uptime_seconds": int(time.monotonic() - self.started_s),
+             **{f"ironcage_server_{name}": count for name, count in told.items()
+                if name.startswith("events_")}})
 
     def status(self, request: ClientRequest) -> dict:
         """The whole state, as PRODUCT names it: amounts in microdollars, counts since start.
@@ -7393,13 +7438,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return self.router.controller.budget(scope).as_json()
 
     def usage(self, request: ClientRequest) -> dict:
-        """The newest rows of the ledger, `?limit=` of them: all, or those of one's own token."""
+        """The newest rows of the ledger, `?limit=` of them, and as many calls that were refused
+        here since the start: all, or those of one's own token."""
         asked = urllib.parse.parse_qs(request.head.query or "").get("limit", ["100"])[-1]
         if not re.fullmatch(r"\d{1,4}", asked, re.ASCII):
             raise BadRequest("limit must be a number of rows from 0 to 9999", param="limit")
-        rows = self.ledger.recent(int(asked), next(iter(request.caller.scopes), None))
+        token = next(iter(request.caller.scopes), None)
+        rows = self.ledger.recent(int(asked), token)
         return {"rows": [{**row, "lines": json.loads(lines_to_json(row["lines"]))}
-                         for row in rows]}
+                         for row in rows],
+                "refused": self.router.totals.refusals(token)[:int(asked)]}
 
     def put_budget(self, request: ClientRequest) -> dict:
         """Set the limit to {"limit_usd": "20.00"}: the admin's token only, until a restart."""
@@ -7632,7 +7680,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
     if command not in COMMANDS:
         raise Misconfigured(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-    if rest and command != "tokens":
+    if rest and command not in ("tokens", "check"):
         raise Misconfigured(f"{command} takes no further words ({rest[0]!r})")
     return {**given, "command": command, "words": rest, "wrapped": wrapped}
 
@@ -7872,6 +7920,12 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         limit = settings.budget_microdollars
         print(f"budget    {'none' if limit is None else format_usd(limit)}")
         print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
+        if settings.server_url is not None:
+            print(f"server    {settings.server_url} is asked for the key and for budget")
+        for name in given["words"] or server.router.config.aliases:
+            print(f"model     {server.router.resolution(name)}")
+        if settings.ledger_path is not None:
+            _check_ledger(settings.ledger_path)
         if settings.ledger_path is not None and os.path.exists(settings.ledger_path):
             total = usage_report(settings.ledger_path, 0)["total"]
             print(f"ledger    {total['requests']} calls, "
@@ -7879,6 +7933,18 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
     finally:
         server.server_close()
     return 0
+
+
+def _check_ledger(path: str) -> None:
+    """Raises Misconfigured where a ledger could not be opened for writing."""
+    held = os.path.realpath(path) + ".lock"
+    existed = os.path.exists(held)
+    try:
+        _locked_file(held).close()
+        if not existed:
+            os.unlink(held)
+    except OSError as err:
+        raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
 
 
 def _ledger_path(settings: Settings) -> str:
@@ -8181,10 +8247,8 @@ def run_models(settings: Settings, given: Mapping[str, object]) -> int:
     print(f"{'model':50} {'provider':12} {'input':>12} {'output':>12}  USD per million tokens")
     for key in prices.keys():
         price = prices.price(key)
-        rates = price.rates(None, 0)
-        per_million = [format_usd(microdollars_ceil(rate * 10 ** 6))
-                       for rate in (rates["input"], rates["output"])]
-        print(f"{key:50} {price.provider:12} {per_million[0]:>12} {per_million[1]:>12}")
+        rates = price.per_million()
+        print(f"{key:50} {price.provider:12} {rates[0]:>12} {rates[1]:>12}")
     return 0
 
 
@@ -8196,7 +8260,8 @@ def run_version(settings: Settings, given: Mapping[str, object]) -> int:
 
 COMMANDS = MappingProxyType({
     "serve": (run_serve, "serve (the default)"),
-    "check": (run_check, "say what is configured, without serving"),
+    "check": (run_check, "[MODEL ...]: say what is configured, and where a model would go and at "
+              "which price, without serving"),
     "usage": (run_usage, "what was spent, by model, token and day, from --ledger"),
     "audit": (run_audit, "recompute every row of --ledger"),
     "tokens": (run_tokens, "list | add NAME [field=value ...] | revoke NAME, in --config"),

@@ -125,6 +125,28 @@ def test_version_check_models_and_help_say_what_they_should():
     assert "--anthropic-base-url" in usage[1]
 
 
+def test_check_tells_where_models_go_and_at_which_price(tmp_path):
+    config = tmp_path / "cage.json"
+    config.write_text(json.dumps({"providers": {"ollama": {}},
+                                  "models": {"fast": "gpt-4o-mini", "local": "ollama/qwen3"}}))
+
+    aliases = run("check", "--port", "0", "--config", str(config))[1]
+    named = run("check", "--port", "0", "claude-haiku-4-5", "nobody-knows")[1]
+
+    assert "model     fast -> openai/gpt-4o-mini, input $0.15, output $0.60 for a million tokens" \
+        in aliases
+    assert "model     local -> ollama/qwen3, input $0.00, output $0.00 for" in aliases
+    assert "claude-haiku-4-5 -> anthropic/claude-haiku-4-5, input $1.00, output $5.00" in named
+    assert "nobody-knows -> openai/nobody-knows, no price is known" in named
+
+
+@pytest.mark.parametrize("path", ["no/such/folder/x.db", ""])
+def test_check_says_when_a_ledger_cannot_be_used(tmp_path, path):
+    code, _, err = run("check", "--port", "0", "--ledger", str(tmp_path / path))
+
+    assert (2, 1) == (code, err.count("\n")) and "ledger" in err
+
+
 # Serving.
 
 def test_two_files_in_an_empty_folder_are_enough(tmp_path):

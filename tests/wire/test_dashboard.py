@@ -41,6 +41,20 @@ def test_a_foreign_host_gets_no_page(proxy):
         assert 403 == client.read_answer().status
 
 
+def test_calls_that_were_refused_are_told_beside_those_that_cost(mock, proxy_for):
+    proxy = proxy_for("--budget", "0.00001")
+    call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+    call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "nobody-knows"})
+    call(proxy.port, "GET", "/ironcage/nothing")
+
+    unpriced, too_dear = call(proxy.port, "GET", "/ironcage/usage").json["refused"]
+
+    assert (400, "unpriced_model") == (unpriced["status"], unpriced["reason"])
+    assert (402, "insufficient_budget", "default") == (
+        too_dear["status"], too_dear["reason"], too_dear["token"])
+    assert "max_tokens" in too_dear["message"] and too_dear["refused_ms"] > 0
+
+
 @pytest.fixture
 def page(request):
     playwright = pytest.importorskip("playwright.sync_api")
@@ -69,7 +83,11 @@ def test_it_shows_spend_and_updates_by_itself(mock, proxy, page, width, tmp_path
     settled_status(proxy)
     page.wait_for_selector("#rows td")
 
+    call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "<b>nobody</b>"})
+    page.wait_for_function("document.getElementById('rows').textContent.includes('refused')")
+
     assert "gpt-4o-mini" in page.inner_text("#rows")
+    assert 0 == page.locator("#rows b").count()
     assert "free of $10.00" in page.inner_text("#amounts")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert [] == faults

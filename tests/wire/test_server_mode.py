@@ -285,10 +285,12 @@ def test_events_outlive_an_outage_and_what_has_no_room_is_counted(
     for _ in range(5):
         chat(proxy)
     told = status(proxy)["server"]
+    metrics = call(proxy.port, "GET", "/ironcage/metrics").body.decode()
     cage.answers[EVENTS_PATH] = lambda body: (200, {})
     proxy.stop()
 
     assert (3, 2) == (told["events_waiting"], told["events_dropped"])
+    assert "ironcage_server_events_dropped 2\n" in metrics
     assert 3 == len({body["event_id"] for body in cage.bodies(EVENTS_PATH)})
     assert (2, 0) == (proxy.router.server.dropped_events, proxy.router.server.as_json()[
         "events_waiting"])
