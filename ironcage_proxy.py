@@ -117,6 +117,7 @@ MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry m
 MAX_ANSWER_BYTES = 256 * 1024 * 1024      # an answer that is metered whole is held in memory
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
 RECEIVE_BYTES = 64 * 1024                 # one read from a socket
+LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take beyond its first wait
 JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up to this size
 
 MAX_CONNECTIONS = 1024                    # one thread each
@@ -1074,12 +1075,12 @@ TEXT_PART_TYPES = frozenset({
     "custom_tool_call", "custom_tool_call_output", "reasoning", "local_shell_call",
     "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call",
     "apply_patch_call_output", "tool_use", "tool_result", "thinking", "redacted_thinking",
-    "search_result", "tool_reference",
+    "search_result", "tool_reference", "tool_search_call", "tool_search_output",
 })
 UNSEEN_PART_TYPES = re.compile(
     r"(input_|computer_)?(image|file|audio|video|document|screenshot)(_url|_file)?|base64|url"
     r"|content|container_upload|item_reference|compaction(_summary)?|server_tool_use"
-    r"|(web_search|web_fetch|file_search|code_interpreter|image_generation|computer|tool_search)"
+    r"|(web_search|web_fetch|file_search|code_interpreter|image_generation|computer)"
     r"_call(_output)?|computer_call_safety_check"
     r"|(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)"
     r"(_tool)?(_search)?(_result|_result_error)|web_search_result_location|encrypted_.*")
@@ -1242,13 +1243,16 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         raise UnboundedRequest(
             f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot be "
             "bounded before it is sent", param=shown)
-    for kind, _ in _prompt_parts(fields):
+    tools = [*_tool_types(fields.get("tools"))]
+    for kind, part in _prompt_parts(fields):
+        if kind == "tool_search_output":               # brings further tools
+            tools += _tool_types(part.get("tools"))
         if kind not in TEXT_PART_TYPES and not UNSEEN_PART_TYPES.fullmatch(kind):
             shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
             raise UnboundedRequest(
                 f"content of the type {shown} is not known, so that it cannot be bounded under a "
                 "budget", param="messages")
-    for kind in _tool_types(fields.get("tools")):
+    for kind in tools:
         if not CLIENT_TOOL_TYPES.fullmatch(kind):
             shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
             raise UnboundedRequest(
@@ -1262,6 +1266,8 @@ def _tool_types(tools: object) -> Iterator[str]:
         yield "?"
     for tool in tools if isinstance(tools, list) else ():
         kind = tool.get("type", "function") if isinstance(tool, dict) else "?"
+        if kind == "tool_search" and tool.get("execution") == "client":
+            kind = "function"
         yield kind if isinstance(kind, str) else "?"
         if isinstance(tool, dict) and kind == "namespace":
             yield from _tool_types(tool.get("tools"))
@@ -2696,9 +2702,11 @@ class ChatOnClaude:
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            ids = [block["id"] for block in turn["content"] if block["type"] == "tool_use"]
+            ids = list(dict.fromkeys(
+                block["id"] for block in turn["content"] if block["type"] == "tool_use"))
             if not ids:
                 continue
+            known = frozenset(ids)
             if number + 1 == len(turns) or turns[number + 1]["role"] != "user":
                 turns.insert(number + 1, {"role": "user", "content": []})
             after = turns[number + 1]
@@ -2708,7 +2716,7 @@ class ChatOnClaude:
             if missing or len(results) < sum(b["type"] == "tool_result" for b in after["content"]):
                 self._losses.adjust("messages.tool", "paired")
             rest = [block for block in after["content"] if block["type"] != "tool_result"
-                    or block["tool_use_id"] not in ids]
+                    or block["tool_use_id"] not in known]
             after["content"] = [results.get(call_id) or {
                 "type": "tool_result", "tool_use_id": call_id, "is_error": True,
                 "content": "[no result provided]"} for call_id in ids] + rest
@@ -3485,7 +3493,7 @@ class _MessageStream:
     def _read_call(self, call: Mapping[str, object], number: int) -> Iterator[dict]:
         index = call.get("index")
         if index is None:                  # sloppy servers leave it out: a new id is a new call
-            index = call.get("id") or (list(self._tools)[-1] if self._tools else number)
+            index = call.get("id") or next(reversed(self._tools), number)
         tool = self._tools.setdefault(index, {"id": None, "name": "", "json": "",
                                               "has_begun": False})
         function = json_object(call.get("function"))
@@ -4467,10 +4475,16 @@ class Caller:
         return () if self.name in RESERVED_NAMES else (self.name,)
 
     def may_use(self, provider: str, model: str) -> bool:
-        """Whether its patterns allow a model, by its name upstream, with or without provider/."""
+        """Whether its patterns allow a model, by its name upstream, with or without provider/.
+
+        A pattern that begins with a provider's name is about that provider only: openai/* is not
+        openrouter's openai/….
+        """
         return not self.models or any(
-            fnmatch.fnmatchcase(name, pattern)
-            for name in (model, f"{provider}/{model}") for pattern in self.models)
+            fnmatch.fnmatchcase(f"{provider}/{model}", pattern)
+            or (fnmatch.fnmatchcase(model, pattern)
+                and not any(pattern.startswith(f"{row[0]}/") for row in KNOWN_PROVIDERS))
+            for pattern in self.models)
 
 
 def token_sha256(token: str) -> str:
@@ -4953,15 +4967,18 @@ class Wire:
                 raise MalformedHttp(f"the head is longer than {MAX_HEAD_BYTES} bytes")
 
     def send(self, data: bytes, stall_s: float) -> None:
-        """Write all of `data`. Raises TimeoutError after `stall_s` without progress; OSError."""
+        """Write all of `data`. Raises TimeoutError after `stall_s` without progress, or where the
+        peer reads more slowly than LEAST_BYTES_PER_S; OSError."""
         view = memoryview(data)
+        slowest_s: Optional[float] = None      # once the peer has made us wait
         while view:
             try:
                 sent = self.sock.send(view)
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(True, time.monotonic() + stall_s)
-            except ssl.SSLWantReadError:
-                self._wait(False, time.monotonic() + stall_s)
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError) as err:
+                now_s = time.monotonic()
+                slowest_s = slowest_s or now_s + stall_s + len(view) / LEAST_BYTES_PER_S
+                self._wait(not isinstance(err, ssl.SSLWantReadError),
+                           min(now_s + stall_s, slowest_s))
             else:
                 self.sent_bytes += sent
                 view = view[sent:]
@@ -5153,7 +5170,9 @@ class UpstreamResponse:
             self.status, self._reusable, self.headers = self._read_head()
         bodiless = request.get_method() == "HEAD" or self.status in (204, 304)
         try:
-            self.length = 0 if bodiless else body_length(self.headers, otherwise=UNTIL_CLOSE)
+            self.stated_length = body_length(self.headers, otherwise=0 if bodiless
+                                             else UNTIL_CLOSE)
+            self.length = 0 if bodiless else self.stated_length
         except MalformedHttp as err:
             raise UpstreamBroke(f"the provider's answer is malformed: {err.message}") from None
         self._decoder = BodyDecoder(self.length)
@@ -5190,6 +5209,8 @@ class UpstreamResponse:
             with _upstream_failures():
                 left_s = min(self._deadline_s,
                              last_s + self._timeouts.between_bytes_s) - time.monotonic()
+                if self._deadline_s <= time.monotonic():   # though bytes may be there
+                    raise TimeoutError
                 try:
                     data = self._wire.receive(min(left_s, tick_s), self._watched)
                 except TimeoutError:
@@ -5294,12 +5315,18 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     return headers
 
 
-def answer_headers(headers: Headers) -> Headers:
-    """The end-to-end headers of a provider's answer."""
+def without_key(data: bytes, provider: Provider) -> bytes:
+    """An answer without the key that its provider may have repeated in it."""
+    return data if provider.key is None else data.replace(provider.key.encode(), b"***")
+
+
+def answer_headers(headers: Headers, provider: Provider) -> Headers:
+    """The end-to-end headers of a provider's answer; none that repeats its key."""
     named = {option.strip().lower()
              for option in (header_value(headers, "connection") or "").split(",")}
     return tuple((name, value) for name, value in headers
-                 if name not in ANSWER_HEADERS_KEPT_BACK and name not in named)
+                 if name not in ANSWER_HEADERS_KEPT_BACK and name not in named
+                 and (provider.key is None or provider.key not in value))
 
 
 def translated_rate_limits(headers: Iterable[tuple[str, str]],
@@ -5333,9 +5360,7 @@ def duration_s(text: str) -> int:
 
 def _told_length(response: UpstreamResponse) -> int:
     """The length that an answer states, also where it comes without its body (HEAD)."""
-    stated = response.header("content-length")
-    return int(stated) if response.length == 0 and stated and stated.isdigit() \
-        else response.length
+    return response.stated_length if response.length == 0 else response.length
 
 
 # ==== 17. Settlement ============================================================================
@@ -6069,6 +6094,18 @@ def named_model(fields: Mapping[str, object]) -> str:
 
 
 NO_OUTPUT = re.compile(rb'"max_tokens"\s*:\s*0\s*[,}]')
+def other_models(fields: Mapping[str, object]) -> Iterator[str]:
+    """Models that a request names beside its own: in its tools, as fallbacks, in another case."""
+    for name, value in fields.items():
+        if name in ("models", "fallbacks", "tools"):
+            for row in value if isinstance(value, list) else ():
+                model = row if isinstance(row, str) else json_object(row).get("model")
+                if model is not None:
+                    yield str(model)
+        elif name != "model" and name.lower() == "model":
+            yield str(value)
+
+
 _CHARSET = re.compile(r"charset=\"?([^\s;\"]+)", re.IGNORECASE)
 
 
@@ -6144,7 +6181,7 @@ class Router:
                 with self._carried(call, path, client) as answer:
                     yield answer
                 return
-            self._check_unmetered(request, path)
+            self._check_unmetered(request, named, path)
             local = self._local_answer(request, named, path)
             if local is not None:
                 yield local
@@ -6196,13 +6233,19 @@ class Router:
             and request.head.header("anthropic-version") is not None)
         return self.providers["anthropic" if speaks_anthropic else "openai"]
 
-    def _check_unmetered(self, request: ClientRequest, path: str) -> None:
+    def _check_unmetered(self, request: ClientRequest, named: Optional[Provider],
+                         path: str) -> None:
         """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
         caller = request.caller
         if not caller.models and not self.controller.is_limited(caller.scopes):
             return
         self._check_method_override(request)
         method = request.head.method
+        if caller.models and request.body:
+            fields = parse_json_object(request.body).fields
+            if fields.get("model") is not None:
+                provider, model = self._provider_of_model(named_model(fields), named)
+                self._check_models(caller, provider, [model])
         free = any(m == method and pattern.fullmatch(path) for m, pattern in FREE_ROUTES)
         if not free and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
@@ -6228,9 +6271,7 @@ class Router:
         body = parse_json_object(request.body)
         model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)
-        if not request.caller.may_use(provider.name, upstream_model):
-            raise ModelForbidden(f"the token {request.caller.name} may use other models only: "
-                                 f"{', '.join(request.caller.models)}", param="model")
+        self._check_models(request.caller, provider, [upstream_model, *other_models(body.fields)])
         provider = self._ready(provider)
         limited = self.controller.is_limited(request.caller.scopes)
         call = Call(request, provider, api, upstream_model, body) \
@@ -6255,6 +6296,12 @@ class Router:
             self.controller.cancel(call.reservation)     # a budget came meanwhile: by its rules
             return self._admitted(request, named, api, client)
         return call
+
+    def _check_models(self, caller: Caller, provider: Provider, models: Iterable[str]) -> None:
+        """Raises ModelForbidden where a token is not for one of them."""
+        if not all(caller.may_use(provider.name, model) for model in models):
+            raise ModelForbidden(f"the token {caller.name} may use other models only: "
+                                 f"{', '.join(caller.models)}", param="model")
 
     def _translated(self, request: ClientRequest, provider: Provider, api: str, model: str,
                     body: JsonBody, limited: bool) -> Call:
@@ -6410,7 +6457,7 @@ class Router:
 
     def _forwarded(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> Answer:
         """The answer to send on: a stream as it arrives, anything else whole and settled."""
-        headers = [*answer_headers(response.headers), *call.losses.headers(),
+        headers = [*answer_headers(response.headers, call.provider), *call.losses.headers(),
                    ("x-ironcage-request-id", call.request.request_id)]
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
@@ -6421,7 +6468,7 @@ class Router:
                                       is_stream and 200 <= response.status < 300)
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
-        body = whole_body(response)
+        body = without_key(whole_body(response), call.provider)
         encoding = (response.header("content-encoding") or "identity").strip().lower()
         call.meter.read_answer(inflated(body, encoding))
         charge = self._settle(call)
@@ -6453,8 +6500,8 @@ class Router:
                 call, events if first is None else itertools.chain((first,), events))
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
-        raw = inflated(whole_body(response),
-                       (response.header("content-encoding") or "identity").strip().lower())
+        encoding = (response.header("content-encoding") or "identity").strip().lower()
+        raw = without_key(inflated(whole_body(response), encoding), call.provider)
         call.meter.read_answer(raw)
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
@@ -6590,8 +6637,12 @@ class Router:
             "request_id": request.request_id, "provider": provider.name,
             "path": path[:100], "status": response.status}})
         try:
-            headers = (*answer_headers(response.headers),
+            headers = (*answer_headers(response.headers, provider),
                        ("x-ironcage-request-id", request.request_id))
+            if response.status >= 400 and response.length:
+                yield Answer(response.status, headers,
+                             without_key(whole_body(response), provider))
+                return
             yield Answer(response.status, headers, reads=response.reads(),
                          length=_told_length(response))
         finally:
@@ -7713,6 +7764,10 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         if name in ("openai", "anthropic") or environ.get(env):
             providers.append(with_key(Provider(name, speaks, url, key_env=env), environ,
                                       allow_plain_http=allow_plain_http))
+    if given["wrapped"] is not None and (given["admin_token"] or given["server_token"]):
+        raise Misconfigured("with -- CMD the admin's and the server's token come from the "
+                            "environment (IRONCAGE_ADMIN_TOKEN, IRONCAGE_SERVER_TOKEN): the "
+                            "command could read them on our command line")
     if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
     if "server_url" in values and not {"token", "server_token"} & values.keys():

@@ -3,6 +3,8 @@
 Nothing stays reserved; a refused or unsent call costs nothing; what is sent and not accounted for
 costs its whole reservation; a stream whose client left costs what can have been made until then.
 """
+import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -377,3 +379,39 @@ def test_new_connections_are_refused_while_stopping(mock):
 
     with pytest.raises(ConnectionRefusedError):
         RawClient(port)
+
+
+def test_a_client_that_reads_by_drops_does_not_hold_a_call_for_ever(mock, proxy_for, monkeypatch):
+    """It makes progress before every stall, but more slowly than anybody has to wait for."""
+    monkeypatch.setattr(program(), "LEAST_BYTES_PER_S", 100_000_000)
+    proxy = proxy_for("--budget", "1", timeouts={"write_stall_s": 0.3})
+    mock.always = Reply(200, (("content-type", "application/json"),), (
+        json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1},
+                    "junk": "x" * 30_000_000}).encode(),))
+    with RawClient(proxy.port) as client:
+        client.request("POST", "/v1/chat/completions", json.dumps(CHAT).encode())
+        read = 0
+        with contextlib.suppress(OSError):
+            while "it reads":
+                slowly = read < 200_000
+                data = client.sock.recv(1_000 if slowly else 1_000_000)
+                read += len(data)
+                if not data:
+                    break
+                threading.Event().wait(0.005 if slowly else 0)
+
+    assert 200_000 <= read < 30_000_000
+    assert 0 == settled_status(proxy)["reserved_microdollars"]
+
+
+def test_a_stream_does_not_outlive_the_longest_call(mock, proxy_for):
+    """Though bytes keep coming: each wait is short, the whole is bounded."""
+    proxy = proxy_for("--budget", "1", timeouts={"call_s": 0.5})
+    chunk = sse({"id": "c", "choices": [{"index": 0, "delta": {"content": "x"}}]})
+    mock.always = Reply(200, (("content-type", "text/event-stream"),),
+                        tuple(itertools.repeat(chunk, 400_000)), framing="chunked")
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "stream": True})
+
+    assert b"upstream_timeout" in answer.body[-300:]
+    assert 0 == settled_status(proxy)["reserved_microdollars"]

@@ -3,6 +3,7 @@ whatever its text, tools, tier, place or cache; the output cap that is derived f
 the largest that fits; and what no bound covers is refused."""
 from __future__ import annotations
 
+import contextlib
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -529,6 +530,25 @@ def test_a_tool_that_the_provider_runs_is_refused(kind):
 
     assert (400, "tools", "iron_cage_unbounded_request") == (
         caught.value.status, caught.value.param, caught.value.openai_type)
+
+
+@pytest.mark.parametrize("tools, fine", [
+    ([{"type": "tool_search", "execution": "client"}], True),
+    ([{"type": "tool_search", "execution": "server"}], False)])
+def test_a_search_for_tools_may_be_the_clients(tools, fine):
+    """Codex sends one, which it runs itself."""
+    with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
+        ic.check_boundable({"tools": tools}, price_of(ROW))
+
+
+@pytest.mark.parametrize("found, fine", [
+    ({"type": "function", "name": "f"}, True), ({"type": "web_search"}, False),
+    ({"type": "namespace", "tools": [{"type": "mcp"}]}, False), ("f", False)])
+def test_tools_that_a_search_brought_are_looked_at_like_others(found, fine):
+    item = {"type": "tool_search_output", "call_id": "c", "tools": [found]}
+    with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
+        ic.check_boundable({"input": [{"type": "tool_search_call", "arguments": {"query": "x"}},
+                                      item]}, price_of(ROW))
 
 
 @pytest.mark.parametrize("tool", [{"type": None}, {"type": 5}, {"type": ["function"]}, "function",

@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 
 import pytest
@@ -60,7 +61,8 @@ def page(request):
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as run:
         try:
-            browser = run.chromium.launch()
+            browser = run.chromium.launch(executable_path=os.environ.get("IRONCAGE_CHROMIUM"), args=[
+                "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--in-process-gpu"])
         except playwright.Error:
             pytest.skip("Chromium is not installed")
         with browser.new_page() as page:
@@ -71,7 +73,7 @@ def page(request):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_shows_spend_and_updates_by_itself(mock, proxy, page, width, tmp_path):
     faults = []
-    page.on("pageerror", faults.append)
+    page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
     page.set_viewport_size({"width": width, "height": 800})
     page.goto(proxy.url + "/ironcage/dashboard")
@@ -84,7 +86,7 @@ def test_it_shows_spend_and_updates_by_itself(mock, proxy, page, width, tmp_path
     page.wait_for_selector("#rows td")
 
     call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "<b>nobody</b>"})
-    page.wait_for_function("document.getElementById('rows').textContent.includes('refused')")
+    page.wait_for_selector("#rows td:has-text('refused')")
 
     assert "gpt-4o-mini" in page.inner_text("#rows")
     assert 0 == page.locator("#rows b").count()
@@ -94,11 +96,33 @@ def test_it_shows_spend_and_updates_by_itself(mock, proxy, page, width, tmp_path
     page.screenshot(path=str(tmp_path / f"dashboard-{width}.png"))
 
 
+def test_the_picture_of_the_readme(mock, proxy_for, page):
+    """Two models, a refusal and half a budget; written where IRONCAGE_PICTURE says, if it does."""
+    proxy = proxy_for("--budget", "0.004")
+    for number in range(12):
+        mock.input_tokens = 40 + 60 * number
+        model = "claude-haiku-4-5" if number % 4 == 3 else "gpt-4o-mini"
+        path = "messages" if number % 4 == 3 else "chat/completions"
+        call(proxy.port, "POST", f"/v1/{path}", {**CHAT, "model": model, "messages": [
+            {"role": "user", "content": "hello " * 60 * (number + 1)}]})
+        page.wait_for_timeout(40)
+    call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "nobody-knows"})
+    page.set_viewport_size({"width": 900, "height": 760})
+    page.goto(proxy.url + "/ironcage/dashboard")
+    page.fill("#token", TOKEN)
+    page.click("button")
+    page.wait_for_selector("#rows td")
+
+    assert "no price" in page.inner_text("#rows")
+    if "IRONCAGE_PICTURE" in os.environ:
+        page.screenshot(path=os.environ["IRONCAGE_PICTURE"])
+
+
 def test_a_wrong_token_is_asked_for_again(proxy, page):
     page.goto(proxy.url + "/ironcage/dashboard")
     page.fill("#token", "ic_wrong_0123456789")
     page.click("button")
-    page.wait_for_function("document.getElementById('note').textContent !== ''")
+    page.wait_for_selector("#note:not(:empty)")
 
     assert page.is_visible("#ask") and page.evaluate("sessionStorage.length") == 0
     assert json.dumps(page.inner_text("#note")) == '"That token is not known here."'

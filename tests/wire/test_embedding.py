@@ -306,13 +306,13 @@ def test_a_command_works_until_the_money_is_gone_and_the_bill_is_printed(mock):
 
 def test_the_child_sees_no_key_of_ours_wherever_it_stands(mock):
     show = "import json, os; print(json.dumps(dict(os.environ)))"
-    done = wrapped(mock, "--admin-token", ADMIN_TOKEN, "--", sys.executable, "-c", show, environ={
+    done = wrapped(mock, "--", sys.executable, "-c", show, environ={
         "MY_COPY": OPENAI_KEY, "URL_WITH_KEY": f"https://u:{ANTHROPIC_KEY}@x",
-        "IRONCAGE_ADMIN_TOKEN": ADMIN_TOKEN, "GROQ_API_KEY": "gsk_0123456789", "PLAIN": "stays"})
+        "IRONCAGE_ADMIN_TOKEN": ADMIN_TOKEN, "IRONCAGE_SERVER_TOKEN": "ic_server_0123", "GROQ_API_KEY": "gsk_0123456789", "PLAIN": "stays"})
 
     child = json.loads(done.stdout)
     assert not any(secret in done.stdout for secret in (
-        OPENAI_KEY, ANTHROPIC_KEY, ADMIN_TOKEN, "gsk_0123456789"))
+        OPENAI_KEY, ANTHROPIC_KEY, ADMIN_TOKEN, "gsk_0123456789", "ic_server_0123"))
     assert "stays" == child["PLAIN"]
     assert {"MY_COPY", "URL_WITH_KEY", "IRONCAGE_ADMIN_TOKEN", "GROQ_API_KEY",
             "IRONCAGE_OPENAI_BASE_URL"}.isdisjoint(child)
@@ -320,6 +320,13 @@ def test_the_child_sees_no_key_of_ours_wherever_it_stands(mock):
         + "/v1"
     assert child["OPENAI_API_KEY"] == child["ANTHROPIC_API_KEY"] == child["ANTHROPIC_AUTH_TOKEN"]
     assert "127.0.0.1" in child["NO_PROXY"]
+
+
+def test_a_secret_is_not_taken_on_the_command_line_that_the_command_can_read(mock):
+    done = wrapped(mock, "--admin-token", ADMIN_TOKEN, "--", sys.executable, "-c", "")
+
+    assert (2, True) == (done.returncode, "IRONCAGE_ADMIN_TOKEN" in done.stderr)
+    assert ADMIN_TOKEN not in done.stderr
 
 
 @pytest.mark.parametrize("code", [0, 1, 42])

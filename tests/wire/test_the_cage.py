@@ -333,7 +333,8 @@ def test_a_charset_under_which_the_provider_could_read_another_body_is_refused(
     ("/v1/responses", {"input": [{"type": "compaction_trigger"}]}, "messages"),
     ("/v1/responses", {"input": [{"type": "additional_tools", "tools": [
         {"type": "web_search"}]}]}, "messages"),
-    ("/v1/responses", {"input": [{"type": "tool_search_output", "tools": []}]}, "messages"),
+    ("/v1/responses", {"input": [{"type": "tool_search_output", "tools": [{"type": "mcp"}]}]},
+     "tools"),
     ("/v1/messages", {"messages": [{"role": "system", "content": [{
         "type": "tool_addition", "tool": {"type": "tool_definition"}}]}]}, "messages"),
     ("/v1/responses", {"access_programs": {"cyber": "x"}}, "access_programs"),
