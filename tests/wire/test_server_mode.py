@@ -391,3 +391,40 @@ def test_no_secret_reaches_the_log(mock, cage, tmp_path):
 
     assert "an event is refused" in log
     assert SERVER_TOKEN not in log
+
+
+def test_a_slow_server_makes_nobody_wait_who_holds_a_key(mock, cage, proxy_of):
+    right, gate = cage.answers[KEY_PATH], threading.Event()
+    proxy = proxy_of("--cache-ttl", "0")
+    cage.answers[KEY_PATH] = lambda body: gate.wait(20) and right(body)
+    first = threading.Thread(target=chat, args=(proxy,))       # it asks for a fresh key, and waits
+    first.start()
+    cage.wait_for(KEY_PATH, 2)
+
+    others = [chat(proxy).status for _ in range(3)]
+    waits = first.is_alive()
+    gate.set()
+    first.join()
+
+    assert ([200] * 3, True) == (others, waits)
+
+
+def test_events_of_many_threads_arrive_once_each(mock, cage, proxy_of):
+    proxy = proxy_of()
+    long_prompt = [{"role": "user", "content": "word " * 2_000}]
+
+    def work():
+        for _ in range(5):
+            chat(proxy, messages=long_prompt, max_tokens=10)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    proxy.stop()
+
+    events = cage.bodies(EVENTS_PATH)
+    assert 40 == len(events) == len({event["event_id"] for event in events})
+    assert mock.billed_microdollars == sum(event["cost_micros"] for event in events)
+    assert 0 == proxy.router.server.dropped_events
