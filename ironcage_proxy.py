@@ -5896,7 +5896,7 @@ class CageServer:
             try:
                 self._ledger.keep_lease(lease)
             except LedgerUnavailable:
-                self._give_back(lease)
+                self._give_back(lease, 0)
                 raise
             self._take(lease)
             self.lease = lease
@@ -5907,17 +5907,22 @@ class CageServer:
 
     def start(self) -> None:
         """Give back what a process that died held, ask for a lease, and begin to tell of calls."""
-        for lease in self._ledger.leases():
-            self._give_back(lease)
+        for lease, spent in self._held_leases():
+            self._give_back(lease, spent)
         try:
             self.check_lease()
         except CageServerFailed as err:
             log.warning("nothing can be spent yet", extra={"fields": {"reason": err.message}})
         self._thread.start()
 
-    def _give_back(self, lease: Lease) -> bool:
+    def _held_leases(self) -> list[tuple[Lease, int]]:
+        """Leases that were not given back, and what was spent of each: until the next began."""
+        held = sorted(self._ledger.leases(), key=lambda lease: lease.spent_before)
+        ends = [*(lease.spent_before for lease in held[1:]), self._ledger.spent(None, 0)]
+        return [(lease, end - lease.spent_before) for lease, end in zip(held, ends)]
+
+    def _give_back(self, lease: Lease, spent: int) -> bool:
         """Tell what was spent of a lease; whether the server knows now. A no of its is final."""
-        spent = max(0, self._ledger.spent(None, 0) - lease.spent_before)
         try:
             self._ask("/api/v1/budget/return", {
                 "lease_id": lease.lease_id, "spent_microdollars": spent}, lambda body: None)
@@ -5937,8 +5942,8 @@ class CageServer:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()                # it ends by then, or with the call that it is in
-        for lease in self._ledger.leases():
-            while not self._give_back(lease) and time.monotonic() < deadline_s:
+        for lease, spent in self._held_leases():
+            while not self._give_back(lease, spent) and time.monotonic() < deadline_s:
                 time.sleep(SERVER_POLL_S)
         self._transport.shut_down()
 

@@ -8,6 +8,7 @@ import pytest
 from test_translation import (CHAT_STREAMS, CHAT_TURNS, OLD, OPEN_SCHEMA, STREAMED, TO_CHAT,
                               TO_CLAUDE, TURNS, call, chunks_of, completion, stream_of, text,
                               to_chat, to_claude, tool)
+from translation_checker import check_message_stream
 
 import ironcage_proxy as ic
 
@@ -137,6 +138,62 @@ def test_what_is_carried_over_meets_the_other_vendors_rules(seed):
                 {}, {"tools": [{"name": "f"}]}, {"thinking": {"type": "disabled"}},
                 {"tools": [{"name": "f"}], "output_config": {"effort": "max"}},
                 {"temperature": 0.3, "stop_sequences": ["x"]}))}, model)
+
+
+def sloppy_stream(rng):
+    """A chat server's stream with the liberties that servers take, and what it says:
+    (deltas, finish, thinking, text, calls)."""
+    deltas, thinking, said, calls = [], "", "", []
+    for _ in range(rng.randrange(3)):
+        thinking += "hm "
+        deltas.append({rng.choice(("reasoning_content", "reasoning")): "hm "})
+    for _ in range(rng.randrange(3)):
+        said += "ab "
+        deltas.append({"content": "ab ", **rng.choice(({}, {"role": "assistant"},
+                                                       {"tool_calls": []}))})
+    count, style = rng.randrange(4), rng.choice(("whole", "pieces", "mixed", "no index"))
+    pending = []
+    for number in range(count):
+        arguments = json.dumps({"n": number, "text": "ü{}\\" * rng.randrange(3)})
+        name, call_id = f"f{number}", f"c{number}"
+        calls.append((name, call_id, json.loads(arguments)))
+        cut = [] if style == "whole" else sorted(rng.sample(range(1, len(arguments)), 2))
+        parts = [arguments[a:b] for a, b in zip([0, *cut], [*cut, None])]
+        if style != "whole" and rng.random() < 0.5:
+            parts.insert(0, "")
+        place = {} if style == "no index" else {"index": number}
+        rows = [{**place, "id": call_id, "type": "function",
+                 "function": {"name": name, "arguments": parts[0]}}]
+        for part in parts[1:]:
+            again = rng.choice(({}, {"id": call_id} if style != "no index" else {}))
+            rows.append({**place, **again, "function": {
+                "arguments": part, **rng.choice(({}, {"name": None}))}})
+        pending.append(rows)
+    if style == "mixed":                               # parallel calls, each in its own order
+        while any(pending):
+            deltas.append({"tool_calls": [rng.choice([p for p in pending if p]).pop(0)]})
+    elif style == "whole" and count:
+        deltas.append({"tool_calls": [rows[0] for rows in pending]})
+    else:
+        deltas += [{"tool_calls": [row]} for rows in pending for row in rows]
+    return deltas or [{"content": ""}], rng.choice(("stop", "tool_calls")), thinking, said, calls
+
+
+@pytest.mark.parametrize("is_openai", [True, False])
+@pytest.mark.parametrize("seed", range(200))
+def test_a_sloppy_stream_says_the_same_as_a_message(seed, is_openai):
+    deltas, finish, thinking, said, calls = sloppy_stream(Random(seed))
+    translator, _ = to_chat({"stream": True}, "gpt-4o" if is_openai else "qwen", is_openai)
+
+    message = check_message_stream(list(translator.events(
+        chunks_of(*deltas, finish=finish, usage=Random(seed).choice(("after", "with", "none"))))))
+
+    content = message["content"]
+    assert thinking == "".join(b["thinking"] for b in content if b["type"] == "thinking")
+    assert said == "".join(b["text"] for b in content if b["type"] == "text")
+    assert calls == sorted(((b["name"], b["id"], b["input"]) for b in content
+                            if b["type"] == "tool_use"), key=lambda call: call[1])
+    assert ("tool_use" if calls else "end_turn") == message["stop_reason"]
 
 
 def _tolerant(carry):

@@ -326,6 +326,23 @@ def test_a_lease_that_could_not_be_given_back_is_at_the_next_start(
     assert spent + 500_000 == limit                    # the new lease counts from now
 
 
+def test_of_two_leases_that_could_not_be_given_back_each_tells_its_own_spend(
+        mock, cage, proxy_of, tmp_path):
+    ledger = str(tmp_path / "ledger.db")
+    cage.answers[RETURN_PATH] = lambda body: (503, {})
+    for calls in (1, 2):
+        proxy = proxy_of("--ledger", ledger)
+        for _ in range(calls):
+            chat(proxy)
+        proxy.stop()
+    cage.answers[RETURN_PATH] = lambda body: (200, {})
+    before = len(cage.bodies(RETURN_PATH))
+    proxy_of("--ledger", ledger).stop()
+
+    first, second, third = (body["spent_microdollars"] for body in cage.bodies(RETURN_PATH)[before:])
+    assert (mock.billed_microdollars, 2 * first, 0) == (first + second, second, third)
+
+
 def test_a_lease_outlives_the_process_that_is_killed(mock, cage, tmp_path):
     """What the dead process had in flight is charged, and its lease given back with it."""
     ledger = str(tmp_path / "ledger.db")
