@@ -369,26 +369,39 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 
 @dataclass(frozen=True)
 class JsonBody:
-    """A JSON object as received: its text, its fields, and where each top-level value stands."""
-    text: str
+    """A JSON object as received: its bytes, its fields, and where each top-level value stands.
+
+    The text is decoded anew when it is asked for, so that a large body is not kept twice.
+    """
+    raw: bytes                                # UTF-8
     fields: Mapping[str, object]
-    spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in text
-    utf8_bytes: int                           # the length of the text
+    spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in the text
+
+    @property
+    def text(self) -> str:
+        """What it was as a string."""
+        return self.raw.decode("utf-8")
 
     def with_fields(self, changes: Mapping[str, object]) -> bytes:
-        """The text with some top-level fields set, as UTF-8. All else stays as it was."""
-        text = self.text
-        present = sorted((name for name in changes if name in self.spans),
-                         key=lambda name: self.spans[name], reverse=True)
-        for name in present:
-            start, end = self.spans[name]
-            text = text[:start] + json.dumps(changes[name]) + text[end:]
+        """The bytes with some top-level fields set. All else stays as it was."""
+        text = None if self.raw.isascii() else self.text
+
+        def place(at: int) -> int:
+            return at if text is None else len(text[:at].encode("utf-8"))
+
+        present = sorted((self.spans[name], value) for name, value in changes.items()
+                         if name in self.spans)
         absent = {name: value for name, value in changes.items() if name not in self.spans}
-        if absent:
-            after_brace = text.index("{") + 1
-            comma = "," if self.spans else ""
-            text = text[:after_brace] + json.dumps(absent)[1:-1] + comma + text[after_brace:]
-        return text.encode("utf-8")
+        after_brace = self.raw.index(b"{") + 1
+        edits = [(after_brace, after_brace, json.dumps(absent)[1:-1] + "," * bool(self.spans))] \
+            if absent else []
+        edits += [(place(start), place(end), json.dumps(value))
+                  for (start, end), value in present]
+        pieces, done, view = [], 0, memoryview(self.raw)
+        for start, end, written in edits:
+            pieces += [view[done:start], written.encode("ascii")]
+            done = end
+        return b"".join([*pieces, view[done:]])
 
 
 def _object_without_duplicates(pairs: list) -> dict:
@@ -483,7 +496,7 @@ def parse_json_object(raw: bytes) -> JsonBody:
         raise BadRequest(f"the request body is not JSON: {err}") from None
     if _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
-    return JsonBody(text, fields, spans, len(raw))
+    return JsonBody(raw, fields, spans)
 
 
 def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
@@ -1292,8 +1305,10 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         return context
     special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
     extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
-    text, utf8_bytes = body.text, body.utf8_bytes
-    if price.provider == "anthropic" and ("\\u" in text or not text.isascii()):
+    utf8_bytes, takes_nfkc = len(body.raw), price.provider == "anthropic" and (
+        b"\\u" in body.raw or not body.raw.isascii())
+    text = body.text if images or (measured and not takes_nfkc) else ""
+    if takes_nfkc:
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
         text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False))
         utf8_bytes = max(utf8_bytes, len(text.encode("utf-8", "surrogatepass")))
@@ -1346,22 +1361,28 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
     A JSON escape can hide a word, so a body with escapes counts as having it.
     """
-    def may_say(word: str) -> bool:
-        return word in body.text or "\\u" in body.text
+    def may_say(*words: bytes) -> bool:
+        return any(word in body.raw for word in (b"\\u", *words))
 
-    writes = api != "messages" or may_say("cache_control")
-    writes_long = may_say('"1h"') or may_say('"12h"')
     speaks = body.fields.get("audio") is not None or body.fields.get("modalities") is not None
     inputs: list[Rate] = []
     outputs: list[Rate] = []
+    writes: list[Rate] = []
+    long_writes: list[Rate] = []
     for tier in _possible_tiers(body.fields, default_tier):
         for prompt_tokens in (0, input_tokens):
             rates = price.rates(tier, prompt_tokens)
             inputs += [rates["input"], rates["audio_input"], rates["cache_read"]]
-            inputs += [rates["cache_write"]] * writes
-            inputs += [rates["cache_write_1h"], rates["cache_write_12h"]] * (writes and writes_long)
+            writes.append(rates["cache_write"])
+            long_writes += [rates["cache_write_1h"], rates["cache_write_12h"]]
             outputs += [rates["output"], rates["reasoning"]] + [rates["audio_output"]] * speaks
-    return max(inputs), max(outputs)
+    # The body is searched only for what would change the rate.
+    dearest = max(inputs)
+    if max(*writes, *long_writes) > dearest and (api != "messages" or may_say(b"cache_control")):
+        dearest = max(dearest, *writes)
+        if max(long_writes) > dearest and may_say(b'"1h"', b'"12h"'):
+            dearest = max(long_writes)
+    return dearest, max(outputs)
 
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
@@ -1380,7 +1401,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         input_tokens=input_tokens,
         input_picodollars=input_tokens * input_rate * multiplier,
         output_picodollars=output_rate * multiplier * _choices(api, fields),
-        unlimited_output_tokens=body.utf8_bytes if fields.get("prediction") is not None else 0,
+        unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
         least_output_tokens=_least_output_tokens(api, fields), may_be_lowered=may_be_lowered)
@@ -1419,6 +1440,8 @@ class EventSplitter:
 
 def event_data(event: bytes) -> bytes:
     """The data of an event: its `data:` lines joined by newlines, b"" if it has none."""
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event[6:-2]                   # the usual event, at a third of the time
     lines = []
     for line in _ANY_LINE_END.split(event):
         if line.startswith(b"data:"):
@@ -1457,6 +1480,9 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 # Source: OpenAI and Anthropic streaming references; facts of 380 recorded exchanges.
 
 
+_parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
+
+
 class AnswerMeter:
     """What one answer says about its cost."""
 
@@ -1487,7 +1513,7 @@ class AnswerMeter:
             self.has_ended, self.usage_is_final = True, self.usage is not None
             return None
         try:
-            parsed = json.loads(data)
+            parsed = _parse_json(data.decode("utf-8"))
         except (ValueError, RecursionError):
             return None
         if not isinstance(parsed, dict):
@@ -1620,9 +1646,11 @@ def without_usage(event: bytes, chunk: Optional[dict]) -> bytes:
     if chunk["usage"] is not None and chunk.get("choices") == [] \
             and not set(chunk) - USAGE_CHUNK_FIELDS:
         return b""
-    if chunk["usage"] is None and len(_USAGE_NULL.findall(event)) == event.count(b'"usage"') == 1:
+    if chunk["usage"] is None:
         # Inside a JSON string these quotes would be escaped: the match is the field itself.
-        return _USAGE_NULL.sub(b"", event)
+        without, found = _USAGE_NULL.subn(b"", event)
+        if found == event.count(b'"usage"') == 1:
+            return without
     return format_event({name: value for name, value in chunk.items() if name != "usage"})
 
 
@@ -4393,6 +4421,7 @@ KNOWN_PROVIDERS = (
     ("ollama", "openai", "", "http://127.0.0.1:11434"),
     ("vllm", "openai", "", "http://127.0.0.1:8000"),
 )
+REGIONAL_HOST = re.compile(r"https?://(us|eu)\.api\.openai\.com(?![\w.-])", re.IGNORECASE)
 # They refuse an assistant's message without the reasoning that they gave with it.
 WANT_REASONING_BACK = frozenset({"deepseek"})
 
@@ -4414,8 +4443,8 @@ class Provider:
     @property
     def data_residency(self) -> Optional[str]:
         """"us" or "eu" for OpenAI's regional hosts, which cost more."""
-        host = urllib.parse.urlsplit(self.base_url).hostname or ""
-        return host[:2] if host in ("us.api.openai.com", "eu.api.openai.com") else None
+        region = REGIONAL_HOST.match(self.base_url)
+        return region[1].lower() if region is not None else None
 
     def credentials(self) -> dict[str, str]:
         """The header that carries the key; none for a provider that needs no key."""
@@ -6426,7 +6455,8 @@ class Router:
                      if call.body.fields.get(name) is not None}
             changes.update({name: min(cap, own) for name, own in asked.items()}
                            or {names[0]: cap})
-        if call.api == "messages" and call.translator is None and OWN_SIGNATURE in call.body.text:
+        if call.api == "messages" and call.translator is None \
+                and OWN_SIGNATURE.encode("ascii") in call.body.raw:
             kept = without_own_thinking(call.body.fields.get("messages"))
             if kept != call.body.fields.get("messages"):
                 changes["messages"] = kept

@@ -7,6 +7,8 @@
 import http.server
 import json
 import os
+import re
+import selectors
 import socket
 import sys
 import threading
@@ -14,6 +16,7 @@ import time
 import urllib.request
 
 CHUNKS = 200
+PACED_CHUNKS, PACE_S = 30, 0.1
 USAGE = {"prompt_tokens": 60, "completion_tokens": 72, "total_tokens": 132}
 BODY = json.dumps({
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o-mini",
@@ -38,6 +41,18 @@ STREAM = [event(number) for number in range(CHUNKS)] + [
     event(0, USAGE), b"e\r\ndata: [DONE]\n\n\r\n", b"0\r\n\r\n"]
 
 
+def pace(sock):
+    """A stream of PACED_CHUNKS, each with the time when it was sent, PACE_S apart."""
+    sock.sendall(SSE_HEAD)
+    for number in range(PACED_CHUNKS):
+        data = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],"sent":%.6f}\n\n' \
+            % time.time()
+        sock.sendall(b"%x\r\n%b\r\n" % (len(data), data))
+        time.sleep(PACE_S)
+    for part in STREAM[-3:]:
+        sock.sendall(part)
+
+
 def provide(port):
     def serve(sock):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -48,7 +63,9 @@ def provide(port):
                 if line.lower().startswith(b"content-length:"):
                     length = int(line.split(b":")[1])
             body = reader.read(length)
-            if b'"stream": true' in body:
+            if b'"paced"' in body:
+                pace(sock)
+            elif b'"stream": true' in body:
                 sock.sendall(SSE_HEAD)
                 for chunk in STREAM:
                     sock.sendall(chunk)
@@ -105,14 +122,63 @@ def cpu_s(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def load(port, connections, requests, kind, pid):
-    size = {"small": 900, "stream": 900, "long": 400_000}[kind]
+def memory_kb(pid, which):
+    """VmRSS or VmHWM (the most so far) of a process; None where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(which))
+    except (OSError, StopIteration):
+        return None
+
+
+def load_paced(port, streams, pid):
+    """So many streams at once, each with a chunk every PACE_S: how late they come."""
+    body = request_of("paced")
+    begun_cpu_s, lags_s, firsts_s, open_socks = cpu_s(pid), [], [], selectors.DefaultSelector()
+    for _ in range(streams):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(body)
+        open_socks.register(sock, selectors.EVENT_READ, [False])
+    chunks, faults = 0, 0
+    while open_socks.get_map():
+        for key, _ in open_socks.select():
+            data = key.fileobj.recv(65536)
+            now_s = time.time()
+            sent_s = [float(text) for text in re.findall(rb'"sent":([\d.]+)', data)]
+            lags_s += [now_s - sent for sent in sent_s]
+            if sent_s and not key.data[0]:
+                key.data[0] = True
+                firsts_s.append(now_s - sent_s[0])
+            chunks += len(sent_s)
+            if not data or b"[DONE]" in data:
+                faults += not data
+                open_socks.unregister(key.fileobj)
+                key.fileobj.close()
+    after = cpu_s(pid)
+    lags_s.sort()
+    firsts_s.sort()
+    print(json.dumps({
+        "p50_ms": lags_s[len(lags_s) // 2] * 1e3, "p99_ms": lags_s[int(len(lags_s) * .99)] * 1e3,
+        "first_ms": firsts_s[len(firsts_s) // 2] * 1e3, "faults": faults,
+        "cpu_us": None if after is None else (after - begun_cpu_s) / chunks * 1e6,
+        "rss_mb": (memory_kb(pid, "VmRSS") or 0) / 1024}))
+
+
+def request_of(kind):
+    """The bytes of one request; a paced one is a stream."""
+    size = {"long": 400_000, "huge": 20_000_000}.get(kind, 900)
     fields = {"model": "gpt-4o-mini", "max_tokens": 72,
               "messages": [{"role": "user", "content": "some words " * (size // 11)}]}
-    body = json.dumps({**fields, **({"stream": True} if kind == "stream" else {})}).encode()
-    request = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
-               b"ic_bench_0123456789\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-               % len(body)) + body
+    if kind in ("stream", "paced"):
+        fields.update(stream=True, user=kind)
+    body = json.dumps(fields).encode()
+    return (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
+            b"ic_bench_0123456789\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(body)) + body
+
+
+def load(port, connections, requests, kind, pid):
+    request = request_of(kind)
     times_s, firsts_s, faults = [], [], []
 
     def run(count):
@@ -137,7 +203,7 @@ def load(port, connections, requests, kind, pid):
                         rest = rest[-8:] + sock.recv(65536)
                 times_s.append(time.perf_counter() - start)
 
-    run(10)
+    run(1 if kind == "huge" else 10)
     del times_s[:], firsts_s[:]
     threads = [threading.Thread(target=run, args=(requests // connections,))
                for _ in range(connections)]
@@ -151,8 +217,9 @@ def load(port, connections, requests, kind, pid):
     cpu_us = None if before is None else (after - before) / len(times_s) * 1e6
     print(json.dumps({
         "per_s": len(times_s) / took_s, "p50_us": times_s[len(times_s) // 2] * 1e6,
-        "p99_us": times_s[int(len(times_s) * 0.99)] * 1e6, "cpu_us": cpu_us,
-        "faults": len(faults)}))
+        "p99_us": times_s[int(len(times_s) * 0.99)] * 1e6, "max_us": times_s[-1] * 1e6,
+        "cpu_us": cpu_us, "faults": len(faults), "rss_mb": (memory_kb(pid, "VmRSS") or 0) / 1024,
+        "most_mb": (memory_kb(pid, "VmHWM") or 0) / 1024}))
 
 
 if __name__ == "__main__":
@@ -161,5 +228,7 @@ if __name__ == "__main__":
         provide(int(rest[0]))
     elif what == "naive":
         proxy_naively(int(rest[0]), rest[1])
+    elif rest[3] == "paced":
+        load_paced(int(rest[0]), int(rest[1]), int(rest[4]))
     else:
         load(int(rest[0]), int(rest[1]), int(rest[2]), rest[3], int(rest[4]))

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from peers import PACE_S, memory_kb
+
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parents[1] / "ironcage_proxy.py"
 PEERS = str(HERE / "peers.py")
@@ -26,22 +28,27 @@ LOADS = {
     "small, 1 connection": (1, 300 if QUICK else 1_500, "small"),
     "small, 16 connections": (16, 320 if QUICK else 3_200, "small"),
     "small, 64 connections": (64, 320 if QUICK else 3_200, "small"),
+    "small, 256 connections": (256, 512 if QUICK else 5_120, "small"),
     "400 KB, 1 connection": (1, 20 if QUICK else 100, "long"),
+    "20 MB, 1 connection": (1, 2 if QUICK else 4, "huge"),
     "stream of 200 chunks": (1, 10 if QUICK else 60, "stream"),
 }
+STREAMS = 100 if QUICK else 500
 VARIANTS = {
     "naive": None,
     "no budget": [],
     "budget": ["--budget", "1000"],
     "budget, ledger": ["--budget", "1000", "--ledger", "LEDGER"],
 }
-ENVIRON = {**os.environ, "OPENAI_API_KEY": "sk-bench", "IRONCAGE_TOKEN": "ic_bench_0123456789",
+ENVIRON = {**{name: value for name, value in os.environ.items()
+             if name != "PYTHONDONTWRITEBYTECODE"},
+           "OPENAI_API_KEY": "sk-bench", "IRONCAGE_TOKEN": "ic_bench_0123456789",
            "IRONCAGE_OPENAI_BASE_URL": f"http://127.0.0.1:{PROVIDER_PORT}"}
 
 
 def started(*argv):
     process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, env=ENVIRON)
+                               stderr=subprocess.DEVNULL, env=ENVIRON, cwd=PROGRAM.parent)
     return process, process.stdout.readline()
 
 
@@ -66,21 +73,44 @@ def measured(flags, load):
     return json.loads(done.stdout)
 
 
-def start_ms():
-    """Milliseconds from start to first answer, and of importing the same modules alone."""
+def timed_start(*argv):
+    """Milliseconds until the program listens, and what it then has resident, in MB."""
+    begun = time.perf_counter()
+    process, _ = started("-S", *argv, "--port", "0", "--quiet")
+    took_ms = (time.perf_counter() - begun) * 1000
+    resident_mb = (memory_kb(process.pid, "VmRSS") or 0) / 1024
+    process.kill()
+    process.wait()
+    return took_ms, resident_mb
+
+
+def timed_imports():
+    """Milliseconds that importing the same modules takes alone."""
     modules = re.findall(r"^import ([\w.]+)", PROGRAM.read_text(encoding="utf-8"), re.MULTILINE)
-    starts, imports = [], []
-    for _ in range(3 if QUICK else 9):
-        begun = time.perf_counter()
-        process, line = started("-I", "-S", str(PROGRAM), "--port", "0", "--quiet")
-        starts.append(time.perf_counter() - begun)
-        process.kill()
-        process.wait()
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-I", "-S", "-c", f"import {', '.join(modules)}"],
-                       check=True)
-        imports.append(time.perf_counter() - begun)
-    return statistics.median(starts) * 1000, statistics.median(imports) * 1000
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-S", "-c", f"import {', '.join(modules)}"], check=True)
+    return (time.perf_counter() - begun) * 1000
+
+
+def print_starts():
+    rows = [(timed_start(str(PROGRAM)), timed_start("-m", PROGRAM.stem), timed_imports())
+            for _ in range(3 if QUICK else 9)]
+    script, module, imports = zip(*rows)
+    base = statistics.median(imports)
+    print(f"\nstart to listening; importing the same modules alone takes {base:.0f} ms")
+    for name, times in (("python ironcage_proxy.py", script), ("python -m ironcage_proxy", module)):
+        ms, mb = (statistics.median(column) for column in zip(*times))
+        print(f"{name:26}{ms:6.0f} ms, ratio {ms / base:.2f}, {mb:.0f} MB resident")
+
+
+def print_paced():
+    print(f"\n{STREAMS} streams at once, a chunk every {PACE_S * 1000:.0f} ms\n{'':16}{'p50 ms':>9}"
+          f"{'p99 ms':>9}{'first ms':>9}{'CPU us':>9}{'MB':>9}{'faults':>8}   (late; CPU a chunk)")
+    for variant in ("naive", "budget"):
+        rows = [measured(VARIANTS[variant], (STREAMS, 0, "paced")) for _ in range(ROUNDS)]
+        row = {key: statistics.median(one[key] or 0 for one in rows) for key in rows[0]}
+        print(f"{variant:16}{row['p50_ms']:9.1f}{row['p99_ms']:9.1f}{row['first_ms']:9.1f}"
+              f"{row['cpu_us']:9.0f}{row['rss_mb']:9.0f}{row['faults']:8.0f}")
 
 
 def main():
@@ -91,20 +121,20 @@ def main():
             for _ in range(ROUNDS):
                 for variant, flags in VARIANTS.items():
                     results[variant].append(measured(flags, load))
-            print(f"\n{name}\n{'':16}{'req/s':>9}{'p50 us':>9}{'p99 us':>9}{'CPU us':>9}"
-                  f"{'CPU/naive':>11}{'faults':>8}")
+            print(f"\n{name}\n{'':16}{'req/s':>9}{'p50 us':>9}{'p99 us':>9}{'max ms':>9}"
+                  f"{'CPU us':>9}{'CPU/naive':>11}{'MB':>6}{'most':>6}{'faults':>8}")
             medians = {variant: {key: statistics.median(row[key] or 0 for row in rows)
                                  for key in rows[0]} for variant, rows in results.items()}
             for variant, row in medians.items():
                 ratio = row["cpu_us"] / (medians["naive"]["cpu_us"] or 1)
                 print(f"{variant:16}{row['per_s']:9.0f}{row['p50_us']:9.0f}{row['p99_us']:9.0f}"
-                      f"{row['cpu_us']:9.0f}{ratio:11.2f}{row['faults']:8.0f}")
+                      f"{row['max_us'] / 1000:9.0f}{row['cpu_us']:9.0f}{ratio:11.2f}"
+                      f"{row['rss_mb']:6.0f}{row['most_mb']:6.0f}{row['faults']:8.0f}")
+        print_paced()
     finally:
         provider.kill()
         provider.wait()
-    start, imports = start_ms()
-    print(f"\nstart to listening {start:.0f} ms; importing the same modules {imports:.0f} ms; "
-          f"ratio {start / imports:.2f}")
+    print_starts()
 
 
 if __name__ == "__main__":

@@ -210,3 +210,11 @@ def test_providers_and_aliases_change_while_serving(mock, proxy_with, tmp_path):
     chat(proxy, "fast")
 
     assert ["gpt-4o", "gpt-4o-mini"] == [seen.json["model"] for seen in mock.seen]
+
+
+@pytest.mark.parametrize("url, region", [
+    ("https://us.api.openai.com", "us"), ("https://EU.api.openai.com:443/v1", "eu"),
+    ("https://api.openai.com", None), ("https://us.api.openai.com.evil.example", None),
+    ("http://127.0.0.1:1/us.api.openai.com", None)])
+def test_regional_hosts_of_openai_are_known(url, region):
+    assert region == program().Provider("openai", "openai", url).data_residency
