@@ -125,6 +125,7 @@ LISTEN_BACKLOG = 1024                     # the default of 5 drops bursts of con
 POOLED_CONNECTIONS_PER_HOST = 128
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
 STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
+ACCEPTING_SWITCH_S = 0.0001               # of the interpreter, while somebody connects
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
 WAIT_POLL_S = 0.1                         # how soon who waits for budget sees its client go
 CONFIG_LOOK_S = 1                         # how often the configuration's file is looked at
@@ -7300,6 +7301,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.cuts_now = False                          # a second signal: do not wait
         self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
+        self._accepts = False                          # in this round of serve_forever
+        self._usual_switch_s: Optional[float] = None   # to go back to when nobody comes in
         self._changed = threading.Condition()          # guards the next field
         self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
         try:
@@ -7347,6 +7350,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.shutdown()
             self._thread.join()
             self._thread = None
+            self._switch_as_usual()
         self.server_close()
         self._wait_for_connections(self.settings.timeouts.drain_s, lambda: not self.cuts_now)
         self.router.shut_down()
@@ -7409,8 +7413,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.callers = {caller.sha256: caller for caller in (*self._own_callers(),
                                                              *config.callers)}
 
+    def _switch_as_usual(self) -> None:
+        if self._usual_switch_s is not None:
+            sys.setswitchinterval(self._usual_switch_s)
+            self._usual_switch_s = None
+
     def service_actions(self) -> None:
         """What serve_forever calls in each round: look whether the configuration changed."""
+        if not self._accepts:
+            self._switch_as_usual()
+        self._accepts = False
         if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
             return
         self._looked_s = time.monotonic()
@@ -7428,7 +7440,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Connections: one thread each, and a bound on them.
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """Accept a connection; out of file descriptors, wait a little rather than spin."""
+        """Accept a connection; out of file descriptors, wait a little rather than spin.
+
+        While connections come in, threads take turns more often: else the many that serve let
+        the one that accepts wait for each of its steps, and the last of 256 for more than two
+        seconds. (Measured with wrk: the longest 0.6 s; at 64 the 99th percentile 97 ms rather
+        than 748; a sixth fewer answers a second.)
+        """
+        if sys.getswitchinterval() > ACCEPTING_SWITCH_S:
+            self._usual_switch_s = sys.getswitchinterval()
+            sys.setswitchinterval(ACCEPTING_SWITCH_S)
+        self._accepts = True
         try:
             return super().get_request()
         except OSError:
