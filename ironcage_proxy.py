@@ -2056,11 +2056,19 @@ def _string_list(value: object) -> list[str]:
 
 
 def _parts_of(content: object) -> list[dict]:
-    """A message's content as a list of parts; a string is one text part, null is none."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [part for part in content if isinstance(part, dict)] \
-        if isinstance(content, list) else []
+    """A message's content as a list of parts; a string is a text part, null is none."""
+    return [{"type": "text", "text": part} if isinstance(part, str) else part
+            for part in (content if isinstance(content, list) else [content])
+            if isinstance(part, (dict, str))]
+
+
+def _content_of(message: Mapping[str, object]) -> object:
+    """A message's content. Raises BadRequest where it is neither text nor a list nor null."""
+    content = message.get("content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise BadRequest("a message's content must be a string or a list of parts",
+                         param="messages")
+    return content
 
 
 def _text_of(content: object, separator: str = "") -> str:
@@ -2079,12 +2087,22 @@ def fitting_name(name: str, most: int) -> str:
         else f"{clean[:most - 9]}_{_hashed(name, 8)}"
 
 
-def arguments_to_input(arguments: object) -> dict:
+def _parse_strictly(text: str) -> object:
+    """JSON that our own reading of a request body will take. Raises BadRequest, ValueError."""
+    value = _STRICT_JSON.decode(text)
+    if _nested_deeper_than([value], MAX_JSON_DEPTH - 16):
+        raise ValueError("nested too deep")
+    return value
+
+
+def arguments_to_input(arguments: object, parse: Callable[[str], object] = json.loads) -> dict:
     """A tool call's arguments as an object; what is none is wrapped until its return."""
+    if isinstance(arguments, dict):
+        return arguments                           # as some servers send them
     text = arguments if isinstance(arguments, str) else ""
     try:
-        value = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
+        value = parse(text) if text.strip() else {}
+    except (ValueError, RecursionError, BadRequest):
         return {"__raw": text}
     return value if isinstance(value, dict) else {"__value": value}
 
@@ -2100,7 +2118,7 @@ def input_to_arguments(value: object) -> str:
 
 LATER_SYSTEM = "[system instruction, not from the user]\n"
 FENCED = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
-DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,", re.IGNORECASE)
 IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
 # The first bytes of an image, in base64, and what they say it is.
 IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
@@ -2194,6 +2212,7 @@ FINISH_REASONS = MappingProxyType({
     "refusal": "content_filter", "model_context_window_exceeded": "length"})       # else stop
 SCHEMA_KEYWORDS = frozenset({"$defs", "$ref", "type", "enum", "const", "anyOf", "allOf", "default",
                              "properties", "required", "items", "title", "description", "pattern"})
+SCHEMA_MAPS = ("properties", "$defs", "definitions")        # name -> schema
 SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "uri",
                             "ipv4", "ipv6", "uuid"})
 
@@ -2214,7 +2233,7 @@ def claude_schema(schema: object) -> object:
     words = []
     for name, value in schema.items():
         name = "anyOf" if name == "oneOf" else name
-        if name in ("properties", "$defs", "definitions"):
+        if name in SCHEMA_MAPS:
             kept[name] = {key: claude_schema(child) for key, child in json_object(value).items()}
         elif name in ("anyOf", "allOf"):
             kept[name] = [claude_schema(child) for child in value] if isinstance(value, list) \
@@ -2226,7 +2245,7 @@ def claude_schema(schema: object) -> object:
             kept[name] = value
         elif name not in ("additionalProperties", "$schema", "$id", "strict"):
             words.append(f"{name}: {json.dumps(value)}")
-    if kept.get("type") == "object" or "properties" in kept:
+    if _is_object(kept) or "properties" in kept:
         kept["additionalProperties"] = False
     if words:
         kept["description"] = "; ".join([*_string_list(kept.get("description")), *words])
@@ -2239,11 +2258,28 @@ def _is_open(schema: object) -> bool:
         return any(map(_is_open, schema))
     if not isinstance(schema, dict):
         return False
-    if schema.get("type") == "object" and not schema.get("properties"):
+    if _is_object(schema) and not schema.get("properties"):
         return True
-    return schema.get("additionalProperties") not in (None, False) \
-        or any(_is_open(child) for name, child in schema.items()
+    if schema.get("additionalProperties") not in (None, False) \
+            or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list):
+        return True
+    return any(any(map(_is_open, json_object(child).values())) if name in SCHEMA_MAPS
+               else _is_open(child) for name, child in schema.items()
                if name not in ("enum", "const", "default"))
+
+
+def _is_object(schema: Mapping[str, object]) -> bool:
+    kind = schema.get("type")
+    return kind == "object" or (isinstance(kind, list) and "object" in kind)
+
+
+def _with_root(schema: object) -> object:
+    """A schema whose root is a reference into itself, with what it refers to as its root."""
+    fields = json_object(schema)
+    if not str(fields.get("$ref")).startswith("#/"):
+        return schema
+    return {**_referred(fields["$ref"], fields),
+            **{name: fields[name] for name in ("$defs", "definitions") if name in fields}}
 
 
 def _is_recursive(schema: object, root: Mapping[str, object], done: set[str],
@@ -2317,7 +2353,9 @@ class ChatOnClaude:
         self._is_legacy = bool(fields.get("functions"))
         self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
         self._system: list[dict] = []
-        self._cache_marks: list[dict] = []
+        self._uses: Counter = Counter()            # of each of the client's ids
+        self._unanswered: dict[str, list[str]] = {}        # the client's id -> ids at Claude
+        self._answered: dict[str, str] = {}
         self._created_at = int(time.time())
         self.request = self._request(fields, most_output_tokens)
 
@@ -2368,12 +2406,12 @@ class ChatOnClaude:
             "metadata": isinstance(user, str) and {
                 "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
                 else user}}
-        for mark in self._cache_marks[:-MAX_CACHE_MARKS]:
-            del mark["cache_control"]
         if "output_config" in passed:              # the client's own, and what was derived
             passed["output_config"] = {**request.get("output_config", {}),
                                        **json_object(passed["output_config"])}
-        return {**request, **{name: value for name, value in optional.items() if value}, **passed}
+        request.update({name: value for name, value in optional.items() if value}, **passed)
+        self._limit_cache_marks(request)
+        return request
 
     @staticmethod
     def _thinks(request: Mapping[str, object]) -> bool:
@@ -2399,7 +2437,10 @@ class ChatOnClaude:
 
     def _set_thinking(self, effort: object, request: dict) -> None:
         claude = self._claude
-        if effort is None or "thinking" in request:
+        if effort is None:
+            return
+        if "thinking" in request:                  # the client's own counts
+            self._losses.drop("reasoning_effort")
             return
         if effort not in ("none", "minimal", *EFFORTS):
             raise BadRequest("reasoning_effort is not one of none, minimal, low, medium, high, "
@@ -2451,7 +2492,7 @@ class ChatOnClaude:
         if wanted is None or kind == "text":
             return
         holder = json_object(json_object(wanted).get("json_schema"))
-        schema = holder.get("schema")
+        schema = _with_root(holder.get("schema"))
         if kind not in ("json_schema", "json_object"):
             raise BadRequest("response_format has a type that is not known",
                              param="response_format")
@@ -2564,6 +2605,8 @@ class ChatOnClaude:
         leading: list[dict] = []
         later: list[dict] = []         # system messages after the first user's: behind that turn
         for message in map(json_object, messages):
+            if message.get("role") == "assistant" and turns and turns[-1]["role"] != "assistant":
+                self._unanswered.clear()           # results come before the next answer only
             role, blocks = self._turn(message)
             if not blocks:
                 continue
@@ -2596,19 +2639,19 @@ class ChatOnClaude:
     def _turn(self, message: Mapping[str, object]) -> tuple[str, list[dict]]:
         role = message.get("role")
         if role in ("system", "developer"):
-            return "system", self._blocks(message.get("content"))
+            return "system", self._blocks(_content_of(message))
         if role == "assistant":
             return "assistant", self._assistant_blocks(message)
         if role in ("tool", "function"):
             call_id = message.get("tool_call_id", message.get("name"))
-            content = self._blocks(message.get("content"))
-            result = {"type": "tool_result", "tool_use_id": self._claude_id(str(call_id))}
+            content = self._blocks(_content_of(message))
+            result = {"type": "tool_result", "tool_use_id": self._result_id(str(call_id or ""))}
             if content:
                 plain = len(content) == 1 and set(content[0]) == {"type", "text"}
                 result["content"] = content[0]["text"] if plain else content
             return "user", [self._marked(result, message)]
         if role == "user":
-            return "user", self._blocks(message.get("content"))
+            return "user", self._blocks(_content_of(message))
         raise BadRequest("a message has a role that is not known", param="messages")
 
     def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
@@ -2636,7 +2679,7 @@ class ChatOnClaude:
         own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
         if own and _text_of(own) == _text_of(message.get("content")):
             return own
-        blocks += self._blocks(message.get("content"))
+        blocks += self._blocks(_content_of(message))
         if isinstance(message.get("refusal"), str) and message["refusal"].strip():
             blocks.append({"type": "text", "text": message["refusal"]})
         calls = message.get("tool_calls") or []
@@ -2646,16 +2689,29 @@ class ChatOnClaude:
         for call in map(json_object, calls if isinstance(calls, list) else ()):
             inner = json_object(call.get(str(call.get("type", "function"))))
             blocks.append({
-                "type": "tool_use", "id": self._claude_id(str(call.get("id"))),
+                "type": "tool_use", "id": self._call_id(str(call.get("id") or "")),
                 "name": fitting_name(str(inner.get("name")), 128),
                 "input": {"input": inner.get("input")} if call.get("type") == "custom"
-                else arguments_to_input(inner.get("arguments"))})
+                else arguments_to_input(inner.get("arguments"), _parse_strictly)})
         return blocks
 
-    @staticmethod
-    def _claude_id(call_id: str) -> str:
-        return call_id if re.fullmatch(r"[A-Za-z0-9_-]+", call_id) \
-            else f"toolu_{_hashed(call_id, 24)}"
+    def _call_id(self, told: str) -> str:
+        """A tool call's id at Claude, which takes each but once; results find it in order."""
+        again = self._uses[told]
+        self._uses[told] += 1
+        is_fine = not again and re.fullmatch(r"[A-Za-z0-9_-]+", told)
+        call_id = told if is_fine else \
+            f"toolu_{_hashed(f'{told}#{again}' if again else told, 24)}"
+        self._unanswered.setdefault(told, []).append(call_id)
+        self._answered.pop(told, None)
+        return call_id
+
+    def _result_id(self, told: str) -> str:
+        """The oldest call of that id without a result; else the one that had the last."""
+        waiting = self._unanswered.get(told)
+        if waiting:
+            self._answered[told] = waiting.pop(0)
+        return self._answered.get(told, told)
 
     def _marked(self, block: dict, holder: Mapping[str, object]) -> dict:
         """A block with the cache mark of what it came from, if there was one."""
@@ -2665,8 +2721,19 @@ class ChatOnClaude:
             mark = {"type": "ephemeral", **({"ttl": "1h"} if long else {})}
         if mark is not None:
             block["cache_control"] = mark
-            self._cache_marks.append(block)
         return block
+
+    @staticmethod
+    def _limit_cache_marks(request: Mapping[str, object]) -> None:
+        """Leave the last marks that Anthropic takes, in the order in which it reads a request."""
+        blocks = [*request.get("tools", ()), *request.get("system", ())]
+        for turn in request["messages"]:
+            for block in turn["content"]:
+                blocks += [*_parts_of(block.get("content")), block]
+        marked = [block for block in blocks if block.get("cache_control") is not None]
+        most = MAX_CACHE_MARKS - ("cache_control" in request)
+        for block in marked[:-most]:
+            del block["cache_control"]
 
     def _blocks(self, content: object) -> list[dict]:
         blocks = (self._block(part) for part in _parts_of(content))
@@ -2705,7 +2772,7 @@ class ChatOnClaude:
 
     def _document(self, file: Mapping[str, object]) -> dict:
         data, file_id = file.get("file_data"), file.get("file_id")
-        if isinstance(data, str):
+        if isinstance(data, str) and (DATA_URL.match(data) or not data.startswith("data:")):
             header = DATA_URL.match(data)
             media = header[1].lower() if header else "application/pdf"
             encoded = data[header.end():] if header else data
@@ -2755,12 +2822,14 @@ class ChatOnClaude:
         """A result without its call becomes text."""
         known: set[str] = set()
         for turn in turns:
-            for at, block in enumerate(turn["content"]):
+            for at, block in enumerate([*turn["content"]]):
                 if block["type"] == "tool_result" and block["tool_use_id"] not in known:
                     self._losses.adjust("messages.tool", "text")
                     text = f"[result of tool call {block['tool_use_id']}]\n" \
                         + _text_of(block.get("content"))
                     turn["content"][at] = {"type": "text", "text": text}
+                    turn["content"] += [piece for piece in _parts_of(block.get("content"))
+                                        if piece["type"] != "text"]
             known = {block["id"] for block in turn["content"] if block["type"] == "tool_use"} \
                 if turn["role"] == "assistant" else known if turn["role"] == "system" else set()
 
@@ -2952,8 +3021,8 @@ class ChatOnClaude:
     def _block_end(self, block: Mapping[str, object],
                    event: Mapping[str, object]) -> Iterator[dict]:
         if "number" in block and block["is_custom"]:
-            yield self._arguments_delta(
-                block, str(arguments_to_input(block["json"]).get("input", "")))
+            told = arguments_to_input(block["json"])
+            yield self._arguments_delta(block, str(told.get("input", told.get("__raw", ""))))
         elif "number" in block and not block["json"]:        # a call without arguments
             yield self._arguments_delta(block, input_to_arguments(block.get("input")))
         elif block.get("type") in ("thinking", "redacted_thinking"):
@@ -3121,7 +3190,7 @@ class MessagesOnChat:
         if tools:
             request["tools"] = tools
             request.update(self._tool_choice(json_object(fields.get("tool_choice")), tools))
-        stops = _string_list(fields.get("stop_sequences") or [])
+        stops = self.stops = _string_list(fields.get("stop_sequences") or [])
         most_stops = 0 if self._gpt.efforts else MAX_STOPS
         if len(stops) > most_stops:
             losses.drop("stop_sequences")
@@ -3219,8 +3288,8 @@ class MessagesOnChat:
             self._losses.adjust(f"tools.{kind}", "function")
             _, description, schema = known
         function = {"name": self._chat_name(str(row.get("name"))), "parameters": {
-            name: value for name, value in json_object(
-                schema or {"type": "object", "properties": {}}).items() if name != "$schema"}}
+            "type": "object", "properties": {}, **{
+                name: value for name, value in json_object(schema).items() if name != "$schema"}}}
         if description:
             function["description"] = description
         if row.get("strict") is True and self.is_openai:
@@ -3259,8 +3328,13 @@ class MessagesOnChat:
                         default=-1)
         turns: list[dict] = []
         for at, message in enumerate(rows):
-            role, parts = message.get("role"), _parts_of(message.get("content"))
-            if role == "assistant":
+            role, parts = message.get("role"), _parts_of(_content_of(message))
+            if role == "assistant" and at and rows[at - 1].get("role") == "assistant":
+                held = [*_parts_of(_content_of(rows[at - 1])), *parts]
+                rows[at] = {**message, "content": held}    # Anthropic reads a run as one
+                turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+                turns += self._assistant(held)
+            elif role == "assistant":
                 turns += self._assistant(parts)
             elif role == "user":
                 turns += self._user(parts)
@@ -3364,18 +3438,22 @@ class MessagesOnChat:
                 content += self._part(part)
                 continue
             call_id = self._chat_id(part.get("tool_use_id"))
-            inner = _parts_of(part.get("content"))
-            images = [piece for piece in inner if piece.get("type") == "image"]
-            text = "\n".join(str(piece.get("text") or "") if piece.get("type") == "text" else
-                             "[image]" if piece.get("type") == "image" else json.dumps(piece)
-                             for piece in inner)
+            texts = []
+            for piece in _parts_of(_content_of(part)):
+                known = piece.get("type") in ("text", "image", "document", "search_result")
+                for told in self._part(piece) if known else [{"type": "text",
+                                                              "text": json.dumps(piece)}]:
+                    if told["type"] == "text":
+                        texts.append(told["text"])
+                        continue
+                    kind = "file" if told["type"] == "file" else "image"
+                    texts.append(f"[{kind}]")      # a tool message takes text only
+                    content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
+                                 f"{self._called.get(call_id, call_id)}:"}, told]
+            text = "\n".join(texts)
             if part.get("is_error") is True and not text.startswith("Error"):
                 text = f"Error: {text}"
             results.append({"role": "tool", "tool_call_id": call_id, "content": text})
-            for image in images:
-                content.append({"type": "text", "text":
-                                f"Image from tool {self._called.get(call_id, call_id)}:"})
-                content += self._part(image)
         if not content:
             return results
         if len(content) == 1 and content[0]["type"] == "text":
@@ -3412,12 +3490,14 @@ class MessagesOnChat:
     def answer(self, completion: Mapping[str, object]) -> dict:
         """A chat.completion as a whole message."""
         choice = _first_choice(completion)
+        if not choice or choice.get("finish_reason") == "error":
+            raise UpstreamBroke("the provider's answer ended in an error of its own")
         said = json_object(choice.get("message"))
         content: list[dict] = []
         thought = _reasoning_of(said)
         if thought:
             content.append({"type": "thinking", "thinking": thought, "signature": OWN_THINKING})
-        for text in (said.get("content"), said.get("refusal")):
+        for text in (_text_of(said.get("content")), said.get("refusal")):
             if isinstance(text, str) and text:
                 content.append({"type": "text", "text": text})
         calls = _parts_of(said.get("tool_calls"))
@@ -3430,7 +3510,7 @@ class MessagesOnChat:
                             "input": {"input": function["input"]} if "input" in function
                             else arguments_to_input(function.get("arguments"))})
         return {**self._empty_message(completion), "content": content,
-                **_stop_of(choice, bool(calls), bool(said.get("refusal"))),
+                **_stop_of(choice, bool(calls), bool(said.get("refusal")), self.stops),
                 "usage": messages_usage(completion.get("usage"))}
 
     def _client_name(self, name: object) -> object:
@@ -3488,7 +3568,9 @@ class _MessageStream:
         self.has_begun = False
         self._index = 0                    # of the next block
         self._open: object = None          # "thinking", "text", or the tool that is open
-        self._tools: dict[object, dict] = {}
+        self._tools: list[dict] = []
+        self._newest: dict[object, dict] = {}        # of each index of the provider's
+        self._by_id: dict[str, dict] = {}
         self._usage: object = None
         self._choice: dict = {}            # what the finish said
         self._refused = False
@@ -3509,34 +3591,52 @@ class _MessageStream:
                                                  "signature": ""})
             yield self._delta({"type": "thinking_delta", "thinking": thought})
         for name in ("content", "refusal"):
-            text = delta.get(name)
-            if isinstance(text, str) and text:
+            text = _text_of(delta.get(name))
+            if text:
                 self._refused |= name == "refusal"
                 yield from self._ensure("text", {"type": "text", "text": ""})
                 yield self._delta({"type": "text_delta", "text": text})
-        for number, call in enumerate(_parts_of(delta.get("tool_calls"))):
-            yield from self._read_call(call, number)
-        if choice.get("finish_reason") is not None:
+        for call in _parts_of(delta.get("tool_calls")):
+            yield from self._read_call(call)
+        if choice.get("finish_reason"):
             self._choice = choice
 
-    def _read_call(self, call: Mapping[str, object], number: int) -> Iterator[dict]:
-        index = call.get("index")
-        if index is None:                  # sloppy servers leave it out: a new id is a new call
-            index = call.get("id") or next(reversed(self._tools), number)
-        tool = self._tools.setdefault(index, {"id": None, "name": "", "json": "",
-                                              "has_begun": False})
-        function = json_object(call.get("function"))
-        tool["id"] = tool["id"] or call.get("id")
+    def _tool_of(self, call: Mapping[str, object]) -> dict:
+        """The tool call that a delta belongs to: one with another id is another call, whatever
+        its index; without id and index, a name behind whole arguments begins another."""
+        index, call_id = call.get("index"), call.get("id")
+        tool = self._by_id.get(str(call_id)) if call_id else None
+        newest = self._newest.get(index)
+        if tool is None and newest is not None:
+            if call_id:
+                is_other = bool(newest["id"])
+            else:
+                is_other = index is None and bool(json_object(call.get("function")).get("name")) \
+                    and bool(newest["json"]) and "__raw" not in arguments_to_input(newest["json"])
+            tool = None if is_other else newest
+        if tool is None:
+            tool = {"id": None, "name": "", "json": "", "has_begun": False}
+            self._tools.append(tool)
+        if call_id:
+            tool["id"] = call_id
+            self._by_id[str(call_id)] = tool
+        self._newest[index] = tool
+        return tool
+
+    def _read_call(self, call: Mapping[str, object]) -> Iterator[dict]:
+        tool, function = self._tool_of(call), json_object(call.get("function"))
         if not tool["has_begun"] and isinstance(function.get("name"), str):
             tool["name"] = function["name"] if function["name"].startswith(tool["name"]) \
                 else tool["name"] + function["name"]
         more = function.get("arguments")
         more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
         tool["json"] += more
+        if self._holds_arguments:          # told whole, in finish(): nothing can come in between
+            return
         if tool["has_begun"] and self._open is not tool and more.strip():
             raise UpstreamBroke("the provider went on with a tool call after another block")
         if self._open is tool:
-            if more and not self._holds_arguments:
+            if more:
                 yield self._delta({"type": "input_json_delta", "partial_json": more})
         elif not tool["has_begun"] and tool["name"] and not isinstance(self._open, dict):
             yield from self._begin_tool(tool)
@@ -3576,14 +3676,17 @@ class _MessageStream:
         """The events that end the message. Raises UpstreamBroke where the provider never did."""
         if not self._choice:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
+        if self._choice["finish_reason"] == "error":
+            raise UpstreamBroke("the provider's stream ended in an error of its own")
         yield from self._close()
-        for tool in self._tools.values():
+        for tool in self._tools:
             if not tool["has_begun"]:
                 yield from self._begin_tool(tool)
                 yield from self._close()
         usage = messages_usage(self._usage)
         yield {"type": "message_delta", "usage": usage,
-               "delta": _stop_of(self._choice, bool(self._tools), self._refused)}
+               "delta": _stop_of(self._choice, bool(self._tools), self._refused,
+                                 self._translator.stops)}
         yield {"type": "message_stop"}
 
 
@@ -3592,7 +3695,8 @@ def _first_choice(body: Mapping[str, object]) -> dict:
                  if choice.get("index") in (0, None)), {})
 
 
-def _stop_of(choice: Mapping[str, object], has_tools: bool, is_refusal: bool) -> dict:
+def _stop_of(choice: Mapping[str, object], has_tools: bool, is_refusal: bool,
+             stops: Sequence[str]) -> dict:
     """stop_reason and stop_sequence of a choice; `stop_reason` is what vLLM and others add."""
     reason = STOP_REASONS.get(str(choice.get("finish_reason")), "end_turn")
     matched = choice.get("stop_reason")
@@ -3603,7 +3707,7 @@ def _stop_of(choice: Mapping[str, object], has_tools: bool, is_refusal: bool) ->
         reason = "tool_use"
     elif not has_tools and reason == "tool_use":
         reason = "end_turn"
-    elif reason == "end_turn" and isinstance(matched, str) and matched:
+    elif reason == "end_turn" and matched in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": matched}
     return {"stop_reason": reason, "stop_sequence": None}
 
@@ -3613,7 +3717,11 @@ def _reasoning_of(said: Mapping[str, object]) -> str:
     for name in ("reasoning_content", "reasoning"):
         if isinstance(said.get(name), str) and said[name]:
             return said[name]
-    return "".join(str(part.get("text") or "") for part in _parts_of(said.get("reasoning_details")))
+    content = said.get("content")
+    parts = [*_parts_of(said.get("reasoning_details")), *(
+        inner for part in (_parts_of(content) if isinstance(content, list) else ())
+        if part.get("type") == "thinking" for inner in _parts_of(part.get("thinking")))]
+    return "".join(str(part.get("text") or "") for part in parts)
 
 
 def _tool_use_id() -> str:
@@ -3626,7 +3734,7 @@ def _is_strict(schema: object) -> bool:
         return all(map(_is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    if "properties" in schema and (
+    if ("properties" in schema or _is_object(schema)) and (
             schema.get("additionalProperties") is not False
             or set(schema.get("required") or ()) != set(json_object(schema["properties"]))):
         return False
@@ -3640,7 +3748,8 @@ def messages_usage(usage: object) -> dict:
         return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
     details = json_object(usage).get("prompt_tokens_details")
-    read, written = count(details, "cached_tokens"), count(details, "cache_write_tokens")
+    read, written = count(details, "cached_tokens"), \
+        count(details, "cache_write_tokens") or count(details, "cache_creation_tokens")
     thought = count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
     return {"input_tokens": max(0, count(usage, "prompt_tokens") - read - written),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
@@ -5183,7 +5292,8 @@ class UpstreamRequest(urllib.request.Request):
 
     def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: bytes,
                  watched: Optional[Wire]) -> None:
-        super().__init__(url, data=body, method=method, headers=dict(headers))
+        super().__init__(url, data=body, method=method)
+        self.headers.update(headers)        # as they are: add_header() would capitalize each
         self.watched = watched
 
 
@@ -6545,10 +6655,13 @@ class Router:
             parsed = json.loads(raw)
         except (ValueError, RecursionError):
             parsed = None
-        if not 200 <= response.status < 300:
+        is_fine = 200 <= response.status < 300
+        if not is_fine or (isinstance(parsed, dict) and "error" in parsed
+                           and not {"choices", "content"} & parsed.keys()):
             body = parsed if isinstance(parsed, dict) else {
                 "error": {"message": raw[:500].decode("utf-8", "replace")}}
-            return self._translated_error(call, translator, response.status, body, headers)
+            return self._translated_error(call, translator, 502 if is_fine else response.status,
+                                          body, headers)
         if not isinstance(parsed, dict):
             raise UpstreamBroke("the provider's answer is not JSON")
         with well_shaped(UpstreamBroke(ANSWER_SHAPE)):
@@ -8437,8 +8550,11 @@ class LlmRouter:
         if server_url is not None and provider_key is None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
-            more = {"server_url": parse_base_url(server_url), "cache_ttl_s": cache_ttl_seconds,
-                    **more}
+            try:
+                more = {"server_url": parse_base_url(server_url),
+                        "cache_ttl_s": cache_ttl_seconds, **more}
+            except ValueError as err:
+                raise Misconfigured(f"server_url: {err}") from None
         settings = settings_from(["--port", "0"], environ)
         self._server = ProxyServer(replace(
             settings, token=api_key or settings.token, budget_microdollars=limit,

@@ -1129,6 +1129,8 @@ CHAT_STREAMS = {
 @pytest.mark.parametrize("deltas, finish, content", CHAT_STREAMS.values(), ids=CHAT_STREAMS)
 def test_a_stream_of_a_chat_server_as_a_message(deltas, finish, content, usage, is_openai):
     translator, _ = to_chat({}, is_openai=is_openai)
+    if not is_openai and content == [("text", "x"), ("tool_use", {}), ("text", "y")]:
+        content = [("text", "xy"), ("tool_use", {})]     # calls of other servers are told at the end
 
     folded = check_message_stream(list(translator.events(
         chunks_of(*deltas, finish=finish, usage=usage))))
@@ -1229,3 +1231,223 @@ def test_an_estimate_counts_text_and_images_not_their_bytes():
             "type": "base64", "media_type": "image/png", "data": "A" * 100_000}}]}]})
 
     assert 500 <= plain <= 520 and 2_090 <= with_image <= 2_130
+
+
+# Found by a hostile reviewer.
+
+def folded_stream(*deltas, finish="tool_calls", is_openai=False):
+    translator, _ = to_chat({"stream": True}, "gpt-4o" if is_openai else "qwen", is_openai)
+    return check_message_stream(list(translator.events(chunks_of(*deltas, finish=finish))))
+
+
+def tool_uses(message):
+    return [(block["name"], block["input"]) for block in message["content"]
+            if block["type"] == "tool_use"]
+
+
+BOTH_CALLS = [("f", {"x": 1}), ("g", {"y": 2})]
+
+
+@pytest.mark.parametrize("deltas", [
+    [piece(0, '{"x": 1}', id="a", name="f"), piece(0, '{"y": 2}', id="b", name="g")],
+    [piece(None, '{"x": 1}', id="", name="f"), piece(None, '{"y": 2}', id="", name="g")],
+    [{"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}},
+                     {"function": {"name": "g", "arguments": '{"y": 2}'}}]}],
+    [piece(None, '{"x":', id="a", name="f"), piece(None, " 1}"),
+     piece(None, '{"y":', id="b", name="g"), piece(None, " 2}")]],
+    ids=["one index", "no index", "no index in one chunk", "no index in pieces"])
+def test_calls_that_share_an_index_or_have_none_are_not_glued(deltas):
+    assert BOTH_CALLS == tool_uses(folded_stream(*deltas))
+
+
+def test_arguments_behind_a_thought_reach_their_call():
+    message = folded_stream(piece(0, "", id="a", name="f"), {"reasoning_content": "hm"},
+                            piece(0, '{"x":'), {"content": "\n"}, piece(0, " 1}"))
+
+    assert [("f", {"x": 1})] == tool_uses(message)
+
+
+@pytest.mark.parametrize("functions", [True, False])
+def test_ids_that_come_again_are_other_calls_for_claude(functions):
+    if functions:
+        said = {"role": "assistant", "content": None,
+                "function_call": {"name": "f", "arguments": "{}"}}
+        results = [{"role": "function", "name": "f", "content": text} for text in "12"]
+    else:
+        said = {"role": "assistant", "tool_calls": [call(call_id="call_0")]}
+        results = [{"role": "tool", "tool_call_id": "call_0", "content": text} for text in "12"]
+    translator, losses = to_claude({"messages": [USER, said, results[0], said, results[1], USER],
+                                    "tools": [tool()]})
+
+    blocks = [block for turn in translator.request["messages"] for block in turn["content"]]
+    ids = [block["id"] for block in blocks if block["type"] == "tool_use"]
+    assert 2 == len(set(ids)) and {} == losses.adjusted
+    assert list(zip(ids, "12")) == [(block["tool_use_id"], block["content"]) for block in blocks
+                                    if block["type"] == "tool_result"]
+
+
+def test_calls_without_an_id_get_their_results_in_order():
+    translator, _ = to_claude({"tools": [tool()], "messages": [
+        USER, {"role": "assistant", "tool_calls": [call("f", call_id=""), call("f", call_id="")]},
+        {"role": "tool", "tool_call_id": "", "content": "1"}, {"role": "tool", "content": "2"}]})
+
+    assert ["1", "2"] == [block["content"] for block in
+                          translator.request["messages"][-1]["content"]]
+
+
+@pytest.mark.parametrize("arguments", [
+    '{"id": 1234567890123456789}', '{"x": NaN}', '{"x": 1e999}', '{"a": 1, "a": 2}',
+    '{"x": ' + "[" * 190 + "]" * 190 + "}"])
+def test_arguments_that_our_own_reader_refuses_travel_as_text_and_come_back(arguments):
+    """Else one call of the model with a long number ends the session for good."""
+    translator, _ = to_claude({"tools": [tool()], "messages": [
+        USER, {"role": "assistant", "tool_calls": [call(arguments=arguments)]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "ok"}]})
+
+    ic.parse_json_object(ic.json_bytes(translator.request))
+    block = translator.request["messages"][1]["content"][0]
+    assert arguments == ic.input_to_arguments(block["input"])
+
+
+def test_answers_of_neighbouring_shapes_are_read():
+    """Arguments as an object (Ollama), content in parts (Mistral)."""
+    translator, _ = to_chat({}, "qwen", is_openai=False)
+    parts = [{"type": "thinking", "thinking": [text("hm")]}, text("hello")]
+
+    called = translator.answer(completion("tool_calls", tool_calls=[
+        {"id": "a", "function": {"name": "f", "arguments": {"x": 1}}}]))
+    whole = translator.answer(completion(content=parts))
+    streamed = folded_stream({"content": parts}, finish="stop")
+
+    assert [("f", {"x": 1})] == tool_uses(called)
+    for message in (whole, streamed):
+        assert ["hm", "hello"] == [block.get("thinking", block.get("text"))
+                                   for block in message["content"]]
+
+
+@pytest.mark.parametrize("finish", ["", "error"])
+def test_a_stream_that_ends_in_no_or_a_bad_finish_is_broken(finish):
+    with pytest.raises(ic.UpstreamBroke):
+        folded_stream({"content": "par"}, finish=finish)
+
+
+def test_an_empty_finish_does_not_undo_the_one_before():
+    base = {"id": "c", "model": "m"}
+    translator, _ = to_chat({"stream": True}, "qwen", is_openai=False)
+
+    message = check_message_stream(list(translator.events([
+        {**base, "choices": [{"index": 0, "delta": {"content": "p"}, "finish_reason": "length"}]},
+        {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": ""}]}])))
+
+    assert "max_tokens" == message["stop_reason"]
+
+
+@pytest.mark.parametrize("answer", [
+    {"choices": []}, {"error": {"message": "boom"}},
+    {"choices": [{"message": {"content": "par"}, "finish_reason": "error"}]}])
+def test_a_broken_whole_answer_is_no_message(answer):
+    with pytest.raises(ic.UpstreamBroke):
+        to_chat({})[0].answer(answer)
+
+
+def test_only_a_stop_that_was_asked_for_is_a_stop_sequence():
+    translator, _ = to_chat({"stop_sequences": ["END"]}, "qwen", is_openai=False)
+    stops = [translator.answer({"choices": [{"message": {"content": "x"}, "finish_reason": "stop",
+                                             "stop_reason": told}]})["stop_sequence"]
+             for told in ("END", "eos_token", 7, None)]
+
+    assert ["END", None, None, None] == stops
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, {}, None])
+def test_a_tool_without_properties_gets_them_for_openai(schema):
+    tools = to_chat({"tools": [{"name": "f", "input_schema": schema}]})[0].request["tools"]
+
+    assert {"type": "object", "properties": {}} == tools[0]["function"]["parameters"]
+
+
+def test_an_open_output_schema_is_not_strict_for_openai():
+    translator, _ = to_chat({"output_config": {"format": {
+        "type": "json_schema", "schema": OPEN_SCHEMA}}})
+
+    assert translator.request["response_format"]["json_schema"]["strict"] is False
+
+
+NODE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+        "additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema, enforced", [
+    ({"$ref": "#/$defs/N", "$defs": {"N": NODE}}, True),
+    ({**NODE, "properties": {"n": {"type": ["object", "null"]}}}, False),
+    ({**NODE, "properties": {"n": {"type": ["object", "null"], **{
+        "properties": {"m": {"type": "string"}}, "required": ["m"]}}}}, True),
+    ({**NODE, "properties": {"default": {"type": "object"}}, "required": ["default"]}, False),
+    ({**NODE, "properties": {"n": {"anyOf": [{}], "oneOf": [{}]}}}, False),
+    ({**NODE, "properties": {"n": {"type": "array", "items": [{"type": "string"}]}}}, False)])
+def test_only_what_claude_can_enforce_is_sent_as_a_schema(schema, enforced):
+    request = to_claude({"response_format": {"type": "json_schema", "json_schema": {
+        "schema": schema}}})[0].request
+
+    assert enforced == ("output_config" in request)
+    if enforced:
+        sent = json.dumps(request["output_config"])
+        assert "$ref" not in sent or '"$defs"' in sent
+
+
+def test_marks_on_tools_and_told_system_messages_count_among_the_four():
+    mark = {"cache_control": {"type": "ephemeral"}}
+    texts = [text(str(n), **mark) for n in range(4)]
+    for model in (OLD, NEW):
+        request = to_claude({"tools": [{**tool(), **mark}], "messages": [
+            USER, {"role": "system", "content": [text("s", **mark)]},
+            {"role": "user", "content": texts}]}, model)[0].request
+        assert 4 == json.dumps(request).count("cache_control")
+    assert "cache_control" not in request["tools"][0]
+
+
+def test_a_run_of_the_assistants_messages_is_one_for_openai():
+    def use(call_id):
+        return {"role": "assistant", "content": [{**USE["content"][0], "id": call_id}]}
+
+    translator, _ = to_chat({"messages": [USER, use("a"), use("b"), use("c"), {
+        "role": "user", "content": [{**result(i), "tool_use_id": i} for i in "abc"]}]})
+
+    assert ["user", "assistant", "tool", "tool", "tool"] == [
+        turn["role"] for turn in translator.request["messages"]]
+
+
+def test_a_file_in_a_tool_result_follows_as_the_users():
+    document = {"type": "document", "source": {
+        "type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
+    *_, told, users = to_chat({"messages": [USER, USE, {"role": "user", "content": [
+        result([text("R"), document])]}]})[0].request["messages"]
+
+    assert "R\n[file]" == told["content"]
+    assert [text("File from tool f:"), {"type": "file", "file": {
+        "filename": "document.pdf", "file_data": PDF}}] == users["content"]
+
+
+def test_small_things_a_reviewer_saw():
+    typed = "data:text/plain;charset=utf-8;base64,aGk="
+    [file] = to_claude({"messages": [{"role": "user", "content": [
+        {"type": "file", "file": {"file_data": typed}}]}]})[0].request["messages"][0]["content"]
+    assert "hi" == file["source"]["data"]
+    _, losses = to_claude({"thinking": {"type": "adaptive"}, "reasoning_effort": "low"}, NEW)
+    assert ["reasoning_effort"] == losses.dropped
+    [turn] = to_claude({"messages": [{"role": "user", "content": ["important"]}]})[0].request[
+        "messages"]
+    assert [text("important")] == turn["content"]
+    assert 4 == ic.messages_usage({"prompt_tokens": 9, "prompt_tokens_details": {
+        "cache_creation_tokens": 4}})["cache_creation_input_tokens"]
+    image = {"type": "image_url", "image_url": {"url": PNG}}
+    [turn] = to_claude({"messages": [{"role": "tool", "tool_call_id": "x", "content": [image]}]})[
+        0].request["messages"]
+    assert ["text", "image"] == [block["type"] for block in turn["content"]]
+
+
+@pytest.mark.parametrize("make", [to_claude, to_chat])
+@pytest.mark.parametrize("content", [{"temp": 21}, 7, True])
+def test_content_that_is_neither_text_nor_parts_is_refused(make, content):
+    with pytest.raises(ic.BadRequest):
+        make({"messages": [{"role": "user", "content": content}]})

@@ -367,3 +367,14 @@ def test_an_answer_of_the_wrong_shape_is_a_502_and_is_charged(mock, proxy, path,
 
     assert answer.status in (200, 502)
     assert settled_status(proxy)["spent_microdollars"] > 0
+
+
+def test_an_error_under_a_200_is_an_error(mock, proxy):
+    """OpenRouter answers so when its provider fails; it is never an empty message."""
+    mock.script(Reply(200, steps=(json.dumps({"error": {"message": "boom", "code": 502}}).encode(),)))
+
+    answer = call(proxy.port, "POST", MESSAGES, ON_GPT)
+
+    assert (500, "error", "boom") == (answer.status, answer.json["type"],
+                                      answer.json["error"]["message"])
+    assert 0 == settled_status(proxy)["reserved_microdollars"]
