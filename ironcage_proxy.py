@@ -621,6 +621,7 @@ def usage_from_openai(usage: Mapping[str, object], names: Sequence[str] = ("prom
     _check_told(usage, f"{prompt_name}_tokens", f"{completion_name}_tokens")
     prompt = _count(usage, f"{prompt_name}_tokens")
     completion = _count(usage, f"{completion_name}_tokens")
+    completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
     read = json_object(usage.get(f"{prompt_name}_tokens_details"))
     made = usage.get(f"{completion_name}_tokens_details")
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
@@ -678,6 +679,7 @@ TIER_SUFFIXES = MappingProxyType({
 })
 BATCH_SUFFIX = TIER_SUFFIXES["batch"]
 MOST_TOKENS = 10 ** 12            # in one count of one call; more is an error of the provider
+MOST_ITERATIONS = 1_000           # of one call, likewise
 _SEARCHES = "search_context_cost_per_query"
 _THRESHOLD = re.compile(r"_above_(\d+)k_tokens")
 
@@ -935,6 +937,8 @@ def billed_entries(usage: Mapping[str, object], model: str) -> Iterator[tuple[st
     """
     iterations = usage.get("iterations")
     if isinstance(iterations, list) and iterations:
+        if len(iterations) > MOST_ITERATIONS:
+            raise MalformedUsage("there are too many iterations")
         for entry in iterations:
             if not isinstance(entry, dict):
                 raise MalformedUsage("an iteration is not an object")
@@ -1078,7 +1082,8 @@ LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not wor
 # bills 2,833 tokens and 5,667 for each of at most 8 tiles). Read November 2026.
 IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", "gpt-4o-mini", 50_000),
                 ("openai", "", 25_000))
-INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data
+INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it looks like that
+INLINE_DATA = re.compile(r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+")
 IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
 
 # Content that is text and nothing else; content that brings input which its bytes do not show and
@@ -1109,7 +1114,10 @@ CLIENT_TOOL_TYPES = re.compile(
     r"|(bash|text_editor|memory|computer)_\d{8}")
 STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container", "thread")
 UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks", "compaction",
-                    "access_programs")
+                    "access_programs", "betas", "anthropic_beta",
+                    # of OpenRouter, xAI and others: searches and dearer models
+                    "plugins", "models", "route", "search_parameters", "enable_search",
+                    "web_search", "online", "extra_body")
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
 
 
@@ -1206,10 +1214,14 @@ def _parts(value: object) -> Iterator[tuple[str, dict]]:
             yield "item_reference", value
         if kind == "reasoning" and not value.get("encrypted_content"):
             yield "item_reference", value
-        if kind in IMAGE_PART_TYPES:
-            return
+        held = ()
+        if kind in IMAGE_PART_TYPES:           # where its data stands, nothing else does
+            is_plain = json_object(value.get("source")).get("type") in (None, "base64", "url",
+                                                                        "file")
+            held = ("image_url", "source") if is_plain else ("image_url",)
         for name, child in value.items():
             if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
+                    and name not in held \
                     and not (name == "input" and kind in ("tool_use", "server_tool_use")):
                 yield from _parts(child)
 
@@ -1229,6 +1241,16 @@ def _unseen_input(fields: Mapping[str, object]) -> tuple[bool, list[dict]]:
     return is_unseen, images
 
 
+def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """The data of images that is in the request itself; all else about them is text."""
+    for image in images:
+        url, source = image.get("image_url"), json_object(image.get("source"))
+        for data in (url, json_object(url).get("url"), source.get("data")):
+            if isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS \
+                    and INLINE_DATA.fullmatch(data):
+                yield data
+
+
 def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -1244,14 +1266,15 @@ def check_boundable(fields: Mapping[str, object], price: Price) -> None:
         unbounded.append("prompt")
     if SEARCHING_MODEL.search(price.key):
         unbounded.append("model")
-    if any(kind.startswith("compact") for kind, _ in _parts(fields.get("context_management"))):
+    if any(kind.lower().startswith("compact")
+           for kind, _ in _parts(fields.get("context_management"))):
         unbounded.append("context_management")     # reads the whole prompt once more
     if fields.get("speed") is not None and price.fast_multiplier == 1:
         unbounded.append("speed")                  # a premium that the table has no price for
     suffix = TIER_SUFFIXES.get(str(fields.get("service_tier")), "")
     if suffix and not any(name.endswith(suffix) for name in price.amounts):
         unbounded.append("service_tier")
-    unbounded += [name for name in fields if name != name.lower()]     # some servers fold case
+    unbounded += [name for name in fields if name != name.casefold()]  # some servers fold case
     for name in unbounded:
         shown = name if PRINTABLE_NAME.fullmatch(name) else "a field"
         raise UnboundedRequest(
@@ -1280,6 +1303,8 @@ def _tool_types(tools: object) -> Iterator[str]:
         yield "?"
     for tool in tools if isinstance(tools, list) else ():
         kind = tool.get("type", "function") if isinstance(tool, dict) else "?"
+        if isinstance(tool, dict) and any(name != name.casefold() for name in tool):
+            kind = "?"
         if kind == "tool_search" and tool.get("execution") == "client":
             kind = "function"
         yield kind if isinstance(kind, str) else "?"
@@ -1313,7 +1338,7 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
         text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False))
         utf8_bytes = max(utf8_bytes, len(text.encode("utf-8", "surrogatepass")))
-    for data in filter(lambda text: len(text) > INLINE_IMAGE_CHARS, _strings(images)):
+    for data in _inline_data(images):
         utf8_bytes -= len(data)             # an image's own bytes are not text; taken out once
         text = text.replace(data, "", 1)
     tokens = utf8_bytes if not measured else \
@@ -1395,7 +1420,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     input_rate, output_rate = _dearest_rates(price, body, api, input_tokens, default_tier)
     multiplier = price.residency_multipliers.get(data_residency or "", 1)
     if api == "messages":
-        multiplier = price.us_multiplier if fields.get("inference_geo") in (None, "us") else 1
+        multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
         if fields.get("speed") is not None:
             multiplier *= price.fast_multiplier
     return Bound(
@@ -1491,6 +1516,9 @@ class AnswerMeter:
         self.api = api
         self.usage: Optional[dict] = None       # as far as it is known
         self.usage_is_final = False
+        self.output_is_told = False             # Anthropic's start has only a first count
+        self.text_since_usage = False           # OpenAI's usage is not yet all
+        self.can_be_read = True                 # else nothing is known of what a stream showed
         self.model: Optional[str] = None
         self.service_tier: Optional[str] = None
         self.tool_calls: Counter = Counter()    # OpenAI hosted-tool items by type
@@ -1511,7 +1539,8 @@ class AnswerMeter:
     def read_event(self, data: bytes) -> Optional[dict]:
         """Read the data of one streamed event, and return it parsed; None if it is no object."""
         if data == b"[DONE]":
-            self.has_ended, self.usage_is_final = True, self.usage is not None
+            self.has_ended = True
+            self.usage_is_final = self.usage is not None and not self.text_since_usage
             return None
         try:
             parsed = _parse_json(data.decode("utf-8"))
@@ -1543,9 +1572,13 @@ class AnswerMeter:
         self._read_result(chunk)
         choices = chunk.get("choices")
         # Running usage beside choices is not final before [DONE].
-        self.usage_is_final = isinstance(chunk.get("usage"), dict) and not choices
+        has_usage = isinstance(chunk.get("usage"), dict)
+        self.usage_is_final = has_usage and not choices
+        shown = self.output_bytes
         for choice in map(json_object, choices if isinstance(choices, list) else ()):
             self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
+        self.text_since_usage = not has_usage and (
+            self.text_since_usage or self.output_bytes > shown)
 
     def _read_responses_event(self, event: dict) -> None:
         kind = event.get("type")
@@ -1561,12 +1594,20 @@ class AnswerMeter:
             self._read_result(json_object(event.get("message")))
             self.usage_is_final = False
         elif kind == "message_delta" and isinstance(event.get("usage"), dict):
-            # Cumulative counts: what the delta has replaces, what it lacks stays.
+            # Cumulative counts: what the delta has replaces, what it lacks stays; but the start's
+            # iterations are over, and its output_tokens are no count of the output.
             told = {name: value for name, value in event["usage"].items() if value is not None}
-            self.usage = {**(self.usage or {}), **told}
-            self.usage_is_final = json_object(event.get("delta")).get("stop_reason") is not None
+            before = {name: value for name, value in (self.usage or {}).items()
+                      if name != "iterations"}
+            if self.output_is_told and "output_tokens" in told:
+                told["output_tokens"] = max(_count(before, "output_tokens"),
+                                            _count(told, "output_tokens"))
+            self.usage = {**before, **told}
+            self.output_is_told |= "output_tokens" in told
+            self.usage_is_final = self.output_is_told and \
+                json_object(event.get("delta")).get("stop_reason") is not None
         elif kind == "message_stop":
-            self.has_ended, self.usage_is_final = True, self.usage is not None
+            self.has_ended, self.usage_is_final = True, self.output_is_told
         else:
             self.output_bytes += _text_bytes(event.get("delta")) \
                 + _text_bytes(event.get("content_block"))
@@ -1667,7 +1708,7 @@ class StreamReader:
     def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
         self._meter = meter
         self._splitter = EventSplitter()
-        self.can_read = encoding == "identity" or encoding in INFLATABLE
+        self.can_read = meter.can_be_read = encoding == "identity" or encoding in INFLATABLE
         self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
         self._hides_usage = hides_usage and encoding == "identity"
 
@@ -1679,7 +1720,7 @@ class StreamReader:
             plain = b"".join(pieces if self._inflater is None
                              else map(self._inflater.feed, pieces))
         except (zlib.error, OverflowError):
-            self.can_read = False
+            self.can_read = self._meter.can_be_read = False
             return pieces
         kept = []
         for event in self._splitter.feed(plain):
@@ -4080,10 +4121,14 @@ class CostController:
         now_s = int(self._clock())
         with self._lock:
             account = self._accounts.get(scope)
-        if account is None or account.period != period:
-            since_s = period_start(period, now_s)
-            account = Account(scope, limit_microdollars, period, since_s, spent_since(since_s))
+        since_s = period_start(period, now_s)
+        spent = None if account is not None and account.period == period else spent_since(since_s)
         with self._lock:
+            if account is None:
+                account = Account(scope, limit_microdollars, period, since_s, spent)
+            elif spent is not None:            # which has the calls in flight at their bounds
+                account.period, account.since_s = period, since_s
+                account.spent = max(0, spent - account.reserved)
             account.limit = limit_microdollars
             self._accounts[scope] = account
             self._serve_line_locked()
@@ -5598,7 +5643,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
             reason = "a model without a price served it" if call.price is not None \
                 else "no price is known"
             return Charge(reserved_in_full(call), reason)
-    if call.client_left and call.bound is not None:
+    if call.client_left and call.bound is not None and call.meter.can_be_read:
         return Charge(_bill_until_now(call, prices, call.bound, elapsed_ns), "client gone")
     reason = "no answer" if call.status is None else "no usage in the answer"
     return Charge(reserved_in_full(call), reason)
@@ -5610,14 +5655,18 @@ def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) ->
     asked, answered = call.body.fields, call.meter.model
     sold = prices.find(answered, call.provider.name) if answered is not None else None
     knows = sold is not None and (call.price is None or sold.provider == call.price.provider)
-    tier = asked.get("service_tier", call.provider.default_service_tier)
+    tier = asked.get("service_tier")
+    if tier in (None, "auto"):
+        tier = call.provider.default_service_tier
     if tier in ("flex", "batch") or not isinstance(tier, str):
         tier = None                               # a discount has to be told
     if call.api == "messages":
-        usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")}, **usage}
+        usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")},
+                 **{name: value for name, value in usage.items() if value is not None}}
     return prices.bill(answered if knows else call.model, usage, api=call.api,
                        provider=call.provider.name,
-                       service_tier=call.meter.service_tier or tier,
+                       service_tier=tier if call.meter.service_tier in (None, "auto")
+                       else call.meter.service_tier,
                        data_residency=call.provider.data_residency,
                        tool_calls=call.meter.tool_calls)
 
@@ -5638,8 +5687,9 @@ def _bill_until_now(call: Call, prices: PriceBook, bound: Bound,
                bound.output_picodollars)]]
     if call.meter.usage is not None and call.api == "messages":
         with contextlib.suppress(MalformedUsage, UnpricedModel):
-            bills.append(_metered_bill(call, prices,
-                                       {**call.meter.usage, "output_tokens": output_tokens}))
+            told = {name: value for name, value in call.meter.usage.items()
+                    if name != "iterations"}
+            bills.append(_metered_bill(call, prices, {**told, "output_tokens": output_tokens}))
     return min(bills, key=total_of)
 
 
@@ -6484,7 +6534,7 @@ class Router:
         options = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
                    "may_be_lowered": not self.settings.no_fit,
-                   "window": LONG_WINDOW_TOKENS if "context-1m" in betas else 0}
+                   "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
         free = self.controller.available(call.request.caller.scopes)
         if free is None or self.settings.bound == "bytes" \

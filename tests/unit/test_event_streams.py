@@ -336,13 +336,41 @@ def message_delta(**usage: object) -> dict:
      {"output_tokens": 2, "server_tool_use": {"web_search_requests": 3}},
      {"input_tokens": 10, "output_tokens": 2, "service_tier": "batch",
       "server_tool_use": {"web_search_requests": 3}}),
-    ({"input_tokens": 10, "output_tokens": 1}, {}, {"input_tokens": 10, "output_tokens": 1}),
 ])
 def test_a_message_delta_overrides_what_the_start_said_and_null_keeps_it(start, delta, expected):
     meter = metered("messages", message_start(**start), message_delta(**delta))
 
     assert (expected, True) == known(meter)
     assert "claude-1" == meter.model
+
+
+@pytest.mark.parametrize("deltas", [[], [{}], [{"output_tokens": None}], [{"input_tokens": 9}]])
+def test_the_starts_count_of_output_is_not_the_ends(deltas):
+    """It is a placeholder; a stream that never tells more has no usage."""
+    meter = metered("messages", message_start(input_tokens=10, output_tokens=1),
+                    *(message_delta(**delta) for delta in deltas), {"type": "message_stop"})
+
+    assert (True, False) == (meter.has_ended, meter.usage_is_final)
+
+
+def test_a_count_that_shrinks_does_not_and_old_iterations_go():
+    start = message_start(input_tokens=10, output_tokens=1, iterations=[{"input_tokens": 10}])
+    meter = metered("messages", start, message_delta(output_tokens=9),
+                    message_delta(output_tokens=5))
+
+    assert ({"input_tokens": 10, "output_tokens": 9}, True) == known(meter)
+
+
+def test_usage_before_the_last_text_is_not_final():
+    def chunk(text=None, **more):
+        choices = [] if text is None else [{"index": 0, "delta": {"content": text}}]
+        return {"id": "c", "choices": choices, **more}
+
+    usage = {"prompt_tokens": 10, "completion_tokens": 1}
+    early = metered("chat", chunk(usage=usage), chunk("x" * 100), b"[DONE]")
+    running = metered("chat", chunk("x", usage=usage), chunk("y", usage=usage), b"[DONE]")
+
+    assert (False, True) == (early.usage_is_final, running.usage_is_final)
 
 
 def test_the_last_of_several_message_deltas_wins_because_counts_are_cumulative():

@@ -158,7 +158,7 @@ PLAIN = {"litellm_provider": "openai", "mode": "chat",
 @pytest.mark.parametrize("usage, microdollars", [
     ({"prompt_tokens": 100, "completion_tokens": 0}, 1_000),
     ({"prompt_tokens": 0, "completion_tokens": 0}, 0),
-    ({"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 999}, 1_400),
+    ({"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 999}, 36_960),
     ({"prompt_tokens": 100, "completion_tokens": 0,
       "prompt_tokens_details": {"cached_tokens": 60}}, 460),
     ({"prompt_tokens": 100, "completion_tokens": 0,
