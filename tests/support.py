@@ -939,11 +939,14 @@ def status_of(proxy) -> dict:
 
 
 def settled_status(proxy) -> dict:
-    """The status once nothing is reserved any more."""
+    """The status once nothing is reserved any more, and the counts, which come after the money,
+    stand still."""
+    before: dict = {}
     for _ in range(int(PATIENCE_S / 0.01)):
         status = status_of(proxy)
-        if status["reserved_microdollars"] == 0:
+        if status["reserved_microdollars"] == 0 and before == {**status, "uptime_s": 0}:
             return status
+        before = {**status, "uptime_s": 0}
         threading.Event().wait(0.01)
     raise AssertionError(f"a reservation was never settled: {status}")
 
