@@ -3364,18 +3364,19 @@ class MessagesOnChat:
     def _messages(self, messages: object) -> list[dict]:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one message", param="messages")
-        rows = [json_object(message) for message in messages]
+        rows: list[dict] = []
+        for message in map(json_object, messages):
+            row = {**message, "content": _parts_of(_content_of(message))}
+            if rows and row.get("role") == "assistant" == rows[-1].get("role"):
+                rows[-1]["content"] += row["content"]      # Anthropic reads a run as one
+            else:
+                rows.append(row)
         last_user = max((at for at, row in enumerate(rows) if row.get("role") == "user"),
                         default=-1)
         turns: list[dict] = []
         for at, message in enumerate(rows):
-            role, parts = message.get("role"), _parts_of(_content_of(message))
-            if role == "assistant" and at and rows[at - 1].get("role") == "assistant":
-                held = [*_parts_of(_content_of(rows[at - 1])), *parts]
-                rows[at] = {**message, "content": held}    # Anthropic reads a run as one
-                turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-                turns += self._assistant(held)
-            elif role == "assistant":
+            role, parts = message.get("role"), message["content"]
+            if role == "assistant":
                 turns += self._assistant(parts)
             elif role == "user":
                 turns += self._user(parts)

@@ -1451,3 +1451,12 @@ def test_small_things_a_reviewer_saw():
 def test_content_that_is_neither_text_nor_parts_is_refused(make, content):
     with pytest.raises(ic.BadRequest):
         make({"messages": [{"role": "user", "content": content}]})
+
+
+def test_a_message_between_cleared_system_messages_is_not_lost():
+    said = [{"role": "assistant", "content": words} for words in ("a", "", "b")]
+    gone = {"role": "system", "content": "S", "clear_at": "next_user_message"}
+    translator, _ = to_chat({"messages": [USER, said[0], gone, said[1], said[2], USER]})
+
+    assert ["a", "b"] == [turn["content"] for turn in translator.request["messages"]
+                          if turn["role"] == "assistant"]
