@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import datetime
 import fnmatch
@@ -90,8 +91,8 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (IO, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence,
-                    TypeVar, Union)
+from typing import (IO, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple,
+                    Optional, Sequence, TypeVar, Union)
 
 __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
@@ -342,7 +343,7 @@ def dialect_of(path: str) -> str:
     """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
     first, _, rest = path.lstrip("/").partition("/")
     inner = rest if first in ("openai", "anthropic") else path.lstrip("/")
-    return "anthropic" if re.match(r"v1/messages(/|$)", inner) else "openai"
+    return "anthropic" if inner == "v1/messages" or inner.startswith("v1/messages/") else "openai"
 
 
 def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
@@ -368,7 +369,7 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 # read differently is refused here, so that what we bound is what the provider reads.
 
 
-@dataclass(frozen=True)
+@dataclass
 class JsonBody:
     """A JSON object as received: its bytes, its fields, and where each top-level value stands.
 
@@ -377,6 +378,7 @@ class JsonBody:
     raw: bytes                                # UTF-8
     fields: Mapping[str, object]
     spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in the text
+    parts: Optional[Sequence[tuple[str, dict]]] = None        # of its prompt; see prompt_parts()
 
     @property
     def text(self) -> str:
@@ -433,39 +435,41 @@ def _no_constant(name: str) -> object:
 _STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object_without_duplicates,
                                 parse_int=_bounded_integer, parse_float=_finite_number,
                                 parse_constant=_no_constant)
-_json_space_end = re.compile(r"[ \t\n\r]*").match
+_json_value = _STRICT_JSON.scan_once            # (text, where it begins) -> (value, where it ends)
+_json_open, _json_colon, _json_next = (
+    re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*").match for sign in (r"\{", ":", "([,}])"))
 
 
 def _members(text: str) -> tuple[dict, dict]:
     """Fields and value spans of the one JSON object that is `text`. Raises ValueError."""
     fields: dict[str, object] = {}
     spans: dict[str, tuple[int, int]] = {}
-    at = _json_space_end(text, 0).end()
-    if text[at:at + 1] != "{":
+    opened = _json_open(text)
+    if opened is None:
         _STRICT_JSON.decode(text)
         raise BadRequest("the request body must be a JSON object")
-    at = _json_space_end(text, at + 1).end()
-    closed = text[at:at + 1] == "}"
-    while not closed:
-        if text[at:at + 1] != '"':
+    at, sign = opened.end(), ","
+    if text.startswith("}", at):
+        following = _json_next(text, at)
+        at, sign = following.end(), "}"
+    while sign == ",":
+        if not text.startswith('"', at):
             raise json.JSONDecodeError("Expecting property name in double quotes", text, at)
-        name, at = _STRICT_JSON.raw_decode(text, at)
-        at = _json_space_end(text, at).end()
-        if text[at:at + 1] != ":":
+        name, at = _json_value(text, at)
+        colon = _json_colon(text, at)
+        if colon is None:
             raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
-        start = _json_space_end(text, at + 1).end()
-        value, end = _STRICT_JSON.raw_decode(text, start)
+        start = colon.end()
+        value, at = _json_value(text, start)
         if name in fields:
             raise BadRequest("the request body has the same key twice in one JSON object")
-        fields[name], spans[name] = value, (start, end)
-        at = _json_space_end(text, end).end()
-        closed = text[at:at + 1] == "}"
-        if not closed:
-            if text[at:at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            at = _json_space_end(text, at + 1).end()
-    if _json_space_end(text, at + 1).end() != len(text):
-        raise json.JSONDecodeError("Extra data", text, at + 1)
+        fields[name], spans[name] = value, (start, at)
+        following = _json_next(text, at)
+        if following is None:
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        at, sign = following.end(), following[1]
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
     return fields, spans
 
 
@@ -495,7 +499,11 @@ def parse_json_object(raw: bytes) -> JsonBody:
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}") from None
     except json.JSONDecodeError as err:
         raise BadRequest(f"the request body is not JSON: {err}") from None
-    if _nested_deeper_than(fields, MAX_JSON_DEPTH):
+    except StopIteration as err:               # the scanner's, where no value begins
+        raise BadRequest("the request body is not JSON: Expecting value: "
+                         f"character {err.value}") from None
+    if text.count("{") + text.count("[") > MAX_JSON_DEPTH \
+            and _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
     return JsonBody(raw, fields, spans)
 
@@ -586,8 +594,7 @@ OUTPUT_BUCKETS = frozenset({"output", "reasoning", "audio_output"})
 INPUT_BUCKETS = frozenset(bucket for bucket, _, _ in BUCKETS) - OUTPUT_BUCKETS
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts of one provider call."""
     prompt_tokens: int                  # everything read, cached or not: thresholds look at it
     completion_tokens: int              # everything written, reasoning and audio included
@@ -600,7 +607,7 @@ class Usage:
 
 def _count(holder: object, name: str) -> int:
     """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
-    value = json_object(holder).get(name)
+    value = holder.get(name) if isinstance(holder, dict) else None
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_TOKENS:
@@ -608,22 +615,22 @@ def _count(holder: object, name: str) -> int:
     return value
 
 
-def _check_told(usage: Mapping[str, object], *names: str) -> None:
-    for name in names:
-        if usage.get(name) is None:
-            raise MalformedUsage(f"{name} is missing")
+def _told_count(usage: Mapping[str, object], name: str) -> int:
+    """A token count that every usage object has. Raises MalformedUsage."""
+    if usage.get(name) is None:
+        raise MalformedUsage(f"{name} is missing")
+    return _count(usage, name)
 
 
-def usage_from_openai(usage: Mapping[str, object], names: Sequence[str] = ("prompt", "completion")
-                      ) -> Usage:
+def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_tokens",
+                      completion_name: str = "completion_tokens") -> Usage:
     """Chat completions and completions: cached and audio tokens are inside prompt_tokens."""
-    prompt_name, completion_name = names
-    _check_told(usage, f"{prompt_name}_tokens", f"{completion_name}_tokens")
-    prompt = _count(usage, f"{prompt_name}_tokens")
-    completion = _count(usage, f"{completion_name}_tokens")
+    prompt, completion = _told_count(usage, prompt_name), _told_count(usage, completion_name)
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
-    read = json_object(usage.get(f"{prompt_name}_tokens_details"))
-    made = usage.get(f"{completion_name}_tokens_details")
+    read, made = usage.get(f"{prompt_name}_details"), usage.get(f"{completion_name}_details")
+    if not read and not made:
+        return Usage(prompt, completion, {"input": prompt, "output": completion})
+    read = json_object(read)
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
     written = _count(read, "cache_write_tokens")
     written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
@@ -638,7 +645,7 @@ def usage_from_openai(usage: Mapping[str, object], names: Sequence[str] = ("prom
 
 def usage_from_responses(usage: Mapping[str, object]) -> Usage:
     """Responses API: the same counting under other names."""
-    return usage_from_openai(usage, ("input", "output"))
+    return usage_from_openai(usage, "input_tokens", "output_tokens")
 
 
 def usage_from_embeddings(usage: Mapping[str, object]) -> Usage:
@@ -651,13 +658,12 @@ def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
     """
-    _check_told(usage, "input_tokens", "output_tokens")
-    plain, read = _count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
+    plain, read = _told_count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
     split = usage.get("cache_creation")
     written_1h = _count(split, "ephemeral_1h_input_tokens")
     written = max(_count(usage, "cache_creation_input_tokens"),
                   written_1h + _count(split, "ephemeral_5m_input_tokens"))
-    output = _count(usage, "output_tokens")
+    output = _told_count(usage, "output_tokens")
     reasoned = min(output, _count(usage.get("output_tokens_details"), "thinking_tokens"))
     return Usage(plain + read + written, output, {
         "input": plain, "cache_read": read, "cache_write": written - written_1h,
@@ -729,6 +735,12 @@ class Price:
                            if long_base + s in self.amounts), amount)
         return amount
 
+    def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
+        """The thresholds whose long prices hold: above them; at xAI "once its prompt reaches" it.
+        """
+        beyond = prompt_tokens + (self.provider == "xai")
+        return self.thresholds and tuple([t for t in self.thresholds if beyond > t])
+
     def rates(self, tier: Optional[str], prompt_tokens: int) -> dict[str, Rate]:
         """Picodollars per token of each bucket, for a call that `tier` served.
 
@@ -736,10 +748,7 @@ class Price:
         in other rows a bucket without one takes the price of the bucket it falls back to
         (OpenAI's older models have no batch price for cached input: it costs what input does).
         """
-        suffix = TIER_SUFFIXES.get(tier or "", "")
-        # A long price holds above its threshold; at xAI "once its prompt reaches" it.
-        beyond = prompt_tokens + (self.provider == "xai")
-        reached = tuple(threshold for threshold in self.thresholds if beyond > threshold)
+        suffix, reached = TIER_SUFFIXES.get(tier or "", ""), self._reached(prompt_tokens)
         if (suffix, reached) in self._rates:
             return self._rates[suffix, reached]
         halves = suffix == BATCH_SUFFIX and (
@@ -752,6 +761,15 @@ class Price:
                 amount = Fraction(live[bucket]) / 2 if halves else rates.get(fallback or "", 0)
             rates[bucket] = amount
         return self._rates.setdefault((suffix, reached), rates)
+
+    def dearest_rates(self, tiers: tuple, most_tokens: int) -> dict[str, Rate]:
+        """The highest rate of each bucket in any of the tiers, for a prompt up to a size."""
+        reached = self._reached(most_tokens)
+        if (tiers, reached) not in self._rates:
+            cases = [self.rates(tier, tokens) for tier in tiers for tokens in (0, most_tokens)]
+            self._rates[tiers, reached] = {
+                bucket: max(rates[bucket] for rates in cases) for bucket in cases[0]}
+        return self._rates[tiers, reached]
 
     def per_million(self) -> tuple[str, str]:
         """Input and output in USD for a million tokens, to be read by people."""
@@ -770,7 +788,7 @@ BillLine = tuple[str, int, Rate]          # what was used, how many, picodollars
 
 def total_of(lines: Iterable[BillLine]) -> int:
     """Microdollars of a bill, rounded up once. What is charged is always this sum of some bill."""
-    return microdollars_ceil(sum(count * rate for _, count, rate in lines))
+    return microdollars_ceil(sum([count * rate for _, count, rate in lines]))
 
 
 def _is_amount(value: object) -> bool:
@@ -929,23 +947,22 @@ class PriceBook:
         return lines + _fees(price, usage, api, tool_calls or {})
 
 
-def billed_entries(usage: Mapping[str, object], model: str) -> Iterator[tuple[str, dict]]:
+def billed_entries(usage: Mapping[str, object],
+                   model: str) -> Sequence[tuple[str, Mapping[str, object]]]:
     """(model, usage) of each billed part of a call.
 
     Anthropic's `iterations`, where present, hold all that was billed (compaction and advisor
     turns are missing in the top-level counts), each at its own model's price.
     """
     iterations = usage.get("iterations")
-    if isinstance(iterations, list) and iterations:
-        if len(iterations) > MOST_ITERATIONS:
-            raise MalformedUsage("there are too many iterations")
-        for entry in iterations:
-            if not isinstance(entry, dict):
-                raise MalformedUsage("an iteration is not an object")
-            own = entry.get("model")
-            yield (own if isinstance(own, str) else model), entry
-    else:
-        yield model, dict(usage)
+    if not isinstance(iterations, list) or not iterations:
+        return [(model, usage)]
+    if len(iterations) > MOST_ITERATIONS:
+        raise MalformedUsage("there are too many iterations")
+    if not all(isinstance(entry, dict) for entry in iterations):
+        raise MalformedUsage("an iteration is not an object")
+    return [(entry["model"] if isinstance(entry.get("model"), str) else model, entry)
+            for entry in iterations]
 
 
 def _multiplier(price: Price, usage: Mapping[str, object], api: str,
@@ -959,9 +976,12 @@ def _multiplier(price: Price, usage: Mapping[str, object], api: str,
 def _fees(price: Price, usage: Mapping[str, object], api: str,
           tool_calls: Mapping[str, int]) -> list[BillLine]:
     """Per-call fees: searches and hosted tools."""
-    searches = tool_calls.get("web_search_call", 0)
     if api == "messages":
-        searches += _count(usage.get("server_tool_use"), "web_search_requests")
+        searches = _count(usage.get("server_tool_use"), "web_search_requests")
+    elif not tool_calls:
+        return []
+    else:
+        searches = tool_calls.get("web_search_call", 0)
     lines = (("web_search", searches, price.search_picodollars),
              ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
              ("container", int(bool(tool_calls.get("code_interpreter_call"))),
@@ -1112,17 +1132,21 @@ NOT_CONTENT_FIELDS = frozenset({
 CLIENT_TOOL_TYPES = re.compile(
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}")
-STORED_STATE_FIELDS = ("previous_response_id", "conversation", "container", "thread")
-UNBOUNDED_FIELDS = ("background", "mcp_servers", "web_search_options", "fallbacks", "compaction",
-                    "access_programs", "betas", "anthropic_beta",
-                    # of OpenRouter, xAI and others: searches and dearer models
-                    "plugins", "models", "route", "search_parameters", "enable_search",
-                    "web_search", "online", "extra_body")
+STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container", "thread"})
+UNBOUNDED_FIELDS = frozenset({
+    "background", "mcp_servers", "web_search_options", "fallbacks", "compaction",
+    "access_programs", "betas", "anthropic_beta",
+    # of OpenRouter, xAI and others: searches and dearer models
+    "plugins", "models", "route", "search_parameters", "enable_search", "web_search", "online",
+    "extra_body",
+})
+# A provider writes a prompt of its own for these.
+PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
+                              "output_format"})
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
 
 
-@dataclass(frozen=True)
-class Bound:
+class Bound(NamedTuple):
     """The worst case of one request, linear in its output tokens."""
     input_tokens: int
     input_picodollars: Rate             # all input at its dearest rate
@@ -1198,46 +1222,53 @@ def fixed_bound(microdollars: int) -> Bound:
                  most_output_tokens=0)
 
 
-def _parts(value: object) -> Iterator[tuple[str, dict]]:
+def _parts(values: Iterable[object]) -> Sequence[tuple[str, dict]]:
     """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
 
     What stands for content kept at the provider, by its id alone, counts as "item_reference".
     """
-    if isinstance(value, list):
-        for item in value:
-            yield from _parts(item)
-    elif isinstance(value, dict):
+    found: list[tuple[str, dict]] = []
+    waiting = [*values]
+    for value in waiting:                      # which grows as we go
+        if isinstance(value, list):
+            waiting += value
+        if not isinstance(value, dict):
+            continue
         kind = value.get("type")
-        if isinstance(kind, str):
-            yield kind, value
+        if kind is not None:
+            kind = kind if isinstance(kind, str) else "?"
+            found.append((kind, value))
         elif "id" in value and "content" not in value:
-            yield "item_reference", value
+            found.append(("item_reference", value))
         if kind == "reasoning" and not value.get("encrypted_content"):
-            yield "item_reference", value
-        held = ()
-        if kind in IMAGE_PART_TYPES:           # where its data stands, nothing else does
-            is_plain = json_object(value.get("source")).get("type") in (None, "base64", "url",
-                                                                        "file")
-            held = ("image_url", "source") if is_plain else ("image_url",)
+            found.append(("item_reference", value))
         for name, child in value.items():
             if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
-                    and name not in held \
-                    and not (name == "input" and kind in ("tool_use", "server_tool_use")):
-                yield from _parts(child)
+                    and not (name == "input" and kind in ("tool_use", "server_tool_use")) \
+                    and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child)):
+                waiting.append(child)
+    return found
 
 
-def _prompt_parts(fields: Mapping[str, object]) -> Iterator[tuple[str, dict]]:
-    return _parts([fields.get(name) for name in ("messages", "input", "system")])
+def _is_image_data(name: str, child: object) -> bool:
+    """Whether a field of an image is where its data stands, and nothing else."""
+    return name == "image_url" or (name == "source" and json_object(child).get("type") in (
+        None, "base64", "url", "file"))
 
 
-def _unseen_input(fields: Mapping[str, object]) -> tuple[bool, list[dict]]:
+def prompt_parts(body: JsonBody) -> Sequence[tuple[str, dict]]:
+    """The parts of a request's prompt, looked for once."""
+    if body.parts is None:
+        body.parts = _parts([body.fields.get(name) for name in ("messages", "input", "system")])
+    return body.parts
+
+
+def _unseen_input(body: JsonBody) -> tuple[bool, list[dict]]:
     """(whether a request brings input that its bytes do not bound, its images)."""
-    images, is_unseen = [], any(fields.get(name) is not None for name in STORED_STATE_FIELDS)
-    for kind, part in _prompt_parts(fields):
-        if kind in IMAGE_PART_TYPES:
-            images.append(part)
-        elif kind not in TEXT_PART_TYPES:
-            is_unseen = True
+    fields, parts = body.fields, prompt_parts(body)
+    images = [part for kind, part in parts if kind in IMAGE_PART_TYPES]
+    is_unseen = any(fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()) \
+        or any(kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES for kind, _ in parts)
     return is_unseen, images
 
 
@@ -1259,29 +1290,33 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(child)
 
 
-def check_boundable(fields: Mapping[str, object], price: Price) -> None:
+def check_boundable(body: JsonBody, price: Price) -> None:
     """Refuse what no bound covers. Raises UnboundedRequest, naming the field."""
-    unbounded = [name for name in UNBOUNDED_FIELDS if fields.get(name) not in (None, False)]
+    fields = body.fields
+    unbounded = [name for name in UNBOUNDED_FIELDS & fields.keys()
+                 if fields[name] not in (None, False)]
     if isinstance(fields.get("prompt"), dict):      # one stored at the provider
         unbounded.append("prompt")
     if SEARCHING_MODEL.search(price.key):
         unbounded.append("model")
-    if any(kind.lower().startswith("compact")
-           for kind, _ in _parts(fields.get("context_management"))):
+    managed = fields.get("context_management")
+    if managed and any(kind.lower().startswith("compact") for kind, _ in _parts([managed])):
         unbounded.append("context_management")     # reads the whole prompt once more
     if fields.get("speed") is not None and price.fast_multiplier == 1:
         unbounded.append("speed")                  # a premium that the table has no price for
     suffix = TIER_SUFFIXES.get(str(fields.get("service_tier")), "")
     if suffix and not any(name.endswith(suffix) for name in price.amounts):
         unbounded.append("service_tier")
-    unbounded += [name for name in fields if name != name.casefold()]  # some servers fold case
+    names = "".join(fields)
+    if names != names.casefold():                  # some servers fold case
+        unbounded += [name for name in fields if name != name.casefold()]
     for name in unbounded:
         shown = name if PRINTABLE_NAME.fullmatch(name) else "a field"
         raise UnboundedRequest(
             f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot be "
             "bounded before it is sent", param=shown)
     tools = [*_tool_types(fields.get("tools"))]
-    for kind, part in _prompt_parts(fields):
+    for kind, part in prompt_parts(body):
         if kind == "tool_search_output":               # brings further tools
             tools += _tool_types(part.get("tools"))
         if kind not in TEXT_PART_TYPES and not UNSEEN_PART_TYPES.fullmatch(kind):
@@ -1319,9 +1354,9 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
-    is_unseen, images = _unseen_input(body.fields)
-    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS
-                      if price.provider == provider and price.key.startswith(prefix)), None)
+    is_unseen, images = _unseen_input(body)
+    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS if price.provider
+                      == provider and price.key.startswith(prefix)), None) if images else None
     context = max(price.max_input_tokens or 0, window)
     if is_unseen or (images and per_image is None):
         if price.max_input_tokens is None:
@@ -1329,8 +1364,8 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
         return context
-    special = ("tools", "functions", "response_format", "text", "output_config", "output_format")
-    extra = TOOL_PROMPT_TOKENS if any(body.fields.get(n) for n in special) else FRAMING_TOKENS
+    is_prompted = any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys())
+    extra = TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS
     utf8_bytes, takes_nfkc = len(body.raw), price.provider == "anthropic" and (
         b"\\u" in body.raw or not body.raw.isascii())
     text = body.text if images or (measured and not takes_nfkc) else ""
@@ -1360,8 +1395,8 @@ def _choices(api: str, fields: Mapping[str, object]) -> int:
 
 def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]:
     """The largest of the client's caps on its answer, or None. Raises BadRequest."""
-    caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api]]
-    asked = max((cap for cap in caps if cap is not None), default=None)
+    caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api] if name in fields]
+    asked = max([cap for cap in caps if cap is not None], default=None)
     return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
 
 
@@ -1372,13 +1407,16 @@ def _least_output_tokens(api: str, fields: Mapping[str, object]) -> int:
     return 1 + (optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0)
 
 
-def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> set:
+_KNOWN_TIERS = frozenset({*TIER_SUFFIXES, "default", "standard", "standard_only", "scale"})
+
+
+def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> tuple:
     """The service tiers that may serve a request; an unknown one may be any."""
     asked = fields.get("service_tier")
     if asked in (None, "auto"):
-        return {None, default_tier}
-    known = {*TIER_SUFFIXES, "default", "standard", "standard_only", "scale"}
-    return {None, asked} if isinstance(asked, str) and asked in known else {None, *TIER_SUFFIXES}
+        return None, default_tier
+    return (None, asked) if isinstance(asked, str) and asked in _KNOWN_TIERS \
+        else (None, *TIER_SUFFIXES)
 
 
 def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
@@ -1390,25 +1428,19 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
     def may_say(*words: bytes) -> bool:
         return any(word in body.raw for word in (b"\\u", *words))
 
-    speaks = body.fields.get("audio") is not None or body.fields.get("modalities") is not None
-    inputs: list[Rate] = []
-    outputs: list[Rate] = []
-    writes: list[Rate] = []
-    long_writes: list[Rate] = []
-    for tier in _possible_tiers(body.fields, default_tier):
-        for prompt_tokens in (0, input_tokens):
-            rates = price.rates(tier, prompt_tokens)
-            inputs += [rates["input"], rates["audio_input"], rates["cache_read"]]
-            writes.append(rates["cache_write"])
-            long_writes += [rates["cache_write_1h"], rates["cache_write_12h"]]
-            outputs += [rates["output"], rates["reasoning"]] + [rates["audio_output"]] * speaks
+    dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
+    output = max(dearest["output"], dearest["reasoning"])
+    if body.fields.get("audio") is not None or body.fields.get("modalities") is not None:
+        output = max(output, dearest["audio_output"])
     # The body is searched only for what would change the rate.
-    dearest = max(inputs)
-    if max(*writes, *long_writes) > dearest and (api != "messages" or may_say(b"cache_control")):
-        dearest = max(dearest, *writes)
-        if max(long_writes) > dearest and may_say(b'"1h"', b'"12h"'):
-            dearest = max(long_writes)
-    return dearest, max(outputs)
+    plain = max(dearest["input"], dearest["audio_input"], dearest["cache_read"])
+    write, long_write = dearest["cache_write"], max(dearest["cache_write_1h"],
+                                                    dearest["cache_write_12h"])
+    if max(write, long_write) > plain and (api != "messages" or may_say(b"cache_control")):
+        plain = max(plain, write)
+        if long_write > plain and may_say(b'"1h"', b'"12h"'):
+            plain = long_write
+    return plain, output
 
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
@@ -1511,25 +1543,25 @@ _parse_json = json.JSONDecoder().decode      # json.loads, without its look at t
 
 class AnswerMeter:
     """What one answer says about its cost."""
+    usage: Optional[dict] = None                # as far as it is known
+    usage_is_final = False
+    output_is_told = False                      # Anthropic's start has only a first count
+    text_since_usage = False                    # OpenAI's usage is not yet all
+    can_be_read = True                          # else nothing is known of what a stream showed
+    model: Optional[str] = None
+    service_tier: Optional[str] = None
+    tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
+    output_bytes = 0                            # UTF-8 bytes of generated text seen
+    has_ended = False                           # the stream's last event was seen
+    failure: Optional[str] = None               # the type of an error inside a stream
 
     def __init__(self, api: str) -> None:
         self.api = api
-        self.usage: Optional[dict] = None       # as far as it is known
-        self.usage_is_final = False
-        self.output_is_told = False             # Anthropic's start has only a first count
-        self.text_since_usage = False           # OpenAI's usage is not yet all
-        self.can_be_read = True                 # else nothing is known of what a stream showed
-        self.model: Optional[str] = None
-        self.service_tier: Optional[str] = None
-        self.tool_calls: Counter = Counter()    # OpenAI hosted-tool items by type
-        self.output_bytes = 0                   # UTF-8 bytes of generated text seen
-        self.has_ended = False                  # the stream's last event was seen
-        self.failure: Optional[str] = None      # the type of an error inside a stream
 
     def read_answer(self, answer: bytes) -> None:
         """Read a whole JSON answer; what is not a JSON object leaves the usage missing."""
         try:
-            parsed = json.loads(answer)
+            parsed = _parse_json(answer.decode("utf-8"))
         except (ValueError, RecursionError):
             return
         if isinstance(parsed, dict):
@@ -2043,6 +2075,8 @@ class Losses:
 
     def headers(self) -> list[tuple[str, str]]:
         """The headers that tell of them."""
+        if not self.dropped and not self.adjusted:
+            return []
         lines = [("x-ironcage-dropped-params", [_header_name(name) for name in self.dropped]),
                  ("x-ironcage-adjusted", [f"{_header_name(name)}={_header_name(value)}"
                                           for name, value in self.adjusted.items()])]
@@ -3825,7 +3859,8 @@ ESTIMATED_IMAGE_TOKENS = 1600
 
 def estimated_input_tokens(fields: Mapping[str, object]) -> int:
     """A best estimate of a Messages request's input, not a bound (count_tokens)."""
-    _, images = _unseen_input(fields)
+    images = [part for kind, part in _parts([fields.get("messages"), fields.get("system")])
+              if kind in IMAGE_PART_TYPES]
     sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in ("system", "messages",
                                                                         "tools")
                 for text in _strings(fields.get(name)))
@@ -3913,6 +3948,8 @@ class Account:
 
     def roll(self, now_s: int) -> None:
         """Begin the period that holds `now_s`. A clock that goes back reopens none."""
+        if self.period == "total":
+            return
         since_s = period_start(self.period, now_s)
         if since_s > self.since_s:
             self.since_s, self.spent, self.reserved = since_s, 0, 0
@@ -3964,6 +4001,9 @@ class CostController:
         self._bound_exceeded = 0
         self._is_closed = False
 
+    def _accounts_of(self, scopes: Sequence[str]) -> list[Account]:
+        return [self._proxy, *[self._accounts[scope] for scope in scopes]]
+
     # Admission.
 
     def ask(self, bound: Bound, scopes: Sequence[str] = (), *,
@@ -3973,8 +4013,8 @@ class CostController:
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
         with self._lock:
-            accounts = (self._proxy, *(self._accounts[scope] for scope in scopes))
-            claim = Reservation(bound, accounts, may_wait and not self._is_closed)
+            claim = Reservation(bound, self._accounts_of(scopes),
+                                may_wait and not self._is_closed)
             self._line.append(claim)
             self._serve_line_locked()
         return claim
@@ -4070,10 +4110,10 @@ class CostController:
             elif not is_free:
                 lacking.append(account)
         if not lacking:
-            claim.is_open, claim.output_cap = True, cap
-            claim.admitted_s = max(now_s, *(account.since_s for account in claim.accounts))
+            claim.is_open, claim.output_cap, claim.admitted_s = True, cap, now_s
             claim.microdollars = bound.microdollars(cap)
             for account in claim.accounts:
+                claim.admitted_s = max(claim.admitted_s, account.since_s)
                 account.reserved += claim.microdollars
                 claim.is_limited |= account.limit is not None
         return lacking
@@ -4137,7 +4177,7 @@ class CostController:
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
         with self._lock:
-            return any(self._accounts[scope].limit is not None for scope in (PROXY_SCOPE, *scopes))
+            return any(account.limit is not None for account in self._accounts_of(scopes))
 
     # What it holds.
 
@@ -4156,9 +4196,15 @@ class CostController:
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
         """What can still be reserved in all of the scopes, never below 0; None without a limit."""
-        budgets = [self.budget(scope) for scope in (PROXY_SCOPE, *scopes)]
-        return min((max(0, limit - spent - reserved) for _, limit, spent, reserved in budgets
-                    if limit is not None), default=None)
+        least: Optional[int] = None
+        with self._lock:
+            now_s = int(self._clock())
+            for account in self._accounts_of(scopes):
+                account.roll(now_s)
+                free = account.free
+                if free is not None and (least is None or free < least):
+                    least = max(0, free)
+        return least
 
     def total_spent(self) -> int:
         return self.budget().spent
@@ -4176,8 +4222,8 @@ class CostController:
 
     def get_status(self) -> tuple[int, Optional[int]]:
         """(spent, limit) at one instant."""
-        _, limit, spent, _ = self.budget()
-        return spent, limit
+        with self._lock:
+            return self._proxy.spent, self._proxy.limit
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """(spent, reserved, limit) at one instant."""
@@ -4246,6 +4292,7 @@ LEDGER_COLUMNS = MappingProxyType({
     "lines": "TEXT",                          # the bill, [[what, how many, picodollars each], ...]
     "provider_request_id": "TEXT", "latency_ms": "INTEGER", "first_byte_ms": "INTEGER",
 })
+_NO_ROW = dict.fromkeys(LEDGER_COLUMNS)
 _SETTLED_COLUMNS = tuple(LEDGER_COLUMNS)[[*LEDGER_COLUMNS].index("settled_ms"):]
 # Each brings a ledger one version on (PRAGMA user_version). What stands here never changes.
 MIGRATIONS = (
@@ -4596,7 +4643,12 @@ class Provider:
     stream_usage: bool = True                  # it knows stream_options.include_usage
     echo_reasoning: bool = False               # it wants its reasoning back, of every answer
 
-    @property
+    @functools.cached_property
+    def host(self) -> str:
+        """What a Host header says to it."""
+        return urllib.parse.urlsplit(self.base_url).netloc
+
+    @functools.cached_property
     def data_residency(self) -> Optional[str]:
         """"us" or "eu" for OpenAI's regional hosts, which cost more."""
         region = REGIONAL_HOST.match(self.base_url)
@@ -4654,7 +4706,7 @@ class Caller:
     parallel_requests: Optional[int] = None
     expires_s: Optional[int] = None                # Unix seconds
 
-    @property
+    @functools.cached_property
     def scopes(self) -> tuple[str, ...]:
         """The scopes that its calls belong to, beside the proxy's."""
         return () if self.name in RESERVED_NAMES else (self.name,)
@@ -4840,6 +4892,9 @@ def load_config(path: str, environ: Mapping[str, str], *,
     return Config(tuple(callers), tuple(providers), aliases)
 
 
+_NOTHING_HELD = contextlib.nullcontext()
+
+
 class Traffic:
     """How many requests each token has in flight, and has made within the last minute."""
 
@@ -4849,12 +4904,14 @@ class Traffic:
         self._in_flight: Counter = Counter()
         self._times: dict[str, deque] = {}
 
-    @contextlib.contextmanager
-    def entered(self, caller: Caller) -> Iterator[None]:
+    def entered(self, caller: Caller) -> ContextManager[None]:
         """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
         if caller.requests_per_minute is None and caller.parallel_requests is None:
-            yield
-            return
+            return _NOTHING_HELD
+        return self._counted(caller)
+
+    @contextlib.contextmanager
+    def _counted(self, caller: Caller) -> Iterator[None]:
         now_s = self._clock()
         with self._lock:
             times = self._times.setdefault(caller.name, deque())
@@ -4888,45 +4945,41 @@ class Traffic:
 # Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
-_HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_HEADER_LINE = re.compile(r"^([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n",
+                          re.MULTILINE)
 _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) (\S+) HTTP/1\.([01])")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 _TARGET = re.compile(r"(/[!-\"$->@-\[\]-~]*)(?:\?([!-\"$-~]*))?")     # no space, "#" or "\"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 MAX_CHUNK_LINE_BYTES = 4096
 
-Headers = tuple[tuple[str, str], ...]           # (lower-case name, value), in order
+class Headers(tuple):
+    """A message's headers, (lower-case name, value), in order.
+
+    `values` has them by name, and `get` one of them, or None; several of one name are joined by
+    ", " (5.3).
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self.values = dict(self)
+        if len(self.values) < len(self):
+            self.values = {name: ", ".join(v for n, v in self if n == name) for name, _ in self}
+        self.get = self.values.get
 
 
-def header_value(headers: Iterable[tuple[str, str]], name: str) -> Optional[str]:
-    """The value of a header by its lower-case name; several are joined by ", " (5.3)."""
-    values = [value for header, value in headers if header == name]
-    return ", ".join(values) if values else None
-
-
-def parse_headers(lines: Sequence[str]) -> Headers:
-    """((lower-case name, value), ...). Raises MalformedHttp for what is not one clear header."""
-    if len(lines) > MAX_HEADERS:
+def parse_headers(lines: str) -> Headers:
+    """The headers in lines that each end in CRLF. Raises MalformedHttp for what is not one clear
+    header: bare CR or LF (2.2), a space before ":" (5.1), folding (5.2)."""
+    found, count = _HEADER_LINE.findall(lines), lines.count("\n")
+    if count > MAX_HEADERS:
         raise MalformedHttp(f"more than {MAX_HEADERS} headers")
-    headers = []
-    for line in lines:
-        match = _HEADER_LINE.fullmatch(line)       # no folding (5.2), no space before ":" (5.1)
-        if match is None:
-            raise MalformedHttp("a header line is malformed")
-        headers.append((match[1].lower(), match[2].rstrip(" \t")))
-    return tuple(headers)
+    if len(found) != count:                # no match is longer than a line, or less than one
+        raise MalformedHttp("a header line is malformed")
+    names, values = zip(*found) if found else ((), ())
+    return Headers(zip(map(str.lower, names), map(str.strip, values, itertools.repeat(" \t"))))
 
 
-def head_lines(head: bytes) -> list[str]:
-    """The lines of a message head. Raises MalformedHttp for a bare CR or LF (2.2)."""
-    lines = head.decode("latin-1").split("\r\n")
-    if any("\n" in line or "\r" in line for line in lines):
-        raise MalformedHttp("a line of the head does not end in CRLF")
-    return lines
-
-
-@dataclass(frozen=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """The head of a client's request."""
     method: str
     path: str                  # as sent: not decoded, no query
@@ -4934,30 +4987,38 @@ class RequestHead:
     minor_version: int         # 0 or 1
     headers: Headers
 
-    def header(self, name: str) -> Optional[str]:
-        return header_value(self.headers, name)
-
     @property
     def keeps_alive(self) -> bool:
-        options = (self.header("connection") or "").lower().replace(" ", "").split(",")
-        return "close" not in options and (self.minor_version == 1)
+        return self.minor_version == 1 \
+            and "close" not in connection_options(self.headers)
+
+
+def connection_options(headers: Headers) -> Sequence[str]:
+    """What a Connection header names, in lower case (7.6.1)."""
+    value = headers.get("connection")
+    return () if value is None else [option.strip() for option in value.lower().split(",")]
+
+
+def content_encoding(headers: Headers) -> str:
+    """How a body is encoded, in lower case; "identity" where it is not."""
+    return (headers.get("content-encoding") or "identity").strip().lower()
 
 
 def parse_request_head(head: bytes) -> RequestHead:
     """Raises MalformedHttp for anything but one clear HTTP/1.0 or 1.1 request head."""
-    first, *rest = head_lines(head)
+    first, end, rest = head.decode("latin-1").partition("\r\n")
     line = _REQUEST_LINE.fullmatch(first)
     if line is None:
         raise MalformedHttp("the request line is not METHOD /path HTTP/1.1")
     target = _TARGET.fullmatch(line[2])
     if target is None:
         raise MalformedHttp("the request target must be a path of printable ASCII characters")
-    segments = urllib.parse.unquote(target[1]).split("/")
-    if "." in segments or ".." in segments:
-        raise MalformedHttp("the path has a . or .. segment")
-    headers = parse_headers(rest)
-    hosts = [value for name, value in headers if name == "host"]
-    if len(hosts) > 1 or (not hosts and line[3] == "1"):
+    if "/." in target[1] or "%" in target[1]:
+        segments = urllib.parse.unquote(target[1]).split("/")
+        if "." in segments or ".." in segments:
+            raise MalformedHttp("the path has a . or .. segment")
+    headers = parse_headers(rest + end)
+    if "," in headers.get("host", "," if line[3] == "1" else ""):
         raise MalformedHttp("there must be one Host header")
     return RequestHead(line[1], target[1], target[2], int(line[3]), headers)
 
@@ -4971,26 +5032,26 @@ def body_length(headers: Headers, *, otherwise: int) -> int:
 
     Raises MalformedHttp for two lengths, or a length that is not plain digits (6.1, 6.3).
     """
-    lengths = [value for name, value in headers if name == "content-length"]
-    codings = [value for name, value in headers if name == "transfer-encoding"]
-    if len(lengths) + len(codings) > 1:
-        raise MalformedHttp("there must be one content-length or one transfer-encoding, not both")
-    if codings:
-        if codings[0].lower() != "chunked":
+    length = headers.get("content-length")
+    coding = headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None:
+            raise MalformedHttp("there must be a content-length or a transfer-encoding, not both")
+        if coding.lower() != "chunked":
             raise MalformedHttp("the only transfer-encoding taken is chunked")
         return CHUNKED
-    if not lengths:
+    if length is None:
         return otherwise
-    if not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) <= 18):
-        raise MalformedHttp("content-length is not a number of bytes")
-    return int(lengths[0])
+    if not (length.isascii() and length.isdigit() and len(length) <= 18):
+        raise MalformedHttp("content-length is not one number of bytes")
+    return int(length)
 
 
 class BodyDecoder:
     """A message body: so many bytes, UNTIL_CLOSE, or CHUNKED (7.1), in the pieces that came.
 
-    One machine for all: `_left` bytes of payload are due; at 0 a chunked body is read by lines,
-    each of which is `_line`: "size", "end" of a chunk, or "trailer".
+    `_left` bytes of payload are due; at 0 a chunked body is read by lines, each of which is
+    `_line`: "size", "end" of a chunk, or "trailer"; "" in a body that is not chunked.
     """
 
     def __init__(self, length: int) -> None:
@@ -5002,6 +5063,11 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The pieces of the body in `data`. Raises MalformedHttp."""
+        if not self._line and not self.is_done:
+            piece = data[:self._left]
+            self._left -= len(piece)
+            self.is_done, self.rest = not self._left, data[len(piece):]
+            return [piece] if piece else []
         data, at, pieces = self.rest + data, 0, []
         while not self.is_done:
             if self._left:
@@ -5010,7 +5076,6 @@ class BodyDecoder:
                     break
                 pieces.append(piece)
                 at, self._left = at + len(piece), self._left - len(piece)
-                self.is_done = not self._left and not self._line
                 continue
             end = data.find(b"\n", at) + 1
             if not end and len(data) - at <= MAX_CHUNK_LINE_BYTES:
@@ -5051,8 +5116,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 def format_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A message head as bytes. Names and values were checked when they were parsed."""
-    lines = [first_line, *(f"{name}: {value}" for name, value in headers)]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    return "\r\n".join([first_line, *map(": ".join, headers), "\r\n"]).encode("latin-1")
 
 
 def wait_for_sockets(sockets: Mapping[socket.socket, bool], timeout_s: float) -> list:
@@ -5090,8 +5154,18 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self._poll = None
+        if hasattr(select, "poll"):     # not on Windows
+            self._poll = select.poll()
+            self._poll.register(sock, select.POLLIN)
         self.received = b""             # read from the socket and not yet used
         self.sent_bytes = 0
+
+    def is_readable(self, within_s: float = 0) -> bool:
+        """Whether the socket has something to read, or has ended, now or within a time."""
+        if self._poll is None:
+            return bool(wait_for_sockets({self.sock: False}, within_s))
+        return bool(self._poll.poll(within_s * 1000))
 
     def receive(self, timeout_s: float, watched: Optional[Wire] = None) -> bytes:
         """Some bytes, or b"" at the end. `watched` is a client to give up with.
@@ -5106,7 +5180,10 @@ class Wire:
             try:
                 return self.sock.recv(RECEIVE_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(False, deadline_s, watched)
+                if watched is not None:
+                    self._wait(False, deadline_s, watched)
+                elif not self.is_readable(max(0.0, deadline_s - time.monotonic())):
+                    raise TimeoutError("timed out") from None
             except ssl.SSLWantWriteError:
                 self._wait(True, deadline_s, watched)
 
@@ -5136,12 +5213,8 @@ class Wire:
 
         Raises: MalformedHttp beyond MAX_HEAD_BYTES; TimeoutError; OSError; EOFError inside it.
         """
-        data = b""
+        data, self.received = self.received, b""
         while True:
-            more = self.receive(deadline_s - time.monotonic(), watched)
-            if not more:
-                raise EOFError("the connection ended inside a head")
-            data += more
             end = _HEAD_END.search(data)
             if end is not None and end[0] != b"\r\n\r\n":
                 raise MalformedHttp("a line of the head does not end in CRLF")
@@ -5150,6 +5223,10 @@ class Wire:
                 return data[:end.start()]
             if len(data) > MAX_HEAD_BYTES:
                 raise MalformedHttp(f"the head is longer than {MAX_HEAD_BYTES} bytes")
+            more = self.receive(deadline_s - time.monotonic(), watched)
+            if not more:
+                raise EOFError("the connection ended inside a head")
+            data += more
 
     def send(self, data: bytes, stall_s: float) -> None:
         """Write all of `data`. Raises TimeoutError after `stall_s` without progress, or where the
@@ -5242,8 +5319,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 since_s, wire = pooled.pop() if pooled else (0.0, None)
             if wire is None:
                 return
-            fresh = time.monotonic() - since_s < POOL_IDLE_S
-            if fresh and not wait_for_sockets({wire.sock: False}, 0):
+            if time.monotonic() - since_s < POOL_IDLE_S and not wire.is_readable():
                 yield wire
             else:
                 wire.close()                # too old, or the provider closed it or sent bytes
@@ -5333,14 +5409,21 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             wire.shut_down()
 
 
+@functools.lru_cache(maxsize=64)
+def _request_to(url: str) -> urllib.request.Request:
+    """What urllib reads from a URL, which takes it longer than all else about a request."""
+    return urllib.request.Request(url)
+
+
 class UpstreamRequest(urllib.request.Request):
     """A request to a provider. `watched` is the client's wire, whose hang-up ends the wait."""
 
     def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: bytes,
                  watched: Optional[Wire]) -> None:
-        super().__init__(url, data=body, method=method)
-        self.headers.update(headers)        # as they are: add_header() would capitalize each
-        self.watched = watched
+        vars(self).update(vars(_request_to(url)))
+        self.unredirected_hdrs = {}
+        self.data, self.method, self.watched = body, method, watched
+        self.headers = dict(headers)        # as they are: add_header() would capitalize each
 
 
 class UpstreamResponse:
@@ -5352,15 +5435,14 @@ class UpstreamResponse:
         self._watched = request.watched
         self._deadline_s = time.monotonic() + timeouts.call_s
         self._is_open = True
-        with _upstream_failures():
-            self.status, self._reusable, self.headers = self._read_head()
-        bodiless = request.get_method() == "HEAD" or self.status in (204, 304)
         try:
+            self.status, self._reusable, self.headers = self._read_head()
+            bodiless = request.get_method() == "HEAD" or self.status in (204, 304)
             self.stated_length = body_length(self.headers, otherwise=0 if bodiless
                                              else UNTIL_CLOSE)
-            self.length = 0 if bodiless else self.stated_length
-        except MalformedHttp as err:
-            raise UpstreamBroke(f"the provider's answer is malformed: {err.message}") from None
+        except SOCKET_FAILURES as err:
+            raise upstream_failure(err) from err
+        self.length = 0 if bodiless else self.stated_length
         self._decoder = BodyDecoder(self.length)
 
     def _read_head(self) -> tuple[int, bool, Headers]:
@@ -5369,19 +5451,17 @@ class UpstreamResponse:
             if not self._wire.await_bytes(first_byte_by_s - time.monotonic(), self._watched):
                 raise UpstreamBroke("the provider closed the connection without an answer")
             head_by_s = min(time.monotonic() + self._timeouts.between_bytes_s, self._deadline_s)
-            first, *rest = head_lines(self._wire.read_head(head_by_s, self._watched))
+            head = self._wire.read_head(head_by_s, self._watched).decode("latin-1")
+            first, end, rest = head.partition("\r\n")
             line = _STATUS_LINE.fullmatch(first)
             if line is None:
                 raise UpstreamBroke("the provider's answer is not HTTP/1.1")
-            status, headers = int(line[2]), parse_headers(rest)
+            status, headers = int(line[2]), parse_headers(rest + end)
             if status == 101 or status < 100:
                 raise UpstreamBroke(f"the provider answered with the status {status}")
             if status >= 200:
-                options = (header_value(headers, "connection") or "").lower()
-                return status, line[1] == "1" and "close" not in options, headers
-
-    def header(self, name: str) -> Optional[str]:
-        return header_value(self.headers, name)
+                keeps_alive = line[1] == "1" and "close" not in connection_options(headers)
+                return status, keeps_alive, headers
 
     def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
         """The body: for each read from the socket, its pieces, split as the provider split them;
@@ -5392,21 +5472,18 @@ class UpstreamResponse:
         decoder = self._decoder
         last_s = time.monotonic()
         while not decoder.is_done:
-            with _upstream_failures():
-                left_s = min(self._deadline_s,
-                             last_s + self._timeouts.between_bytes_s) - time.monotonic()
-                if self._deadline_s <= time.monotonic():   # though bytes may be there
+            now_s = time.monotonic()
+            left_s = min(self._deadline_s, last_s + self._timeouts.between_bytes_s) - now_s
+            try:
+                if self._deadline_s <= now_s:              # though bytes may be there
                     raise TimeoutError
-                try:
-                    data = self._wire.receive(min(left_s, tick_s), self._watched)
-                except TimeoutError:
-                    if left_s <= tick_s:
-                        raise
-                    data = None
+                data = self._wire.receive(min(left_s, tick_s), self._watched)
                 pieces = decoder.feed(data) if data else []
-            if data is None:
-                yield []
-                continue
+            except SOCKET_FAILURES as err:
+                if isinstance(err, TimeoutError) and left_s > tick_s:
+                    yield []
+                    continue
+                raise upstream_failure(err) from err
             last_s = time.monotonic()
             if pieces:
                 yield pieces
@@ -5436,19 +5513,18 @@ def whole_body(response: UpstreamResponse) -> bytes:
     return b"".join(pieces)
 
 
-@contextlib.contextmanager
-def _upstream_failures() -> Iterator[None]:
-    """The one table from a socket's exceptions to ours, for what was already sent."""
-    try:
-        yield
-    except TimeoutError as err:
-        raise UpstreamTimedOut("the provider did not answer in time") from err
-    except MalformedHttp as err:
-        raise UpstreamBroke(f"the provider's answer is malformed: {err.message}") from None
-    except EOFError as err:
-        raise UpstreamBroke("the provider's answer broke off") from err
-    except OSError as err:
-        raise UpstreamBroke(f"the connection to the provider broke: {_reason(err)}") from err
+SOCKET_FAILURES = (OSError, EOFError, MalformedHttp)          # TimeoutError is an OSError
+
+
+def upstream_failure(err: Exception) -> UpstreamError:
+    """What one of SOCKET_FAILURES means for a call that was already sent."""
+    if isinstance(err, TimeoutError):
+        return UpstreamTimedOut("the provider did not answer in time")
+    if isinstance(err, MalformedHttp):
+        return UpstreamBroke(f"the provider's answer is malformed: {err.message}")
+    if isinstance(err, EOFError):
+        return UpstreamBroke("the provider's answer broke off")
+    return UpstreamBroke(f"the connection to the provider broke: {_reason(err)}")
 
 
 class EnvironmentProxies(urllib.request.ProxyHandler):
@@ -5481,19 +5557,21 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     A translated call is the proxy's own: what one vendor's clients say to it stays behind, but
     for the features of Anthropic that a client of OpenAI's names.
     """
-    named = {option.strip().lower() for option in (head.header("connection") or "").split(",")}
-    headers = {"host": urllib.parse.urlsplit(provider.base_url).netloc}
-    for name, value in head.headers:
-        if name not in REQUEST_HEADERS_KEPT_BACK and name not in named \
-                and not name.startswith("x-ironcage-") \
-                and not (translator is not None and VENDOR_HEADER.match(name)):
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers = {name: value for name, value in head.headers.values.items()
+               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith("x-ironcage-")}
+    for name in connection_options(head.headers):
+        headers.pop(name, None)
+    if translator is not None:
+        headers = {name: value for name, value in headers.items()
+                   if not VENDOR_HEADER.match(name)}
     headers.update(provider.credentials())
     if provider.format == "anthropic":
         if translator is not None:
-            betas = [*filter(None, [head.header("anthropic-beta")]), *translator.betas]
+            asked = head.headers.get("anthropic-beta")
+            betas = [*filter(None, [asked]), *translator.betas]
             headers.update({"anthropic-beta": ",".join(betas)} if betas else {})
         headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
+    headers["host"] = provider.host
     headers["accept-encoding"] = "identity"
     if body_bytes or head.method in ("POST", "PUT", "PATCH"):
         headers["content-length"] = str(body_bytes)
@@ -5506,13 +5584,12 @@ def without_key(data: bytes, provider: Provider) -> bytes:
     return data if provider.key is None else data.replace(provider.key.encode(), b"***")
 
 
-def answer_headers(headers: Headers, provider: Provider) -> Headers:
+def answer_headers(headers: Headers, provider: Provider) -> list[tuple[str, str]]:
     """The end-to-end headers of a provider's answer; none that repeats its key."""
-    named = {option.strip().lower()
-             for option in (header_value(headers, "connection") or "").split(",")}
-    return tuple((name, value) for name, value in headers
-                 if name not in ANSWER_HEADERS_KEPT_BACK and name not in named
-                 and (provider.key is None or provider.key not in value))
+    named, key = connection_options(headers), provider.key
+    return [(name, value) for name, value in headers
+            if name not in ANSWER_HEADERS_KEPT_BACK and name not in named
+            and (key is None or key not in value)]
 
 
 def translated_rate_limits(headers: Iterable[tuple[str, str]],
@@ -5555,8 +5632,7 @@ def _told_length(response: UpstreamResponse) -> int:
 # whose lines add up to it; the ledger keeps them, so that `audit` can add them up again.
 
 
-@dataclass(frozen=True)
-class ClientRequest:
+class ClientRequest(NamedTuple):
     """A request of an authenticated client, read whole."""
     head: RequestHead
     body: bytes
@@ -5571,32 +5647,33 @@ class ClientRequest:
 class Call:
     """One metered call from its admission to its settlement. One thread uses it."""
 
+    price: Optional[Price] = None                     # None: unpriced, and no budget is set
+    bound: Optional[Bound] = None                     # None: it has no bound, and no budget is set
+    translator: Optional[Translator] = None           # where the provider speaks another API
+    reservation: Optional[Reservation] = None         # set by its admission
+    set_output_cap: Optional[int] = None              # the cap that we put into the request
+    hides_usage = False                               # the client did not ask for usage chunks
+    was_sent = False                                  # the provider may have seen it
+    status: Optional[int] = None                      # of the provider's answer
+    first_byte_ms: Optional[int] = None               # from sending to the head of the answer
+    provider_request_id: Optional[str] = None
+    client_left = False
+    charge: Optional[Charge] = None                   # set when it is settled
+    row: Optional[dict] = None                        # in the ledger, once the intent is written
+
     def __init__(self, request: ClientRequest, provider: Provider, api: str, model: str,
                  body: JsonBody) -> None:
         self.request, self.provider, self.api, self.body = request, provider, api, body
         self.model = model                            # the name that goes upstream
-        self.price: Optional[Price] = None            # None: unpriced, and no budget is set
-        self.bound: Optional[Bound] = None            # None: it has no bound, and no budget is set
-        self.translator: Optional[Translator] = None  # where the provider speaks another API
-        self.losses = Losses()                        # what it could not carry over
         self.asked_model = model                      # the name that the client used
-        self.reservation: Optional[Reservation] = None        # set by its admission
-        self.set_output_cap: Optional[int] = None     # the cap that we put into the request
+        self.losses = Losses()                        # what a translator could not carry over
         self.wants_stream = optional_flag(body.fields, "stream")
-        self.hides_usage = False                      # the client did not ask for usage chunks
         self.meter = AnswerMeter(api)
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
-        self.was_sent = False                         # the provider may have seen it
-        self.status: Optional[int] = None             # of the provider's answer
-        self.first_byte_ms: Optional[int] = None      # from sending to the head of the answer
-        self.provider_request_id: Optional[str] = None
-        self.client_left = False
-        self.charge: Optional[Charge] = None          # set when it is settled
-        self.row: Optional[dict] = None               # in the ledger, once the intent is written
 
     def intent_row(self) -> dict:
         """The ledger's row as it is before the call is sent."""
-        return {**dict.fromkeys(LEDGER_COLUMNS), "request_id": self.request.request_id,
+        return {**_NO_ROW, "request_id": self.request.request_id,
                 "admitted_s": self.reservation.admitted_s, "token": self.request.caller.name,
                 "provider": self.provider.name, "model": ascii(self.model[:256])[1:-1],
                 "price_key": self.price.key if self.price is not None else None,
@@ -5609,15 +5686,13 @@ class Call:
             or self.meter.failure is not None
 
 
-@dataclass(frozen=True)
 class Charge:
     """What a call is charged, line by line, and why not exactly, if so."""
-    lines: Sequence[BillLine] = ()
-    estimated: Optional[str] = None
+    __slots__ = ("lines", "estimated", "microdollars")
 
-    @property
-    def microdollars(self) -> int:
-        return total_of(self.lines)
+    def __init__(self, lines: Sequence[BillLine] = (), estimated: Optional[str] = None) -> None:
+        self.lines, self.estimated = lines, estimated
+        self.microdollars = total_of(lines)
 
 
 def reserved_in_full(call: Call) -> list[BillLine]:
@@ -5699,10 +5774,10 @@ TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
 
 def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None:
     """Fill the settlement's columns of a ledger row."""
-    counts: tuple = (None, None, None)
+    counts: Sequence = (None, None, None)
     if charge.lines and charge.estimated is None:
-        counts = tuple(sum(count for what, count, _ in charge.lines if what in buckets)
-                       for buckets in (INPUT_BUCKETS, ("cache_read",), OUTPUT_BUCKETS))
+        counts = [sum([count for what, count, _ in charge.lines if what in buckets])
+                  for buckets in (INPUT_BUCKETS, ("cache_read",), OUTPUT_BUCKETS)]
     elif call.meter.usage is not None:
         with contextlib.suppress(MalformedUsage):
             usage = USAGE_READERS[call.api](call.meter.usage)
@@ -5780,6 +5855,7 @@ BUDGET_THRESHOLDS = (50, 80, 90, 100)
 REFUSALS_KEPT = 200
 # Upper bounds of the histograms' buckets, in milliseconds.
 HISTOGRAM_MS = (10, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
+HISTOGRAM_BOUNDS = (*(f"{most / 1000:g}" for most in HISTOGRAM_MS), "+Inf")       # in seconds
 
 
 def event_name(event: Event) -> str:
@@ -5789,7 +5865,7 @@ def event_name(event: Event) -> str:
 
 def bucket_of(milliseconds: int) -> str:
     """The bucket of a histogram that a time falls into, by its upper bound in seconds."""
-    return next((f"{most / 1000:g}" for most in HISTOGRAM_MS if milliseconds <= most), "+Inf")
+    return HISTOGRAM_BOUNDS[bisect.bisect_left(HISTOGRAM_MS, milliseconds)]
 
 
 class Totals:
@@ -5801,18 +5877,23 @@ class Totals:
         self._seen: Counter = Counter()               # (metric, label, label) for metrics()
         self._refusals: deque = deque(maxlen=REFUSALS_KEPT)
 
-    def add(self, token: str, provider: str, model: str, **counts: int) -> None:
-        """Add counts for a token, and a provider and a model where there are any."""
+    def add(self, names: tuple[str, str, str], counts: Mapping[str, int],
+            observed: Iterable[tuple] = ()) -> None:
+        """Add counts for a (token, provider, model), of which the last two may be ""; and count
+        each (metric, label, ...) once, for metrics()."""
         with self._lock:
-            cell = self._cells.setdefault((token, provider, model), Counter())
+            cell = self._cells.get(names)
+            if cell is None:
+                cell = self._cells[names] = Counter()
             for name, count in counts.items():
                 cell[name] += count
-
-    def observe(self, *observations: tuple) -> None:
-        """Count (metric, label, ...) each once, for metrics()."""
-        with self._lock:
-            for observation in observations:
+            for observation in observed:
                 self._seen[observation] += 1
+
+    def observe(self, observation: tuple) -> None:
+        """Count one (metric, label, ...) once, for metrics()."""
+        with self._lock:
+            self._seen[observation] += 1
 
     def refuse(self, refusal: Mapping[str, object]) -> None:
         """Keep a call that was refused here, for those who look on."""
@@ -5854,10 +5935,9 @@ def _sample(name: str, labels: Mapping[str, str], value: object) -> str:
 def _histogram(name: str, observed: Mapping[tuple, int], metric: str) -> list[str]:
     """The samples of a histogram by provider; buckets count all below them."""
     lines = []
-    bounds = [f"{most / 1000:g}" for most in HISTOGRAM_MS] + ["+Inf"]
     for provider in sorted({key[1] for key in observed if key[0] == metric}):
         total = 0
-        for bound in bounds:
+        for bound in HISTOGRAM_BOUNDS:
             total += observed.get((metric, provider, bound), 0)
             lines.append(_sample(f"{name}_bucket", {"provider": provider, "le": bound}, total))
         lines.append(_sample(f"{name}_count", {"provider": provider}, total))
@@ -6240,11 +6320,10 @@ class Settings:
     timeouts: Timeouts = Timeouts()
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What goes back to the client: a whole body, or reads as they arrive."""
     status: int
-    headers: Headers
+    headers: Iterable[tuple[str, str]]
     body: Optional[bytes] = None
     reads: Optional[Iterator[list[bytes]]] = None
     length: int = UNTIL_CLOSE                  # bytes in `reads`, where known
@@ -6263,11 +6342,8 @@ class EchoResponse:
             else iter([[json_bytes(whole(answer))]])
         self.status = 200
         kind = "text/event-stream; charset=utf-8" if streamed else "application/json"
-        self.headers: Headers = (("content-type", kind), ("x-request-id", request_id),
-                                 ("request-id", request_id))
-
-    def header(self, name: str) -> Optional[str]:
-        return header_value(self.headers, name)
+        self.headers = Headers([("content-type", kind), ("x-request-id", request_id),
+                                ("request-id", request_id)])
 
     def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
         return self._reads
@@ -6305,6 +6381,15 @@ def other_models(fields: Mapping[str, object]) -> Iterator[str]:
 _CHARSET = re.compile(r"charset=\"?([^\s;\"]+)", re.IGNORECASE)
 
 
+def _row_told(row: Mapping[str, object]) -> dict:
+    """What the log says of a settled call, in the original's words."""
+    told = {"request_id": row["request_id"], "model": row["price_key"] or "other",
+            "provider": row["provider"], "status": row["status"],
+            "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
+            "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
+    return told if row["estimated"] is None else {**told, "estimated": row["estimated"]}
+
+
 class Router:
     """Carries requests to providers under one budget."""
 
@@ -6316,7 +6401,7 @@ class Router:
         self.totals = Totals()
         self.traffic = Traffic()
         self._thresholds_lock = threading.Lock()       # guards the next field
-        self._thresholds_told: set[int] = set()
+        self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
         self._transport = KeepAliveHandler(settings.timeouts)
         self._opener = build_opener(self._transport)
         self.server: Optional[CageServer] = None
@@ -6374,8 +6459,7 @@ class Router:
                 return
             if api is not None:
                 call = self._admitted(request, named, api, client)
-                with self._carried(call, path, client) as answer:
-                    yield answer
+                yield from self._carried(call, path, client)
                 return
             self._check_unmetered(request, named, path)
             local = self._local_answer(request, named, path)
@@ -6383,8 +6467,7 @@ class Router:
                 yield local
                 return
             provider = named or self._provider_of_path(request, path)
-            with self._passed_through(request, provider, path, client) as answer:
-                yield answer
+            yield from self._passed_through(request, provider, path, client)
 
     # Routing: which provider, under which name.
 
@@ -6426,7 +6509,7 @@ class Router:
     def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
         speaks_anthropic = request.dialect == "anthropic" or (
             re.match(r"/v1/(models|files)(/|$)", path)
-            and request.head.header("anthropic-version") is not None)
+            and request.head.headers.get("anthropic-version") is not None)
         return self.providers["anthropic" if speaks_anthropic else "openai"]
 
     def _check_unmetered(self, request: ClientRequest, named: Optional[Provider],
@@ -6452,8 +6535,8 @@ class Router:
                 f"--allow-path lets a path through unmetered")
 
     def _check_method_override(self, request: ClientRequest) -> None:
-        named = any(name in METHOD_OVERRIDE_HEADERS for name, _ in request.head.headers)
-        if named or "_method=" in (request.head.query or ""):
+        if not METHOD_OVERRIDE_HEADERS.isdisjoint(request.head.headers.values) \
+                or "_method=" in (request.head.query or ""):
             raise UnmeteredRoute("a method override cannot be used under a budget")
 
     # Admission: bound and reserve, or refuse.
@@ -6461,7 +6544,7 @@ class Router:
     def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str,
                   client: Optional[Wire]) -> Call:
         """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
-        charset = _CHARSET.search(request.head.header("content-type") or "")
+        charset = _CHARSET.search(request.head.headers.get("content-type") or "")
         if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
             raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
         body = parse_json_object(request.body)
@@ -6469,21 +6552,23 @@ class Router:
         provider, upstream_model = self._provider_of_model(model, named)
         self._check_models(request.caller, provider, [upstream_model, *other_models(body.fields)])
         provider = self._ready(provider)
-        limited = self.controller.is_limited(request.caller.scopes)
+        free = self.controller.available(request.caller.scopes)
+        limited = free is not None
         call = Call(request, provider, api, upstream_model, body) \
             if api in FORMAT_APIS[provider.format] \
             else self._translated(request, provider, api, upstream_model, body, limited)
         body = call.body
-        asked_output_tokens(call.api, body.fields)
         if limited:
             self._check_method_override(request)
             call.price = self.prices.price(upstream_model, provider.name)
-            check_boundable(body.fields, call.price)
+            check_boundable(body, call.price)
         else:
             call.price = self.prices.find(upstream_model, provider.name)
-        if call.price is not None:
+        if call.price is None:
+            asked_output_tokens(call.api, body.fields)           # which says what is wrong with it
+        else:
             try:
-                call.bound = self._bound(call, call.price)
+                call.bound = self._bound(call, call.price, free)
             except UnboundedRequest:
                 if limited:
                     raise
@@ -6514,7 +6599,7 @@ class Router:
         price = self.prices.find(model, provider.name)
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
-                        or request.head.header("x-ironcage-strict") == "1")
+                        or request.head.headers.get("x-ironcage-strict") == "1")
         with well_shaped(BadRequest(REQUEST_SHAPE)):
             translator = make({**body.fields, "model": model}, losses,
                               most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
@@ -6529,15 +6614,14 @@ class Router:
         call.asked_model = str(body.fields["model"])
         return call
 
-    def _bound(self, call: Call, price: Price) -> Bound:
+    def _bound(self, call: Call, price: Price, free: Optional[int]) -> Bound:
         """A call's worst case: by bytes while that is little of what is free, else measured."""
-        betas = call.request.head.header("anthropic-beta") or ""
+        betas = call.request.head.headers.get("anthropic-beta") or ""
         options = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
                    "may_be_lowered": not self.settings.no_fit,
                    "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
-        free = self.controller.available(call.request.caller.scopes)
         if free is None or self.settings.bound == "bytes" \
                 or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
             return bound
@@ -6555,20 +6639,20 @@ class Router:
                 bound, call.request.caller.scopes, wait_s=self.settings.wait_s,
                 has_left=lambda: client is not None and bool(has_hung_up(client.sock)))
         except BudgetExceeded:
-            self.totals.add(call.request.caller.name, "", "", refused_requests=1)
+            self.totals.add((call.request.caller.name, "", ""), {"refused_requests": 1})
             raise
         names = MAX_TOKENS_FIELDS[call.api]
-        is_open = all(call.body.fields.get(name) is None for name in names)
         if claim.is_limited and bound.output_picodollars and names \
-                and (is_open or claim.output_cap < bound.output_tokens):
+                and (claim.output_cap < bound.output_tokens
+                     or all(call.body.fields.get(name) is None for name in names)):
             call.set_output_cap = claim.output_cap
         return claim
 
     # Sending and forwarding.
 
-    @contextlib.contextmanager
     def _carried(self, call: Call, path: str, client: Optional[Wire]) -> Iterator[Answer]:
-        """Send a reserved call and yield its answer; the money is settled on every way out."""
+        """Send a reserved call and yield its answer, once; the money is settled on every way out.
+        """
         try:
             body = self._upstream_body(call)
             if client is not None and has_hung_up(client.sock):
@@ -6586,7 +6670,8 @@ class Router:
             if call.status == 401 and self.server is not None:
                 self.server.refused(call.provider)
             call.first_byte_ms = (time.monotonic_ns() - call.sent_ns) // 10 ** 6
-            told_id = response.header("x-request-id") or response.header("request-id") or ""
+            told_id = response.headers.get("x-request-id") \
+                or response.headers.get("request-id") or ""
             call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
             try:
                 yield self._forwarded(call, response)
@@ -6658,7 +6743,7 @@ class Router:
                    ("x-ironcage-request-id", call.request.request_id)]
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
-        kind = (response.header("content-type") or "").partition(";")[0].strip().lower()
+        kind = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
         is_stream = kind == "text/event-stream" or (not kind and call.wants_stream)
         if call.translator is not None:
             return self._carried_back(call, call.translator, response, headers,
@@ -6666,7 +6751,7 @@ class Router:
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
         body = without_key(whole_body(response), call.provider)
-        encoding = (response.header("content-encoding") or "identity").strip().lower()
+        encoding = content_encoding(response.headers)
         call.meter.read_answer(inflated(body, encoding))
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
@@ -6697,7 +6782,7 @@ class Router:
                 call, events if first is None else itertools.chain((first,), events))
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
-        encoding = (response.header("content-encoding") or "identity").strip().lower()
+        encoding = content_encoding(response.headers)
         raw = without_key(inflated(whole_body(response), encoding), call.provider)
         call.meter.read_answer(raw)
         charge = self._settle(call)
@@ -6735,7 +6820,7 @@ class Router:
 
         def parsed_events() -> Iterator[dict]:
             """What the provider streams, metered, up to its end or its error."""
-            encoding = (response.header("content-encoding") or "identity").strip().lower()
+            encoding = content_encoding(response.headers)
             reader = StreamReader(call.meter, encoding, hides_usage=False)
             for pieces in response.reads(self.settings.timeouts.ping_s):
                 if not pieces:
@@ -6803,7 +6888,7 @@ class Router:
 
         A stream that breaks, or ends without its last event, gets an error event at its end.
         """
-        encoding = (response.header("content-encoding") or "identity").strip().lower()
+        encoding = content_encoding(response.headers)
         reader = StreamReader(call.meter, encoding, hides_usage=call.hides_usage)
         try:
             for pieces in response.reads():
@@ -6825,14 +6910,13 @@ class Router:
             self._settle(call)
             yield [error_event(err, call.api, call.request.request_id)]
 
-    @contextlib.contextmanager
     def _passed_through(self, request: ClientRequest, provider: Provider, path: str,
                         client: Optional[Wire]) -> Iterator[Answer]:
-        """An unmetered call: forwarded both ways as it is."""
+        """Send an unmetered call and yield its answer, once: forwarded both ways as it is."""
         provider = self._ready(provider)
         response = self._send(request, provider, path, request.body, client)
-        self.totals.add(request.caller.name, provider.name, "", requests=1,
-                        failed_requests=int(response.status >= 400))
+        self.totals.add((request.caller.name, provider.name, ""), {
+            "requests": 1, "failed_requests": int(response.status >= 400)})
         log.info("request passed through unmetered", extra={"fields": {
             "request_id": request.request_id, "provider": provider.name,
             "path": path[:100], "status": response.status}})
@@ -6896,7 +6980,7 @@ class Router:
 
     @staticmethod
     def _made_answer(request: ClientRequest, body: bytes, kind: str,
-                     headers: Headers = ()) -> Answer:
+                     headers: Iterable[tuple[str, str]] = ()) -> Answer:
         """An answer that no provider had a part in."""
         return Answer(200, (("content-type", kind), ("x-request-id", request.request_id),
                             ("request-id", request.request_id),
@@ -6945,31 +7029,24 @@ class Router:
         return call.charge
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:
-        """Count a settled call, log it in the original's words, and tell of it."""
+        """Count a settled call, log it, and tell of it."""
         model, cost = row["price_key"] or "other", row["cost_microdollars"]
-        provider, latency_ms = row["provider"], row["latency_ms"]
-        self.totals.add(
-            row["token"], provider, model, requests=1, cost_microdollars=cost,
-            failed_requests=int(call.has_failed), **{name: row[name] or 0 for name in TOKEN_COUNTS},
-            estimated_requests=int(row["estimated"] is not None))
-        self.totals.observe(
-            ("request", provider, model, str(call.status or "none")),
-            ("latency", provider, bucket_of(latency_ms)),
-            *([("first_byte", provider, bucket_of(call.first_byte_ms))]
-              if call.first_byte_ms is not None else ()))
-        fields = {
-            "request_id": row["request_id"], "model": model, "provider": provider,
-            "status": row["status"], "input_tokens": row["input_tokens"] or 0,
-            "output_tokens": row["output_tokens"] or 0, "cost_usd": format_usd(cost)[1:],
-            "duration_ms": latency_ms,
-        }
-        if row["estimated"] is not None:
-            fields["estimated"] = row["estimated"]
-        log.info("LLM request failed" if call.has_failed else "LLM request completed",
-                 extra={"fields": fields})
+        provider, has_failed = row["provider"], call.has_failed
+        observed = [("request", provider, model, str(call.status or "none")),
+                    ("latency", provider, bucket_of(row["latency_ms"]))]
+        if call.first_byte_ms is not None:
+            observed.append(("first_byte", provider, bucket_of(call.first_byte_ms)))
+        self.totals.add((row["token"], provider, model), {
+            "requests": 1, "cost_microdollars": cost, "failed_requests": int(has_failed),
+            "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
+            "cached_input_tokens": row["cached_input_tokens"] or 0,
+            "estimated_requests": int(row["estimated"] is not None)}, observed)
+        if log.isEnabledFor(logging.INFO):
+            log.info("LLM request failed" if has_failed else "LLM request completed",
+                     extra={"fields": _row_told(row)})
         if cost > row["bound_microdollars"] and call.bound is not None:
             log.warning("bound exceeded", extra={"fields": {
-                **fields, "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
+                **_row_told(row), "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
         self._tell_thresholds()
         if self.settings.on_event is not None or self.server is not None:
             self.emit(self._event_of(call, row))
@@ -6994,10 +7071,11 @@ class Router:
         spent, limit = self.controller.get_status()
         if limit is None:
             return
+        passed = bisect.bisect_right(BUDGET_THRESHOLDS, spent * 100 // limit if limit else 100)
         with self._thresholds_lock:
-            passed = {percent for percent in BUDGET_THRESHOLDS if spent * 100 >= limit * percent}
-            fresh, self._thresholds_told = passed - self._thresholds_told, passed
-        for percent in sorted(fresh):
+            fresh = BUDGET_THRESHOLDS[self._thresholds_told:passed]
+            self._thresholds_told = passed
+        for percent in fresh:
             log.warning("budget threshold reached", extra={"fields": {
                 "percent": percent, "spent_usd": format_usd(spent)[1:],
                 "limit_usd": format_usd(limit)[1:]}})
@@ -7187,7 +7265,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
         self._is_head, self._caller = False, None
-        request_id = "req_" + secrets.token_hex(12)
+        request_id = "req_" + os.urandom(12).hex()
         dialect = "openai"
         try:
             raw_head = self._next_head()
@@ -7238,7 +7316,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
             return self._write_answer(dashboard_answer(), head)
         caller = self._authenticated(head)
-        if head.header("upgrade") is not None:
+        if head.headers.get("upgrade") is not None:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests")
         body = self._read_body(head)
         if head.path == "/":
@@ -7258,7 +7336,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _check_host(self, head: RequestHead) -> None:
         """Refuse names that are not ours, so that no web page reaches us by DNS rebinding."""
-        stated = head.header("host")
+        stated = head.headers.get("host")
         if stated is None:                             # HTTP/1.0; no browser sends it
             return
         host = host_name(stated)
@@ -7269,12 +7347,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _authenticated(self, head: RequestHead) -> Caller:
         """Whose token a request has. Raises Unauthorized."""
-        offered = [value for name, value in head.headers if name == "x-api-key"]
-        for name, value in head.headers:
-            scheme, _, credential = value.partition(" ")
-            if name == "authorization" and scheme.lower() == "bearer":
-                offered.append(credential.strip())
-        for credential in offered:
+        offered = head.headers
+        scheme, _, bearer = offered.get("authorization", "").partition(" ")
+        for credential in (bearer.strip() if scheme.lower() == "bearer" else None,
+                           offered.get("x-api-key")):
+            if not credential:
+                continue
             # Looked up by its hash, so that the time says nothing of how much of it was right.
             caller = self.server.callers.get(token_sha256(credential))
             if caller is not None and time.time() < (caller.expires_s or sys.maxsize):
@@ -7291,39 +7369,41 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         settings = self.server.settings
         length = body_length(head.headers, otherwise=0)
         if length == 0 and head.method in ("POST", "PUT", "PATCH") \
-                and head.header("content-length") is None:
+                and head.headers.get("content-length") is None:
             raise LengthRequired(f"{head.method} needs a content-length or a chunked body")
-        too_large = BodyTooLarge(f"the request body is larger than {settings.max_body_bytes} "
-                                 "bytes; --max-body-mb sets the limit")
         if length > settings.max_body_bytes:
-            raise too_large
-        encoding = (head.header("content-encoding") or "identity").strip().lower()
+            raise self._too_large()
+        encoding = content_encoding(head.headers)
         if encoding != "identity" and encoding not in INFLATABLE:
             raise _closing(UnsupportedBody("a request body can be compressed with gzip or deflate "
                                            "only"))
-        if length and (head.header("expect") or "").lower() == "100-continue":
+        if length and (head.headers.get("expect") or "").lower() == "100-continue":
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", settings.timeouts.write_stall_s)
-        body = self._received_body(length, too_large)
+        body = self._received_body(length)
         if encoding == "identity" or not body:
             return body
         inflater = Inflater(encoding, settings.max_body_bytes)
         try:
             inflated = inflater.feed(body)
         except OverflowError:
-            raise too_large from None
+            raise self._too_large() from None
         except zlib.error:
             raise BadRequest("the compressed request body is broken") from None
         if not inflater.is_complete:
             raise BadRequest("the compressed request body is incomplete")
         return inflated
 
-    def _received_body(self, length: int, too_large: BodyTooLarge) -> bytes:
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the request body is larger than {self.server.settings.max_body_bytes}"
+                            " bytes; --max-body-mb sets the limit")
+
+    def _received_body(self, length: int) -> bytes:
+        if length == 0:
+            return b""                       # and what was received is the next request
         decoder = BodyDecoder(length)
         deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
         pieces: list[bytes] = []
         size = 0
-        if decoder.is_done:
-            return b""                       # and what was received is the next request
         while not decoder.is_done:
             try:
                 data = self.wire.receive(deadline_s - time.monotonic())
@@ -7335,7 +7415,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 pieces.append(piece)
                 size += len(piece)
             if size > self.server.settings.max_body_bytes:
-                raise too_large
+                raise self._too_large()
         self.wire.received = decoder.rest
         return b"".join(pieces)
 
@@ -7467,7 +7547,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._thread: Optional[threading.Thread] = None
         self._accepts = False                          # in this round of serve_forever
         self._usual_switch_s: Optional[float] = None   # to go back to when nobody comes in
-        self._changed = threading.Condition()          # guards the next field
+        self._lock = threading.Lock()                  # guards the next but one field
+        self._changed = threading.Condition(self._lock)
         self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
         try:
             family, _, _, _, address = socket.getaddrinfo(
@@ -7655,7 +7736,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def mark_idle(self, connection: socket.socket, is_idle: bool) -> None:
         """Note whether a connection waits for a request or serves one."""
-        with self._changed:
+        with self._lock:
             if connection in self._idle_since:
                 self._idle_since[connection] = time.monotonic() if is_idle else None
 
@@ -7730,7 +7811,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise Forbidden("the budget is changed with the admin's token, not a caller's")
         if self.router.server is not None:
             raise Forbidden("the budget is leased from the Iron Cage server, and changed there")
-        kind = (request.head.header("content-type") or "").partition(";")[0].strip().lower()
+        kind = (request.head.headers.get("content-type") or "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
         parse_json_object(request.body)                # strict: no duplicate keys

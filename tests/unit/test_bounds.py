@@ -526,7 +526,7 @@ def test_unseen_input_is_refused_where_the_models_context_is_unknown(fields):
 ])
 def test_a_tool_that_the_provider_runs_is_refused(kind):
     with pytest.raises(ic.UnboundedRequest) as caught:
-        ic.check_boundable({"tools": [{"type": "function"}, {"type": kind}]}, price_of(ROW))
+        ic.check_boundable(body_of({"tools": [{"type": "function"}, {"type": kind}]}), price_of(ROW))
 
     assert (400, "tools", "iron_cage_unbounded_request") == (
         caught.value.status, caught.value.param, caught.value.openai_type)
@@ -538,7 +538,7 @@ def test_a_tool_that_the_provider_runs_is_refused(kind):
 def test_a_search_for_tools_may_be_the_clients(tools, fine):
     """Codex sends one, which it runs itself."""
     with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
-        ic.check_boundable({"tools": tools}, price_of(ROW))
+        ic.check_boundable(body_of({"tools": tools}), price_of(ROW))
 
 
 @pytest.mark.parametrize("found, fine", [
@@ -547,21 +547,21 @@ def test_a_search_for_tools_may_be_the_clients(tools, fine):
 def test_tools_that_a_search_brought_are_looked_at_like_others(found, fine):
     item = {"type": "tool_search_output", "call_id": "c", "tools": [found]}
     with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
-        ic.check_boundable({"input": [{"type": "tool_search_call", "arguments": {"query": "x"}},
-                                      item]}, price_of(ROW))
+        ic.check_boundable(body_of({"input": [
+            {"type": "tool_search_call", "arguments": {"query": "x"}}, item]}), price_of(ROW))
 
 
 @pytest.mark.parametrize("tool", [{"type": None}, {"type": 5}, {"type": ["function"]}, "function",
                                   None, []], ids=repr)
 def test_what_is_no_tool_is_refused(tool):
     with pytest.raises(ic.UnboundedRequest, match="the tool type \\? runs"):
-        ic.check_boundable({"tools": [tool]}, price_of(ROW))
+        ic.check_boundable(body_of({"tools": [tool]}), price_of(ROW))
 
 
 @pytest.mark.parametrize("kind", ["a\nb", "x" * 200, "\x1b[0m", "é"])
 def test_a_tool_type_that_is_no_plain_word_is_not_repeated(kind):
     with pytest.raises(ic.UnboundedRequest, match="the tool type \\? runs"):
-        ic.check_boundable({"tools": [{"type": kind}]}, price_of(ROW))
+        ic.check_boundable(body_of({"tools": [{"type": kind}]}), price_of(ROW))
 
 
 @pytest.mark.parametrize("tool", [
@@ -571,7 +571,7 @@ def test_a_tool_type_that_is_no_plain_word_is_not_repeated(kind):
     {"type": "text_editor_20250728"}, {"type": "memory_20250818"}, {"type": "computer_20251124"},
 ])
 def test_a_tool_that_the_client_runs_is_accepted(tool):
-    assert ic.check_boundable({"tools": [tool]}, price_of(ROW)) is None
+    assert ic.check_boundable(body_of({"tools": [tool]}), price_of(ROW)) is None
 
 
 @pytest.mark.parametrize("fields, name", [
@@ -583,7 +583,7 @@ def test_a_tool_that_the_client_runs_is_accepted(tool):
 ])
 def test_a_field_that_opens_the_bound_is_refused_by_its_name(fields, name):
     with pytest.raises(ic.UnboundedRequest) as caught:
-        ic.check_boundable(fields, price_of(ROW))
+        ic.check_boundable(body_of(fields), price_of(ROW))
 
     assert name == caught.value.param
     assert caught.value.message.startswith(f"{name}, as asked for here, cannot be used")
@@ -595,7 +595,7 @@ def test_a_field_that_opens_the_bound_is_refused_by_its_name(fields, name):
     {"tools": None}, {"tools": []}, {"tool_choice": "web_search"},
 ])
 def test_a_field_that_asks_for_nothing_is_accepted(fields):
-    assert ic.check_boundable(fields, price_of(ROW)) is None
+    assert ic.check_boundable(body_of(fields), price_of(ROW)) is None
 
 
 @pytest.mark.parametrize("key", [
@@ -603,7 +603,7 @@ def test_a_field_that_asks_for_nothing_is_accepted(fields):
     "o3-deep-research", "o4-mini-deep-research-2025-06-26"])
 def test_a_model_that_searches_by_itself_is_refused(key):
     with pytest.raises(ic.UnboundedRequest) as caught:
-        ic.check_boundable({}, price_of(ROW, key))
+        ic.check_boundable(body_of({}), price_of(ROW, key))
 
     assert "model" == caught.value.param
 
@@ -761,3 +761,10 @@ def test_random_words_and_numbers_do_not_beat_the_rule(label, alphabet, size, se
 
     assert openai <= ic.input_tokens_upper_bound(text, "openai")
     assert claude <= ic.input_tokens_upper_bound(text, "anthropic")
+
+
+@pytest.mark.parametrize("kind", [["image"], {"type": "image"}, 7, True], ids=repr)
+def test_content_whose_type_is_not_a_word_is_refused(kind):
+    with pytest.raises(ic.UnboundedRequest):
+        ic.check_boundable(body_of({"messages": [{"role": "user", "content": [{"type": kind}]}]}),
+                           price_of(ROW))

@@ -18,7 +18,7 @@ TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {
-    "__future__", "argparse", "base64", "collections", "contextlib", "ctypes", "dataclasses",
+    "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes", "dataclasses",
     "datetime", "decimal", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
     "http.server", "itertools", "json", "logging", "msvcrt", "os", "re", "resource", "secrets",
     "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "struct", "subprocess", "sys",

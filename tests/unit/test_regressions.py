@@ -148,7 +148,7 @@ def test_input_that_is_named_by_its_id_counts_as_the_whole_context(api, fields):
 ], ids=repr)
 def test_work_that_the_provider_does_by_itself_is_refused(fields):
     with pytest.raises(ic.BadRequest):
-        ic.check_boundable(fields, PRICE)
+        ic.check_boundable(ic.parse_json_object(json.dumps(fields).encode()), PRICE)
 
 
 # Chapter tests: test_http_wire.py.

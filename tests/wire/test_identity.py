@@ -414,7 +414,7 @@ def test_no_recorded_prompt_was_billed_for_more_input_than_its_bound():
         usage = told_usage(exchange, replayed(exchange).body)[0]
         body = module.parse_json_object(json.dumps(fields).encode())
         try:
-            module.check_boundable(fields, price)
+            module.check_boundable(body, price)
             bound = module.bound_of_request(exchange["api"], body, price)
         except module.UnboundedRequest:
             continue
