@@ -5299,7 +5299,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         proxy_authorization = headers.pop("Proxy-authorization", None) \
             if request._tunnel_host else None        # else it is this request's own header
         body = request.data or b""
-        head = format_head(f"{request.get_method()} {request.selector} HTTP/1.1", headers.items())
+        head = format_head(f"{request.method} {request.selector} HTTP/1.1", headers.items())
         place = (request.type, request.host, request._tunnel_host)
         for wire in self._idle_wires(place):
             response = self._exchange(wire, place, head, body, request)
@@ -5437,7 +5437,7 @@ class UpstreamResponse:
         self._is_open = True
         try:
             self.status, self._reusable, self.headers = self._read_head()
-            bodiless = request.get_method() == "HEAD" or self.status in (204, 304)
+            bodiless = request.method == "HEAD" or self.status in (204, 304)
             self.stated_length = body_length(self.headers, otherwise=0 if bodiless
                                              else UNTIL_CLOSE)
         except SOCKET_FAILURES as err:
@@ -6550,7 +6550,9 @@ class Router:
         body = parse_json_object(request.body)
         model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)
-        self._check_models(request.caller, provider, [upstream_model, *other_models(body.fields)])
+        if request.caller.models:
+            self._check_models(request.caller, provider,
+                               [upstream_model, *other_models(body.fields)])
         provider = self._ready(provider)
         free = self.controller.available(request.caller.scopes)
         limited = free is not None
@@ -7016,9 +7018,11 @@ class Router:
         if call.charge is not None:
             return call.charge
         elapsed_ns = time.monotonic_ns() - call.sent_ns
-        call.charge = Charge(reserved_in_full(call), "a fault of the proxy")
         try:
             call.charge = charge_of(call, self.prices, elapsed_ns)
+        except BaseException:
+            call.charge = Charge(reserved_in_full(call), "a fault of the proxy")
+            raise
         finally:
             self.controller.commit(call.reservation, call.charge.microdollars)
         row = call.row or call.intent_row()
@@ -7265,7 +7269,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
         self._is_head, self._caller = False, None
-        request_id = "req_" + os.urandom(12).hex()
+        request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
         dialect = "openai"
         try:
             raw_head = self._next_head()
@@ -7549,6 +7553,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._usual_switch_s: Optional[float] = None   # to go back to when nobody comes in
         self._lock = threading.Lock()                  # guards the next but one field
         self._changed = threading.Condition(self._lock)
+        self.run_id = secrets.token_hex(8)             # with a number, the id of a request
+        self.request_numbers = itertools.count(1)
         self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
         try:
             family, _, _, _, address = socket.getaddrinfo(

@@ -30,7 +30,9 @@ def test_a_message_that_calls_itself_an_image_hides_no_text(mock, proxy_for, pat
     {"type": "image", "source": {"type": "content", "content": [{"type": "file"}]}},
     {"type": "image_url", "image_url": {"url": "https://x/y.png"}, "more": [{"type": "file"}]}])
 def test_what_stands_below_an_image_is_looked_at(part):
-    is_unseen, _ = program()._unseen_input({"messages": [{"role": "user", "content": [part]}]})
+    module = program()
+    fields = {"messages": [{"role": "user", "content": [part]}]}
+    is_unseen, _ = module._unseen_input(module.parse_json_object(json.dumps(fields).encode()))
 
     assert is_unseen
 
