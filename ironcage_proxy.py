@@ -132,8 +132,7 @@ WAIT_POLL_S = 0.1                         # how soon who waits for budget sees i
 CONFIG_LOOK_S = 1                         # how often the configuration's file is looked at
 
 
-@dataclass(frozen=True)
-class Timeouts:
+class Timeouts(NamedTuple):
     """Seconds after which a silent or slow peer is given up. No single wait is without an end."""
     head_s: float = 10          # a whole request head, from its first byte (or from connecting)
     body_s: float = 120         # a whole request body
@@ -371,23 +370,15 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 
 @dataclass
 class JsonBody:
-    """A JSON object as received: its bytes, its fields, and where each top-level value stands.
-
-    The text is decoded anew when it is asked for, so that a large body is not kept twice.
-    """
+    """A JSON object as received: its bytes, its fields, and where each top-level value stands."""
     raw: bytes                                # UTF-8
     fields: Mapping[str, object]
     spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in the text
     parts: Optional[Sequence[tuple[str, dict]]] = None        # of its prompt; see prompt_parts()
 
-    @property
-    def text(self) -> str:
-        """What it was as a string."""
-        return self.raw.decode("utf-8")
-
     def with_fields(self, changes: Mapping[str, object]) -> bytes:
         """The bytes with some top-level fields set. All else stays as it was."""
-        text = None if self.raw.isascii() else self.text
+        text = None if self.raw.isascii() else self.raw.decode("utf-8")
 
         def place(at: int) -> int:
             return at if text is None else len(text[:at].encode("utf-8"))
@@ -1065,7 +1056,10 @@ def input_tokens_upper_bound(text: str, provider: str = "openai") -> int:
     """
     if provider == "anthropic" and not text.isascii():
         text = max(text, unicodedata.normalize("NFKC", text), key=len)
-    raw = text.encode("utf-8", "surrogatepass")
+    return _measured_tokens(text.encode("utf-8", "surrogatepass"), provider)
+
+
+def _measured_tokens(raw: bytes, provider: str) -> int:
     millitokens = sum(_millitokens(raw[at:at + ESTIMATE_SLICE_BYTES])
                       for at in range(0, len(raw), ESTIMATE_SLICE_BYTES))
     tokens: Rate = min(len(raw), -(-millitokens // 1000))
@@ -1366,18 +1360,16 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         return context
     is_prompted = any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys())
     extra = TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS
-    utf8_bytes, takes_nfkc = len(body.raw), price.provider == "anthropic" and (
-        b"\\u" in body.raw or not body.raw.isascii())
-    text = body.text if images or (measured and not takes_nfkc) else ""
-    if takes_nfkc:
+    text, utf8_bytes = body.raw, len(body.raw)
+    if price.provider == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
-        text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False))
-        utf8_bytes = max(utf8_bytes, len(text.encode("utf-8", "surrogatepass")))
+        text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False)) \
+            .encode("utf-8", "surrogatepass")
+        utf8_bytes = max(utf8_bytes, len(text))
     for data in _inline_data(images):
         utf8_bytes -= len(data)             # an image's own bytes are not text; taken out once
-        text = text.replace(data, "", 1)
-    tokens = utf8_bytes if not measured else \
-        min(utf8_bytes, input_tokens_upper_bound(text, price.provider))
+        text = text.replace(data.encode("utf-8"), b"", 1) if measured else text
+    tokens = min(utf8_bytes, _measured_tokens(text, price.provider)) if measured else utf8_bytes
     with_images = tokens + extra + len(images) * (per_image or 0)
     return min(with_images, context) if images and price.max_input_tokens else with_images
 
@@ -1813,8 +1805,7 @@ def echo_input_tokens(fields: Mapping[str, object]) -> int:
     return sum(len(_ECHO_TOKEN.findall(text)) for text in _texts(read))
 
 
-@dataclass(frozen=True)
-class EchoAnswer:
+class EchoAnswer(NamedTuple):
     """What the echo model says to one request."""
     tokens: tuple[str, ...]         # the text, cut into tokens
     is_cut: bool                    # it was cut at the request's cap
@@ -2221,8 +2212,7 @@ ANTHROPIC_ERRORS = MappingProxyType({
 # Chat completions carried over Anthropic's Messages.
 
 
-@dataclass(frozen=True)
-class Claude:
+class Claude(NamedTuple):
     """What a family of Claude models takes."""
     sampling: bool = False           # temperature and the like
     prefill: bool = False            # a last message of the assistant
@@ -3167,8 +3157,7 @@ MESSAGES_TO_CHAT_RULES = MappingProxyType({
 })                                                 # everything else is dropped, and told
 
 
-@dataclass(frozen=True)
-class Gpt:
+class Gpt(NamedTuple):
     """What a family of OpenAI's models takes in chat completions."""
     efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
     effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
@@ -4833,12 +4822,11 @@ def provider_from(name: str, row: object) -> Provider:
     return Provider(name=name, **values)
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """What a configuration file says."""
     callers: tuple[Caller, ...] = ()
     providers: tuple[Provider, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)      # pattern -> provider/model
+    aliases: Mapping[str, str] = MappingProxyType({})             # pattern -> provider/model
 
     def aliased(self, model: str) -> str:
         """The model that a name stands for: itself, where no alias matches; the first that does."""
@@ -7933,8 +7921,7 @@ def _parse_seconds(text: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One row of the settings: a flag, the field of Settings that it sets, and how it is read."""
     flag: str
     field: str

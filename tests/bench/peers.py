@@ -179,7 +179,7 @@ def request_of(kind):
 
 def load(port, connections, requests, kind, pid):
     request = request_of(kind)
-    times_s, firsts_s, faults = [], [], []
+    times_s, faults = [], []
 
     def run(count):
         with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -189,7 +189,6 @@ def load(port, connections, requests, kind, pid):
                 sock.sendall(request)
                 while b"\r\n\r\n" not in data:
                     data += sock.recv(65536)
-                firsts_s.append(time.perf_counter() - start)
                 head, _, rest = data.partition(b"\r\n\r\n")
                 if b" 200 " not in head[:20]:
                     faults.append(head[:20])
@@ -204,7 +203,7 @@ def load(port, connections, requests, kind, pid):
                 times_s.append(time.perf_counter() - start)
 
     run(1 if kind == "huge" else 10)
-    del times_s[:], firsts_s[:]
+    del times_s[:]
     threads = [threading.Thread(target=run, args=(requests // connections,))
                for _ in range(connections)]
     before, start = cpu_s(pid), time.perf_counter()

@@ -104,13 +104,15 @@ def print_starts():
 
 
 def print_paced():
-    print(f"\n{STREAMS} streams at once, a chunk every {PACE_S * 1000:.0f} ms\n{'':16}{'p50 ms':>9}"
-          f"{'p99 ms':>9}{'first ms':>9}{'CPU us':>9}{'MB':>9}{'faults':>8}   (late; CPU a chunk)")
-    for variant in ("naive", "budget"):
-        rows = [measured(VARIANTS[variant], (STREAMS, 0, "paced")) for _ in range(ROUNDS)]
-        row = {key: statistics.median(one[key] or 0 for one in rows) for key in rows[0]}
-        print(f"{variant:16}{row['p50_ms']:9.1f}{row['p99_ms']:9.1f}{row['first_ms']:9.1f}"
-              f"{row['cpu_us']:9.0f}{row['rss_mb']:9.0f}{row['faults']:8.0f}")
+    for streams in (1, STREAMS):
+        print(f"\n{streams} streams at once, a chunk every {PACE_S * 1000:.0f} ms\n{'':16}"
+              f"{'p50 ms':>9}{'p99 ms':>9}{'first ms':>9}{'CPU us':>9}{'MB':>9}{'faults':>8}"
+              "   (late; CPU a chunk)")
+        for variant in ("naive", "budget"):
+            rows = [measured(VARIANTS[variant], (streams, 0, "paced")) for _ in range(ROUNDS)]
+            row = {key: statistics.median(one[key] or 0 for one in rows) for key in rows[0]}
+            print(f"{variant:16}{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}{row['first_ms']:9.2f}"
+                  f"{row['cpu_us']:9.0f}{row['rss_mb']:9.0f}{row['faults']:8.0f}")
 
 
 def main():

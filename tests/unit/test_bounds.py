@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -203,7 +204,7 @@ def test_no_bill_that_a_provider_can_make_is_above_the_bound(seed):
         usage, options = bill_of(rng, api, fields, price, cap)
         cost = BOOK.cost(price.key, usage, api=api, data_residency=residency, **options)
 
-        assert cost <= bound.microdollars(cap), (api, price.key, body.text, usage)
+        assert cost <= bound.microdollars(cap), (api, price.key, body.raw, usage)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -235,7 +236,7 @@ def test_the_bound_of_text_is_its_bytes_and_its_output_cap():
 def test_text_beyond_ascii_is_counted_in_bytes_and_not_in_characters():
     body = ic.parse_json_object('{"messages":[{"role":"user","content":"日本語"}]}'.encode())
 
-    assert len(body.text) + 6 + 64 == ic.input_tokens_bound(body, price_of(ROW))
+    assert len(body.raw.decode()) + 6 + 64 == ic.input_tokens_bound(body, price_of(ROW))
 
 
 @pytest.mark.parametrize("fields", [
@@ -768,3 +769,21 @@ def test_content_whose_type_is_not_a_word_is_refused(kind):
     with pytest.raises(ic.UnboundedRequest):
         ic.check_boundable(body_of({"messages": [{"role": "user", "content": [{"type": kind}]}]}),
                            price_of(ROW))
+
+
+@pytest.mark.parametrize("content", ["some words " * 1_800_000, [{"type": "image_url", "image_url": {
+    "url": "data:image/png;base64," + "iVBORw0K" * 2_500_000}}]], ids=["text", "image"])
+def test_a_large_body_is_held_three_times_at_most(content):
+    """As received, as text for the parser, as its fields; the scan takes slices."""
+    raw = json.dumps({"model": "gpt-x", "messages": [{"role": "user", "content": content}]}).encode()
+    row = {**ROW, "litellm_provider": "openai", "max_input_tokens": 10 ** 9}
+    tracemalloc.start()
+    try:
+        body = ic.parse_json_object(raw)
+        ic.check_boundable(body, price_of(row))
+        ic.bound_of_request("chat", body, price_of(row), measured=True)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert most + len(raw) < 3 * len(raw) + 6 * ic.ESTIMATE_SLICE_BYTES
