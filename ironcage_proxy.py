@@ -70,6 +70,7 @@ import http.server
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import secrets
@@ -1133,6 +1134,8 @@ UNBOUNDED_FIELDS = frozenset({
     # of OpenRouter, xAI and others: searches and dearer models
     "plugins", "models", "route", "search_parameters", "enable_search", "web_search", "online",
     "extra_body",
+    # with some of their values
+    "prompt", "context_management", "speed", "service_tier",
 })
 # A provider writes a prompt of its own for these.
 PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
@@ -1288,19 +1291,9 @@ def check_boundable(body: JsonBody, price: Price) -> None:
     """Refuse what no bound covers. Raises UnboundedRequest, naming the field."""
     fields = body.fields
     unbounded = [name for name in UNBOUNDED_FIELDS & fields.keys()
-                 if fields[name] not in (None, False)]
-    if isinstance(fields.get("prompt"), dict):      # one stored at the provider
-        unbounded.append("prompt")
+                 if _opens_the_bound(name, fields[name], price)]
     if SEARCHING_MODEL.search(price.key):
         unbounded.append("model")
-    managed = fields.get("context_management")
-    if managed and any(kind.lower().startswith("compact") for kind, _ in _parts([managed])):
-        unbounded.append("context_management")     # reads the whole prompt once more
-    if fields.get("speed") is not None and price.fast_multiplier == 1:
-        unbounded.append("speed")                  # a premium that the table has no price for
-    suffix = TIER_SUFFIXES.get(str(fields.get("service_tier")), "")
-    if suffix and not any(name.endswith(suffix) for name in price.amounts):
-        unbounded.append("service_tier")
     names = "".join(fields)
     if names != names.casefold():                  # some servers fold case
         unbounded += [name for name in fields if name != name.casefold()]
@@ -1324,6 +1317,20 @@ def check_boundable(body: JsonBody, price: Price) -> None:
             raise UnboundedRequest(
                 f"the tool type {shown} runs at the provider, which a budget cannot bound; "
                 "remove it from tools", param="tools")
+
+
+def _opens_the_bound(name: str, value: object, price: Price) -> bool:
+    """Whether one of UNBOUNDED_FIELDS does so with this value."""
+    if name == "prompt":                            # one stored at the provider
+        return isinstance(value, dict)
+    if name == "context_management":                # a compaction reads the whole prompt once more
+        return any(kind.lower().startswith("compact") for kind, _ in _parts([value]))
+    if name == "speed":                             # a premium that the table has no price for
+        return value is not None and price.fast_multiplier == 1
+    if name == "service_tier":
+        suffix = TIER_SUFFIXES.get(str(value), "")
+        return bool(suffix) and not any(key.endswith(suffix) for key in price.amounts)
+    return value not in (None, False)
 
 
 def _tool_types(tools: object) -> Iterator[str]:
@@ -4088,7 +4095,7 @@ class CostController:
         Where a claim cannot wait, or waiting would bring nothing, all that is free may be taken.
         """
         bound, now_s = claim.bound, int(self._clock())
-        cap, lacking, is_free = bound.output_tokens, [], not bound.microdollars(bound.output_tokens)
+        cap, lacking = bound.output_tokens, []
         for account in claim.accounts:
             account.roll(now_s)
             is_busy = account.reserved > 0
@@ -4096,7 +4103,7 @@ class CostController:
                 account.free, at_last=not (claim.may_wait and is_busy), shares=is_busy)
             if fitting is not None:
                 cap = min(cap, fitting)
-            elif not is_free:
+            elif bound.microdollars(bound.output_tokens):       # what is free always fits
                 lacking.append(account)
         if not lacking:
             claim.is_open, claim.output_cap, claim.admitted_s = True, cap, now_s
@@ -5856,25 +5863,36 @@ def bucket_of(milliseconds: int) -> str:
     return HISTOGRAM_BOUNDS[bisect.bisect_left(HISTOGRAM_MS, milliseconds)]
 
 
+class Counts(NamedTuple):
+    """What is counted of calls."""
+    requests: int = 0
+    failed_requests: int = 0
+    refused_requests: int = 0                         # for want of budget
+    estimated_requests: int = 0                       # charged by an estimate
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    output_tokens: int = 0
+    cost_microdollars: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*map(operator.add, self, other))
+
+
 class Totals:
     """Counts since the start, by model, provider and token. Names come from closed sets."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()                 # guards the fields below
-        self._cells: dict[tuple[str, str, str], Counter] = {}     # (token, provider, model)
+        self._cells: dict[tuple[str, str, str], Counts] = {}      # (token, provider, model)
         self._seen: Counter = Counter()               # (metric, label, label) for metrics()
         self._refusals: deque = deque(maxlen=REFUSALS_KEPT)
 
-    def add(self, names: tuple[str, str, str], counts: Mapping[str, int],
+    def add(self, names: tuple[str, str, str], counts: Counts,
             observed: Iterable[tuple] = ()) -> None:
         """Add counts for a (token, provider, model), of which the last two may be ""; and count
         each (metric, label, ...) once, for metrics()."""
         with self._lock:
-            cell = self._cells.get(names)
-            if cell is None:
-                cell = self._cells[names] = Counter()
-            for name, count in counts.items():
-                cell[name] += count
+            self._cells[names] = self._cells.get(names, Counts()).plus(counts)
             for observation in observed:
                 self._seen[observation] += 1
 
@@ -5901,18 +5919,20 @@ class Totals:
     def snapshot(self, token: Optional[str] = None) -> dict:
         """The counts as JSON members of the status; of one token, or of all."""
         with self._lock:
-            cells = [(names, Counter(counts)) for names, counts in sorted(self._cells.items())
+            cells = [(names, counts) for names, counts in sorted(self._cells.items())
                      if token in (None, names[0])]
         by: dict[str, dict] = {"by_token": {}, "by_provider": {}, "by_model": {}}
-        total: Counter = Counter()
+        total = Counts()
         for names, counts in cells:
-            total.update(counts)
+            total = total.plus(counts)
             for kind, name in zip(by, names):
                 if name:
-                    by[kind].setdefault(name, Counter()).update(counts)
-        return {**{name: total[name]
+                    by[kind][name] = by[kind].get(name, Counts()).plus(counts)
+        return {**{name: getattr(total, name)
                    for name in ("requests", "failed_requests", "refused_requests")},
-                "tokens": {name: total[name] for name in TOKEN_COUNTS}, **by}
+                "tokens": {name: getattr(total, name) for name in TOKEN_COUNTS},
+                **{kind: {name: counts._asdict() for name, counts in named.items()}
+                   for kind, named in by.items()}}
 
 
 def _sample(name: str, labels: Mapping[str, str], value: object) -> str:
@@ -6629,7 +6649,7 @@ class Router:
                 bound, call.request.caller.scopes, wait_s=self.settings.wait_s,
                 has_left=lambda: client is not None and bool(has_hung_up(client.sock)))
         except BudgetExceeded:
-            self.totals.add((call.request.caller.name, "", ""), {"refused_requests": 1})
+            self.totals.add((call.request.caller.name, "", ""), Counts(refused_requests=1))
             raise
         names = MAX_TOKENS_FIELDS[call.api]
         if claim.is_limited and bound.output_picodollars and names \
@@ -6905,8 +6925,8 @@ class Router:
         """Send an unmetered call and yield its answer, once: forwarded both ways as it is."""
         provider = self._ready(provider)
         response = self._send(request, provider, path, request.body, client)
-        self.totals.add((request.caller.name, provider.name, ""), {
-            "requests": 1, "failed_requests": int(response.status >= 400)})
+        self.totals.add((request.caller.name, provider.name, ""), Counts(
+            requests=1, failed_requests=int(response.status >= 400)))
         log.info("request passed through unmetered", extra={"fields": {
             "request_id": request.request_id, "provider": provider.name,
             "path": path[:100], "status": response.status}})
@@ -7028,11 +7048,11 @@ class Router:
                     ("latency", provider, bucket_of(row["latency_ms"]))]
         if call.first_byte_ms is not None:
             observed.append(("first_byte", provider, bucket_of(call.first_byte_ms)))
-        self.totals.add((row["token"], provider, model), {
-            "requests": 1, "cost_microdollars": cost, "failed_requests": int(has_failed),
-            "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
-            "cached_input_tokens": row["cached_input_tokens"] or 0,
-            "estimated_requests": int(row["estimated"] is not None)}, observed)
+        self.totals.add((row["token"], provider, model), Counts(
+            requests=1, failed_requests=int(has_failed),
+            estimated_requests=int(row["estimated"] is not None),
+            input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
+            cached_input_tokens=row["cached_input_tokens"] or 0, cost_microdollars=cost), observed)
         if log.isEnabledFor(logging.INFO):
             log.info("LLM request failed" if has_failed else "LLM request completed",
                      extra={"fields": _row_told(row)})
@@ -7064,6 +7084,8 @@ class Router:
         if limit is None:
             return
         passed = bisect.bisect_right(BUDGET_THRESHOLDS, spent * 100 // limit if limit else 100)
+        if passed == self._thresholds_told:
+            return
         with self._thresholds_lock:
             fresh = BUDGET_THRESHOLDS[self._thresholds_told:passed]
             self._thresholds_told = passed
@@ -7390,8 +7412,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                             " bytes; --max-body-mb sets the limit")
 
     def _received_body(self, length: int) -> bytes:
-        if length == 0:
-            return b""                       # and what was received is the next request
+        received = self.wire.received
+        if 0 <= length <= len(received):     # all of it came with its head, as most do
+            self.wire.received = received[length:]
+            return received[:length]
         decoder = BodyDecoder(length)
         deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
         pieces: list[bytes] = []

@@ -20,7 +20,7 @@ BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes", "dataclasses",
     "datetime", "decimal", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
-    "http.server", "itertools", "json", "logging", "msvcrt", "os", "re", "resource", "secrets",
+    "http.server", "itertools", "json", "logging", "msvcrt", "operator", "os", "re", "resource", "secrets",
     "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "struct", "subprocess", "sys",
     "tempfile", "threading",
     "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request", "zlib",
