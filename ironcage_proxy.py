@@ -968,12 +968,11 @@ def _multiplier(price: Price, usage: Mapping[str, object], api: str,
 def _fees(price: Price, usage: Mapping[str, object], api: str,
           tool_calls: Mapping[str, int]) -> list[BillLine]:
     """Per-call fees: searches and hosted tools."""
+    searches = tool_calls.get("web_search_call", 0)
     if api == "messages":
-        searches = _count(usage.get("server_tool_use"), "web_search_requests")
+        searches += _count(usage.get("server_tool_use"), "web_search_requests")
     elif not tool_calls:
         return []
-    else:
-        searches = tool_calls.get("web_search_call", 0)
     lines = (("web_search", searches, price.search_picodollars),
              ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
              ("container", int(bool(tool_calls.get("code_interpreter_call"))),
@@ -4991,7 +4990,7 @@ class RequestHead(NamedTuple):
 def connection_options(headers: Headers) -> Sequence[str]:
     """What a Connection header names, in lower case (7.6.1)."""
     value = headers.get("connection")
-    return () if value is None else [option.strip() for option in value.lower().split(",")]
+    return () if value is None else [option.strip(" \t") for option in value.lower().split(",")]
 
 
 def content_encoding(headers: Headers) -> str:
