@@ -5113,19 +5113,27 @@ def format_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     return "\r\n".join([first_line, *map(": ".join, headers), "\r\n"]).encode("latin-1")
 
 
-def wait_for_sockets(sockets: Mapping[socket.socket, bool], timeout_s: float) -> list:
-    """Those of the sockets that can be read (False) or written (True) now or within a time."""
-    if not hasattr(select, "poll"):                     # Windows
-        reading = [sock for sock, writing in sockets.items() if not writing]
-        writing = [sock for sock, writing in sockets.items() if writing]
-        readable, writable, broken = select.select(reading, writing, [*sockets], timeout_s)
+class Waiter:
+    """Waits for sockets that can be read (False) or written (True), over and over."""
+
+    def __init__(self, sockets: Mapping[socket.socket, bool]) -> None:
+        self._sockets = sockets
+        self._poll = select.poll() if hasattr(select, "poll") else None      # not on Windows
+        if self._poll is not None:
+            for sock, writing in sockets.items():
+                self._poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+            self._by_number = {sock.fileno(): sock for sock in sockets}
+
+    def ready(self, timeout_s: float) -> list[socket.socket]:
+        """Those that are ready now or within a time, closed ones too."""
+        if self._poll is not None:
+            return [self._by_number[number]
+                    for number, _ in self._poll.poll(max(0.0, timeout_s * 1000))]
+        reading = [sock for sock, writing in self._sockets.items() if not writing]
+        writing = [sock for sock, writing in self._sockets.items() if writing]
+        readable, writable, broken = select.select(reading, writing, [*self._sockets],
+                                                   max(0.0, timeout_s))
         return [*{*readable, *writable, *broken}]
-    poller = select.poll()
-    by_number = {}
-    for sock, writing in sockets.items():
-        poller.register(sock, select.POLLOUT if writing else select.POLLIN)
-        by_number[sock.fileno()] = sock
-    return [by_number[number] for number, _ in poller.poll(max(0, int(timeout_s * 1000)))]
 
 
 def has_hung_up(sock: socket.socket) -> Optional[bool]:
@@ -5148,18 +5156,18 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._poll = None
-        if hasattr(select, "poll"):     # not on Windows
-            self._poll = select.poll()
-            self._poll.register(sock, select.POLLIN)
+        self._alone = Waiter({sock: False})
+        self._watching: tuple[Optional[Wire], Waiter] = (None, self._alone)
         self.received = b""             # read from the socket and not yet used
         self.sent_bytes = 0
 
-    def is_readable(self, within_s: float = 0) -> bool:
-        """Whether the socket has something to read, or has ended, now or within a time."""
-        if self._poll is None:
-            return bool(wait_for_sockets({self.sock: False}, within_s))
-        return bool(self._poll.poll(within_s * 1000))
+    def begin(self) -> None:
+        """Begin an exchange: nothing is sent, and nobody watched."""
+        self.sent_bytes, self._watching = 0, (None, self._alone)
+
+    def is_readable(self) -> bool:
+        """Whether the socket has something to read, or has ended."""
+        return bool(self._alone.ready(0))
 
     def receive(self, timeout_s: float, watched: Optional[Wire] = None) -> bytes:
         """Some bytes, or b"" at the end. `watched` is a client to give up with.
@@ -5174,27 +5182,27 @@ class Wire:
             try:
                 return self.sock.recv(RECEIVE_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
-                if watched is not None:
-                    self._wait(False, deadline_s, watched)
-                elif not self.is_readable(max(0.0, deadline_s - time.monotonic())):
-                    raise TimeoutError("timed out") from None
+                self._wait_to_read(deadline_s, watched)
             except ssl.SSLWantWriteError:
-                self._wait(True, deadline_s, watched)
+                self._wait_to_write(deadline_s)
 
-    def _wait(self, writing: bool, deadline_s: float, watched: Optional[Wire] = None) -> None:
-        sockets = {self.sock: writing}
-        if watched is not None:
-            sockets[watched.sock] = False
+    def _wait_to_read(self, deadline_s: float, watched: Optional[Wire]) -> None:
+        if self._watching[0] is not watched:
+            self._watching = (watched, Waiter({self.sock: False, watched.sock: False})
+                              if watched is not None else self._alone)
         while True:
-            left_s = deadline_s - time.monotonic()
-            ready = wait_for_sockets(sockets, left_s) if left_s > 0 else []
+            ready = self._watching[1].ready(deadline_s - time.monotonic())
             if not ready:
                 raise TimeoutError("timed out")
             if self.sock in ready:
                 return
             if has_hung_up(watched.sock):
                 raise ClientGone
-            del sockets[watched.sock]       # it sent its next request early: no more to learn
+            self._watching = (watched, self._alone)   # it sent its next request: no more to learn
+
+    def _wait_to_write(self, deadline_s: float) -> None:
+        if not Waiter({self.sock: True}).ready(deadline_s - time.monotonic()):
+            raise TimeoutError("timed out")
 
     def await_bytes(self, timeout_s: float, watched: Optional[Wire] = None) -> bool:
         """Wait until something came in; False if the peer closed first. Raises as receive()."""
@@ -5233,8 +5241,11 @@ class Wire:
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError) as err:
                 now_s = time.monotonic()
                 slowest_s = slowest_s or now_s + stall_s + len(view) / LEAST_BYTES_PER_S
-                self._wait(not isinstance(err, ssl.SSLWantReadError),
-                           min(now_s + stall_s, slowest_s))
+                by_s = min(now_s + stall_s, slowest_s)
+                if isinstance(err, ssl.SSLWantReadError):
+                    self._wait_to_read(by_s, None)
+                else:
+                    self._wait_to_write(by_s)
             else:
                 self.sent_bytes += sent
                 view = view[sent:]
@@ -5348,7 +5359,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def _exchange(self, wire: Wire, place: tuple, head: bytes, body: bytes,
                   request: UpstreamRequest) -> Optional[UpstreamResponse]:
         """Send a request and read the head of its answer; None if no byte could be written."""
-        wire.sent_bytes = 0
+        wire.begin()
         with self._lock:
             self._busy.add(wire)
             closed = self._is_closed

@@ -689,6 +689,20 @@ def test_any_of_several_sockets_that_are_ready_is_found(pair, watched):
     other, _ = watched
     peer.send(b"x")
 
-    assert [wire.sock] == ic.wait_for_sockets({wire.sock: False, other.sock: False}, LONG_S)
-    assert [other.sock] == ic.wait_for_sockets({other.sock: True}, LONG_S)
-    assert [] == ic.wait_for_sockets({other.sock: False}, SHORT_S)
+    assert [wire.sock] == ic.Waiter({wire.sock: False, other.sock: False}).ready(LONG_S)
+    assert [other.sock] == ic.Waiter({other.sock: True}).ready(LONG_S)
+    assert [] == ic.Waiter({other.sock: False}).ready(SHORT_S)
+
+
+def test_a_client_that_sent_its_next_request_early_is_watched_again_in_that_one(pair, watched):
+    wire, peer = pair
+    client_wire, client = watched
+    client.send(b"next")
+    with pytest.raises(TimeoutError):
+        wire.receive(SHORT_S, client_wire)         # it is there, as its bytes say
+    assert b"next" == client_wire.receive(LONG_S)
+    wire.begin()
+    client.close()
+
+    with pytest.raises(ic.ClientGone):
+        wire.receive(LONG_S, client_wire)
