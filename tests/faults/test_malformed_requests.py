@@ -4,6 +4,7 @@ One proxy serves each table, so that a request that broke the server would fail 
 """
 import gzip
 import json
+import threading
 
 import pytest
 from support import (ADMIN_TOKEN, TOKEN, Gate, MockProvider, RawClient, call, settled_status,
@@ -374,4 +375,44 @@ def test_too_many_connections_close_the_longest_idle_and_then_get_a_503(mock, pr
     assert (503, "1") == (refused.status, refused.header("retry-after"))
     assert [200, 200] == [client.read_answer().status for client in (first, third)]
     for client in (first, second, third):
+        client.close()
+
+
+def test_who_comes_in_and_who_asks_again_are_both_served_after_the_door_opens(mock, proxy_for):
+    proxy = proxy_for("--budget", "1")
+    known = RawClient(proxy.port)
+    known.request("POST", "/v1/chat/completions", CHAT)
+    assert 200 == known.read_answer().status
+
+    with proxy.door:
+        known.request("POST", "/v1/chat/completions", CHAT)
+        others = [RawClient(proxy.port) for _ in range(20)]
+        for other in others:
+            other.request("POST", "/v1/chat/completions", CHAT)
+
+    assert [200] * 21 == [client.read_answer().status for client in (known, *others)]
+    for client in (known, *others):
+        client.close()
+
+
+def test_a_connection_that_gets_no_thread_is_closed_and_the_next_is_served(mock, proxy_for,
+                                                                           monkeypatch):
+    proxy = proxy_for("--budget", "1")
+    refused, start = [], threading.Thread.start
+
+    def start_but_not_the_first(thread):
+        if not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with proxy.door:
+        monkeypatch.setattr(threading.Thread, "start", start_but_not_the_first)
+        clients = [RawClient(proxy.port) for _ in range(3)]
+        for client in clients[1:]:
+            client.request("POST", "/v1/chat/completions", CHAT)
+
+    assert [200, 200] == [client.read_answer().status for client in clients[1:]]
+    assert clients[0].is_closed_by_server()
+    for client in clients:
         client.close()

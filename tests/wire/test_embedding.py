@@ -400,16 +400,3 @@ def test_the_selftest_sees_a_guarantee_that_is_broken(monkeypatch, tmp_path, nam
         assert not holds(lab)
     finally:
         lab.close()
-
-
-def test_the_interpreters_switch_interval_is_what_it_was_once_nobody_connects(mock, proxy):
-    """It is shortened while connections come in, so that the last of many do not starve."""
-    usual = 0.005 if sys.getswitchinterval() < 0.001 else sys.getswitchinterval()
-    call(proxy.port, "GET", "/ironcage/status")
-
-    for _ in range(2_000):
-        if sys.getswitchinterval() == usual and not proxy._accepts:
-            break
-        threading.Event().wait(0.005)
-
-    assert usual == sys.getswitchinterval()
