@@ -368,13 +368,15 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 # read differently is refused here, so that what we bound is what the provider reads.
 
 
-@dataclass
 class JsonBody:
     """A JSON object as received: its bytes, its fields, and where each top-level value stands."""
-    raw: bytes                                # UTF-8
-    fields: Mapping[str, object]
-    spans: Mapping[str, tuple[int, int]]      # field -> (start, end) of its value in the text
-    parts: Optional[Sequence[tuple[str, dict]]] = None        # of its prompt; see prompt_parts()
+
+    def __init__(self, raw: bytes, fields: Mapping[str, object],
+                 spans: Mapping[str, tuple[int, int]]) -> None:
+        self.raw = raw                        # UTF-8
+        self.fields = fields
+        self.spans = spans                    # field -> (start, end) of its value in the text
+        self.parts: Optional[Sequence[tuple[str, dict]]] = None     # see prompt_parts()
 
     def with_fields(self, changes: Mapping[str, object]) -> bytes:
         """The bytes with some top-level fields set. All else stays as it was."""
@@ -2410,7 +2412,7 @@ def object_schema(schema: Mapping[str, object]) -> dict:
 
 class ChatOnClaude:
     """A chat completions request carried over Messages. Raises BadRequest."""
-    api, path = "messages", "/v1/messages"
+    client_api, api, path = "chat", "messages", "/v1/messages"
     betas: tuple[str, ...] = ()                    # for the header anthropic-beta
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
@@ -2460,6 +2462,16 @@ class ChatOnClaude:
             request["tool_choice"] = {"type": "none"}
         self._set_format(fields.get("response_format"), request)
         self._set_sampling(fields, request)
+        if "output_config" in passed:              # the client's own, and what was derived
+            passed["output_config"] = {**request.get("output_config", {}),
+                                       **json_object(passed["output_config"])}
+        request.update(self._optional(fields), **passed)
+        self._limit_cache_marks(request)
+        return request
+
+    def _optional(self, fields: Mapping[str, object]) -> dict:
+        """The fields that go on under another name or in another form, where there are any."""
+        losses = self._losses
         stops = [text for text in _string_list(fields.get("stop")) if text.strip()]
         if len(stops) < len(_string_list(fields.get("stop"))):
             losses.drop("stop")
@@ -2476,12 +2488,7 @@ class ChatOnClaude:
             "metadata": isinstance(user, str) and {
                 "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
                 else user}}
-        if "output_config" in passed:              # the client's own, and what was derived
-            passed["output_config"] = {**request.get("output_config", {}),
-                                       **json_object(passed["output_config"])}
-        request.update({name: value for name, value in optional.items() if value}, **passed)
-        self._limit_cache_marks(request)
-        return request
+        return {name: value for name, value in optional.items() if value}
 
     @staticmethod
     def _thinks(request: Mapping[str, object]) -> bool:
@@ -2994,109 +3001,9 @@ class ChatOnClaude:
 
     def events(self, events: Iterable[Mapping[str, object]]) -> Iterator[dict]:
         """Anthropic's stream as chat.completion.chunk dicts and pings; [DONE] is the writer's."""
-        base: dict = {"id": "chatcmpl-", "object": "chat.completion.chunk",
-                      "created": self._created_at, "model": None, "system_fingerprint": None}
-        usage: dict = {}
-        final: dict = {}
-        blocks: dict[object, dict] = {}
-        tools = annotations = length = 0
-
-        def chunk(delta: dict, finish_reason: Optional[str] = None) -> dict:
-            body = {**base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
-                                         "finish_reason": finish_reason}]}
-            return {**body, "usage": None} if self._wants_usage else body
-
+        stream = _ChunkStream(self)
         for event in events:
-            kind = event.get("type")
-            if kind == "message_start":
-                message = json_object(event.get("message"))
-                base.update(id=self._id(message), model=message.get("model"))
-                usage.update(json_object(message.get("usage")))
-                yield chunk({"role": "assistant", "content": "", "refusal": None})
-            elif kind == "content_block_start":
-                block = dict(json_object(event.get("content_block")))
-                blocks[event.get("index")] = block
-                if block.get("type") == "tool_use" and not self._answers_by_tool:
-                    block.update(number=tools, json="", is_custom=self._names.get(
-                        str(block.get("name")), block.get("name")) in self._custom)
-                    tools += 1
-                    yield chunk(self._tool_delta(block))
-                elif block.get("type") == "text" and block.get("text"):
-                    block["length"] = len(block["text"])
-                    length += block["length"]
-                    yield chunk({"content": block["text"]})
-            elif kind == "content_block_delta":
-                delta = json_object(event.get("delta"))
-                for part in self._delta(blocks.get(event.get("index"), {}), delta):
-                    length += len(part.get("content") or "")
-                    yield chunk(part)
-            elif kind == "content_block_stop":
-                for part in self._block_end(blocks.get(event.get("index"), {}), event):
-                    yield chunk(part)
-                cited = _url_citations(blocks.get(event.get("index"), {}), length)
-                if cited:
-                    yield chunk({"annotations": [{"index": annotations + number, **row}
-                                                 for number, row in enumerate(cited)]})
-                    annotations += len(cited)
-            elif kind == "message_delta":
-                told = json_object(event.get("usage"))
-                usage.update({name: value for name, value in told.items() if value is not None})
-                final.update(json_object(event.get("delta")))
-            elif kind == "ping" and base["model"] is not None:
-                yield {"type": "ping"}             # is written as a comment
-            elif kind == "message_stop":
-                said: dict = {}
-                self._add_refusal(said, final)
-                if said:
-                    yield chunk(said)
-                yield chunk({}, self._finish_reason(final.get("stop_reason")))
-                if self._wants_usage:
-                    yield {**base, "choices": [], "usage": chat_usage(usage)}
-
-    def _tool_delta(self, block: Mapping[str, object]) -> dict:
-        call = self._call({**block, "input": {}})
-        if call["type"] == "function":
-            call["function"]["arguments"] = ""
-        if self._is_legacy:
-            return {"function_call": call["function"]}
-        return {"tool_calls": [{"index": block["number"], **call}]}
-
-    def _arguments_delta(self, block: Mapping[str, object], text: str) -> dict:
-        if self._is_legacy:
-            return {"function_call": {"arguments": text}}
-        kind = {"custom": {"input": text}} if block["is_custom"] \
-            else {"function": {"arguments": text}}
-        return {"tool_calls": [{"index": block["number"], **kind}]}
-
-    def _delta(self, block: dict, delta: Mapping[str, object]) -> Iterator[dict]:
-        kind = delta.get("type")
-        if kind == "text_delta" and delta.get("text"):
-            block["length"] = block.get("length", 0) + len(delta["text"])
-            yield {"content": delta["text"]}
-        elif kind == "citations_delta":
-            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
-        elif kind == "input_json_delta" and self._answers_by_tool and delta.get("partial_json"):
-            yield {"content": delta["partial_json"]}
-        elif kind == "input_json_delta" and delta.get("partial_json") and "number" in block:
-            block["json"] += delta["partial_json"]
-            if not block["is_custom"]:
-                yield self._arguments_delta(block, delta["partial_json"])
-        elif kind == "thinking_delta" and delta.get("thinking"):
-            block["thinking"] = str(block.get("thinking") or "") + delta["thinking"]
-            yield {"reasoning_content": delta["thinking"]}
-        elif kind == "signature_delta":
-            block["signature"] = str(block.get("signature") or "") \
-                + str(delta.get("signature") or "")
-
-    def _block_end(self, block: Mapping[str, object],
-                   event: Mapping[str, object]) -> Iterator[dict]:
-        if "number" in block and block["is_custom"]:
-            told = arguments_to_input(block["json"])
-            yield self._arguments_delta(block, str(told.get("input", told.get("__raw", ""))))
-        elif "number" in block and not block["json"]:        # a call without arguments
-            yield self._arguments_delta(block, input_to_arguments(block.get("input")))
-        elif block.get("type") in ("thinking", "redacted_thinking"):
-            yield {"thinking_blocks": [{"index": event.get("index"), **block}]}
+            yield from stream.read(event)
 
     # Its errors.
 
@@ -3114,6 +3021,140 @@ class ChatOnClaude:
             code = "context_length_exceeded"
         code = json_object(inner.get("details")).get("error_code") or code
         return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+class _ChunkStream:
+    """The state of one stream on its way from Anthropic's events to chunks."""
+
+    def __init__(self, translator: ChatOnClaude) -> None:
+        self._translator = translator
+        self._base: dict = {"id": "chatcmpl-", "object": "chat.completion.chunk",
+                            "created": translator._created_at, "model": None,
+                            "system_fingerprint": None}
+        self._usage: dict = {}
+        self._end: dict = {}                         # what the last delta said
+        self._blocks: dict[object, dict] = {}        # by their index, with what came of them
+        self._tools = self._annotations = 0          # how many
+        self._length = 0                             # of the text so far
+
+    def read(self, event: Mapping[str, object]) -> Iterable[dict]:
+        """The chunks of one event."""
+        reader = _CHUNK_READERS.get(str(event.get("type")))
+        return () if reader is None else reader(self, event)
+
+    def _chunk(self, delta: dict, finish_reason: Optional[str] = None) -> dict:
+        body = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+                                           "finish_reason": finish_reason}]}
+        return {**body, "usage": None} if self._translator._wants_usage else body
+
+    def _begin(self, event: Mapping[str, object]) -> Iterable[dict]:
+        message = json_object(event.get("message"))
+        self._base.update(id=self._translator._id(message), model=message.get("model"))
+        self._usage.update(json_object(message.get("usage")))
+        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
+
+    def _begin_block(self, event: Mapping[str, object]) -> Iterable[dict]:
+        block = self._blocks[event.get("index")] = dict(json_object(event.get("content_block")))
+        translator = self._translator
+        if block.get("type") == "tool_use" and not translator._answers_by_tool:
+            name = translator._names.get(str(block.get("name")), block.get("name"))
+            block.update(number=self._tools, json="", is_custom=name in translator._custom)
+            self._tools += 1
+            return [self._chunk(self._tool_delta(block))]
+        if block.get("type") == "text" and block.get("text"):
+            block["length"] = len(block["text"])
+            self._length += block["length"]
+            return [self._chunk({"content": block["text"]})]
+        return ()
+
+    def _add_to_block(self, event: Mapping[str, object]) -> Iterable[dict]:
+        part = self._delta(self._blocks.get(event.get("index"), {}),
+                           json_object(event.get("delta")))
+        if part is None:
+            return ()
+        self._length += len(part.get("content") or "")
+        return [self._chunk(part)]
+
+    def _end_block(self, event: Mapping[str, object]) -> Iterable[dict]:
+        block = self._blocks.get(event.get("index"), {})
+        if "number" in block and block["is_custom"]:
+            told = arguments_to_input(block["json"])
+            yield self._chunk(self._arguments_delta(
+                block, str(told.get("input", told.get("__raw", "")))))
+        elif "number" in block and not block["json"]:        # a call without arguments
+            yield self._chunk(self._arguments_delta(
+                block, input_to_arguments(block.get("input"))))
+        elif block.get("type") in ("thinking", "redacted_thinking"):
+            yield self._chunk({"thinking_blocks": [{"index": event.get("index"), **block}]})
+        cited = _url_citations(block, self._length)
+        if cited:
+            yield self._chunk({"annotations": [
+                {"index": number, **row} for number, row in enumerate(cited, self._annotations)]})
+            self._annotations += len(cited)
+
+    def _hear_end(self, event: Mapping[str, object]) -> Iterable[dict]:
+        told = json_object(event.get("usage"))
+        self._usage.update({name: value for name, value in told.items() if value is not None})
+        self._end.update(json_object(event.get("delta")))
+        return ()
+
+    def _ping(self, event: Mapping[str, object]) -> Iterable[dict]:
+        return [] if self._base["model"] is None else [{"type": "ping"}]    # written as a comment
+
+    def _finish(self, event: Mapping[str, object]) -> Iterable[dict]:
+        said: dict = {}
+        self._translator._add_refusal(said, self._end)
+        if said:
+            yield self._chunk(said)
+        yield self._chunk({}, self._translator._finish_reason(self._end.get("stop_reason")))
+        if self._translator._wants_usage:
+            yield {**self._base, "choices": [], "usage": chat_usage(self._usage)}
+
+    def _tool_delta(self, block: Mapping[str, object]) -> dict:
+        call = self._translator._call({**block, "input": {}})
+        if call["type"] == "function":
+            call["function"]["arguments"] = ""
+        if self._translator._is_legacy:
+            return {"function_call": call["function"]}
+        return {"tool_calls": [{"index": block["number"], **call}]}
+
+    def _arguments_delta(self, block: Mapping[str, object], text: str) -> dict:
+        if self._translator._is_legacy:
+            return {"function_call": {"arguments": text}}
+        kind = {"custom": {"input": text}} if block["is_custom"] \
+            else {"function": {"arguments": text}}
+        return {"tool_calls": [{"index": block["number"], **kind}]}
+
+    def _delta(self, block: dict, delta: Mapping[str, object]) -> Optional[dict]:
+        """What a block's delta says, if it says it now; else the block keeps it."""
+        kind = delta.get("type")
+        if kind == "text_delta" and delta.get("text"):
+            block["length"] = block.get("length", 0) + len(delta["text"])
+            return {"content": delta["text"]}
+        if kind == "thinking_delta" and delta.get("thinking"):
+            block["thinking"] = str(block.get("thinking") or "") + delta["thinking"]
+            return {"reasoning_content": delta["thinking"]}
+        if kind == "input_json_delta" and delta.get("partial_json"):
+            if self._translator._answers_by_tool:
+                return {"content": delta["partial_json"]}
+            if "number" in block:
+                block["json"] += delta["partial_json"]
+                return None if block["is_custom"] \
+                    else self._arguments_delta(block, delta["partial_json"])
+        if kind == "citations_delta":
+            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
+        elif kind == "signature_delta":
+            block["signature"] = str(block.get("signature") or "") \
+                + str(delta.get("signature") or "")
+        return None
+
+
+_CHUNK_READERS = MappingProxyType({
+    "message_start": _ChunkStream._begin, "content_block_start": _ChunkStream._begin_block,
+    "content_block_delta": _ChunkStream._add_to_block,
+    "content_block_stop": _ChunkStream._end_block, "message_delta": _ChunkStream._hear_end,
+    "ping": _ChunkStream._ping, "message_stop": _ChunkStream._finish,
+})
 
 
 def _url_citations(block: Mapping[str, object], at: int) -> list[dict]:
@@ -3226,7 +3267,7 @@ def gpt_of(model: str) -> Gpt:
 
 class MessagesOnChat:
     """A Messages request carried over chat completions. Raises BadRequest."""
-    api, path = "chat", "/v1/chat/completions"
+    client_api, api, path = "messages", "chat", "/v1/chat/completions"
     betas = ()
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
@@ -6881,7 +6922,7 @@ class Router:
 
     def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
         """Translated events as bytes; a stream that breaks ends with its dialect's error."""
-        client_api = METERED_APIS[self._provider_in_path(call.request.head.path)[1]]
+        client_api = call.translator.client_api
         own_id = call.request.request_id
         try:
             for event in events:

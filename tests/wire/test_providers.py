@@ -1,8 +1,9 @@
 """Providers and aliases of --config: where calls go, with which key, at what price."""
 import json
+from dataclasses import replace
 
 import pytest
-from support import OPENAI_KEY, call, program, settled_status
+from support import OPENAI_KEY, Gate, RawClient, call, program, settled_status
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -218,3 +219,26 @@ def test_providers_and_aliases_change_while_serving(mock, proxy_with, tmp_path):
     ("http://127.0.0.1:1/us.api.openai.com", None)])
 def test_regional_hosts_of_openai_are_known(url, region):
     assert region == program().Provider("openai", "openai", url).data_residency
+
+
+def test_a_provider_that_a_reload_removes_finishes_what_it_began(mock, proxy_with):
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"}}},
+                       "--budget", "1", environ={"LAB_KEY": OPENAI_KEY})
+    gate = Gate()
+
+    def wait_first(request):
+        reply = mock.default_reply(request)
+        return replace(reply, steps=(gate, *reply.steps))
+
+    mock.script(wait_first)
+    with RawClient(proxy.port) as client:
+        client.request("POST", "/lab/v1/messages", json.dumps({**CHAT, "stream": True}).encode())
+        mock.wait_for_requests(1)
+        proxy.router.providers = {name: provider for name, provider
+                                  in proxy.router.providers.items() if name != "lab"}
+        gate.event.set()
+        client.read_head()
+        stream = b"".join(iter(client.read_chunk, b""))
+
+    assert b"message_stop" in stream
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"]
