@@ -2,6 +2,7 @@
 
     peers.py provider PORT        answers canned bytes, whole or streamed, on kept connections
     peers.py naive PORT URL       the naive proxy: http.server and urlopen, nothing else
+    peers.py original URL         the Rust original, where `import iron_cage` works
     peers.py load PORT CONNECTIONS REQUESTS KIND PID     loads a port; prints one JSON line
 """
 import http.server
@@ -110,6 +111,44 @@ def proxy_naively(port, url):
     server = Server(("127.0.0.1", port), Handler)
     print("ready", flush=True)
     server.serve_forever()
+
+
+def run_original(url):
+    """The LlmRouter of PyPI's iron-cage 0.2.0, with its log going nowhere.
+
+    With a key of its own it knows no provider but api.openai.com, so that the key and the URL come
+    from a stand-in for its server, which is asked once.
+    """
+    told = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    from iron_cage import LlmRouter
+
+    class KeyServer(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            data = json.dumps({"provider_key": "sk-bench", "provider": "openai", "base_url": url,
+                               "budget_granted": 10 ** 9, "lease_id": "lease"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), KeyServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    router = LlmRouter(api_key="ic_bench_0123456789", cache_ttl_seconds=10 ** 9, budget=1000.0,
+                       server_url=f"http://127.0.0.1:{server.server_address[1]}")
+    while True:                            # its constructor may return before the port is open
+        try:
+            socket.create_connection(("127.0.0.1", router.port)).close()
+            break
+        except OSError:
+            time.sleep(0.01)
+    os.write(told, b"http://127.0.0.1:%d\n" % router.port)
+    threading.Event().wait()
 
 
 def cpu_s(pid):
@@ -227,6 +266,8 @@ if __name__ == "__main__":
         provide(int(rest[0]))
     elif what == "naive":
         proxy_naively(int(rest[0]), rest[1])
+    elif what == "original":
+        run_original(rest[0])
     elif rest[3] == "paced":
         load_paced(int(rest[0]), int(rest[1]), int(rest[4]))
     else:

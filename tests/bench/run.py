@@ -4,6 +4,7 @@
 
 The provider, the load, the naive proxy and the proxy are processes of their own; rounds are
 interleaved and medians are taken, since machines are noisy. CPU comes from /proc, so from Linux.
+IRONCAGE_ORIGINAL may name a Python in which `import iron_cage` works: the Rust original's.
 """
 import json
 import os
@@ -36,6 +37,7 @@ LOADS = {
 STREAMS = 100 if QUICK else 500
 VARIANTS = {
     "naive": None,
+    **({"original": None} if "IRONCAGE_ORIGINAL" in os.environ else {}),
     "no budget": [],
     "budget": ["--budget", "1000"],
     "budget, ledger": ["--budget", "1000", "--ledger", "LEDGER"],
@@ -46,23 +48,27 @@ ENVIRON = {**{name: value for name, value in os.environ.items()
            "IRONCAGE_OPENAI_BASE_URL": f"http://127.0.0.1:{PROVIDER_PORT}"}
 
 
-def started(*argv):
-    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, text=True,
+def started(*argv, python=sys.executable):
+    process = subprocess.Popen([python, *argv], stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.DEVNULL, env=ENVIRON, cwd=PROGRAM.parent)
     return process, process.stdout.readline()
 
 
-def measured(flags, load):
+def measured(variant, load):
     """One load on one variant, in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
-        if flags is None:
-            process, _ = started(PEERS, "naive", str(NAIVE_PORT),
-                                 ENVIRON["IRONCAGE_OPENAI_BASE_URL"])
-            port = NAIVE_PORT
+        url = ENVIRON["IRONCAGE_OPENAI_BASE_URL"]
+        if variant == "naive":
+            process, line = started(PEERS, "naive", str(NAIVE_PORT), url)
+        elif variant == "original":
+            process, line = started(PEERS, "original", url,
+                                    python=os.environ["IRONCAGE_ORIGINAL"])
         else:
-            flags = [f"{folder}/cage.db" if flag == "LEDGER" else flag for flag in flags]
+            flags = [f"{folder}/cage.db" if flag == "LEDGER" else flag
+                     for flag in VARIANTS[variant]]
             process, line = started(str(PROGRAM), "--port", "0", "--quiet", *flags)
-            port = int(re.search(r":(\d+)", line)[1])
+        found = re.search(r":(\d+)", line)
+        port = int(found[1]) if found else NAIVE_PORT
         try:
             done = subprocess.run(
                 [sys.executable, PEERS, "load", str(port), *map(str, load), str(process.pid)],
@@ -109,7 +115,7 @@ def print_paced():
               f"{'p50 ms':>9}{'p99 ms':>9}{'first ms':>9}{'CPU us':>9}{'MB':>9}{'faults':>8}"
               "   (late; CPU a chunk)")
         for variant in ("naive", "budget"):
-            rows = [measured(VARIANTS[variant], (streams, 0, "paced")) for _ in range(ROUNDS)]
+            rows = [measured(variant, (streams, 0, "paced")) for _ in range(ROUNDS)]
             row = {key: statistics.median(one[key] or 0 for one in rows) for key in rows[0]}
             print(f"{variant:16}{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}{row['first_ms']:9.2f}"
                   f"{row['cpu_us']:9.0f}{row['rss_mb']:9.0f}{row['faults']:8.0f}")
@@ -119,10 +125,13 @@ def main():
     provider, _ = started(PEERS, "provider", str(PROVIDER_PORT))
     try:
         for name, load in LOADS.items():
-            results = {variant: [] for variant in VARIANTS}
+            # The original takes no body over 10 MB, and keeps streams back to their end.
+            variants = [variant for variant in VARIANTS
+                        if variant != "original" or load[2] in ("small", "long")]
+            results = {variant: [] for variant in variants}
             for _ in range(ROUNDS):
-                for variant, flags in VARIANTS.items():
-                    results[variant].append(measured(flags, load))
+                for variant in variants:
+                    results[variant].append(measured(variant, load))
             print(f"\n{name}\n{'':16}{'req/s':>9}{'p50 us':>9}{'p99 us':>9}{'max ms':>9}"
                   f"{'CPU us':>9}{'CPU/naive':>11}{'MB':>6}{'most':>6}{'faults':>8}")
             medians = {variant: {key: statistics.median(row[key] or 0 for row in rows)
