@@ -7762,20 +7762,28 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         (Measured at 64 and 256 connections: the longest wait 0.07 s and 0.3 s, rather than 0.8
         and 1.9; the 99th percentile twice the median.)
         """
+        turned_away, without_thread = [], []
         with self.door:
-            for _ in range(LISTEN_BACKLOG):
+            for arrived in itertools.chain([(request, client_address)], self._waiting_outside()):
                 try:
-                    self._let_in(request, client_address)
+                    if not self._let_in(*arrived):
+                        turned_away.append(arrived[0])
                 except RuntimeError:                   # out of threads
-                    self.handle_error(request, client_address)
-                    self.shutdown_request(request)
-                try:
-                    request, client_address = self.socket.accept()
-                except OSError:
-                    return
+                    without_thread.append(arrived[0])
+        for request in turned_away:
+            self._turn_away(request)
+        for request in without_thread:
+            log.error("a connection was closed, since no thread could be started for it")
+            self.shutdown_request(request)
 
-    def _let_in(self, request: socket.socket, client_address: object) -> None:
-        """Start a connection's thread, unless there are too many and none is idle."""
+    def _waiting_outside(self) -> Iterator[tuple[socket.socket, object]]:
+        """The connections that can be accepted now, a backlog of them at most."""
+        with contextlib.suppress(OSError):
+            for _ in range(LISTEN_BACKLOG):
+                yield self.socket.accept()
+
+    def _let_in(self, request: socket.socket, client_address: object) -> bool:
+        """Start a connection's thread; False where there are too many and none is idle."""
         longest_idle = None
         with self._changed:
             is_full = len(self._idle_since) >= MAX_CONNECTIONS
@@ -7791,9 +7799,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 longest_idle.shutdown(socket.SHUT_RDWR)
         if is_full and longest_idle is None:
-            self._turn_away(request)
-        else:
-            super().process_request(request, client_address)
+            return False
+        super().process_request(request, client_address)
+        return True
 
     def _turn_away(self, request: socket.socket) -> None:
         error = ServerBusy(f"the proxy serves {MAX_CONNECTIONS} connections already")

@@ -416,3 +416,18 @@ def test_a_connection_that_gets_no_thread_is_closed_and_the_next_is_served(mock,
     assert clients[0].is_closed_by_server()
     for client in clients:
         client.close()
+
+
+def test_more_who_come_in_than_are_let_in_together_are_all_served(mock, proxy_for, monkeypatch):
+    import ironcage_proxy
+    monkeypatch.setattr(ironcage_proxy, "LISTEN_BACKLOG", 2)
+    proxy = proxy_for("--budget", "1")
+
+    with proxy.door:
+        clients = [RawClient(proxy.port) for _ in range(10)]
+        for client in clients:
+            client.request("POST", "/v1/chat/completions", CHAT)
+
+    assert [200] * 10 == [client.read_answer().status for client in clients]
+    for client in clients:
+        client.close()
