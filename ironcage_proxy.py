@@ -434,7 +434,10 @@ _json_open, _json_colon, _json_next = (
 
 
 def _members(text: str) -> tuple[dict, dict]:
-    """Fields and value spans of the one JSON object that is `text`. Raises ValueError."""
+    """Fields and value spans of the one JSON object that is `text`.
+
+    Raises: BadRequest; JSONDecodeError; StopIteration, the scanner's, where no value begins.
+    """
     fields: dict[str, object] = {}
     spans: dict[str, tuple[int, int]] = {}
     opened = _json_open(text)
@@ -492,9 +495,9 @@ def parse_json_object(raw: bytes) -> JsonBody:
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}") from None
     except json.JSONDecodeError as err:
         raise BadRequest(f"the request body is not JSON: {err}") from None
-    except StopIteration as err:               # the scanner's, where no value begins
-        raise BadRequest("the request body is not JSON: Expecting value: "
-                         f"character {err.value}") from None
+    except StopIteration as err:
+        fault = json.JSONDecodeError("Expecting value", text, err.value)
+        raise BadRequest(f"the request body is not JSON: {fault}") from None
     if text.count("{") + text.count("[") > MAX_JSON_DEPTH \
             and _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
@@ -600,7 +603,7 @@ class Usage(NamedTuple):
 
 def _count(holder: object, name: str) -> int:
     """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
-    value = holder.get(name) if isinstance(holder, dict) else None
+    value = json_object(holder).get(name)
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_TOKENS:
@@ -620,10 +623,8 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     """Chat completions and completions: cached and audio tokens are inside prompt_tokens."""
     prompt, completion = _told_count(usage, prompt_name), _told_count(usage, completion_name)
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
-    read, made = usage.get(f"{prompt_name}_details"), usage.get(f"{completion_name}_details")
-    if not read and not made:
-        return Usage(prompt, completion, {"input": prompt, "output": completion})
-    read = json_object(read)
+    read = json_object(usage.get(f"{prompt_name}_details"))
+    made = usage.get(f"{completion_name}_details")
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
     written = _count(read, "cache_write_tokens")
     written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
@@ -1290,15 +1291,15 @@ def _strings(value: object) -> Iterator[str]:
 def check_boundable(body: JsonBody, price: Price) -> None:
     """Refuse what no bound covers. Raises UnboundedRequest, naming the field."""
     fields = body.fields
-    unbounded = [name for name in UNBOUNDED_FIELDS & fields.keys()
-                 if _opens_the_bound(name, fields[name], price)]
+    unbounded = [name for name, value in fields.items()
+                 if name in UNBOUNDED_FIELDS and _opens_the_bound(name, value, price)]
     if SEARCHING_MODEL.search(price.key):
         unbounded.append("model")
     names = "".join(fields)
     if names != names.casefold():                  # some servers fold case
         unbounded += [name for name in fields if name != name.casefold()]
-    for name in unbounded:
-        shown = name if PRINTABLE_NAME.fullmatch(name) else "a field"
+    if unbounded:
+        shown = unbounded[0] if PRINTABLE_NAME.fullmatch(unbounded[0]) else "a field"
         raise UnboundedRequest(
             f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot be "
             "bounded before it is sent", param=shown)
@@ -1356,8 +1357,8 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
     is_unseen, images = _unseen_input(body)
-    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS if price.provider
-                      == provider and price.key.startswith(prefix)), None) if images else None
+    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS
+                      if price.provider == provider and price.key.startswith(prefix)), None)
     context = max(price.max_input_tokens or 0, window)
     if is_unseen or (images and per_image is None):
         if price.max_input_tokens is None:
@@ -4987,6 +4988,7 @@ _TARGET = re.compile(r"(/[!-\"$->@-\[\]-~]*)(?:\?([!-\"$-~]*))?")     # no space
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 MAX_CHUNK_LINE_BYTES = 4096
 
+
 class Headers(tuple):
     """A message's headers, (lower-case name, value), in order.
 
@@ -5038,6 +5040,11 @@ def content_encoding(headers: Headers) -> str:
     return (headers.get("content-encoding") or "identity").strip().lower()
 
 
+def media_type(headers: Headers) -> str:
+    """The type of a body, in lower case and without parameters; "" where it is not said."""
+    return (headers.get("content-type") or "").partition(";")[0].strip().lower()
+
+
 def parse_request_head(head: bytes) -> RequestHead:
     """Raises MalformedHttp for anything but one clear HTTP/1.0 or 1.1 request head."""
     first, end, rest = head.decode("latin-1").partition("\r\n")
@@ -5052,7 +5059,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         if "." in segments or ".." in segments:
             raise MalformedHttp("the path has a . or .. segment")
     headers = parse_headers(rest + end)
-    if "," in headers.get("host", "," if line[3] == "1" else ""):
+    host = headers.get("host")
+    if (host is None and line[3] == "1") or "," in (host or ""):
         raise MalformedHttp("there must be one Host header")
     return RequestHead(line[1], target[1], target[2], int(line[3]), headers)
 
@@ -5456,7 +5464,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
 @functools.lru_cache(maxsize=64)
 def _request_to(url: str) -> urllib.request.Request:
-    """What urllib reads from a URL, which takes it longer than all else about a request."""
+    """What urllib reads from a URL, kept since it is read from few of them again and again."""
     return urllib.request.Request(url)
 
 
@@ -5609,14 +5617,13 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     if translator is not None:
         headers = {name: value for name, value in headers.items()
                    if not VENDOR_HEADER.match(name)}
-    headers.update(provider.credentials())
+    headers = {"host": provider.host, **headers, **provider.credentials()}
     if provider.format == "anthropic":
         if translator is not None:
             asked = head.headers.get("anthropic-beta")
             betas = [*filter(None, [asked]), *translator.betas]
             headers.update({"anthropic-beta": ",".join(betas)} if betas else {})
         headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
-    headers["host"] = provider.host
     headers["accept-encoding"] = "identity"
     if body_bytes or head.method in ("POST", "PUT", "PATCH"):
         headers["content-length"] = str(body_bytes)
@@ -5942,7 +5949,8 @@ class Totals:
         """Add counts for a (token, provider, model), of which the last two may be ""; and count
         each (metric, label, ...) once, for metrics()."""
         with self._lock:
-            self._cells[names] = self._cells.get(names, Counts()).plus(counts)
+            before = self._cells.get(names)
+            self._cells[names] = counts if before is None else before.plus(counts)
             for observation in observed:
                 self._seen[observation] += 1
 
@@ -6618,15 +6626,14 @@ class Router:
             if api in FORMAT_APIS[provider.format] \
             else self._translated(request, provider, api, upstream_model, body, limited)
         body = call.body
+        asked_output_tokens(call.api, body.fields)     # a cap that is none is refused at any price
         if limited:
             self._check_method_override(request)
             call.price = self.prices.price(upstream_model, provider.name)
             check_boundable(body, call.price)
         else:
             call.price = self.prices.find(upstream_model, provider.name)
-        if call.price is None:
-            asked_output_tokens(call.api, body.fields)           # which says what is wrong with it
-        else:
+        if call.price is not None:
             try:
                 call.bound = self._bound(call, call.price, free)
             except UnboundedRequest:
@@ -6803,7 +6810,7 @@ class Router:
                    ("x-ironcage-request-id", call.request.request_id)]
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
-        kind = (response.headers.get("content-type") or "").partition(";")[0].strip().lower()
+        kind = media_type(response.headers)
         is_stream = kind == "text/event-stream" or (not kind and call.wants_stream)
         if call.translator is not None:
             return self._carried_back(call, call.translator, response, headers,
@@ -7613,10 +7620,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
         self.door = threading.Lock()                   # held while connections are let in
-        self._lock = threading.Lock()                  # guards the next but one field
-        self._changed = threading.Condition(self._lock)
         self.run_id = secrets.token_hex(8)             # with a number, the id of a request
         self.request_numbers = itertools.count(1)
+        self._lock = threading.Lock()                  # guards the next but one field
+        self._changed = threading.Condition(self._lock)
         self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
         try:
             family, _, _, _, address = socket.getaddrinfo(
@@ -7745,8 +7752,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Connections: one thread each, and a bound on them.
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """Accept a connection; out of file descriptors, wait a little rather than spin.
-        """
+        """Accept a connection; out of file descriptors, wait a little rather than spin."""
         try:
             return super().get_request()
         except OSError as err:
@@ -7891,8 +7897,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise Forbidden("the budget is changed with the admin's token, not a caller's")
         if self.router.server is not None:
             raise Forbidden("the budget is leased from the Iron Cage server, and changed there")
-        kind = (request.head.headers.get("content-type") or "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if media_type(request.head.headers) != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
         parse_json_object(request.body)                # strict: no duplicate keys
         fields = json.loads(request.body, parse_float=Decimal)
