@@ -3,6 +3,7 @@
     peers.py provider PORT        answers canned bytes, whole or streamed, on kept connections
     peers.py naive PORT URL       the naive proxy: http.server and urlopen, nothing else
     peers.py original URL         the Rust original, where `import iron_cage` works
+    peers.py keys URL             what the original asks for a key
     peers.py load PORT CONNECTIONS REQUESTS KIND PID     loads a port; prints one JSON line
 """
 import http.server
@@ -11,6 +12,7 @@ import os
 import re
 import selectors
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -117,12 +119,28 @@ def run_original(url):
     """The LlmRouter of PyPI's iron-cage 0.2.0, with its log going nowhere.
 
     With a key of its own it knows no provider but api.openai.com, so that the key and the URL come
-    from a stand-in for its server, which is asked once.
+    from a stand-in for its server: a process of its own, since the constructor waits for its
+    answer with the interpreter's lock held.
     """
+    server = subprocess.Popen([sys.executable, __file__, "keys", url], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
     told = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     from iron_cage import LlmRouter
+    router = LlmRouter(api_key="ic_bench_0123456789", cache_ttl_seconds=10 ** 9, budget=1000.0,
+                       server_url=server.stdout.readline().strip())
+    while True:                            # its constructor may return before the port is open
+        try:
+            socket.create_connection(("127.0.0.1", router.port)).close()
+            break
+        except OSError:
+            time.sleep(0.01)
+    os.write(told, b"http://127.0.0.1:%d\n" % router.port)
+    threading.Event().wait()
 
+
+def serve_keys(url):
+    """What the original asks its server for, until standard input ends."""
     class KeyServer(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -139,16 +157,8 @@ def run_original(url):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), KeyServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    router = LlmRouter(api_key="ic_bench_0123456789", cache_ttl_seconds=10 ** 9, budget=1000.0,
-                       server_url=f"http://127.0.0.1:{server.server_address[1]}")
-    while True:                            # its constructor may return before the port is open
-        try:
-            socket.create_connection(("127.0.0.1", router.port)).close()
-            break
-        except OSError:
-            time.sleep(0.01)
-    os.write(told, b"http://127.0.0.1:%d\n" % router.port)
-    threading.Event().wait()
+    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    sys.stdin.read()
 
 
 def cpu_s(pid):
@@ -268,6 +278,8 @@ if __name__ == "__main__":
         proxy_naively(int(rest[0]), rest[1])
     elif what == "original":
         run_original(rest[0])
+    elif what == "keys":
+        serve_keys(rest[0])
     elif rest[3] == "paced":
         load_paced(int(rest[0]), int(rest[1]), int(rest[4]))
     else:
