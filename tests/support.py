@@ -5,6 +5,7 @@ wrong keys and wrong types), counts what it would bill, and misbehaves on reques
 """
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -930,6 +931,16 @@ class Served:
         self.process.send_signal(number)
         code = self.process.wait(PATIENCE_S * 3)
         return code, self.process.stdout.read(), self.log
+
+
+@contextlib.contextmanager
+def turn_of(turns) -> Iterator[None]:
+    """This thread has the turn: no connection of the proxy is served meanwhile."""
+    turns.take()
+    try:
+        yield
+    finally:
+        turns.leave()
 
 
 def status_of(proxy) -> dict:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, TOKEN, Gate, MockProvider, RawClient, call, settled_status,
-                     start_proxy)
+                     start_proxy, turn_of)
 
 CHAT = b'{"model":"gpt-4o-mini","max_tokens":9,"messages":[{"role":"user","content":"hi"}]}'
 AUTH = f"Authorization: Bearer {TOKEN}\r\n".encode()
@@ -378,13 +378,13 @@ def test_too_many_connections_close_the_longest_idle_and_then_get_a_503(mock, pr
         client.close()
 
 
-def test_who_comes_in_and_who_asks_again_are_both_served_after_the_door_opens(mock, proxy_for):
+def test_who_comes_in_and_who_asks_again_are_both_served_in_turn(mock, proxy_for):
     proxy = proxy_for("--budget", "1")
     known = RawClient(proxy.port)
     known.request("POST", "/v1/chat/completions", CHAT)
     assert 200 == known.read_answer().status
 
-    with proxy.door:
+    with turn_of(proxy.router.turns):
         known.request("POST", "/v1/chat/completions", CHAT)
         others = [RawClient(proxy.port) for _ in range(20)]
         for other in others:
@@ -406,7 +406,7 @@ def test_a_connection_that_gets_no_thread_is_closed_and_the_next_is_served(mock,
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    with proxy.door:
+    with turn_of(proxy.router.turns):
         monkeypatch.setattr(threading.Thread, "start", start_but_not_the_first)
         clients = [RawClient(proxy.port) for _ in range(3)]
         for client in clients[1:]:
@@ -423,7 +423,7 @@ def test_more_who_come_in_than_are_let_in_together_are_all_served(mock, proxy_fo
     monkeypatch.setattr(ironcage_proxy, "LISTEN_BACKLOG", 2)
     proxy = proxy_for("--budget", "1")
 
-    with proxy.door:
+    with turn_of(proxy.router.turns):
         clients = [RawClient(proxy.port) for _ in range(10)]
         for client in clients:
             client.request("POST", "/v1/chat/completions", CHAT)

@@ -689,9 +689,9 @@ def test_any_of_several_sockets_that_are_ready_is_found(pair, watched):
     other, _ = watched
     peer.send(b"x")
 
-    assert [wire.sock] == ic.Waiter({wire.sock: False, other.sock: False}).ready(LONG_S)
-    assert [other.sock] == ic.Waiter({other.sock: True}).ready(LONG_S)
-    assert [] == ic.Waiter({other.sock: False}).ready(SHORT_S)
+    assert [wire.sock] == ic.ready_of([wire.sock, other.sock], LONG_S)
+    assert [other.sock] == ic.ready_of([other.sock], LONG_S, writing=True)
+    assert [] == ic.ready_of([other.sock], SHORT_S)
 
 
 def test_a_client_that_sent_its_next_request_early_is_watched_again_in_that_one(pair, watched):
