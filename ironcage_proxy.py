@@ -4382,7 +4382,6 @@ def stored_row(row: Mapping[str, object]) -> dict:
 
 class MemoryLedger:
     """The last rows, and what each token spent on each day; gone with the process."""
-    has_file = False
 
     def __init__(self) -> None:
         self._lock = threading.Lock()         # guards the fields below
@@ -4434,7 +4433,7 @@ class _Write:
     """One statement that waits to be committed."""
     __slots__ = ("statement", "row", "is_intent", "error", "is_written")
 
-    def __init__(self, statement: str, row: dict, is_intent: bool) -> None:
+    def __init__(self, statement: str, row: Union[dict, Sequence], is_intent: bool) -> None:
         self.statement, self.row, self.is_intent = statement, row, is_intent
         self.is_written = False
         self.error: Optional[Exception] = None
@@ -4444,13 +4443,15 @@ class SqliteLedger:
     """A ledger in an SQLite file, in WAL mode: what is committed survives the process, and with
     `fsync` a loss of power too. One process at a time has it open for writing.
 
-    Opening it charges what an earlier process left unsettled. Raises Misconfigured.
+    Opening it charges what an earlier process left unsettled. A write that can take long (for
+    `fsync`, or while another program writes) is done inside the context `aside`.
+    Raises Misconfigured.
     """
-    has_file = True
 
-    def __init__(self, path: str, *, fsync: bool = False) -> None:
+    def __init__(self, path: str, *, fsync: bool = False,
+                 aside: Callable[[], ContextManager] = contextlib.nullcontext) -> None:
         import sqlite3                        # here only: most runs do not need it
-        self._errors = sqlite3.Error
+        self._errors, self._is_quick, self._aside = sqlite3.Error, not fsync, aside
         self._turn = threading.Lock()         # one transaction at a time
         self._queue: list[_Write] = []        # appended by all, emptied by who has the turn
         path = os.path.realpath(path)
@@ -4465,6 +4466,7 @@ class SqliteLedger:
             self._migrate()
             self.recovered = self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
             newest = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0]
+            self._wait_for_others(0)
         except (OSError, sqlite3.Error) as err:
             raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
         self._ids = itertools.count(newest + 1)
@@ -4495,30 +4497,54 @@ class SqliteLedger:
                 "request_id": row["request_id"], "reason": _reason(error)}})
 
     def _write(self, write: _Write) -> Optional[Exception]:
-        """Commit a statement, together with all that others queued meanwhile."""
+        """Commit a statement, together with all that others queued meanwhile.
+
+        Aside only if need be: a commit without fsync takes 50 us, to go aside for it as long again.
+        """
         self._queue.append(write)
-        with self._turn:
-            if not write.is_written and write.error is None:
-                self._commit_queue()
+        if self._is_quick and self._turn.acquire(blocking=False):
+            try:
+                self._commit(self._queue[:])
+            finally:
+                self._turn.release()
+        if not write.is_written:
+            with self._aside(), self._turn:
+                if not write.is_written and write.error is None:
+                    self._commit_patiently()
         return write.error
 
-    def _commit_queue(self) -> None:
-        """One transaction for the whole queue. Intents that fail leave it, settlements stay."""
-        batch = self._queue[:]
-        error: Optional[Exception] = None
+    def _commit(self, batch: Sequence[_Write]) -> Optional[Exception]:
+        """One transaction for all at the head of the queue; why not, if they stay there."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for write in batch:
                 self._db.execute(write.statement, write.row)
             self._db.execute("COMMIT")
         except (self._errors, ValueError, OverflowError) as err:
-            error = err
             with contextlib.suppress(self._errors):
                 self._db.execute("ROLLBACK")
+            return err
         for write in batch:
-            write.error, write.is_written = error, error is None
-        kept = [write for write in batch if error is not None and not write.is_intent]
-        self._queue[:len(batch)] = kept
+            write.error, write.is_written = None, True
+        del self._queue[:len(batch)]
+        return None
+
+    def _wait_for_others(self, most_s: int) -> None:
+        """From now on, how long a statement waits for another program."""
+        with contextlib.suppress(self._errors):
+            self._db.execute(f"PRAGMA busy_timeout = {most_s * 1000}")
+
+    def _commit_patiently(self) -> None:
+        """Wait for other programs. Intents that cannot be written leave the queue, settlements
+        stay in it."""
+        batch = self._queue[:]
+        self._wait_for_others(LEDGER_BUSY_S)
+        error = self._commit(batch)
+        self._wait_for_others(0)
+        if error is not None:
+            for write in batch:
+                write.error = error
+            self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
 
     def spent(self, token: Optional[str], since_s: int) -> int:
         """What one token, or None for all, spent since then; calls in flight at their bound."""
@@ -4544,23 +4570,20 @@ class SqliteLedger:
 
     def keep_lease(self, lease: Lease) -> None:
         """Remember on disk that it must be given back. Raises LedgerUnavailable."""
-        try:
-            with self._turn:
-                self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease)
-        except self._errors as err:
+        error = self._write(_Write("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease, True))
+        if error is not None:
             raise LedgerUnavailable("the proxy's ledger cannot be written, so that no budget is "
-                                    f"leased: {_reason(err)}") from err
+                                    f"leased: {_reason(error)}")
 
     def forget_lease(self, lease: Lease) -> None:
-        """It was given back."""
-        with self._turn, contextlib.suppress(self._errors):    # given back twice is refused
-            self._db.execute("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id])
+        """It was given back. Where that cannot be written it is given back twice, and refused."""
+        self._write(_Write("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id], True))
 
     def close(self) -> None:
         """Write what is still queued, and let go of the file."""
         with self._turn:
             if self._queue:
-                self._commit_queue()
+                self._commit_patiently()
             self._db.close()
         self._lock_file.close()
 
@@ -6625,8 +6648,10 @@ def _row_told(row: Mapping[str, object]) -> dict:
 class Router:
     """Carries requests to providers under one budget."""
 
-    def __init__(self, settings: Settings, prices: PriceBook, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, prices: PriceBook, ledger: Ledger,
+                 turns: Optional[Turns] = None) -> None:
         self.settings, self.prices, self.ledger = settings, prices, ledger
+        self.turns = turns or Turns()
         self.config, self.providers = Config(), {}
         self.controller = CostController(settings.budget_microdollars,
                                          spent_microdollars=ledger.spent(None, 0))
@@ -6634,7 +6659,6 @@ class Router:
         self.traffic = Traffic()
         self._thresholds_lock = threading.Lock()       # guards the next field
         self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
-        self.turns = Turns()                           # of the threads that carry requests
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
         self._opener = build_opener(self._transport)
         self.server: Optional[CageServer] = None
@@ -6894,7 +6918,7 @@ class Router:
             if client is not None and has_hung_up(client.sock):
                 raise ClientGone
             row = call.intent_row()
-            self._write(self.ledger.intent, row)
+            self.ledger.intent(row)
             call.row = row
             if call.provider.format == "echo":
                 response: Union[EchoResponse, UpstreamResponse] = EchoResponse(
@@ -7269,16 +7293,9 @@ class Router:
         row = call.row or call.intent_row()
         complete_row(row, call, call.charge, elapsed_ns)
         if call.row is not None:
-            self._write(self.ledger.settle, row)
+            self.ledger.settle(row)
         self._record(call, row)
         return call.charge
-
-    def _write(self, write: Callable[[dict], None], row: dict) -> None:
-        """Have the ledger write a row: outside the turn, where it has a file."""
-        if not self.ledger.has_file:
-            return write(row)
-        with self.turns.outside():
-            write(row)
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:
         """Count a settled call, log it, and tell of it."""
@@ -7510,7 +7527,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.wire = Wire(self.connection, self.server.router.turns)
+        self.wire = Wire(self.connection, self.server.turns)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
         self._is_head = False                # the current request is a HEAD: no body in its answer
@@ -7518,7 +7535,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serve requests until the connection ends, in turn with the other connections."""
-        turns = self.server.router.turns
+        turns = self.server.turns
         turns.take()
         try:
             super().handle()
@@ -7553,7 +7570,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """The next request's head; None when the client has no more, or says nothing."""
         timeouts = self.server.settings.timeouts
         first = self._served == 0
-        self.server.router.turns.take()      # if the last request left it
+        self.server.turns.take()      # if the last request left it
         deadline_s = time.monotonic() + timeouts.head_s
         self.server.mark_idle(self.connection, True)
         try:
@@ -7589,10 +7606,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return self._write_greeting(head, request_id)
         request = ClientRequest(head, body, request_id, caller)
         if head.path == "/ironcage" or head.path.startswith("/ironcage/"):
-            self.server.router.turns.leave()
+            self.server.turns.leave()
             return self._write_own(request)
         if len(body) > LONG_TURN_BYTES:
-            self.server.router.turns.leave()
+            self.server.turns.leave()
         self._caller = caller
         if self.server.is_stopping:
             raise ServerBusy("the proxy is stopping")
@@ -7651,7 +7668,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         body = self._received_body(length)
         if encoding == "identity" or not body:
             return body
-        self.server.router.turns.leave()
+        self.server.turns.leave()
         inflater = Inflater(encoding, settings.max_body_bytes)
         try:
             inflated = inflater.feed(body)
@@ -7803,9 +7820,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.callers: Mapping[str, Caller] = {}        # by the SHA-256 of their tokens
         self._config_seen = _file_state(settings.config_path)
         config = self._read_config()
-        self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None \
-            else SqliteLedger(settings.ledger_path, fsync=settings.fsync)
-        self.router = Router(settings, prices, self.ledger)
+        self.turns = Turns()                           # of the threads that serve connections
+        self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None else SqliteLedger(
+            settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside)
+        self.router = Router(settings, prices, self.ledger, self.turns)
         self._take_config(config)
         self.reload_asked = False                      # set by SIGHUP
         self._looked_s = time.monotonic()
@@ -7964,7 +7982,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         interpreter so rarely that the last of 256 would wait for two seconds.
         """
         turned_away, without_thread = [], []
-        self.router.turns.take()
+        self.turns.take()
         try:
             for arrived in itertools.chain([(request, client_address)], self._waiting_outside()):
                 try:
@@ -7973,7 +7991,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 except RuntimeError:                   # out of threads
                     without_thread.append(arrived[0])
         finally:
-            self.router.turns.leave()
+            self.turns.leave()
         for request in turned_away:
             self._turn_away(request)
         for request in without_thread:

@@ -384,7 +384,7 @@ def test_who_comes_in_and_who_asks_again_are_both_served_in_turn(mock, proxy_for
     known.request("POST", "/v1/chat/completions", CHAT)
     assert 200 == known.read_answer().status
 
-    with turn_of(proxy.router.turns):
+    with turn_of(proxy.turns):
         known.request("POST", "/v1/chat/completions", CHAT)
         others = [RawClient(proxy.port) for _ in range(20)]
         for other in others:
@@ -406,7 +406,7 @@ def test_a_connection_that_gets_no_thread_is_closed_and_the_next_is_served(mock,
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    with turn_of(proxy.router.turns):
+    with turn_of(proxy.turns):
         monkeypatch.setattr(threading.Thread, "start", start_but_not_the_first)
         clients = [RawClient(proxy.port) for _ in range(3)]
         for client in clients[1:]:
@@ -423,7 +423,7 @@ def test_more_who_come_in_than_are_let_in_together_are_all_served(mock, proxy_fo
     monkeypatch.setattr(ironcage_proxy, "LISTEN_BACKLOG", 2)
     proxy = proxy_for("--budget", "1")
 
-    with turn_of(proxy.router.turns):
+    with turn_of(proxy.turns):
         clients = [RawClient(proxy.port) for _ in range(10)]
         for client in clients:
             client.request("POST", "/v1/chat/completions", CHAT)
