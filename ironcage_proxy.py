@@ -125,7 +125,7 @@ JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up
 
 MAX_CONNECTIONS = 1024                    # one thread each
 LISTEN_BACKLOG = 1024                     # the default of 5 drops bursts of connections
-POOLED_CONNECTIONS_PER_HOST = 128
+POOLED_CONNECTIONS_PER_HOST = 256
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
 STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
@@ -5299,18 +5299,11 @@ class Turns:
                     self._arm_locked(wire)
             polls = self._pause_locked(seat)
         while True:
-            if polls:
-                self._poll(seat, deadline_s)
-            left_s = max(0.0, deadline_s - time.monotonic())
-            if not seat.turn.acquire(timeout=left_s):
-                with self._lock:
-                    if seat in self._parked:
-                        self._parked.remove(seat)
-                        self._join_locked(seat)
-                seat.turn.acquire()
+            if not (polls and self._poll(seat, wires, deadline_s)):
+                self._await_turn(seat, deadline_s)
             with self._lock:
                 ready = [wire for wire in wires if wire.is_ready]
-                if ready or not left_s:
+                if ready or time.monotonic() >= deadline_s:
                     return ready
                 polls = self._pause_locked(seat)
 
@@ -5340,12 +5333,11 @@ class Turns:
         self._is_polling, self._is_taken = True, False
         return True
 
-    def _poll(self, seat: Seat, deadline_s: float) -> None:
-        """Wait for the sockets of all, and line up whom they wake; at the deadline, `seat`."""
+    def _poll(self, seat: Seat, wires: Sequence[Wire], deadline_s: float) -> bool:
+        """Wait for the sockets of all, and line up whom they wake; True if `seat` runs on."""
         events = self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
         with self._lock:
             self._is_polling = False
-            self._parked.add(seat)
             for number, _ in events:
                 wire = self._wires.get(number)
                 if wire is not None:
@@ -5353,8 +5345,25 @@ class Turns:
                     if wire.seat in self._parked:
                         self._parked.remove(wire.seat)
                         self._line.append(wire.seat)
+            if not (self._is_taken or self._line):
+                self._is_taken = True
+                return True
+            if any([wire.is_ready for wire in wires]):
+                self._line.append(seat)
+            else:
+                self._parked.add(seat)
             if not self._is_taken:
                 self._pass_on_locked()
+        return False
+
+    def _await_turn(self, seat: Seat, deadline_s: float) -> None:
+        """Until the turn comes; from the end of the line, where a deadline passes first."""
+        if not seat.turn.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+            with self._lock:
+                if seat in self._parked:
+                    self._parked.remove(seat)
+                    self._join_locked(seat)
+            seat.turn.acquire()
 
     def _join_locked(self, seat: Seat) -> None:
         self._line.append(seat)
@@ -5627,16 +5636,18 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             wire.send(body, stall_s)
 
     def give_back(self, wire: Wire, place: tuple, *, reusable: bool) -> None:
-        """End the use of a wire: into the pool, or closed."""
+        """End the use of a wire: into the pool, or closed, with one that was idle for long."""
+        now_s, closing = time.monotonic(), wire
         with self._lock:
             self._busy.discard(wire)
             pooled = self._idle.setdefault(place, [])
-            reusable = reusable and not self._is_closed \
-                and len(pooled) < POOLED_CONNECTIONS_PER_HOST
-            if reusable:
-                pooled.append((time.monotonic(), wire))
-        if not reusable:
-            wire.close()
+            if reusable and not self._is_closed:
+                pooled.append((now_s, wire))
+                is_over = len(pooled) > POOLED_CONNECTIONS_PER_HOST \
+                    or now_s - pooled[0][0] > POOL_IDLE_S
+                closing = pooled.pop(0)[1] if is_over else None
+        if closing is not None:
+            closing.close()
 
     def shut_down(self) -> None:
         """Close idle connections and cut busy ones; their users get UpstreamBroke."""

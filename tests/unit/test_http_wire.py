@@ -706,3 +706,28 @@ def test_a_client_that_sent_its_next_request_early_is_watched_again_in_that_one(
 
     with pytest.raises(ic.ClientGone):
         wire.receive(LONG_S, client_wire)
+
+
+def test_of_a_burst_s_connections_one_goes_with_each_that_comes_back_later(pair, watched):
+    (old, _), (new, _) = pair, watched
+    pool, place = ic.KeepAliveHandler(ic.Timeouts()), ("http", "localhost", None)
+    pool.give_back(old, place, reusable=True)
+    [(since_s, _)] = pool._idle[place]
+    pool._idle[place] = [(since_s - ic.POOL_IDLE_S - 1, old)]
+
+    pool.give_back(new, place, reusable=True)
+
+    assert [new] == [wire for _, wire in pool._idle[place]]
+    assert (-1, True) == (old.sock.fileno(), new.sock.fileno() >= 0)
+
+
+def test_a_full_pool_keeps_the_newest(pair, watched, monkeypatch):
+    monkeypatch.setattr(ic, "POOLED_CONNECTIONS_PER_HOST", 1)
+    (old, _), (new, _) = pair, watched
+    pool, place = ic.KeepAliveHandler(ic.Timeouts()), ("http", "localhost", None)
+
+    pool.give_back(old, place, reusable=True)
+    pool.give_back(new, place, reusable=True)
+
+    assert [new] == [wire for _, wire in pool._idle[place]]
+    assert -1 == old.sock.fileno()
