@@ -114,12 +114,15 @@ log = logging.getLogger("ironcage")
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
 MAX_JSON_DEPTH = 200                      # deeper bodies are attacks, not prompts
+MAX_JSON_VALUES = 2_000_000               # half a gigabyte, and 0.4 s that nobody else can run
 MAX_INTEGER_DIGITS = 18                   # fits a signed 64-bit integer in every parser
 MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry megabytes in one
 MAX_ANSWER_BYTES = 256 * 1024 * 1024      # an answer that is metered whole is held in memory
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
 RECEIVE_BYTES = 64 * 1024                 # one read from a socket
 LONG_TURN_BYTES = 64 * 1024               # a larger body is worked on beside other requests
+LEAST_KEY_CHARS = 16                      # a shorter key may be a word of an answer
+OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", is no secret
 LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take beyond its first wait
 JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up to this size
 
@@ -470,6 +473,9 @@ def _members(text: str) -> tuple[dict, dict]:
     return fields, spans
 
 
+COUNTED_CHARS = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
+
+
 def _nested_deeper_than(value: object, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
@@ -485,10 +491,15 @@ def parse_json_object(raw: bytes) -> JsonBody:
     """Read a request body strictly.
 
     Raises: BadRequest for what is not UTF-8, not JSON, not an object, or ambiguous (byte-order
-    mark, duplicate keys at any depth, NaN, Infinity, huge integers, nesting beyond 200).
+    mark, duplicate keys at any depth, NaN, Infinity, huge integers, nesting beyond 200) or
+    would take a gigabyte of memory (more than MAX_JSON_VALUES).
     """
     try:
         text = raw.decode("utf-8")
+        if len(text) > MAX_JSON_VALUES and (
+                text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES):
+            raise BadRequest(f"the request body may hold more than {MAX_JSON_VALUES} values: so "
+                             "many commas and opening brackets are in it")
         fields, spans = _members(text)
     except UnicodeDecodeError as err:
         raise BadRequest(f"the request body is not UTF-8 (byte {err.start})") from None
@@ -499,7 +510,7 @@ def parse_json_object(raw: bytes) -> JsonBody:
     except StopIteration as err:
         fault = json.JSONDecodeError("Expecting value", text, err.value)
         raise BadRequest(f"the request body is not JSON: {fault}") from None
-    if text.count("{") + text.count("[") > MAX_JSON_DEPTH \
+    if (len(text) > COUNTED_CHARS or text.count("{") + text.count("[") > MAX_JSON_DEPTH) \
             and _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
     return JsonBody(raw, fields, spans)
@@ -5669,14 +5680,73 @@ def _request_to(url: str) -> urllib.request.Request:
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to a provider. `watched` is the client's wire, whose hang-up ends the wait."""
+    """A request to a provider. `watched` is the client's wire, whose hang-up ends the wait, and
+    `key` what its answer must not hold."""
 
     def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: bytes,
-                 watched: Optional[Wire]) -> None:
+                 watched: Optional[Wire], key: Optional[str] = None) -> None:
         vars(self).update(vars(_request_to(url)))
         self.unredirected_hdrs = {}
-        self.data, self.method, self.watched = body, method, watched
+        self.data, self.method, self.watched, self.key = body, method, watched, key
         self.headers = dict(headers)        # as they are: add_header() would capitalize each
+
+
+def is_secret(key: Optional[str]) -> bool:
+    """Whether a key is one, and not a word for a server that wants none, as "ollama"."""
+    return key is not None and len(key) >= LEAST_KEY_CHARS
+
+
+class KeyGuard:
+    """Keeps a provider's key out of a body that the provider sends, in which it may repeat it.
+
+    A read that ends in more than the key's first letters waits for the next.
+    """
+
+    def __init__(self, key: Optional[str], encoding: str) -> None:
+        self._key = key.encode() if is_secret(key) else b""
+        self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
+        self._passed = b""                     # the last bytes before those that come next
+        self._held: list[bytes] = []           # what waits
+
+    def read(self, pieces: list[bytes]) -> list[bytes]:
+        """What may be passed on of one read: asterisks in place of the key.
+
+        Raises UpstreamBroke where it is in a compressed body.
+        """
+        if not self._key:
+            return pieces
+        if self._inflater is not None:
+            return self._read_compressed(pieces)
+        known = len(self._passed)
+        data = b"".join([self._passed, *self._held, *pieces])
+        if self._held or self._key in data or data[-1:] in self._key:
+            data = data.replace(self._key, b"*" * len(self._key))       # as long: lengths are told
+            whole = max(known, len(data) - self._begun_at_the_end_of(data))
+            pieces, self._held, data = [data[known:whole]], [data[whole:]], data[:whole]
+        self._passed = data[-OPEN_KEY_CHARS:]
+        return pieces
+
+    def rest(self) -> list[bytes]:
+        """What waits at the end of the body."""
+        return self._held
+
+    def _begun_at_the_end_of(self, data: bytes) -> int:
+        """How much of the key data ends in, if more than may be known."""
+        return next((size for size in range(len(self._key) - 1, OPEN_KEY_CHARS, -1)
+                     if data.endswith(self._key[:size])), 0)
+
+    def _read_compressed(self, pieces: list[bytes]) -> list[bytes]:
+        try:
+            plain = self._passed + b"".join(map(self._inflater.feed, pieces))
+        except (zlib.error, OverflowError):
+            self._key = b""                    # a client cannot read it either
+            return [*self._held, *pieces]
+        if self._key in plain:
+            raise UpstreamBroke("the provider's answer repeats its key; it is not passed on")
+        self._passed = plain[-len(self._key):]
+        pieces = [*self._held, *pieces]
+        self._held = pieces if self._begun_at_the_end_of(plain) else []
+        return [] if self._held else pieces
 
 
 class UpstreamResponse:
@@ -5697,6 +5767,7 @@ class UpstreamResponse:
             raise upstream_failure(err) from err
         self.length = 0 if bodiless else self.stated_length
         self._decoder = BodyDecoder(self.length)
+        self._guard = KeyGuard(request.key, content_encoding(self.headers))
 
     def _read_head(self) -> tuple[int, bool, Headers]:
         first_byte_by_s = min(time.monotonic() + self._timeouts.first_byte_s, self._deadline_s)
@@ -5739,12 +5810,15 @@ class UpstreamResponse:
                 raise upstream_failure(err) from err
             last_s = time.monotonic()
             if pieces:
-                yield pieces
+                yield self._guard.read(pieces)
             if not data:
                 self._reusable = False
-                if decoder.end():
-                    return
-                raise UpstreamBroke("the provider's answer broke off")
+                if not decoder.end():
+                    raise UpstreamBroke("the provider's answer broke off")
+                break
+        rest = self._guard.rest()
+        if any(rest):
+            yield rest
 
     def close(self) -> None:
         """Give the connection back: to be used again if the body was read to its end."""
@@ -5831,17 +5905,13 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     return headers
 
 
-def without_key(data: bytes, provider: Provider) -> bytes:
-    """An answer without the key that its provider may have repeated in it."""
-    return data if provider.key is None else data.replace(provider.key.encode(), b"***")
-
-
 def answer_headers(headers: Headers, provider: Provider) -> list[tuple[str, str]]:
     """The end-to-end headers of a provider's answer; none that repeats its key."""
     named, key = connection_options(headers), provider.key
+    guards = is_secret(key)
     return [(name, value) for name, value in headers
             if name not in ANSWER_HEADERS_KEPT_BACK and name not in named
-            and (key is None or key not in value)]
+            and not (guards and key in value)]
 
 
 def translated_rate_limits(headers: Iterable[tuple[str, str]],
@@ -6999,7 +7069,8 @@ class Router:
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
         headers = upstream_headers(request.head, provider, len(body), translator)
         upstream = UpstreamRequest(provider.base_url + path + query, method=request.head.method,
-                                   body=body, headers=headers, watched=watched)
+                                   body=body, headers=headers, watched=watched,
+                                   key=provider.key)
         response = self._opener.open(upstream)
         if 300 <= response.status < 400 and response.status != 304:
             response.close()
@@ -7021,7 +7092,7 @@ class Router:
                                       is_stream and 200 <= response.status < 300)
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
-        body = without_key(self._whole_body(response), call.provider)
+        body = self._whole_body(response)
         encoding = content_encoding(response.headers)
         call.meter.read_answer(inflated(body, encoding))
         charge = self._settle(call)
@@ -7061,7 +7132,7 @@ class Router:
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
         encoding = content_encoding(response.headers)
-        raw = without_key(inflated(self._whole_body(response), encoding), call.provider)
+        raw = inflated(self._whole_body(response), encoding)
         call.meter.read_answer(raw)
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
@@ -7201,10 +7272,6 @@ class Router:
         try:
             headers = (*answer_headers(response.headers, provider),
                        ("x-ironcage-request-id", request.request_id))
-            if response.status >= 400 and response.length:
-                yield Answer(response.status, headers,
-                             without_key(self._whole_body(response), provider))
-                return
             yield Answer(response.status, headers, reads=response.reads(),
                          length=_told_length(response))
         finally:
@@ -7619,8 +7686,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if head.path == "/ironcage" or head.path.startswith("/ironcage/"):
             self.server.turns.leave()
             return self._write_own(request)
-        if len(body) > LONG_TURN_BYTES:
-            self.server.turns.leave()
         self._caller = caller
         if self.server.is_stopping:
             raise ServerBusy("the proxy is stopping")
@@ -7702,8 +7767,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return received[:length]
         decoder = BodyDecoder(length)
         deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
-        pieces: list[bytes] = []
-        size = 0
+        body = bytearray()                   # not a list: a chunk can be a byte
         while not decoder.is_done:
             try:
                 data = self.wire.receive(deadline_s - time.monotonic())
@@ -7712,12 +7776,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if not data:
                 raise ClientGone
             for piece in decoder.feed(data):
-                pieces.append(piece)
-                size += len(piece)
-            if size > self.server.settings.max_body_bytes:
+                body += piece
+            if len(body) > self.server.settings.max_body_bytes:
                 raise self._too_large()
+            if len(body) > LONG_TURN_BYTES:
+                self.server.turns.leave()
         self.wire.received = decoder.rest
-        return b"".join(pieces)
+        return bytes(body)
 
     # Answering.
 

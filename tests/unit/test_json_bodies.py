@@ -371,3 +371,19 @@ def test_json_that_we_send_is_compact_ascii_and_reads_back(value):
 
     assert value == json.loads(sent.decode("ascii"))
     assert b"\n" not in sent
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0"])
+def test_more_values_than_memory_is_meant_for_are_refused_before_they_are_read(value, monkeypatch):
+    monkeypatch.setattr(ic, "MAX_JSON_VALUES", 1_000)
+    monkeypatch.setattr(ic, "_members", lambda text: pytest.fail("it was read"))
+
+    error = refusal_of(b'{"a": [' + b",".join([value] * 1_001) + b"]}")
+
+    assert "more than 1000 values" in error.message
+
+
+def test_as_many_values_as_are_allowed_are_read(monkeypatch):
+    monkeypatch.setattr(ic, "MAX_JSON_VALUES", 1_000)
+    body = ic.parse_json_object(b'{"a": [' + b",".join([b"0"] * 999) + b"]}")
+    assert 999 == len(body.fields["a"])

@@ -1,14 +1,19 @@
 """Who may do what: tokens, hosts, own routes, routes under a budget, and where keys go."""
+import contextlib
+import gzip
 import io
 import json
 import logging
+import re
 import socket
+import zlib
 
 import pytest
 from support import (ADMIN_TOKEN, ANTHROPIC_KEY, CANARIES, OPENAI_KEY, TOKEN, Close, MockProvider,
                      RawClient, Reply, anthropic_error, call, openai_error, program,
-                     settled_status, start_proxy)
+                     settled_status, sse, start_proxy)
 
+ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
 MESSAGE = {**CHAT, "model": "claude-haiku-4-5"}
 PATHS = {"/v1/chat/completions": CHAT, "/v1/messages": MESSAGE}
@@ -423,8 +428,6 @@ def test_canary_keys_appear_nowhere_but_in_their_providers_auth_header(
 def test_a_key_that_its_provider_repeats_does_not_reach_the_agent(
         mock, proxy_for, path, fields, status):
     """Echo servers and some gateways print the credential in their error."""
-    if path == "/v1/files" and status == 200:
-        pytest.skip("an unmetered answer travels as it is")
     mock.always = lambda request: Reply(status, (
         ("content-type", "application/json"), ("x-debug", request.header("authorization")),
         ("x-other", "stays")), (json.dumps({"id": "x", "error": {
@@ -437,6 +440,84 @@ def test_a_key_that_its_provider_repeats_does_not_reach_the_agent(
     assert status == answer.status
     assert OPENAI_KEY not in str(answer.headers) + answer.body.decode()
     assert "stays" == answer.header("x-other")
+
+
+KEY_REPLIES = {          # how a provider may send what holds its key: headers, body, framing
+    "compressed": (("content-encoding", "gzip"), gzip.compress, "length"),
+    "compressed chunks": (("content-encoding", "gzip"), gzip.compress, "chunked"),
+    "at once": ((), bytes, "length"),
+    "chunks": ((), bytes, "chunked"),
+    "to the end of the connection": ((), bytes, "close"),
+}
+MESSAGE_START = sse({"type": "message_start", "message": {
+    "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-haiku-4-5",
+    "content": [], "stop_reason": None, "usage": {"input_tokens": 3, "output_tokens": 1}}},
+    "message_start").decode()
+
+
+def inflated_as_far_as_it_goes(received):
+    """What a client can read of a gzip body, with the framing of small chunks in between."""
+    inflate, plain = zlib.decompressobj(47), b""
+    body = received[received.find(b"\x1f\x8b"):] if b"\x1f\x8b" in received else b""
+    with contextlib.suppress(zlib.error):
+        for byte in re.sub(rb"\r\n[0-9a-f]{1,3}\r\n", b"", body):
+            plain += inflate.decompress(bytes([byte]))
+    return plain
+
+
+@pytest.mark.parametrize("kind", KEY_REPLIES)
+@pytest.mark.parametrize("status", [200, 401])
+@pytest.mark.parametrize("method, path, fields, text", [
+    ("POST", "/v1/chat/completions", CHAT, '{"error": {"message": "no: %s"}}'),
+    ("GET", "/v1/files", None, '{"data": ["%s"]}'),
+    ("POST", "/v1/chat/completions", {**CHAT, "stream": True}, 'data: {"error": "no: %s"}\n\n'),
+    ("POST", "/v1/chat/completions", {**CHAT, "stream": True, "model": "claude-haiku-4-5"},
+     'event: error\ndata: {"type": "error", "error": {"message": "no: %s"}}\n\n'),
+    ("POST", "/v1/chat/completions", {**CHAT, "stream": True, "model": "claude-haiku-4-5"},
+     MESSAGE_START + 'event: error\ndata: {"type": "error", "error": {"message": "%s"}}\n\n')],
+    ids=["whole", "unmetered", "stream", "translated error", "translated stream"])
+def test_a_repeated_key_is_kept_back_in_any_framing(mock, proxy_for, kind, status, method, path,
+                                                    fields, text):
+    """Split at every place that a read can end in: within the key, before and behind it."""
+    header, encode, framing = KEY_REPLIES[kind]
+    key = ANTHROPIC_KEY if "claude" in str(fields) else OPENAI_KEY
+    media = "text/event-stream" if "data: " in text else "application/json"
+    body = encode((text % key).encode())
+    at = body.find(key.encode())
+    steps = [body[:at + 5], body[at + 5:at + 9], body[at + 9:]] if at >= 0 else \
+        [body[:30], body[30:]]
+    mock.always = Reply(status, (("content-type", media), *([header] if header else [])),
+                        tuple(steps), framing=framing)
+
+    with RawClient(proxy_for().port) as client:
+        client.request(method, path, fields and json.dumps(fields).encode(),
+                       [("Connection", "close")])
+        received = b"".join(iter(lambda: client.sock.recv(65536), b""))
+
+    assert received.startswith(b"HTTP/1.1 ")
+    for seen in (received, inflated_as_far_as_it_goes(received)):
+        assert key[:ic.OPEN_KEY_CHARS + 1].encode() not in seen
+    if not header and "claude" not in str(fields):
+        assert received.count(b"*") >= len(key) - ic.OPEN_KEY_CHARS
+
+
+def test_what_only_begins_like_the_key_arrives_whole(mock, proxy_for):
+    body = b'{"data": "' + OPENAI_KEY[:20].encode() + b" and " + OPENAI_KEY[:9].encode()
+    mock.always = Reply(200, (("content-type", "application/json"),),
+                        (body[:15], body[15:40], body[40:]), framing="chunked")
+
+    assert body == call(proxy_for().port, "GET", "/v1/files").body
+
+
+def test_a_key_that_is_a_word_is_no_secret_and_changes_no_answer(mock, proxy_for):
+    mock.applies_vendor_rules = False
+    proxy = proxy_for(environ={"OPENAI_API_KEY": "ollama", "IRONCAGE_OPENAI_BASE_URL": mock.url})
+    mock.always = Reply(200, (("content-type", "application/json"), ("x-served-by", "ollama")),
+                        (b'{"data": "this is ollama"}',))
+
+    answer = call(proxy.port, "GET", "/v1/files")
+
+    assert (b'{"data": "this is ollama"}', "ollama") == (answer.body, answer.header("x-served-by"))
 
 
 @pytest.mark.parametrize("path, fields", [
