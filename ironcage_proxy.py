@@ -126,7 +126,8 @@ OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", i
 LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take beyond its first wait
 JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up to this size
 
-MAX_CONNECTIONS = 1024                    # one thread each
+MAX_CONNECTIONS = 1024                    # one thread each, and two sockets
+SPARE_FILES = 64                          # beside those, for the ledger, the log and the embedder
 LISTEN_BACKLOG = 1024                     # the default of 5 drops bursts of connections
 POOLED_CONNECTIONS_PER_HOST = 256
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
@@ -4426,15 +4427,18 @@ class MemoryLedger:
 
     def leases(self) -> list[Lease]:
         """Those that were not given back."""
-        return [*self._leases]
+        with self._lock:
+            return [*self._leases]
 
     def keep_lease(self, lease: Lease) -> None:
         """Remember that it must be given back."""
-        self._leases.append(lease)
+        with self._lock:
+            self._leases.append(lease)
 
     def forget_lease(self, lease: Lease) -> None:
         """It was given back."""
-        self._leases.remove(lease)
+        with self._lock:
+            self._leases.remove(lease)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -5589,19 +5593,19 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def _connect(self, request: UpstreamRequest, proxy_authorization: Optional[str]) -> Wire:
         """A new connection, through a tunnel where urllib's ProxyHandler asked for one."""
         options = {"timeout": self._timeouts.connect_s}
-        if request.type == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                request.host, context=self._tls_context(), **options)
-        else:
-            connection = http.client.HTTPConnection(request.host, **options)
-        if request._tunnel_host:
-            headers = {"Proxy-Authorization": proxy_authorization} if proxy_authorization else {}
-            connection.set_tunnel(request._tunnel_host, headers=headers)
+        headers = {"Proxy-Authorization": proxy_authorization} if proxy_authorization else {}
         try:
+            if request.type == "https":
+                connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                    request.host, context=self._tls_context(), **options)
+            else:
+                connection = http.client.HTTPConnection(request.host, **options)
+            if request._tunnel_host:
+                connection.set_tunnel(request._tunnel_host, headers=headers)
             connection.connect()
         except (TimeoutError, socket.timeout) as err:       # two classes before Python 3.10
             raise UpstreamConnectTimedOut("connecting to the provider timed out") from err
-        except (OSError, http.client.HTTPException) as err:
+        except (OSError, http.client.HTTPException, ValueError) as err:      # a name that is none
             raise UpstreamUnreachable(
                 f"the provider cannot be reached: {_reason(err)}") from err
         return Wire(connection.sock, self._turns)
@@ -5766,6 +5770,7 @@ class UpstreamResponse:
         except SOCKET_FAILURES as err:
             raise upstream_failure(err) from err
         self.length = 0 if bodiless else self.stated_length
+        self._reusable &= not bodiless       # some servers send a body there, and it comes later
         self._decoder = BodyDecoder(self.length)
         self._guard = KeyGuard(request.key, content_encoding(self.headers))
 
@@ -7880,6 +7885,16 @@ def _closing(error: IroncageError) -> IroncageError:
     return error
 
 
+def most_connections() -> int:
+    """MAX_CONNECTIONS, or as many as this process may have two sockets for."""
+    with contextlib.suppress(ImportError, OSError):
+        import resource          # here only: Windows has none
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY:
+            return max(1, min(MAX_CONNECTIONS, (files - SPARE_FILES) // 2))
+    return MAX_CONNECTIONS
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The proxy as a server. It listens once made; start() serves, stop() drains and ends.
 
@@ -7911,6 +7926,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.cuts_now = False                          # a second signal: do not wait
         self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
+        self.most_connections = most_connections()
         self.run_id = secrets.token_hex(8)             # with a number, the id of a request
         self.request_numbers = itertools.count(1)
         self._lock = threading.Lock()                  # guards the next but one field
@@ -8043,11 +8059,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # Connections: one thread each, and a bound on them.
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """Accept a connection; out of file descriptors, wait a little rather than spin."""
+        """Accept a connection; out of file descriptors, make room, and wait rather than spin."""
         try:
             return super().get_request()
         except OSError as err:
             if not isinstance(err, BlockingIOError):
+                self._close_longest_idle()
                 time.sleep(STOP_POLL_S)
             raise
 
@@ -8082,27 +8099,30 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _let_in(self, request: socket.socket, client_address: object) -> bool:
         """Start a connection's thread; False where there are too many and none is idle."""
-        longest_idle = None
         with self._changed:
-            is_full = len(self._idle_since) >= MAX_CONNECTIONS
-            if is_full:
-                idle = [(since, id(sock), sock) for sock, since in self._idle_since.items()
-                        if since is not None]
-                longest_idle = min(idle)[2] if idle else None
-                if longest_idle is not None:
-                    self._idle_since[longest_idle] = None        # not to be chosen again
-            if not is_full or longest_idle is not None:
-                self._idle_since[request] = time.monotonic()
-        if longest_idle is not None:
-            with contextlib.suppress(OSError):
-                longest_idle.shutdown(socket.SHUT_RDWR)
-        if is_full and longest_idle is None:
+            is_full = len(self._idle_since) >= self.most_connections
+        if is_full and not self._close_longest_idle():
             return False
+        with self._changed:
+            self._idle_since[request] = time.monotonic()
         super().process_request(request, client_address)
         return True
 
+    def _close_longest_idle(self) -> bool:
+        """End the connection that has had no request for longest; False where there is none."""
+        with self._changed:
+            idle = sorted((since, id(sock), sock) for sock, since in self._idle_since.items()
+                          if since is not None)
+        for _, _, sock in idle:
+            with contextlib.suppress(OSError, ValueError):       # it may be closed meanwhile
+                if not ready_of([sock], 0):                      # nor has it one that waits
+                    self.mark_idle(sock, False)                  # not to be chosen again
+                    sock.shutdown(socket.SHUT_RDWR)
+                    return True
+        return False
+
     def _turn_away(self, request: socket.socket) -> None:
-        error = ServerBusy(f"the proxy serves {MAX_CONNECTIONS} connections already")
+        error = ServerBusy(f"the proxy serves {self.most_connections} connections already")
         body = json_bytes(error_object(error, "openai", "req_none"))
         head = format_head("HTTP/1.1 503 Service Unavailable",
                            [("content-type", "application/json"), ("retry-after", "1"),
@@ -8501,7 +8521,7 @@ def _raise_file_limit() -> None:
     """On POSIX, allow two sockets for each connection; the usual limit of 1,024 files is less."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource          # here only: Windows has none
-        wanted = 2 * MAX_CONNECTIONS + 64
+        wanted = 2 * MAX_CONNECTIONS + SPARE_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY:
             wanted = min(wanted, hard)

@@ -2,13 +2,14 @@
 
 One proxy serves each table, so that a request that broke the server would fail the next.
 """
+import errno
 import gzip
 import json
 import threading
 
 import pytest
-from support import (ADMIN_TOKEN, TOKEN, Gate, MockProvider, RawClient, call, settled_status,
-                     start_proxy, turn_of)
+from support import (ADMIN_TOKEN, TOKEN, Gate, MockProvider, RawClient, call, program,
+                     settled_status, start_proxy, turn_of)
 
 CHAT = b'{"model":"gpt-4o-mini","max_tokens":9,"messages":[{"role":"user","content":"hi"}]}'
 AUTH = f"Authorization: Bearer {TOKEN}\r\n".encode()
@@ -376,6 +377,55 @@ def test_too_many_connections_close_the_longest_idle_and_then_get_a_503(mock, pr
     assert [200, 200] == [client.read_answer().status for client in (first, third)]
     for client in (first, second, third):
         client.close()
+
+
+def test_an_idle_connection_whose_next_request_waits_is_not_closed(mock, proxy_for):
+    proxy = proxy_for("--budget", "1")
+    proxy.most_connections = 2
+    first, second = RawClient(proxy.port), RawClient(proxy.port)
+    for client in (first, second):
+        client.request("POST", "/v1/chat/completions", CHAT)
+        assert 200 == client.read_answer().status
+
+    with turn_of(proxy.turns):
+        first.request("POST", "/v1/chat/completions", CHAT)
+        third = RawClient(proxy.port)
+
+    assert 200 == first.read_answer().status
+    assert second.is_closed_by_server()
+    for client in (first, second, third):
+        client.close()
+
+
+@pytest.mark.parametrize("files, expected", [
+    (1_024, 480), (100, 18), (10, 1), (1 << 20, 1_024)])
+def test_connections_are_bounded_by_the_files_that_may_be_open(monkeypatch, files, expected):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert expected == program().most_connections()
+
+
+def test_out_of_files_the_longest_idle_connection_makes_room(mock, proxy_for, monkeypatch):
+    import socketserver
+    proxy, fail = proxy_for("--budget", "1"), threading.Event()
+    get_request = socketserver.TCPServer.get_request
+
+    def get_request_or_fail(server):
+        if server is proxy and fail.is_set():
+            fail.clear()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return get_request(server)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", get_request_or_fail)
+    idle = RawClient(proxy.port)
+    idle.request("POST", "/v1/chat/completions", CHAT)
+    assert 200 == idle.read_answer().status
+    fail.set()
+    with RawClient(proxy.port) as client:
+        client.request("POST", "/v1/chat/completions", CHAT)
+        assert 200 == client.read_answer().status
+    assert idle.is_closed_by_server()
+    idle.close()
 
 
 def test_who_comes_in_and_who_asks_again_are_both_served_in_turn(mock, proxy_for):

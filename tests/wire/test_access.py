@@ -576,3 +576,27 @@ def test_many_tool_results_are_paired_in_linear_time():
     module.ChatOnClaude(fields, module.Losses(), most_output_tokens=100)
 
     assert len(compared) < 20 * count
+
+
+@pytest.mark.parametrize("url, proxy_url", [
+    ("https://a..b", None), (f"https://{'a' * 64}.example", None),
+    ("https://provider.example", "http://127.0.0.1:abc")], ids=["IDNA", "label", "HTTPS_PROXY"])
+def test_a_host_that_is_no_name_costs_nothing_and_is_told(proxy_for, monkeypatch, url, proxy_url):
+    if proxy_url is not None:
+        monkeypatch.setenv("HTTPS_PROXY", proxy_url)
+    proxy = proxy_for("--budget", "1", environ={
+        "OPENAI_API_KEY": OPENAI_KEY, "IRONCAGE_OPENAI_BASE_URL": url})
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    assert (502, "upstream_unreachable") == (answer.status, answer.json["error"]["code"])
+    assert 0 == settled_status(proxy)["spent_microdollars"]
+
+
+def test_a_connection_whose_answer_had_no_body_is_not_used_again(mock, proxy_for):
+    """Some servers send a body to HEAD; the next caller would read it as its answer."""
+    proxy = proxy_for()
+    for method in ("HEAD", "GET", "GET"):
+        call(proxy.port, method, "/v1/files")
+
+    assert 2 == mock.connections
