@@ -119,7 +119,8 @@ MAX_INTEGER_DIGITS = 18                   # fits a signed 64-bit integer in ever
 MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry megabytes in one
 MAX_ANSWER_BYTES = 256 * 1024 * 1024      # an answer that is metered whole is held in memory
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
-RECEIVE_BYTES = 64 * 1024                 # one read from a socket
+READ_BYTES = 16 * 1024                    # one read from a socket: room for most messages
+LARGE_READ_BYTES = 64 * 1024              # and where it was full, the next
 LONG_TURN_BYTES = 64 * 1024               # a larger body is worked on beside other requests
 LEAST_KEY_CHARS = 16                      # a shorter key may be a word of an answer
 OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", is no secret
@@ -5411,6 +5412,7 @@ class Wire:
         self.is_armed = self.is_ready = False
         self._decrypted = getattr(sock, "pending", int)       # bytes that TLS has read ahead
         self._unwatched: Optional[Wire] = None         # it sent its next request: no more to learn
+        self._room = READ_BYTES
         self.received = b""             # read from the socket and not yet used
         self.sent_bytes = 0
 
@@ -5435,7 +5437,9 @@ class Wire:
             self._wait_to_read(deadline_s, watched)
         while True:
             try:
-                return self.sock.recv(RECEIVE_BYTES)
+                data = self.sock.recv(self._room)
+                self._room = LARGE_READ_BYTES if len(data) == self._room else READ_BYTES
+                return data
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._wait_to_read(deadline_s, watched)
             except ssl.SSLWantWriteError:
@@ -7001,7 +7005,8 @@ class Router:
         """
         try:
             body = self._upstream_body(call)
-            if client is not None and has_hung_up(client.sock):
+            has_waited = call.reservation.decided is not None
+            if has_waited and client is not None and has_hung_up(client.sock):
                 raise ClientGone
             row = call.intent_row()
             self.ledger.intent(row)
