@@ -420,7 +420,8 @@ def test_out_of_files_the_longest_idle_connection_makes_room(mock, proxy_for, mo
     idle = RawClient(proxy.port)
     idle.request("POST", "/v1/chat/completions", CHAT)
     assert 200 == idle.read_answer().status
-    fail.set()
+    with turn_of(proxy.turns):                   # so the first is idle by now
+        fail.set()
     with RawClient(proxy.port) as client:
         client.request("POST", "/v1/chat/completions", CHAT)
         assert 200 == client.read_answer().status
