@@ -5025,7 +5025,8 @@ class Traffic:
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
 # folded headers, bare CRs and two lengths, waits per read instead of in all, and http.client's
-# hands bytes on in blocks of its own; a proxy that holds keys can afford neither.
+# hands bytes on in blocks of its own; a proxy that holds keys can afford neither. Who must wait
+# for a socket lets another run: Turns says whom.
 # Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
