@@ -4814,7 +4814,8 @@ def token_sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
-def _config_text(pattern: str, meaning: str) -> Callable[[object], str]:
+def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
+    """Reads text of one form. A fault says what it must be, not what it was: maybe a secret."""
     def read(value: object) -> str:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError(f"must be {meaning}")
@@ -4846,12 +4847,12 @@ def parse_time(value: object) -> int:
 
 # Field of a token in the file -> (field of Caller, how it is read).
 TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
-    "name": ("name", _config_text(TOKEN_NAME.pattern, "1 to 64 letters, digits, _, . or -")),
+    "name": ("name", text_like(TOKEN_NAME.pattern, "1 to 64 letters, digits, _, . or -")),
     "token": ("sha256", lambda value: token_sha256(
-        _config_text(r"[!-~]{8,512}", "8 to 512 printable ASCII characters")(value))),
-    "sha256": ("sha256", _config_text(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
+        text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters")(value))),
+    "sha256": ("sha256", text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
     "budget_usd": ("budget_microdollars", parse_usd),
-    "period": ("period", _config_text("|".join(PERIODS), " or ".join(PERIODS))),
+    "period": ("period", text_like("|".join(PERIODS), " or ".join(PERIODS))),
     "models": ("models", _config_patterns),
     "requests_per_minute": ("requests_per_minute", _config_count),
     "parallel_requests": ("parallel_requests", _config_count),
@@ -4868,14 +4869,14 @@ def _config_flag(value: object) -> bool:
 # The same for a provider.
 PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "base_url": ("base_url", lambda value: parse_base_url(
-        _config_text(r".{1,2048}", "a URL")(value))),
-    "format": ("format", _config_text("openai|anthropic", "openai or anthropic")),
-    "key_env": ("key_env", _config_text(ENVIRONMENT_NAME.pattern, "an environment variable")),
+        text_like(r".{1,2048}", "a URL")(value))),
+    "format": ("format", text_like("openai|anthropic", "openai or anthropic")),
+    "key_env": ("key_env", text_like(ENVIRONMENT_NAME.pattern, "an environment variable")),
     "free": ("is_free", _config_flag),
     "stream_usage": ("stream_usage", _config_flag),
     "echo_reasoning": ("echo_reasoning", _config_flag),
     "default_service_tier": ("default_service_tier",
-                             _config_text("[a-z]{1,32}", "a service tier")),
+                             text_like("[a-z]{1,32}", "a service tier")),
     "max_output_tokens_per_s": ("max_output_tokens_per_s", _config_count),
 })
 
@@ -8298,30 +8299,9 @@ def _parse_megabytes(text: str) -> int:
     return int(text) * 1024 * 1024
 
 
-def _parse_token(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{8,512}", text):      # says nothing of the value: it is a secret
-        raise ValueError("must be 8 to 512 printable ASCII characters without spaces")
-    return text
-
-
-def _parse_host_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]{1,255}", text):
-        raise ValueError("must be a host name or an address")
-    return text
-
-
-def _parse_id(text: str) -> str:
-    if not TOKEN_NAME.fullmatch(text):
-        raise ValueError("must be 1 to 64 letters, digits, _, . or -")
-    return text
-
-
-def _parse_choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError("must be " + " or ".join(choices))
-        return text
-    return parse
+_parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
+_parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
+_parse_id = text_like(TOKEN_NAME.pattern, "1 to 64 letters, digits, _, . or -")
 
 
 def _parse_seconds(text: str) -> int:
@@ -8366,7 +8346,7 @@ SETTINGS = (
             None),
     Setting("--bound", "bound", "how text is bounded: measured, a rule that no measured text "
             "beats; or bytes, a token a byte, which is a proof",
-            _parse_choice("measured", "bytes"), metavar="RULE"),
+            text_like("measured|bytes", "measured or bytes"), metavar="RULE"),
     Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
             metavar="FILE"),
     Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go, with or without /v1",
@@ -8391,7 +8371,7 @@ SETTINGS = (
             metavar="NAME", repeats=True),
     Setting("--allow-path", "allow_paths", "a path (* and ? match) to let through unmetered under "
             "a budget", metavar="PATTERN", repeats=True),
-    Setting("--log-format", "log_format", "text or json", _parse_choice("text", "json"),
+    Setting("--log-format", "log_format", "text or json", text_like("text|json", "text or json"),
             metavar="FORMAT"),
     Setting("--quiet", "quiet", "no banner and no line for each request", None),
 )
