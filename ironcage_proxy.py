@@ -2138,6 +2138,12 @@ REQUEST_SHAPE = "a field of the request has another type than its API says"
 ANSWER_SHAPE = "the provider's answer has another shape than its API says"
 
 
+def told_count(usage: object, name: str) -> int:
+    """A count in a usage object that is carried over; 0 where there is none."""
+    value = json_object(usage).get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
 def _string_list(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
@@ -3185,15 +3191,11 @@ def _url_citations(block: Mapping[str, object], at: int) -> list[dict]:
 
 def chat_usage(usage: object) -> dict:
     """Anthropic's usage in OpenAI's counting: what was cached is inside prompt_tokens."""
-    def count(holder: object, name: str) -> int:
-        value = json_object(holder).get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-    read, written = count(usage, "cache_read_input_tokens"), \
-        count(usage, "cache_creation_input_tokens")
-    prompt = count(usage, "input_tokens") + read + written
-    output = count(usage, "output_tokens")
-    thought = count(json_object(usage).get("output_tokens_details"), "thinking_tokens")
+    read, written = told_count(usage, "cache_read_input_tokens"), \
+        told_count(usage, "cache_creation_input_tokens")
+    prompt = told_count(usage, "input_tokens") + read + written
+    output = told_count(usage, "output_tokens")
+    thought = told_count(json_object(usage).get("output_tokens_details"), "thinking_tokens")
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written,
                                       "audio_tokens": 0},
@@ -3869,17 +3871,13 @@ def _is_strict(schema: object) -> bool:
 
 def messages_usage(usage: object) -> dict:
     """OpenAI's usage in Anthropic's counting: what was cached is beside input_tokens."""
-    def count(holder: object, name: str) -> int:
-        value = json_object(holder).get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
     details = json_object(usage).get("prompt_tokens_details")
-    read, written = count(details, "cached_tokens"), \
-        count(details, "cache_write_tokens") or count(details, "cache_creation_tokens")
-    thought = count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
-    return {"input_tokens": max(0, count(usage, "prompt_tokens") - read - written),
+    read, written = told_count(details, "cached_tokens"), \
+        told_count(details, "cache_write_tokens") or told_count(details, "cache_creation_tokens")
+    thought = told_count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
+    return {"input_tokens": max(0, told_count(usage, "prompt_tokens") - read - written),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
-            "output_tokens": count(usage, "completion_tokens"),
+            "output_tokens": told_count(usage, "completion_tokens"),
             "output_tokens_details": {"thinking_tokens": thought}}
 
 
