@@ -3242,28 +3242,25 @@ GPT_FAMILIES = (
 THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
 
 
-def _string_fields(*names: str, **enums: tuple[str, ...]) -> dict:
-    fields: dict = {name: {"type": "string"} for name in names}
-    for name, values in enums.items():
-        fields[name] = {"type": "string", "enum": list(values)}
-    return {"type": "object", "properties": fields}
-
-
-_EDITOR = _string_fields("path", "file_text", "old_str", "new_str", "insert_text", command=(
-    "view", "create", "str_replace", "insert", "undo_edit"))
-_EDITOR["properties"].update(insert_line={"type": "integer"},
-                             view_range={"type": "array", "items": {"type": "integer"}})
+_EDITOR_FIELDS = {
+    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"),
+                    {"type": "string"}),
+    "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
+                                           "undo_edit"]},
+    "insert_line": {"type": "integer"},
+    "view_range": {"type": "array", "items": {"type": "integer"}},
+}
 # Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
 # function: description, schema). Source: their tool documentation and SDK's types.
 CLIENT_TOOLS = (
     ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
         "type": "object", "properties": {"command": {"type": "string"},
                                          "restart": {"type": "boolean"}}}),
-    ("text_editor_", "View, create and edit text files.", {**_EDITOR,
-                                                           "required": ["command", "path"]}),
+    ("text_editor_", "View, create and edit text files.", {
+        "type": "object", "properties": _EDITOR_FIELDS, "required": ["command", "path"]}),
     ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
-     "rename.", {**_EDITOR, "properties": {
-         **_EDITOR["properties"], "old_path": {"type": "string"}, "new_path": {"type": "string"},
+     "rename.", {"type": "object", "properties": {
+         **_EDITOR_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"},
          "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
                                                 "delete", "rename"]}}, "required": ["command"]}),
 )
