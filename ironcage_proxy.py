@@ -1720,7 +1720,6 @@ def inflated(body: bytes, encoding: str) -> bytes:
         return b""
 
 
-
 _USAGE_NULL = re.compile(rb',\s*"usage"\s*:\s*null')
 
 
@@ -1902,9 +1901,9 @@ def _echo_completion(answer: EchoAnswer) -> dict:
 def _echo_completion_events(answer: EchoAnswer) -> Iterator[bytes]:
     whole = _echo_completion(answer)
     asks_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
-    base = {**whole, **({"usage": None} if asks_usage else {})}
-    if not asks_usage:
-        del base["usage"]
+    base = {name: value for name, value in whole.items() if name != "usage"}
+    if asks_usage:
+        base["usage"] = None
     for token in answer.tokens:
         yield format_event({**base, "choices": [{"index": 0, "text": token, "logprobs": None,
                                                  "finish_reason": None}]})
@@ -4392,7 +4391,7 @@ class MemoryLedger:
     """The last rows, and what each token spent on each day; gone with the process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()         # guards the fields below
+        self._lock = threading.Lock()         # guards the next two fields
         self._rows: deque = deque(maxlen=MEMORY_ROWS)
         self._spent: Counter = Counter()      # (token, day since 1970) -> microdollars
         self._leases: list[Lease] = []
@@ -8660,10 +8659,10 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
             print(f"model     {server.router.resolution(name)}")
         if settings.ledger_path is not None:
             _check_ledger(settings.ledger_path)
-        if settings.ledger_path is not None and os.path.exists(settings.ledger_path):
-            total = usage_report(settings.ledger_path, 0)["total"]
-            print(f"ledger    {total['requests']} calls, "
-                  f"{format_usd(total['cost_microdollars'])}")
+            if os.path.exists(settings.ledger_path):
+                total = usage_report(settings.ledger_path, 0)["total"]
+                print(f"ledger    {total['requests']} calls, "
+                      f"{format_usd(total['cost_microdollars'])}")
     finally:
         server.server_close()
     return 0
