@@ -344,6 +344,11 @@ def _reason(err: BaseException) -> str:
     return getattr(err, "strerror", None) or str(err) or type(err).__name__
 
 
+def shown_name(name: str) -> str:
+    """A name from outside as it may stand in a message or a header."""
+    return name if PRINTABLE_NAME.fullmatch(name) else "?"
+
+
 def dialect_of(path: str) -> str:
     """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
     first, _, rest = path.lstrip("/").partition("/")
@@ -917,7 +922,7 @@ class PriceBook:
         """As find(), but raises UnpricedModel, naming the key to add."""
         price = self.find(model, provider)
         if price is None:
-            shown = model if PRINTABLE_NAME.fullmatch(model) else "?"
+            shown = shown_name(model)
             raise UnpricedModel(
                 f"no price is known for the model {shown}: add the key \"{shown}\" with "
                 f"{INPUT_PRICE} and {OUTPUT_PRICE} to pricing.json, or name a model that has one",
@@ -1322,16 +1327,14 @@ def check_boundable(body: JsonBody, price: Price) -> None:
         if kind == "tool_search_output":               # brings further tools
             tools += _tool_types(part.get("tools"))
         if kind not in TEXT_PART_TYPES and not UNSEEN_PART_TYPES.fullmatch(kind):
-            shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
             raise UnboundedRequest(
-                f"content of the type {shown} is not known, so that it cannot be bounded under a "
-                "budget", param="messages")
+                f"content of the type {shown_name(kind)} is not known, so that it cannot be "
+                "bounded under a budget", param="messages")
     for kind in tools:
         if not CLIENT_TOOL_TYPES.fullmatch(kind):
-            shown = kind if PRINTABLE_NAME.fullmatch(kind) else "?"
             raise UnboundedRequest(
-                f"the tool type {shown} runs at the provider, which a budget cannot bound; "
-                "remove it from tools", param="tools")
+                f"the tool type {shown_name(kind)} runs at the provider, which a budget cannot "
+                "bound; remove it from tools", param="tools")
 
 
 def _opens_the_bound(name: str, value: object, price: Price) -> bool:
@@ -2082,21 +2085,17 @@ class Losses:
 
     def _check(self, name: str, fault: str) -> None:
         if self._strict:
-            raise BadRequest(f"{_header_name(name)} {fault}, and strict mode is on",
-                             param=_header_name(name))
+            raise BadRequest(f"{shown_name(name)} {fault}, and strict mode is on",
+                             param=shown_name(name))
 
     def headers(self) -> list[tuple[str, str]]:
         """The headers that tell of them."""
         if not self.dropped and not self.adjusted:
             return []
-        lines = [("x-ironcage-dropped-params", [_header_name(name) for name in self.dropped]),
-                 ("x-ironcage-adjusted", [f"{_header_name(name)}={_header_name(value)}"
+        lines = [("x-ironcage-dropped-params", [shown_name(name) for name in self.dropped]),
+                 ("x-ironcage-adjusted", [f"{shown_name(name)}={shown_name(value)}"
                                           for name, value in self.adjusted.items()])]
         return [(header, ",".join(names)[:2048]) for header, names in lines if names]
-
-
-def _header_name(name: str) -> str:
-    return name if PRINTABLE_NAME.fullmatch(name) else "?"
 
 
 def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses: Losses) -> dict:
@@ -2114,8 +2113,8 @@ def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses
         if action == "pass":
             passed[name] = value
         elif action == "refuse":
-            raise BadRequest(f"{_header_name(name)}, as asked for here, cannot be carried over to "
-                             "this model's provider", param=_header_name(name))
+            raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
+                             "this model's provider", param=shown_name(name))
         else:
             losses.drop(name)
     return passed
@@ -2849,7 +2848,7 @@ class ChatOnClaude:
             return self._marked({"type": "image", "source": self._image_source(url)}, part)
         if kind == "file":
             return self._marked(self._document(json_object(part.get("file"))), part)
-        raise BadRequest(f"content of the type {_header_name(str(kind))} cannot be carried over "
+        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
                          "to Claude", param="messages")
 
     @staticmethod
@@ -3606,7 +3605,7 @@ class MessagesOnChat:
         if kind == "search_result":
             return [{"type": "text", "text": f"{part.get('title')} ({part.get('source')})\n"
                      + _text_of(part.get("content"), "\n")}]
-        raise BadRequest(f"content of the type {_header_name(str(kind))} cannot be carried over "
+        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
                          "to this model's provider", param="messages")
 
     # The answer.
@@ -4391,7 +4390,7 @@ class MemoryLedger:
     """The last rows, and what each token spent on each day; gone with the process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()         # guards the next two fields
+        self._lock = threading.Lock()         # guards the fields below
         self._rows: deque = deque(maxlen=MEMORY_ROWS)
         self._spent: Counter = Counter()      # (token, day since 1970) -> microdollars
         self._leases: list[Lease] = []
@@ -4956,12 +4955,11 @@ def load_config(path: str, environ: Mapping[str, str], *,
         except ValueError as err:
             raise Misconfigured(f"token {number} in {path} {err}") from None
     for name, row in parsed.get("providers", {}).items():
-        shown = name if PRINTABLE_NAME.fullmatch(name) else "?"
         try:
             providers.append(with_key(provider_from(name, row), environ,
                                       allow_plain_http=allow_plain_http))
         except ValueError as err:
-            raise Misconfigured(f"the provider {shown} in {path} {err}") from None
+            raise Misconfigured(f"the provider {shown_name(name)} in {path} {err}") from None
     for what in ("name", "sha256"):
         if len({getattr(caller, what) for caller in callers}) != len(callers):
             raise Misconfigured(f"two tokens in {path} have the same {what}")
@@ -6414,7 +6412,7 @@ class CageServer:
             told = "its answer is not what its protocol says"
         else:
             told = str(body.get("error") or f"it answered with the status {status}")[:300]
-            told += f" ({_header_name(str(body['code']))})" if "code" in body else ""
+            told += f" ({shown_name(str(body['code']))})" if "code" in body else ""
         failure = CageServerFailed("the Iron Cage server has not given what a call needs: "
                                    + told.replace(self._token, "***"))
         failure.is_final = 400 <= status < 500
