@@ -165,6 +165,25 @@ def test_when_who_waits_for_the_sockets_goes_another_does(turns):
         assert all_end(threads)
 
 
+def test_who_waits_for_the_sockets_does_not_run_beside_who_took_the_turn_meanwhile(turns):
+    begun, got = threading.Event(), []
+
+    def read():
+        with turn_of(turns):
+            begun.set()
+            got.append(wire.receive(LONG_S))
+
+    with wires(turns) as (wire, peer):
+        threads = started(read)
+        begun.wait()
+        with turn_of(turns):                   # so it waits for its socket now
+            peer.send(b"x")
+            wait_until(lambda: turns._line)
+            assert [] == got
+        assert all_end(threads)
+        assert [b"x"] == got
+
+
 def test_bytes_that_nobody_reads_wake_nobody_twice(turns, monkeypatch):
     polls, poll = [], turns._poll
     monkeypatch.setattr(turns, "_poll", lambda *args: (polls.append(1), poll(*args)))
