@@ -88,7 +88,6 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
@@ -716,8 +715,7 @@ def _picodollars(usd: Decimal) -> Rate:
     return _exact(usd, PICODOLLARS_PER_USD)
 
 
-@dataclass(frozen=True)
-class Price:
+class Price(NamedTuple):
     """One row of the price table.
 
     `amounts` maps LiteLLM's price keys to picodollars per token. A key that is absent has no
@@ -733,7 +731,7 @@ class Price:
     residency_multipliers: Mapping[str, Rate]         # OpenAI regional hosts: "us", "eu"
     max_input_tokens: Optional[int]
     max_output_tokens: Optional[int]
-    _rates: dict = field(default_factory=dict, repr=False, compare=False)     # worked out already
+    known_rates: dict                         # what rates() and dearest_rates() worked out already
 
     def _amount(self, base: str, suffix: str, reached: Sequence[int]) -> Optional[Rate]:
         """A base price for a tier (by its suffix) beyond the thresholds reached, or None.
@@ -762,8 +760,8 @@ class Price:
         (OpenAI's older models have no batch price for cached input: it costs what input does).
         """
         suffix, reached = TIER_SUFFIXES.get(tier or "", ""), self._reached(prompt_tokens)
-        if (suffix, reached) in self._rates:
-            return self._rates[suffix, reached]
+        if (suffix, reached) in self.known_rates:
+            return self.known_rates[suffix, reached]
         halves = suffix == BATCH_SUFFIX and (
             self.provider == "anthropic" or not any(n.endswith(suffix) for n in self.amounts))
         live = self.rates(None, prompt_tokens) if halves else {}
@@ -773,16 +771,16 @@ class Price:
             if amount is None:
                 amount = Fraction(live[bucket]) / 2 if halves else rates.get(fallback or "", 0)
             rates[bucket] = amount
-        return self._rates.setdefault((suffix, reached), rates)
+        return self.known_rates.setdefault((suffix, reached), rates)
 
     def dearest_rates(self, tiers: tuple, most_tokens: int) -> dict[str, Rate]:
         """The highest rate of each bucket in any of the tiers, for a prompt up to a size."""
         reached = self._reached(most_tokens)
-        if (tiers, reached) not in self._rates:
+        if (tiers, reached) not in self.known_rates:
             cases = [self.rates(tier, tokens) for tier in tiers for tokens in (0, most_tokens)]
-            self._rates[tiers, reached] = {
+            self.known_rates[tiers, reached] = {
                 bucket: max(rates[bucket] for rates in cases) for bucket in cases[0]}
-        return self._rates[tiers, reached]
+        return self.known_rates[tiers, reached]
 
     def per_million(self) -> tuple[str, str]:
         """Input and output in USD for a million tokens, to be read by people."""
@@ -847,7 +845,8 @@ def price_from_row(key: str, row: object) -> Optional[Price]:
         residency_multipliers=MappingProxyType(
             {place: _exact(multipliers[place]) for place in ("us", "eu")}),
         max_input_tokens=_limit(row, "max_input_tokens"),
-        max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"))
+        max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"),
+        known_rates={})
 
 
 # The embedded model has a price under any table, so that budgets can be tried without a provider.
@@ -4707,13 +4706,12 @@ REGIONAL_HOST = re.compile(r"https?://(us|eu)\.api\.openai\.com(?![\w.-])", re.I
 WANT_REASONING_BACK = frozenset({"deepseek"})
 
 
-@dataclass(frozen=True)
-class Provider:
+class Provider(NamedTuple):
     """Where calls go, and with which key."""
     name: str
     format: str                                # the dialect it speaks: a key of FORMAT_APIS
     base_url: str                              # scheme and host, perhaps a path; no final /v1
-    key: Optional[str] = field(default=None, repr=False)
+    key: Optional[str] = None
     key_env: str = ""                          # the environment variable that holds the key
     default_service_tier: str = "default"      # assumed where a request leaves it open
     max_output_tokens_per_s: int = 1000        # assumed of any model, for streams cut short
@@ -4721,16 +4719,18 @@ class Provider:
     stream_usage: bool = True                  # it knows stream_options.include_usage
     echo_reasoning: bool = False               # it wants its reasoning back, of every answer
 
-    @functools.cached_property
+    def __repr__(self) -> str:
+        return f"<Provider {self.name} at {self.base_url}>"                 # without its key
+
+    @property
     def host(self) -> str:
         """What a Host header says to it."""
-        return urllib.parse.urlsplit(self.base_url).netloc
+        return _host_and_region(self.base_url)[0]
 
-    @functools.cached_property
+    @property
     def data_residency(self) -> Optional[str]:
         """"us" or "eu" for OpenAI's regional hosts, which cost more."""
-        region = REGIONAL_HOST.match(self.base_url)
-        return region[1].lower() if region is not None else None
+        return _host_and_region(self.base_url)[1]
 
     def credentials(self) -> dict[str, str]:
         """The header that carries the key; none for a provider that needs no key."""
@@ -4738,6 +4738,12 @@ class Provider:
             return {}
         return {"x-api-key": self.key} if self.format == "anthropic" \
             else {"authorization": f"Bearer {self.key}"}
+
+
+@functools.lru_cache(maxsize=64)
+def _host_and_region(base_url: str) -> tuple[str, Optional[str]]:
+    region = REGIONAL_HOST.match(base_url)
+    return urllib.parse.urlsplit(base_url).netloc, region and region[1].lower()
 
 
 ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
@@ -4769,14 +4775,13 @@ def with_key(provider: Provider, environ: Mapping[str, str], *,
             and not allow_plain_http:
         raise Misconfigured(f"the base URL of {provider.name}: http:// would send the provider's "
                             "key in the clear; use https://, or say --allow-plain-http")
-    return replace(provider, key=key or None)
+    return provider._replace(key=key or None)
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """A token: who asks with it, and what that one may do."""
     name: str
-    sha256: str = field(repr=False)
+    sha256: str
     budget_microdollars: Optional[int] = None      # None: as much as the proxy's budget allows
     period: str = "total"
     models: tuple[str, ...] = ()                   # patterns with * and ?; none: any model
@@ -4784,7 +4789,10 @@ class Caller:
     parallel_requests: Optional[int] = None
     expires_s: Optional[int] = None                # Unix seconds
 
-    @functools.cached_property
+    def __repr__(self) -> str:
+        return f"<Caller {self.name}>"                                      # without its token
+
+    @property
     def scopes(self) -> tuple[str, ...]:
         """The scopes that its calls belong to, beside the proxy's."""
         return () if self.name in RESERVED_NAMES else (self.name,)
@@ -6120,8 +6128,7 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
 # Prometheus. Nothing here holds a secret, a prompt or an answer. The first five are the original's.
 
 
-@dataclass(frozen=True)
-class LlmRequestCompleted:
+class LlmRequestCompleted(NamedTuple):
     """A call that a provider answered with success, settled. Times in milliseconds."""
     agent_id: str                  # the token's name, or --agent-id
     provider_id: str               # --provider-id, or the provider's name
@@ -6135,8 +6142,7 @@ class LlmRequestCompleted:
     duration_ms: int
 
 
-@dataclass(frozen=True)
-class LlmRequestFailed:
+class LlmRequestFailed(NamedTuple):
     """A call that failed, settled: by the provider's status, or without an answer."""
     agent_id: str
     provider_id: str
@@ -6149,23 +6155,20 @@ class LlmRequestFailed:
     duration_ms: int
 
 
-@dataclass(frozen=True)
-class BudgetThresholdReached:
+class BudgetThresholdReached(NamedTuple):
     """The proxy's spend passed 50, 80, 90 or 100 percent of its limit."""
     percent: int
     spent_microdollars: int
     limit_microdollars: int
 
 
-@dataclass(frozen=True)
-class RouterStarted:
+class RouterStarted(NamedTuple):
     """The proxy serves."""
     port: int
     limit_microdollars: Optional[int]
 
 
-@dataclass(frozen=True)
-class RouterStopped:
+class RouterStopped(NamedTuple):
     """The proxy has stopped, and everything is settled. Totals since its start."""
     requests: int
     failed_requests: int
@@ -6564,7 +6567,7 @@ class CageServer:
         if not isinstance(event, (LlmRequestCompleted, LlmRequestFailed)):
             return
         fields = {"event_type": event_name(event), "event_id": event.request_id,
-                  "timestamp_ms": time.time_ns() // 10 ** 6, **vars(event)}
+                  "timestamp_ms": time.time_ns() // 10 ** 6, **event._asdict()}
         with self._changed:
             if len(self._events) >= MAX_EVENTS:
                 self.dropped_events += 1
@@ -6625,18 +6628,17 @@ class CageServer:
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything that a server is started with."""
     providers: tuple[Provider, ...]
-    token: str = field(repr=False)                     # what callers authenticate with
+    token: str                                         # what callers authenticate with
     host: str = "127.0.0.1"
     port: int = 8787                                   # 0: any free one
     budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
-    admin_token: Optional[str] = field(default=None, repr=False)
+    admin_token: Optional[str] = None
     token_is_generated: bool = False
     config_path: Optional[str] = None                  # tokens, providers and aliases
-    environ: Mapping[str, str] = field(default_factory=dict, repr=False)    # for its keys
+    environ: Mapping[str, str] = MappingProxyType({})  # for its keys
     allow_plain_http: bool = False
     ledger_path: Optional[str] = None                  # None: in memory
     fsync: bool = False                                # the ledger survives a loss of power
@@ -6648,15 +6650,18 @@ class Settings:
     no_fit: bool = False                               # never lower a client's output cap
     strict: bool = False                               # refuse what a translation would lose
     server_url: Optional[str] = None                   # of an Iron Cage server
-    server_token: Optional[str] = field(default=None, repr=False)      # there; None: `token`
+    server_token: Optional[str] = None                 # there; None: `token`
     cache_ttl_s: int = 300                             # how long its key is kept
     max_body_bytes: int = 32 * 1024 * 1024
     agent_id: Optional[str] = None                     # in events, instead of the token's name
     provider_id: Optional[str] = None                  # in events, instead of the provider's name
-    on_event: Optional[Callable[[Event], None]] = field(default=None, repr=False)
+    on_event: Optional[Callable[[Event], None]] = None
     log_format: str = "text"
     quiet: bool = False
     timeouts: Timeouts = Timeouts()
+
+    def __repr__(self) -> str:
+        return f"<Settings for {self.host} port {self.port}>"               # without their tokens
 
 
 class Answer(NamedTuple):
@@ -8640,7 +8645,7 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
 
 def run_check(settings: Settings, given: Mapping[str, object]) -> int:
     """Say what is configured and whether it can serve, without serving."""
-    server = ProxyServer(replace(settings, ledger_path=None))
+    server = ProxyServer(settings._replace(ledger_path=None))
     try:
         print(f"address   {server.url} is free")
         for name, provider in server.router.providers.items():
@@ -9062,8 +9067,8 @@ class LlmRouter:
             except ValueError as err:
                 raise Misconfigured(f"server_url: {err}") from None
         settings = settings_from(["--port", "0"], environ)
-        self._server = ProxyServer(replace(
-            settings, token=api_key or settings.token, budget_microdollars=limit,
+        self._server = ProxyServer(settings._replace(
+            token=api_key or settings.token, budget_microdollars=limit,
             ledger_path=ledger, on_event=on_event, quiet=True, **more))
         self._provider = name
         self._is_running = True

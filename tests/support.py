@@ -891,7 +891,7 @@ def start_proxy(mock: Optional[MockProvider], *argv: str, environ: Optional[dict
     settings = module.settings_from(
         ["--port", "0", "--token", TOKEN, *argv],
         proxy_environment(mock) if environ is None else environ)
-    settings = replace(settings, timeouts=settings.timeouts._replace(**(timeouts or {})))
+    settings = settings._replace(timeouts=settings.timeouts._replace(**(timeouts or {})))
     server = module.ProxyServer(settings)
     server.start()
     return server

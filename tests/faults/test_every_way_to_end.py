@@ -231,7 +231,7 @@ def test_a_client_that_leaves_in_mid_stream_ends_the_call_and_pays_for_it(
     """The charge covers hidden and read-ahead tokens, and stays within the reservation."""
     path, fields = stream
     proxy = proxy_for("--budget", "1")
-    proxy.router.providers = {name: replace(provider, max_output_tokens_per_s=10 ** 9)
+    proxy.router.providers = {name: provider._replace(max_output_tokens_per_s=10 ** 9)
                               for name, provider in proxy.router.providers.items()}
     mock.reasoning_tokens = mock.read_ahead_tokens = hidden
 

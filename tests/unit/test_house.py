@@ -18,7 +18,7 @@ TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {
-    "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes", "dataclasses",
+    "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes",
     "datetime", "decimal", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
     "http.server", "itertools", "json", "logging", "msvcrt", "operator", "os", "re", "resource", "secrets",
     "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "struct", "subprocess", "sys",
@@ -202,7 +202,7 @@ def test_import_reads_nothing_and_starts_nothing():
         "sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
         "import argparse, base64, contextlib, fnmatch, hashlib, hmac, http.client, http.server\n"
         "import json, logging, secrets, select, signal, socket, socketserver, ssl, struct, time\n"
-        "import urllib.parse, urllib.request, zlib, fractions, decimal, dataclasses\n"
+        "import urllib.parse, urllib.request, zlib, fractions, decimal\n"
         "seen = []\n"
         "sys.addaudithook(lambda event, args: seen.append((event, args)))\n"
         "import ironcage_proxy\n"
