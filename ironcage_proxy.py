@@ -108,7 +108,8 @@ log = logging.getLogger("ironcage")
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
 # say which header, path and model goes where. A further API needs a row in METERED_APIS and
 # FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
-# (8); a further model name, one in MODEL_PREFIXES.
+# (8); a further model name, one in MODEL_PREFIXES. A pattern that few requests need is a string,
+# which `re` compiles at its first use.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -167,7 +168,7 @@ FORMAT_APIS = MappingProxyType({
 })
 COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
 # Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
-FREE_ROUTES = tuple((method, re.compile(pattern)) for method, pattern in (
+FREE_ROUTES = (
     ("GET", r"/v1/models"),
     ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+"),
     ("POST", r"/v1/messages/count_tokens"),
@@ -176,7 +177,7 @@ FREE_ROUTES = tuple((method, re.compile(pattern)) for method, pattern in (
     ("GET", r"/v1/responses/[A-Za-z0-9_-]+"),
     ("DELETE", r"/v1/responses/[A-Za-z0-9_-]+"),
     ("POST", r"/v1/responses/[A-Za-z0-9_-]+/cancel"),
-))
+)
 # First match wins; a name that matches none goes to openai, as in the original.
 MODEL_PREFIXES = (
     ("claude", "anthropic"),
@@ -215,7 +216,7 @@ DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
 PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
-UNPRINTABLE = re.compile(r"[^ -~]")
+UNPRINTABLE = r"[^ -~]"
 
 
 # ==== 2. Errors =================================================================================
@@ -564,7 +565,7 @@ PICODOLLARS_PER_MICRODOLLAR = 10 ** 6
 MICRODOLLARS_PER_USD = 10 ** 6
 
 Rate = Union[int, Fraction]
-_USD = re.compile(r"\+?(\d{1,13}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_USD = r"\+?([0-9]{1,13}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
 
 
 def parse_usd(value: object) -> int:
@@ -573,7 +574,7 @@ def parse_usd(value: object) -> int:
     Raises: ValueError when it is not a finite number >= 0.
     """
     text = str(value).strip()
-    if isinstance(value, bool) or not _USD.fullmatch(text) or Decimal(text) > 10 ** 12:
+    if isinstance(value, bool) or not re.fullmatch(_USD, text) or Decimal(text) > 10 ** 12:
         raise ValueError(f"{text[:40]!r} is not an amount in USD from 0 up")
     return int(Fraction(text) * MICRODOLLARS_PER_USD)
 
@@ -699,7 +700,7 @@ BATCH_SUFFIX = TIER_SUFFIXES["batch"]
 MOST_TOKENS = 10 ** 12            # in one count of one call; more is an error of the provider
 MOST_ITERATIONS = 1_000           # of one call, likewise
 _SEARCHES = "search_context_cost_per_query"
-_THRESHOLD = re.compile(r"_above_(\d+)k_tokens")
+_THRESHOLD = r"_above_(\d+)k_tokens"
 
 WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
 FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
@@ -838,7 +839,7 @@ def price_from_row(key: str, row: object) -> Optional[Price]:
         key=key, provider=str(row.get("litellm_provider") or ""),
         amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in token_prices.items()}),
         thresholds=tuple(sorted({int(found[1]) * 1000 for name in token_prices
-                                 for found in [_THRESHOLD.search(name)] if found})),
+                                 for found in [re.search(_THRESHOLD, name)] if found})),
         search_picodollars=_picodollars(Decimal(search)),
         us_multiplier=_exact(multipliers["us_entry"]),
         fast_multiplier=_exact(multipliers["fast_entry"]),
@@ -856,7 +857,7 @@ ECHO_ROW = MappingProxyType({
     "max_input_tokens": 1_000_000, "max_output_tokens": 100_000,
 })
 FREE_ROW = MappingProxyType({INPUT_PRICE: 0, OUTPUT_PRICE: 0})
-_DATE_SUFFIX = re.compile(r"(-\d{4}-\d{2}-\d{2}|[-@]\d{8}|@default|-\d{4})$")
+_DATE_SUFFIX = r"(-\d{4}-\d{2}-\d{2}|[-@]\d{8}|@default|-\d{4})$"
 
 
 class PriceBook:
@@ -909,7 +910,7 @@ class PriceBook:
         prefix, slash, rest = model.partition("/")
         if slash and (prefix == "models" or prefix == provider in ("openai", "anthropic")):
             names.append(rest)
-        for shorten in (lambda name: name, lambda name: _DATE_SUFFIX.sub("", name),
+        for shorten in (lambda name: name, lambda name: re.sub(_DATE_SUFFIX, "", name),
                         lambda name: re.sub(r"-latest$", "", name)):
             for name in names:
                 price = self._row(shorten(name))
@@ -1117,7 +1118,7 @@ LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not wor
 IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", "gpt-4o-mini", 50_000),
                 ("openai", "", 25_000))
 INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it looks like that
-INLINE_DATA = re.compile(r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+")
+INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
 IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
 
 # Content that is text and nothing else; content that brings input which its bytes do not show and
@@ -1130,7 +1131,7 @@ TEXT_PART_TYPES = frozenset({
     "apply_patch_call_output", "tool_use", "tool_result", "thinking", "redacted_thinking",
     "search_result", "tool_reference", "tool_search_call", "tool_search_output",
 })
-UNSEEN_PART_TYPES = re.compile(
+UNSEEN_PART_TYPES = (
     r"(input_|computer_)?(image|file|audio|video|document|screenshot)(_url|_file)?|base64|url"
     r"|content|container_upload|item_reference|compaction(_summary)?|server_tool_use"
     r"|(web_search|web_fetch|file_search|code_interpreter|image_generation|computer)"
@@ -1143,7 +1144,7 @@ NOT_CONTENT_FIELDS = frozenset({
     "parameters", "arguments", "metadata",
 })
 # Tools that the client runs. All others run at the provider, and read and bill unbounded input.
-CLIENT_TOOL_TYPES = re.compile(
+CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}")
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container", "thread"})
@@ -1294,7 +1295,7 @@ def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
         url, source = image.get("image_url"), json_object(image.get("source"))
         for data in (url, json_object(url).get("url"), source.get("data")):
             if isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS \
-                    and INLINE_DATA.fullmatch(data):
+                    and re.fullmatch(INLINE_DATA, data):
                 yield data
 
 
@@ -1325,12 +1326,12 @@ def check_boundable(body: JsonBody, price: Price) -> None:
     for kind, part in prompt_parts(body):
         if kind == "tool_search_output":               # brings further tools
             tools += _tool_types(part.get("tools"))
-        if kind not in TEXT_PART_TYPES and not UNSEEN_PART_TYPES.fullmatch(kind):
+        if kind not in TEXT_PART_TYPES and not re.fullmatch(UNSEEN_PART_TYPES, kind):
             raise UnboundedRequest(
                 f"content of the type {shown_name(kind)} is not known, so that it cannot be "
                 "bounded under a budget", param="messages")
     for kind in tools:
-        if not CLIENT_TOOL_TYPES.fullmatch(kind):
+        if not re.fullmatch(CLIENT_TOOL_TYPES, kind):
             raise UnboundedRequest(
                 f"the tool type {shown_name(kind)} runs at the provider, which a budget cannot "
                 "bound; remove it from tools", param="tools")
@@ -1805,7 +1806,7 @@ class StreamReader:
 # answer, but for ids and times, which are passed in. It is bounded, metered and billed on the
 # same path as a provider's answer (its price is ECHO_ROW).
 
-_ECHO_TOKEN = re.compile(r"\s*\S+|\s+\Z")
+_ECHO_TOKEN = r"\s*\S+|\s+\Z"
 ECHO_GREETING = "Hello from ironcage/echo."      # the answer to a request without text
 ECHO_DIMENSIONS = 8                              # of an embedding, unless asked
 
@@ -1825,7 +1826,7 @@ def _texts(value: object) -> Iterator[str]:
 def echo_input_tokens(fields: Mapping[str, object]) -> int:
     """Words in everything that the echo model reads."""
     read = [fields.get(name) for name in ("system", "instructions", "messages", "input", "prompt")]
-    return sum(len(_ECHO_TOKEN.findall(text)) for text in _texts(read))
+    return sum(len(re.findall(_ECHO_TOKEN, text)) for text in _texts(read))
 
 
 class EchoAnswer(NamedTuple):
@@ -1855,7 +1856,7 @@ def echo(api: str, fields: Mapping[str, object], *, answer_id: str,
     source = next((fields[name] for name in ("messages", "input", "prompt") if name in fields), "")
     last = source[-1] if isinstance(source, list) and source else source
     text = "".join(_texts(last)) or ECHO_GREETING
-    tokens = tuple(_ECHO_TOKEN.findall(text))
+    tokens = tuple(re.findall(_ECHO_TOKEN, text))
     cap = asked_output_tokens(api, fields)
     kept = tokens if cap is None else tokens[:cap]
     return EchoAnswer(kept, len(kept) < len(tokens), echo_input_tokens(fields), answer_id,
@@ -2208,8 +2209,8 @@ def input_to_arguments(value: object) -> str:
 
 
 LATER_SYSTEM = "[system instruction, not from the user]\n"
-FENCED = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
-DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,", re.IGNORECASE)
+FENCED = r"(?s)\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*"
+DATA_URL = r"(?i)data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,"
 IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
 # The first bytes of an image, in base64, and what they say it is.
 IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
@@ -2853,7 +2854,7 @@ class ChatOnClaude:
     @staticmethod
     def _image_source(url: object) -> dict:
         text = url if isinstance(url, str) else ""
-        data = DATA_URL.match(text)
+        data = re.match(DATA_URL, text)
         if data is not None:
             encoded = text[data.end():]
             media = next((kind for magic, kind in IMAGE_MAGIC if encoded.startswith(magic)),
@@ -2867,8 +2868,8 @@ class ChatOnClaude:
 
     def _document(self, file: Mapping[str, object]) -> dict:
         data, file_id = file.get("file_data"), file.get("file_id")
-        if isinstance(data, str) and (DATA_URL.match(data) or not data.startswith("data:")):
-            header = DATA_URL.match(data)
+        if isinstance(data, str) and (re.match(DATA_URL, data) or not data.startswith("data:")):
+            header = re.match(DATA_URL, data)
             media = header[1].lower() if header else "application/pdf"
             encoded = data[header.end():] if header else data
             title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
@@ -2961,7 +2962,7 @@ class ChatOnClaude:
             else:
                 others.append(block)
         said["content"] = "".join(texts) if texts or not calls else None
-        fenced = FENCED.fullmatch(said["content"] or "") if self._unfences else None
+        fenced = re.fullmatch(FENCED, said["content"] or "") if self._unfences else None
         if fenced:
             said["content"] = fenced[1]
         self._add_calls(said, calls)
@@ -4676,11 +4677,11 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
 # Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
 # is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
 
-TOKEN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+TOKEN_NAME = r"[A-Za-z0-9_.-]{1,64}"
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
 RESERVED_PROVIDERS = frozenset({"v1", "ironcage"})
-PROVIDER_NAME = re.compile(r"[a-z0-9_-]{1,64}")
-ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+PROVIDER_NAME = r"[a-z0-9_-]{1,64}"
+ENVIRONMENT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 RATE_WINDOW_S = 60
 # Well-known providers: name (LiteLLM's, as in price tables), format, environment variable of the
 # key, base URL. One with a key is used where that is set; one without, a server on this machine
@@ -4701,7 +4702,7 @@ KNOWN_PROVIDERS = (
     ("ollama", "openai", "", "http://127.0.0.1:11434"),
     ("vllm", "openai", "", "http://127.0.0.1:8000"),
 )
-REGIONAL_HOST = re.compile(r"https?://(us|eu)\.api\.openai\.com(?![\w.-])", re.IGNORECASE)
+REGIONAL_HOST = r"(?i)https?://(us|eu)\.api\.openai\.com(?![\w.-])"
 # They refuse an assistant's message without the reasoning that they gave with it.
 WANT_REASONING_BACK = frozenset({"deepseek"})
 
@@ -4742,7 +4743,7 @@ class Provider(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _host_and_region(base_url: str) -> tuple[str, Optional[str]]:
-    region = REGIONAL_HOST.match(base_url)
+    region = re.match(REGIONAL_HOST, base_url)
     return urllib.parse.urlsplit(base_url).netloc, region and region[1].lower()
 
 
@@ -4848,7 +4849,7 @@ def parse_time(value: object) -> int:
 
 # Field of a token in the file -> (field of Caller, how it is read).
 TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
-    "name": ("name", text_like(TOKEN_NAME.pattern, "1 to 64 letters, digits, _, . or -")),
+    "name": ("name", text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")),
     "token": ("sha256", lambda value: token_sha256(
         text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters")(value))),
     "sha256": ("sha256", text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
@@ -4872,7 +4873,7 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "base_url": ("base_url", lambda value: parse_base_url(
         text_like(r".{1,2048}", "a URL")(value))),
     "format": ("format", text_like("openai|anthropic", "openai or anthropic")),
-    "key_env": ("key_env", text_like(ENVIRONMENT_NAME.pattern, "an environment variable")),
+    "key_env": ("key_env", text_like(ENVIRONMENT_NAME, "an environment variable")),
     "free": ("is_free", _config_flag),
     "stream_usage": ("stream_usage", _config_flag),
     "echo_reasoning": ("echo_reasoning", _config_flag),
@@ -4910,7 +4911,7 @@ def caller_from(row: object) -> Caller:
 
 def provider_from(name: str, row: object) -> Provider:
     """One provider of a configuration, without its key. Raises ValueError, naming the field."""
-    if not PROVIDER_NAME.fullmatch(name) or name in RESERVED_PROVIDERS:
+    if not re.fullmatch(PROVIDER_NAME, name) or name in RESERVED_PROVIDERS:
         raise ValueError("must be named with a-z, 0-9, _ and -, and not as a path of ours")
     known = {row[0]: {"format": row[1], "key_env": row[2], "base_url": row[3],
                       "is_free": not row[2]} for row in KNOWN_PROVIDERS}.get(name, {})
@@ -6709,7 +6710,7 @@ def named_model(fields: Mapping[str, object]) -> str:
     return model
 
 
-NO_OUTPUT = re.compile(rb'"max_tokens"\s*:\s*0\s*[,}]')
+NO_OUTPUT = rb'"max_tokens"\s*:\s*0\s*[,}]'
 def other_models(fields: Mapping[str, object]) -> Iterator[str]:
     """Models that a request names beside its own: in its tools, as fallbacks, in another case."""
     for name, value in fields.items():
@@ -6722,7 +6723,7 @@ def other_models(fields: Mapping[str, object]) -> Iterator[str]:
             yield str(value)
 
 
-_CHARSET = re.compile(r"charset=\"?([^\s;\"]+)", re.IGNORECASE)
+_CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
 
 
 def _row_told(row: Mapping[str, object]) -> dict:
@@ -6872,7 +6873,7 @@ class Router:
             if fields.get("model") is not None:
                 provider, model = self._provider_of_model(named_model(fields), named)
                 self._check_models(caller, provider, [model])
-        free = any(m == method and pattern.fullmatch(path) for m, pattern in FREE_ROUTES)
+        free = any(m == method and re.fullmatch(pattern, path) for m, pattern in FREE_ROUTES)
         if not free and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
             hint = "; the base URL of an OpenAI client ends in /v1" \
@@ -6891,7 +6892,7 @@ class Router:
     def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str,
                   client: Optional[Wire]) -> Call:
         """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
-        charset = _CHARSET.search(request.head.headers.get("content-type") or "")
+        charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
         if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
             raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
         body = parse_json_object(request.body)
@@ -7312,7 +7313,7 @@ class Router:
                        api: Optional[str]) -> Optional[Answer]:
         """The answer to a Messages call for no output, which warms Anthropic's cache: elsewhere
         there is none to warm."""
-        if api != "messages" or not NO_OUTPUT.search(request.body):
+        if api != "messages" or not re.search(NO_OUTPUT, request.body):
             return None
         fields = parse_json_object(request.body).fields
         provider, model = self._provider_of_model(named_model(fields), named)
@@ -8298,7 +8299,7 @@ def _parse_megabytes(text: str) -> int:
 
 _parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
 _parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
-_parse_id = text_like(TOKEN_NAME.pattern, "1 to 64 letters, digits, _, . or -")
+_parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
 
 
 def _parse_seconds(text: str) -> int:
@@ -8693,7 +8694,7 @@ def _ledger_path(settings: Settings) -> str:
 
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Rows as text in columns, the first to the left and the others to the right."""
-    cells = [[UNPRINTABLE.sub("?", str(value)) for value in row] for row in rows]
+    cells = [[re.sub(UNPRINTABLE, "?", str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(
         value.ljust(width) if number == 0 else value.rjust(width)
@@ -8729,7 +8730,7 @@ def run_audit(settings: Settings, given: Mapping[str, object]) -> int:
                        "SELECT * FROM calls WHERE settled_ms IS NOT NULL ORDER BY id")
     wrong = [(row, fault) for row in rows for fault in [audit_row(row)] if fault is not None]
     for row, fault in wrong:
-        print(f"row {row['id']} ({UNPRINTABLE.sub('?', str(row['request_id']))}): {fault}")
+        print(f"row {row['id']} ({re.sub(UNPRINTABLE, '?', str(row['request_id']))}): {fault}")
     total = sum(row["cost_microdollars"] for row in rows)
     estimated = sum(row["estimated"] is not None for row in rows)
     print(f"{len(rows)} rows, {format_usd(total)}, {estimated} of them estimated; "

@@ -92,7 +92,8 @@ def timed_start(*argv):
 
 def timed_imports():
     """Milliseconds that importing the same modules takes alone."""
-    modules = re.findall(r"^import ([\w.]+)", PROGRAM.read_text(encoding="utf-8"), re.MULTILINE)
+    modules = re.findall(r"^(?:import|from)(?! __future__) ([\w.]+)",
+                         PROGRAM.read_text(encoding="utf-8"), re.MULTILINE)
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-S", "-c", f"import {', '.join(modules)}"], check=True)
     return (time.perf_counter() - begun) * 1000
