@@ -6481,6 +6481,8 @@ class CageServer:
         return fetched
 
     def _raise_recent_failure(self) -> None:
+        if self._is_stopping:
+            raise CageServerFailed("the proxy is stopping")
         if self._failure is not None and time.monotonic() < self._failed_until_s:
             raise self._failure
 
@@ -6512,6 +6514,7 @@ class CageServer:
             except LedgerUnavailable:
                 self._give_back(lease, 0)
                 raise
+            self._raise_recent_failure()       # if stop() began meanwhile: it gives this back
             self._take(lease)
             self.lease = lease
             log.info("budget leased", extra={"fields": {
@@ -6556,9 +6559,13 @@ class CageServer:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()                # it ends by then, or with the call that it is in
+        # Who asks for a lease just now gets it first, and finds that we are stopping.
+        is_our_turn = self._turn.acquire(timeout=max(0, deadline_s - time.monotonic()))
         for lease, spent in self._held_leases():
             while not self._give_back(lease, spent) and time.monotonic() < deadline_s:
                 time.sleep(SERVER_POLL_S)
+        if is_our_turn:
+            self._turn.release()
         self._transport.shut_down()
 
     # Its events.

@@ -1,4 +1,5 @@
 """Server mode: key, budget and account come from an Iron Cage server, here a small real one."""
+import contextlib
 import http.server
 import json
 import subprocess
@@ -358,6 +359,45 @@ def test_a_lease_outlives_the_process_that_is_killed(mock, cage, tmp_path):
 
     assert [("lease_1", True), ("lease_2", True)] == [
         (body["lease_id"], body["spent_microdollars"] > 0) for body in cage.bodies(RETURN_PATH)]
+
+
+def test_a_lease_that_is_granted_while_the_proxy_stops_goes_back_too(
+        mock, cage, proxy_of, monkeypatch):
+    monkeypatch.setattr(program(), "SERVER_STOP_S", 20)
+    monkeypatch.setattr(program(), "CUT_JOIN_S", 0)
+    cage.answers[LEASE_PATH] = lambda body: (503, {})          # none at the start
+    proxy = proxy_of()
+    server = proxy.router.server
+
+    def granted_late(body):
+        with server._changed:
+            assert server._changed.wait_for(lambda: server._is_stopping, 20)
+        return cage.lease(body)
+
+    def asked():
+        with contextlib.suppress(OSError, AssertionError):     # it is cut
+            chat(proxy)
+
+    cage.answers[LEASE_PATH] = granted_late
+    client = threading.Thread(target=asked)
+    client.start()
+    cage.wait_for(LEASE_PATH, 2)
+    proxy.cuts_now = True
+    proxy.stop()
+    client.join()
+
+    assert [{"lease_id": "lease_1", "spent_microdollars": 0}] == cage.bodies(RETURN_PATH)
+    assert 0 == mock.billed_microdollars
+
+
+def test_no_lease_is_asked_for_once_the_proxy_has_stopped(cage, proxy_of):
+    cage.answers[LEASE_PATH] = lambda body: (503, {})
+    proxy = proxy_of()
+    proxy.stop()
+
+    with pytest.raises(program().CageServerFailed, match="stopping"):
+        proxy.router.server.check_lease()
+    assert 1 == len(cage.bodies(LEASE_PATH))
 
 
 def test_the_budget_cannot_be_changed_here(cage, proxy_of):
