@@ -3415,7 +3415,7 @@ class MessagesOnChat:
         if description:
             function["description"] = description
         if row.get("strict") is True and self.is_openai:
-            if _is_strict(schema):
+            if _is_strict(function["parameters"]):
                 function["strict"] = True
             else:
                 self._losses.drop("tools.strict")
@@ -3857,11 +3857,14 @@ def _is_strict(schema: object) -> bool:
         return all(map(_is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    if ("properties" in schema or _is_object(schema)) and (
-            schema.get("additionalProperties") is not False
-            or set(schema.get("required") or ()) != set(json_object(schema["properties"]))):
+    properties = schema.get("properties")
+    if (properties is not None or _is_object(schema)) and (
+            schema.get("additionalProperties") is not False or not isinstance(properties, dict)
+            or set(schema.get("required") or ()) != properties.keys()):
         return False
-    return all(map(_is_strict, schema.values()))
+    return all(all(map(_is_strict, json_object(child).values())) if name in SCHEMA_MAPS
+               else _is_strict(child) for name, child in schema.items()
+               if name not in ("enum", "const", "default"))
 
 
 def messages_usage(usage: object) -> dict:

@@ -1366,6 +1366,27 @@ def test_a_tool_without_properties_gets_them_for_openai(schema):
     assert {"type": "object", "properties": {}} == tools[0]["function"]["parameters"]
 
 
+@pytest.mark.parametrize("schema, is_strict", [
+    ({"type": "object", "additionalProperties": False}, True),                 # no arguments
+    ({"type": "object"}, False),
+    ({"properties": {"properties": {"type": "string"}}, "required": ["properties"],
+      "additionalProperties": False}, True),                                   # a name, no keyword
+    ({"properties": {"a": {"const": {"type": "object"}}}, "required": ["a"],
+      "additionalProperties": False}, True),                                   # a value, no schema
+    ({"properties": {"a": {"type": "object", "additionalProperties": False}}, "required": ["a"],
+      "additionalProperties": False}, False),
+    ({"properties": {"a": {"type": "string"}}, "required": [], "additionalProperties": False},
+     False),
+    ({"properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"],
+      "additionalProperties": False, "$defs": {"a": {"type": "object"}}}, False),
+])
+def test_a_tool_is_strict_for_openai_where_its_schema_lets_it_be(schema, is_strict):
+    translator, losses = to_chat({"tools": [{"name": "f", "input_schema": schema,
+                                             "strict": True}]})
+    assert is_strict is translator.request["tools"][0]["function"].get("strict", False)
+    assert ([] if is_strict else ["tools.strict"]) == losses.dropped
+
+
 def test_an_open_output_schema_is_not_strict_for_openai():
     translator, _ = to_chat({"output_config": {"format": {
         "type": "json_schema", "schema": OPEN_SCHEMA}}})
