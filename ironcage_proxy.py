@@ -2414,15 +2414,20 @@ def _schema_size(schema: object) -> Counter:
 
 def object_schema(schema: Mapping[str, object]) -> dict:
     """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
-    are merged, and what all of them require is required."""
+    are merged: a property can be as any of them has it, and what all require is required."""
     branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
                 for name in ("anyOf", "oneOf", "allOf") for branch in _parts_of(schema.get(name))]
     own = {name: value for name, value in schema.items() if name not in ("anyOf", "oneOf", "allOf")}
     if not branches:
         return {"type": "object", **own}
-    properties: dict = {}
-    for holder in (*branches, own):
-        properties.update(json_object(holder.get("properties")))
+    variants: dict[str, list] = {}                 # of each property
+    for branch in branches:
+        for name, child in json_object(branch.get("properties")).items():
+            if child not in variants.setdefault(name, []):
+                variants[name].append(child)
+    properties = {**{name: children[0] if len(children) == 1 else {"anyOf": children}
+                     for name, children in variants.items()},
+                  **json_object(own.get("properties"))}
     in_all = set.intersection(*(set(branch.get("required") or ()) for branch in branches))
     required = sorted(in_all | set(own.get("required") or ()))
     return {"type": "object", **own, "properties": properties,

@@ -161,6 +161,14 @@ TO_CLAUDE = [
          "type": "object", "$defs": {"B": {"properties": {"b": {}}, "required": ["b", "x"]}},
          "properties": {"a": {}, "b": {}, "x": {}}, "required": ["x"]}}]}, [],
      {"tools.function.parameters": "merged"}),
+    ("tools", OLD, {"tools": [tool(parameters={"oneOf": [
+        {"properties": {"kind": {"const": "file"}, "at": {"type": "string"}}, "required": ["kind"]},
+        {"properties": {"kind": {"const": "url"}, "at": {"type": "string"}}, "required": ["kind"]},
+        {"properties": {"kind": {"const": "url"}}, "required": ["kind"]}]})]},
+     {"tools": [{"name": "f", "input_schema": {
+         "type": "object", "required": ["kind"], "properties": {
+             "kind": {"anyOf": [{"const": "file"}, {"const": "url"}]},
+             "at": {"type": "string"}}}}]}, [], {"tools.function.parameters": "merged"}),
     ("tool_choice", OLD, {"tools": [tool(), tool("g"), {"type": "custom", "custom": {"name": "h"}}],
                           "tool_choice": {"type": "allowed_tools", "allowed_tools": {
         "mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]}}},
