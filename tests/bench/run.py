@@ -9,6 +9,7 @@ IRONCAGE_ORIGINAL may name a Python in which `import iron_cage` works: the Rust 
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,12 +36,14 @@ LOADS = {
     "stream of 200 chunks": (1, 10 if QUICK else 60, "stream"),
 }
 STREAMS = 100 if QUICK else 500
+PACED = ("naive", "budget", "budget, one CPU")
 VARIANTS = {
     "naive": None,
     **({"original": None} if "IRONCAGE_ORIGINAL" in os.environ else {}),
     "no budget": [],
     "budget": ["--budget", "1000"],
     "budget, ledger": ["--budget", "1000", "--ledger", "LEDGER"],
+    **({"budget, one CPU": ["--budget", "1000"]} if shutil.which("taskset") else {}),
 }
 ENVIRON = {**{name: value for name, value in os.environ.items()
              if name != "PYTHONDONTWRITEBYTECODE"},
@@ -66,7 +69,9 @@ def measured(variant, load):
         else:
             flags = [f"{folder}/cage.db" if flag == "LEDGER" else flag
                      for flag in VARIANTS[variant]]
-            process, line = started(str(PROGRAM), "--port", "0", "--quiet", *flags)
+            place = ["taskset", "-c", "0"] if "one CPU" in variant else []
+            python, *argv = *place, sys.executable, str(PROGRAM), "--port", "0", "--quiet", *flags
+            process, line = started(*argv, python=python)
         found = re.search(r":(\d+)", line)
         port = int(found[1]) if found else NAIVE_PORT
         try:
@@ -115,7 +120,7 @@ def print_paced():
         print(f"\n{streams} streams at once, a chunk every {PACE_S * 1000:.0f} ms\n{'':16}"
               f"{'p50 ms':>9}{'p99 ms':>9}{'first ms':>9}{'CPU us':>9}{'MB':>9}{'faults':>8}"
               "   (late; CPU a chunk)")
-        for variant in ("naive", "budget"):
+        for variant in [name for name in VARIANTS if name in PACED]:
             rows = [measured(variant, (streams, 0, "paced")) for _ in range(ROUNDS)]
             row = {key: statistics.median(one[key] or 0 for one in rows) for key in rows[0]}
             print(f"{variant:16}{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}{row['first_ms']:9.2f}"
