@@ -2301,11 +2301,14 @@ OWN_SIGNATURE = "icx1."                            # of thinking that no Claude 
 FINISH_REASONS = MappingProxyType({
     "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
     "refusal": "content_filter", "model_context_window_exceeded": "length"})       # else stop
+# Of JSON schemas, what can be enforced, by their documentation and what their SDK leaves in.
 SCHEMA_KEYWORDS = frozenset({"$defs", "$ref", "type", "enum", "const", "anyOf", "allOf", "default",
-                             "properties", "required", "items", "title", "description", "pattern"})
+                             "properties", "required", "items", "title", "description"})
 SCHEMA_MAPS = ("properties", "$defs", "definitions")        # name -> schema
 SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "uri",
                             "ipv4", "ipv6", "uuid"})
+UNTAKEN_PATTERN = r"\(\?[^:]|\\[bB1-9]"           # look-around, references back, word boundaries
+WRAPPER_KEYWORDS = frozenset({"allOf", "title", "description", "default"})
 
 
 def claude_of(model: str) -> Claude:
@@ -2316,6 +2319,7 @@ def claude_of(model: str) -> Claude:
 
 def claude_schema(schema: object) -> object:
     """A JSON schema in the part of the language that Anthropic takes; the rest becomes words."""
+    schema = _unwrapped(schema)
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
@@ -2331,8 +2335,9 @@ def claude_schema(schema: object) -> object:
                 else []
         elif name == "items":
             kept[name] = claude_schema(value)
-        elif name in SCHEMA_KEYWORDS or (name == "format" and value in SCHEMA_FORMATS) \
-                or (name == "minItems" and value in (0, 1)):
+        elif name in SCHEMA_KEYWORDS or (name == "format" and str(value) in SCHEMA_FORMATS) \
+                or (name == "minItems" and value in (0, 1)) \
+                or (name == "pattern" and not re.search(UNTAKEN_PATTERN, str(value))):
             kept[name] = value
         elif name not in ("additionalProperties", "$schema", "$id", "strict"):
             words.append(f"{name}: {json.dumps(value)}")
@@ -2343,20 +2348,37 @@ def claude_schema(schema: object) -> object:
     return kept
 
 
-def _is_open(schema: object) -> bool:
-    """Whether a schema allows properties that it does not name, or has no shape at all."""
-    if isinstance(schema, list):
-        return any(map(_is_open, schema))
+def _inner_schemas(schema: object) -> Iterable[object]:
+    """What stands directly inside a schema, or a list of them, and may be a schema itself."""
     if not isinstance(schema, dict):
-        return False
-    if _is_object(schema) and not schema.get("properties"):
-        return True
-    if schema.get("additionalProperties") not in (None, False) \
-            or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list):
-        return True
-    return any(any(map(_is_open, json_object(child).values())) if name in SCHEMA_MAPS
-               else _is_open(child) for name, child in schema.items()
-               if name not in ("enum", "const", "default"))
+        return schema if isinstance(schema, list) else ()
+    return [child for name, value in schema.items() if name not in ("enum", "const", "default")
+            for child in (json_object(value).values() if name in SCHEMA_MAPS else (value,))]
+
+
+def _unwrapped(schema: object) -> object:
+    """A schema that does no more than wrap another in allOf, as pydantic does, as that one."""
+    branches = json_object(schema).get("allOf")
+    if isinstance(branches, list) and len(branches) == 1 and schema.keys() <= WRAPPER_KEYWORDS:
+        return {**{name: schema[name] for name in schema if name != "allOf"},
+                **json_object(branches[0])}
+    return schema
+
+
+def _is_unenforceable(schema: object) -> bool:
+    """Whether a schema allows properties that it does not name, has no shape at all, or has
+    values or alternatives that Anthropic does not take."""
+    schema = _unwrapped(schema)
+    if isinstance(schema, dict):
+        allowed = schema.get("enum")
+        values = [schema.get("const"), *(allowed if isinstance(allowed, list) else ())]
+        if (_is_object(schema) and not schema.get("properties")) \
+                or schema.get("additionalProperties") not in (None, False) \
+                or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list) \
+                or any(isinstance(value, (dict, list)) for value in values) \
+                or any("$ref" in branch for branch in _parts_of(schema.get("allOf"))):
+            return True
+    return any(map(_is_unenforceable, _inner_schemas(schema)))
 
 
 def _is_object(schema: Mapping[str, object]) -> bool:
@@ -2376,17 +2398,14 @@ def _with_root(schema: object) -> object:
 def _is_recursive(schema: object, root: Mapping[str, object], done: set[str],
                   inside: tuple[str, ...]) -> bool:
     """Whether a schema refers to itself, or to anything outside; `done` are known not to."""
-    children: Iterable[object] = schema if isinstance(schema, list) else ()
-    if isinstance(schema, dict):
-        children = schema.values()
-        ref = schema.get("$ref")
-        if isinstance(ref, str) and ref not in done:
-            if ref in inside or not ref.startswith("#/"):
-                return True
-            if _is_recursive(_referred(ref, root), root, done, (*inside, ref)):
-                return True
-            done.add(ref)
-    return any(_is_recursive(child, root, done, inside) for child in children)
+    ref = json_object(schema).get("$ref")
+    if isinstance(ref, str) and ref not in done:
+        if ref in inside or not ref.startswith("#/"):
+            return True
+        if _is_recursive(_referred(ref, root), root, done, (*inside, ref)):
+            return True
+        done.add(ref)
+    return any(_is_recursive(child, root, done, inside) for child in _inner_schemas(schema))
 
 
 def _referred(ref: str, root: Mapping[str, object]) -> dict:
@@ -2406,10 +2425,7 @@ def _schema_size(schema: object) -> Counter:
             json_object(schema.get("properties")).keys() - set(required or ()))
         size["unions"] = int(isinstance(schema.get("type"), list)
                              or any(name in schema for name in ("anyOf", "oneOf")))
-    for child in schema.values() if isinstance(schema, dict) else \
-            schema if isinstance(schema, list) else ():
-        size += _schema_size(child)
-    return size
+    return sum(map(_schema_size, _inner_schemas(schema)), size)
 
 
 def object_schema(schema: Mapping[str, object]) -> dict:
@@ -2579,7 +2595,7 @@ class ChatOnClaude:
 
     def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
         """Whether the model can be held to a schema; what it adds to the request is counted."""
-        if not self._claude.schemas or not isinstance(schema, dict) or _is_open(schema) \
+        if not self._claude.schemas or not isinstance(schema, dict) or _is_unenforceable(schema) \
                 or _is_recursive(schema, schema, set(), ()):
             return False
         size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
@@ -3858,18 +3874,13 @@ def _tool_use_id() -> str:
 
 def _is_strict(schema: object) -> bool:
     """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed."""
-    if isinstance(schema, list):
-        return all(map(_is_strict, schema))
-    if not isinstance(schema, dict):
-        return True
-    properties = schema.get("properties")
-    if (properties is not None or _is_object(schema)) and (
-            schema.get("additionalProperties") is not False or not isinstance(properties, dict)
-            or set(schema.get("required") or ()) != properties.keys()):
+    fields = json_object(schema)
+    properties = fields.get("properties")
+    if (properties is not None or _is_object(fields)) and (
+            fields.get("additionalProperties") is not False or not isinstance(properties, dict)
+            or set(fields.get("required") or ()) != properties.keys()):
         return False
-    return all(all(map(_is_strict, json_object(child).values())) if name in SCHEMA_MAPS
-               else _is_strict(child) for name, child in schema.items()
-               if name not in ("enum", "const", "default"))
+    return all(map(_is_strict, _inner_schemas(schema)))
 
 
 def messages_usage(usage: object) -> dict:

@@ -147,9 +147,16 @@ def _enforced_faults(schema):
     refused = SCHEMA_WORDS_REFUSED & set(schema)
     if refused:
         yield f"For this type, property '{sorted(refused)[0]}' is not supported"
+    if any(isinstance(value, (dict, list)) for value in schema.get("enum", ())):
+        yield "Enum values must be strings, numbers, booleans or nulls"
+    if any("$ref" in branch for branch in schema.get("allOf", ()) if branch is not True):
+        yield "allOf with $ref is not supported"
+    if re.search(r"\(\?[=!<]", schema.get("pattern", "")):
+        yield "look-around is not supported in a pattern"
     for name, child in schema.items():
-        yield from _enforced_faults(list(child.values())
-                                    if name in ("properties", "$defs", "definitions") else child)
+        if name not in ("enum", "const", "default"):
+            yield from _enforced_faults(list(child.values()) if name in (
+                "properties", "$defs", "definitions") else child)
 
 
 def refused_by_openai(fields):

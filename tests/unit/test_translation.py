@@ -1413,6 +1413,15 @@ NODE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": 
         "properties": {"m": {"type": "string"}}, "required": ["m"]}}}}, True),
     ({**NODE, "properties": {"default": {"type": "object"}}, "required": ["default"]}, False),
     ({**NODE, "properties": {"n": {"anyOf": [{}], "oneOf": [{}]}}}, False),
+    ({**NODE, "properties": {"n": {"enum": ["a", 1, None, True]}}}, True),
+    ({**NODE, "properties": {"n": {"enum": ["a", {"b": 1}]}}}, False),
+    ({**NODE, "properties": {"n": {"const": ["a"]}}}, False),
+    ({**NODE, "properties": {"n": {"default": None, "allOf": [{"$ref": "#/$defs/N"}]}},
+      "$defs": {"N": NODE}}, True),                    # as pydantic writes a field with a default
+    ({**NODE, "properties": {"n": {"allOf": [{"$ref": "#/$defs/N"}, {"title": "t"}]}},
+      "$defs": {"N": NODE}}, False),
+    ({**NODE, "properties": {"n": {"type": "string", "pattern": r"^(?!x)\w+$"}}}, True),
+    ({**NODE, "properties": {"required": True, "properties": {"type": "string"}}}, True),
     ({**NODE, "properties": {"n": {"type": "array", "items": [{"type": "string"}]}}}, False)])
 def test_only_what_claude_can_enforce_is_sent_as_a_schema(schema, enforced):
     request = to_claude({"response_format": {"type": "json_schema", "json_schema": {
@@ -1422,6 +1431,23 @@ def test_only_what_claude_can_enforce_is_sent_as_a_schema(schema, enforced):
     if enforced:
         sent = json.dumps(request["output_config"])
         assert "$ref" not in sent or '"$defs"' in sent
+
+
+@pytest.mark.parametrize("pattern, is_kept", [
+    ("^[a-z]+(?:-[0-9]{2,4})?$", True), (r"^\d+\.\w*$", True), (r"^(?=.*\d).+$", False),
+    (r"(?<!a)b", False), (r"(a)\1", False), (r"\bword\b", False)])
+def test_a_pattern_that_claude_does_not_take_becomes_words(pattern, is_kept):
+    schema = {"type": "string", "pattern": pattern}
+
+    assert ic.claude_schema(schema) == (schema if is_kept else {
+        "type": "string", "description": f"pattern: {json.dumps(pattern)}"})
+
+
+def test_a_schema_that_wraps_another_is_that_one():
+    wrapped = {"title": "T", "description": "d", "allOf": [{"type": "string", "title": "U"}]}
+    assert {"title": "U", "description": "d", "type": "string"} == ic.claude_schema(wrapped)
+    extended = {"type": "object", "properties": {}, "allOf": [{"title": "U"}]}
+    assert [{"title": "U"}] == ic.claude_schema(extended)["allOf"]
 
 
 def test_marks_on_tools_and_told_system_messages_count_among_the_four():
