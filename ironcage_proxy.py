@@ -3289,6 +3289,14 @@ OWN_THINKING = OWN_SIGNATURE + base64.urlsafe_b64encode(b"chat").decode().rstrip
 STOP_REASONS = MappingProxyType({"stop": "end_turn", "length": "max_tokens",
                                  "tool_calls": "tool_use", "function_call": "tool_use",
                                  "content_filter": "refusal"})          # else end_turn
+# Of JSON schemas, what OpenAI's strict mode refuses, and what it wants one of. From its guide to
+# structured outputs, and reports of its 400s ("'default' is not permitted").
+UNSTRICT_KEYWORDS = frozenset({
+    "oneOf", "allOf", "not", "if", "then", "else", "default", "dependentRequired",
+    "dependentSchemas", "patternProperties", "propertyNames", "minProperties", "maxProperties",
+    "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedProperties",
+    "unevaluatedItems"})
+SHAPE_KEYWORDS = frozenset({"type", "$ref", "anyOf", "enum", "const"})
 MAX_STOPS = 4
 MAX_CHAT_ID = 40                                   # characters of a tool call's id
 
@@ -3873,13 +3881,20 @@ def _tool_use_id() -> str:
 
 
 def _is_strict(schema: object) -> bool:
-    """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed."""
-    fields = json_object(schema)
-    properties = fields.get("properties")
-    if (properties is not None or _is_object(fields)) and (
-            fields.get("additionalProperties") is not False or not isinstance(properties, dict)
-            or set(fields.get("required") or ()) != properties.keys()):
-        return False
+    """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed,
+    a shape everywhere, and no keyword that it refuses."""
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        inner = [*json_object(properties).values(), *(schema.get("anyOf") or ()),
+                 schema.get("items", {})]              # each a schema, and none of them true
+        if UNSTRICT_KEYWORDS & schema.keys() or not SHAPE_KEYWORDS & schema.keys() \
+                or not all(isinstance(child, dict) for child in inner):
+            return False
+        if (properties is not None or _is_object(schema)) and (
+                schema.get("additionalProperties") is not False
+                or not isinstance(properties, dict)
+                or set(schema.get("required") or ()) != properties.keys()):
+            return False
     return all(map(_is_strict, _inner_schemas(schema)))
 
 

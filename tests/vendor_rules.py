@@ -202,7 +202,32 @@ def _openai_faults(fields):
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
             yield "Invalid 'tools[0].function.name': string does not match pattern."
+    holders = [tool["function"] for tool in tools if tool["type"] == "function"]
+    if (fields.get("response_format") or {}).get("type") == "json_schema":
+        holders.append(fields["response_format"]["json_schema"])
+    for holder in holders:
+        if holder.get("strict"):
+            yield from _strict_faults(holder.get("parameters", holder.get("schema")))
     yield from _openai_message_faults(fields["messages"])
+
+
+def _strict_faults(schema):
+    """What strict mode refuses in a schema: a dict, wherever a schema can stand."""
+    if not {"type", "$ref", "anyOf", "enum", "const"} & set(schema):
+        yield "Invalid schema: schema must have a 'type' key."
+    for name in ("oneOf", "allOf", "not", "if", "default", "uniqueItems", "patternProperties"):
+        if name in schema:
+            yield f"Invalid schema: '{name}' is not permitted."
+    properties = schema.get("properties", {})
+    if "properties" in schema or "object" in schema.get("type", ()):
+        if schema.get("additionalProperties") is not False:
+            yield "Invalid schema: 'additionalProperties' is required to be false."
+        if set(schema.get("required", ())) != set(properties):
+            yield "Invalid schema: 'required' is required to be supplied and to be an array " \
+                "including every key in properties."
+    inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("anyOf", ())]
+    for child in [*inner, *([schema["items"]] if "items" in schema else [])]:
+        yield from _strict_faults(child)
 
 
 def _openai_message_faults(messages):
