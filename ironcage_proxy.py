@@ -2610,6 +2610,8 @@ class ChatOnClaude:
             return
         holder = json_object(json_object(wanted).get("json_schema"))
         schema = _with_root(holder.get("schema"))
+        if isinstance(schema, dict) and holder.get("description"):
+            schema = {"description": holder["description"], **schema}
         if kind not in ("json_schema", "json_object"):
             raise BadRequest("response_format has a type that is not known",
                              param="response_format")
@@ -2622,7 +2624,7 @@ class ChatOnClaude:
             self._losses.adjust("response_format", "tool")
             self._answers_by_tool = True
             request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
-                                 "description": str(holder.get("description") or "The answer.")}]
+                                 "description": str(schema.get("description", "The answer."))}]
             request["tool_choice"] = {"type": "tool", "name": ANSWER_TOOL,
                                       "disable_parallel_tool_use": True}
             return
@@ -3663,7 +3665,7 @@ class MessagesOnChat:
                             else arguments_to_input(function.get("arguments"))})
         return {**self._empty_message(completion), "content": content,
                 **_stop_of(choice, bool(calls), bool(said.get("refusal")), self.stops),
-                "usage": messages_usage(completion.get("usage"))}
+                "usage": messages_usage(completion.get("usage"), completion.get("service_tier"))}
 
     def _client_name(self, name: object) -> object:
         return self._names.get(str(name), name)
@@ -3673,7 +3675,8 @@ class MessagesOnChat:
         own_id = re.sub(r"[^A-Za-z0-9_-]", "_", str(completion.get("id") or ""))
         return {"id": f"msg_{own_id or secrets.token_hex(12)}", "type": "message",
                 "role": "assistant", "model": completion.get("model"), "content": [],
-                "stop_reason": None, "stop_sequence": None, "usage": messages_usage(None)}
+                "stop_reason": None, "stop_sequence": None,
+                "usage": messages_usage(None, completion.get("service_tier"))}
 
     # The stream.
 
@@ -3724,6 +3727,7 @@ class _MessageStream:
         self._newest: dict[object, dict] = {}        # of each index of the provider's
         self._by_id: dict[str, dict] = {}
         self._usage: object = None
+        self._tier: object = None          # of service
         self._choice: dict = {}            # what the finish said
         self._refused = False
 
@@ -3735,6 +3739,7 @@ class _MessageStream:
             yield {"type": "ping"}
         if isinstance(chunk.get("usage"), dict):
             self._usage = chunk["usage"]
+        self._tier = chunk.get("service_tier") or self._tier
         choice = _first_choice(chunk)
         delta = json_object(choice.get("delta") or choice.get("message"))
         thought = _reasoning_of(delta)
@@ -3835,8 +3840,7 @@ class _MessageStream:
             if not tool["has_begun"]:
                 yield from self._begin_tool(tool)
                 yield from self._close()
-        usage = messages_usage(self._usage)
-        yield {"type": "message_delta", "usage": usage,
+        yield {"type": "message_delta", "usage": messages_usage(self._usage, self._tier),
                "delta": _stop_of(self._choice, bool(self._tools), self._refused,
                                  self._translator.stops)}
         yield {"type": "message_stop"}
@@ -3898,16 +3902,24 @@ def _is_strict(schema: object) -> bool:
     return all(map(_is_strict, _inner_schemas(schema)))
 
 
-def messages_usage(usage: object) -> dict:
-    """OpenAI's usage in Anthropic's counting: what was cached is beside input_tokens."""
+def messages_usage(usage: object, tier: object = None) -> dict:
+    """OpenAI's usage in Anthropic's counting: what was cached is beside input_tokens.
+
+    Where a server's total is more than prompt and completion, the rest was reasoning.
+    """
+    prompt = told_count(usage, "prompt_tokens")
     details = json_object(usage).get("prompt_tokens_details")
     read, written = told_count(details, "cached_tokens"), \
         told_count(details, "cache_write_tokens") or told_count(details, "cache_creation_tokens")
     thought = told_count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
-    return {"input_tokens": max(0, told_count(usage, "prompt_tokens") - read - written),
+    return {"input_tokens": max(0, prompt - read - written),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
-            "output_tokens": told_count(usage, "completion_tokens"),
-            "output_tokens_details": {"thinking_tokens": thought}}
+            "cache_creation": {"ephemeral_5m_input_tokens": written,
+                               "ephemeral_1h_input_tokens": 0},
+            "output_tokens": max(told_count(usage, "completion_tokens"),
+                                 told_count(usage, "total_tokens") - prompt),
+            "output_tokens_details": {"thinking_tokens": thought}, "server_tool_use": None,
+            "service_tier": "priority" if tier == "priority" else "standard"}
 
 
 def without_own_thinking(messages: object) -> object:

@@ -1073,7 +1073,32 @@ def test_an_answer_of_a_chat_server_as_a_message():
     assert ({"n": 1}, "call_1") == (first["input"], first["id"])
     assert second["id"].startswith("toolu_")
     assert {"input_tokens": 10, "cache_read_input_tokens": 8, "cache_creation_input_tokens": 2,
-            "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 3}} == answer["usage"]
+            "cache_creation": {"ephemeral_5m_input_tokens": 2, "ephemeral_1h_input_tokens": 0},
+            "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 3},
+            "server_tool_use": None, "service_tier": "standard"} == answer["usage"]
+
+
+def test_reasoning_that_only_the_total_counts_is_output_for_the_client_too():
+    """xAI's completion_tokens leave it out."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 40}
+    assert 30 == ic.messages_usage(usage)["output_tokens"]
+    assert 5 == ic.messages_usage({**usage, "total_tokens": 15})["output_tokens"]
+    assert 5 == ic.messages_usage({**usage, "total_tokens": None})["output_tokens"]
+
+
+@pytest.mark.parametrize("tier, told", [
+    ("priority", "priority"), ("default", "standard"), ("flex", "standard"), (None, "standard")])
+def test_the_service_tier_of_a_chat_server_is_told(tier, told):
+    translator, _ = to_chat({})
+    whole = translator.answer({**completion("stop", content="a"), "service_tier": tier})
+    chunks = [{**chunk, "service_tier": tier} for chunk in chunks_of({"content": "a"})]
+    events = [*translator.events(chunks)]
+
+    assert told == whole["usage"]["service_tier"]
+    assert [told, told] == [event["message"]["usage"]["service_tier"] if "message" in event
+                            else event["usage"]["service_tier"]
+                            for event in events if event["type"] in ("message_start",
+                                                                     "message_delta")]
 
 
 def chunks_of(*deltas, finish="stop", usage="after"):
@@ -1444,6 +1469,18 @@ def test_only_what_claude_can_enforce_is_sent_as_a_schema(schema, enforced):
     if enforced:
         sent = json.dumps(request["output_config"])
         assert "$ref" not in sent or '"$defs"' in sent
+
+
+@pytest.mark.parametrize("schema", [NODE, {"type": "object"}])
+def test_what_a_response_format_says_of_itself_is_told_to_claude(schema):
+    for model in (OLD, NEW):
+        request = to_claude({"response_format": {"type": "json_schema", "json_schema": {
+            "name": "n", "description": "a count of sheep", "schema": schema}}}, model)[0].request
+        assert "a count of sheep" in json.dumps(request)
+        own = to_claude({"response_format": {"type": "json_schema", "json_schema": {
+            "description": "a count of sheep", "schema": {**schema, "description": "own"}}}},
+            model)[0].request
+        assert '"own"' in json.dumps(own).replace("\\", "")
 
 
 @pytest.mark.parametrize("pattern, is_kept", [
