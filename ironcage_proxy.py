@@ -2298,6 +2298,7 @@ MOST_ENFORCED = MappingProxyType({"strict tools": 20, "optional properties": 24,
 ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
 UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
 OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
+THINKING_KEPT_BYTES, THINKING_KEPT_S = 64 * 1024 * 1024, 3600
 FINISH_REASONS = MappingProxyType({
     "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
     "refusal": "content_filter", "model_context_window_exceeded": "length"})       # else stop
@@ -2469,6 +2470,8 @@ class ChatOnClaude:
         self._unanswered: dict[str, list[str]] = {}        # the client's id -> ids at Claude
         self._answered: dict[str, str] = {}
         self._created_at = int(time.time())
+        self.thoughts: list[dict] = []             # of the answer: its thinking, and what
+        self.first_call_id: object = None          # it thought before
         self.request = self._request(fields, most_output_tokens)
 
     # The request.
@@ -2969,6 +2972,7 @@ class ChatOnClaude:
         """A whole answer as a chat.completion."""
         said: dict = {"role": "assistant", "content": None, "refusal": None}
         texts, calls, thoughts, others = [], [], [], []
+        self.thoughts = thoughts
         for block in _parts_of(message.get("content")):
             kind = block.get("type")
             if kind == "text":
@@ -3027,6 +3031,7 @@ class ChatOnClaude:
 
     def _call(self, block: Mapping[str, object]) -> dict:
         name = self._names.get(str(block.get("name")), block.get("name"))
+        self.first_call_id = self.first_call_id or block.get("id")
         if name in self._custom:
             return {"id": block.get("id"), "type": "custom", "custom": {
                 "name": name, "input": json_object(block.get("input")).get("input", "")}}
@@ -3127,6 +3132,7 @@ class _ChunkStream:
             yield self._chunk(self._arguments_delta(
                 block, input_to_arguments(block.get("input"))))
         elif block.get("type") in ("thinking", "redacted_thinking"):
+            self._translator.thoughts.append(block)
             yield self._chunk({"thinking_blocks": [{"index": event.get("index"), **block}]})
         cited = _url_citations(block, self._length)
         if cited:
@@ -3208,6 +3214,45 @@ def _url_citations(block: Mapping[str, object], at: int) -> list[dict]:
         "url": row.get("url"), "title": row.get("title") or "", "start_index": begin,
         "end_index": end}} for row in _parts_of(block.get("citations"))
         if row.get("type") == "web_search_result_location"]
+
+
+class ThinkingMemory:
+    """The thinking behind tool calls, for the many clients that do not send it back: Claude wants
+    it again, as it was signed. In memory only, by caller, model and the first call's id.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()              # guards the next two
+        self._kept: dict[tuple, tuple[float, int, list[dict]]] = {}        # the oldest first
+        self._bytes = 0
+
+    def keep(self, caller: str, model: str, call_id: object, thoughts: list[dict]) -> None:
+        """Remember them for THINKING_KEPT_S; the oldest go first where there is no room."""
+        key, now_s, size = (caller, model, str(call_id)), self._clock(), len(json_bytes(thoughts))
+        with self._lock:
+            self._bytes += size - self._kept.pop(key, (0, 0))[1]
+            self._kept[key] = (now_s, size, thoughts)
+            for oldest, (since_s, size, _) in [*self._kept.items()]:
+                if self._bytes <= THINKING_KEPT_BYTES and now_s - since_s <= THINKING_KEPT_S:
+                    break
+                del self._kept[oldest]
+                self._bytes -= size
+
+    def recalled(self, caller: str, model: str, messages: object) -> object:
+        """A request's messages, with the thinking that is known and that they lack."""
+        return [self._recalled(caller, model, message) for message in messages] \
+            if isinstance(messages, list) and self._kept else messages
+
+    def _recalled(self, caller: str, model: str, message: object) -> object:
+        calls = _parts_of(json_object(message).get("tool_calls"))
+        key = (caller, model, str(calls[0].get("id")) if calls else "")
+        with self._lock:
+            since_s, _, thoughts = self._kept.get(key, (0, 0, None))
+        if thoughts is None or self._clock() - since_s > THINKING_KEPT_S \
+                or message.get("thinking_blocks") or message.get("x_anthropic_content"):
+            return message
+        return {**message, "thinking_blocks": thoughts}
 
 
 def chat_usage(usage: object) -> dict:
@@ -6800,6 +6845,7 @@ class Router:
                                          spent_microdollars=ledger.spent(None, 0))
         self.totals = Totals()
         self.traffic = Traffic()
+        self.thinking = ThinkingMemory()
         self._thresholds_lock = threading.Lock()       # guards the next field
         self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
@@ -7002,8 +7048,11 @@ class Router:
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.headers.get("x-ironcage-strict") == "1")
+        messages = body.fields.get("messages")
+        if api == "chat":
+            messages = self.thinking.recalled(request.caller.name, model, messages)
         with well_shaped(BadRequest(REQUEST_SHAPE)):
-            translator = make({**body.fields, "model": model}, losses,
+            translator = make({**body.fields, "model": model, "messages": messages}, losses,
                               most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
                               is_openai=provider.name == "openai",
                               echoes_reasoning=provider.echo_reasoning
@@ -7265,8 +7314,14 @@ class Router:
             yield status, failure[0]
 
     def _as_asked(self, call: Call, body: dict) -> dict:
-        """An answer or event under the name of the model that the client asked for."""
-        message = body.get("message")
+        """An answer or event under the name of the model that the client asked for.
+
+        Before the client sees that its tools are called, the thinking behind it is remembered.
+        """
+        translator, message = call.translator, body.get("message")
+        if _first_choice(body).get("finish_reason") == "tool_calls" and translator.thoughts:
+            self.thinking.keep(call.request.caller.name, call.model, translator.first_call_id,
+                               translator.thoughts)
         for holder in (body, message if isinstance(message, dict) else {}):
             if "model" in holder:
                 holder["model"] = call.asked_model

@@ -398,6 +398,45 @@ def test_chat_messages_on_claude(model, messages, expected, system):
     assert system == translator.request.get("system", [])
 
 
+def test_thinking_is_remembered_for_its_caller_model_and_call_within_bounds(monkeypatch):
+    now_s = [0]
+    memory = ic.ThinkingMemory(clock=lambda: now_s[0])
+    thoughts = [{"type": "thinking", "thinking": "T", "signature": "s"}]
+    said = {"role": "assistant", "tool_calls": [call(), call(call_id="call_2")]}
+
+    def known(caller="alice", model="m", message=said):
+        [recalled] = memory.recalled(caller, model, [message])
+        return recalled.get("thinking_blocks")
+
+    assert known() is None
+    memory.keep("alice", "m", "call_1", thoughts)
+    assert thoughts == known()
+    assert (None, None) == (known("bob"), known(model="other"))
+    own = [{"type": "redacted_thinking", "data": "d"}]
+    assert own == known(message={**said, "thinking_blocks": own})
+    assert known(message={**said, "x_anthropic_content": [text("a")]}) is None
+    for message in ({"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": "x"},
+                    {"role": "assistant", "tool_calls": [{"id": ["call_1"]}]}):
+        assert known(message=message) is None
+    assert [None, "x"] == memory.recalled("alice", "m", [None, "x"])
+    assert "x" == memory.recalled("alice", "m", "x")
+
+    now_s[0] = 3600
+    assert thoughts == known()
+    now_s[0] = 3601
+    assert known() is None
+
+    monkeypatch.setattr(ic, "THINKING_KEPT_BYTES", 2 * len(ic.json_bytes(thoughts)))
+    for name in ("call_1", "call_1", "a", "call_1"):       # as many as have room
+        memory.keep("alice", "m", name, thoughts)
+    assert thoughts == known()
+    memory.keep("alice", "m", "b", thoughts)
+    assert thoughts == known()
+    memory.keep("alice", "m", "c", thoughts)
+    assert known() is None
+    assert memory._bytes == 2 * len(ic.json_bytes(thoughts))
+
+
 def test_a_budgeted_thought_without_its_beginning_is_dropped_and_told():
     """Clients that rebuild their history lose thinking blocks; Anthropic refuses to go on."""
     called = {"role": "assistant", "tool_calls": [call()]}

@@ -378,3 +378,52 @@ def test_an_error_under_a_200_is_an_error(mock, proxy):
     assert (500, "error", "boom") == (answer.status, answer.json["type"],
                                       answer.json["error"]["message"])
     assert 0 == settled_status(proxy)["reserved_microdollars"]
+
+
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "signed-by-claude"}
+CALLED = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}
+
+
+def thoughtful_call(stream):
+    """Claude thinks, and calls a tool."""
+    usage = {"input_tokens": 5, "output_tokens": 5}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-haiku-4-5",
+               "stop_sequence": None, "usage": usage}
+    if not stream:
+        return Reply(steps=(json.dumps({**message, "stop_reason": "tool_use",
+                                        "content": [THOUGHT, CALLED]}).encode(),))
+    return Reply(headers=SSE, framing="chunked", steps=tuple(sse(event, event["type"]) for event in (
+        {"type": "message_start", "message": {**message, "stop_reason": None, "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {
+            "type": "thinking", "thinking": "", "signature": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {
+            "type": "thinking_delta", "thinking": "hm"}},
+        {"type": "content_block_delta", "index": 0, "delta": {
+            "type": "signature_delta", "signature": "signed-by-claude"}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "content_block_start", "index": 1, "content_block": CALLED},
+        {"type": "content_block_stop", "index": 1},
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": usage},
+        {"type": "message_stop"})))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking_behind_a_tool_call_goes_back_to_claude_though_its_client_forgot_it(
+        mock, proxy, stream):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = {**ON_CLAUDE, "tools": tools, "reasoning_effort": "low", "max_tokens": 4000}
+    rebuilt = {**asked, "messages": [*USER, {"role": "assistant", "tool_calls": [
+        {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "R"}]}
+    mock.script(thoughtful_call(stream))
+
+    call(proxy.port, "POST", CHAT, {**asked, "stream": stream})
+    again = call(proxy.port, "POST", CHAT, rebuilt)
+    elsewhere = call(proxy.port, "POST", CHAT, {**rebuilt, "model": "claude-sonnet-4-5"})
+
+    sent, other = (seen.json for seen in mock.seen[1:])
+    assert ([THOUGHT, CALLED], "enabled") == (sent["messages"][1]["content"],
+                                              sent["thinking"]["type"])
+    assert ([CALLED], False) == (other["messages"][1]["content"], "thinking" in other)
+    assert (None, "thinking") == (again.header("x-ironcage-dropped-params"),
+                                  elsewhere.header("x-ironcage-dropped-params"))
