@@ -2429,6 +2429,14 @@ def _schema_size(schema: object) -> Counter:
     return sum(map(_schema_size, _inner_schemas(schema)), size)
 
 
+def _thoughts_of(details: object) -> list[dict]:
+    """Thinking blocks of Claude in OpenRouter's form, which may hold other models' as well."""
+    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
+            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
+            for row in _parts_of(details) if row.get("signature") or row.get("data")
+            if str(row.get("format", "anthropic")).startswith("anthropic")]
+
+
 def object_schema(schema: Mapping[str, object]) -> dict:
     """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
     are merged: a property can be as any of them has it, and what all require is required."""
@@ -2793,18 +2801,21 @@ class ChatOnClaude:
             turns.append({"role": "user", "content": told})
 
     def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
+        calls = message.get("tool_calls") or []
+        own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
+        if own and _text_of(own) == _text_of(message.get("content")) \
+                and [block.get("id") for block in own if block.get("type") == "tool_use"] \
+                == [call.get("id") for call in _parts_of(calls)]:
+            return own
         blocks = [{name: value for name, value in block.items() if name != "index"}
                   for block in _parts_of(message.get("thinking_blocks"))
+                  or _thoughts_of(message.get("reasoning_details"))
                   if block.get("type") == "redacted_thinking"
                   or (block.get("type") == "thinking" and block.get("signature")
                       and not str(block["signature"]).startswith(OWN_SIGNATURE))]
-        own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
-        if own and _text_of(own) == _text_of(message.get("content")):
-            return own
         blocks += self._blocks(_content_of(message))
         if isinstance(message.get("refusal"), str) and message["refusal"].strip():
             blocks.append({"type": "text", "text": message["refusal"]})
-        calls = message.get("tool_calls") or []
         if message.get("function_call"):
             function = json_object(message["function_call"])
             calls = [{"id": function.get("name"), "type": "function", "function": function}]

@@ -308,6 +308,24 @@ TURNS = {
     "and not where the client changed the text": (
         OLD, [USER, {"role": "assistant", "content": "c", "x_anthropic_content": [text("a")]}, USER],
         [("user", [text("hi")]), ("assistant", [text("c")]), ("user", [text("hi")])], []),
+    "nor where it changed the tool calls": (
+        OLD, [USER, {"role": "assistant", "content": "a", "tool_calls": [call(call_id="call_2")],
+                     "x_anthropic_content": [text("a"), {
+                         "type": "tool_use", "id": "call_1", "name": "f", "input": {}}]},
+              {"role": "tool", "tool_call_id": "call_2", "content": "R"}],
+        [("user", [text("hi")]),
+         ("assistant", [text("a"), {"type": "tool_use", "id": "call_2", "name": "f", "input": {}}]),
+         ("user", [{"type": "tool_result", "tool_use_id": "call_2", "content": "R"}])], []),
+    "thinking in OpenRouter's form, of Claude and of another model": (
+        OLD, [USER, {"role": "assistant", "content": "a", "reasoning_details": [
+            {"type": "reasoning.text", "text": "T", "signature": "sig",
+             "format": "anthropic-claude-v1"},
+            {"type": "reasoning.encrypted", "data": "D"},
+            {"type": "reasoning.encrypted", "data": "E", "format": "openai-responses-v1"},
+            {"type": "reasoning.summary", "summary": "S"}]}, USER],
+        [("user", [text("hi")]), ("assistant", [
+            {"type": "thinking", "thinking": "T", "signature": "sig"},
+            {"type": "redacted_thinking", "data": "D"}, text("a")]), ("user", [text("hi")])], []),
     "only a system message": (OLD, [SYSTEM], [("user", [text("S")])], []),
     "runs of one role are one turn": (
         OLD, [USER, USER, {"role": "assistant", "content": "a"},
