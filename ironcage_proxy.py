@@ -2487,6 +2487,10 @@ class ChatOnClaude:
     def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
         losses = self._losses
         passed = apply_rules(fields, CHAT_TO_MESSAGES_RULES, losses)
+        policies = json_object(json_object(fields.get("moderation")).get("policy")).values()
+        if any(json_object(policy).get("mode") == "block" for policy in policies):
+            raise BadRequest("moderation that blocks cannot be carried over to this model's "
+                             "provider", param="moderation")
         asked = next((cap for cap in (optional_count(fields, name, least=1) for name in
                                       ("max_completion_tokens", "max_tokens")) if cap), None)
         if asked is not None and asked > most_output_tokens:

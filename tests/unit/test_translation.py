@@ -101,7 +101,8 @@ TO_CLAUDE = [
     *[(name, OLD, {name: value}, {name: None}, [name], {}) for name, value in (
         ("seed", 7), ("frequency_penalty", 0.5), ("presence_penalty", 0.5),
         ("logit_bias", {"1": 1}), ("logprobs", True), ("top_logprobs", 3), ("verbosity", "low"),
-        ("moderation", {"model": "m"}), ("web_search_options", {}), ("field_of_tomorrow", 1))],
+        ("moderation", {"model": "m", "policy": {"input": {"mode": "score"}, "output": None}}),
+        ("web_search_options", {}), ("field_of_tomorrow", 1))],
     *[(name, NEW, {name: value}, {name: value}, [], {}) for name, value in (
         ("thinking", {"type": "adaptive"}), ("output_config", {"effort": "low"}),
         ("cache_control", {"type": "ephemeral"}), ("speed", "fast"), ("inference_geo", "us"),
@@ -231,6 +232,7 @@ REFUSED_BY_CLAUDE = {
     "an OpenAI file": {"messages": [{"role": "user", "content": [
         {"type": "file", "file": {"file_id": "file-1"}}]}]},
     "temperature": {"temperature": "hot"}, "cap": {"max_tokens": 0},
+    "blocking moderation": {"moderation": {"model": "m", "policy": {"output": {"mode": "block"}}}},
 }
 
 
