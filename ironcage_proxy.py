@@ -3723,20 +3723,12 @@ class MessagesOnChat:
                             "name": self._client_name(function.get("name")),
                             "input": {"input": function["input"]} if "input" in function
                             else arguments_to_input(function.get("arguments"))})
-        return {**self._empty_message(completion), "content": content,
+        return {**empty_message(completion), "content": content,
                 **_stop_of(choice, bool(calls), bool(said.get("refusal")), self.stops),
                 "usage": messages_usage(completion.get("usage"), completion.get("service_tier"))}
 
     def _client_name(self, name: object) -> object:
         return self._names.get(str(name), name)
-
-    @staticmethod
-    def _empty_message(completion: Mapping[str, object]) -> dict:
-        own_id = re.sub(r"[^A-Za-z0-9_-]", "_", str(completion.get("id") or ""))
-        return {"id": f"msg_{own_id or secrets.token_hex(12)}", "type": "message",
-                "role": "assistant", "model": completion.get("model"), "content": [],
-                "stop_reason": None, "stop_sequence": None,
-                "usage": messages_usage(None, completion.get("service_tier"))}
 
     # The stream.
 
@@ -3795,7 +3787,7 @@ class _MessageStream:
         """The events of one chunk."""
         if not self.has_begun:
             self.has_begun = True
-            yield {"type": "message_start", "message": self._translator._empty_message(chunk)}
+            yield {"type": "message_start", "message": empty_message(chunk)}
             yield {"type": "ping"}
         if isinstance(chunk.get("usage"), dict):
             self._usage = chunk["usage"]
@@ -3904,6 +3896,15 @@ class _MessageStream:
                "delta": _stop_of(self._choice, bool(self._tools), self._refused,
                                  self._translator.stops)}
         yield {"type": "message_stop"}
+
+
+def empty_message(completion: Mapping[str, object]) -> dict:
+    """A message before its first block, with what a completion or its first chunk says of it."""
+    own_id = re.sub(r"[^A-Za-z0-9_-]", "_", str(completion.get("id") or ""))
+    return {"id": f"msg_{own_id or secrets.token_hex(12)}", "type": "message",
+            "role": "assistant", "model": completion.get("model"), "content": [],
+            "stop_reason": None, "stop_sequence": None,
+            "usage": messages_usage(None, completion.get("service_tier"))}
 
 
 def _first_choice(body: Mapping[str, object]) -> dict:
@@ -5667,12 +5668,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         self._tls: Optional[ssl.SSLContext] = None
 
     def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
-        return self._open(request)
-
-    def https_open(self, request: UpstreamRequest) -> UpstreamResponse:
-        return self._open(request)
-
-    def _open(self, request: UpstreamRequest) -> UpstreamResponse:
+        """One exchange, on a connection that was kept or a new one; raises as said above."""
         headers = dict(request.header_items())
         proxy_authorization = headers.pop("Proxy-authorization", None) \
             if request._tunnel_host else None        # else it is this request's own header
@@ -5689,6 +5685,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         if response is None:
             raise UpstreamUnreachable("the provider closed the connection before the request")
         return response
+
+    https_open = http_open
 
     def _idle_wires(self, place: tuple) -> Iterator[Wire]:
         """Pooled connections that are still open, newest first, each taken out of the pool."""
@@ -6823,7 +6821,6 @@ def named_model(fields: Mapping[str, object]) -> str:
     return model
 
 
-NO_OUTPUT = rb'"max_tokens"\s*:\s*0\s*[,}]'
 def other_models(fields: Mapping[str, object]) -> Iterator[str]:
     """Models that a request names beside its own: in its tools, as fallbacks, in another case."""
     for name, value in fields.items():
@@ -6837,6 +6834,7 @@ def other_models(fields: Mapping[str, object]) -> Iterator[str]:
 
 
 _CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
+NO_OUTPUT = rb'"max_tokens"\s*:\s*0\s*[,}]'
 
 
 def _row_told(row: Mapping[str, object]) -> dict:
@@ -7443,18 +7441,15 @@ class Router:
         if fields.get("max_tokens") != 0 or provider.format != "openai" \
                 or not request.caller.may_use(provider.name, model):
             return None
-        message = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
-                   "model": fields["model"], "content": [], "stop_reason": "max_tokens",
-                   "stop_sequence": None, "usage": messages_usage(None)}
-        ends = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-        events = ({"type": "message_start", "message": {**message, "stop_reason": None}},
-                  {"type": "message_delta", "delta": ends, "usage": message["usage"]},
+        message = empty_message({"model": fields["model"]})
+        end = {"stop_reason": "max_tokens", "stop_sequence": None}
+        if not optional_flag(fields, "stream"):
+            return self._made_answer(request, json_bytes({**message, **end}), "application/json")
+        events = ({"type": "message_start", "message": message},
+                  {"type": "message_delta", "delta": end, "usage": message["usage"]},
                   {"type": "message_stop"})
-        is_stream = optional_flag(fields, "stream")
-        return self._made_answer(
-            request, b"".join(format_event(event, event["type"]) for event in events)
-            if is_stream else json_bytes(message),
-            "text/event-stream" if is_stream else "application/json")
+        return self._made_answer(request, b"".join(
+            format_event(event, event["type"]) for event in events), "text/event-stream")
 
     @staticmethod
     def _made_answer(request: ClientRequest, body: bytes, kind: str,
