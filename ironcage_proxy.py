@@ -4905,6 +4905,10 @@ class Caller(NamedTuple):
         """The scopes that its calls belong to, beside the proxy's."""
         return () if self.name in RESERVED_NAMES else (self.name,)
 
+    def has_expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires_s is not None and time.time() >= self.expires_s
+
     def may_use(self, provider: str, model: str) -> bool:
         """Whether its patterns allow a model, by its name upstream, with or without provider/.
 
@@ -7120,9 +7124,8 @@ class Router:
         """
         try:
             body = self._upstream_body(call)
-            has_waited = call.reservation.decided is not None
-            if has_waited and client is not None and has_hung_up(client.sock):
-                raise ClientGone
+            if call.reservation.decided is not None:
+                self._check_who_waited(call.request.caller, client)
             row = call.intent_row()
             self.ledger.intent(row)
             call.row = row
@@ -7148,6 +7151,15 @@ class Router:
             raise
         finally:
             self._settle(call)
+
+    def _check_who_waited(self, caller: Caller, client: Optional[Wire]) -> None:
+        """Whether a client is still there, and its token valid. Raises ClientGone, Unauthorized."""
+        if client is not None and has_hung_up(client.sock):
+            raise ClientGone
+        known = {row.sha256: row for row in self.config.callers}
+        if caller.name not in RESERVED_NAMES and (
+                caller.sha256 not in known or known[caller.sha256].has_expired()):
+            raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited")
 
     def _upstream_body(self, call: Call) -> bytes:
         """The client's bytes, with only the fields changed that must be."""
@@ -7845,10 +7857,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 continue
             # Looked up by its hash, so that the time says nothing of how much of it was right.
             caller = self.server.callers.get(token_sha256(credential))
-            if caller is not None and time.time() < (caller.expires_s or sys.maxsize):
-                return caller
-            if caller is not None:
+            if caller is not None and caller.has_expired():
                 raise Unauthorized(f"the token {caller.name} has expired")
+            if caller is not None:
+                return caller
         raise Unauthorized("Invalid API key: this proxy takes its own token, as "
                            "Authorization: Bearer or x-api-key, not a provider's key")
 

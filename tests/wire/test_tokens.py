@@ -307,6 +307,31 @@ def test_a_new_limit_wakes_one_who_waits(mock, caged, config):
     assert [200, 200] == [answer.status for answer in answers]
 
 
+def test_who_waits_in_line_when_its_token_is_withdrawn_is_not_served(mock, caged, config):
+    gate, alice = Gate(), {"name": "alice", "token": ALICE}
+    proxy = caged(alice, {"name": "bob", "token": BOB}, "--budget", "0.006")
+    mock.script(lambda request: mock.default_reply(request).with_steps(
+        [gate, *mock.default_reply(request).steps]))
+    answers, long = {}, {**CHAT, "max_tokens": 9_000}
+    threads = [threading.Thread(target=lambda t=token: answers.update({t: chat(proxy, t, long)}))
+               for token in (ALICE, BOB)]
+    threads[0].start()
+    mock.wait_for_requests(1)
+    threads[1].start()
+    until(proxy, lambda: proxy.router.controller._line, "bob waits in line")
+
+    write_config(config, alice)
+    proxy.reload_asked = True
+    until(proxy, lambda: len(proxy.router.config.callers) == 1, "the file is read")
+    gate.event.set()
+    for thread in threads:
+        thread.join()
+
+    assert (200, 401, 1) == (answers[ALICE].status, answers[BOB].status, len(mock.seen))
+    assert "withdrawn" in answers[BOB].json["error"]["message"]
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"]
+
+
 def run(*argv, capsys):
     log = program().log
     handlers = log.handlers[:]
