@@ -98,7 +98,7 @@ __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequ
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
            "RouterStopped", "Settings", "UnpricedModel", "input_tokens_upper_bound", "main",
            "settings_from"]
-__version__ = "0.2.2"
+__version__ = "0.2.3"
 
 log = logging.getLogger("ironcage")
 
