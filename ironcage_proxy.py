@@ -2465,8 +2465,10 @@ class ChatOnClaude:
     betas: tuple[str, ...] = ()                    # for the header anthropic-beta
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = False, echoes_reasoning: bool = False) -> None:
+                 is_openai: bool = False, echoes_reasoning: bool = False,
+                 recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []) -> None:
         self._losses, self._claude = losses, claude_of(str(fields.get("model")))
+        self._recall = recall                      # thinking, by the call after and all before it
         self._names: dict[str, str] = {}           # name at Claude -> the client's
         self._custom: set[str] = set()             # names of tools whose input is plain text
         self._enforced = Counter()                 # of MOST_ENFORCED
@@ -2478,8 +2480,9 @@ class ChatOnClaude:
         self._unanswered: dict[str, list[str]] = {}        # the client's id -> ids at Claude
         self._answered: dict[str, str] = {}
         self._created_at = int(time.time())
-        self.thoughts: list[dict] = []             # of the answer: its thinking, and what
-        self.first_call_id: object = None          # it thought before
+        self.digest = ""                           # of all that the answer's thinking is bound to
+        self.thoughts: list[dict] = []             # the answer's, where all else comes after them
+        self.first_call_id: object = None          # in the answer
         self.request = self._request(fields, most_output_tokens)
 
     # The request.
@@ -2505,6 +2508,9 @@ class ChatOnClaude:
         self._set_thinking(fields.get("reasoning_effort"), request)
         messages = request["messages"] = self._messages(fields.get("messages"),
                                                         self._thinks(request))
+        if self._thinks(request) or not self._claude.may_not_think:
+            self._recall_thinking(messages, [self._system, tools, *map(fields.get, (
+                "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
         self._check_thinking(request)
         names = {block["name"] for turn in messages for block in turn["content"]
                  if block["type"] == "tool_use"}
@@ -2597,6 +2603,19 @@ class ChatOnClaude:
                 self._losses.adjust("reasoning_effort", known[-1])
             request["thinking"] = {"type": "adaptive"}
             request.setdefault("output_config", {})["effort"] = known[-1]
+
+    def _recall_thinking(self, messages: list[dict], before: object) -> None:
+        """Give turns their thinking back that the client left out. Claude takes it only where
+        nothing before it has changed since, so it is looked up by a digest of that."""
+        digest = hashlib.sha256(json_bytes(before))
+        for turn in messages:
+            calls = [block for block in turn["content"] if block["type"] == "tool_use"]
+            if calls and "thinking" not in turn["content"][0]["type"]:
+                turn["content"][:0] = self._recall(calls[0]["id"], digest.hexdigest())
+            digest.update(json_bytes([turn["role"], *(
+                {name: value for name, value in block.items() if name != "cache_control"}
+                for block in turn["content"])]))
+        self.digest = digest.hexdigest()
 
     def _check_thinking(self, request: dict) -> None:
         """A budgeted thought goes on after a tool's result only where its beginning came along."""
@@ -2987,7 +3006,6 @@ class ChatOnClaude:
         """A whole answer as a chat.completion."""
         said: dict = {"role": "assistant", "content": None, "refusal": None}
         texts, calls, thoughts, others = [], [], [], []
-        self.thoughts = thoughts
         for block in _parts_of(message.get("content")):
             kind = block.get("type")
             if kind == "text":
@@ -3009,6 +3027,7 @@ class ChatOnClaude:
             said["content"] = fenced[1]
         self._add_calls(said, calls)
         if thoughts:
+            self.thoughts = thoughts if message["content"][:len(thoughts)] == thoughts else []
             said["thinking_blocks"] = thoughts
             said["reasoning_content"] = "\n".join(
                 block["thinking"] for block in thoughts if block.get("thinking")) or None
@@ -3147,7 +3166,11 @@ class _ChunkStream:
             yield self._chunk(self._arguments_delta(
                 block, input_to_arguments(block.get("input"))))
         elif block.get("type") in ("thinking", "redacted_thinking"):
-            self._translator.thoughts.append(block)
+            thoughts = self._translator.thoughts
+            if event.get("index") == len(thoughts):
+                thoughts.append(block)
+            else:                                            # what comes between would be lost
+                thoughts.clear()
             yield self._chunk({"thinking_blocks": [{"index": event.get("index"), **block}]})
         cited = _url_citations(block, self._length)
         if cited:
@@ -3233,7 +3256,7 @@ def _url_citations(block: Mapping[str, object], at: int) -> list[dict]:
 
 class ThinkingMemory:
     """The thinking behind tool calls, for the many clients that do not send it back: Claude wants
-    it again, as it was signed. In memory only, by caller, model and the first call's id.
+    it again, as it was signed. In memory only.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -3242,9 +3265,9 @@ class ThinkingMemory:
         self._kept: dict[tuple, tuple[float, int, list[dict]]] = {}        # the oldest first
         self._bytes = 0
 
-    def keep(self, caller: str, model: str, call_id: object, thoughts: list[dict]) -> None:
+    def keep(self, key: tuple, thoughts: list[dict]) -> None:
         """Remember them for THINKING_KEPT_S; the oldest go first where there is no room."""
-        key, now_s, size = (caller, model, str(call_id)), self._clock(), len(json_bytes(thoughts))
+        now_s, size = self._clock(), len(json_bytes(thoughts))
         with self._lock:
             self._bytes += size - self._kept.pop(key, (0, 0))[1]
             self._kept[key] = (now_s, size, thoughts)
@@ -3254,20 +3277,11 @@ class ThinkingMemory:
                 del self._kept[oldest]
                 self._bytes -= size
 
-    def recalled(self, caller: str, model: str, messages: object) -> object:
-        """A request's messages, with the thinking that is known and that they lack."""
-        return [self._recalled(caller, model, message) for message in messages] \
-            if isinstance(messages, list) and self._kept else messages
-
-    def _recalled(self, caller: str, model: str, message: object) -> object:
-        calls = _parts_of(json_object(message).get("tool_calls"))
-        key = (caller, model, str(calls[0].get("id")) if calls else "")
+    def recall(self, key: tuple) -> list[dict]:
+        """What was kept under a key; nothing where that is too long ago."""
         with self._lock:
-            since_s, _, thoughts = self._kept.get(key, (0, 0, None))
-        if thoughts is None or self._clock() - since_s > THINKING_KEPT_S \
-                or message.get("thinking_blocks") or message.get("x_anthropic_content"):
-            return message
-        return {**message, "thinking_blocks": thoughts}
+            since_s, _, thoughts = self._kept.get(key, (0, 0, []))
+        return thoughts if self._clock() - since_s <= THINKING_KEPT_S else []
 
 
 def chat_usage(usage: object) -> dict:
@@ -3374,7 +3388,8 @@ class MessagesOnChat:
     betas = ()
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = True, echoes_reasoning: bool = False) -> None:
+                 is_openai: bool = True, echoes_reasoning: bool = False,
+                 recall: object = None) -> None:
         self._losses, self.is_openai = losses, is_openai
         self._echoes_reasoning = echoes_reasoning
         self._names: dict[str, str] = {}           # name at the provider -> the client's
@@ -7065,15 +7080,14 @@ class Router:
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.headers.get("x-ironcage-strict") == "1")
-        messages = body.fields.get("messages")
-        if api == "chat":
-            messages = self.thinking.recalled(request.caller.name, model, messages)
         with well_shaped(BadRequest(REQUEST_SHAPE)):
-            translator = make({**body.fields, "model": model, "messages": messages}, losses,
+            translator = make({**body.fields, "model": model}, losses,
                               most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
                               is_openai=provider.name == "openai",
                               echoes_reasoning=provider.echo_reasoning
-                              or provider.name in WANT_REASONING_BACK)
+                              or provider.name in WANT_REASONING_BACK,
+                              recall=lambda *key: self.thinking.recall(
+                                  (request.caller.name, model, *key)))
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
@@ -7345,7 +7359,8 @@ class Router:
         """
         translator, message = call.translator, body.get("message")
         if _first_choice(body).get("finish_reason") == "tool_calls" and translator.thoughts:
-            self.thinking.keep(call.request.caller.name, call.model, translator.first_call_id,
+            self.thinking.keep((call.request.caller.name, call.model,
+                                str(translator.first_call_id), translator.digest),
                                translator.thoughts)
         for holder in (body, message if isinstance(message, dict) else {}):
             if "model" in holder:

@@ -418,43 +418,92 @@ def test_chat_messages_on_claude(model, messages, expected, system):
     assert system == translator.request.get("system", [])
 
 
-def test_thinking_is_remembered_for_its_caller_model_and_call_within_bounds(monkeypatch):
+def test_thinking_is_remembered_within_bounds(monkeypatch):
     now_s = [0]
     memory = ic.ThinkingMemory(clock=lambda: now_s[0])
-    thoughts = [{"type": "thinking", "thinking": "T", "signature": "s"}]
-    said = {"role": "assistant", "tool_calls": [call(), call(call_id="call_2")]}
-
-    def known(caller="alice", model="m", message=said):
-        [recalled] = memory.recalled(caller, model, [message])
-        return recalled.get("thinking_blocks")
-
-    assert known() is None
-    memory.keep("alice", "m", "call_1", thoughts)
-    assert thoughts == known()
-    assert (None, None) == (known("bob"), known(model="other"))
-    own = [{"type": "redacted_thinking", "data": "d"}]
-    assert own == known(message={**said, "thinking_blocks": own})
-    assert known(message={**said, "x_anthropic_content": [text("a")]}) is None
-    for message in ({"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": "x"},
-                    {"role": "assistant", "tool_calls": [{"id": ["call_1"]}]}):
-        assert known(message=message) is None
-    assert [None, "x"] == memory.recalled("alice", "m", [None, "x"])
-    assert "x" == memory.recalled("alice", "m", "x")
+    memory.keep(("alice", "call_1"), [THOUGHT])
+    assert ([THOUGHT], []) == (memory.recall(("alice", "call_1")), memory.recall(("bob", "call_1")))
 
     now_s[0] = 3600
-    assert thoughts == known()
+    assert [THOUGHT] == memory.recall(("alice", "call_1"))
     now_s[0] = 3601
-    assert known() is None
+    assert [] == memory.recall(("alice", "call_1"))
 
-    monkeypatch.setattr(ic, "THINKING_KEPT_BYTES", 2 * len(ic.json_bytes(thoughts)))
-    for name in ("call_1", "call_1", "a", "call_1"):       # as many as have room
-        memory.keep("alice", "m", name, thoughts)
-    assert thoughts == known()
-    memory.keep("alice", "m", "b", thoughts)
-    assert thoughts == known()
-    memory.keep("alice", "m", "c", thoughts)
-    assert known() is None
-    assert memory._bytes == 2 * len(ic.json_bytes(thoughts))
+    size = len(ic.json_bytes([THOUGHT]))
+    monkeypatch.setattr(ic, "THINKING_KEPT_BYTES", 2 * size)
+    for key in ("a", "b", "b", "a", "c"):              # b is the oldest when c wants its room
+        memory.keep((key,), [THOUGHT])
+    assert [[THOUGHT], [], [THOUGHT]] == [memory.recall((key,)) for key in "abc"]
+    assert 2 * size == memory._bytes
+
+
+THOUGHT = {"type": "thinking", "thinking": "T", "signature": "s"}
+
+
+def turns_with_memory(*requests, first="thinking"):
+    """Claude answers each request with a thought and a call; what it is sent at the end."""
+    kept = {}
+    for number, fields in enumerate(requests):
+        translator = ic.ChatOnClaude(
+            {"model": OLD, "tools": [tool()], "reasoning_effort": "low", "max_tokens": 9000,
+             **fields}, ic.Losses(), most_output_tokens=64_000,
+            recall=lambda *key: kept.get(key, []))
+        assert refused_by_anthropic(translator.request) is None
+        answer = [{**THOUGHT, "thinking": f"T{number}"},
+                  {"type": "tool_use", "id": f"call_{number}", "name": "f", "input": {}}]
+        if first == "text":
+            answer.insert(0, {"type": "text", "text": "a"})
+        translator.answer({"content": answer, "stop_reason": "tool_use"})
+        if translator.thoughts:
+            kept[translator.first_call_id, translator.digest] = translator.thoughts
+    return [[block["thinking"] for block in turn["content"] if block["type"] == "thinking"]
+            for turn in translator.request["messages"] if turn["role"] == "assistant"]
+
+
+def rebuilt(turns, first="hi", **more):
+    """A request whose history has so many calls of f and their results, and no thinking."""
+    messages = [{"role": "user", "content": first}]
+    for number in range(turns):
+        messages += [{"role": "assistant", "tool_calls": [call(call_id=f"call_{number}")]},
+                     {"role": "tool", "tool_call_id": f"call_{number}", "content": "R"}]
+    return {"messages": messages, **more}
+
+
+MARKED = [text("hi", cache_control={"type": "ephemeral"})]
+
+
+@pytest.mark.parametrize("requests, thoughts", [
+    ([rebuilt(0), rebuilt(1)], [["T0"]]),
+    ([rebuilt(0), rebuilt(1), rebuilt(2)], [["T0"], ["T1"]]),
+    ([rebuilt(0, MARKED), rebuilt(1)], [["T0"]]),                       # a mark is no change
+    ([rebuilt(0), rebuilt(1, "other")], [[]]),
+    ([rebuilt(0), rebuilt(1, tools=[tool("f"), tool("g")])], [[]]),
+    ([rebuilt(0), rebuilt(1, tool_choice="required")], [[]]),
+    ([rebuilt(0), rebuilt(1, "other"), rebuilt(2)], [["T0"], []]),      # T1 had no T0 before it
+    ([rebuilt(0), rebuilt(1, reasoning_effort=None)], [[]]),            # it does not think now
+], ids=range(8))
+def test_thinking_goes_back_where_nothing_before_it_has_changed(requests, thoughts):
+    """Elsewhere Claude answers 400: "The block is bound to a different conversation"."""
+    assert thoughts == turns_with_memory(*requests)
+
+
+def test_thinking_between_other_blocks_is_not_remembered():
+    """Its place among them is not known from a client's history."""
+    assert [[]] == turns_with_memory(rebuilt(0), rebuilt(1), first="text")
+
+
+@pytest.mark.parametrize("kinds, remembered", [
+    (["thinking", "redacted_thinking", "text"], 2), (["text", "thinking"], 0),
+    (["thinking", "text", "thinking"], 0)])
+def test_a_streams_thinking_is_remembered_where_all_else_comes_after_it(kinds, remembered):
+    translator, _ = to_claude({})
+    events = [{"type": "message_start", "message": {"id": "msg_1", "model": OLD}}]
+    for index, kind in enumerate(kinds):
+        events += [{"type": "content_block_start", "index": index, "content_block": {"type": kind}},
+                   {"type": "content_block_stop", "index": index}]
+    list(translator.events([*events, {"type": "message_stop"}]))
+
+    assert remembered == len(translator.thoughts)
 
 
 def test_a_budgeted_thought_without_its_beginning_is_dropped_and_told():
