@@ -2059,8 +2059,8 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 # ==== 9. Translation: what both directions share ================================================
 #
 # A translator is made from one request and carries it, its answer, its stream and its errors from
-# the client's API to the provider's and back. It is pure: dicts in, dicts out. Lossless or loud:
-# what could not be carried is named in a header, or refused under --strict before it is sent.
+# the client's API to the provider's and back. It does no I/O: dicts in, dicts out. Lossless or
+# loud: what could not be carried is named in a header, or refused under --strict before it is sent.
 # Source: the OpenAI and Anthropic API references, and their SDKs' stream accumulators.
 
 
@@ -3467,10 +3467,16 @@ class MessagesOnChat:
         if "task_budget" in output:
             self._losses.drop("output_config.task_budget")
         wanted = json_object(output.get("format") or fields.get("output_format"))
-        if wanted.get("type") == "json_schema":
+        schema = _with_root(wanted.get("schema"))
+        if wanted.get("type") == "json_schema" and self.is_openai \
+                and json_object(schema).get("type") != "object":      # Anthropic takes any root
+            self._losses.adjust("output_config.format", "instructed")
+            request["messages"].insert(0, self._system_message([
+                f"Respond with JSON and nothing else, which matches this JSON schema:\n"
+                f"{json.dumps(schema)}"]))
+        elif wanted.get("type") == "json_schema":
             request["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "output", "schema": wanted.get("schema"),
-                "strict": _is_strict(wanted.get("schema"))}}
+                "name": "output", "schema": schema, "strict": _is_strict(schema)}}
         user = json_object(fields.get("metadata")).get("user_id")
         if isinstance(user, str) and self.is_openai:
             request["safety_identifier"] = _hashed(user, 64)

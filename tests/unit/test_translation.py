@@ -26,6 +26,8 @@ MANY_OPTIONAL = {"type": "object", "additionalProperties": False, "properties": 
 REFERRING_SCHEMA = {"type": "object", "additionalProperties": False, "required": ["a", "b"],
                     "properties": {"a": {"$ref": "#/$defs/X"}, "b": {"$ref": "#/$defs/X"}},
                     "$defs": {"X": {"type": "string"}}}
+NODE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+        "additionalProperties": False}
 
 
 def to_claude(fields, model=OLD, strict=False, most=64_000):
@@ -1541,15 +1543,29 @@ def test_a_tool_is_strict_for_openai_where_its_schema_lets_it_be(schema, is_stri
     assert ([] if is_strict else ["tools.strict"]) == losses.dropped
 
 
+@pytest.mark.parametrize("schema, is_sent", [
+    (NODE, True), ({"$ref": "#/$defs/N", "$defs": {"N": NODE}}, True),
+    ({"type": "array", "items": NODE}, False), ({"anyOf": [NODE, {"type": "null"}]}, False)])
+def test_an_output_schema_whose_root_openai_does_not_take_is_told_in_words(schema, is_sent):
+    fields = {"system": "S", "output_config": {"format": {"type": "json_schema",
+                                                          "schema": schema}}}
+    translator, losses = to_chat(fields)
+    sent, asked = translator.request.get("response_format"), translator.request["messages"][0]
+
+    assert is_sent == (sent is not None) == ("JSON schema" not in asked["content"])
+    assert ({} if is_sent else {"output_config.format": "instructed"}) == losses.adjusted
+    if is_sent:
+        assert ("object", True) == (sent["json_schema"]["schema"]["type"],
+                                    sent["json_schema"]["strict"])
+    others, _ = to_chat(fields, is_openai=False)       # vLLM and the like take any
+    assert "response_format" in others.request
+
+
 def test_an_open_output_schema_is_not_strict_for_openai():
     translator, _ = to_chat({"output_config": {"format": {
         "type": "json_schema", "schema": OPEN_SCHEMA}}})
 
     assert translator.request["response_format"]["json_schema"]["strict"] is False
-
-
-NODE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
-        "additionalProperties": False}
 
 
 @pytest.mark.parametrize("schema, enforced", [
