@@ -3271,7 +3271,8 @@ class ThinkingMemory:
         with self._lock:
             self._bytes += size - self._kept.pop(key, (0, 0))[1]
             self._kept[key] = (now_s, size, thoughts)
-            for oldest, (since_s, size, _) in [*self._kept.items()]:
+            while self._kept:
+                oldest, (since_s, size, _) = next(iter(self._kept.items()))
                 if self._bytes <= THINKING_KEPT_BYTES and now_s - since_s <= THINKING_KEPT_S:
                     break
                 del self._kept[oldest]
