@@ -202,3 +202,54 @@ def _tolerant(carry):
             json.dumps(carry())
     except ic.UpstreamBroke:
         pass
+
+
+NAMES = ("a", "b", "properties", "required", "anyOf", "type", "default")     # keywords too
+
+
+def random_schema(rng, depth=0):
+    """A valid JSON schema, of the keywords that real tools use."""
+    def inner():
+        return random_schema(rng, depth + 1)
+
+    leaves = [
+        lambda: {"type": rng.choice(["string", "integer", "number", "boolean", "null"])},
+        lambda: {"type": ["string", "null"], "format": rng.choice(["date", "tea-time"])},
+        lambda: {"type": "string", "pattern": rng.choice(["^a+$", "^(?!b)"]), "maxLength": 9},
+        lambda: {"enum": rng.sample(["a", 1, None, {"x": 1}, ["y"]], 2)},
+        lambda: {"const": rng.choice(["a", {"type": "object"}])},
+        lambda: {"$ref": rng.choice(["#/$defs/A", "#", "elsewhere.json"])},
+        lambda: rng.choice([{}, {"description": "d"}, {"type": "integer", "default": 7}])]
+    branches = [
+        lambda: {"type": "array", "items": inner(), "minItems": rng.randrange(3)},
+        lambda: {rng.choice(["anyOf", "oneOf", "allOf"]): [inner(), inner()][rng.randrange(2):]},
+        lambda: {"not": inner()},
+        lambda: {"type": "object", "additionalProperties": rng.choice([True, False, inner()])},
+        lambda: random_object(rng, depth + 1)]
+    return rng.choice(leaves if depth > 3 else leaves + branches * 2)()
+
+
+def random_object(rng, depth=0):
+    properties = {name: random_schema(rng, depth) for name in rng.sample(NAMES, rng.randrange(4))}
+    schema = {"type": "object", "properties": properties}
+    if rng.random() < 0.6:
+        schema["required"] = [*properties]
+    if rng.random() < 0.6:
+        schema["additionalProperties"] = False
+    if rng.random() < 0.3:
+        schema["$defs"] = {"A": random_schema(rng, depth + 1)}
+    return schema
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_valid_schema_is_carried_as_the_other_vendor_takes_it(seed):
+    """to_claude() and to_chat() ask the vendors' rules; strict or not, nobody is refused."""
+    rng = Random(seed)
+    for _ in range(50):
+        schema, strict = random_object(rng), rng.random() < 0.7
+        for model in (OLD, "claude-sonnet-4-6", "claude-opus-5-5"):
+            to_claude({"tools": [tool(parameters=schema, strict=strict)]}, model)
+            to_claude({"response_format": {"type": "json_schema", "json_schema": {
+                "name": "n", "schema": schema}}}, model)
+        to_chat({"tools": [{"name": "f", "input_schema": schema, "strict": strict}]})
+        to_chat({"output_config": {"format": {"type": "json_schema", "schema": schema}}})
