@@ -2292,6 +2292,10 @@ SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
 THINKING_BUDGETS = MappingProxyType({
     "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
+# Models that can be told to leave out thinking whose beginning has changed, where they would answer
+# 400. Source: Anthropic's "Preserved thinking", November 2026.
+BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
+BINDING_BETA, FILES_BETA = "thinking-binding-controls-2026-08-01", "files-api-2025-04-14"
 MAX_CACHE_MARKS = 4
 # What a request may ask to be enforced, by their documentation of structured outputs.
 MOST_ENFORCED = MappingProxyType({"strict tools": 20, "optional properties": 24, "unions": 16})
@@ -2512,6 +2516,8 @@ class ChatOnClaude:
             self._recall_thinking(messages, [self._system, tools, *map(fields.get, (
                 "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
         self._check_thinking(request)
+        if fields.get("thinking") is None and self._thinks(request):
+            self._loosen_binding(request)
         names = {block["name"] for turn in messages for block in turn["content"]
                  if block["type"] == "tool_use"}
         if tools:
@@ -2616,6 +2622,15 @@ class ChatOnClaude:
                 {name: value for name, value in block.items() if name != "cache_control"}
                 for block in turn["content"])]))
         self.digest = digest.hexdigest()
+
+    def _loosen_binding(self, request: dict) -> None:
+        """Have thinking that is bound to another conversation left out: clients of this API that
+        bring it back may change what was before it (a date, a shorter history), unaware."""
+        if re.match(BINDING_MODELS, request["model"]) and any(
+                "thinking" in block["type"] for turn in request["messages"]
+                for block in turn["content"]):
+            request["thinking"]["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+            self.betas = (*self.betas, BINDING_BETA)
 
     def _check_thinking(self, request: dict) -> None:
         """A budgeted thought goes on after a tool's result only where its beginning came along."""
@@ -2945,7 +2960,7 @@ class ChatOnClaude:
                 return {"type": "document", **title, "source": {
                     "type": "text", "media_type": "text/plain", "data": text}}
         elif isinstance(file_id, str) and file_id.startswith("file_"):
-            self.betas = ("files-api-2025-04-14",)
+            self.betas = (FILES_BETA,)
             return {"type": "document", "source": {"type": "file", "file_id": file_id}}
         raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
 

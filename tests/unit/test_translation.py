@@ -508,6 +508,25 @@ def test_a_streams_thinking_is_remembered_where_all_else_comes_after_it(kinds, r
     assert remembered == len(translator.thoughts)
 
 
+@pytest.mark.parametrize("model, fields, thought, is_told", [
+    ("claude-opus-5-5", {"reasoning_effort": "low"}, True, True),
+    ("claude-fable-5-1-20260801", {"reasoning_effort": "low"}, True, True),
+    ("claude-opus-5-5", {"reasoning_effort": "low"}, False, False),      # there is none to refuse
+    ("claude-opus-5-5", {}, True, False),                                # it does not think
+    ("claude-opus-5-5", {"thinking": {"type": "adaptive"}}, True, False),        # its own words
+    ("claude-opus-5", {"reasoning_effort": "low"}, True, False),
+    ("claude-fable-5-20260601", {"reasoning_effort": "low"}, True, False),
+    (OLD, {"reasoning_effort": "low", "max_tokens": 9000}, True, False)])
+def test_thinking_of_a_changed_conversation_is_left_out_where_claude_would_refuse_it(
+        model, fields, thought, is_told):
+    said = {"role": "assistant", "content": "a", "thinking_blocks": [THOUGHT] if thought else []}
+    translator, _ = to_claude({**fields, "messages": [USER, said, USER]}, model)
+
+    binding = translator.request.get("thinking", {}).get("block_binding")
+    assert ({"prefix_mismatch_behavior": "drop_block"} if is_told else None) == binding
+    assert is_told == ("thinking-binding-controls-2026-08-01" in translator.betas)
+
+
 def test_a_budgeted_thought_without_its_beginning_is_dropped_and_told():
     """Clients that rebuild their history lose thinking blocks; Anthropic refuses to go on."""
     called = {"role": "assistant", "tool_calls": [call()]}
