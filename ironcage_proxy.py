@@ -2433,14 +2433,6 @@ def _schema_size(schema: object) -> Counter:
     return sum(map(_schema_size, _inner_schemas(schema)), size)
 
 
-def _thoughts_of(details: object) -> list[dict]:
-    """Thinking blocks of Claude in OpenRouter's form, which may hold other models' as well."""
-    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
-            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
-            for row in _parts_of(details) if row.get("signature") or row.get("data")
-            if str(row.get("format", "anthropic")).startswith("anthropic")]
-
-
 def object_schema(schema: Mapping[str, object]) -> dict:
     """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
     are merged: a property can be as any of them has it, and what all require is required."""
@@ -2461,6 +2453,14 @@ def object_schema(schema: Mapping[str, object]) -> dict:
     required = sorted(in_all | set(own.get("required") or ()))
     return {"type": "object", **own, "properties": properties,
             **({"required": required} if required else {})}
+
+
+def _thoughts_of(details: object) -> list[dict]:
+    """Thinking blocks of Claude in OpenRouter's form, which may hold other models' as well."""
+    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
+            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
+            for row in _parts_of(details) if row.get("signature") or row.get("data")
+            if str(row.get("format", "anthropic")).startswith("anthropic")]
 
 
 class ChatOnClaude:
@@ -2512,12 +2512,7 @@ class ChatOnClaude:
         self._set_thinking(fields.get("reasoning_effort"), request)
         messages = request["messages"] = self._messages(fields.get("messages"),
                                                         self._thinks(request))
-        if self._thinks(request) or not self._claude.may_not_think:
-            self._recall_thinking(messages, [self._system, tools, *map(fields.get, (
-                "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
-        self._check_thinking(request)
-        if fields.get("thinking") is None and self._thinks(request):
-            self._loosen_binding(request)
+        self._carry_thinking(fields, request, tools)
         names = {block["name"] for turn in messages for block in turn["content"]
                  if block["type"] == "tool_use"}
         if tools:
@@ -2609,6 +2604,15 @@ class ChatOnClaude:
                 self._losses.adjust("reasoning_effort", known[-1])
             request["thinking"] = {"type": "adaptive"}
             request.setdefault("output_config", {})["effort"] = known[-1]
+
+    def _carry_thinking(self, fields: Mapping[str, object], request: dict, tools: object) -> None:
+        """Have the history's thinking as Claude takes it."""
+        if self._thinks(request) or not self._claude.may_not_think:
+            self._recall_thinking(request["messages"], [self._system, tools, *map(fields.get, (
+                "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
+        self._check_thinking(request)
+        if fields.get("thinking") is None and self._thinks(request):
+            self._loosen_binding(request)
 
     def _recall_thinking(self, messages: list[dict], before: object) -> None:
         """Give turns their thinking back that the client left out. Claude takes it only where
@@ -3405,7 +3409,7 @@ class MessagesOnChat:
 
     def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
                  is_openai: bool = True, echoes_reasoning: bool = False,
-                 recall: object = None) -> None:
+                 recall: object = None) -> None:       # which only Claude's thinking needs
         self._losses, self.is_openai = losses, is_openai
         self._echoes_reasoning = echoes_reasoning
         self._names: dict[str, str] = {}           # name at the provider -> the client's
@@ -7192,9 +7196,8 @@ class Router:
         """Whether a client is still there, and its token valid. Raises ClientGone, Unauthorized."""
         if client is not None and has_hung_up(client.sock):
             raise ClientGone
-        known = {row.sha256: row for row in self.config.callers}
-        if caller.name not in RESERVED_NAMES and (
-                caller.sha256 not in known or known[caller.sha256].has_expired()):
+        if caller.scopes and not any(row.sha256 == caller.sha256 and not row.has_expired()
+                                     for row in self.config.callers):
             raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited")
 
     def _upstream_body(self, call: Call) -> bytes:
