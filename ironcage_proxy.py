@@ -1172,6 +1172,8 @@ class Bound(NamedTuple):
     asked_output_tokens: Optional[int]  # the client's own cap, or the API's default; else None
     most_output_tokens: int             # what an answer without a cap of its own can be
     least_output_tokens: int = 0        # a lower cap would not be a valid request
+    loops: bool = False                 # the provider may run the model several times for it
+    fees_picodollars: Rate = 0          # of all uses of hosted tools that it admits
     may_be_lowered: bool = True         # the client's cap, to what is free
 
     @property
