@@ -387,11 +387,22 @@ class JsonBody:
         self.raw = raw                        # UTF-8
         self.fields = fields
         self.spans = spans                    # field -> (start, end) of its value in the text
-        self.parts: Optional[Sequence[tuple[str, dict]]] = None     # see prompt_parts()
+        self.parts: Optional[list[tuple[str, str, dict]]] = None     # see prompt_parts()
+        self.tools: Optional[list[tuple[str, str, dict]]] = None     # see request_tools()
 
-    def with_fields(self, changes: Mapping[str, object]) -> bytes:
-        """The bytes with some top-level fields set. All else stays as it was."""
+    def with_fields(self, changes: Mapping[str, object], without: frozenset = frozenset()) -> bytes:
+        """The bytes with some top-level fields set, and others left out. All else stays as it was.
+
+        Where a field goes, only the white space between the others may change.
+        """
         text = None if self.raw.isascii() else self.raw.decode("utf-8")
+        if without & self.spans.keys():
+            text = self.raw.decode("utf-8")
+            kept = {name: text[start:end] for name, (start, end) in self.spans.items()
+                    if name not in without}
+            kept.update((name, json.dumps(value)) for name, value in changes.items())
+            members = ",".join(f"{json.dumps(name)}:{value}" for name, value in kept.items())
+            return f"{{{members}}}".encode("utf-8")
 
         def place(at: int) -> int:
             return at if text is None else len(text[:at].encode("utf-8"))
@@ -1121,8 +1132,10 @@ INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it
 INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
 IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
 
-# Content that is text and nothing else; content that brings input which its bytes do not show and
-# counts as a whole context. Any other type may set off work at the provider, and is refused.
+# Content whose tokens its own bytes bound; content whose input those do not show, which counts as
+# a whole context; and results of hosted searches, which count as text and as one more result. Any
+# other type may set off work at the provider, and is refused (--allow-content counts it as a whole
+# context). Source: the types of openai 3.57.0 and anthropic 2.14.0, read 2026-11-28.
 TEXT_PART_TYPES = frozenset({
     "text", "input_text", "output_text", "summary_text", "reasoning_text", "refusal",
     "message", "function", "function_call", "function_call_output", "custom",
@@ -1130,41 +1143,241 @@ TEXT_PART_TYPES = frozenset({
     "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call",
     "apply_patch_call_output", "tool_use", "tool_result", "thinking", "redacted_thinking",
     "search_result", "tool_reference", "tool_search_call", "tool_search_output",
+    "additional_tools", "configuration_update", "compaction", "compaction_trigger",
+    "tool_addition", "tool_removal", "fallback", "browser_state", "server_tool_use",
+    "web_search_result", "web_search_tool_result_error", "web_search_result_location",
+    "content", "web_fetch_result", "web_fetch_tool_result_error", "tool_search_tool_result",
+    "tool_search_tool_search_result", "tool_search_tool_result_error",
 })
 UNSEEN_PART_TYPES = (
     r"(input_|computer_)?(image|file|audio|video|document|screenshot)(_url|_file)?|base64|url"
-    r"|content|container_upload|item_reference|compaction(_summary)?|server_tool_use"
-    r"|(web_search|web_fetch|file_search|code_interpreter|image_generation|computer)"
-    r"_call(_output)?|computer_call_safety_check"
+    r"|container_upload|item_reference|compaction_summary"
+    r"|(file_search|code_interpreter|image_generation|computer)"
+    r"_call(_output)?|computer_call_safety_check|web_search_call_output"
     r"|(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)"
-    r"(_tool)?(_search)?(_result|_result_error)|web_search_result_location|encrypted_.*")
+    r"(_tool)?(_search)?(_result|_result_error)|encrypted_.*")
+HOSTED_RESULT_TYPES = frozenset({
+    "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
+HOSTED_RESULT_TOKENS = 17_000           # the largest result_tokens of HOSTED_TOOLS
 # What hangs on content without being content: who called, what was cited, arguments.
 NOT_CONTENT_FIELDS = frozenset({
     "cache_control", "caller", "action", "operation", "citations", "annotations", "logprobs",
     "parameters", "arguments", "metadata",
 })
-# Tools that the client runs. All others run at the provider, and read and bill unbounded input.
+# Content that declares tools -> the member that holds them, and that is not content itself.
+TOOL_BRINGERS = MappingProxyType({
+    "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
+    "tool_removal": "tool"})
+# Tools that the client runs.
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
-    r"|(bash|text_editor|memory|computer)_\d{8}")
+    r"|(bash|text_editor|memory|computer)_\d{8}|(computer|browser)_toolset_20260801")
+# The same types with a member that says who runs them.
+CLIENT_TOOL_PLACES = (("tool_search", ("execution",), "client"),
+                      ("shell", ("environment", "type"), "local"))
+TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container", "thread"})
-UNBOUNDED_FIELDS = frozenset({
-    "background", "mcp_servers", "web_search_options", "fallbacks", "compaction",
-    "access_programs", "betas", "anthropic_beta",
-    # of OpenRouter, xAI and others: searches and dearer models
-    "plugins", "models", "route", "search_parameters", "enable_search", "web_search", "online",
-    "extra_body",
-    # with some of their values
-    "prompt", "context_management", "speed", "service_tier",
+
+
+class HostedTool(NamedTuple):
+    """A tool that the provider runs, sampling the model again to read each result."""
+    api: str
+    provider: str                       # LiteLLM's name of who runs it
+    types: str                          # a pattern of its types
+    models: str                         # a pattern of the price rows it holds for
+    prompt_tokens: int                  # what it adds to every sampling
+    result_tokens: int                  # what one use adds to every later one; assumed
+    has_fee: bool                       # each use costs what a search does
+    loops_freely: bool                  # its uses do not bound the samplings
+
+
+# First match wins; others are refused. The tokens are assumptions, from above of what 95 recorded
+# exchanges of 2025 and 2026 were billed (at most 16,900 a result; Anthropic's tools add up to 2,400
+# to the prompt, OpenAI's 4,400); no vendor documents a cap on a result. Anthropic samples at most
+# ten times and once more, and once more than max_uses where the model tries again.
+HOSTED_TOOLS = (
+    HostedTool("messages", "anthropic", r"web_search_20250305", "",
+               4096, 16_000, True, False),
+    HostedTool("messages", "anthropic", r"web_search_(20260209|20260318)", "",
+               4096, 16_000, True, True),
+    HostedTool("messages", "anthropic", r"web_fetch_20250910", "", 4096, 0, False, False),
+    HostedTool("messages", "anthropic", r"web_fetch_(20260209|20260309|20260318)", "",
+               4096, 0, False, True),
+    HostedTool("messages", "anthropic", r"tool_search_tool_(bm25|regex)(_20251119)?", "",
+               4096, 0, False, True),
+    HostedTool("responses", "openai", r"web_search(_2025_08_26)?", r"gpt-([5-9]|\d\d)",
+               5000, 5000, True, False),
+    HostedTool("responses", "openai", r"web_search(_2025_08_26)?", "", 5000, 17_000, True, False),
+)
+SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
+DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
+MOST_SAMPLINGS = 11                     # of one Anthropic call
+DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where it has none
+FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
+
+# Top-level fields of a request under a budget. None: it costs nothing beyond what the bound
+# counts (text, caps, choices, tier). An object of rules: the members that it may have. A function
+# of (value, price): whether that value is bounded. A field that is not here is refused.
+# Source: the types of openai 3.57.0 and anthropic 2.14.0, read 2026-11-28.
+FieldRule = Union[None, Mapping[str, object], Callable[[object, "Price"], bool]]
+
+
+def _is_off(value: object, price: Price) -> bool:
+    return value in (None, False, [])
+
+
+def _is_no_object(value: object, price: Price) -> bool:
+    return not isinstance(value, dict)
+
+
+def _has_a_priced_tier(value: object, price: Price) -> bool:
+    suffix = TIER_SUFFIXES.get(str(value), "")
+    return not suffix or any(key.endswith(suffix) for key in price.amounts)
+
+
+def _has_a_priced_speed(value: object, price: Price) -> bool:
+    return value == "standard" or price.fast_multiplier != 1
+
+
+def _is_free_moderation(value: object, price: Price) -> bool:
+    return "moderation" in str(value)
+
+
+def _rules(names: str, **guarded: FieldRule) -> Mapping[str, FieldRule]:
+    return MappingProxyType({**dict.fromkeys(names.split()), **guarded})
+
+
+_MODERATION = _rules("policy", model=_is_free_moderation)
+_STREAM_OPTIONS = _rules("include_usage include_obfuscation continuous_usage_stats")
+_CACHE_OPTIONS = _rules("mode ttl comparison_response_id prewarm")
+_EDITS = _rules("keep trigger clear_at_least exclude_tools clear_tool_inputs",
+                type=lambda value, price: str(value).startswith(("clear_thinking", "clear_tool")))
+FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
+    "chat": _rules(
+        "audio frequency_penalty function_call functions logit_bias logprobs "
+        "max_completion_tokens max_tokens messages metadata modalities model n "
+        "parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention "
+        "reasoning_effort response_format safety_identifier seed stop store stream temperature "
+        "tool_choice tools top_logprobs top_p user verbosity",
+        moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
+        prompt_cache_options=_CACHE_OPTIONS, web_search_options=_is_off),
+    "responses": _rules(
+        "client_metadata conversation include input instructions max_output_tokens max_tool_calls "
+        "metadata model parallel_tool_calls previous_response_id prompt_cache_key "
+        "prompt_cache_retention safety_identifier store stream temperature tool_choice tools "
+        "top_logprobs top_p truncation user",
+        moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
+        prompt_cache_options=_CACHE_OPTIONS, image=_rules("context_compression"),
+        reasoning=_rules("context effort generate_summary summary",
+                         mode=lambda value, price: value == "standard"),
+        text=_rules("format verbosity"), prompt=_is_no_object, background=_is_off,
+        background_options=_is_off, context_management=_is_off, access_programs=_is_off,
+        multi_agent=_rules("max_concurrent_subagents", enabled=_is_off)),
+    "completions": _rules(
+        "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty "
+        "prompt seed stop stream suffix temperature top_p user", stream_options=_STREAM_OPTIONS),
+    "embeddings": _rules("dimensions encoding_format input model user"),
+    "messages": _rules(
+        "billing_policy cache_control container diagnostics fallback_credit_token inference_geo "
+        "max_tokens messages metadata model output_format stop_sequences stream system "
+        "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
+        thinking=_rules("type budget_tokens display block_binding"),
+        output_config=_rules("effort format task_budget"),
+        context_management=_rules("", edits=_EDITS), speed=_has_a_priced_speed,
+        service_tier=_has_a_priced_tier, compaction=_is_off, fallbacks=_is_off,
+        mcp_servers=_is_off),
 })
+# What servers of OpenAI's format know beside OpenAI's fields (vLLM, SGLang, llama.cpp, OpenRouter,
+# Mistral, Z.ai, DeepSeek, DashScope, Cerebras, Groq; HTTP references and SDKs, read 2026-11-28).
+# Searches, other models and other caps on the output are not among them.
+COMPATIBLE_FIELDS = _rules(
+    "top_k top_a min_p typical_p tfs repetition_penalty repeat_penalty length_penalty min_tokens "
+    "ignore_eos stop_token_ids bad_words skip_special_tokens spaces_between_special_tokens "
+    "include_stop_str_in_output add_generation_prompt continue_final_message add_special_tokens "
+    "chat_template_kwargs enable_thinking include_reasoning reasoning_format reasoning_split "
+    "disable_reasoning thinking_budget guided_json guided_regex guided_choice guided_grammar "
+    "structured_outputs grammar json_schema regex ebnf cache_prompt mirostat mirostat_eta "
+    "mirostat_tau safe_prompt random_seed prompt_mode do_sample tool_stream request_id user_id "
+    "session_id priority usage safety_settings documents client_metadata input_type truncate",
+    reasoning=_rules("effort max_tokens exclude enabled summary"),
+    thinking=_rules("type budget_tokens clear_thinking keep"),
+    provider=_rules("allow_fallbacks data_collection enforce_distillable_text ignore max_price "
+                    "quantizations require_parameters zdr"))
 # A provider writes a prompt of its own for these.
 PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
                               "output_format"})
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
 
 
+class Hatches(NamedTuple):
+    """What the operator lets through under a budget, or keeps out."""
+    fields: frozenset = frozenset()         # names of fields that are not known (--allow-field)
+    contents: frozenset = frozenset()       # types of content (--allow-content)
+    hosted_tools: bool = True
+
+
+class Caps(NamedTuple):
+    """What a request may use at most, as it is admitted."""
+    output_tokens: int
+    hosted_uses: int = 0                    # of each hosted tool
+
+
+class HostedUse(NamedTuple):
+    """One hosted tool of a request."""
+    asked: int                              # uses that it is offered for
+    result_tokens: int                      # of each use
+    fee_picodollars: Rate                   # of each use
+    loops_freely: bool                      # see HostedTool
+
+
+class HostedUses(NamedTuple):
+    """The hosted tools of one request: how its input grows with each use of them.
+
+    The first sampling of the model reads what is visible; each later one that, all results and
+    all output before it. None reads more than the context.
+    """
+    visible_tokens: int                     # the request's own bound, with the tools' prompts
+    tools: tuple[HostedUse, ...]
+    is_asked: bool                          # the client set the number of uses of all of them
+    retries: int                            # samplings beyond the uses
+    most_samplings: int
+    extra_samplings: int                    # without any use: of tool search, and of compaction
+    least: int                              # 0: it is a valid request without a use of them
+    are_all: bool                           # there are no other tools
+    context_tokens: Optional[int]
+    rates: tuple[Rate, Rate]                # picodollars a token of (input, output), the dearest
+    looped_rates: tuple[Rate, Rate]         # of several samplings, whose sum has a longer context
+
+    @property
+    def asked(self) -> int:
+        return max((tool.asked for tool in self.tools), default=0)
+
+    def admitted(self, level: int) -> tuple[int, int, Rate]:
+        """(samplings, tokens of all results, picodollars of fees) with `level` uses of each."""
+        counted = [(min(level, tool.asked), tool) for tool in self.tools]
+        uses = sum(count for count, _ in counted)
+        samplings = min(uses + self.retries, self.most_samplings) if uses else 1
+        if any(count and tool.loops_freely for count, tool in counted):
+            samplings = self.most_samplings
+        return (max(samplings, 1 + self.extra_samplings),
+                sum(count * tool.result_tokens for count, tool in counted),
+                sum(count * tool.fee_picodollars for count, tool in counted))
+
+    def input_lines(self, level: int) -> list[tuple[int, int]]:
+        """(tokens, tokens for each one of output) of all input: it is on the lowest of these."""
+        samplings, results, _ = self.admitted(level)
+        later, most = samplings - 1, self.context_tokens or sys.maxsize
+        first, others = min(self.visible_tokens, most), min(self.visible_tokens + results, most)
+        lines = [(first + later * others, later)]
+        return lines if self.context_tokens is None else [*lines, (first + later * most, 0)]
+
+    def rates_of(self, level: int) -> tuple[Rate, Rate]:
+        """The dearest rates with `level` uses of each."""
+        return self.rates if self.admitted(level)[0] == 1 else self.looped_rates
+
+
 class Bound(NamedTuple):
-    """The worst case of one request, linear in its output tokens."""
+    """The worst case of one request, linear in its output tokens and its uses of hosted tools."""
     input_tokens: int
     input_picodollars: Rate             # all input at its dearest rate
     output_picodollars: Rate            # one output token in every choice, at its dearest
@@ -1172,9 +1385,10 @@ class Bound(NamedTuple):
     asked_output_tokens: Optional[int]  # the client's own cap, or the API's default; else None
     most_output_tokens: int             # what an answer without a cap of its own can be
     least_output_tokens: int = 0        # a lower cap would not be a valid request
+    may_be_lowered: bool = True         # the client's caps, to what is free
     loops: bool = False                 # the provider may run the model several times for it
     fees_picodollars: Rate = 0          # of all uses of hosted tools that it admits
-    may_be_lowered: bool = True         # the client's cap, to what is free
+    hosted: Optional[HostedUses] = None         # until admission says how many uses it has
 
     @property
     def output_tokens(self) -> int:
@@ -1186,28 +1400,74 @@ class Bound(NamedTuple):
             else self.asked_output_tokens
 
     @property
+    def hosted_uses(self) -> int:
+        """The uses of each hosted tool that hold when we set none."""
+        return 0 if self.hosted is None else self.hosted.asked
+
+    @property
+    def least_uses(self) -> int:
+        """The fewest uses of hosted tools that it is a valid request with."""
+        return 0 if self.hosted is None else min(self.hosted.least, self.hosted_uses)
+
+    @property
     def worthwhile_output_tokens(self) -> int:
         """The least cap that is worth sending for: 1,024, or the client's if that is less."""
         if self.asked_output_tokens is not None and not self.may_be_lowered:
             return self.asked_output_tokens
         return max(min(LEAST_OUTPUT_TOKENS, self.output_tokens), self.least_output_tokens)
 
-    def microdollars(self, output_tokens: int) -> int:
-        """The worst cost with that output cap, rounded up."""
-        output = output_tokens + self.unlimited_output_tokens
-        return microdollars_ceil(self.input_picodollars + output * self.output_picodollars)
+    def _lines(self, uses: int) -> list[tuple[Rate, Rate]]:
+        """(picodollars, picodollars a token of output); the cost is on the lowest of them."""
+        if self.hosted is None:
+            unlimited = self.unlimited_output_tokens * self.output_picodollars
+            return [(self.input_picodollars + self.fees_picodollars + unlimited,
+                     self.output_picodollars)]
+        fees, (input_rate, output_rate) = self.hosted.admitted(uses)[2], self.hosted.rates_of(uses)
+        return [(tokens * input_rate + fees, each * input_rate + output_rate)
+                for tokens, each in self.hosted.input_lines(uses)]
 
-    def affordable_output_tokens(self, microdollars: int) -> int:
+    def microdollars(self, output_tokens: int, uses: int = 0) -> int:
+        """The worst cost with those caps, rounded up."""
+        return microdollars_ceil(min(fixed + output_tokens * each
+                                     for fixed, each in self._lines(uses)))
+
+    def affordable_output_tokens(self, microdollars: int, uses: int = 0) -> int:
         """The largest output cap whose worst cost fits into an amount; below 0 if none does."""
-        left = microdollars * PICODOLLARS_PER_MICRODOLLAR - self.input_picodollars
-        if left < 0:
-            return -1
-        if not self.output_picodollars:
-            return self.output_tokens
-        return int(left // self.output_picodollars) - self.unlimited_output_tokens
+        left = [(microdollars * PICODOLLARS_PER_MICRODOLLAR - fixed, each)
+                for fixed, each in self._lines(uses)]
+        return max(-1 if free < 0 else int(free // each) if each else self.output_tokens
+                   for free, each in left)
+
+    def fitting_caps(self, free_microdollars: Optional[int], *, at_last: bool,
+                     shares: bool = False) -> Optional[Caps]:
+        """The caps to reserve for while so much is free; None: not now.
+
+        The client's own, if they fit. Else the uses of hosted tools fall first, to one, within
+        half of what is free; then the output, as fitting_cap() has it; then the uses to none,
+        though not where the request is about nothing else and may wait.
+        """
+        asked = Caps(self.output_tokens, self.hosted_uses)
+        if free_microdollars is None or self.hosted is None:
+            cap = self.fitting_cap(free_microdollars, at_last=at_last, shares=shares)
+            return None if cap is None else Caps(cap, asked.hosted_uses)
+        is_asked = self.hosted.is_asked and self.asked_output_tokens is not None
+        if self.microdollars(*asked) <= (free_microdollars if is_asked else free_microdollars // 2):
+            return asked
+        if self.hosted.is_asked and not self.may_be_lowered:
+            return None
+        for uses in range(asked.hosted_uses, 1, -1):
+            if self.microdollars(asked.output_tokens, uses) <= free_microdollars // 2:
+                return Caps(asked.output_tokens, uses)
+        for uses in range(min(1, asked.hosted_uses), self.least_uses - 1, -1):
+            if uses == 0 < asked.hosted_uses and self.hosted.are_all and not at_last:
+                break
+            cap = self.fitting_cap(free_microdollars, at_last=at_last, shares=shares, uses=uses)
+            if cap is not None:
+                return Caps(cap, uses)
+        return None
 
     def fitting_cap(self, free_microdollars: Optional[int], *, at_last: bool,
-                    shares: bool = False) -> Optional[int]:
+                    shares: bool = False, uses: int = 0) -> Optional[int]:
         """The output cap to reserve for while so much is free; None: not now.
 
         The client's own, if it fits. A default or a lowered one takes at most half of what is
@@ -1219,7 +1479,7 @@ class Bound(NamedTuple):
             return self.output_tokens
         asked = self.asked_output_tokens
         if asked is not None:
-            if self.microdollars(asked) <= free_microdollars:
+            if self.microdollars(asked, uses) <= free_microdollars:
                 return asked
             if not self.may_be_lowered:
                 return None
@@ -1228,10 +1488,22 @@ class Bound(NamedTuple):
         steps = [(half, comfortable)] + [(half, worthwhile)] * (at_last and shares) \
             + [(free_microdollars, worthwhile)] * at_last
         for amount, least in steps:
-            cap = self.affordable_output_tokens(amount)
+            cap = self.affordable_output_tokens(amount, uses)
             if cap >= least:
                 return min(cap, self.output_tokens)
         return None
+
+    def admitted(self, caps: Caps) -> Bound:
+        """The bound of the request with these caps: what it is charged where no usage comes."""
+        if self.hosted is None:
+            return self
+        samplings, _, fees = self.hosted.admitted(caps.hosted_uses)
+        input_rate, output_rate = self.hosted.rates_of(caps.hosted_uses)
+        tokens = min(tokens + caps.output_tokens * each
+                     for tokens, each in self.hosted.input_lines(caps.hosted_uses))
+        return self._replace(hosted=None, loops=samplings > 1, fees_picodollars=fees,
+                             input_tokens=tokens, input_picodollars=tokens * input_rate,
+                             output_picodollars=output_rate)
 
 
 def fixed_bound(microdollars: int) -> Bound:
@@ -1241,13 +1513,13 @@ def fixed_bound(microdollars: int) -> Bound:
                  most_output_tokens=0)
 
 
-def _parts(values: Iterable[object]) -> Sequence[tuple[str, dict]]:
+def _parts(value: object) -> Sequence[tuple[str, dict]]:
     """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
 
     What stands for content kept at the provider, by its id alone, counts as "item_reference".
     """
     found: list[tuple[str, dict]] = []
-    waiting = [*values]
+    waiting = [value]
     for value in waiting:                      # which grows as we go
         if isinstance(value, list):
             waiting += value
@@ -1259,11 +1531,13 @@ def _parts(values: Iterable[object]) -> Sequence[tuple[str, dict]]:
             found.append((kind, value))
         elif "id" in value and "content" not in value:
             found.append(("item_reference", value))
-        if kind == "reasoning" and not value.get("encrypted_content"):
+        if kind in ("reasoning", "compaction") and not value.get("encrypted_content") \
+                and not (kind == "compaction" and value.get("content")):
             found.append(("item_reference", value))
         for name, child in value.items():
             if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
                     and not (name == "input" and kind in ("tool_use", "server_tool_use")) \
+                    and not (kind in TOOL_BRINGERS and name == TOOL_BRINGERS[kind]) \
                     and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child)):
                 waiting.append(child)
     return found
@@ -1275,20 +1549,85 @@ def _is_image_data(name: str, child: object) -> bool:
         None, "base64", "url", "file"))
 
 
-def prompt_parts(body: JsonBody) -> Sequence[tuple[str, dict]]:
-    """The parts of a request's prompt, looked for once."""
+def prompt_parts(body: JsonBody) -> Sequence[tuple[str, str, dict]]:
+    """(field, type, part) of the parts of a request's prompt, looked for once."""
     if body.parts is None:
-        body.parts = _parts([body.fields.get(name) for name in ("messages", "input", "system")])
+        body.parts = [(name, *found) for name in ("messages", "input", "system")
+                      for found in _parts(body.fields.get(name))]
     return body.parts
+
+
+def request_tools(body: JsonBody) -> Sequence[tuple[str, str, Mapping[str, object]]]:
+    """(field, type, tool) of every tool that a request declares, in its content too."""
+    if body.tools is None:
+        body.tools = [*_flat_tools("tools", body.fields.get("tools"))]
+        for field, kind, part in prompt_parts(body):
+            brought = part.get(TOOL_BRINGERS.get(kind, ""))
+            if kind == "tool_addition" and json_object(brought).get("type") == "tool_reference":
+                brought = None              # to a tool that was declared
+            elif kind == "tool_addition":
+                brought = [json_object(brought).get("definition")]
+            if kind in TOOL_BRINGERS and kind != "tool_removal":
+                body.tools += _flat_tools(field, brought)
+    return body.tools
+
+
+def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[str, object]]]:
+    """Each tool of a list, also those in namespaces; of the type "?" where it is not a tool."""
+    if tools is not None and not isinstance(tools, list):
+        yield field, "?", {}
+    for tool in tools if isinstance(tools, list) else ():
+        fields = json_object(tool)
+        kind = fields.get("type")
+        kind = "function" if kind is None else kind
+        if not isinstance(tool, dict) or not isinstance(kind, str) \
+                or any(name != name.casefold() for name in tool):
+            kind = "?"
+        yield field, kind, fields
+        if kind == "namespace":
+            yield from _flat_tools(field, fields.get("tools"))
+
+
+def _runs_at_client(kind: str, tool: Mapping[str, object]) -> bool:
+    if re.fullmatch(CLIENT_TOOL_TYPES, kind):
+        return True
+    for name, path, value in CLIENT_TOOL_PLACES:
+        place: object = tool
+        for step in path:
+            place = json_object(place).get(step)
+        if kind == name and place == value:
+            return True
+    return False
+
+
+def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
+    """What is known of a type of tool that the provider of a price row runs."""
+    return next((row for row in HOSTED_TOOLS
+                 if (row.api, row.provider) == (api, price.provider)
+                 and re.fullmatch(row.types, kind)
+                 and re.match(row.models, price.key.rpartition("/")[2])), None)
+
+
+def _is_unseen(kind: str, part: Mapping[str, object]) -> bool:
+    """Whether a part brings input that its own bytes do not bound."""
+    if kind == "document":
+        return json_object(part.get("source")).get("type") not in ("text", "content")
+    return kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES \
+        and kind not in HOSTED_RESULT_TYPES
 
 
 def _unseen_input(body: JsonBody) -> tuple[bool, list[dict]]:
     """(whether a request brings input that its bytes do not bound, its images)."""
     fields, parts = body.fields, prompt_parts(body)
-    images = [part for kind, part in parts if kind in IMAGE_PART_TYPES]
     is_unseen = any(fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()) \
-        or any(kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES for kind, _ in parts)
-    return is_unseen, images
+        or any(_is_unseen(kind, part) for _, kind, part in parts)
+    return is_unseen, [part for _, kind, part in parts if kind in IMAGE_PART_TYPES]
+
+
+def _cited_texts(body: JsonBody) -> Iterator[object]:
+    """The documents and search results that are to be cited: read in pieces of their own."""
+    return (part for _, kind, part in prompt_parts(body) if kind in ("document", "search_result")
+            and json_object(part.get("citations")).get("enabled"))
 
 
 def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
@@ -1309,63 +1648,92 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(child)
 
 
-def check_boundable(body: JsonBody, price: Price) -> None:
-    """Refuse what no bound covers. Raises UnboundedRequest, naming the field."""
-    fields = body.fields
-    unbounded = [name for name, value in fields.items()
-                 if name in UNBOUNDED_FIELDS and _opens_the_bound(name, value, price)]
+def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
+                    hatches: Hatches = Hatches()) -> list[str]:
+    """Refuse what no bound covers; return the hatches that let something through.
+
+    Raises UnboundedRequest, naming the field and what to do.
+    """
+    opened = _check_fields(api, body, price, provider, hatches)
     if SEARCHING_MODEL.search(price.key):
-        unbounded.append("model")
-    names = "".join(fields)
-    if names != names.casefold():                  # some servers fold case
-        unbounded += [name for name in fields if name != name.casefold()]
-    if unbounded:
-        shown = unbounded[0] if PRINTABLE_NAME.fullmatch(unbounded[0]) else "a field"
+        raise UnboundedRequest("a model that searches by itself cannot be used under a budget: "
+                               "its searches cannot be bounded", param="model")
+    for field, kind, _ in prompt_parts(body):
+        if kind in TEXT_PART_TYPES or kind in HOSTED_RESULT_TYPES \
+                or re.fullmatch(UNSEEN_PART_TYPES, kind):
+            continue
+        if kind not in hatches.contents:
+            raise UnboundedRequest(
+                f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
+                f"under a budget; the operator can count it as a whole context with "
+                f"--allow-content {shown_name(kind)}", param=field)
+        opened.append(f"content {kind}")
+    for field, kind, tool in request_tools(body):
+        if not _runs_at_client(kind, tool):
+            _check_hosted(api, field, kind, price, hatches)
+    return opened
+
+
+def _check_fields(api: str, body: JsonBody, price: Price, provider: str,
+                  hatches: Hatches) -> list[str]:
+    """The fields that a hatch lets through. Raises UnboundedRequest for any other that is not
+    bounded; models that are free may have fields that are not known."""
+    rules = FIELD_RULES[api]
+    if provider != "openai" and api != "messages":
+        rules = {**COMPATIBLE_FIELDS, **rules}
+    opened = []
+    for name, is_known in _unbounded_fields(rules, body.fields, price, ""):
+        shown = shown_name(name)
+        if is_known:
+            raise UnboundedRequest(
+                f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot "
+                "be bounded before it is sent", param=shown)
+        if name in hatches.fields:
+            opened.append(f"field {name}")
+        elif any(price.amounts.values()):
+            raise UnboundedRequest(
+                f"{shown} is not known here, so what it costs cannot be bounded under a budget; "
+                f"the operator can let it through with --allow-field {shown}", param=shown)
+    return opened
+
+
+def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, object], price: Price,
+                      inside: str) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is known) of what the rules do not bound, also inside objects."""
+    for name, value in fields.items():
+        rule = rules.get(name)
+        if value is None or (rule is None and name in rules):
+            continue
+        if callable(rule):
+            if not rule(value, price):
+                yield inside + name, True
+        elif name not in rules:
+            yield inside + name, False
+        else:
+            for row in value if isinstance(value, list) else [value]:
+                if isinstance(row, dict):
+                    yield from _unbounded_fields(rule, row, price, f"{inside}{name}.")
+                elif row not in ("auto", "default", "none", "", False):
+                    yield inside + name, True
+
+
+def _check_hosted(api: str, field: str, kind: str, price: Price, hatches: Hatches) -> None:
+    """Refuse a tool that runs at the provider, unless its uses can be capped and counted."""
+    if kind == "?":
+        raise UnboundedRequest("a tool has no type that is known, so it cannot be bounded under a "
+                               "budget", param=field)
+    known = hosted_tool(api, kind, price)
+    if known is None:
         raise UnboundedRequest(
-            f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot be "
-            "bounded before it is sent", param=shown)
-    tools = [*_tool_types(fields.get("tools"))]
-    for kind, part in prompt_parts(body):
-        if kind == "tool_search_output":               # brings further tools
-            tools += _tool_types(part.get("tools"))
-        if kind not in TEXT_PART_TYPES and not re.fullmatch(UNSEEN_PART_TYPES, kind):
-            raise UnboundedRequest(
-                f"content of the type {shown_name(kind)} is not known, so that it cannot be "
-                "bounded under a budget", param="messages")
-    for kind in tools:
-        if not re.fullmatch(CLIENT_TOOL_TYPES, kind):
-            raise UnboundedRequest(
-                f"the tool type {shown_name(kind)} runs at the provider, which a budget cannot "
-                "bound; remove it from tools", param="tools")
-
-
-def _opens_the_bound(name: str, value: object, price: Price) -> bool:
-    """Whether one of UNBOUNDED_FIELDS does so with this value."""
-    if name == "prompt":                            # one stored at the provider
-        return isinstance(value, dict)
-    if name == "context_management":                # a compaction reads the whole prompt once more
-        return any(kind.lower().startswith("compact") for kind, _ in _parts([value]))
-    if name == "speed":                             # a premium that the table has no price for
-        return value is not None and price.fast_multiplier == 1
-    if name == "service_tier":
-        suffix = TIER_SUFFIXES.get(str(value), "")
-        return bool(suffix) and not any(key.endswith(suffix) for key in price.amounts)
-    return value not in (None, False)
-
-
-def _tool_types(tools: object) -> Iterator[str]:
-    """The type of every tool, also of those inside namespaces; "?" for what is not a tool."""
-    if tools is not None and not isinstance(tools, list):
-        yield "?"
-    for tool in tools if isinstance(tools, list) else ():
-        kind = tool.get("type", "function") if isinstance(tool, dict) else "?"
-        if isinstance(tool, dict) and any(name != name.casefold() for name in tool):
-            kind = "?"
-        if kind == "tool_search" and tool.get("execution") == "client":
-            kind = "function"
-        yield kind if isinstance(kind, str) else "?"
-        if isinstance(tool, dict) and kind == "namespace":
-            yield from _tool_types(tool.get("tools"))
+            f"the tool type {shown_name(kind)} runs at the provider, which a budget cannot bound; "
+            f"remove it from {field}", param=field)
+    if not hatches.hosted_tools:
+        raise UnboundedRequest(
+            f"the tool type {shown_name(kind)} runs at the provider, and this proxy was started "
+            f"with --no-hosted-tools or --bound bytes; remove it from {field}", param=field)
+    if field != "tools" and api == "messages":
+        raise UnboundedRequest(f"the tool type {shown_name(kind)} runs at the provider, and its "
+                               "uses can be capped in tools only; declare it there", param=field)
 
 
 def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
@@ -1385,8 +1753,6 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
         return context
-    is_prompted = any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys())
-    extra = TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS
     text, utf8_bytes = body.raw, len(body.raw)
     if price.provider == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
@@ -1396,9 +1762,107 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     for data in _inline_data(images):
         utf8_bytes -= len(data)             # an image's own bytes are not text; taken out once
         text = text.replace(data.encode("utf-8"), b"", 1) if measured else text
+    for cited in _cited_texts(body):
+        again = json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        utf8_bytes += len(again)
+        text = text + again if measured else text
     tokens = min(utf8_bytes, _measured_tokens(text, price.provider)) if measured else utf8_bytes
-    with_images = tokens + extra + len(images) * (per_image or 0)
+    with_images = tokens + _unseen_prompt_tokens(body) + len(images) * (per_image or 0)
     return min(with_images, context) if images and price.max_input_tokens else with_images
+
+
+def _unseen_prompt_tokens(body: JsonBody) -> int:
+    """What the provider adds to a prompt that is text and images: framing, prompts of tools and
+    of formats, and what results of earlier hosted searches may hold beyond their own text."""
+    tools = request_tools(body)
+    is_prompted = tools or any(_cited_texts(body)) \
+        or any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys())
+    results = sum(kind in HOSTED_RESULT_TYPES for _, kind, _ in prompt_parts(body))
+    toolsets = sum("_toolset_" in kind for _, kind, _ in tools)
+    return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
+        + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS
+
+
+def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
+                rates: tuple[Rate, Rate], looped_rates: tuple[Rate, Rate],
+                window: int = 0) -> Optional[HostedUses]:
+    """The hosted tools of a request, with the uses that it asks for; None where it has none.
+
+    Raises BadRequest for a number of uses that is none.
+    """
+    declared = [(kind, tool, row) for _, kind, tool in request_tools(body)
+                for row in [None if _runs_at_client(kind, tool) else hosted_tool(api, kind, price)]
+                if row is not None]
+    compacts = any(kind == "compaction_trigger" for _, kind, _ in prompt_parts(body))
+    if not declared and not compacts:
+        return None
+    capped = [entry for entry in declared if entry[2].result_tokens or entry[0].startswith("web_")]
+    is_openai = api == "responses"
+    caps = [optional_count(body.fields if is_openai else tool,
+                           "max_tool_calls" if is_openai else "max_uses")
+            for _, tool, _ in capped]
+    tools = [HostedUse(
+        asked=min(DEFAULT_HOSTED_USES if cap is None else cap, MOST_HOSTED_USES),
+        result_tokens=row.result_tokens or _fetched_tokens(tool),
+        fee_picodollars=price.search_picodollars if row.has_fee else 0,
+        loops_freely=row.loops_freely) for cap, (_, tool, row) in zip(caps, capped)]
+    if is_openai and tools:                 # one cap for all of them
+        tools = [max(tools, key=lambda tool: tool.result_tokens)]
+    context = max(price.max_input_tokens, window) if price.max_input_tokens else None
+    return HostedUses(
+        visible_tokens=visible_tokens + sum(row.prompt_tokens for *_, row in declared)
+        + TOOL_PROMPT_TOKENS * compacts,
+        tools=tuple(tools),
+        is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
+        retries=1 if is_openai else 2,
+        most_samplings=1 + MOST_HOSTED_USES if is_openai else MOST_SAMPLINGS,
+        extra_samplings=MOST_SAMPLINGS - 1 if len(capped) < len(declared) else int(compacts),
+        least=int(_forces_hosted(body.fields.get("tool_choice"),
+                                 {str(tool.get("name")) for _, tool, _ in capped})),
+        are_all=len(capped) == len(request_tools(body)),
+        context_tokens=context, rates=rates, looped_rates=looped_rates)
+
+
+def _fetched_tokens(tool: Mapping[str, object]) -> int:
+    asked = optional_count(tool, "max_content_tokens")
+    return -int(-(DEFAULT_FETCHED_TOKENS if asked is None else asked) * FETCHED_TOKENS_MARGIN // 1)
+
+
+def _forces_hosted(choice: object, names: set) -> bool:
+    """Whether a tool_choice leaves the model no way but a hosted tool."""
+    kind = choice if isinstance(choice, str) else json_object(choice).get("type")
+    if kind == "tool":
+        return json_object(choice).get("name") in names
+    return kind not in (None, "auto", "none", "function", "custom")
+
+
+def hosted_changes(api: str, fields: Mapping[str, object],
+                   uses: int) -> tuple[dict, frozenset, dict[str, object]]:
+    """(fields to set, fields to leave out, what to report) so that no hosted tool is used more."""
+    if api == "responses":
+        changed = {} if fields.get("max_tool_calls") == uses else {"max_tool_calls": uses}
+        return changed, frozenset(), changed
+    tools, reported = [], {}
+    for tool in fields["tools"]:
+        kind = str(tool.get("type"))
+        if not re.fullmatch(SEARCH_TOOL_TYPES, kind):
+            tools.append(tool)
+            continue
+        name = f"tools.{tool.get('name')}"
+        own = optional_count(tool, "max_uses")
+        caps = {"max_uses": uses if own is None else min(own, uses)}
+        if kind.startswith("web_fetch"):
+            caps["max_content_tokens"] = tool.get("max_content_tokens") or DEFAULT_FETCHED_TOKENS
+        if uses or own == 0:
+            tools.append({**tool, **caps})
+            reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
+                            if tool.get(cap) != value)
+        else:
+            reported[name] = "removed"
+    if not reported:
+        return {}, frozenset(), {}
+    return ({"tools": tools}, frozenset(), reported) if tools else (
+        {}, frozenset({"tools", "tool_choice"}), reported)
 
 
 def _choices(api: str, fields: Mapping[str, object]) -> int:
@@ -1468,20 +1932,26 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     """The worst case of a request at a price. Raises BadRequest, UnboundedRequest."""
     fields = body.fields
     input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
-    input_rate, output_rate = _dearest_rates(price, body, api, input_tokens, default_tier)
     multiplier = price.residency_multipliers.get(data_residency or "", 1)
     if api == "messages":
         multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
         if fields.get("speed") is not None:
             multiplier *= price.fast_multiplier
+
+    def rates_up_to(most_tokens: int) -> tuple[Rate, Rate]:
+        dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
+        return dearest[0] * multiplier, dearest[1] * multiplier * _choices(api, fields)
+
+    rates = rates_up_to(input_tokens)
     return Bound(
-        input_tokens=input_tokens,
-        input_picodollars=input_tokens * input_rate * multiplier,
-        output_picodollars=output_rate * multiplier * _choices(api, fields),
+        input_tokens=input_tokens, input_picodollars=input_tokens * rates[0],
+        output_picodollars=rates[1],
         unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
-        least_output_tokens=_least_output_tokens(api, fields), may_be_lowered=may_be_lowered)
+        least_output_tokens=_least_output_tokens(api, fields), may_be_lowered=may_be_lowered,
+        # Usage is summed over the samplings, so that any long-context price may hold.
+        hosted=hosted_uses(api, body, price, input_tokens, rates, rates_up_to(MOST_TOKENS), window))
 
 
 # ==== 6. Event streams ==========================================================================
@@ -2083,6 +2553,10 @@ class Losses:
     def adjust(self, name: str, became: object) -> None:
         """A field whose value had to change; `became` is a number or a word of ours."""
         self._check(name, f"would have to become {became} for this model's provider")
+        self.report(name, became)
+
+    def report(self, name: str, became: object) -> None:
+        """A field that the budget, and no translation, changed."""
         self.adjusted[name] = str(became)
 
     def _check(self, name: str, fault: str) -> None:
@@ -4134,7 +4608,7 @@ class Account:
     def may_fit(self, bound: Bound) -> bool:
         """Whether a request would fit here, were all that is in flight settled for nothing."""
         return self.limit is None \
-            or bound.fitting_cap(self.limit - self.spent, at_last=True) is not None
+            or bound.fitting_caps(self.limit - self.spent, at_last=True) is not None
 
     def budget(self) -> Budget:
         return Budget(self.scope, self.limit, self.spent, self.reserved)
@@ -4150,7 +4624,7 @@ class Account:
 
 class Reservation:
     """One request's claim on its scopes: in line, then a part set aside, then settled."""
-    __slots__ = ("bound", "accounts", "microdollars", "output_cap", "admitted_s", "is_open",
+    __slots__ = ("bound", "accounts", "microdollars", "caps", "admitted_s", "is_open",
                  "is_limited", "may_wait", "refused_by", "decided")
 
     def __init__(self, bound: Bound, accounts: Sequence[Account], may_wait: bool) -> None:
@@ -4158,12 +4632,17 @@ class Reservation:
         self.accounts = accounts
         self.may_wait = may_wait
         self.microdollars = 0                 # what is set aside in every account
-        self.output_cap = 0                   # the output tokens that it is set aside for
+        self.caps = Caps(0)                   # what it is set aside for
         self.admitted_s = 0                   # Unix seconds: what it costs belongs to that period
         self.is_open = False                  # set aside and not settled
         self.is_limited = False               # one of its accounts had a limit
         self.refused_by: Optional[Budget] = None
         self.decided: Optional[threading.Event] = None       # made for one that has to wait
+
+    @property
+    def output_cap(self) -> int:
+        """The output tokens that it is set aside for."""
+        return self.caps.output_tokens
 
     @property
     def is_waiting(self) -> bool:
@@ -4299,19 +4778,19 @@ class CostController:
         Where a claim cannot wait, or waiting would bring nothing, all that is free may be taken.
         """
         bound, now_s = claim.bound, int(self._clock())
-        cap, lacking = bound.output_tokens, []
+        caps, lacking = Caps(bound.output_tokens, bound.hosted_uses), []
         for account in claim.accounts:
             account.roll(now_s)
             is_busy = account.reserved > 0
-            fitting = None if account in blocked else bound.fitting_cap(
+            fitting = None if account in blocked else bound.fitting_caps(
                 account.free, at_last=not (claim.may_wait and is_busy), shares=is_busy)
             if fitting is not None:
-                cap = min(cap, fitting)
-            elif bound.microdollars(bound.output_tokens):       # what is free always fits
+                caps = Caps(*map(min, caps, fitting))
+            elif bound.microdollars(bound.output_tokens, bound.hosted_uses):    # else it is free
                 lacking.append(account)
         if not lacking:
-            claim.is_open, claim.output_cap, claim.admitted_s = True, cap, now_s
-            claim.microdollars = bound.microdollars(cap)
+            claim.is_open, claim.caps, claim.admitted_s = True, caps, now_s
+            claim.microdollars = bound.microdollars(*caps)
             for account in claim.accounts:
                 claim.admitted_s = max(claim.admitted_s, account.since_s)
                 account.reserved += claim.microdollars
@@ -4448,24 +4927,33 @@ def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
 
 
 def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
-    """The refusal when a request's worst case does not fit, in the original's words."""
-    needed = bound.microdollars(bound.worthwhile_output_tokens
-                                if bound.asked_output_tokens is None else bound.output_tokens)
-    free = budget.limit - budget.spent - budget.reserved
-    affordable = min(bound.affordable_output_tokens(free), bound.most_output_tokens)
-    advice = f"Reduce max_tokens to {affordable} or less" if affordable > 0 \
-        else "Reduce max_tokens"
+    """The refusal when a request's worst case does not fit, beginning in the original's words.
+
+    It says which part does not fit, and what would. Its cost is the least that would be admitted.
+    """
+    uses, free = bound.least_uses, budget.limit - budget.spent - budget.reserved
+    needed = bound.microdollars(bound.worthwhile_output_tokens, uses)
+    affordable = min(bound.affordable_output_tokens(free, uses), bound.most_output_tokens)
+    raised = f"raise the limit to {format_usd(budget.spent + budget.reserved + needed)} or more"
+    if affordable < max(1, bound.least_output_tokens):
+        advice = f"Its input alone can cost {format_usd(bound.microdollars(0, uses))}: send less " \
+            f"input, or {raised}"
+    else:
+        advice = f"Its input fits, its output does not: reduce max_tokens to {affordable} or " \
+            f"less, or {raised}"
+    waits = ", or wait for in-flight requests to complete" if budget.reserved else ""
     return InsufficientBudget(
         "Iron Cage budget insufficient for this request. "
         f"Available: {format_usd(max(0, free))}, Estimated max cost: {format_usd(needed)}. "
-        f"{advice} or wait for in-flight requests to complete.",
+        f"{advice}{waits}.",
         details=_refusal_details(budget, needed, affordable), headers=DO_NOT_RETRY)
 
 
 def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
     """Why a request's bound was refused in a scope."""
     if budget.spent >= budget.limit:
-        return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens))
+        return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens,
+                                                          bound.least_uses))
     return insufficient_budget(budget, bound)
 
 
@@ -6137,6 +6625,7 @@ class Call:
     translator: Optional[Translator] = None           # where the provider speaks another API
     reservation: Optional[Reservation] = None         # set by its admission
     set_output_cap: Optional[int] = None              # the cap that we put into the request
+    set_hosted_uses: Optional[int] = None             # likewise
     hides_usage = False                               # the client did not ask for usage chunks
     was_sent = False                                  # the provider may have seen it
     status: Optional[int] = None                      # of the provider's answer
@@ -6804,6 +7293,9 @@ class Settings(NamedTuple):
     pricing_path: Optional[str] = None                 # None: pricing.json beside this file
     allow_hosts: tuple[str, ...] = ()
     allow_paths: tuple[str, ...] = ()
+    allow_fields: tuple[str, ...] = ()                 # let through though nothing is known of them
+    allow_contents: tuple[str, ...] = ()               # likewise types of content
+    no_hosted_tools: bool = False
     bound: str = "measured"                            # or "bytes"
     wait_s: int = 30                                   # in line for what calls in flight hold
     no_fit: bool = False                               # never lower a client's output cap
@@ -6900,6 +7392,8 @@ class Router:
                  turns: Optional[Turns] = None) -> None:
         self.settings, self.prices, self.ledger = settings, prices, ledger
         self.turns = turns or Turns()
+        self.hatches = Hatches(frozenset(settings.allow_fields), frozenset(settings.allow_contents),
+                               settings.bound != "bytes" and not settings.no_hosted_tools)
         self.config, self.providers = Config(), {}
         self.controller = CostController(settings.budget_microdollars,
                                          spent_microdollars=ledger.spent(None, 0))
@@ -7071,7 +7565,9 @@ class Router:
         if limited:
             self._check_method_override(request)
             call.price = self.prices.price(upstream_model, provider.name)
-            check_boundable(body, call.price)
+            for opened in check_boundable(call.api, body, call.price, provider=provider.name,
+                                          hatches=self.hatches):
+                self.totals.observe(("hatch", opened))
         else:
             call.price = self.prices.find(upstream_model, provider.name)
         if call.price is not None:
@@ -7157,6 +7653,9 @@ class Router:
                 and (claim.output_cap < bound.output_tokens
                      or all(call.body.fields.get(name) is None for name in names)):
             call.set_output_cap = claim.output_cap
+        if claim.is_limited and bound.hosted is not None:
+            call.set_hosted_uses = claim.caps.hosted_uses
+            call.bound = bound.admitted(claim.caps)
         return claim
 
     # Sending and forwarding.
@@ -7221,14 +7720,21 @@ class Router:
                      if call.body.fields.get(name) is not None}
             changes.update({name: min(cap, own) for name, own in asked.items()}
                            or {names[0]: cap})
+        without: frozenset = frozenset()
+        if call.set_hosted_uses is not None:
+            changed, without, reported = hosted_changes(call.api, call.body.fields,
+                                                        call.set_hosted_uses)
+            changes.update(changed)
+            for name, value in reported.items():
+                call.losses.report(name, value)
         if call.api == "messages" and call.translator is None \
                 and OWN_SIGNATURE.encode("ascii") in call.body.raw:
             kept = without_own_thinking(call.body.fields.get("messages"))
             if kept != call.body.fields.get("messages"):
                 changes["messages"] = kept
                 call.losses.adjust("messages.thinking", "removed")
-        is_same = not changes and call.translator is None
-        return call.request.body if is_same else call.body.with_fields(changes)
+        is_same = not changes and not without and call.translator is None
+        return call.request.body if is_same else call.body.with_fields(changes, without)
 
     def _sent(self, call: Call, path: str, body: bytes,
               watched: Optional[Wire]) -> UpstreamResponse:
@@ -8358,6 +8864,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return {**self.get_budget(request), **counts,
                 **({"server": self.router.server.as_json()} if self.router.server else {}),
                 "bound_exceeded": self.router.controller.bound_exceeded(),
+                "hatches": {key[1]: count for key, count in self.router.totals.observed().items()
+                            if key[0] == "hatch"},
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
     def get_budget(self, request: ClientRequest) -> dict:
@@ -8472,6 +8980,7 @@ def _parse_megabytes(text: str) -> int:
 _parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
 _parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
 _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
+_parse_field = text_like(r"[A-Za-z0-9_.-]{1,64}", "the name of a field, such as top_k or a.b")
 
 
 def _parse_seconds(text: str) -> int:
@@ -8541,6 +9050,13 @@ SETTINGS = (
             metavar="NAME", repeats=True),
     Setting("--allow-path", "allow_paths", "a path (* and ? match) to let through unmetered under "
             "a budget", metavar="PATTERN", repeats=True),
+    Setting("--allow-field", "allow_fields", "a request field of unknown cost to let through under "
+            "a budget", _parse_field, metavar="NAME", repeats=True),
+    Setting("--allow-content", "allow_contents", "a type of content of unknown size to let through "
+            "under a budget, counted as a whole context", _parse_field, metavar="TYPE",
+            repeats=True),
+    Setting("--no-hosted-tools", "no_hosted_tools", "refuse under a budget the searches that a "
+            "provider runs, rather than cap them", None),
     Setting("--log-format", "log_format", "text or json", text_like("text|json", "text or json"),
             metavar="FORMAT"),
     Setting("--quiet", "quiet", "no banner and no line for each request", None),
@@ -8685,6 +9201,13 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def hatches_of(settings: Settings) -> list[tuple[str, str]]:
+    """What the operator lets through under a budget: (what it is, its names)."""
+    rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
+            ("unbounded content", settings.allow_contents))
+    return [(what, ", ".join(names)) for what, names in rows if names]
+
+
 def banner(server: ProxyServer) -> str:
     """What a person needs to know at the start, and to paste into a shell."""
     settings = server.settings
@@ -8717,8 +9240,7 @@ def banner(server: ProxyServer) -> str:
     if settings.config_path is not None:
         named = sum(bool(caller.scopes) for caller in server.callers.values())
         lines.append(f"  tokens:             {named} in {settings.config_path}")
-    if settings.allow_paths:
-        lines.append(f"  unmetered paths:    {', '.join(settings.allow_paths)}")
+    lines += [f"  {name + ':':19} {value}" for name, value in hatches_of(settings)]
     if settings.host in ("0.0.0.0", "::") and not settings.allow_hosts:
         lines.append("  warning: every address is listened on, but only loopback names are "
                      "answered to; add --allow-host NAME")
@@ -8829,6 +9351,8 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         limit = settings.budget_microdollars
         print(f"budget    {'none' if limit is None else format_usd(limit)}")
         print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
+        for what, names in hatches_of(settings):
+            print(f"allowed   {what}: {names}")
         if settings.server_url is not None:
             print(f"server    {settings.server_url} is asked for the key and for budget")
         for name in given["words"] or server.router.config.aliases:

@@ -267,7 +267,7 @@ def test_the_refusal_names_the_scope_and_what_would_fit():
     with pytest.raises(ic.InsufficientBudget) as caught:
         controller.admit(asks(4_000), ["a"])
 
-    assert ("a", 500, 4_000, 500) == tuple(caught.value.details[name] for name in (
+    assert ("a", 500, 1_024, 500) == tuple(caught.value.details[name] for name in (
         "scope", "limit_microdollars", "needed_microdollars", "affordable_output_tokens"))
 
 

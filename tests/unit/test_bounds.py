@@ -37,6 +37,10 @@ def bound_of(api: str, fields: dict, row: dict = ROW, **options: object) -> ic.B
     return ic.bound_of_request(api, body_of(fields), price_of(row), **options)
 
 
+def checked(api: str, fields: dict, row: dict = None, key: str = "m", **options) -> list:
+    return ic.check_boundable(api, body_of(fields), price_of(row or ROW, key), **options)
+
+
 def chat(**fields: object) -> dict:
     return {"model": "m", "messages": [{"role": "user", "content": "Hello"}], **fields}
 
@@ -423,8 +427,13 @@ UNSEEN = {
     "input file": {"input": [{"role": "user", "content": [
         {"type": "input_file", "file_id": "x"}]}]},
     "item reference": {"input": [{"type": "item_reference", "id": "msg_1"}]},
-    "compaction item": {"input": [{"type": "compaction", "encrypted_content": "x"}]},
-    "web search item": {"input": [{"type": "web_search_call", "id": "ws_1"}]},
+    "compaction item without content": {"input": [{"type": "compaction", "id": "cmp_1"}]},
+    "compaction without a summary": content({"type": "compaction", "content": None}),
+    "file search item": {"input": [{"type": "file_search_call", "id": "fs_1"}]},
+    "document by its URL": content({"type": "document", "source": {"type": "url", "url": "x"}}),
+    "PDF that a search fetched": content({"type": "web_fetch_tool_result", "content": {
+        "type": "web_fetch_result", "content": {"type": "document", "source": {
+            "type": "base64", "media_type": "application/pdf", "data": "AA=="}}}}),
     "screenshot": {"input": [{"type": "computer_call_output", "output": {
         "type": "computer_screenshot", "file_id": "x"}}]},
     "previous response": {"input": "x", "previous_response_id": "resp_1"},
@@ -457,6 +466,20 @@ SEEN = {
     "function call": {"input": [{"type": "function_call", "call_id": "x", "arguments": "{}"},
                                 {"type": "function_call_output", "call_id": "x", "output": "y"}]},
     "null state": {"input": "x", "previous_response_id": None, "conversation": None},
+    "compaction item": {"input": [{"type": "compaction", "encrypted_content": "x"}]},
+    "compaction with its summary": content({"type": "compaction", "content": "what was said"}),
+    "compaction trigger": {"input": [{"type": "compaction_trigger"}]},
+    "fallback boundary": content({"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}}),
+    "tools on the way": content({"type": "tool_addition", "tool": {
+        "type": "tool_reference", "name": "f"}}, {"type": "tool_removal", "tool": {
+            "type": "mcp_tool_reference", "name": "f"}}),
+    "additional tools": {"input": [{"type": "additional_tools", "role": "developer", "tools": [
+        {"type": "namespace", "name": "functions", "tools": [
+            {"type": "custom", "name": "exec", "format": {"type": "grammar"}}]}]}]},
+    "text document": content({"type": "document", "source": {
+        "type": "text", "media_type": "text/plain", "data": "five"}}),
+    "document of text blocks": content({"type": "document", "source": {
+        "type": "content", "content": [{"type": "text", "text": "x"}]}}),
 }
 
 
@@ -519,15 +542,15 @@ def test_unseen_input_is_refused_where_the_models_context_is_unknown(fields):
 # What cannot be bounded.
 
 @pytest.mark.parametrize("kind", [
-    "web_search", "web_search_preview", "web_search_2025_08_26", "web_search_20250305",
+    "web_search_preview", "web_search_20250305", "web_search_20270101", "shell",
     "web_fetch_20250910", "file_search", "code_interpreter", "code_execution_20250825",
     "image_generation", "mcp", "mcp_toolset", "advisor_20260301", "tool_search",
     "tool_search_tool_regex_20251119", "computer_use", "bash_20250124x", "bash_2025", "Function",
-    "function ", "", "of tomorrow",
+    "function ", "", "of tomorrow", "computer_toolset_2026", "browser_toolset_20270101",
 ])
 def test_a_tool_that_the_provider_runs_is_refused(kind):
     with pytest.raises(ic.UnboundedRequest) as caught:
-        ic.check_boundable(body_of({"tools": [{"type": "function"}, {"type": kind}]}), price_of(ROW))
+        checked("responses", {"tools": [{"type": "function"}, {"type": kind}]})
 
     assert (400, "tools", "iron_cage_unbounded_request") == (
         caught.value.status, caught.value.param, caught.value.openai_type)
@@ -539,30 +562,82 @@ def test_a_tool_that_the_provider_runs_is_refused(kind):
 def test_a_search_for_tools_may_be_the_clients(tools, fine):
     """Codex sends one, which it runs itself."""
     with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
-        ic.check_boundable(body_of({"tools": tools}), price_of(ROW))
+        checked("responses", {"tools": tools})
 
 
-@pytest.mark.parametrize("found, fine", [
-    ({"type": "function", "name": "f"}, True), ({"type": "web_search"}, False),
-    ({"type": "namespace", "tools": [{"type": "mcp"}]}, False), ("f", False)])
-def test_tools_that_a_search_brought_are_looked_at_like_others(found, fine):
-    item = {"type": "tool_search_output", "call_id": "c", "tools": [found]}
+@pytest.mark.parametrize("environment, fine", [
+    ({"type": "local"}, True), ({"type": "container_auto"}, False), (None, False)])
+def test_a_shell_may_be_the_clients(environment, fine):
     with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
-        ic.check_boundable(body_of({"input": [
-            {"type": "tool_search_call", "arguments": {"query": "x"}}, item]}), price_of(ROW))
+        checked("responses", {"tools": [{"type": "shell", "environment": environment}]})
 
 
-@pytest.mark.parametrize("tool", [{"type": None}, {"type": 5}, {"type": ["function"]}, "function",
-                                  None, []], ids=repr)
+BROUGHT = {
+    "additional_tools": lambda tool: {"input": [{"type": "additional_tools", "tools": [tool]}]},
+    "tool_search_output": lambda tool: {"input": [{"type": "tool_search_output", "tools": [tool]}]},
+    "a namespace": lambda tool: {"tools": [{"type": "namespace", "tools": [tool]}]},
+    "tool_addition": lambda tool: {"messages": [{"role": "system", "content": [{
+        "type": "tool_addition", "tool": {"type": "tool_definition", "definition": tool}}]}]},
+}
+
+
+@pytest.mark.parametrize("tool, fine", [
+    ({"type": "function", "name": "f"}, True), ({"type": "custom", "name": "f"}, True),
+    ({"type": "code_interpreter"}, False), ({"type": "web_search_preview"}, False),
+    ({"type": "namespace", "tools": [{"type": "mcp"}]}, False), ("f", False), (None, False)])
+@pytest.mark.parametrize("brought", BROUGHT.values(), ids=BROUGHT)
+def test_tools_that_content_brings_are_looked_at_like_others(brought, tool, fine):
+    fields = brought(tool)
+    api = "messages" if "messages" in fields else "responses"
+    with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest) as caught:
+        checked(api, fields)
+
+    assert fine or caught.value.param in fields
+
+
+def test_a_tool_addition_without_a_definition_or_a_reference_is_refused():
+    with pytest.raises(ic.UnboundedRequest):
+        checked("messages", {"messages": [{"role": "system", "content": [
+            {"type": "tool_addition", "tool": {"type": "tool_definition"}}]}]})
+
+
+@pytest.mark.parametrize("hidden", ["tool", "tools"])
+def test_content_cannot_hide_where_other_content_has_its_tools(hidden):
+    """Only where tools are declared is that member not walked as content."""
+    fields = content({"type": "tool_result", "tool_use_id": "x", "content": "y",
+                      hidden: [{"type": "hologram"}]})
+    with pytest.raises(ic.UnboundedRequest, match="hologram"):
+        checked("messages", fields)
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"input": [{"type": "hologram"}]}, "input"),
+    ({"messages": [{"role": "user", "content": [{"type": "hologram"}]}]}, "messages"),
+    ({"system": [{"type": "hologram"}]}, "system")])
+def test_a_refusal_names_the_field_that_it_is_about(fields, param):
+    with pytest.raises(ic.UnboundedRequest) as caught:
+        checked("responses" if "input" in fields else "messages", fields)
+
+    assert param == caught.value.param
+
+
+@pytest.mark.parametrize("tool", [{"type": 5}, {"type": ["function"]}, "function", None, [],
+                                  {"Type": "mcp"}], ids=repr)
 def test_what_is_no_tool_is_refused(tool):
-    with pytest.raises(ic.UnboundedRequest, match="the tool type \\? runs"):
-        ic.check_boundable(body_of({"tools": [tool]}), price_of(ROW))
+    with pytest.raises(ic.UnboundedRequest, match="no type that is known"):
+        checked("chat", {"tools": [tool]})
+
+
+@pytest.mark.parametrize("tools", [{"type": "mcp"}, "mcp", 5], ids=repr)
+def test_tools_that_are_no_list_are_refused(tools):
+    with pytest.raises(ic.UnboundedRequest, match="no type that is known"):
+        checked("chat", {"tools": tools})
 
 
 @pytest.mark.parametrize("kind", ["a\nb", "x" * 200, "\x1b[0m", "é"])
 def test_a_tool_type_that_is_no_plain_word_is_not_repeated(kind):
     with pytest.raises(ic.UnboundedRequest, match="the tool type \\? runs"):
-        ic.check_boundable(body_of({"tools": [{"type": kind}]}), price_of(ROW))
+        checked("chat", {"tools": [{"type": kind}]})
 
 
 @pytest.mark.parametrize("tool", [
@@ -570,33 +645,92 @@ def test_a_tool_type_that_is_no_plain_word_is_not_repeated(kind):
     {"name": "f", "input_schema": {}}, {"type": "custom", "name": "f"}, {"type": "local_shell"},
     {"type": "apply_patch"}, {"type": "computer_use_preview"}, {"type": "bash_20250124"},
     {"type": "text_editor_20250728"}, {"type": "memory_20250818"}, {"type": "computer_20251124"},
+    {"type": "computer_toolset_20260801"}, {"type": "browser_toolset_20260801"}, {"type": None},
 ])
 def test_a_tool_that_the_client_runs_is_accepted(tool):
-    assert ic.check_boundable(body_of({"tools": [tool]}), price_of(ROW)) is None
+    assert [] == checked("chat", {"tools": [tool]})
 
 
-@pytest.mark.parametrize("fields, name", [
-    ({"background": True}, "background"), ({"background": 1}, "background"),
-    ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"), ({"mcp_servers": []}, "mcp_servers"),
-    ({"web_search_options": {}}, "web_search_options"),
-    ({"fallbacks": [{"model": "x"}]}, "fallbacks"), ({"fallbacks": "default"}, "fallbacks"),
-    ({"prompt": {"id": "pmpt_1"}}, "prompt"), ({"prompt": {}}, "prompt"),
-])
-def test_a_field_that_opens_the_bound_is_refused_by_its_name(fields, name):
+# Top-level fields: (API, field, a value that is bounded or None, one that is not or None).
+GUARDED_FIELDS = [
+    ("responses", "background", False, True), ("responses", "background", None, 1),
+    ("responses", "multi_agent", {"enabled": False}, {"enabled": True}),
+    ("responses", "reasoning", {"effort": "high", "mode": "standard"}, {"mode": "pro"}),
+    ("responses", "context_management", [], [{"compact_threshold": 1000}]),
+    ("responses", "context_management", None, [{"type": "compaction"}]),
+    ("responses", "access_programs", None, {"cyber": "standard"}),
+    ("responses", "prompt", "x", {"id": "pmpt_1"}), ("responses", "prompt", None, {}),
+    ("responses", "text", {"verbosity": "low"}, {"searches": 5}),
+    ("responses", "moderation", {"model": "omni-moderation-latest"}, {"model": "gpt-5-pro"}),
+    ("chat", "web_search_options", None, {}),
+    ("chat", "stream_options", {"include_usage": True}, {"fan_out": 3}),
+    ("chat", "service_tier", "default", "priority"), ("chat", "service_tier", "auto", "flex"),
+    ("messages", "mcp_servers", [], [{"url": "x"}]),
+    ("messages", "fallbacks", None, [{"model": "x"}]), ("messages", "fallbacks", [], "default"),
+    ("messages", "compaction", None, {"type": "summarize"}),
+    ("messages", "speed", "standard", "fast"),
+    ("messages", "context_management", {"edits": [{"type": "clear_thinking_20251015"}]},
+     {"edits": [{"type": "compact_20260112"}]}),
+    ("messages", "thinking", {"type": "enabled", "budget_tokens": 9}, {"parallel": 4}),
+    ("messages", "output_config", {"effort": "max", "task_budget": {}}, {"agents": 2}),
+]
+
+
+@pytest.mark.parametrize("api, name, bounded, unbounded", GUARDED_FIELDS)
+def test_a_field_is_refused_by_its_name_where_its_value_opens_the_bound(
+        api, name, bounded, unbounded):
+    assert [] == checked(api, {name: bounded})
     with pytest.raises(ic.UnboundedRequest) as caught:
-        ic.check_boundable(body_of(fields), price_of(ROW))
+        checked(api, {name: unbounded})
 
-    assert name == caught.value.param
-    assert caught.value.message.startswith(f"{name}, as asked for here, cannot be used")
+    assert name == caught.value.param.partition(".")[0]
+
+
+UNKNOWN_FIELDS = [("chat", "fan_out"), ("responses", "agents"), ("messages", "effort_multiplier"),
+                  ("completions", "loops"), ("embeddings", "rerank"), ("chat", "Max_Tokens"),
+                  ("chat", "top_k"), ("chat", "plugins"), ("chat", "models"), ("messages", "betas")]
+
+
+@pytest.mark.parametrize("api, name", UNKNOWN_FIELDS)
+def test_a_field_that_is_not_known_is_refused_and_its_hatch_named(api, name):
+    with pytest.raises(ic.UnboundedRequest, match=f"{name} is not known.*--allow-field {name}"):
+        checked(api, {name: {"enabled": True}})
+
+    assert [] == checked(api, {name: None})
+    assert [f"field {name}"] == checked(api, {name: 5},
+                                        hatches=ic.Hatches(fields=frozenset({name})))
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_p", "chat_template_kwargs", "safe_prompt"])
+def test_servers_of_the_format_have_fields_that_openai_has_not(name):
+    assert [] == checked("chat", {name: 1}, provider="vllm")
+    with pytest.raises(ic.UnboundedRequest):
+        checked("chat", {name: 1}, provider="openai")
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"background": False}, {"background": None}, {"mcp_servers": None},
-    {"web_search_options": None}, {"fallbacks": None}, {"prompt": "a"}, {"prompt": ["a"]},
-    {"tools": None}, {"tools": []}, {"tool_choice": "web_search"},
-])
-def test_a_field_that_asks_for_nothing_is_accepted(fields):
-    assert ic.check_boundable(body_of(fields), price_of(ROW)) is None
+    {"plugins": [{"id": "web"}]}, {"models": ["a", "b"]}, {"search_parameters": {"mode": "on"}},
+    {"n_predict": 9}, {"provider": {"order": ["dear"]}}, {"enable_search": True}], ids=repr)
+def test_searches_and_dearer_models_of_other_servers_are_refused(fields):
+    with pytest.raises(ic.UnboundedRequest, match="--allow-field"):
+        checked("chat", fields, provider="openrouter")
+
+
+def test_models_that_are_free_may_have_fields_that_are_not_known_but_not_those_that_are_refused():
+    free = {**ROW, "input_cost_per_token": 0, "output_cost_per_token": 0}
+
+    assert [] == checked("responses", {"fan_out": 9}, row=free)
+    for fields in ({"background": True}, {"tools": [{"type": "mcp"}]}):
+        with pytest.raises(ic.UnboundedRequest):
+            checked("responses", fields, row=free)
+
+
+def test_content_that_the_operator_lets_through_counts_as_a_whole_context():
+    fields = content({"type": "hologram"})
+
+    assert ["content hologram"] == checked(
+        "messages", fields, hatches=ic.Hatches(contents=frozenset({"hologram"})))
+    assert 1_000_000 == bound_of("messages", {"max_tokens": 1, **fields}).input_tokens
 
 
 @pytest.mark.parametrize("key", [
@@ -604,7 +738,7 @@ def test_a_field_that_asks_for_nothing_is_accepted(fields):
     "o3-deep-research", "o4-mini-deep-research-2025-06-26"])
 def test_a_model_that_searches_by_itself_is_refused(key):
     with pytest.raises(ic.UnboundedRequest) as caught:
-        ic.check_boundable(body_of({}), price_of(ROW, key))
+        checked("chat", {}, key=key)
 
     assert "model" == caught.value.param
 
@@ -767,8 +901,7 @@ def test_random_words_and_numbers_do_not_beat_the_rule(label, alphabet, size, se
 @pytest.mark.parametrize("kind", [["image"], {"type": "image"}, 7, True], ids=repr)
 def test_content_whose_type_is_not_a_word_is_refused(kind):
     with pytest.raises(ic.UnboundedRequest):
-        ic.check_boundable(body_of({"messages": [{"role": "user", "content": [{"type": kind}]}]}),
-                           price_of(ROW))
+        checked("chat", {"messages": [{"role": "user", "content": [{"type": kind}]}]})
 
 
 @pytest.mark.parametrize("content", ["some words " * 1_800_000, [{"type": "image_url", "image_url": {
@@ -780,7 +913,7 @@ def test_a_large_body_is_held_three_times_at_most(content):
     tracemalloc.start()
     try:
         body = ic.parse_json_object(raw)
-        ic.check_boundable(body, price_of(row))
+        ic.check_boundable("chat", body, price_of(row))
         ic.bound_of_request("chat", body, price_of(row), measured=True)
         _, most = tracemalloc.get_traced_memory()
     finally:

@@ -141,14 +141,14 @@ def test_input_that_is_named_by_its_id_counts_as_the_whole_context(api, fields):
 @pytest.mark.parametrize("fields", [
     {"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]},
     {"tools": [{"type": "shell", "environment": {"type": "container_reference"}}]},
-    {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "web_search"}]}]},
+    {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]},
     {"tools": {"type": "web_search"}},
     {"context_management": {"edits": [{"type": "compact_20260112"}]}},
     {"context_management": [{"type": "compaction", "compact_threshold": 1_000}]},
 ], ids=repr)
 def test_work_that_the_provider_does_by_itself_is_refused(fields):
     with pytest.raises(ic.BadRequest):
-        ic.check_boundable(ic.parse_json_object(json.dumps(fields).encode()), PRICE)
+        ic.check_boundable("responses", ic.parse_json_object(json.dumps(fields).encode()), PRICE)
 
 
 # Chapter tests: test_http_wire.py.

@@ -53,7 +53,7 @@ def test_calls_that_were_refused_are_told_beside_those_that_cost(mock, proxy_for
     assert (400, "unpriced_model") == (unpriced["status"], unpriced["reason"])
     assert (402, "insufficient_budget", "default") == (
         too_dear["status"], too_dear["reason"], too_dear["token"])
-    assert "max_tokens" in too_dear["message"] and too_dear["refused_ms"] > 0
+    assert "input alone" in too_dear["message"] and too_dear["refused_ms"] > 0
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 The mock bills by a table and code of its own; spend at the proxy must equal that bill.
 """
 import json
+import re
 import threading
 from fractions import Fraction
 
@@ -165,12 +166,49 @@ def test_a_request_that_does_not_fit_is_told_what_would(mock, proxy_for):
     kind, code, details = refusal(answer)
     assert (402, "iron_cage_insufficient_budget", "insufficient_budget") == (
         answer.status, kind, code)
-    assert bound_of(asked) == details["needed_microdollars"]
-    assert "Available: $0.0001, Estimated max cost: $0.00962" in answer.json["error"]["message"]
+    assert bound_of({**asked, "max_tokens": 1024}) == details["needed_microdollars"]
     affordable = details["affordable_output_tokens"]
+    assert answer.json["error"]["message"] == (
+        "Iron Cage budget insufficient for this request. Available: $0.0001, Estimated max cost: "
+        f"$0.000639. Its input fits, its output does not: reduce max_tokens to {affordable} or "
+        "less, or raise the limit to $0.000639 or more.")
     again = call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "max_tokens": affordable})
     assert 200 == again.status
     assert 1 == len(mock.seen)
+
+
+@pytest.mark.parametrize("path", [path for path in METERED if "embeddings" not in path])
+@pytest.mark.parametrize("words, part", [(1, "output"), (4_000, "input")])
+def test_a_refusal_names_the_part_that_does_not_fit_and_a_limit_that_would_do(
+        mock, proxy_for, path, words, part):
+    """One call was paid for before; the limit named counts that too, and is the least."""
+    fields = {name: ("word " * words if name in ("input", "prompt") else
+                     [{"role": "user", "content": "word " * words}] if name == "messages" else value)
+              for name, value in METERED[path].items()}
+    fields = {name: 8_000 if "max" in name else value for name, value in fields.items()}
+    proxy = proxy_for("--budget", "0.002", "--bound", "bytes", "--wait", "0")
+    proxy.router.controller.add_spend(1_500)
+
+    message = call(proxy.port, "POST", path, fields).json["error"]["message"]
+    limit = re.search(r"raise the limit to \$([0-9.]+) or more", message)[1]
+    fault = {"output": "Its input fits, its output does not", "input": "Its input alone can cost"}
+
+    assert fault[part] in message
+    too_little = f"{float(limit) - 0.000001:.6f}"
+    for usd, status in ((too_little, 402), (limit, 200)):
+        proxy.router.controller.set_budget(program().parse_usd(usd))
+        assert status == call(proxy.port, "POST", path, fields).status
+
+
+@pytest.mark.parametrize("words", ["prompt is too long", "context limit", "maximum context length",
+                                   "context_length_exceeded", "exceeds the context window"])
+def test_no_refusal_for_want_of_money_makes_a_client_compact(mock, proxy_for, words):
+    proxy = proxy_for("--budget", "0.0001")
+    for path, fields in METERED.items():
+        for more in ({}, {"max_tokens": 9_000}):
+            answer = call(proxy.port, "POST", path, {**fields, **more})
+
+            assert words not in answer.body.decode() and answer.header("retry-after") is None
 
 
 def test_exactly_the_available_amount_is_admitted_and_one_token_more_is_not(mock, proxy_for):
@@ -320,19 +358,21 @@ def test_a_charset_under_which_the_provider_could_read_another_body_is_refused(
 @pytest.mark.parametrize("path, more, param", [
     ("/v1/responses", {"background": True}, "background"),
     ("/v1/responses", {"prompt": {"id": "pmpt_1"}}, "prompt"),
-    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools"),
+    ("/v1/responses", {"tools": [{"type": "web_search_preview"}]}, "tools"),
     ("/v1/responses", {"tools": [{"type": "mcp", "server_url": "x"}]}, "tools"),
     ("/v1/chat/completions", {"web_search_options": {}}, "web_search_options"),
     ("/v1/chat/completions", {"model": "gpt-4o-search-preview"}, "model"),
-    ("/v1/messages", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
+    ("/v1/messages", {"tools": [{"type": "code_execution_20260521", "name": "x"}]}, "tools"),
     ("/v1/messages", {"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ("/v1/messages", {"fallbacks": ["claude-opus-4-8"]}, "fallbacks"),
     ("/v1/messages", {"context_management": {"edits": [{"type": "compact_20260112"}]}},
      "context_management"),
     ("/v1/responses", {"context_management": [{"type": "compaction"}]}, "context_management"),
-    ("/v1/responses", {"input": [{"type": "compaction_trigger"}]}, "messages"),
     ("/v1/responses", {"input": [{"type": "additional_tools", "tools": [
-        {"type": "web_search"}]}]}, "messages"),
+        {"type": "mcp"}]}]}, "input"),
+    ("/v1/responses", {"multi_agent": {"enabled": True}}, "multi_agent"),
+    ("/v1/responses", {"reasoning": {"mode": "pro"}}, "reasoning"),
+    ("/v1/responses", {"context_management": [{"compact_threshold": 1000}]}, "context_management"),
     ("/v1/responses", {"input": [{"type": "tool_search_output", "tools": [{"type": "mcp"}]}]},
      "tools"),
     ("/v1/messages", {"messages": [{"role": "system", "content": [{
@@ -346,7 +386,7 @@ def test_what_no_bound_covers_is_refused_under_a_budget(mock, proxy, path, more,
     answer = call(proxy.port, "POST", path, {**METERED[path], **more})
 
     assert 400 == answer.status, answer.body
-    assert param in answer.json["error"]["message"] or param in ("tools", "messages")
+    assert param in answer.json["error"]["message"] or param in ("tools", "messages", "input")
     assert mock.seen == []
 
 

@@ -1,0 +1,202 @@
+"""Searches that a provider runs: what they can cost at most, and how their number is capped.
+
+The oracle adds up the samplings one by one, as the providers were seen to bill them.
+"""
+import json
+from random import Random
+
+import pytest
+from support import program
+
+ic = program()
+CLAUDE = {"litellm_provider": "anthropic", "input_cost_per_token": 5e-6,
+          "output_cost_per_token": 25e-6, "max_input_tokens": 200_000, "max_output_tokens": 64_000}
+GPT = {"litellm_provider": "openai", "input_cost_per_token": 2e-6, "output_cost_per_token": 10e-6,
+       "max_input_tokens": 272_000, "max_output_tokens": 128_000}
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
+FUNCTION = {"name": "f", "input_schema": {"type": "object"}}
+TOOL_SEARCH = {"type": "tool_search_tool_bm25_20251119", "name": "tool_search_tool_bm25"}
+
+
+def price(row, key):
+    return ic.price_from_row(key, {name: ic.Decimal(str(value)) if isinstance(value, float)
+                                   else value for name, value in row.items()})
+
+
+def bound_of(tools, *, key="claude-opus-5-5", row=None, **more):
+    api = "messages" if key.startswith("claude") else "responses"
+    fields = {"model": key, "tools": tools, **({"max_tokens": 1000, "messages": []}
+                                               if api == "messages" else {"input": "hi"}), **more}
+    body = ic.parse_json_object(json.dumps(fields).encode())
+    row = row or (CLAUDE if api == "messages" else GPT)
+    return ic.bound_of_request(api, body, price(row, key))
+
+
+def oracle_microdollars(visible, samplings, results, output, context, usd_in, usd_out, fees):
+    """Sampling by sampling: what is visible; later all results and all that was written too."""
+    tokens = min(visible, context) + sum(
+        min(visible + results + output, context) for _ in range(samplings - 1))
+    usd = tokens * ic.Fraction(str(usd_in)) + output * ic.Fraction(str(usd_out)) \
+        + fees * ic.Fraction("0.01")
+    return -(-(usd * 10 ** 6).numerator // (usd * 10 ** 6).denominator)
+
+
+# (tools, uses of each, samplings, tokens of results, fees)
+CLAUDE_CASES = [
+    ([SEARCH], 5, 7, 80_000, 5), ([SEARCH], 1, 3, 16_000, 1), ([SEARCH], 0, 1, 0, 0),
+    ([{**SEARCH, "max_uses": 8}], 8, 10, 128_000, 8), ([{**SEARCH, "max_uses": 30}], 30, 11, 480_000,
+                                                       30),
+    ([FETCH], 2, 4, 55_000, 0), ([{**FETCH, "max_content_tokens": 1000}], 2, 4, 2_200, 0),
+    ([SEARCH, FETCH], 2, 6, 87_000, 2), ([SEARCH, FETCH, FUNCTION], 0, 1, 0, 0),
+    ([{**SEARCH, "type": "web_search_20260318"}], 1, 11, 16_000, 1),
+    ([TOOL_SEARCH, FUNCTION], 0, 11, 0, 0), ([TOOL_SEARCH, SEARCH], 1, 11, 16_000, 1),
+]
+
+
+@pytest.mark.parametrize("output", [1, 1000, 60_000])
+@pytest.mark.parametrize("tools, uses, samplings, results, fees", CLAUDE_CASES)
+def test_claudes_searches_are_bounded_sampling_by_sampling(tools, uses, samplings, results, fees,
+                                                           output):
+    bound = bound_of(tools)
+    visible = bound.input_tokens + 4096 * sum(tool is not FUNCTION for tool in tools)
+
+    expected = oracle_microdollars(visible, samplings, results, output, 200_000, 5e-6, 25e-6, fees)
+    assert expected == bound.microdollars(output, uses)
+
+
+@pytest.mark.parametrize("key, each", [("gpt-5.5", 5_000), ("gpt-6.1-sol", 5_000),
+                                       ("gpt-4.1", 17_000), ("o3", 17_000)])
+@pytest.mark.parametrize("asked, uses", [(None, 5), (2, 2), (0, 0), (9, 4)])
+def test_openais_searches_are_bounded_sampling_by_sampling(key, each, asked, uses):
+    bound = bound_of([{"type": "web_search"}], key=key,
+                     **({} if asked is None else {"max_tool_calls": asked}))
+
+    expected = oracle_microdollars(bound.input_tokens + 5000, uses + 1, uses * each, 1000, 272_000,
+                                   2e-6, 10e-6, uses)
+    assert expected == bound.microdollars(1000, uses)
+    assert (5 if asked is None else asked) == bound.hosted_uses
+
+
+def test_a_compaction_reads_the_prompt_twice():
+    plain = bound_of([], key="gpt-5.5", input=[{"role": "user", "content": "x" * 9000}])
+    compacting = bound_of([], key="gpt-5.5", input=[{"role": "user", "content": "x" * 9000},
+                                                    {"type": "compaction_trigger"}])
+
+    assert 2 * plain.microdollars(0) < compacting.microdollars(0)
+    assert compacting.admitted(ic.Caps(100)).loops
+
+
+def random_bound(rng):
+    tools = rng.sample([{**SEARCH, "max_uses": rng.randrange(1, 12)}, SEARCH, FETCH, TOOL_SEARCH,
+                        FUNCTION], rng.randrange(1, 4))
+    more = {} if rng.random() < .5 else {"tool_choice": {"type": "any"}}
+    return bound_of(tools, max_tokens=rng.choice([10, 900, 8_000, 64_000]),
+                    messages=[{"role": "user", "content": "word " * rng.randrange(20_000)}], **more)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_the_largest_affordable_output_fits_and_a_token_more_does_not(seed):
+    rng = Random(seed)
+    bound = random_bound(rng)
+    uses, amount = rng.randrange(0, 6), rng.randrange(1, 6_000_000)
+    cap = bound.affordable_output_tokens(amount, uses)
+
+    assert bound.microdollars(0, uses) > amount if cap < 0 else \
+        bound.microdollars(cap, uses) <= amount < bound.microdollars(cap + 1, uses)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_uses_fall_first_to_one_then_the_output_then_the_uses_to_none(seed):
+    rng = Random(1000 + seed)
+    bound = random_bound(rng)
+    asked, free = ic.Caps(bound.output_tokens, bound.hosted_uses), rng.randrange(1, 8_000_000)
+    caps = bound.fitting_caps(free, at_last=True)
+    if caps is None:
+        assert bound.microdollars(bound.worthwhile_output_tokens, bound.least_uses) > free
+        return
+
+    assert bound.microdollars(*caps) <= free
+    assert caps.output_tokens <= asked.output_tokens and caps.hosted_uses <= asked.hosted_uses
+    if bound.hosted is None:
+        return
+    assert caps.hosted_uses >= bound.least_uses
+    if caps.hosted_uses > 1:                       # the output is whole while uses fall
+        assert caps.output_tokens == asked.output_tokens
+    if 1 <= caps.hosted_uses < asked.hosted_uses:
+        assert bound.microdollars(asked.output_tokens, caps.hosted_uses + 1) > free // 2
+    if caps.hosted_uses == 0 < asked.hosted_uses:  # one use leaves no answer worth sending for
+        assert bound.microdollars(bound.worthwhile_output_tokens, 1) > free
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_admitted_for_fewer_scopes_never_costs_more_than_any_of_them_has(seed):
+    """A request in two scopes gets the lesser of both in each cap."""
+    rng = Random(seed)
+    bound = random_bound(rng)
+    amounts = [rng.randrange(1, 6_000_000) for _ in range(2)]
+    fitting = [bound.fitting_caps(amount, at_last=True) for amount in amounts]
+    if None not in fitting:
+        caps = ic.Caps(*map(min, *fitting))
+
+        assert all(bound.microdollars(*caps) <= amount for amount in amounts)
+
+
+def test_a_request_about_nothing_but_a_search_waits_rather_than_lose_it():
+    alone, beside = bound_of([SEARCH]), bound_of([SEARCH, FUNCTION])
+    little = alone.microdollars(1000, 1) - 1
+
+    assert (None, 0) == (alone.fitting_caps(little, at_last=False),
+                         beside.fitting_caps(little, at_last=False).hosted_uses)
+    assert 0 == alone.fitting_caps(little, at_last=True).hosted_uses
+
+
+@pytest.mark.parametrize("choice, least", [
+    (None, 0), ({"type": "auto"}, 0), ({"type": "none"}, 0), ({"type": "any"}, 1),
+    ({"type": "tool", "name": "f"}, 0), ({"type": "tool", "name": "web_search"}, 1)])
+def test_a_search_that_is_forced_is_not_taken_away(choice, least):
+    assert least == bound_of([SEARCH, FUNCTION], tool_choice=choice).least_uses
+
+
+@pytest.mark.parametrize("choice, least", [
+    ("auto", 0), ("none", 0), ("required", 1), ({"type": "function", "name": "f"}, 0),
+    ({"type": "web_search"}, 1), ({"type": "allowed_tools", "mode": "required"}, 1)])
+def test_likewise_at_openai(choice, least):
+    assert least == bound_of([{"type": "web_search"}], key="gpt-5.5",
+                             tool_choice=choice).least_uses
+
+
+@pytest.mark.parametrize("count", [-1, True, "5", 1.5])
+def test_a_number_of_uses_that_is_none_is_refused(count):
+    with pytest.raises(ic.BadRequest, match="max_uses must be a whole number"):
+        bound_of([{**SEARCH, "max_uses": count}])
+    with pytest.raises(ic.BadRequest, match="max_tool_calls must be a whole number"):
+        bound_of([{"type": "web_search"}], key="gpt-5.5", max_tool_calls=count)
+
+
+# What goes upstream: (API, fields, uses) -> (fields set, fields left out, what is reported)
+CHANGES = [
+    ("responses", {"tools": [{"type": "web_search"}]}, 5,
+     {"max_tool_calls": 5}, set(), {"max_tool_calls": 5}),
+    ("responses", {"max_tool_calls": 3}, 3, {}, set(), {}),
+    ("responses", {"max_tool_calls": 3}, 0, {"max_tool_calls": 0}, set(), {"max_tool_calls": 0}),
+    ("messages", {"tools": [FUNCTION, SEARCH]}, 5,
+     {"tools": [FUNCTION, {**SEARCH, "max_uses": 5}]}, set(), {"tools.web_search.max_uses": 5}),
+    ("messages", {"tools": [{**SEARCH, "max_uses": 2}]}, 5, {}, set(), {}),
+    ("messages", {"tools": [{**SEARCH, "max_uses": 8}]}, 1,
+     {"tools": [{**SEARCH, "max_uses": 1}]}, set(), {"tools.web_search.max_uses": 1}),
+    ("messages", {"tools": [{**FETCH, "max_uses": 1}]}, 1,
+     {"tools": [{**FETCH, "max_uses": 1, "max_content_tokens": 25_000}]}, set(),
+     {"tools.web_fetch.max_content_tokens": 25_000}),
+    ("messages", {"tools": [FUNCTION, SEARCH]}, 0,
+     {"tools": [FUNCTION]}, set(), {"tools.web_search": "removed"}),
+    ("messages", {"tools": [SEARCH, FETCH]}, 0, {}, {"tools", "tool_choice"},
+     {"tools.web_search": "removed", "tools.web_fetch": "removed"}),
+    ("messages", {"tools": [{**SEARCH, "max_uses": 0}]}, 0, {}, set(), {}),
+    ("messages", {"tools": [TOOL_SEARCH, FUNCTION]}, 0, {}, set(), {}),
+]
+
+
+@pytest.mark.parametrize("api, fields, uses, changed, without, reported", CHANGES)
+def test_the_number_of_uses_travels_upstream(api, fields, uses, changed, without, reported):
+    assert (changed, without, reported) == ic.hosted_changes(api, fields, uses)
