@@ -1108,6 +1108,14 @@ MAX_TOKENS_FIELDS = MappingProxyType({
     "messages": ("max_tokens",),
     "embeddings": (),
 })
+# The caps on a chat completion that a provider honours; the first is the one to set. Others ignore
+# max_completion_tokens (measured: DeepSeek made 76 tokens where 5 were asked for; Ollama), or
+# refuse it (Mistral). Sources: OpenAI's, Groq's and Cerebras's references; vLLM and llama.cpp,
+# their code; reports of the refusals; all read 2026-11-28.
+HONOURED_CHAT_CAPS = MappingProxyType({
+    **dict.fromkeys(("openai", "azure", "groq", "cerebras", "vllm", "sglang", "llamacpp"),
+                    ("max_completion_tokens", "max_tokens"))})
+OTHERS_CHAT_CAPS = ("max_tokens",)
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
@@ -1874,6 +1882,29 @@ def _choices(api: str, fields: Mapping[str, object]) -> int:
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     prompts = len(prompt) if several else 1
     return prompts * max(n, optional_count(fields, "best_of", least=1, most=128) or 1)
+
+
+def honoured_caps(api: str, provider: str) -> tuple[str, ...]:
+    """The caps on an answer that a provider honours; the first is the one to set."""
+    return HONOURED_CHAT_CAPS.get(provider, OTHERS_CHAT_CAPS) if api == "chat" \
+        else MAX_TOKENS_FIELDS[api]
+
+
+def capped_output(api: str, provider: str, fields: Mapping[str, object],
+                  cap: Optional[int]) -> tuple[dict, frozenset]:
+    """(fields to set, fields to leave out) so that a provider heeds the client's caps, and `cap`.
+
+    A cap in a field that it does not honour is moved to the one that it does.
+    """
+    honoured = honoured_caps(api, provider)
+    asked = {name: fields[name] for name in MAX_TOKENS_FIELDS[api] if fields.get(name) is not None}
+    caps = {name: value for name, value in asked.items() if name in honoured}
+    if not caps and (asked or cap is not None):
+        caps = {honoured[0]: max(asked.values(), default=cap)}
+    if cap is not None:
+        caps = {name: min(cap, value) for name, value in caps.items()}
+    return ({name: value for name, value in caps.items() if fields.get(name) != value},
+            frozenset(asked) - frozenset(honoured))
 
 
 def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]:
@@ -7714,17 +7745,18 @@ class Router:
             call.hides_usage = not optional_flag(options or {}, "include_usage")
             if call.hides_usage:
                 changes["stream_options"] = {**(options or {}), "include_usage": True}
-        if call.set_output_cap is not None:
-            names, cap = MAX_TOKENS_FIELDS[call.api], call.set_output_cap
-            asked = {name: call.body.fields[name] for name in names
-                     if call.body.fields.get(name) is not None}
-            changes.update({name: min(cap, own) for name, own in asked.items()}
-                           or {names[0]: cap})
         without: frozenset = frozenset()
-        if call.set_hosted_uses is not None:
-            changed, without, reported = hosted_changes(call.api, call.body.fields,
-                                                        call.set_hosted_uses)
+        if call.reservation.is_limited and call.bound.output_picodollars:
+            changed, without = capped_output(call.api, call.provider.name, call.body.fields,
+                                             call.set_output_cap)
             changes.update(changed)
+            for name in without:
+                call.losses.report(name, honoured_caps(call.api, call.provider.name)[0])
+        if call.set_hosted_uses is not None:
+            changed, left_out, reported = hosted_changes(call.api, call.body.fields,
+                                                         call.set_hosted_uses)
+            changes.update(changed)
+            without |= left_out
             for name, value in reported.items():
                 call.losses.report(name, value)
         if call.api == "messages" and call.translator is None \

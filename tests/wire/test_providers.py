@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from support import OPENAI_KEY, Gate, RawClient, call, program, settled_status
+from support import OPENAI_KEY, Gate, Reply, RawClient, call, program, settled_status
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -242,3 +242,76 @@ def test_a_provider_that_a_reload_removes_finishes_what_it_began(mock, proxy_wit
 
     assert b"message_stop" in stream
     assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"]
+
+
+# Caps: the field that a provider honours.
+
+def caps_seen(mock, proxy_with, tmp_path, provider, caps, budget=("--budget", "1")):
+    """The caps of a request as they arrive at a provider, and the answer."""
+    row = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_output_tokens": 90_000,
+           "litellm_provider": provider}
+    (tmp_path / "prices.json").write_text(json.dumps({f"{provider}/m": row, "m": row}))
+    proxy = proxy_with({"providers": {provider: {"base_url": mock.url + "/v1",
+                                                 "key_env": "OPENAI_API_KEY"}}},
+                       "--pricing", str(tmp_path / "prices.json"), *budget)
+    mock.models.add("m")
+    answer = call(proxy.port, "POST", f"/{provider}/v1/chat/completions", {
+        "model": "m", "messages": CHAT["messages"], **caps})
+    assert 200 == answer.status, answer.body
+    return {name: value for name, value in mock.seen[-1].json.items() if "max" in name}, answer
+
+
+# (provider, caps of the client, caps upstream, what is reported)
+CAPS = [
+    ("deepseek", {"max_completion_tokens": 5}, {"max_tokens": 5}, "max_completion_tokens=max_tokens"),
+    ("mistral", {"max_completion_tokens": 5, "max_tokens": 7}, {"max_tokens": 7},
+     "max_completion_tokens=max_tokens"),
+    ("lab", {"max_completion_tokens": 5}, {"max_tokens": 5}, "max_completion_tokens=max_tokens"),
+    ("lab", {"max_tokens": 5}, {"max_tokens": 5}, None),
+    ("groq", {"max_completion_tokens": 5}, {"max_completion_tokens": 5}, None),
+    ("groq", {"max_tokens": 5}, {"max_tokens": 5}, None),
+]
+
+
+@pytest.mark.parametrize("provider, caps, upstream, reported", CAPS)
+def test_a_cap_goes_in_the_field_that_the_provider_honours(mock, proxy_with, tmp_path, provider,
+                                                           caps, upstream, reported):
+    seen, answer = caps_seen(mock, proxy_with, tmp_path, provider, caps)
+
+    assert (upstream, reported) == (seen, answer.header("x-ironcage-adjusted"))
+
+
+@pytest.mark.parametrize("provider, name", [("mistral", "max_tokens"), ("lab", "max_tokens"),
+                                            ("groq", "max_completion_tokens")])
+@pytest.mark.parametrize("caps", [{}, {"max_completion_tokens": 90_000}], ids=["none", "too large"])
+def test_a_cap_of_ours_goes_there_too(mock, proxy_with, tmp_path, provider, name, caps):
+    seen, answer = caps_seen(mock, proxy_with, tmp_path, provider, caps, ("--budget", "0.05"))
+
+    assert {name: int(answer.header("x-ironcage-max-tokens"))} == seen
+    assert 1_000 < seen[name] < 25_000
+
+
+def test_without_a_budget_a_cap_stays_where_it_was(mock, proxy_with, tmp_path):
+    seen, _ = caps_seen(mock, proxy_with, tmp_path, "deepseek", {"max_completion_tokens": 5}, ())
+
+    assert {"max_completion_tokens": 5} == seen
+
+
+def test_a_server_that_heeds_one_cap_only_cannot_be_made_to_pass_the_budget(mock, proxy_with,
+                                                                            tmp_path):
+    """DeepSeek and Ollama ignore max_completion_tokens: a hundred calls with it once spent 55
+    times a budget."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 0}
+
+    def heeds_max_tokens(request):
+        usage["completion_tokens"] = min(20_000, request.json.get("max_tokens", 20_000))
+        return Reply(steps=(json.dumps({"object": "chat.completion", "model": "m", "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"content": "x"}}],
+            "usage": usage}).encode(),))
+
+    mock.always = heeds_max_tokens
+    for _ in range(3):
+        caps_seen(mock, proxy_with, tmp_path, "deepseek", {"max_completion_tokens": 1},
+                  ("--budget", "0.001"))
+
+        assert 1 == usage["completion_tokens"]
