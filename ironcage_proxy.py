@@ -1128,6 +1128,7 @@ TOOL_PROMPT_TOKENS = 4096
 COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is free, above this
 LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
 LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_tokens
+LEAST_THINKING_TOKENS = 1024            # Anthropic refuses a lower thinking budget
 LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
 # The most that one image is billed as, by LiteLLM's provider and the model's prefix; elsewhere an
@@ -1914,11 +1915,30 @@ def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]
     return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
 
 
-def _least_output_tokens(api: str, fields: Mapping[str, object]) -> int:
-    """The least cap that leaves a request valid: Anthropic's must be above its thinking budget."""
+def _thinking_budget(fields: Mapping[str, object]) -> int:
+    return optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0
+
+
+def _least_output_tokens(api: str, fields: Mapping[str, object], may_be_lowered: bool) -> int:
+    """The least cap that leaves a request valid: Anthropic's must be above its thinking budget,
+    which falls with it."""
     if api != "messages":
         return LEAST_RESPONSES_TOKENS if api == "responses" else 1
-    return 1 + (optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0)
+    least = 1 + _thinking_budget(fields)
+    return min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
+
+
+def lowered_thinking(fields: Mapping[str, object], cap: int) -> dict:
+    """The `thinking` to set beside a lower cap; {} where it may stay.
+
+    It is halved, so that it changes seldom: each change makes Anthropic write its cache anew.
+    """
+    budget = _thinking_budget(fields)
+    lowered = budget
+    while lowered + LEAST_OUTPUT_TOKENS > cap and lowered > LEAST_THINKING_TOKENS:
+        lowered = max(LEAST_THINKING_TOKENS, lowered // 2)
+    return {} if lowered == budget else {"thinking": {**fields["thinking"],
+                                                      "budget_tokens": lowered}}
 
 
 _KNOWN_TIERS = frozenset({*TIER_SUFFIXES, "default", "standard", "standard_only", "scale"})
@@ -1959,10 +1979,15 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
                      data_residency: Optional[str] = None, measured: bool = False,
-                     window: int = 0, may_be_lowered: bool = True) -> Bound:
-    """The worst case of a request at a price. Raises BadRequest, UnboundedRequest."""
+                     window: int = 0, may_be_lowered: bool = True,
+                     input_tokens: Optional[int] = None) -> Bound:
+    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known.
+
+    Raises BadRequest, UnboundedRequest.
+    """
     fields = body.fields
-    input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
+    if input_tokens is None:
+        input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
     multiplier = price.residency_multipliers.get(data_residency or "", 1)
     if api == "messages":
         multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
@@ -1980,9 +2005,179 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
-        least_output_tokens=_least_output_tokens(api, fields), may_be_lowered=may_be_lowered,
+        least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
+        may_be_lowered=may_be_lowered,
         # Usage is summed over the samplings, so that any long-context price may hold.
         hosted=hosted_uses(api, body, price, input_tokens, rates, rates_up_to(MOST_TOKENS), window))
+
+
+# What a provider has counted need not be guessed again. A request is a chain of digests, one for
+# each message: of a later request whose beginning was counted the rule bounds only the rest.
+# Assumed: a tokenizer does not change under one name. Seen in 1,835 pairs of recorded requests: the
+# longer one is never counted for more than 700 tokens beyond the shorter one and the rule.
+COUNTED_SLACK_TOKENS = 700
+LEAST_COUNTED_BYTES = 2048              # below it a guess costs little
+MOST_COUNTS, COUNTS_KEPT_S = 5000, 86_400
+CONVERSATION_FIELDS = MappingProxyType({"chat": "messages", "messages": "messages",
+                                        "responses": "input"})
+# Fields that change no count of the input; those of the two below are compared part by part.
+UNCOUNTED_FIELDS = frozenset("""
+    billing_policy cache_control client_metadata diagnostics fallback_credit_token frequency_penalty
+    include inference_geo logit_bias logprobs max_completion_tokens max_output_tokens max_tokens
+    max_tool_calls metadata model presence_penalty previous_response_id prompt_cache_key
+    prompt_cache_options prompt_cache_retention safety_identifier seed service_tier speed stop
+    stop_sequences store stream stream_options temperature top_k top_logprobs top_p user
+    user_profile_id workspace_id""".split())
+COUNTED_PARTS = ("system", "instructions", "tools", "functions")
+UNSTABLE_MODEL = re.compile(r"(^|[-_/])(auto|router|latest)$")
+KEPT_THINKING = r"clear_thinking_\d{8}"
+
+
+class Counted(NamedTuple):
+    """What a provider reported of a prompt that it has read."""
+    tokens: int
+    parts: frozenset = frozenset()          # digests of its system parts and tools
+    has_tools: bool = False
+
+
+class Prompt(NamedTuple):
+    """A request as digests: its beginnings, message by message, and its system parts and tools."""
+    chain: tuple[bytes, ...]                # of all that must be equal, and so many messages
+    parts: Mapping[bytes, object]           # those that are always counted
+    uncounted: tuple                        # tools that count only once they are loaded
+    has_tools: bool
+    is_stable: bool                         # its count holds for what it begins
+
+
+def _digest(*values: object) -> bytes:
+    return hashlib.blake2b(json_bytes(values), digest_size=16).digest()
+
+
+def without_cache_marks(value: object) -> object:
+    """A JSON value without cache_control, which agents move at each call."""
+    if isinstance(value, list):
+        return [without_cache_marks(child) for child in value]
+    if isinstance(value, dict):
+        return {name: without_cache_marks(child) for name, child in value.items()
+                if name != "cache_control"}
+    return value
+
+
+def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt]:
+    """A request as digests; None where no count can be known. `scope` says whose it is: token,
+    provider, model, and the headers that change a count."""
+    fields = body.fields
+    messages = fields.get(CONVERSATION_FIELDS.get(api, ""))
+    if not isinstance(messages, list) or UNSTABLE_MODEL.search(scope[2]) \
+            or STORED_STATE_FIELDS & fields.keys():
+        return None
+    if b"cache_control" in body.raw or b"\\u" in body.raw:
+        messages = without_cache_marks(messages)
+    equal = {name: value for name, value in fields.items() if value is not None
+             and name not in UNCOUNTED_FIELDS and name not in COUNTED_PARTS
+             and name != CONVERSATION_FIELDS[api]}
+    if isinstance(equal.get("thinking"), dict):           # its budget is a cap
+        equal["thinking"] = {**equal["thinking"], "budget_tokens": None}
+    chain = [_digest(api, *scope, equal)]
+    for message in messages:
+        chain.append(_digest(chain[-1].hex(), message))
+    declared = [part for name in COUNTED_PARTS for part in _listed(fields.get(name))]
+    deferred = [part for part in declared if _is_deferred(part)]
+    edits = json_object(fields.get("context_management")).get("edits") or []
+    is_stable = fields.get("truncation") in (None, "disabled") \
+        and fields.get("tool_choice") not in ("none", {"type": "none"}) \
+        and all(re.fullmatch(KEPT_THINKING, str(edit.get("type"))) and edit.get("keep") == "all"
+                for edit in map(json_object, edits)) \
+        and not any(_is_kept_elsewhere(kind, part) for _, kind, part in prompt_parts(body))
+    return Prompt(tuple(chain[1:]),
+                  {_digest(without_cache_marks(part)): part for part in declared
+                   if not _is_deferred(part)},
+                  tuple(deferred), bool(fields.get("tools") or fields.get("functions")), is_stable)
+
+
+def _listed(value: object) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_deferred(tool: object) -> bool:
+    """Whether a tool, or one in it, counts only once it is loaded."""
+    fields = json_object(tool)
+    return bool(fields.get("defer_loading")) or any(map(_is_deferred, _listed(fields.get("tools"))))
+
+
+def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
+    """Whether a part names what can change behind its name: a URL, a file, an item."""
+    if kind in ("url", "file", "item_reference", "container_upload") or "file_id" in part:
+        return True
+    url = part.get("image_url")
+    url = url if isinstance(url, str) else json_object(url).get("url")
+    return isinstance(url, str) and not url.startswith("data:") or "file_url" in part
+
+
+def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
+                         find: Callable[[Sequence[bytes]], Sequence[Optional[Counted]]],
+                         window: int = 0) -> Optional[int]:
+    """A bound on the input from the longest beginning that was counted; None where none was.
+
+    `find` gives what is known of each digest. Raises UnboundedRequest.
+    """
+    known = find(prompt.chain)
+    length = next((size for size in range(len(known), 0, -1) if known[size - 1] is not None), 0)
+    if not length:
+        return None
+    counted, name = known[length - 1], CONVERSATION_FIELDS[api]
+    fields = {name: body.fields[name][length:], "added": [
+        *(part for digest, part in prompt.parts.items() if digest not in counted.parts),
+        *prompt.uncounted]}
+    rest = JsonBody(json_bytes(fields), fields, {})
+    tool_prompt = TOOL_PROMPT_TOKENS if prompt.has_tools and not counted.has_tools else 0
+    more = input_tokens_bound(rest, price, measured=True, window=window)
+    return more if _unseen_input(rest)[0] else \
+        counted.tokens + COUNTED_SLACK_TOKENS + tool_prompt + more
+
+
+def continued_input_tokens(body: JsonBody, price: Price, before: Counted, window: int = 0) -> int:
+    """A bound on the input of a request that goes on from a stored response of known size."""
+    fields = {name: value for name, value in body.fields.items() if name != "previous_response_id"}
+    added = JsonBody(json_bytes(fields), fields, {})
+    more = input_tokens_bound(added, price, measured=True, window=window)
+    return more if _unseen_input(added)[0] else before.tokens + COUNTED_SLACK_TOKENS + more
+
+
+class KnownCounts:
+    """What providers have counted, for a day: by token, provider and model, and by digest.
+
+    A model whose answers name another model than before is a name that moves: nothing is known of
+    it again.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock                        # Unix seconds
+        self._lock = threading.Lock()              # guards the next two
+        self._counts: dict[tuple, tuple[float, Counted]] = {}      # the oldest first
+        self._answered: dict[tuple, Optional[str]] = {}            # None: the name moves
+
+    def learn(self, scope: tuple, digest: bytes, counted: Counted, answered_model: str) -> None:
+        """Remember a count, and forget the oldest where there are too many."""
+        now_s = self._clock()
+        with self._lock:
+            if self._answered.setdefault(scope, answered_model) != answered_model:
+                self._answered[scope] = None
+                return
+            self._counts.pop((scope, digest), None)
+            self._counts[scope, digest] = (now_s, counted)
+            for kept in (self._counts, self._answered):
+                if len(kept) > MOST_COUNTS:
+                    del kept[next(iter(kept))]
+
+    def find(self, scope: tuple, digests: Sequence[bytes]) -> list[Optional[Counted]]:
+        """What is known of each digest."""
+        since_s = self._clock() - COUNTS_KEPT_S
+        with self._lock:
+            if self._answered.get(scope) is None:
+                return [None] * len(digests)
+            found = [self._counts.get((scope, digest)) for digest in digests]
+        return [None if row is None or row[0] < since_s else row[1] for row in found]
 
 
 # ==== 6. Event streams ==========================================================================
@@ -7752,6 +7947,11 @@ class Router:
             changes.update(changed)
             for name in without:
                 call.losses.report(name, honoured_caps(call.api, call.provider.name)[0])
+        if call.api == "messages" and call.set_output_cap is not None:
+            lowered = lowered_thinking(call.body.fields, call.set_output_cap)
+            changes.update(lowered)
+            for name in lowered:
+                call.losses.report("thinking.budget_tokens", lowered[name]["budget_tokens"])
         if call.set_hosted_uses is not None:
             changed, left_out, reported = hosted_changes(call.api, call.body.fields,
                                                          call.set_hosted_uses)
