@@ -4118,14 +4118,21 @@ class Budget(NamedTuple):
 
 
 class Account:
-    """One scope's money. Guarded by its controller's lock."""
-    __slots__ = ("scope", "limit", "period", "since_s", "spent", "reserved")
+    """One scope's money. Guarded by its controller's lock.
 
-    def __init__(self, scope: str, limit: Optional[int], period: str, since_s: int,
-                 spent: int) -> None:
-        self.scope, self.limit, self.period = scope, limit, period
-        self.since_s = since_s                # when its current period began
-        self.spent, self.reserved = spent, 0
+    Invariant: `spent` and `reserved` are the sums, over the current period, of two tables that
+    say on which day a call was admitted and are never cut. A period is whole days, so that
+    another one is another sum: it can neither lose nor double a charge, nor a call in flight.
+    """
+    __slots__ = ("scope", "limit", "period", "since_s", "spent", "reserved", "_seen_s",
+                 "_spent_on", "_reserved_on")
+
+    def __init__(self, scope: str, limit: Optional[int], period: str, now_s: int,
+                 spent_on: Mapping[int, int]) -> None:
+        self.scope, self.limit = scope, limit
+        self._seen_s = now_s                  # the latest time: a clock may go back
+        self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
+        self.begin(period)
 
     @property
     def free(self) -> Optional[int]:
@@ -4139,13 +4146,27 @@ class Account:
     def budget(self) -> Budget:
         return Budget(self.scope, self.limit, self.spent, self.reserved)
 
+    def begin(self, period: str) -> None:
+        """Count by this period: what was admitted since its current one began."""
+        self.period, self.since_s = period, period_start(period, self._seen_s)
+        self.spent, self.reserved = (
+            sum([amount for day, amount in days.items() if day * DAY_S >= self.since_s])
+            for days in (self._spent_on, self._reserved_on))
+
     def roll(self, now_s: int) -> None:
         """Begin the period that holds `now_s`. A clock that goes back reopens none."""
-        if self.period == "total":
-            return
-        since_s = period_start(self.period, now_s)
-        if since_s > self.since_s:
-            self.since_s, self.spent, self.reserved = since_s, 0, 0
+        if now_s > self._seen_s:
+            self._seen_s = now_s
+            if period_start(self.period, now_s) != self.since_s:
+                self.begin(self.period)
+
+    def add(self, admitted_s: int, *, spent: int = 0, reserved: int = 0) -> None:
+        """Change what a day's calls spent and hold: first spend, then release."""
+        self._spent_on[admitted_s // DAY_S] += spent
+        self._reserved_on[admitted_s // DAY_S] += reserved
+        if admitted_s >= self.since_s:                      # else its period is over
+            self.spent += spent
+            self.reserved += reserved
 
 
 class Reservation:
@@ -4188,7 +4209,8 @@ class CostController:
                  clock: Callable[[], float] = time.time) -> None:
         self._clock = clock               # Unix seconds
         self._lock = threading.Lock()     # guards all below, every Account and every Reservation
-        self._proxy = Account(PROXY_SCOPE, limit_microdollars, "total", 0, spent_microdollars)
+        self._proxy = Account(PROXY_SCOPE, limit_microdollars, "total", 0,
+                              {0: spent_microdollars})
         self._accounts = {PROXY_SCOPE: self._proxy}
         self._line: list[Reservation] = []          # who waits, in the order of arrival
         self._bound_exceeded = 0
@@ -4310,11 +4332,11 @@ class CostController:
             elif bound.microdollars(bound.output_tokens):       # what is free always fits
                 lacking.append(account)
         if not lacking:
-            claim.is_open, claim.output_cap, claim.admitted_s = True, cap, now_s
+            claim.is_open, claim.output_cap = True, cap
+            claim.admitted_s = max([now_s, *[account.since_s for account in claim.accounts]])
             claim.microdollars = bound.microdollars(cap)
             for account in claim.accounts:
-                claim.admitted_s = max(claim.admitted_s, account.since_s)
-                account.reserved += claim.microdollars
+                account.add(claim.admitted_s, reserved=claim.microdollars)
                 claim.is_limited |= account.limit is not None
         return lacking
 
@@ -4338,15 +4360,13 @@ class CostController:
             raise ValueError("this reservation is settled already")
         reservation.is_open = False
         for account in reservation.accounts:
-            if account.since_s <= reservation.admitted_s:       # else its period is over
-                account.spent += charge                         # first spend, then release
-                account.reserved -= reservation.microdollars
+            account.add(reservation.admitted_s, spent=charge, reserved=-reservation.microdollars)
 
     def add_spend(self, microdollars: int) -> None:
         """Charge the proxy's scope an amount that nothing was reserved for."""
         _check_amount(microdollars)
         with self._lock:
-            self._proxy.spent += microdollars
+            self._proxy.add(int(self._clock()), spent=microdollars)
 
     # Limits.
 
@@ -4358,18 +4378,21 @@ class CostController:
 
     def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
                   spent_since: Callable[[int], int]) -> None:
-        """Open a scope, or change its limit; its spend in this period is asked for if it is new."""
+        """Open a scope, or change its limit and period.
+
+        What a new one spent before is asked for, from the beginning of each period on; a scope
+        that is there knows it, also what the ledger does not hold yet.
+        """
         now_s = int(self._clock())
         with self._lock:
             account = self._accounts.get(scope)
-        since_s = period_start(period, now_s)
-        spent = None if account is not None and account.period == period else spent_since(since_s)
+        if account is None:
+            account = Account(scope, limit_microdollars, period, now_s,
+                              _spent_by_day(now_s, spent_since))
         with self._lock:
-            if account is None:
-                account = Account(scope, limit_microdollars, period, since_s, spent)
-            elif spent is not None:            # which has the calls in flight at their bounds
-                account.period, account.since_s = period, since_s
-                account.spent = max(0, spent - account.reserved)
+            account.roll(now_s)
+            if account.period != period:
+                account.begin(period)
             account.limit = limit_microdollars
             self._accounts[scope] = account
             self._serve_line_locked()
@@ -4429,6 +4452,18 @@ class CostController:
         """(spent, reserved, limit) at one instant."""
         _, limit, spent, reserved = self.budget()
         return spent, reserved, limit
+
+
+def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, int]:
+    """What was spent so far, as if all on the first days of the periods of now: {day: amount}.
+
+    So each of these periods has its sum, and so has each later one, which holds all of such a
+    part or nothing of it.
+    """
+    starts = sorted({period_start(period, now_s) for period in PERIODS})
+    sums = [spent_since(start_s) for start_s in starts]
+    return {start_s // DAY_S: spent - spent_later
+            for start_s, spent, spent_later in zip(starts, sums, [*sums[1:], 0])}
 
 
 def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
