@@ -4871,7 +4871,7 @@ class SqliteLedger:
         self._watched = {name: _identity_at(name) for name in (
             self._path, self._path + "-wal", self._path + "-shm", *beside)}
         self._watched[self._path] = self._lock.identity or self._watched[self._path]
-        self._least_bytes, self._fault = 1, ""
+        self._least_bytes, self._was_cut, self._fault = 1, False, ""
         if self.look() is not None:
             raise OSError(self._fault)
 
@@ -4880,17 +4880,19 @@ class SqliteLedger:
         least_bytes = self._least_bytes       # read before the size, as a ledger only grows
         try:
             moved = [name for name, file in self._watched.items() if _identity_at(name) != file]
-            self._least_bytes = size = os.stat(self._path).st_size
+            size = os.stat(self._path).st_size
         except OSError:
             moved, size = [self._path], least_bytes
         fault = ""
         if moved:
             fault = f"{os.path.basename(moved[0])} was moved, removed or replaced under the " \
                 "running proxy; put it back"
-        elif size < least_bytes:
-            self._least_bytes = least_bytes
+        elif size < least_bytes or self._was_cut:        # for good: it may grow back with holes
+            self._was_cut = True
             fault = f"{os.path.basename(self._path)} was cut short under the running proxy; stop " \
                 "it and restore the file"
+        else:
+            self._least_bytes = size
         if fault != self._fault:
             self._fault = fault
             log.error("the ledger takes no new calls" if fault else "the ledger is back", extra={

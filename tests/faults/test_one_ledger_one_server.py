@@ -539,6 +539,17 @@ def test_a_ledger_that_is_put_back_takes_calls_again_and_has_lost_nothing(path, 
     assert mock.billed_microdollars == spent_in(path) > 0
 
 
+def test_a_ledger_that_was_cut_short_is_not_trusted_when_it_has_grown_again(path):
+    ledger = ic.SqliteLedger(path)
+    whole = os.path.getsize(path)
+    for size in (0, whole + 4_096):
+        os.truncate(path, size)
+
+        with pytest.raises(ic.LedgerUnavailable, match="cut short"):
+            ledger.intent(row())
+    ledger.close()
+
+
 def test_what_happens_to_a_ledger_is_logged_also_while_nobody_calls(path, caplog):
     server = ic.ProxyServer(ic.settings_from(["--port", "0", "--ledger", path], {}))
     try:
