@@ -4762,12 +4762,9 @@ def _make_ledger(path: str) -> None:
     """Make an empty ledger under another name, and give it its own once it is whole."""
     import sqlite3
     new = path + ".new"
-    for end in ("-journal", "-wal", "-shm"):            # of an earlier try that was cut off
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new + end)
     if not os.path.exists(new):
         os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
-    os.truncate(new, 0)
+    os.truncate(new, 0)                       # SQLite ignores the journal of an empty database
     with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
         _migrate(db)
     os.rename(new, path)
