@@ -17,10 +17,11 @@ Agents get a token and a base URL, never the real key; what they spend can never
 
 Promises, each with a test that attacks it: only the standard library is used; connections are
 opened to the configured providers and Iron Cage server, or to the proxy that the environment names
-for them, and to nobody else; spent + reserved never passes the limit by an admission; every request
-settles exactly once; a model, route or price that is not known is refused while a budget is set;
-provider keys go to their provider's host and nowhere else; between a client and a provider of one
-format bytes travel unchanged, but for fields that the budget must set, which are spliced in.
+for them, and to nobody else (`check` greets its own address); spent + reserved never passes the
+limit by an admission; every request settles exactly once; a model, route or price that is not known
+is refused while a budget is set; provider keys go to their provider's host and nowhere else;
+between a client and a provider of one format bytes travel unchanged, but for fields that the budget
+must set, which are spliced in.
 That a request cannot cost more than its bound rests on three assumptions, in chapter 5.
 
 Contents (each chapter uses only names of chapters above it):
@@ -79,6 +80,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import sys
 import threading
@@ -91,7 +93,7 @@ from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (IO, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple,
+from typing import (Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple,
                     Optional, Sequence, TypeVar, Union)
 
 __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
@@ -135,7 +137,8 @@ POOL_IDLE_S = 15                          # below the 20 s and more of providers
 STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
 WAIT_POLL_S = 0.1                         # how soon who waits for budget sees its client go
-CONFIG_LOOK_S = 1                         # how often the configuration's file is looked at
+CONFIG_LOOK_S = 1                         # how often configuration and ledger are looked at
+GREETING_S = 2                            # how long `check` waits for a proxy that may serve
 
 
 class Timeouts(NamedTuple):
@@ -4818,14 +4821,21 @@ class Budget(NamedTuple):
 
 
 class Account:
-    """One scope's money. Guarded by its controller's lock."""
-    __slots__ = ("scope", "limit", "period", "since_s", "spent", "reserved")
+    """One scope's money. Guarded by its controller's lock.
 
-    def __init__(self, scope: str, limit: Optional[int], period: str, since_s: int,
-                 spent: int) -> None:
-        self.scope, self.limit, self.period = scope, limit, period
-        self.since_s = since_s                # when its current period began
-        self.spent, self.reserved = spent, 0
+    Invariant: `spent` and `reserved` are the sums, over the current period, of two tables that
+    say on which day a call was admitted and are never cut. A period is whole days, so that
+    another one is another sum: it can neither lose nor double a charge, nor a call in flight.
+    """
+    __slots__ = ("scope", "limit", "period", "since_s", "spent", "reserved", "_seen_s",
+                 "_spent_on", "_reserved_on")
+
+    def __init__(self, scope: str, limit: Optional[int], period: str, now_s: int,
+                 spent_on: Mapping[int, int]) -> None:
+        self.scope, self.limit = scope, limit
+        self._seen_s = now_s                  # the latest time: a clock may go back
+        self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
+        self.begin(period)
 
     @property
     def free(self) -> Optional[int]:
@@ -4839,13 +4849,27 @@ class Account:
     def budget(self) -> Budget:
         return Budget(self.scope, self.limit, self.spent, self.reserved)
 
+    def begin(self, period: str) -> None:
+        """Count by this period: what was admitted since its current one began."""
+        self.period, self.since_s = period, period_start(period, self._seen_s)
+        self.spent, self.reserved = (
+            sum([amount for day, amount in days.items() if day * DAY_S >= self.since_s])
+            for days in (self._spent_on, self._reserved_on))
+
     def roll(self, now_s: int) -> None:
         """Begin the period that holds `now_s`. A clock that goes back reopens none."""
-        if self.period == "total":
-            return
-        since_s = period_start(self.period, now_s)
-        if since_s > self.since_s:
-            self.since_s, self.spent, self.reserved = since_s, 0, 0
+        if now_s > self._seen_s:
+            self._seen_s = now_s
+            if period_start(self.period, now_s) != self.since_s:
+                self.begin(self.period)
+
+    def add(self, admitted_s: int, *, spent: int = 0, reserved: int = 0) -> None:
+        """Change what a day's calls spent and hold: first spend, then release."""
+        self._spent_on[admitted_s // DAY_S] += spent
+        self._reserved_on[admitted_s // DAY_S] += reserved
+        if admitted_s >= self.since_s:                      # else its period is over
+            self.spent += spent
+            self.reserved += reserved
 
 
 class Reservation:
@@ -4893,7 +4917,8 @@ class CostController:
                  clock: Callable[[], float] = time.time) -> None:
         self._clock = clock               # Unix seconds
         self._lock = threading.Lock()     # guards all below, every Account and every Reservation
-        self._proxy = Account(PROXY_SCOPE, limit_microdollars, "total", 0, spent_microdollars)
+        self._proxy = Account(PROXY_SCOPE, limit_microdollars, "total", 0,
+                              {0: spent_microdollars})
         self._accounts = {PROXY_SCOPE: self._proxy}
         self._line: list[Reservation] = []          # who waits, in the order of arrival
         self._bound_exceeded = 0
@@ -5015,11 +5040,11 @@ class CostController:
             elif bound.microdollars(bound.output_tokens, bound.hosted_uses):    # else it is free
                 lacking.append(account)
         if not lacking:
-            claim.is_open, claim.caps, claim.admitted_s = True, caps, now_s
+            claim.is_open, claim.caps = True, caps
+            claim.admitted_s = max([now_s, *[account.since_s for account in claim.accounts]])
             claim.microdollars = bound.microdollars(*caps)
             for account in claim.accounts:
-                claim.admitted_s = max(claim.admitted_s, account.since_s)
-                account.reserved += claim.microdollars
+                account.add(claim.admitted_s, reserved=claim.microdollars)
                 claim.is_limited |= account.limit is not None
         return lacking
 
@@ -5043,15 +5068,13 @@ class CostController:
             raise ValueError("this reservation is settled already")
         reservation.is_open = False
         for account in reservation.accounts:
-            if account.since_s <= reservation.admitted_s:       # else its period is over
-                account.spent += charge                         # first spend, then release
-                account.reserved -= reservation.microdollars
+            account.add(reservation.admitted_s, spent=charge, reserved=-reservation.microdollars)
 
     def add_spend(self, microdollars: int) -> None:
         """Charge the proxy's scope an amount that nothing was reserved for."""
         _check_amount(microdollars)
         with self._lock:
-            self._proxy.spent += microdollars
+            self._proxy.add(int(self._clock()), spent=microdollars)
 
     # Limits.
 
@@ -5063,18 +5086,21 @@ class CostController:
 
     def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
                   spent_since: Callable[[int], int]) -> None:
-        """Open a scope, or change its limit; its spend in this period is asked for if it is new."""
+        """Open a scope, or change its limit and period.
+
+        What a new one spent before is asked for, from the beginning of each period on; a scope
+        that is there knows it, also what the ledger does not hold yet.
+        """
         now_s = int(self._clock())
         with self._lock:
             account = self._accounts.get(scope)
-        since_s = period_start(period, now_s)
-        spent = None if account is not None and account.period == period else spent_since(since_s)
+        if account is None:
+            account = Account(scope, limit_microdollars, period, now_s,
+                              _spent_by_day(now_s, spent_since))
         with self._lock:
-            if account is None:
-                account = Account(scope, limit_microdollars, period, since_s, spent)
-            elif spent is not None:            # which has the calls in flight at their bounds
-                account.period, account.since_s = period, since_s
-                account.spent = max(0, spent - account.reserved)
+            account.roll(now_s)
+            if account.period != period:
+                account.begin(period)
             account.limit = limit_microdollars
             self._accounts[scope] = account
             self._serve_line_locked()
@@ -5136,6 +5162,18 @@ class CostController:
         return spent, reserved, limit
 
 
+def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, int]:
+    """What was spent so far, as if all on the first days of the periods of now: {day: amount}.
+
+    So each of these periods has its sum, and so has each later one, which holds all of such a
+    part or nothing of it.
+    """
+    starts = sorted({period_start(period, now_s) for period in PERIODS})
+    sums = [spent_since(start_s) for start_s in starts]
+    return {start_s // DAY_S: spent - spent_later
+            for start_s, spent, spent_later in zip(starts, sums, [*sums[1:], 0])}
+
+
 def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
     amounts = budget.as_json()
     del amounts["available_microdollars"]
@@ -5187,8 +5225,14 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
 #
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
-# the process died, is charged at its bound on the next start. A ledger is four methods: intent,
-# settle, spent and recent, and three for leases; another engine needs no more than those.
+# the process died, is charged at its bound on the next start. A ledger is five methods: intent,
+# settle, spent, recent and look, and three for leases; another engine needs no more than those.
+#
+# A ledger must not be fooled into forgetting. It is new only where its path does not exist; it is
+# made under another name, so that a crash on the way leaves no half of one. One process at a time
+# has it, whatever the path that it came by; and a file that is moved, removed, replaced or cut
+# under the process takes no further intent. A copy is another ledger, and a lost -wal cannot be
+# seen from inside.
 
 # The intent's, and from "settled_ms" on the settlement's.
 LEDGER_COLUMNS = MappingProxyType({
@@ -5214,7 +5258,10 @@ MIGRATIONS = (
     "CREATE TABLE leases (lease_id TEXT PRIMARY KEY, granted INTEGER NOT NULL, "
     "spent_before INTEGER NOT NULL)",
 )
-LEDGER_BUSY_S = 2                             # how long to wait for another process's lock
+LEDGER_BUSY_S = 2                             # how long to wait for another program's write
+LEDGER_WAIT_S = 30                            # and for a proxy to let go: as long as one drains
+# An flock of the database file: elsewhere it can clash with SQLite's own locks, or is not there.
+LOCKS_DATABASE = sys.platform == "linux"
 MEMORY_ROWS = 10_000
 _INSERT = (f"INSERT INTO calls ({', '.join(LEDGER_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in LEDGER_COLUMNS)})")
@@ -5298,6 +5345,9 @@ class MemoryLedger:
         with self._lock:
             self._leases.remove(lease)
 
+    def look(self) -> None:
+        """Nothing can happen to it from outside."""
+
     def close(self) -> None:
         """Nothing to close."""
 
@@ -5312,47 +5362,253 @@ class _Write:
         self.error: Optional[Exception] = None
 
 
+class LedgerLock:
+    """Keeps a second server off a ledger, by an OS lock that ends with the process.
+
+    A file beside the ledger is locked, which any version of this program respects; on Linux the
+    database too, so that a link, another mount or a removed file beside it leads nobody past.
+    No descriptor of a database is closed before exit: closing any drops the locks that SQLite
+    holds on the file in this process, and then its log could be deleted by whoever reads it.
+    """
+    _kept: dict[tuple[int, int], int] = {}              # a database's identity -> its descriptor
+    _taken: dict[tuple[int, int], LedgerLock] = {}      # those that this process has locked
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._beside: Optional[int] = None              # the descriptor of the file beside it
+        self.identity: Optional[tuple[int, int]] = None       # of the database, where it is locked
+
+    def wait(self, most_s: int) -> None:
+        """Take the lock, and make the ledger if there is none. Raises OSError, sqlite3.Error."""
+        deadline_s, is_logged = time.monotonic() + most_s, False
+        while not self._take():
+            if time.monotonic() >= deadline_s:
+                raise OSError("another ironcage_proxy has it open; stop that one, or give this "
+                              "one a ledger of its own")
+            if not is_logged:
+                log.warning("waiting for the ledger: another ironcage_proxy has it open",
+                            extra={"fields": {"ledger": self._path, "seconds": most_s}})
+            is_logged = True
+            time.sleep(WAIT_POLL_S)
+
+    def release(self) -> None:
+        """Let others have it. SQLite must have closed the database."""
+        if self.identity is not None:
+            import fcntl
+            fcntl.flock(self._kept[self.identity], fcntl.LOCK_UN)
+            del self._taken[self.identity]
+        if self._beside is not None:
+            os.close(self._beside)
+        self.identity = self._beside = None
+
+    def _take(self) -> bool:
+        self._beside, is_ours = _locked_file(self._path + ".lock"), False
+        try:
+            is_ours = self._beside is not None and self._take_database()
+        finally:
+            if not is_ours:
+                self.release()
+        return is_ours
+
+    def _take_database(self) -> bool:
+        """Lock the ledger itself, or what becomes it; False where another has it, or moved it."""
+        is_new = not os.path.exists(self._path)
+        path = self._path + ".new" if is_new else self._path
+        if is_new and os.path.exists(self._path + "-wal"):
+            raise OSError(f"its log {self._path}-wal is there, but not the ledger; put that back, "
+                          "or remove the log too to begin at 0")
+        if LOCKS_DATABASE and not (self._lock_database(path, os.O_CREAT if is_new else 0)
+                                   and self.identity == _identity_at(path)
+                                   and is_new != os.path.exists(self._path)):
+            return False
+        if is_new:
+            _make_ledger(self._path)
+        return True
+
+    def _lock_database(self, path: str, flags: int) -> bool:
+        import fcntl                          # here only: Windows has none
+        handle = self._kept.get(_identity_at(path))
+        if handle is None:
+            handle = os.open(path, os.O_RDWR | flags, 0o600)
+        identity = _identity_of(os.fstat(handle))
+        handle = self._kept.setdefault(identity, handle)
+        if self._taken.setdefault(identity, self) is not self:      # an flock is the process's
+            return False
+        self.identity = identity
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _identity_of(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _identity_at(path: str) -> Optional[tuple[int, int]]:
+    """Which file a path leads to; None where it leads to none."""
+    try:
+        return _identity_of(os.stat(path))
+    except OSError:
+        return None
+
+
+def _locked_file(path: str) -> Optional[int]:
+    """A descriptor whose file is locked until it is closed; None where another has the lock."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(handle)
+        if isinstance(err, (BlockingIOError, PermissionError)):
+            return None
+        raise
+    return handle
+
+
+def _make_ledger(path: str) -> None:
+    """Make an empty ledger under another name, and give it its own once it is whole."""
+    import sqlite3
+    new = path + ".new"
+    if not os.path.exists(new):
+        os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
+    os.truncate(new, 0)                       # SQLite ignores the journal of an empty database
+    with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
+        _migrate(db)
+    os.rename(new, path)
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise OSError("it was written by a newer version of this program")
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.execute("BEGIN IMMEDIATE")
+        db.execute(script)
+        db.execute(f"PRAGMA user_version = {number}")
+        db.execute("COMMIT")
+
+
+BEGIN_ANEW = "put the right one back, or name a path that does not exist to begin at 0"
+_NEEDED_COLUMNS = frozenset(("admitted_s", "token", "bound_microdollars", "settled_ms",
+                             "cost_microdollars"))
+
+
+def _check_ledger_file(path: str) -> os.stat_result:
+    """Look at a file. Raises OSError for one that cannot be a ledger."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is not a regular file")
+    if not found.st_size:
+        raise OSError(f"it is empty, which no ledger ever is; {BEGIN_ANEW}")
+    return found
+
+
+def _check_only_name(path: str, found: os.stat_result) -> None:
+    """Raises OSError for a hard link whose newest charges may be in the log beside another name."""
+    if found.st_nlink == 1:
+        return
+    with os.scandir(os.path.dirname(path)) as entries:
+        names = [entry.path for entry in entries if entry.inode() == found.st_ino]
+    is_unseen = len(names) < found.st_nlink and not os.path.exists(path + "-wal")
+    if is_unseen or any(os.path.exists(name + "-wal") for name in names if name != path):
+        raise OSError("it has other names (hard links), and the newest charges may be in the log "
+                      "beside one of them; start with that name, or remove the others")
+
+
+def _check_is_ledger(db: sqlite3.Connection) -> None:
+    """Raises OSError for a database of something else, before anything is written to it."""
+    import sqlite3
+    try:
+        columns = {row[1] for row in db.execute("PRAGMA table_info(calls)")}
+    except sqlite3.OperationalError:          # locked, or not readable
+        raise
+    except sqlite3.DatabaseError as err:
+        raise OSError(f"it is not a ledger, or a broken one ({err}); {BEGIN_ANEW}") from err
+    if not _NEEDED_COLUMNS <= columns:
+        raise OSError(f"it is not a ledger of ironcage_proxy; {BEGIN_ANEW}")
+
+
 class SqliteLedger:
     """A ledger in an SQLite file, in WAL mode: what is committed survives the process, and with
-    `fsync` a loss of power too. One process at a time has it open for writing.
+    `fsync` a loss of power too. One process at a time has it open for writing; another waits for
+    `wait_s` seconds.
 
     Opening it charges what an earlier process left unsettled. A write that can take long (for
     `fsync`, or while another program writes) is done inside the context `aside`.
     Raises Misconfigured.
     """
 
-    def __init__(self, path: str, *, fsync: bool = False,
+    def __init__(self, path: str, *, fsync: bool = False, wait_s: int = 0,
                  aside: Callable[[], ContextManager] = contextlib.nullcontext) -> None:
         import sqlite3                        # here only: most runs do not need it
         self._errors, self._is_quick, self._aside = sqlite3.Error, not fsync, aside
         self._turn = threading.Lock()         # one transaction at a time
         self._queue: list[_Write] = []        # appended by all, emptied by who has the turn
-        path = os.path.realpath(path)
-        try:
-            self._lock_file = _locked_file(path + ".lock")
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(path, timeout=LEDGER_BUSY_S, isolation_level=None,
-                                       check_same_thread=False)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
-            self._migrate()
-            self.recovered = self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
-            newest = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0]
-            self._wait_for_others(0)
-        except (OSError, sqlite3.Error) as err:
-            raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
-        self._ids = itertools.count(newest + 1)
+        self._path = path = os.path.realpath(path)
+        self._lock = LedgerLock(path)
+        with contextlib.ExitStack() as undo:
+            try:
+                self._lock.wait(wait_s)
+                undo.callback(self._lock.release)
+                _check_only_name(path, _check_ledger_file(path))
+                self._db = sqlite3.connect(path, timeout=LEDGER_BUSY_S, isolation_level=None,
+                                           check_same_thread=False)
+                undo.callback(self._db.close)
+                self._open_database(fsync)
+            except (OSError, sqlite3.Error) as err:
+                raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
+            undo.pop_all()
 
-    def _migrate(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise OSError("it was written by a newer version of this program")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(script)
-            self._db.execute(f"PRAGMA user_version = {number}")
-            self._db.execute("COMMIT")
+    def _open_database(self, fsync: bool) -> None:
+        import sqlite3
+        self._db.row_factory = sqlite3.Row
+        _check_is_ledger(self._db)
+        if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise OSError("its file system cannot hold SQLite's write-ahead log")
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
+        _migrate(self._db)
+        self.recovered = self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
+        newest = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0]
+        self._ids = itertools.count(newest + 1)
+        self._wait_for_others(0)
+        beside = () if LOCKS_DATABASE else (self._path + ".lock",)
+        self._watched = {name: _identity_at(name) for name in (
+            self._path, self._path + "-wal", self._path + "-shm", *beside)}
+        self._watched[self._path] = self._lock.identity or self._watched[self._path]
+        self._least_bytes, self._was_cut, self._fault = 1, False, ""
+        if self.look() is not None:
+            raise OSError(self._fault)
+
+    def look(self) -> Optional[OSError]:
+        """Why the files are not as we left them, which is logged when it is new; None: they are."""
+        least_bytes = self._least_bytes       # read before the size, as a ledger only grows
+        try:
+            moved = [name for name, file in self._watched.items() if _identity_at(name) != file]
+            size = os.stat(self._path).st_size
+        except OSError:
+            moved, size = [self._path], least_bytes
+        fault = ""
+        if moved:
+            fault = f"{os.path.basename(moved[0])} was moved, removed or replaced under the " \
+                "running proxy; put it back"
+        elif size < least_bytes or self._was_cut:        # for good: it may grow back with holes
+            self._was_cut = True
+            fault = f"{os.path.basename(self._path)} was cut short under the running proxy; stop " \
+                "it and restore the file"
+        else:
+            self._least_bytes = size
+        if fault != self._fault:
+            self._fault = fault
+            log.error("the ledger takes no new calls" if fault else "the ledger is back", extra={
+                "fields": {"ledger": self._path, "reason": fault or "it is as it was"}})
+        return OSError(fault) if fault else None
 
     def intent(self, row: dict) -> None:
         """Put a call on disk before it is sent. Raises LedgerUnavailable: it must not be sent."""
@@ -5374,6 +5630,9 @@ class SqliteLedger:
 
         Aside only if need be: a commit without fsync takes 50 us, to go aside for it as long again.
         """
+        fault = self.look() if write.is_intent else None
+        if fault is not None:
+            return fault
         self._queue.append(write)
         if self._is_quick and self._turn.acquire(blocking=False):
             try:
@@ -5420,12 +5679,18 @@ class SqliteLedger:
             self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
 
     def spent(self, token: Optional[str], since_s: int) -> int:
-        """What one token, or None for all, spent since then; calls in flight at their bound."""
-        with self._turn:
-            return self._db.execute(
-                "SELECT COALESCE(SUM(COALESCE(cost_microdollars, bound_microdollars)), 0) "
-                "FROM calls WHERE admitted_s >= ? AND (? IS NULL OR token = ?)",
-                (since_s, token, token)).fetchone()[0]
+        """What one token, or None for all, spent since then; calls in flight at their bound.
+
+        Raises Misconfigured.
+        """
+        try:
+            with self._turn:
+                return self._db.execute(
+                    "SELECT COALESCE(SUM(COALESCE(cost_microdollars, bound_microdollars)), 0) "
+                    "FROM calls WHERE admitted_s >= ? AND (? IS NULL OR token = ?)",
+                    (since_s, token, token)).fetchone()[0]
+        except self._errors as err:
+            raise Misconfigured(f"the ledger {self._path} cannot be read: {_reason(err)}") from err
 
     def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
         """The newest settled rows, of one token or of all."""
@@ -5458,26 +5723,10 @@ class SqliteLedger:
             if self._queue:
                 self._commit_patiently()
             self._db.close()
-        self._lock_file.close()
+        self._lock.release()
 
 
 Ledger = Union[MemoryLedger, SqliteLedger]
-
-
-def _locked_file(path: str) -> IO[bytes]:
-    """A file that this process holds an OS lock on until it closes it or ends. Raises OSError."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise OSError("another ironcage_proxy has it open") from None
-    return os.fdopen(handle, "r+b")
 
 
 # Reading a ledger without serving: `usage` and `audit`.
@@ -5492,12 +5741,14 @@ def ledger_rows(path: str, query: str, values: Sequence[object] = ()) -> list[di
     """The rows of a query on a ledger, which is only read. Raises Misconfigured."""
     import sqlite3
     try:
+        _check_ledger_file(os.path.realpath(path))
         with contextlib.closing(sqlite3.connect(
                 f"file:{urllib.parse.quote(os.path.realpath(path))}?mode=ro", uri=True,
                 timeout=LEDGER_BUSY_S)) as db:
             db.row_factory = sqlite3.Row
+            _check_is_ledger(db)
             return [dict(row) for row in db.execute(query, values)]
-    except sqlite3.Error as err:
+    except (OSError, sqlite3.Error) as err:
         raise Misconfigured(f"the ledger {path} cannot be read: {_reason(err)}") from err
 
 
@@ -7516,6 +7767,7 @@ class Settings(NamedTuple):
     allow_plain_http: bool = False
     ledger_path: Optional[str] = None                  # None: in memory
     fsync: bool = False                                # the ledger survives a loss of power
+    no_wait_for_ledger: bool = False                   # refuse at once one that is in use
     pricing_path: Optional[str] = None                 # None: pricing.json beside this file
     allow_hosts: tuple[str, ...] = ()
     allow_paths: tuple[str, ...] = ()
@@ -8828,7 +9080,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         config = self._read_config()
         self.turns = Turns()                           # of the threads that serve connections
         self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None else SqliteLedger(
-            settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside)
+            settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside,
+            wait_s=0 if settings.no_wait_for_ledger else LEDGER_WAIT_S)
         self.router = Router(settings, prices, self.ledger, self.turns)
         self._take_config(config)
         self.reload_asked = False                      # set by SIGHUP
@@ -8956,10 +9209,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                                                              *config.callers)}
 
     def service_actions(self) -> None:
-        """What serve_forever calls in each round: look whether the configuration changed."""
+        """What serve_forever calls in each round: look what became of ledger and configuration."""
         if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
             return
         self._looked_s = time.monotonic()
+        self.ledger.look()
         state = _file_state(self.settings.config_path)
         if state == self._config_seen and not self.reload_asked:
             return
@@ -9247,6 +9501,8 @@ SETTINGS = (
             "a restart forgets", metavar="FILE"),
     Setting("--fsync", "fsync", "let the ledger survive a loss of power too, at the price of a "
             "disk flush for each call", None),
+    Setting("--no-wait-for-ledger", "no_wait_for_ledger", "end at once where another proxy has the "
+            "ledger, rather than wait 30 seconds for it", None),
     Setting("--config", "config_path", "JSON file with tokens, providers and model aliases",
             metavar="FILE"),
     Setting("--wait", "wait_s", "seconds that a request may wait for money that calls in flight "
@@ -9571,10 +9827,16 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
 
 
 def run_check(settings: Settings, given: Mapping[str, object]) -> int:
-    """Say what is configured and whether it can serve, without serving."""
-    server = ProxyServer(settings._replace(ledger_path=None))
+    """Say what is configured and whether it can serve, without serving.
+
+    A proxy that serves already is left alone: its port and its ledger's lock are not taken.
+    """
+    trial = settings._replace(ledger_path=None)
+    is_served = _is_served(settings)
+    server = ProxyServer(trial._replace(port=0) if is_served else trial)
     try:
-        print(f"address   {server.url} is free")
+        print(f"address   {settings.host} port {settings.port} is served by a proxy now"
+              if is_served else f"address   {server.url} is free")
         for name, provider in server.router.providers.items():
             state = f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
                 if provider.key_env else "no key needed"
@@ -9590,26 +9852,35 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         for name in given["words"] or server.router.config.aliases:
             print(f"model     {server.router.resolution(name)}")
         if settings.ledger_path is not None:
-            _check_ledger(settings.ledger_path)
-            if os.path.exists(settings.ledger_path):
-                total = usage_report(settings.ledger_path, 0)["total"]
-                print(f"ledger    {total['requests']} calls, "
-                      f"{format_usd(total['cost_microdollars'])}")
+            print(f"ledger    {_ledger_state(settings.ledger_path)}")
     finally:
         server.server_close()
     return 0
 
 
-def _check_ledger(path: str) -> None:
-    """Raises Misconfigured where a ledger could not be opened for writing."""
-    held = os.path.realpath(path) + ".lock"
-    existed = os.path.exists(held)
+def _is_served(settings: Settings) -> bool:
+    """Whether a proxy answers at the address of the settings."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    connection = http.client.HTTPConnection(host, settings.port, timeout=GREETING_S)
     try:
-        _locked_file(held).close()
-        if not existed:
-            os.unlink(held)
-    except OSError as err:
-        raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
+        connection.request("GET", "/")
+        return connection.getresponse().read(64) == b"LlmRouter OK"
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _ledger_state(path: str) -> str:
+    """What a ledger holds, which is only read. Raises Misconfigured where it cannot be one."""
+    if os.path.exists(path):
+        total = usage_report(path, 0)["total"]
+        return f"{total['requests']} calls, {format_usd(total['cost_microdollars'])}"
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.access(folder, os.W_OK):
+        raise Misconfigured(f"the ledger {path} cannot be made: {folder} is no folder that can be "
+                            "written to")
+    return "none yet: the first start makes it"
 
 
 def _ledger_path(settings: Settings) -> str:
@@ -9949,6 +10220,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1 if isinstance(err, CannotListen) else 2
     except BrokenPipeError:                    # `models | head`
         return 0
+    except KeyboardInterrupt:                  # before it served, as while it waits for a ledger
+        return 1
     except Exception:
         log.exception("ironcage_proxy failed")
         return 1

@@ -21,7 +21,7 @@ STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes",
     "datetime", "decimal", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
     "http.server", "itertools", "json", "logging", "msvcrt", "operator", "os", "re", "resource", "secrets",
-    "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "struct", "subprocess", "sys",
+    "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat", "struct", "subprocess", "sys",
     "tempfile", "threading",
     "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request", "zlib",
 }
