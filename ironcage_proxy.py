@@ -178,6 +178,11 @@ FREE_ROUTES = (
     ("DELETE", r"/v1/responses/[A-Za-z0-9_-]+"),
     ("POST", r"/v1/responses/[A-Za-z0-9_-]+/cancel"),
 )
+# What a path of ours can begin with, so that no provider may be named like it.
+RESERVED_PROVIDERS = frozenset({
+    "v1", "ironcage", "messages", "chat", "responses", "completions", "embeddings", "models",
+    "healthz", "readyz",
+})
 # First match wins; a name that matches none goes to openai, as in the original.
 MODEL_PREFIXES = (
     ("claude", "anthropic"),
@@ -349,11 +354,24 @@ def shown_name(name: str) -> str:
     return name if PRINTABLE_NAME.fullmatch(name) else "?"
 
 
+def split_path(path: str) -> tuple[str, str]:
+    """Return the provider that a path's first segment may name, or "", and the path behind it.
+
+    A route of ours comes out as providers spell it, with one /v1, however many it came with:
+    clients differ in what they put behind a base URL. Any other path stays as it is.
+    """
+    first, has_rest, rest = path[1:].partition("/")
+    named = first if has_rest and first not in RESERVED_PROVIDERS else ""
+    behind = "/" + rest if named else path
+    route = "/v1" + re.sub("^(/v1(?=/))+", "", behind)
+    is_ours = route in METERED_APIS or any(re.fullmatch(free, route) for _, free in FREE_ROUTES)
+    return named, route if is_ours else behind
+
+
 def dialect_of(path: str) -> str:
     """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
-    first, _, rest = path.lstrip("/").partition("/")
-    inner = rest if first in ("openai", "anthropic") else path.lstrip("/")
-    return "anthropic" if inner == "v1/messages" or inner.startswith("v1/messages/") else "openai"
+    is_messages = re.fullmatch(r"/*([^/]+/)??(v1/)*messages(/.*)?", path)
+    return "anthropic" if is_messages else "openai"
 
 
 def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
@@ -4829,7 +4847,6 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
 
 TOKEN_NAME = r"[A-Za-z0-9_.-]{1,64}"
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
-RESERVED_PROVIDERS = frozenset({"v1", "ironcage"})
 PROVIDER_NAME = r"[a-z0-9_-]{1,64}"
 ENVIRONMENT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 RATE_WINDOW_S = 60
@@ -5066,7 +5083,8 @@ def caller_from(row: object) -> Caller:
 def provider_from(name: str, row: object) -> Provider:
     """One provider of a configuration, without its key. Raises ValueError, naming the field."""
     if not re.fullmatch(PROVIDER_NAME, name) or name in RESERVED_PROVIDERS:
-        raise ValueError("must be named with a-z, 0-9, _ and -, and not as a path of ours")
+        raise ValueError("must be named with a-z, 0-9, _ and -, and not as one of "
+                         + ", ".join(sorted(RESERVED_PROVIDERS)))
     known = {row[0]: {"format": row[1], "key_env": row[2], "base_url": row[3],
                       "is_free": not row[2]} for row in KNOWN_PROVIDERS}.get(name, {})
     values = {"format": "openai", **known, **_read_fields(row, PROVIDER_FIELDS)}
@@ -6979,11 +6997,11 @@ class Router:
     # Routing: which provider, under which name.
 
     def _provider_in_path(self, path: str) -> tuple[Optional[Provider], str]:
-        """The provider that a path's first segment names, and the path without it."""
-        first, slash, rest = path[1:].partition("/")
-        if slash and first in self.providers and first != ECHO_PROVIDER.name:
-            return self.providers[first], "/" + rest
-        return None, path
+        """Return the provider that a path's first segment names, and the path to call there."""
+        name, behind = split_path(path)
+        if name in self.providers:
+            return self.providers[name], behind
+        return None, path if name else behind
 
     def _provider_of_model(self, model: str, named: Optional[Provider]) -> tuple[Provider, str]:
         """The provider of a model, and the model's name there.
@@ -7035,10 +7053,8 @@ class Router:
         free = any(m == method and re.fullmatch(pattern, path) for m, pattern in FREE_ROUTES)
         if not free and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
-            hint = "; the base URL of an OpenAI client ends in /v1" \
-                if "/v1" + path in METERED_APIS else ""
             raise UnmeteredRoute(
-                f"{method} {path[:100]} is not metered, so it cannot be used under a budget{hint}; "
+                f"{method} {path[:100]} is not metered, so it cannot be used under a budget; "
                 f"--allow-path lets a path through unmetered")
 
     def _check_method_override(self, request: ClientRequest) -> None:

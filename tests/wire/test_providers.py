@@ -164,8 +164,9 @@ def test_a_tokens_model_patterns_look_at_what_an_alias_stands_for(mock, proxy_wi
 @pytest.mark.parametrize("config, fault", [
     ({"providers": {"lab": {}}}, "needs a base_url"),
     ({"providers": {"Lab": {"base_url": "https://x"}}}, "must be named with"),
-    ({"providers": {"v1": {"base_url": "https://x"}}}, "must be named with"),
-    ({"providers": {"ironcage": {"base_url": "https://x"}}}, "must be named with"),
+    *[({"providers": {name: {"base_url": "https://x"}}}, "must be named with") for name in (
+        "v1", "ironcage", "messages", "chat", "responses", "completions", "embeddings", "models",
+        "healthz", "readyz")],
     ({"providers": {"lab": {"base_url": "ftp://x"}}}, "base_url: must be an http"),
     ({"providers": {"lab": {"base_url": "https://u:p@x"}}}, "base_url: must have no user name"),
     ({"providers": {"lab": {"base_url": 7}}}, "base_url: must be a URL"),
