@@ -5259,6 +5259,18 @@ def connection_options(headers: Headers) -> Sequence[str]:
     return () if value is None else [option.strip(" \t") for option in value.lower().split(",")]
 
 
+# Java's HttpClient offers HTTP/2 in every request over plain HTTP; who may not take it is
+# answered over HTTP/1.1. A 426 says what is spoken instead (RFC 9110, 7.8 and 15.5.22).
+IGNORED_UPGRADES = frozenset({"h2c"})
+UPGRADES_SERVED = (("upgrade", "HTTP/1.1"), ("connection", "upgrade"))
+
+
+def offered_upgrades(headers: Headers) -> set[str]:
+    """Return the protocols that a request offers to change to, in lower case."""
+    return {protocol.strip(" \t").lower()
+            for protocol in (headers.get("upgrade") or "").split(",")} - {""}
+
+
 def content_encoding(headers: Headers) -> str:
     """How a body is encoded, in lower case; "identity" where it is not."""
     return (headers.get("content-encoding") or "identity").strip().lower()
@@ -7875,8 +7887,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
             return self._write_answer(dashboard_answer(), head)
         caller = self._authenticated(head)
-        if head.headers.get("upgrade") is not None:
-            raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests")
+        if offered_upgrades(head.headers) - IGNORED_UPGRADES:
+            raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
+                                 headers=UPGRADES_SERVED)
         body = self._read_body(head)
         if head.path == "/":
             return self._write_greeting(head, request_id)
