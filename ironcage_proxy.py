@@ -242,6 +242,7 @@ class IroncageError(Exception):
     openai_type = "server_error"
     openai_code: Optional[str] = "internal_error"
     anthropic_type = "api_error"
+    anthropic_details: Optional[Mapping[str, object]] = None    # what their SDKs act on
     must_close = False
 
     def __init__(self, message: str, *, param: Optional[str] = None,
@@ -293,6 +294,9 @@ class UnmeteredRoute(BadRequest):         # a route whose cost we cannot read, u
     openai_type, openai_code = "iron_cage_unmetered_route", "unmetered_route"
 class UnboundedRequest(BadRequest):       # a request whose worst case cannot be known, likewise
     openai_type, openai_code = "iron_cage_unbounded_request", "unbounded_request"
+class ThreadRefused(BadRequest):          # told so, the SDKs send the whole history instead
+    openai_code = "thread_unsupported_request"
+    anthropic_details = MappingProxyType({"error_code": openai_code, "unsupported": ("thread",)})
 class NoProviderKey(BadRequest):
     openai_type, openai_code = "iron_cage_no_provider_key", "no_provider_key"
 class Untranslatable(BadRequest):         # the model's provider does not speak the path's dialect
@@ -378,12 +382,14 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
     """The JSON body of an error in a dialect.
 
     Shape: OpenAI {"error": {message, type, param, code}}; Anthropic {"type": "error",
-    "error": {type, message}, "request_id"}. `ironcage` is added where there are details.
+    "error": {type, message, details}, "request_id"}. `ironcage` is added where there are details.
     """
     extra = {} if error.details is None else {"ironcage": dict(error.details)}
     if dialect == "anthropic":
         if error.openai_type.startswith("iron_cage_"):
             extra["code"] = error.openai_type
+        if error.anthropic_details is not None:
+            extra["details"] = dict(error.anthropic_details)
         return {"type": "error", "request_id": request_id,
                 "error": {"type": error.anthropic_type, "message": error.message, **extra}}
     return {"error": {"message": error.message, "type": error.openai_type,
@@ -1165,7 +1171,10 @@ NOT_CONTENT_FIELDS = frozenset({
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}")
-STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container", "thread"})
+STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
+# What begins a thread; the request itself still holds all of the conversation. The newest
+# anthropic SDKs' tool_runner sends it by default (Python 2.14, Node 1.14; November 2026).
+NEW_THREAD = MappingProxyType({"type": "create"})
 UNBOUNDED_FIELDS = frozenset({
     "background", "mcp_servers", "web_search_options", "fallbacks", "compaction",
     "access_programs", "betas", "anthropic_beta",
@@ -1327,9 +1336,18 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(child)
 
 
+def check_thread(fields: Mapping[str, object]) -> None:
+    """Refuse a thread that goes on from a conversation kept at the provider."""
+    if fields.get("thread") not in (None, NEW_THREAD):
+        raise ThreadRefused("thread, as asked for here, goes on from a conversation that is kept "
+                            "at the provider; send all of its messages, without thread",
+                            param="thread")
+
+
 def check_boundable(body: JsonBody, price: Price) -> None:
-    """Refuse what no bound covers. Raises UnboundedRequest, naming the field."""
+    """Refuse what no bound covers. Raises UnboundedRequest, naming the field; ThreadRefused."""
     fields = body.fields
+    check_thread(fields)
     unbounded = [name for name, value in fields.items()
                  if name in UNBOUNDED_FIELDS and _opens_the_bound(name, value, price)]
     if SEARCHING_MODEL.search(price.key):
@@ -3351,7 +3369,7 @@ MESSAGES_TO_CHAT_RULES = MappingProxyType({
         "metadata", "service_tier", "context_management"), ("own",)),
     "cache_control": ("silent",), "top_k": ("drop",), "speed": ("drop", "standard"),
     "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
-    "compaction": ("refuse",), "thread": ("refuse",),
+    "compaction": ("refuse",), "thread": ("refuse", NEW_THREAD),
 })                                                 # everything else is dropped, and told
 
 
@@ -7126,6 +7144,7 @@ class Router:
 
         Under a limit a cap that the client did not set is left to the reservation.
         """
+        check_thread(body.fields)
         make = TRANSLATORS.get((api, provider.format))
         if make is None:
             paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
