@@ -166,7 +166,11 @@ FORMAT_APIS = MappingProxyType({
     "anthropic": frozenset({"messages"}),
     "echo": frozenset({"chat", "responses", "completions", "embeddings", "messages"}),
 })
-COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
+# Routes that count what the input of a call in an API would be.
+COUNTING_ROUTES = MappingProxyType({
+    "/v1/messages/count_tokens": "messages",
+    "/v1/responses/input_tokens": "responses",
+})
 # Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
 FREE_ROUTES = (
     ("GET", r"/v1/models"),
@@ -220,7 +224,7 @@ METHOD_OVERRIDE_HEADERS = frozenset({
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
-PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/@+\[\]-]{1,128}")
 UNPRINTABLE = r"[^ -~]"
 
 
@@ -1124,6 +1128,10 @@ MAX_TOKENS_FIELDS = MappingProxyType({
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
+# How Claude Code names a model with that window. It takes this off, and sends the beta, before it
+# calls a provider; in some calls it forgets to (2.1.332, November 2026).
+LONG_WINDOW_SUFFIX = re.compile(r"\[1m\]$", re.IGNORECASE)
+LONG_WINDOW_BETA = "context-1m-2025-08-07"
 # What a provider adds to the prompt unseen: message framing, and the system prompts that come
 # with tools and structured output. Anthropic documents up to 530 tokens for tools in general; its
 # memory tool was seen to add about 1,500 (a recorded exchange). The rest is margin, assumed.
@@ -4087,14 +4095,14 @@ ESTIMATED_IMAGE_TOKENS = 1600
 
 
 def estimated_input_tokens(fields: Mapping[str, object]) -> int:
-    """A best estimate of a Messages request's input, not a bound (count_tokens)."""
-    images = [part for kind, part in _parts([fields.get("messages"), fields.get("system")])
+    """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
+    images = [part for kind, part in _parts(map(fields.get, ("messages", "system", "input")))
               if kind in IMAGE_PART_TYPES]
-    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in ("system", "messages",
-                                                                        "tools")
+    names = ("system", "messages", "tools", "instructions", "input")
+    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names
                 for text in _strings(fields.get(name)))
     sizes -= sum(map(len, _strings(images)))
-    messages = fields.get("messages")
+    messages = fields.get("messages", fields.get("input"))
     count = len(messages) if isinstance(messages, list) else 0
     return -int(-max(0, sizes) // ESTIMATE_BYTES_PER_TOKEN) + 8 * count \
         + ESTIMATED_IMAGE_TOKENS * len(images)
@@ -6088,8 +6096,15 @@ def check_key(provider: Provider) -> None:
                             f"{provider.key_env} in the proxy's environment")
 
 
+def anthropic_betas(head: RequestHead, added: Iterable[str]) -> str:
+    """Return the features of Anthropic that a call asks for: its client's, and those we add."""
+    asked = head.headers.get("anthropic-beta") or ""
+    return ",".join(filter(None, [asked, *(beta for beta in added if beta not in asked)]))
+
+
 def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
-                     translator: Optional[Translator] = None) -> dict[str, str]:
+                     translator: Optional[Translator] = None,
+                     added_betas: Iterable[str] = ()) -> dict[str, str]:
     """The headers of an upstream call: the client's end-to-end ones, and the provider's key.
 
     A translated call is the proxy's own: what one vendor's clients say to it stays behind, but
@@ -6104,10 +6119,8 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
                    if not VENDOR_HEADER.match(name)}
     headers = {"host": provider.host, **headers, **provider.credentials()}
     if provider.format == "anthropic":
-        if translator is not None:
-            asked = head.headers.get("anthropic-beta")
-            betas = [*filter(None, [asked]), *translator.betas]
-            headers.update({"anthropic-beta": ",".join(betas)} if betas else {})
+        betas = anthropic_betas(head, added_betas)
+        headers.update({"anthropic-beta": betas} if betas else {})
         headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
     headers["accept-encoding"] = "identity"
     if body_bytes or head.method in ("POST", "PUT", "PATCH"):
@@ -6185,6 +6198,7 @@ class Call:
     translator: Optional[Translator] = None           # where the provider speaks another API
     reservation: Optional[Reservation] = None         # set by its admission
     set_output_cap: Optional[int] = None              # the cap that we put into the request
+    added_betas: tuple[str, ...] = ()                 # beside those of its anthropic-beta header
     hides_usage = False                               # the client did not ask for usage chunks
     was_sent = False                                  # the provider may have seen it
     status: Optional[int] = None                      # of the provider's answer
@@ -7021,8 +7035,7 @@ class Router:
             if local is not None:
                 yield local
                 return
-            provider = named or self._provider_of_path(request, path)
-            yield from self._passed_through(request, provider, path, client)
+            yield from self._passed_through(request, named, path, client)
 
     # Routing: which provider, under which name.
 
@@ -7038,9 +7051,11 @@ class Router:
 
         provider/model names both; else an alias; else the prefix of the name.
         """
+        if model not in self.config.aliases:
+            model = LONG_WINDOW_SUFFIX.sub("", model)
         prefix, slash, rest = model.partition("/")
         if named is None and not (slash and prefix in self.providers):
-            model = self.config.aliased(model)
+            model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
             prefix, slash, rest = model.partition("/")
         if model == ECHO_MODEL:
             return ECHO_PROVIDER, model
@@ -7050,6 +7065,11 @@ class Router:
             return named, model
         name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
         return self.providers[name], model
+
+    def _window_betas(self, model: str, provider: Provider) -> tuple[str, ...]:
+        """Return what asks a provider for the long window that a model's name asks for."""
+        is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
+        return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
 
     def resolution(self, model: str) -> str:
         """Where a model would go and at which price, in one line."""
@@ -7112,6 +7132,7 @@ class Router:
         call = Call(request, provider, api, upstream_model, body) \
             if api in FORMAT_APIS[provider.format] \
             else self._translated(request, provider, api, upstream_model, body, limited)
+        call.added_betas += self._window_betas(model, provider)
         body = call.body
         asked_output_tokens(call.api, body.fields)     # a cap that is none is refused at any price
         if limited:
@@ -7167,13 +7188,13 @@ class Router:
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
         call = Call(request, provider, translator.api, model, parse_json_object(json_bytes(fields)))
-        call.translator, call.losses = translator, losses
+        call.translator, call.losses, call.added_betas = translator, losses, translator.betas
         call.asked_model = str(body.fields["model"])
         return call
 
     def _bound(self, call: Call, price: Price, free: Optional[int]) -> Bound:
         """A call's worst case: by bytes while that is little of what is free, else measured."""
-        betas = call.request.head.headers.get("anthropic-beta") or ""
+        betas = anthropic_betas(call.request.head, call.added_betas)
         options = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
                    "may_be_lowered": not self.settings.no_fit,
@@ -7282,17 +7303,18 @@ class Router:
         call.was_sent, call.sent_ns = True, time.monotonic_ns()
         path = call.translator.path if call.translator is not None else path
         try:
-            return self._send(call.request, call.provider, path, body, watched, call.translator)
+            return self._send(call.request, call.provider, path, body, watched, call.translator,
+                              call.added_betas)
         except UpstreamError as err:
             call.was_sent = err.may_be_billed
             raise
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
-              watched: Optional[Wire],
-              translator: Optional[Translator] = None) -> UpstreamResponse:
+              watched: Optional[Wire], translator: Optional[Translator] = None,
+              added_betas: Iterable[str] = ()) -> UpstreamResponse:
         """One upstream call. Raises UpstreamError, ClientGone."""
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
-        headers = upstream_headers(request.head, provider, len(body), translator)
+        headers = upstream_headers(request.head, provider, len(body), translator, added_betas)
         upstream = UpstreamRequest(provider.base_url + path + query, method=request.head.method,
                                    body=body, headers=headers, watched=watched,
                                    key=provider.key)
@@ -7491,11 +7513,26 @@ class Router:
             self._settle(call)
             yield [error_event(err, call.api, call.request.request_id)]
 
-    def _passed_through(self, request: ClientRequest, provider: Provider, path: str,
+    def _unmetered_call(self, request: ClientRequest, named: Optional[Provider],
+                        path: str) -> tuple[Provider, bytes, tuple[str, ...]]:
+        """Return where an unmetered call goes, its body there, and the features to ask for.
+
+        What counts the tokens of a call goes where that call would, under the same name.
+        """
+        if request.head.method != "POST" or path not in COUNTING_ROUTES:
+            return named or self._provider_of_path(request, path), request.body, ()
+        body = parse_json_object(request.body)
+        asked = named_model(body.fields)
+        provider, model = self._provider_of_model(asked, named)
+        return (provider, request.body if model == asked else body.with_fields({"model": model}),
+                self._window_betas(asked, provider))
+
+    def _passed_through(self, request: ClientRequest, named: Optional[Provider], path: str,
                         client: Optional[Wire]) -> Iterator[Answer]:
         """Send an unmetered call and yield its answer, once: forwarded both ways as it is."""
+        provider, body, betas = self._unmetered_call(request, named, path)
         provider = self._ready(provider)
-        response = self._send(request, provider, path, request.body, client)
+        response = self._send(request, provider, path, body, client, added_betas=betas)
         self.totals.add((request.caller.name, provider.name, ""), Counts(
             requests=1, failed_requests=int(response.status >= 400)))
         log.info("request passed through unmetered", extra={"fields": {
@@ -7513,14 +7550,17 @@ class Router:
                       path: str) -> Optional[Answer]:
         """What is answered here: tokens of models that nobody counts, and the list of models."""
         estimated: tuple = ()
-        if request.head.method == "POST" and path == COUNT_TOKENS_PATH:
+        api = COUNTING_ROUTES.get(path) if request.head.method == "POST" else None
+        if api is not None:
             fields = parse_json_object(request.body).fields
             provider, _ = self._provider_of_model(named_model(fields), named)
-            if provider.format == "anthropic":
-                return None
             is_echo = provider is ECHO_PROVIDER
+            if api in FORMAT_APIS[provider.format] and not is_echo:
+                return None
             body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
                           else estimated_input_tokens(fields)}
+            if api == "responses":
+                body["object"] = "response.input_tokens"
             estimated = () if is_echo else (("x-ironcage-estimated", "1"),)
         elif request.head.method == "GET" and re.match(r"/v1/models(/|$)", path):
             if named is not None and named.key is not None:

@@ -323,7 +323,9 @@ def test_free_routes_pass_under_any_budget_and_cost_nothing(mock, proxy_for, met
     proxy = proxy_for("--budget", "0")
     mock.always = Reply(steps=(b'{"ok": true}',))
 
-    answer = call(proxy.port, method, path, MESSAGE if method == "POST" else None)
+    fields = MESSAGE if "messages" in path else CHAT
+
+    answer = call(proxy.port, method, path, fields if method == "POST" else None)
 
     assert (200, {"ok": True}) == (answer.status, answer.json)
     assert 0 == settled_status(proxy)["spent_microdollars"]
