@@ -8786,7 +8786,8 @@ def banner(server: ProxyServer) -> str:
     lines = [
         f"ironcage_proxy {__version__} is listening on {server.url}",
         f"  OpenAI clients:     export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}",
-        f"  Anthropic clients:  export ANTHROPIC_BASE_URL={server.url} ANTHROPIC_API_KEY={token}",
+        f"  Anthropic clients:  export ANTHROPIC_BASE_URL={server.url} "
+        f"ANTHROPIC_AUTH_TOKEN={token}",
         f"  provider keys:      {', '.join(found) or f'none found; {ECHO_MODEL} needs none'}",
         f"  budget:             {budget}",
     ]
@@ -8845,8 +8846,15 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     return 0
 
 
-def child_environment(server: ProxyServer, environ: Mapping[str, str]) -> dict[str, str]:
-    """What a wrapped command gets: the proxy's address and token, and no key that we hold."""
+# Clients read one of two variables; interactive Claude Code asks about the second, its default
+# answer is No, and then it is not logged in (2.1.332, November 2026).
+ANTHROPIC_TOKENS = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")
+ONE_TOKEN_COMMANDS = re.compile(r"(.*[/\\])?claude(\.exe|\.cmd)?", re.IGNORECASE | re.DOTALL)
+
+
+def child_environment(server: ProxyServer, environ: Mapping[str, str],
+                      command: str) -> dict[str, str]:
+    """Return what a wrapped command gets: the proxy's address and token, no key that we hold."""
     settings = server.settings
     held = [secret for secret in (settings.admin_token, settings.server_token, *(
         provider.key for provider in server.router.providers.values())) if secret]
@@ -8857,10 +8865,11 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str]) -> dict[s
             if name not in hidden and not any(secret in value for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))
+    tokens = ANTHROPIC_TOKENS[:1] if ONE_TOKEN_COMMANDS.fullmatch(command) else ANTHROPIC_TOKENS
     return {**kept, "NO_PROXY": no_proxy, "no_proxy": no_proxy,
             "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_BASE": f"{server.url}/v1",
             "OPENAI_API_KEY": settings.token, "ANTHROPIC_BASE_URL": server.url,
-            "ANTHROPIC_API_KEY": settings.token, "ANTHROPIC_AUTH_TOKEN": settings.token}
+            **dict.fromkeys(tokens, settings.token)}
 
 
 def bill(server: ProxyServer) -> str:
@@ -8885,7 +8894,8 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
     server = ProxyServer(settings)
     server.start()
     try:
-        child = subprocess.Popen(given["wrapped"], env=child_environment(server, os.environ))
+        child = subprocess.Popen(given["wrapped"], env=child_environment(
+            server, os.environ, given["wrapped"][0]))
     except OSError as err:
         server.stop()
         print(f"ironcage_proxy: cannot run {given['wrapped'][0]}: {_reason(err)}", file=sys.stderr)
