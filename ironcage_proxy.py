@@ -4147,6 +4147,12 @@ def period_start(period: str, now_s: int) -> int:
     return today if period == "day" else 0
 
 
+def period_end(period: str, since_s: int) -> Optional[int]:
+    """Return when a period that began then ends, in Unix seconds; None for "total"."""
+    days = {"day": 1, "week": 7, "month": 31}.get(period)         # 31 are enough to be in the next
+    return None if days is None else period_start(period, since_s + days * DAY_S)
+
+
 class Budget(NamedTuple):
     """The amounts of one scope at one instant, in microdollars; a limit of None refuses nothing."""
     scope: str
@@ -4449,6 +4455,15 @@ class CostController:
                 if free is not None and (least is None or free < least):
                     least = max(0, free)
         return least
+
+    def standings(self, scopes: Sequence[str] = ()) -> list[tuple[int, int, Optional[int]]]:
+        """Return (spent, limit, when that begins anew) of each limit that a request is under."""
+        with self._lock:
+            now_s, accounts = int(self._clock()), self._accounts_of(scopes)
+            for account in accounts:
+                account.roll(now_s)
+            return [(account.spent, account.limit, period_end(account.period, account.since_s))
+                    for account in accounts if account.limit is not None]
 
     def total_spent(self) -> int:
         return self.budget().spent
@@ -6158,6 +6173,38 @@ def translated_rate_limits(headers: Iterable[tuple[str, str]],
     return translated
 
 
+# How agents learn that their money ends: API of the client -> (family of the provider's headers,
+# which would speak of the key's quota instead; what is used, of 1 or of 100; the step passed; when
+# it begins anew). Source: the gateway protocol in Claude Code 2.1.332, and Codex 0.171.0, both
+# seen on their screens in November 2026. Claude Code wants less than 1 while calls are admitted.
+NOTICES = MappingProxyType({
+    "messages": ("anthropic-ratelimit-unified-", "overage-utilization", "0.{:02d}",
+                 "overage-surpassed-threshold", "overage-reset"),
+    "responses": ("x-codex-primary-", "used-percent", "{}", None, "reset-at"),
+})
+NOTICE_STEPS = ((95, "0.95"), (75, "0.75"))           # percent, as the headers say it
+
+
+def with_notice(headers: Iterable[tuple[str, str]], api: str,
+                standings: Iterable[tuple[int, int, Optional[int]]]) -> list[tuple[str, str]]:
+    """Return an answer's headers with those by which agents show that a limit comes near.
+
+    `standings` are (used, limit, when it begins anew); the one with the highest share is shown.
+    """
+    headers = [*headers]
+    shares = [(Fraction(used, limit) if limit else Fraction(1), reset_s)
+              for used, limit, reset_s in standings]
+    share, reset_s = max(shares, key=operator.itemgetter(0), default=(Fraction(0), None))
+    percent = int(share * 100)
+    step = next((text for least, text in NOTICE_STEPS if percent >= least), None)
+    if step is None or api not in NOTICES:
+        return headers
+    family, used, form, passed, reset = NOTICES[api]
+    told = [(used, form.format(min(percent, 99))), (passed, step), (reset, reset_s)]
+    return [(name, value) for name, value in headers if not name.startswith(family)] \
+        + [(family + name, str(value)) for name, value in told if None not in (name, value)]
+
+
 def duration_s(text: str) -> int:
     """Whole seconds of "1s", "6m0s" or "120ms", rounded up. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?(?:(\d+)ms)?", text)
@@ -7253,7 +7300,8 @@ class Router:
                 or response.headers.get("request-id") or ""
             call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
             try:
-                yield self._forwarded(call, response)
+                answer = self._forwarded(call, response)
+                yield answer._replace(headers=self._noticed_headers(call, answer))
             finally:
                 response.close()
         except ClientGone:
@@ -7345,6 +7393,14 @@ class Router:
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
         return Answer(response.status, tuple(headers), body=body)
+
+    def _noticed_headers(self, call: Call, answer: Answer) -> Iterable[tuple[str, str]]:
+        """Return an answer's headers, which say of a good one that a limit comes near."""
+        if not 200 <= answer.status < 300:
+            return answer.headers
+        client_api = call.translator.client_api if call.translator is not None else call.api
+        return with_notice(answer.headers, client_api,
+                           self.controller.standings(call.request.caller.scopes))
 
     def _whole_body(self, response: Union[EchoResponse, UpstreamResponse]) -> bytes:
         """An answer's body; a long one is worked on outside the turn."""
