@@ -169,7 +169,11 @@ FORMAT_APIS = MappingProxyType({
     "anthropic": frozenset({"messages"}),
     "echo": frozenset({"chat", "responses", "completions", "embeddings", "messages"}),
 })
-COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
+# Routes that count what the input of a call in an API would be.
+COUNTING_ROUTES = MappingProxyType({
+    "/v1/messages/count_tokens": "messages",
+    "/v1/responses/input_tokens": "responses",
+})
 # Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
 FREE_ROUTES = (
     ("GET", r"/v1/models"),
@@ -181,6 +185,11 @@ FREE_ROUTES = (
     ("DELETE", r"/v1/responses/[A-Za-z0-9_-]+"),
     ("POST", r"/v1/responses/[A-Za-z0-9_-]+/cancel"),
 )
+# What a path of ours can begin with, so that no provider may be named like it.
+RESERVED_PROVIDERS = frozenset({
+    "v1", "ironcage", "messages", "chat", "responses", "completions", "embeddings", "models",
+    "healthz", "readyz",
+})
 # First match wins; a name that matches none goes to openai, as in the original.
 MODEL_PREFIXES = (
     ("claude", "anthropic"),
@@ -218,7 +227,7 @@ METHOD_OVERRIDE_HEADERS = frozenset({
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
-PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/@+\[\]-]{1,128}")
 UNPRINTABLE = r"[^ -~]"
 
 
@@ -240,6 +249,7 @@ class IroncageError(Exception):
     openai_type = "server_error"
     openai_code: Optional[str] = "internal_error"
     anthropic_type = "api_error"
+    anthropic_details: Optional[Mapping[str, object]] = None    # what their SDKs act on
     must_close = False
 
     def __init__(self, message: str, *, param: Optional[str] = None,
@@ -291,6 +301,9 @@ class UnmeteredRoute(BadRequest):         # a route whose cost we cannot read, u
     openai_type, openai_code = "iron_cage_unmetered_route", "unmetered_route"
 class UnboundedRequest(BadRequest):       # a request whose worst case cannot be known, likewise
     openai_type, openai_code = "iron_cage_unbounded_request", "unbounded_request"
+class ThreadRefused(BadRequest):          # told so, the SDKs send the whole history instead
+    openai_code = "thread_unsupported_request"
+    anthropic_details = MappingProxyType({"error_code": openai_code, "unsupported": ("thread",)})
 class NoProviderKey(BadRequest):
     openai_type, openai_code = "iron_cage_no_provider_key", "no_provider_key"
 class Untranslatable(BadRequest):         # the model's provider does not speak the path's dialect
@@ -352,23 +365,38 @@ def shown_name(name: str) -> str:
     return name if PRINTABLE_NAME.fullmatch(name) else "?"
 
 
+def split_path(path: str) -> tuple[str, str]:
+    """Return the provider that a path's first segment may name, or "", and the path behind it.
+
+    A route of ours comes out as providers spell it, with one /v1, however many it came with:
+    clients differ in what they put behind a base URL. Any other path stays as it is.
+    """
+    first, has_rest, rest = path[1:].partition("/")
+    named = first if has_rest and first not in RESERVED_PROVIDERS else ""
+    behind = "/" + rest if named else path
+    route = "/v1" + re.sub("^(/v1(?=/))+", "", behind)
+    is_ours = route in METERED_APIS or any(re.fullmatch(free, route) for _, free in FREE_ROUTES)
+    return named, route if is_ours else behind
+
+
 def dialect_of(path: str) -> str:
     """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
-    first, _, rest = path.lstrip("/").partition("/")
-    inner = rest if first in ("openai", "anthropic") else path.lstrip("/")
-    return "anthropic" if inner == "v1/messages" or inner.startswith("v1/messages/") else "openai"
+    is_messages = re.fullmatch(r"/*([^/]+/)??(v1/)*messages(/.*)?", path)
+    return "anthropic" if is_messages else "openai"
 
 
 def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
     """The JSON body of an error in a dialect.
 
     Shape: OpenAI {"error": {message, type, param, code}}; Anthropic {"type": "error",
-    "error": {type, message}, "request_id"}. `ironcage` is added where there are details.
+    "error": {type, message, details}, "request_id"}. `ironcage` is added where there are details.
     """
     extra = {} if error.details is None else {"ironcage": dict(error.details)}
     if dialect == "anthropic":
         if error.openai_type.startswith("iron_cage_"):
             extra["code"] = error.openai_type
+        if error.anthropic_details is not None:
+            extra["details"] = dict(error.anthropic_details)
         return {"type": "error", "request_id": request_id,
                 "error": {"type": error.anthropic_type, "message": error.message, **extra}}
     return {"error": {"message": error.message, "type": error.openai_type,
@@ -1122,6 +1150,10 @@ OTHERS_CHAT_CAPS = ("max_tokens",)
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
+# How Claude Code names a model with that window. It takes this off, and sends the beta, before it
+# calls a provider; in some calls it forgets to (2.1.332, November 2026).
+LONG_WINDOW_SUFFIX = re.compile(r"\[1m\]$", re.IGNORECASE)
+LONG_WINDOW_BETA = "context-1m-2025-08-07"
 # What a provider adds to the prompt unseen: message framing, and the system prompts that come
 # with tools and structured output. Anthropic documents up to 530 tokens for tools in general; its
 # memory tool was seen to add about 1,500 (a recorded exchange). The rest is margin, assumed.
@@ -1188,7 +1220,10 @@ CLIENT_TOOL_TYPES = (
 CLIENT_TOOL_PLACES = (("tool_search", ("execution",), "client"),
                       ("shell", ("environment", "type"), "local"))
 TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
-STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container", "thread"})
+STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
+# What begins a thread; the request itself still holds all of the conversation. The newest
+# anthropic SDKs' tool_runner sends it by default (Python 2.14, Node 1.14; November 2026).
+NEW_THREAD = MappingProxyType({"type": "create"})
 
 
 class HostedTool(NamedTuple):
@@ -1660,12 +1695,21 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(child)
 
 
+def check_thread(fields: Mapping[str, object]) -> None:
+    """Refuse a thread that goes on from a conversation kept at the provider."""
+    if fields.get("thread") not in (None, NEW_THREAD):
+        raise ThreadRefused("thread, as asked for here, goes on from a conversation that is kept "
+                            "at the provider; send all of its messages, without thread",
+                            param="thread")
+
+
 def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
                     hatches: Hatches = Hatches()) -> list[str]:
     """Refuse what no bound covers; return the hatches that let something through.
 
     Raises UnboundedRequest, naming the field and what to do.
     """
+    check_thread(body.fields)
     opened = _check_fields(api, body, price, provider, hatches)
     if SEARCHING_MODEL.search(price.key):
         raise UnboundedRequest("a model that searches by itself cannot be used under a budget: "
@@ -4036,7 +4080,7 @@ MESSAGES_TO_CHAT_RULES = MappingProxyType({
         "metadata", "service_tier", "context_management"), ("own",)),
     "cache_control": ("silent",), "top_k": ("drop",), "speed": ("drop", "standard"),
     "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
-    "compaction": ("refuse",), "thread": ("refuse",),
+    "compaction": ("refuse",), "thread": ("refuse", NEW_THREAD),
 })                                                 # everything else is dropped, and told
 
 
@@ -4754,14 +4798,14 @@ ESTIMATED_IMAGE_TOKENS = 1600
 
 
 def estimated_input_tokens(fields: Mapping[str, object]) -> int:
-    """A best estimate of a Messages request's input, not a bound (count_tokens)."""
-    images = [part for kind, part in _parts([fields.get("messages"), fields.get("system")])
+    """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
+    images = [part for kind, part in _parts(map(fields.get, ("messages", "system", "input")))
               if kind in IMAGE_PART_TYPES]
-    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in ("system", "messages",
-                                                                        "tools")
+    names = ("system", "messages", "tools", "instructions", "input")
+    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names
                 for text in _strings(fields.get(name)))
     sizes -= sum(map(len, _strings(images)))
-    messages = fields.get("messages")
+    messages = fields.get("messages", fields.get("input"))
     count = len(messages) if isinstance(messages, list) else 0
     return -int(-max(0, sizes) // ESTIMATE_BYTES_PER_TOKEN) + 8 * count \
         + ESTIMATED_IMAGE_TOKENS * len(images)
@@ -4804,6 +4848,12 @@ def period_start(period: str, now_s: int) -> int:
     if period == "week":
         return today - time.gmtime(now_s).tm_wday * DAY_S
     return today if period == "day" else 0
+
+
+def period_end(period: str, since_s: int) -> Optional[int]:
+    """Return when a period that began then ends, in Unix seconds; None for "total"."""
+    days = {"day": 1, "week": 7, "month": 31}.get(period)         # 31 are enough to be in the next
+    return None if days is None else period_start(period, since_s + days * DAY_S)
 
 
 class Budget(NamedTuple):
@@ -5136,6 +5186,15 @@ class CostController:
                 if free is not None and (least is None or free < least):
                     least = max(0, free)
         return least
+
+    def standings(self, scopes: Sequence[str] = ()) -> list[tuple[int, int, Optional[int]]]:
+        """Return (spent, limit, when that begins anew) of each limit that a request is under."""
+        with self._lock:
+            now_s, accounts = int(self._clock()), self._accounts_of(scopes)
+            for account in accounts:
+                account.roll(now_s)
+            return [(account.spent, account.limit, period_end(account.period, account.since_s))
+                    for account in accounts if account.limit is not None]
 
     def total_spent(self) -> int:
         return self.budget().spent
@@ -5794,7 +5853,6 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
 
 TOKEN_NAME = r"[A-Za-z0-9_.-]{1,64}"
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
-RESERVED_PROVIDERS = frozenset({"v1", "ironcage"})
 PROVIDER_NAME = r"[a-z0-9_-]{1,64}"
 ENVIRONMENT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 RATE_WINDOW_S = 60
@@ -6031,7 +6089,8 @@ def caller_from(row: object) -> Caller:
 def provider_from(name: str, row: object) -> Provider:
     """One provider of a configuration, without its key. Raises ValueError, naming the field."""
     if not re.fullmatch(PROVIDER_NAME, name) or name in RESERVED_PROVIDERS:
-        raise ValueError("must be named with a-z, 0-9, _ and -, and not as a path of ours")
+        raise ValueError("must be named with a-z, 0-9, _ and -, and not as one of "
+                         + ", ".join(sorted(RESERVED_PROVIDERS)))
     known = {row[0]: {"format": row[1], "key_env": row[2], "base_url": row[3],
                       "is_free": not row[2]} for row in KNOWN_PROVIDERS}.get(name, {})
     values = {"format": "openai", **known, **_read_fields(row, PROVIDER_FIELDS)}
@@ -6204,6 +6263,18 @@ def connection_options(headers: Headers) -> Sequence[str]:
     """What a Connection header names, in lower case (7.6.1)."""
     value = headers.get("connection")
     return () if value is None else [option.strip(" \t") for option in value.lower().split(",")]
+
+
+# Java's HttpClient offers HTTP/2 in every request over plain HTTP; who may not take it is
+# answered over HTTP/1.1. A 426 says what is spoken instead (RFC 9110, 7.8 and 15.5.22).
+IGNORED_UPGRADES = frozenset({"h2c"})
+UPGRADES_SERVED = (("upgrade", "HTTP/1.1"), ("connection", "upgrade"))
+
+
+def offered_upgrades(headers: Headers) -> set[str]:
+    """Return the protocols that a request offers to change to, in lower case."""
+    return {protocol.strip(" \t").lower()
+            for protocol in (headers.get("upgrade") or "").split(",")} - {""}
 
 
 def content_encoding(headers: Headers) -> str:
@@ -7005,8 +7076,15 @@ def check_key(provider: Provider) -> None:
                             f"{provider.key_env} in the proxy's environment")
 
 
+def anthropic_betas(head: RequestHead, added: Iterable[str]) -> str:
+    """Return the features of Anthropic that a call asks for: its client's, and those we add."""
+    asked = head.headers.get("anthropic-beta") or ""
+    return ",".join(filter(None, [asked, *(beta for beta in added if beta not in asked)]))
+
+
 def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
-                     translator: Optional[Translator] = None) -> dict[str, str]:
+                     translator: Optional[Translator] = None,
+                     added_betas: Iterable[str] = ()) -> dict[str, str]:
     """The headers of an upstream call: the client's end-to-end ones, and the provider's key.
 
     A translated call is the proxy's own: what one vendor's clients say to it stays behind, but
@@ -7021,10 +7099,8 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
                    if not VENDOR_HEADER.match(name)}
     headers = {"host": provider.host, **headers, **provider.credentials()}
     if provider.format == "anthropic":
-        if translator is not None:
-            asked = head.headers.get("anthropic-beta")
-            betas = [*filter(None, [asked]), *translator.betas]
-            headers.update({"anthropic-beta": ",".join(betas)} if betas else {})
+        betas = anthropic_betas(head, added_betas)
+        headers.update({"anthropic-beta": betas} if betas else {})
         headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
     headers["accept-encoding"] = "identity"
     if body_bytes or head.method in ("POST", "PUT", "PATCH"):
@@ -7060,6 +7136,38 @@ def translated_rate_limits(headers: Iterable[tuple[str, str]],
                 continue                           # a form that is not known says nothing
         translated.append((names.get(name, name), value))
     return translated
+
+
+# How agents learn that their money ends: API of the client -> (family of the provider's headers,
+# which would speak of the key's quota instead; what is used, of 1 or of 100; the step passed; when
+# it begins anew). Source: the gateway protocol in Claude Code 2.1.332, and Codex 0.171.0, both
+# seen on their screens in November 2026. Claude Code wants less than 1 while calls are admitted.
+NOTICES = MappingProxyType({
+    "messages": ("anthropic-ratelimit-unified-", "overage-utilization", "0.{:02d}",
+                 "overage-surpassed-threshold", "overage-reset"),
+    "responses": ("x-codex-primary-", "used-percent", "{}", None, "reset-at"),
+})
+NOTICE_STEPS = ((95, "0.95"), (75, "0.75"))           # percent, as the headers say it
+
+
+def with_notice(headers: Iterable[tuple[str, str]], api: str,
+                standings: Iterable[tuple[int, int, Optional[int]]]) -> list[tuple[str, str]]:
+    """Return an answer's headers with those by which agents show that a limit comes near.
+
+    `standings` are (used, limit, when it begins anew); the one with the highest share is shown.
+    """
+    headers = [*headers]
+    shares = [(Fraction(used, limit) if limit else Fraction(1), reset_s)
+              for used, limit, reset_s in standings]
+    share, reset_s = max(shares, key=operator.itemgetter(0), default=(Fraction(0), None))
+    percent = int(share * 100)
+    step = next((text for least, text in NOTICE_STEPS if percent >= least), None)
+    if step is None or api not in NOTICES:
+        return headers
+    family, used, form, passed, reset = NOTICES[api]
+    told = [(used, form.format(min(percent, 99))), (passed, step), (reset, reset_s)]
+    return [(name, value) for name, value in headers if not name.startswith(family)] \
+        + [(family + name, str(value)) for name, value in told if None not in (name, value)]
 
 
 def duration_s(text: str) -> int:
@@ -7103,6 +7211,7 @@ class Call:
     reservation: Optional[Reservation] = None         # set by its admission
     set_output_cap: Optional[int] = None              # the cap that we put into the request
     set_hosted_uses: Optional[int] = None             # likewise
+    added_betas: tuple[str, ...] = ()                 # beside those of its anthropic-beta header
     hides_usage = False                               # the client did not ask for usage chunks
     was_sent = False                                  # the provider may have seen it
     status: Optional[int] = None                      # of the provider's answer
@@ -7945,26 +8054,27 @@ class Router:
             if local is not None:
                 yield local
                 return
-            provider = named or self._provider_of_path(request, path)
-            yield from self._passed_through(request, provider, path, client)
+            yield from self._passed_through(request, named, path, client)
 
     # Routing: which provider, under which name.
 
     def _provider_in_path(self, path: str) -> tuple[Optional[Provider], str]:
-        """The provider that a path's first segment names, and the path without it."""
-        first, slash, rest = path[1:].partition("/")
-        if slash and first in self.providers and first != ECHO_PROVIDER.name:
-            return self.providers[first], "/" + rest
-        return None, path
+        """Return the provider that a path's first segment names, and the path to call there."""
+        name, behind = split_path(path)
+        if name in self.providers:
+            return self.providers[name], behind
+        return None, path if name else behind
 
     def _provider_of_model(self, model: str, named: Optional[Provider]) -> tuple[Provider, str]:
         """The provider of a model, and the model's name there.
 
         provider/model names both; else an alias; else the prefix of the name.
         """
+        if model not in self.config.aliases:
+            model = LONG_WINDOW_SUFFIX.sub("", model)
         prefix, slash, rest = model.partition("/")
         if named is None and not (slash and prefix in self.providers):
-            model = self.config.aliased(model)
+            model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
             prefix, slash, rest = model.partition("/")
         if model == ECHO_MODEL:
             return ECHO_PROVIDER, model
@@ -7974,6 +8084,11 @@ class Router:
             return named, model
         name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
         return self.providers[name], model
+
+    def _window_betas(self, model: str, provider: Provider) -> tuple[str, ...]:
+        """Return what asks a provider for the long window that a model's name asks for."""
+        is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
+        return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
 
     def resolution(self, model: str) -> str:
         """Where a model would go and at which price, in one line."""
@@ -8007,10 +8122,8 @@ class Router:
         free = any(m == method and re.fullmatch(pattern, path) for m, pattern in FREE_ROUTES)
         if not free and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
-            hint = "; the base URL of an OpenAI client ends in /v1" \
-                if "/v1" + path in METERED_APIS else ""
             raise UnmeteredRoute(
-                f"{method} {path[:100]} is not metered, so it cannot be used under a budget{hint}; "
+                f"{method} {path[:100]} is not metered, so it cannot be used under a budget; "
                 f"--allow-path lets a path through unmetered")
 
     def _check_method_override(self, request: ClientRequest) -> None:
@@ -8038,6 +8151,7 @@ class Router:
         call = Call(request, provider, api, upstream_model, body) \
             if api in FORMAT_APIS[provider.format] \
             else self._translated(request, provider, api, upstream_model, body, limited)
+        call.added_betas += self._window_betas(model, provider)
         body = call.body
         asked_output_tokens(call.api, body.fields)     # a cap that is none is refused at any price
         if limited:
@@ -8072,6 +8186,7 @@ class Router:
 
         Under a limit a cap that the client did not set is left to the reservation.
         """
+        check_thread(body.fields)
         make = TRANSLATORS.get((api, provider.format))
         if make is None:
             paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
@@ -8094,13 +8209,13 @@ class Router:
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
         call = Call(request, provider, translator.api, model, parse_json_object(json_bytes(fields)))
-        call.translator, call.losses = translator, losses
+        call.translator, call.losses, call.added_betas = translator, losses, translator.betas
         call.asked_model = str(body.fields["model"])
         return call
 
     def _bound(self, call: Call, price: Price, free: Optional[int]) -> Bound:
         """A call's worst case: by bytes while that is little of what is free, else measured."""
-        betas = call.request.head.headers.get("anthropic-beta") or ""
+        betas = anthropic_betas(call.request.head, call.added_betas)
         options = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
                    "may_be_lowered": not self.settings.no_fit,
@@ -8162,7 +8277,8 @@ class Router:
                 or response.headers.get("request-id") or ""
             call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
             try:
-                yield self._forwarded(call, response)
+                answer = self._forwarded(call, response)
+                yield answer._replace(headers=self._noticed_headers(call, answer))
             finally:
                 response.close()
         except ClientGone:
@@ -8225,17 +8341,18 @@ class Router:
         call.was_sent, call.sent_ns = True, time.monotonic_ns()
         path = call.translator.path if call.translator is not None else path
         try:
-            return self._send(call.request, call.provider, path, body, watched, call.translator)
+            return self._send(call.request, call.provider, path, body, watched, call.translator,
+                              call.added_betas)
         except UpstreamError as err:
             call.was_sent = err.may_be_billed
             raise
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
-              watched: Optional[Wire],
-              translator: Optional[Translator] = None) -> UpstreamResponse:
+              watched: Optional[Wire], translator: Optional[Translator] = None,
+              added_betas: Iterable[str] = ()) -> UpstreamResponse:
         """One upstream call. Raises UpstreamError, ClientGone."""
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
-        headers = upstream_headers(request.head, provider, len(body), translator)
+        headers = upstream_headers(request.head, provider, len(body), translator, added_betas)
         upstream = UpstreamRequest(provider.base_url + path + query, method=request.head.method,
                                    body=body, headers=headers, watched=watched,
                                    key=provider.key)
@@ -8266,6 +8383,14 @@ class Router:
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
         return Answer(response.status, tuple(headers), body=body)
+
+    def _noticed_headers(self, call: Call, answer: Answer) -> Iterable[tuple[str, str]]:
+        """Return an answer's headers, which say of a good one that a limit comes near."""
+        if not 200 <= answer.status < 300:
+            return answer.headers
+        client_api = call.translator.client_api if call.translator is not None else call.api
+        return with_notice(answer.headers, client_api,
+                           self.controller.standings(call.request.caller.scopes))
 
     def _whole_body(self, response: Union[EchoResponse, UpstreamResponse]) -> bytes:
         """An answer's body; a long one is worked on outside the turn."""
@@ -8434,11 +8559,26 @@ class Router:
             self._settle(call)
             yield [error_event(err, call.api, call.request.request_id)]
 
-    def _passed_through(self, request: ClientRequest, provider: Provider, path: str,
+    def _unmetered_call(self, request: ClientRequest, named: Optional[Provider],
+                        path: str) -> tuple[Provider, bytes, tuple[str, ...]]:
+        """Return where an unmetered call goes, its body there, and the features to ask for.
+
+        What counts the tokens of a call goes where that call would, under the same name.
+        """
+        if request.head.method != "POST" or path not in COUNTING_ROUTES:
+            return named or self._provider_of_path(request, path), request.body, ()
+        body = parse_json_object(request.body)
+        asked = named_model(body.fields)
+        provider, model = self._provider_of_model(asked, named)
+        return (provider, request.body if model == asked else body.with_fields({"model": model}),
+                self._window_betas(asked, provider))
+
+    def _passed_through(self, request: ClientRequest, named: Optional[Provider], path: str,
                         client: Optional[Wire]) -> Iterator[Answer]:
         """Send an unmetered call and yield its answer, once: forwarded both ways as it is."""
+        provider, body, betas = self._unmetered_call(request, named, path)
         provider = self._ready(provider)
-        response = self._send(request, provider, path, request.body, client)
+        response = self._send(request, provider, path, body, client, added_betas=betas)
         self.totals.add((request.caller.name, provider.name, ""), Counts(
             requests=1, failed_requests=int(response.status >= 400)))
         log.info("request passed through unmetered", extra={"fields": {
@@ -8456,14 +8596,17 @@ class Router:
                       path: str) -> Optional[Answer]:
         """What is answered here: tokens of models that nobody counts, and the list of models."""
         estimated: tuple = ()
-        if request.head.method == "POST" and path == COUNT_TOKENS_PATH:
+        api = COUNTING_ROUTES.get(path) if request.head.method == "POST" else None
+        if api is not None:
             fields = parse_json_object(request.body).fields
             provider, _ = self._provider_of_model(named_model(fields), named)
-            if provider.format == "anthropic":
-                return None
             is_echo = provider is ECHO_PROVIDER
+            if api in FORMAT_APIS[provider.format] and not is_echo:
+                return None
             body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
                           else estimated_input_tokens(fields)}
+            if api == "responses":
+                body["object"] = "response.input_tokens"
             estimated = () if is_echo else (("x-ironcage-estimated", "1"),)
         elif request.head.method == "GET" and re.match(r"/v1/models(/|$)", path):
             if named is not None and named.key is not None:
@@ -8849,8 +8992,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
             return self._write_answer(dashboard_answer(), head)
         caller = self._authenticated(head)
-        if head.headers.get("upgrade") is not None:
-            raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests")
+        if offered_upgrades(head.headers) - IGNORED_UPGRADES:
+            raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
+                                 headers=UPGRADES_SERVED)
         body = self._read_body(head)
         if head.path == "/":
             return self._write_greeting(head, request_id)
@@ -9709,7 +9853,8 @@ def banner(server: ProxyServer) -> str:
     lines = [
         f"ironcage_proxy {__version__} is listening on {server.url}",
         f"  OpenAI clients:     export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}",
-        f"  Anthropic clients:  export ANTHROPIC_BASE_URL={server.url} ANTHROPIC_API_KEY={token}",
+        f"  Anthropic clients:  export ANTHROPIC_BASE_URL={server.url} "
+        f"ANTHROPIC_AUTH_TOKEN={token}",
         f"  provider keys:      {', '.join(found) or f'none found; {ECHO_MODEL} needs none'}",
         f"  budget:             {budget}",
     ]
@@ -9767,8 +9912,15 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     return 0
 
 
-def child_environment(server: ProxyServer, environ: Mapping[str, str]) -> dict[str, str]:
-    """What a wrapped command gets: the proxy's address and token, and no key that we hold."""
+# Clients read one of two variables; interactive Claude Code asks about the second, its default
+# answer is No, and then it is not logged in (2.1.332, November 2026).
+ANTHROPIC_TOKENS = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")
+ONE_TOKEN_COMMANDS = re.compile(r"(.*[/\\])?claude(\.exe|\.cmd)?", re.IGNORECASE | re.DOTALL)
+
+
+def child_environment(server: ProxyServer, environ: Mapping[str, str],
+                      command: str) -> dict[str, str]:
+    """Return what a wrapped command gets: the proxy's address and token, no key that we hold."""
     settings = server.settings
     held = [secret for secret in (settings.admin_token, settings.server_token, *(
         provider.key for provider in server.router.providers.values())) if secret]
@@ -9779,10 +9931,11 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str]) -> dict[s
             if name not in hidden and not any(secret in value for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))
+    tokens = ANTHROPIC_TOKENS[:1] if ONE_TOKEN_COMMANDS.fullmatch(command) else ANTHROPIC_TOKENS
     return {**kept, "NO_PROXY": no_proxy, "no_proxy": no_proxy,
             "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_BASE": f"{server.url}/v1",
             "OPENAI_API_KEY": settings.token, "ANTHROPIC_BASE_URL": server.url,
-            "ANTHROPIC_API_KEY": settings.token, "ANTHROPIC_AUTH_TOKEN": settings.token}
+            **dict.fromkeys(tokens, settings.token)}
 
 
 def bill(server: ProxyServer) -> str:
@@ -9807,7 +9960,8 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
     server = ProxyServer(settings)
     server.start()
     try:
-        child = subprocess.Popen(given["wrapped"], env=child_environment(server, os.environ))
+        child = subprocess.Popen(given["wrapped"], env=child_environment(
+            server, os.environ, given["wrapped"][0]))
     except OSError as err:
         server.stop()
         print(f"ironcage_proxy: cannot run {given['wrapped'][0]}: {_reason(err)}", file=sys.stderr)

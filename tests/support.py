@@ -69,7 +69,7 @@ KNOWN_FIELDS = {
     "embeddings": "dimensions encoding_format input model user",
     "messages": """cache_control container context_management diagnostics inference_geo max_tokens
         mcp_servers messages metadata model output_config service_tier speed stop_sequences stream
-        system thinking tool_choice tools top_k top_p temperature user_profile_id""",
+        system thinking thread tool_choice tools top_k top_p temperature user_profile_id""",
     "count_tokens": """cache_control context_management mcp_servers messages model output_config
         speed system thinking tool_choice tools""",
 }

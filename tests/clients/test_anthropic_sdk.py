@@ -643,3 +643,57 @@ def test_all_text_before_a_break_is_heard_before_the_error(
     events = [json.loads(step.partition(b"data: ")[2]) for step in steps[:len(steps) // 2]]
     sent = "".join(event.get("delta", {}).get("text", "") for event in events)
     assert sent == "".join(texts) != ""
+
+
+# Threads: tool_runner begins one by default, and goes on from it while the server lets it.
+
+def reply_to(request, calls_tool):
+    """What each vendor answers, whole: a call of the tool, or the last words."""
+    model = request.json["model"]
+    if request.path == "/v1/messages":
+        block = {"type": "tool_use", "id": "toolu_1", "name": "canary", "input": {}} \
+            if calls_tool else {"type": "text", "text": "All is well."}
+        usage = {"input_tokens": 50, "output_tokens": 10}
+        answer = {"id": "msg_1", "type": "message", "role": "assistant", "model": model,
+                  "content": [block], "stop_sequence": None, "usage": usage,
+                  "stop_reason": "tool_use" if calls_tool else "end_turn"}
+    else:
+        call = {"id": "call_1", "type": "function", "function": {"name": "canary",
+                                                                 "arguments": "{}"}}
+        message = {"content": None, "tool_calls": [call]} if calls_tool \
+            else {"content": "All is well."}
+        usage = {"prompt_tokens": 50, "completion_tokens": 10}
+        answer = {"id": "c1", "object": "chat.completion", "created": 1, "model": model,
+                  "usage": usage, "choices": [
+                      {"index": 0, "message": {"role": "assistant", **message},
+                       "finish_reason": "tool_calls" if calls_tool else "stop"}]}
+    return Reply(steps=(json.dumps(answer).encode(),), bills=(model, usage))
+
+
+@pytest.mark.parametrize("model", [MODEL, "gpt-4o-mini"])
+def test_tool_runner_sends_the_whole_history_where_a_thread_is_refused(
+        mock, proxy_for, client_of, model):
+    pytest.importorskip("anthropic.lib.threads")
+    proxy, heard = proxy_for(*BUDGET), []
+    client = client_of(proxy)
+    mock.script(lambda request: reply_to(request, True), lambda request: reply_to(request, False))
+
+    @anthropic.beta_tool
+    def canary() -> str:
+        """Ask the canary how it is."""
+        heard.append("asked")
+        return "It sings."
+
+    last = client.beta.messages.tool_runner(
+        model=model, max_tokens=1000, tools=[canary],
+        messages=[{"role": "user", "content": PROMPT}]).until_done()
+
+    asked = [json.loads(request.content) for request in client.sent]
+    assert ["create", "continue", None] == [
+        fields.get("thread", {}).get("type") for fields in asked]
+    assert [1, 1, 3] == [len(fields["messages"]) for fields in asked]
+    assert "All is well." == last.content[0].text and ["asked"] == heard
+    assert [1, 3] == [len(seen.json["messages"]) for seen in mock.seen]
+    assert [{"type": "create"} if model == MODEL else None, None] == [
+        seen.json.get("thread") for seen in mock.seen]
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] > 0

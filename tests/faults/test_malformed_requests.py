@@ -198,6 +198,8 @@ OTHER_REFUSALS = {
     "TRACE": (405, GET.replace(b"GET", b"TRACE") + b"\r\n"),
     "CONNECT": (405, GET.replace(b"GET", b"CONNECT") + b"\r\n"),
     "websocket": (426, GET + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"),
+    "websocket among others": (426, GET + b"Connection: upgrade\r\n"
+                               b"Upgrade: h2c, WebSocket\r\n\r\n"),
     "foreign Host": (403, GET.replace(b"127.0.0.1", b"evil.example") + b"\r\n"),
     "Host with more": (403, GET.replace(b"127.0.0.1", b"127.0.0.1:1/#@") + b"\r\n"),
     "Host that ends like ours": (403, GET.replace(b"127.0.0.1", b"127.0.0.1.evil.io") + b"\r\n"),
@@ -225,7 +227,21 @@ def test_a_refusal_before_the_body_is_read_closes_the_connection(served, status,
     check_nothing_happened(mock, proxy, sent)
 
 
+def test_a_refused_upgrade_says_which_protocol_is_spoken(served):
+    _, proxy = served
+    with RawClient(proxy.port) as client:
+        client.send(OTHER_REFUSALS["websocket"][1])
+        answer = client.read_answer()
+
+    assert "HTTP/1.1" == answer.header("upgrade")
+    assert {"close", "upgrade"} == {value for name, value in answer.headers
+                                    if name == "connection"}
+
+
 GOOD_REQUESTS = {
+    "Java's offer of HTTP/2": POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    b"HTTP2-Settings: AAEAAEAAAAIAAAAA\r\n" + LENGTH + b"\r\n" + CHAT,
+    "the same in capitals": POST + b"Upgrade: H2C ,\r\n" + LENGTH + b"\r\n" + CHAT,
     "chunked": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(
         b"%x;ext=1\r\n%b\r\n" % (1, CHAT[i:i + 1]) for i in range(len(CHAT)))
     + b"0\r\nx-trailer: 1\r\n\r\n",
@@ -247,7 +263,8 @@ def test_an_unusual_but_clear_request_reaches_the_provider_as_a_plain_one(served
     assert 200 == answer.status, answer.body
     assert CHAT == mock.seen[-1].body
     assert str(len(CHAT)) == mock.seen[-1].header("content-length")
-    assert mock.seen[-1].header("content-encoding") is None
+    for name in ("content-encoding", "upgrade", "http2-settings", "connection"):
+        assert mock.seen[-1].header(name) is None
 
 
 @pytest.mark.parametrize("body, status", [

@@ -934,6 +934,7 @@ TO_CHAT = [
     ("skills", "gpt-4o", True, {"skills": []}, {"skills": None}, [], {}),
     *[(name, "gpt-4o", True, {name: None}, {name: None}, [], {})
       for name in ("container", "compaction", "thread")],
+    ("thread", "gpt-4o", True, {"thread": {"type": "create"}}, {"thread": None}, [], {}),
     ("unknown", "gpt-4o", True, {"fallbacks": ["x"]}, {"fallbacks": None}, ["fallbacks"], {}),
     ("system", "gpt-4o", True, {"system": "S"}, {"messages": [
         {"role": "system", "content": "S"}, USER]}, [], {}),

@@ -237,12 +237,67 @@ def test_a_first_segment_picks_the_provider(served, path, provider):
     assert "/v1/" + path.split("/v1/")[1] == mock.seen[-1].target
 
 
+@pytest.mark.parametrize("behind", ["", "/v1", "/v1/v1", "/v1/v1/v1"])
+@pytest.mark.parametrize("names_provider", [False, True])
+@pytest.mark.parametrize("route, fields", [
+    ("/chat/completions", CHAT), ("/completions", {"model": "gpt-3.5-turbo-instruct",
+                                                   "prompt": "hi"}),
+    ("/embeddings", {"model": "text-embedding-3-small", "input": "hi"}),
+    ("/responses", {"model": "gpt-4o-mini", "input": "hi", "max_output_tokens": 20}),
+    ("/messages", MESSAGE)])
+def test_a_metered_route_is_metered_whatever_a_client_puts_before_it(
+        mock, proxy, behind, names_provider, route, fields):
+    """SDKs differ in what they put behind a base URL; the provider gets its own path."""
+    segment = "/anthropic" if route == "/messages" else "/openai"
+
+    answer = call(proxy.port, "POST", segment * names_provider + behind + route, fields)
+
+    assert (200, "/v1" + route) == (answer.status, mock.seen[-1].target)
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] > 0
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1", "/v1/v1", "/anthropic", "/anthropic/v1/v1"])
+def test_free_routes_and_models_have_the_same_other_spellings(mock, proxy_for, prefix):
+    proxy = proxy_for("--budget", "0")
+
+    counted = call(proxy.port, "POST", prefix + "/messages/count_tokens?beta=true", {
+        name: MESSAGE[name] for name in ("model", "messages")})
+    models = call(proxy.port, "GET", prefix + "/models")
+    one = call(proxy.port, "GET", prefix + "/models/claude-haiku-4-5")
+
+    assert (200, {"input_tokens": 42}) == (counted.status, counted.json)
+    assert "/v1/messages/count_tokens?beta=true" == mock.seen[0].target
+    if prefix.startswith("/anthropic"):                     # its own list was asked for
+        assert ["/v1/models", "/v1/models/claude-haiku-4-5"] == [
+            seen.target for seen in mock.seen[1:]]
+    else:
+        assert [200, 200] == [models.status, one.status]
+        assert "claude-haiku-4-5" in {row["id"] for row in models.json["data"]}
+
+
+@pytest.mark.parametrize("path, is_anthropic", [
+    ("/messages", True), ("/v1/v1/messages", True), ("/anthropic/messages", True),
+    ("/openai/messages", True), ("/messages/count_tokens", True), ("/lab/v1/messages", True),
+    ("/chat/completions", False), ("/anthropic/chat/completions", False),
+    ("/v1/threads/thread_1/messages", False), ("/v1/messagesfoo", False)])
+def test_an_error_has_the_shape_of_the_routes_dialect_however_it_is_spelled(
+        served, path, is_anthropic):
+    _, proxy = served
+
+    answer = call(proxy.port, "POST", path, CHAT, token="not-a-token-of-ours")
+
+    assert (401, is_anthropic) == (answer.status, answer.json.get("type") == "error")
+
+
 @pytest.mark.parametrize("path", [
     "/anthropicfoo/v1/messages", "/openaiv1/chat/completions", "/OpenAI/v1/chat/completions",
     "/openai", "/ironcagefoo", "/openai/openai/v1/chat/completions",
     "/v1/chat/completions/", "/v1/chat/completions/x", "//v1/chat/completions",
     "/v1//chat/completions", "/v1/chat%2Fcompletions", "/%761/chat/completions",
-    "/V1/chat/completions", "/chat/completions", "/v1/images/generations", "/v1/audio/speech",
+    "/V1/chat/completions", "/v1chat/completions", "/chat%2Fcompletions", "/v1//messages",
+    "//messages", "/v1/%76%31/messages", "/v1/v1%2Fmessages", "/v1//v1/messages", "/messages/",
+    "/openai//chat/completions", "/openai/v1/v1", "/v1", "/v1/v1", "/v1/openai/chat/completions",
+    "/typo/chat/completions", "/v1beta/messages", "/v1/images/generations", "/v1/audio/speech",
     "/v1/audio/transcriptions", "/v1/batches", "/v1/messages/batches", "/v1/files",
     "/v1/responses/compact", "/v1/responses/resp_1/x", "/v1/fine_tuning/jobs", "/v1/realtime",
     "/v1/complete", "/v1/threads"])
@@ -268,7 +323,9 @@ def test_free_routes_pass_under_any_budget_and_cost_nothing(mock, proxy_for, met
     proxy = proxy_for("--budget", "0")
     mock.always = Reply(steps=(b'{"ok": true}',))
 
-    answer = call(proxy.port, method, path, MESSAGE if method == "POST" else None)
+    fields = MESSAGE if "messages" in path else CHAT
+
+    answer = call(proxy.port, method, path, fields if method == "POST" else None)
 
     assert (200, {"ok": True}) == (answer.status, answer.json)
     assert 0 == settled_status(proxy)["spent_microdollars"]

@@ -204,7 +204,7 @@ def test_the_banner_says_address_shell_lines_keys_and_budget():
     banner = served.first_line + out
     url = f"http://127.0.0.1:{served.port}"
     assert f"export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=" in banner
-    assert f"export ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY=" in banner
+    assert f"export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=" in banner
     assert "ANTHROPIC_API_KEY" in banner.split("provider keys:")[1]
     assert "$2.50" in banner and "restart" in banner and "sk-ant-canary" not in banner
 

@@ -322,6 +322,24 @@ def test_the_child_sees_no_key_of_ours_wherever_it_stands(mock):
     assert "127.0.0.1" in child["NO_PROXY"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a script is made to stand for the program")
+@pytest.mark.parametrize("name, has_key", [
+    ("claude", False), ("claude.cmd", False), ("Claude.EXE", False), ("claude-x", True),
+    ("aclaude", True), ("claude.py", True)])
+def test_claude_code_gets_the_one_variable_that_it_does_not_ask_about(
+        mock, tmp_path, name, has_key):
+    command = tmp_path / "claude" / name
+    command.parent.mkdir()
+    command.write_text("#!/bin/sh\nenv\n")
+    command.chmod(0o755)
+
+    done = wrapped(mock, "--token", TOKEN, "--", str(command))
+
+    child = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert TOKEN == child["ANTHROPIC_AUTH_TOKEN"], done.stderr
+    assert (TOKEN if has_key else None) == child.get("ANTHROPIC_API_KEY")
+
+
 def test_a_secret_is_not_taken_on_the_command_line_that_the_command_can_read(mock):
     done = wrapped(mock, "--admin-token", ADMIN_TOKEN, "--", sys.executable, "-c", "")
 

@@ -164,8 +164,9 @@ def test_a_tokens_model_patterns_look_at_what_an_alias_stands_for(mock, proxy_wi
 @pytest.mark.parametrize("config, fault", [
     ({"providers": {"lab": {}}}, "needs a base_url"),
     ({"providers": {"Lab": {"base_url": "https://x"}}}, "must be named with"),
-    ({"providers": {"v1": {"base_url": "https://x"}}}, "must be named with"),
-    ({"providers": {"ironcage": {"base_url": "https://x"}}}, "must be named with"),
+    *[({"providers": {name: {"base_url": "https://x"}}}, "must be named with") for name in (
+        "v1", "ironcage", "messages", "chat", "responses", "completions", "embeddings", "models",
+        "healthz", "readyz")],
     ({"providers": {"lab": {"base_url": "ftp://x"}}}, "base_url: must be an http"),
     ({"providers": {"lab": {"base_url": "https://u:p@x"}}}, "base_url: must have no user name"),
     ({"providers": {"lab": {"base_url": 7}}}, "base_url: must be a URL"),
@@ -315,3 +316,85 @@ def test_a_server_that_heeds_one_cap_only_cannot_be_made_to_pass_the_budget(mock
                   ("--budget", "0.001"))
 
         assert 1 == usage["completion_tokens"]
+# Claude Code's suffix for the long window.
+
+WINDOW = "context-1m-2025-08-07"
+MESSAGE = {"max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize("asked", ["claude-haiku-4-5[1m]", "anthropic/claude-haiku-4-5[1M]",
+                                   "long", "long-x", "exact[1m]"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens",
+                                  "/v1/chat/completions"])
+def test_the_suffix_of_the_long_window_becomes_the_beta_that_asks_for_it(
+        mock, proxy_with, path, asked):
+    proxy = proxy_with({"models": {
+        "long": "claude-haiku-4-5[1m]", "long-*": "anthropic/claude-haiku-4-5[1m]",
+        "exact[1m]": "claude-haiku-4-5[1m]"}})
+    fields = {**MESSAGE, "model": asked}
+    if path.endswith("count_tokens"):
+        del fields["max_tokens"]
+
+    answer = call(proxy.port, "POST", path, fields)
+
+    assert (200, "claude-haiku-4-5") == (answer.status, mock.seen[0].json["model"])
+    assert WINDOW == mock.seen[0].header("anthropic-beta")
+
+
+@pytest.mark.parametrize("own, sent", [
+    ("x-2026-01-01", f"x-2026-01-01,{WINDOW}"), (WINDOW, WINDOW),
+    (f"x-2026-01-01, {WINDOW}", f"x-2026-01-01, {WINDOW}")])
+def test_the_beta_of_the_long_window_is_put_beside_the_clients_own_once(
+        mock, proxy, own, sent):
+    call(proxy.port, "POST", "/v1/messages", {**MESSAGE, "model": "claude-haiku-4-5[1m]"},
+         [("anthropic-beta", own)])
+
+    assert sent == mock.seen[0].header("anthropic-beta")
+
+
+@pytest.mark.parametrize("model, headers", [
+    ("claude-haiku-4-5[1m]", []), ("claude-haiku-4-5", [("anthropic-beta", WINDOW)])])
+def test_a_whole_context_is_the_long_window_where_that_is_asked_for(
+        mock, proxy_for, model, headers):
+    answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages", {
+        **MESSAGE, "model": model, "container": "container_1"}, headers)
+
+    assert 402 == answer.status
+    assert 1_000_000 <= answer.json["error"]["ironcage"]["needed_microdollars"]
+
+
+def test_the_suffix_says_nothing_to_other_providers(mock, proxy):
+    answer = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, "model": "gpt-4o-mini[1m]"})
+
+    assert (200, "gpt-4o-mini") == (answer.status, mock.seen[0].json["model"])
+    assert mock.seen[0].header("anthropic-beta") is None
+
+
+@pytest.mark.parametrize("model", ["claude-opus-9[beta]", "@cf/meta/llama", "gpt-x@20260101",
+                                   "qwen+tools", "claude-opus-9[1m]"])
+def test_a_refusal_shows_the_name_of_the_model_that_was_asked_for(proxy, model):
+    answer = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, "model": model})
+
+    assert 400 == answer.status
+    assert model.replace("[1m]", "") in answer.json["error"]["message"]
+
+
+def test_what_a_call_counts_as_is_asked_where_the_call_would_go(mock, proxy_with):
+    proxy = proxy_with({"models": {"fast": "claude-haiku-4-5"}, "providers": {"lab": {
+        "base_url": mock.url, "format": "anthropic", "key_env": "ANTHROPIC_API_KEY"}}})
+
+    for model in ("fast", "lab/claude-haiku-4-5", "anthropic/claude-haiku-4-5"):
+        answer = call(proxy.port, "POST", "/v1/messages/count_tokens",
+                      {"model": model, "messages": MESSAGE["messages"]})
+        assert (200, {"input_tokens": 42}) == (answer.status, answer.json)
+    assert ["claude-haiku-4-5"] * 3 == [seen.json["model"] for seen in mock.seen]
+
+
+def test_the_input_tokens_of_a_response_by_a_model_elsewhere_are_estimated(mock, proxy):
+    answer = call(proxy.port, "POST", "/v1/responses/input_tokens", {
+        "model": "claude-haiku-4-5", "instructions": "Be brief.", "input": "How are you today?"})
+
+    assert (200, "1") == (answer.status, answer.header("x-ironcage-estimated"))
+    assert "response.input_tokens" == answer.json["object"]
+    assert 5 < answer.json["input_tokens"] < 30
+    assert [] == mock.seen

@@ -416,13 +416,50 @@ def test_a_long_prompt_fits_by_the_measured_rule_where_bytes_would_not(
 
 
 def test_state_kept_at_the_provider_is_reserved_for_as_a_full_context(mock, proxy_for):
-    thread = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
-
     answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages",
-                  {**MESSAGE, **thread})
+                  {**MESSAGE, "container": "container_1"})
 
     assert 402 == answer.status
     assert 200_000 <= answer.json["error"]["ironcage"]["needed_microdollars"]
+
+
+def test_a_new_thread_holds_no_state_and_is_bounded_as_the_text_that_it_is(mock, proxy_for):
+    created = {**MESSAGE, "thread": {"type": "create"}}
+
+    answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages", created)
+
+    assert 200 == answer.status
+    assert created["thread"] == mock.seen[0].json["thread"]
+
+
+@pytest.mark.parametrize("thread", [
+    {"type": "continue", "previous_message_id": "msg_1"}, {"type": "create", "from": "msg_1"},
+    {"type": "fork"}, {}, "thread_1", [], False, 0])
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "gpt-4o-mini", "ironcage/echo"])
+def test_any_other_thread_is_refused_in_the_words_that_the_sdks_act_on(
+        mock, proxy_for, model, thread):
+    answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages",
+                  {**MESSAGE, "model": model, "thread": thread})
+
+    error = answer.json["error"]
+    assert (400, "invalid_request_error") == (answer.status, error["type"])
+    assert {"error_code": "thread_unsupported_request", "unsupported": ["thread"]} \
+        == error["details"]
+    assert "send all of its messages" in error["message"]
+    assert [] == mock.seen
+
+
+def test_without_a_budget_only_a_translation_refuses_a_thread(mock, proxy_for):
+    proxy = proxy_for()
+    thread = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
+
+    passed = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, **thread})
+    refused = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, **thread,
+                                                        "model": "gpt-4o-mini"})
+
+    assert [200, 400] == [passed.status, refused.status]
+    assert "thread_unsupported_request" == refused.json["error"]["details"]["error_code"]
+    assert [thread["thread"]] == [seen.json["thread"] for seen in mock.seen]
 
 
 def test_a_tool_call_that_says_who_called_it_is_bounded_as_the_text_that_it_is(mock, proxy_for):
