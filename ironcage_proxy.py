@@ -379,6 +379,13 @@ def split_path(path: str) -> tuple[str, str]:
     return named, route if is_ours else behind
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is nearest to a wrong one; "" where none is near."""
+    import difflib               # here only: few need it
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {shown_name(near[0])}?)" if near else ""
+
+
 def dialect_of(path: str) -> str:
     """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
     is_messages = re.fullmatch(r"/*([^/]+/)??(v1/)*messages(/.*)?", path)
@@ -605,6 +612,7 @@ def json_bytes(value: object) -> bytes:
 PICODOLLARS_PER_USD = 10 ** 12
 PICODOLLARS_PER_MICRODOLLAR = 10 ** 6
 MICRODOLLARS_PER_USD = 10 ** 6
+MOST_USD = 10 ** 12               # in one amount or price; more is a slip
 
 Rate = Union[int, Fraction]
 _USD = r"\+?([0-9]{1,13}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
@@ -616,9 +624,16 @@ def parse_usd(value: object) -> int:
     Raises: ValueError when it is not a finite number >= 0.
     """
     text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(_USD, text) or Decimal(text) > 10 ** 12:
+    if isinstance(value, bool) or not re.fullmatch(_USD, text) or Decimal(text) > MOST_USD:
         raise ValueError(f"{text[:40]!r} is not an amount in USD from 0 up")
     return int(Fraction(text) * MICRODOLLARS_PER_USD)
+
+
+def exact_number(text: str) -> Union[Decimal, str]:
+    """A JSON number as it is written. One that no price or amount can be stays text, and is refused
+    where it is used: to compute with an exponent of many digits would take for ever."""
+    is_usual = re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,80})?([eE][+-]?[0-9]{1,2})?", text)
+    return Decimal(text) if is_usual else text
 
 
 def format_usd(microdollars: int) -> str:
@@ -775,6 +790,7 @@ class Price(NamedTuple):
     max_input_tokens: Optional[int]
     max_output_tokens: Optional[int]
     known_rates: dict                         # what rates() and dearest_rates() worked out already
+    is_stand_in: bool = False                 # by price_as, for a model without a price of its own
 
     def _amount(self, base: str, suffix: str, reached: Sequence[int]) -> Optional[Rate]:
         """A base price for a tier (by its suffix) beyond the thresholds reached, or None.
@@ -847,7 +863,7 @@ def total_of(lines: Iterable[BillLine]) -> int:
 
 def _is_amount(value: object) -> bool:
     return isinstance(value, (int, Decimal)) and not isinstance(value, bool) \
-        and Decimal(value).is_finite() and value >= 0
+        and Decimal(value).is_finite() and 0 <= value < MOST_USD
 
 
 def _limit(row: Mapping[str, object], name: str) -> Optional[int]:
@@ -855,38 +871,52 @@ def _limit(row: Mapping[str, object], name: str) -> Optional[int]:
     return int(value) if _is_amount(value) and value else None
 
 
-def price_from_row(key: str, row: object) -> Optional[Price]:
-    """The Price in one row of LiteLLM's table; None where it prices no tokens.
+def _checked(row: Mapping[str, object], name: str, default: object = None) -> Union[Decimal, int]:
+    """An amount in a row. Raises ValueError, naming its field."""
+    value = row.get(name, default)
+    if not _is_amount(value):
+        raise ValueError(f"{name} must be a number from 0 up")
+    return value
+
+
+def _multiplier_of(row: Mapping[str, object], name: str) -> Rate:
+    if not _checked(row, name, 1):
+        raise ValueError(f"{name} must not be 0")
+    return _exact(row.get(name, 1))
+
+
+def _object_in(row: Mapping[str, object], name: str) -> Mapping[str, object]:
+    value = row.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an object")
+    return value
+
+
+def price_from_row(key: str, row: object) -> Price:
+    """The Price in one row of LiteLLM's table. Raises ValueError, naming a field, for what is none.
 
     A row with a negative, infinite or non-numeric price anywhere is not a price at all.
     """
-    if not isinstance(row, Mapping) or not _is_amount(row.get(INPUT_PRICE)):
-        return None
-    mode = row.get("mode")
-    if mode != "embedding" and not _is_amount(row.get(OUTPUT_PRICE)):
-        return None
-    token_prices = {name: value for name, value in row.items()
+    if not isinstance(row, Mapping):
+        raise ValueError("must be an object")
+    _checked(row, INPUT_PRICE)
+    if row.get("mode") != "embedding":
+        _checked(row, OUTPUT_PRICE)
+    token_prices = {name: _checked(row, name) for name in row
                     if "cost" in name and "_token" in name and not name.startswith("search")}
-    extras, searches = row.get("provider_specific_entry") or {}, row.get(_SEARCHES) or {}
-    if not isinstance(extras, dict) or not isinstance(searches, dict):
-        return None
-    multipliers = {"us_entry": extras.get("us", 1), "fast_entry": extras.get("fast", 1),
-                   **{place: row.get(f"regional_processing_uplift_multiplier_{place}", 1)
-                      for place in ("us", "eu")}}
-    search = searches.get("search_context_size_medium", WEB_SEARCH_USD)
-    if not all(map(_is_amount, (*token_prices.values(), *multipliers.values(), search))) \
-            or not all(multipliers.values()):
-        return None
+    extras = _object_in(row, "provider_specific_entry")
+    search = _checked(_object_in(row, _SEARCHES), "search_context_size_medium", WEB_SEARCH_USD)
     return Price(
         key=key, provider=str(row.get("litellm_provider") or ""),
         amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in token_prices.items()}),
         thresholds=tuple(sorted({int(found[1]) * 1000 for name in token_prices
                                  for found in [re.search(_THRESHOLD, name)] if found})),
         search_picodollars=_picodollars(Decimal(search)),
-        us_multiplier=_exact(multipliers["us_entry"]),
-        fast_multiplier=_exact(multipliers["fast_entry"]),
-        residency_multipliers=MappingProxyType(
-            {place: _exact(multipliers[place]) for place in ("us", "eu")}),
+        us_multiplier=_multiplier_of(extras, "us"),
+        fast_multiplier=_multiplier_of(extras, "fast"),
+        residency_multipliers=MappingProxyType({
+            place: _multiplier_of(row, f"regional_processing_uplift_multiplier_{place}")
+            for place in ("us", "eu")}),
         max_input_tokens=_limit(row, "max_input_tokens"),
         max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"),
         known_rates={})
@@ -906,19 +936,21 @@ class PriceBook:
     """Prices by model name, in LiteLLM's format. Rows are read when they are first asked for.
 
     Names resolve to a row exactly or not at all: what is not found is unpriced, never free.
+    A book does not change: with_own() makes another, and a call keeps the one it began with.
     """
 
-    def __init__(self, rows: Mapping[str, object]) -> None:
+    def __init__(self, rows: Mapping[str, object], *, free_providers: Iterable[str] = (),
+                 price_as: Mapping[str, str] = MappingProxyType({})) -> None:
         self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
+        self._free_providers, self._price_as = frozenset(free_providers), price_as
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
         self.find = functools.lru_cache(maxsize=1024)(self._find)
-        self._free_providers: frozenset = frozenset()
 
     @classmethod
     def load(cls, path: str) -> PriceBook:
         """Read a price file. Raises OSError, or ValueError where it is not a JSON object."""
         with open(path, encoding="utf-8") as file:
-            rows = json.load(file, parse_float=Decimal)
+            rows = json.load(file, parse_float=exact_number)
         if not isinstance(rows, dict):
             raise ValueError("a price file is a JSON object of model names")
         rows.pop("sample_spec", None)
@@ -928,18 +960,41 @@ class PriceBook:
         """The names of all rows that price tokens, sorted."""
         return sorted(key for key in self._rows if self._row(key) is not None)
 
-    def set_free_providers(self, names: Iterable[str]) -> None:
-        """Say whose models all cost nothing: an operator's own servers."""
-        self._free_providers = frozenset(names)
-        self.find.cache_clear()
+    def with_own(self, rows: Mapping[str, object], *, free_providers: Iterable[str],
+                 price_as: Mapping[str, str]) -> PriceBook:
+        """This book with an operator's own prices: rows that replace those of the same name, the
+        providers whose models all cost nothing, and the rows that stand in for models without a
+        price (pattern -> row). Raises ValueError where such a row has no price itself."""
+        book = PriceBook({**self._rows, **rows}, free_providers=free_providers, price_as=price_as)
+        for pattern, key in price_as.items():
+            if book._row(key) is None:
+                shown = re.sub(UNPRINTABLE, "?", pattern)
+                raise ValueError(f"price_as {shown}: there is no price for {shown_name(key)}"
+                                 f"{did_you_mean(key, book._rows)}")
+        return book
 
     def _row(self, key: str) -> Optional[Price]:
         if key in self._rows and key not in self._prices:
-            self._prices[key] = price_from_row(key, self._rows[key])
+            try:
+                self._prices[key] = price_from_row(key, self._rows[key])
+            except ValueError:
+                self._prices[key] = None
         return self._prices.get(key)
 
     def _find(self, model: str, provider: str = "") -> Optional[Price]:
-        """The price of a model as a provider sells it, or None.
+        """The price of a model as a provider sells it: its own, else the one that stands in for
+        it, else None. A pattern with a slash is about provider/model, another about any's model.
+        """
+        price = self._own_price(model, provider)
+        if price is not None:
+            return price
+        full_name = f"{provider}/{model}" if provider else model
+        key = next((key for pattern, key in self._price_as.items()
+                    if fnmatch.fnmatchcase(full_name if "/" in pattern else model, pattern)), None)
+        return None if key is None else self._row(key)._replace(is_stand_in=True)
+
+    def _own_price(self, model: str, provider: str) -> Optional[Price]:
+        """The price that a model has itself, or None.
 
         Tried in order: the name itself, with the provider's prefix, without it; then each less
         its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row only.
@@ -967,7 +1022,8 @@ class PriceBook:
             shown = shown_name(model)
             raise UnpricedModel(
                 f"no price is known for the model {shown}: add the key \"{shown}\" with "
-                f"{INPUT_PRICE} and {OUTPUT_PRICE} to pricing.json, or name a model that has one",
+                f"{INPUT_PRICE} and {OUTPUT_PRICE} to pricing.json or to prices in --config, or "
+                "name a model that has one",
                 param="model")
         return price
 
@@ -6060,6 +6116,12 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
 })
 
 
+def _unknown_field(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a field that there is not; what may be a secret is not shown."""
+    shown = name if re.fullmatch(r"[A-Za-z_]{1,32}", name) else "?"
+    return f"has an unknown field {shown}{did_you_mean(name, known)}; there are {', '.join(known)}"
+
+
 def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dict:
     """The values of an object in the file, by the names of our fields. Raises ValueError."""
     if not isinstance(row, dict):
@@ -6067,7 +6129,7 @@ def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dic
     values: dict = {}
     for name, value in row.items():
         if name not in fields:
-            raise ValueError(f"has an unknown field; there are {', '.join(fields)}")
+            raise ValueError(_unknown_field(name, fields))
         target, read = fields[name]
         try:
             values[target] = read(value)
@@ -6104,6 +6166,8 @@ class Config(NamedTuple):
     callers: tuple[Caller, ...] = ()
     providers: tuple[Provider, ...] = ()
     aliases: Mapping[str, str] = MappingProxyType({})             # pattern -> provider/model
+    prices: Mapping[str, object] = MappingProxyType({})           # name -> row of a price table
+    price_as: Mapping[str, str] = MappingProxyType({})            # pattern -> name of such a row
 
     def aliased(self, model: str) -> str:
         """The model that a name stands for: itself, where no alias matches; the first that does."""
@@ -6113,22 +6177,36 @@ class Config(NamedTuple):
                      if fnmatch.fnmatchcase(model, pattern)), model)
 
 
+CONFIG_FIELDS = MappingProxyType({
+    "tokens": list, "providers": dict, "models": dict, "prices": dict, "price_as": dict})
+
+
 def read_config(path: str) -> dict:
     """The JSON object in a configuration file. Raises Misconfigured."""
     try:
         with open(path, encoding="utf-8") as file:
-            parsed = json.load(file, parse_float=Decimal,
+            parsed = json.load(file, parse_float=exact_number,
                                object_pairs_hook=_object_without_duplicates)
     except OSError as err:
         raise Misconfigured(f"the configuration {path} cannot be read: {_reason(err)}") from err
     except (ValueError, RecursionError, BadRequest) as err:
         raise Misconfigured(f"the configuration {path} is not usable JSON: {err}") from None
-    kinds = {"tokens": list, "providers": dict, "models": dict}
-    if not isinstance(parsed, dict) or set(parsed) - set(kinds) \
-            or any(not isinstance(value, kinds[name]) for name, value in parsed.items()):
-        raise Misconfigured(f"the configuration {path} must be an object with a list of tokens, "
-                            "an object of providers and an object of models")
+    if not isinstance(parsed, dict):
+        raise Misconfigured(f"the configuration {path} must be an object")
+    for name, value in parsed.items():
+        if name not in CONFIG_FIELDS:
+            raise Misconfigured(f"the configuration {path} {_unknown_field(name, CONFIG_FIELDS)}")
+        if not isinstance(value, CONFIG_FIELDS[name]):
+            kind = "a list" if CONFIG_FIELDS[name] is list else "an object"
+            raise Misconfigured(f"{name} in {path} must be {kind} of {name}")
     return parsed
+
+
+def _names_to_names(parsed: Mapping[str, object], field: str, path: str) -> Mapping[str, str]:
+    names = parsed.get(field, {})
+    if not all(isinstance(target, str) and target for target in names.values()):
+        raise Misconfigured(f"{field} in {path} must map names to names")
+    return names
 
 
 def load_config(path: str, environ: Mapping[str, str], *,
@@ -6150,10 +6228,14 @@ def load_config(path: str, environ: Mapping[str, str], *,
     for what in ("name", "sha256"):
         if len({getattr(caller, what) for caller in callers}) != len(callers):
             raise Misconfigured(f"two tokens in {path} have the same {what}")
-    aliases = parsed.get("models", {})
-    if not all(isinstance(target, str) and target for target in aliases.values()):
-        raise Misconfigured(f"models in {path} must map names to names")
-    return Config(tuple(callers), tuple(providers), aliases)
+    prices = parsed.get("prices", {})
+    for name, row in prices.items():
+        try:
+            price_from_row(name, row)
+        except ValueError as err:
+            raise Misconfigured(f"the price of {shown_name(name)} in {path}: {err}") from None
+    return Config(tuple(callers), tuple(providers), _names_to_names(parsed, "models", path),
+                  prices, _names_to_names(parsed, "price_as", path))
 
 
 _NOTHING_HELD = contextlib.nullcontext()
@@ -7205,6 +7287,7 @@ class ClientRequest(NamedTuple):
 class Call:
     """One metered call from its admission to its settlement. One thread uses it."""
 
+    prices: PriceBook                                 # what it was admitted by: it settles by it
     price: Optional[Price] = None                     # None: unpriced, and no budget is set
     bound: Optional[Bound] = None                     # None: it has no bound, and no budget is set
     translator: Optional[Translator] = None           # where the provider speaks another API
@@ -8015,17 +8098,15 @@ class Router:
         check_key(provider)
         return provider
 
-    def configure(self, config: Config) -> None:
-        """Take a configuration: its providers and aliases, and the scopes of its tokens."""
-        self.providers = {provider.name: provider for provider in (
-            *self.settings.providers, *config.providers, ECHO_PROVIDER)}
-        self.prices.set_free_providers(
-            name for name, provider in self.providers.items() if provider.is_free)
-        self.config = config
+    def configure(self, config: Config, prices: PriceBook) -> None:
+        """Take a configuration: the scopes of its tokens, its providers, aliases and prices."""
         for caller in config.callers:
             self.controller.set_scope(
                 caller.name, caller.budget_microdollars, caller.period,
                 lambda since_s, name=caller.name: self.ledger.spent(name, since_s))
+        self.providers = {provider.name: provider for provider in (
+            *self.settings.providers, *config.providers, ECHO_PROVIDER)}
+        self.config, self.prices = config, prices
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -8097,7 +8178,8 @@ class Router:
         if price is None:
             told = "no price is known, so it is refused under a budget"
         else:
-            told = "input {}, output {} for a million tokens".format(*price.per_million())
+            told = "input {}, output {} for a million tokens".format(*price.per_million()) \
+                + (f", as {price.key} (price_as)" if price.is_stand_in else "")
         return f"{model} -> {provider.name}/{name}, {told}"
 
     def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
@@ -8139,6 +8221,7 @@ class Router:
         charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
         if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
             raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
+        prices = self.prices                           # one book for all of this call
         body = parse_json_object(request.body)
         model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)
@@ -8152,16 +8235,16 @@ class Router:
             if api in FORMAT_APIS[provider.format] \
             else self._translated(request, provider, api, upstream_model, body, limited)
         call.added_betas += self._window_betas(model, provider)
-        body = call.body
+        body, call.prices = call.body, prices
         asked_output_tokens(call.api, body.fields)     # a cap that is none is refused at any price
         if limited:
             self._check_method_override(request)
-            call.price = self.prices.price(upstream_model, provider.name)
+            call.price = prices.price(upstream_model, provider.name)
             for opened in check_boundable(call.api, body, call.price, provider=provider.name,
                                           hatches=self.hatches):
                 self.totals.observe(("hatch", opened))
         else:
-            call.price = self.prices.find(upstream_model, provider.name)
+            call.price = prices.find(upstream_model, provider.name)
         if call.price is not None:
             try:
                 call.bound = self._bound(call, call.price, free)
@@ -8172,6 +8255,8 @@ class Router:
         if call.reservation.is_limited and not limited:
             self.controller.cancel(call.reservation)     # a budget came meanwhile: by its rules
             return self._admitted(request, named, api, client)
+        if call.price is not None and call.price.is_stand_in:
+            self.totals.observe(("priced_as",))
         return call
 
     def _check_models(self, caller: Caller, provider: Provider, models: Iterable[str]) -> None:
@@ -8677,7 +8762,7 @@ class Router:
             return call.charge
         elapsed_ns = time.monotonic_ns() - call.sent_ns
         try:
-            call.charge = charge_of(call, self.prices, elapsed_ns)
+            call.charge = charge_of(call, call.prices, elapsed_ns)
         except BaseException:
             call.charge = Charge(reserved_in_full(call), "a fault of the proxy")
             raise
@@ -9218,16 +9303,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        prices = load_prices(settings)
         self.callers: Mapping[str, Caller] = {}        # by the SHA-256 of their tokens
-        self._config_seen = _file_state(settings.config_path)
+        self._files_seen = self._file_states()
+        self._table, self._table_seen = load_prices(settings), self._files_seen[1]
         config = self._read_config()
+        prices = prices_under(config, self._table)
         self.turns = Turns()                           # of the threads that serve connections
         self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None else SqliteLedger(
             settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside,
             wait_s=0 if settings.no_wait_for_ledger else LEDGER_WAIT_S)
         self.router = Router(settings, prices, self.ledger, self.turns)
-        self._take_config(config)
+        self._take_config(config, prices)
         self.reload_asked = False                      # set by SIGHUP
         self._looked_s = time.monotonic()
         self.allowed_hosts = {
@@ -9347,26 +9433,35 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise Misconfigured("a token of --config is the same as --token or --admin-token")
         return config
 
-    def _take_config(self, config: Config) -> None:
-        self.router.configure(config)
+    def _take_config(self, config: Config, prices: PriceBook) -> None:
+        self.router.configure(config, prices)
         self.callers = {caller.sha256: caller for caller in (*self._own_callers(),
                                                              *config.callers)}
 
+    def _file_states(self) -> tuple:
+        return _file_state(self.settings.config_path), _file_state(prices_path(self.settings))
+
     def service_actions(self) -> None:
-        """What serve_forever calls in each round: look what became of ledger and configuration."""
+        """What serve_forever calls in each round: look whether a file was changed, and read it;
+        and what became of the ledger's.
+
+        One that is broken changes nothing, and holds up no change of the other.
+        """
         if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
             return
-        self._looked_s = time.monotonic()
         self.ledger.look()
-        state = _file_state(self.settings.config_path)
-        if state == self._config_seen and not self.reload_asked:
+        self._looked_s, states = time.monotonic(), self._file_states()
+        if states == self._files_seen and not self.reload_asked:
             return
-        self._config_seen, self.reload_asked = state, False
-        try:
-            self._take_config(self._read_config())
-        except Misconfigured as err:
-            log.error("the configuration stays as it was", extra={"fields": {"reason": str(err)}})
-        else:
+        is_asked, self.reload_asked, self._files_seen = self.reload_asked, False, states
+        config = self.router.config
+        with _old_stays("the configuration"):
+            config = self._read_config()
+        if is_asked or states[1] != self._table_seen:
+            with _old_stays("the price table"):
+                self._table, self._table_seen = read_prices(prices_path(self.settings)), states[1]
+        with _old_stays("the configuration"):
+            self._take_config(config, prices_under(config, self._table))
             log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
 
     # Connections: one thread each, and a bound on them.
@@ -9496,6 +9591,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 "bound_exceeded": self.router.controller.bound_exceeded(),
                 "hatches": {key[1]: count for key, count in self.router.totals.observed().items()
                             if key[0] == "hatch"},
+                "priced_as": self.router.totals.observed().get(("priced_as",), 0),
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
     def get_budget(self, request: ClientRequest) -> dict:
@@ -9527,7 +9623,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if media_type(request.head.headers) != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
         parse_json_object(request.body)                # strict: no duplicate keys
-        fields = json.loads(request.body, parse_float=Decimal)
+        fields = json.loads(request.body, parse_float=exact_number)
         try:
             if set(fields) != {"limit_usd"} or isinstance(fields["limit_usd"], bool):
                 raise ValueError("the body must be {\"limit_usd\": \"20.00\"}")
@@ -9567,25 +9663,64 @@ def _file_state(path: Optional[str]) -> Optional[tuple]:
     return found and (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
+@contextlib.contextmanager
+def _old_stays(what: str) -> Iterator[None]:
+    """Log any fault in a file that is read anew, and go on: the accepting thread must not end.
+
+    Of a fault that nobody foresaw only kind and place are logged: its text may hold a secret.
+    """
+    try:
+        yield
+    except Misconfigured as err:
+        log.error(f"{what} stays as it was", extra={"fields": {"reason": str(err)}})
+    except Exception as err:
+        place = err.__traceback__
+        while place.tb_next is not None:
+            place = place.tb_next
+        log.error(f"{what} stays as it was", extra={"fields": {
+            "reason": f"a fault of the proxy: {type(err).__name__} in line {place.tb_lineno} of "
+                      f"{os.path.basename(place.tb_frame.f_code.co_filename)}"}})
+
+
+def prices_path(settings: Settings) -> str:
+    """Where the price table is: --pricing, else pricing.json beside this file."""
+    return settings.pricing_path or os.path.join(
+        os.path.dirname(os.path.abspath(__file__)), "pricing.json")
+
+
+def read_prices(path: str) -> PriceBook:
+    """A price table. Raises Misconfigured where it cannot be read."""
+    try:
+        return PriceBook.load(path)
+    except FileNotFoundError as err:
+        raise Misconfigured(f"the price table {path} does not exist") from err
+    except OSError as err:
+        raise Misconfigured(f"the price table {path} cannot be read: {_reason(err)}") from err
+    except (ValueError, RecursionError) as err:
+        raise Misconfigured(f"the price table {path} is not usable: {err}") from err
+
+
+def prices_under(config: Config, book: PriceBook) -> PriceBook:
+    """The prices that hold under a configuration. Raises Misconfigured."""
+    try:
+        return book.with_own(config.prices, price_as=config.price_as, free_providers=[
+            provider.name for provider in config.providers if provider.is_free])
+    except ValueError as err:
+        raise Misconfigured(f"the configuration: {err}") from None
+
+
 def load_prices(settings: Settings) -> PriceBook:
     """The price table of the settings. Raises Misconfigured where it cannot be read.
 
     Without --pricing and without a pricing.json beside this file there are no prices: that
     serves without a budget only.
     """
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pricing.json")
-    path = settings.pricing_path or beside
-    try:
-        return PriceBook.load(path)
-    except FileNotFoundError as err:
-        if settings.pricing_path is None and settings.budget_microdollars is None:
-            log.warning("there is no pricing.json beside the program: nothing is priced")
-            return PriceBook({})
-        raise Misconfigured(f"the price table {path} does not exist") from err
-    except OSError as err:
-        raise Misconfigured(f"the price table {path} cannot be read: {_reason(err)}") from err
-    except (ValueError, RecursionError) as err:
-        raise Misconfigured(f"the price table {path} is not usable: {err}") from err
+    path = prices_path(settings)
+    if settings.pricing_path is None and settings.budget_microdollars is None \
+            and not os.path.exists(path):
+        log.warning("there is no pricing.json beside the program: nothing is priced")
+        return PriceBook({})
+    return read_prices(path)
 
 
 # ==== 23. Settings and command line =============================================================
@@ -9874,10 +10009,17 @@ def banner(server: ProxyServer) -> str:
         named = sum(bool(caller.scopes) for caller in server.callers.values())
         lines.append(f"  tokens:             {named} in {settings.config_path}")
     lines += [f"  {name + ':':19} {value}" for name, value in hatches_of(settings)]
+    lines += [f"  priced as another:  {text}" for text in price_as_lines(server.router.config)]
     if settings.host in ("0.0.0.0", "::") and not settings.allow_hosts:
         lines.append("  warning: every address is listened on, but only loopback names are "
                      "answered to; add --allow-host NAME")
     return "\n".join(lines)
+
+
+def price_as_lines(config: Config) -> list[str]:
+    """The models that are priced as another, for the banner and `check`."""
+    return [re.sub(UNPRINTABLE, "?", f"{pattern} as {key}")
+            for pattern, key in config.price_as.items()]
 
 
 def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
@@ -9996,6 +10138,8 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
                 if provider.key_env else "no key needed"
             print(f"provider  {name}: {provider.base_url or 'built in'}, {state}")
         print(f"prices    {len(server.router.prices.keys())} models have a price")
+        for text in price_as_lines(server.router.config):
+            print(f"price_as  {text}")
         limit = settings.budget_microdollars
         print(f"budget    {'none' if limit is None else format_usd(limit)}")
         print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
@@ -10139,7 +10283,7 @@ def _replace_file(path: str, config: Mapping[str, object]) -> None:
     try:
         handle = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(handle, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, default=str)
+            json.dump(config, file, indent=2, default=float)       # of a Decimal: as it was read
             file.write("\n")
         os.replace(path + ".new", path)
     except FileExistsError:
@@ -10333,7 +10477,9 @@ def run_selftest(settings: Settings, given: Mapping[str, object]) -> int:
 
 def run_models(settings: Settings, given: Mapping[str, object]) -> int:
     """List what is priced, in USD for a million tokens."""
-    prices = load_prices(settings)
+    config = Config() if settings.config_path is None else load_config(
+        settings.config_path, settings.environ, allow_plain_http=settings.allow_plain_http)
+    prices = prices_under(config, load_prices(settings))
     print(f"{'model':50} {'provider':12} {'input':>12} {'output':>12}  USD per million tokens")
     for key in prices.keys():
         price = prices.price(key)

@@ -668,6 +668,22 @@ def test_mini_never_costs_what_its_big_sibling_does():
     assert "gpt-5.5-pro" == BOOK.price("gpt-5.5-pro", "openai").key
 
 
+@pytest.mark.parametrize("model, usd", [
+    ("gpt-6.2-sol", ("2", "0.10", "10", "2.5", "4", "15")),
+    ("gpt-6.2-astra", ("8", "0.40", "40", "10", "16", "60")),
+])
+def test_the_newest_models_cost_what_their_notes_say_and_name_their_source(model, usd):
+    """Input, cached, output, a cache write; input and output beyond 272,000 tokens."""
+    price = BOOK.price(model, "openai")
+    rates, long = price.rates(None, 0), price.rates(None, 272_001)
+
+    assert [Decimal(amount) * 10 ** 6 for amount in usd] == [
+        rates["input"], rates["cache_read"], rates["output"], rates["cache_write"],
+        long["input"], long["output"]]
+    assert (922_000, 128_000) == (price.max_input_tokens, price.max_output_tokens)
+    assert "17 November 2026" in ROWS[model]["source"] and "2026-11-17" == ROWS[model]["as_of"]
+
+
 def test_an_unknown_model_is_refused_with_the_key_to_add():
     with pytest.raises(ic.UnpricedModel) as caught:
         BOOK.price("gpt-99-turbo", "openai")

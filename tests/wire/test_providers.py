@@ -171,12 +171,13 @@ def test_a_tokens_model_patterns_look_at_what_an_alias_stands_for(mock, proxy_wi
     ({"providers": {"lab": {"base_url": "https://u:p@x"}}}, "base_url: must have no user name"),
     ({"providers": {"lab": {"base_url": 7}}}, "base_url: must be a URL"),
     ({"providers": {"lab": {"base_url": "http://lab.example"}}}, "in the clear"),
-    ({"providers": {"lab": {"base_url": "https://x", "key": "sk-1234567890"}}}, "unknown field"),
+    ({"providers": {"lab": {"base_url": "https://x", "key": "sk-1234567890"}}}, "unknown field key (did"),
     ({"providers": {"lab": {"base_url": "https://x", "format": "grpc"}}}, "format: must be openai"),
     ({"providers": {"lab": {"base_url": "https://x", "free": "yes"}}}, "free: must be true"),
     ({"providers": {"lab": {"base_url": "https://x", "key_env": "A B"}}}, "key_env: must be an"),
     ({"providers": []}, "an object of providers"), ({"models": []}, "an object of models"),
-    ({"models": {"fast": 1}}, "must map names to names"), ({"secrets": {}}, "must be an object"),
+    ({"models": {"fast": 1}}, "must map names to names"), ({"secrets": {}}, "has an unknown field secrets; there are tokens"),
+    ([], "must be an object"),
 ])
 def test_a_fault_in_providers_or_models_is_one_line_without_a_key(tmp_path, config, fault):
     path = tmp_path / "cage.json"
