@@ -71,6 +71,18 @@ def test_those_who_wait_are_refused_when_the_stop_is_reached_and_no_sooner():
     assert all(claim.decided.is_set() for claim in waiting)
 
 
+def test_new_limits_decide_at_once_about_those_who_wait():
+    controller = ic.CostController(1_000)
+    controller.reserve(900)
+    first, second = (controller.ask(fixed(500), may_wait=True) for _ in range(2))
+
+    controller.set_limits(limit=1_500)
+    assert first.is_open and second.is_waiting
+    controller.set_limits(stop_at=0)
+
+    assert "stop_at" == second.refused_by.ended_by
+
+
 def test_a_stop_without_a_limit_stops_too():
     """No setting makes one; the controller does not rest on that."""
     controller = ic.CostController(stop_at=1_000)
