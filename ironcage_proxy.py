@@ -4912,18 +4912,35 @@ def period_end(period: str, since_s: int) -> Optional[int]:
     return None if days is None else period_start(period, since_s + days * DAY_S)
 
 
+def check_stop(limit: Optional[int], stop_at: Optional[int]) -> None:
+    """Raises ValueError for a stop that is not below the budget of its scope."""
+    if stop_at is not None and (limit is None or stop_at >= limit):
+        raise ValueError(f"a stop at {format_usd(stop_at)} must be below the budget, which is "
+                         f"{'not set' if limit is None else format_usd(limit)}")
+
+
 class Budget(NamedTuple):
     """The amounts of one scope at one instant, in microdollars; a limit of None refuses nothing."""
     scope: str
     limit: Optional[int]
     spent: int
     reserved: int
+    stop_at: Optional[int] = None
+
+    @property
+    def ended_by(self) -> Optional[str]:
+        """Which of the two limits is spent, so that no call begins; None while neither is."""
+        if self.limit is not None and self.spent >= self.limit:
+            return "budget"
+        return "stop_at" if self.stop_at is not None and self.spent >= self.stop_at else None
 
     def as_json(self) -> dict:
-        """The four amounts as PRODUCT names them."""
-        free = None if self.limit is None else max(0, self.limit - self.spent - self.reserved)
-        return {"limit_microdollars": self.limit, "spent_microdollars": self.spent,
-                "reserved_microdollars": self.reserved, "available_microdollars": free}
+        """The five amounts as PRODUCT names them."""
+        free = 0 if self.ended_by is not None else \
+            None if self.limit is None else max(0, self.limit - self.spent - self.reserved)
+        return {"limit_microdollars": self.limit, "stop_at_microdollars": self.stop_at,
+                "spent_microdollars": self.spent, "reserved_microdollars": self.reserved,
+                "available_microdollars": free}
 
 
 class Account:
@@ -4933,27 +4950,34 @@ class Account:
     say on which day a call was admitted and are never cut. A period is whole days, so that
     another one is another sum: it can neither lose nor double a charge, nor a call in flight.
     """
-    __slots__ = ("scope", "limit", "period", "since_s", "spent", "reserved", "_seen_s",
+    __slots__ = ("scope", "limit", "stop_at", "period", "since_s", "spent", "reserved", "_seen_s",
                  "_spent_on", "_reserved_on")
 
-    def __init__(self, scope: str, limit: Optional[int], period: str, now_s: int,
-                 spent_on: Mapping[int, int]) -> None:
-        self.scope, self.limit = scope, limit
+    def __init__(self, scope: str, limit: Optional[int], stop_at: Optional[int], period: str,
+                 now_s: int, spent_on: Mapping[int, int]) -> None:
+        self.scope, self.limit, self.stop_at = scope, limit, stop_at
         self._seen_s = now_s                  # the latest time: a clock may go back
         self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
         self.begin(period)
 
     @property
+    def has_stopped(self) -> bool:
+        return self.stop_at is not None and self.spent >= self.stop_at
+
+    @property
     def free(self) -> Optional[int]:
+        if self.has_stopped:
+            return 0
         return None if self.limit is None else self.limit - self.spent - self.reserved
 
     def may_fit(self, bound: Bound) -> bool:
         """Whether a request would fit here, were all that is in flight settled for nothing."""
-        return self.limit is None \
-            or bound.fitting_caps(self.limit - self.spent, at_last=True) is not None
+        return not self.has_stopped and (
+            self.limit is None
+            or bound.fitting_caps(self.limit - self.spent, at_last=True) is not None)
 
     def budget(self) -> Budget:
-        return Budget(self.scope, self.limit, self.spent, self.reserved)
+        return Budget(self.scope, self.limit, self.spent, self.reserved, self.stop_at)
 
     def begin(self, period: str) -> None:
         """Count by this period: what was admitted since its current one began."""
@@ -5016,14 +5040,17 @@ class CostController:
     Invariant: no admission ever makes spent + reserved exceed a limit. Only three things can:
     a lower limit (set_budget), spending without a reservation (add_spend), and an answer that
     cost more than its reservation (commit; counted in `bound_exceeded`). A limit of None counts
-    and refuses nothing. A charge belongs to the period in which its request was admitted.
+    and refuses nothing. Once `stop_at` is spent in a scope no call begins there, and who waits is
+    refused; what is in flight may go on, up to the limit. A charge belongs to the period in which
+    its request was admitted.
     """
 
-    def __init__(self, limit_microdollars: Optional[int] = None, *, spent_microdollars: int = 0,
+    def __init__(self, limit_microdollars: Optional[int] = None, *,
+                 stop_at: Optional[int] = None, spent_microdollars: int = 0,
                  clock: Callable[[], float] = time.time) -> None:
         self._clock = clock               # Unix seconds
         self._lock = threading.Lock()     # guards all below, every Account and every Reservation
-        self._proxy = Account(PROXY_SCOPE, limit_microdollars, "total", 0,
+        self._proxy = Account(PROXY_SCOPE, limit_microdollars, stop_at, "total", 0,
                               {0: spent_microdollars})
         self._accounts = {PROXY_SCOPE: self._proxy}
         self._line: list[Reservation] = []          # who waits, in the order of arrival
@@ -5079,12 +5106,14 @@ class CostController:
                 claim.decided.wait(min(left_s, WAIT_POLL_S))
 
     def reserve(self, max_cost_microdollars: int) -> Reservation:
-        """Set an amount aside at once. Raises InsufficientBudget if it does not fit."""
+        """Set an amount aside at once. Raises InsufficientBudget if it does not fit;
+        BudgetExceeded where the stop is reached."""
         _check_amount(max_cost_microdollars)
         bound = fixed_bound(max_cost_microdollars)
         claim = self.ask(bound)
         if claim.refused_by is not None:
-            raise insufficient_budget(claim.refused_by, bound)
+            raise budget_exceeded(claim.refused_by) if claim.refused_by.ended_by == "stop_at" \
+                else insufficient_budget(claim.refused_by, bound)
         return claim
 
     def expire(self, claim: Reservation) -> None:
@@ -5190,9 +5219,20 @@ class CostController:
             self._proxy.limit = limit_microdollars
             self._serve_line_locked()
 
+    def set_limits(self, **changes: Optional[int]) -> None:
+        """Set the proxy's `limit` or `stop_at`, or both in one step; what is not named stays.
+
+        Raises ValueError, and changes nothing, where the stop would not be below the limit.
+        """
+        with self._lock:
+            limits = {"limit": self._proxy.limit, "stop_at": self._proxy.stop_at, **changes}
+            check_stop(**limits)
+            self._proxy.limit, self._proxy.stop_at = limits["limit"], limits["stop_at"]
+            self._serve_line_locked()
+
     def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
-                  spent_since: Callable[[int], int]) -> None:
-        """Open a scope, or change its limit and period.
+                  spent_since: Callable[[int], int], stop_at: Optional[int] = None) -> None:
+        """Open a scope, or change its limits and period.
 
         What a new one spent before is asked for, from the beginning of each period on; a scope
         that is there knows it, also what the ledger does not hold yet.
@@ -5201,13 +5241,13 @@ class CostController:
         with self._lock:
             account = self._accounts.get(scope)
         if account is None:
-            account = Account(scope, limit_microdollars, period, now_s,
+            account = Account(scope, limit_microdollars, stop_at, period, now_s,
                               _spent_by_day(now_s, spent_since))
         with self._lock:
             account.roll(now_s)
             if account.period != period:
                 account.begin(period)
-            account.limit = limit_microdollars
+            account.limit, account.stop_at = limit_microdollars, stop_at
             self._accounts[scope] = account
             self._serve_line_locked()
 
@@ -5226,9 +5266,10 @@ class CostController:
             return account.budget()
 
     def check_budget(self) -> None:
-        """Raises BudgetExceeded when spent + reserved has reached the limit."""
+        """Raises BudgetExceeded when spent + reserved has reached the limit, or spent the stop."""
         budget = self.budget()
-        if budget.limit is not None and budget.spent + budget.reserved >= budget.limit:
+        if budget.ended_by is not None or (
+                budget.limit is not None and budget.spent + budget.reserved >= budget.limit):
             raise budget_exceeded(budget)
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
@@ -5273,8 +5314,8 @@ class CostController:
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """(spent, reserved, limit) at one instant."""
-        _, limit, spent, reserved = self.budget()
-        return spent, reserved, limit
+        budget = self.budget()
+        return budget.spent, budget.reserved, budget.limit
 
 
 def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, int]:
@@ -5291,17 +5332,20 @@ def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, in
 
 def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
     amounts = budget.as_json()
-    del amounts["available_microdollars"]
-    return {"scope": budget.scope, **amounts, "needed_microdollars": needed,
+    del amounts["available_microdollars"], amounts["stop_at_microdollars"]
+    return {"scope": budget.scope, "limit": budget.ended_by or "budget", **amounts,
+            "needed_microdollars": needed,
             "affordable_output_tokens": max(0, affordable_output_tokens)}
 
 
 def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
     """The refusal when nothing is left, in the original's words."""
+    name, raised, amount = ("Stop at", "stop", budget.stop_at) if budget.ended_by == "stop_at" \
+        else ("Limit", "limit", budget.limit)
     return BudgetExceeded(
         f"Iron Cage budget limit exceeded. Spent: {format_usd(budget.spent)}, "
-        f"Reserved: {format_usd(budget.reserved)}, Limit: {format_usd(budget.limit)}. "
-        "Raise the limit to go on.",
+        f"Reserved: {format_usd(budget.reserved)}, {name}: {format_usd(amount)}. "
+        f"Raise the {raised} to go on.",
         details=_refusal_details(budget, needed, 0), headers=DO_NOT_RETRY)
 
 
@@ -5330,7 +5374,7 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
 
 def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
     """Why a request's bound was refused in a scope."""
-    if budget.spent >= budget.limit:
+    if budget.ended_by is not None:
         return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens,
                                                           bound.least_uses))
     return insufficient_budget(budget, bound)
@@ -6018,6 +6062,7 @@ class Caller(NamedTuple):
     requests_per_minute: Optional[int] = None
     parallel_requests: Optional[int] = None
     expires_s: Optional[int] = None                # Unix seconds
+    stop_at_microdollars: Optional[int] = None     # once this is spent no call begins
 
     def __repr__(self) -> str:
         return f"<Caller {self.name}>"                                      # without its token
@@ -6087,6 +6132,7 @@ TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
         text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters")(value))),
     "sha256": ("sha256", text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
     "budget_usd": ("budget_microdollars", parse_usd),
+    "stop_at_usd": ("stop_at_microdollars", parse_usd),
     "period": ("period", text_like("|".join(PERIODS), " or ".join(PERIODS))),
     "models": ("models", _config_patterns),
     "requests_per_minute": ("requests_per_minute", _config_count),
@@ -6145,7 +6191,9 @@ def caller_from(row: object) -> Caller:
         raise ValueError("needs a name, and either token or sha256")
     if values["name"] in RESERVED_NAMES:
         raise ValueError(f"must not be named {values['name']}")
-    return Caller(**values)
+    caller = Caller(**values)
+    check_stop(caller.budget_microdollars, caller.stop_at_microdollars)
+    return caller
 
 
 def provider_from(name: str, row: object) -> Provider:
@@ -7952,6 +8000,7 @@ class Settings(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 8787                                   # 0: any free one
     budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
+    stop_at_microdollars: Optional[int] = None         # once this is spent no call begins
     admin_token: Optional[str] = None
     token_is_generated: bool = False
     config_path: Optional[str] = None                  # tokens, providers and aliases
@@ -8065,8 +8114,9 @@ class Router:
         self.hatches = Hatches(frozenset(settings.allow_fields), frozenset(settings.allow_contents),
                                settings.bound != "bytes" and not settings.no_hosted_tools)
         self.config, self.providers = Config(), {}
-        self.controller = CostController(settings.budget_microdollars,
-                                         spent_microdollars=ledger.spent(None, 0))
+        self.controller = CostController(
+            settings.budget_microdollars, stop_at=settings.stop_at_microdollars,
+            spent_microdollars=ledger.spent(None, 0))
         self.totals = Totals()
         self.traffic = Traffic()
         self.thinking = ThinkingMemory()
@@ -8103,10 +8153,13 @@ class Router:
         for caller in config.callers:
             self.controller.set_scope(
                 caller.name, caller.budget_microdollars, caller.period,
-                lambda since_s, name=caller.name: self.ledger.spent(name, since_s))
+                lambda since_s, name=caller.name: self.ledger.spent(name, since_s),
+                caller.stop_at_microdollars)
         self.providers = {provider.name: provider for provider in (
             *self.settings.providers, *config.providers, ECHO_PROVIDER)}
         self.config, self.prices = config, prices
+                lambda since_s, name=caller.name: self.ledger.spent(name, since_s),
+                caller.stop_at_microdollars)
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -9595,7 +9648,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
     def get_budget(self, request: ClientRequest) -> dict:
-        """The four amounts: the proxy's, or those of a token of --config."""
+        """The five amounts: the proxy's, or those of a token of --config."""
         scope = next(iter(request.caller.scopes), PROXY_SCOPE)
         return self.router.controller.budget(scope).as_json()
 
@@ -9612,7 +9665,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 "refused": self.router.totals.refusals(token)[:int(asked)]}
 
     def put_budget(self, request: ClientRequest) -> dict:
-        """Set the limit to {"limit_usd": "20.00"}: the admin's token only, until a restart."""
+        """Set the limit, the stop or both: the admin's token only, until a restart.
+
+        Shape: {"limit_usd"?: "20.00", "stop_at_usd"?: "18.00"}; null is what the flag says.
+        """
         if self.settings.admin_token is None:
             raise Forbidden("the budget cannot be changed over HTTP: start the proxy with "
                             "--admin-token to allow it")
@@ -9624,15 +9680,25 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise UnsupportedBody("send the new limit as application/json")
         parse_json_object(request.body)                # strict: no duplicate keys
         fields = json.loads(request.body, parse_float=exact_number)
+        flags = {"limit_usd": ("limit", self.settings.budget_microdollars),
+                 "stop_at_usd": ("stop_at", self.settings.stop_at_microdollars)}
+        if not fields or not fields.keys() <= flags.keys():
+            raise BadRequest("the body must be {\"limit_usd\": \"20.00\"}, with or without a "
+                             "\"stop_at_usd\"", param="limit_usd")
+        name = next(iter(fields))
         try:
-            if set(fields) != {"limit_usd"} or isinstance(fields["limit_usd"], bool):
-                raise ValueError("the body must be {\"limit_usd\": \"20.00\"}")
-            limit = parse_usd(fields["limit_usd"])
+            limits = {}
+            for name, value in fields.items():
+                field, flag = flags[name]
+                limits[field] = flag if value is None else parse_usd(value)
+            self.router.controller.set_limits(**limits)
         except ValueError as err:
-            raise BadRequest(str(err), param="limit_usd") from None
-        self.router.controller.set_budget(limit)
-        log.warning("budget set", extra={"fields": {"limit_usd": format_usd(limit)[1:]}})
-        return self.get_budget(request)
+            raise BadRequest(f"{name}: {err}", param=name) from None
+        budget = self.router.controller.budget()
+        log.warning("budget set", extra={"fields": {
+            name: "none" if amount is None else format_usd(amount)[1:]
+            for name, amount in (("limit_usd", budget.limit), ("stop_at_usd", budget.stop_at))}})
+        return budget.as_json()
 
 
 def _as_json(action: Callable) -> Callable[..., tuple[str, bytes]]:
@@ -9775,7 +9841,10 @@ SETTINGS = (
     Setting("--admin-token", "admin_token", "what PUT /ironcage/budget needs; without it that "
             "route is closed", _parse_token, "IRONCAGE_ADMIN_TOKEN", "TOKEN"),
     Setting("--budget", "budget_microdollars", "the most to spend, in USD, exact; without it "
-            "spend is only counted", parse_usd, metavar="USD"),
+            "spend is only counted", parse_usd, "IRONCAGE_BUDGET", "USD"),
+    Setting("--stop-at", "stop_at_microdollars", "begin no call once this much is spent, in USD; "
+            "calls in flight may go on up to --budget, which must be more", parse_usd,
+            "IRONCAGE_STOP_AT", "USD"),
     Setting("--ledger", "ledger_path", "SQLite file that keeps what every call cost; without it "
             "a restart forgets", metavar="FILE"),
     Setting("--fsync", "fsync", "let the ledger survive a loss of power too, at the price of a "
@@ -9905,6 +9974,10 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         raise Misconfigured("with -- CMD the admin's and the server's token come from the "
                             "environment (IRONCAGE_ADMIN_TOKEN, IRONCAGE_SERVER_TOKEN): the "
                             "command could read them on our command line")
+    try:
+        check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
+    except ValueError as err:
+        raise Misconfigured(f"--stop-at: {err}") from None
     if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
     if "server_url" in values and not {"token", "server_token"} & values.keys():
@@ -9975,6 +10048,15 @@ def hatches_of(settings: Settings) -> list[tuple[str, str]]:
     return [(what, ", ".join(names)) for what, names in rows if names]
 
 
+def budget_text(settings: Settings) -> str:
+    """The budget in words, with its stop if it has one."""
+    if settings.budget_microdollars is None:
+        return "none"
+    limit = format_usd(settings.budget_microdollars)
+    return limit if settings.stop_at_microdollars is None \
+        else f"{limit}, stopping at {format_usd(settings.stop_at_microdollars)}"
+
+
 def banner(server: ProxyServer) -> str:
     """What a person needs to know at the start, and to paste into a shell."""
     settings = server.settings
@@ -9982,7 +10064,7 @@ def banner(server: ProxyServer) -> str:
     found = [provider.key_env for provider in server.router.providers.values()
              if provider.key is not None]
     budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
-        format_usd(settings.budget_microdollars) + (
+        budget_text(settings) + (
             " (kept in memory: a restart forgets spend)" if settings.ledger_path is None else
             f", of which {format_usd(server.router.controller.total_spent())} are spent")
     lines = [
@@ -10140,8 +10222,7 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         print(f"prices    {len(server.router.prices.keys())} models have a price")
         for text in price_as_lines(server.router.config):
             print(f"price_as  {text}")
-        limit = settings.budget_microdollars
-        print(f"budget    {'none' if limit is None else format_usd(limit)}")
+        print(f"budget    {budget_text(settings)}")
         print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
         for what, names in hatches_of(settings):
             print(f"allowed   {what}: {names}")
@@ -10539,13 +10620,14 @@ class LlmRouter:
     `api_key` is what clients authenticate with (made where absent); `provider_key` goes to
     Anthropic if it starts with "sk-ant-", else to OpenAI; without one, keys come from the Iron
     Cage server at `server_url`, where `api_key` (or `server_token`) is the credential, or else
-    from the environment. `budget` is in USD (str, Decimal, int, or float by its repr); `ledger`
-    is a path; `on_event` gets each event. Raises Misconfigured.
+    from the environment. `budget` and `stop_at` are in USD (str, Decimal, int, or float by its
+    repr); `ledger` is a path; `on_event` gets each event. Raises Misconfigured.
     """
 
     def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
                  cache_ttl_seconds: int = 300, budget: object = None,
-                 provider_key: Optional[str] = None, *, ledger: Optional[str] = None,
+                 provider_key: Optional[str] = None, *, stop_at: object = None,
+                 ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
                  environ: Optional[Mapping[str, str]] = None, **more: object) -> None:
         environ = dict(os.environ if environ is None else environ)
@@ -10556,10 +10638,8 @@ class LlmRouter:
                 if other == name:
                     environ[env] = provider_key
         environ.pop("IRONCAGE_TOKEN", None)
-        try:
-            limit = None if budget is None else parse_usd(budget)
-        except ValueError as err:
-            raise Misconfigured(f"budget: {err}") from None
+        amounts = [f"{flag}={amount}" for flag, amount in
+                   (("--budget", budget), ("--stop-at", stop_at)) if amount is not None]
         if server_url is not None and provider_key is None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
@@ -10568,9 +10648,9 @@ class LlmRouter:
                         "cache_ttl_s": cache_ttl_seconds, **more}
             except ValueError as err:
                 raise Misconfigured(f"server_url: {err}") from None
-        settings = settings_from(["--port", "0"], environ)
+        settings = settings_from(["--port", "0", *amounts], environ)
         self._server = ProxyServer(settings._replace(
-            token=api_key or settings.token, budget_microdollars=limit,
+            token=api_key or settings.token,
             ledger_path=ledger, on_event=on_event, quiet=True, **more))
         self._provider = name
         self._is_running = True

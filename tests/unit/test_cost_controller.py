@@ -240,7 +240,7 @@ def test_a_refusal_of_one_request_gives_the_numbers():
     assert (402, "iron_cage_insufficient_budget", "insufficient_budget", "billing_error") == (
         caught.value.status, caught.value.openai_type, caught.value.openai_code,
         caught.value.anthropic_type)
-    assert {"scope": "proxy", "limit_microdollars": 1_000_000, "spent_microdollars": 400_000,
+    assert {"scope": "proxy", "limit": "budget", "limit_microdollars": 1_000_000, "spent_microdollars": 400_000,
             "reserved_microdollars": 500_000, "needed_microdollars": 250_000,
             "affordable_output_tokens": 0} == caught.value.details
     assert "Available: $0.10, Estimated max cost: $0.25." in caught.value.message

@@ -149,8 +149,8 @@ def test_a_zero_budget_refuses_at_once(mock, proxy_for, path):
     assert (402, "false") == (answer.status, answer.header("x-should-retry"))
     assert ("billing_error" if path == "/v1/messages" else "iron_cage_budget_exceeded") == kind
     assert ("iron_cage_budget_exceeded" if path == "/v1/messages" else "budget_exceeded") == code
-    assert {"scope": "proxy", "limit_microdollars": 0, "spent_microdollars": 0,
-            "reserved_microdollars": 0, "affordable_output_tokens": 0} == {
+    assert {"scope": "proxy", "limit": "budget", "limit_microdollars": 0,
+            "spent_microdollars": 0, "reserved_microdollars": 0, "affordable_output_tokens": 0} == {
                 name: value for name, value in details.items() if name != "needed_microdollars"}
     assert "Iron Cage budget limit exceeded. Spent: $0.00, Reserved: $0.00, Limit: $0.00." \
         in answer.json["error"]["message"]
