@@ -4893,7 +4893,8 @@ Translator = Union[ChatOnClaude, MessagesOnChat]
 PROXY_SCOPE = "proxy"
 PERIODS = ("total", "day", "week", "month")
 DAY_S = 86_400
-DO_NOT_RETRY = (("x-should-retry", "false"),)        # the SDKs honour it
+# The SDKs honour it, and Claude Code, which otherwise repeats a 401 for three minutes.
+DO_NOT_RETRY = (("x-should-retry", "false"),)
 
 
 def period_start(period: str, now_s: int) -> int:
@@ -6087,6 +6088,17 @@ class Caller(NamedTuple):
             or (fnmatch.fnmatchcase(model, pattern)
                 and not any(pattern.startswith(f"{row[0]}/") for row in KNOWN_PROVIDERS))
             for pattern in self.models)
+
+
+# Claude Code heeds our warnings (NOTICES) from a bearer of three parts only, the second of which
+# says {"aud":"claude-gateway"}; it checks no signature (2.1.332, November 2026). To all other
+# clients it is one more token. The secret is the third part.
+TOKEN_START = "ic_.eyJhdWQiOiJjbGF1ZGUtZ2F0ZXdheSJ9."
+
+
+def new_token() -> str:
+    """Return a token for a caller, made at random."""
+    return TOKEN_START + secrets.token_urlsafe(24)
 
 
 def token_sha256(token: str) -> str:
@@ -8431,7 +8443,8 @@ class Router:
             raise ClientGone
         if caller.scopes and not any(row.sha256 == caller.sha256 and not row.has_expired()
                                      for row in self.config.callers):
-            raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited")
+            raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited",
+                               headers=DO_NOT_RETRY)
 
     def _upstream_body(self, call: Call) -> bytes:
         """The client's bytes, with only the fields changed that must be."""
@@ -9172,11 +9185,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             # Looked up by its hash, so that the time says nothing of how much of it was right.
             caller = self.server.callers.get(token_sha256(credential))
             if caller is not None and caller.has_expired():
-                raise Unauthorized(f"the token {caller.name} has expired")
+                raise Unauthorized(f"the token {caller.name} has expired", headers=DO_NOT_RETRY)
             if caller is not None:
                 return caller
         raise Unauthorized("Invalid API key: this proxy takes its own token, as "
-                           "Authorization: Bearer or x-api-key, not a provider's key")
+                           "Authorization: Bearer or x-api-key, not a provider's key",
+                           headers=DO_NOT_RETRY)
 
     # Reading the body.
 
@@ -9983,7 +9997,7 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
     if "server_url" in values and not {"token", "server_token"} & values.keys():
         raise Misconfigured("--server-url needs --server-token: what to authenticate with there")
     generated = {} if "token" in values else {
-        "token": "ic_" + secrets.token_urlsafe(24), "token_is_generated": True}
+        "token": new_token(), "token_is_generated": True}
     return Settings(providers=tuple(providers), environ=environ, **generated, **values)
 
 
@@ -10341,7 +10355,7 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         return 0
     if known:
         raise Misconfigured(f"there is a token named {words[0]} in {path} already")
-    token = "ic_" + secrets.token_urlsafe(24)
+    token = new_token()
     row = {"name": words[0], "sha256": token_sha256(token)}
     for word in words[1:]:
         name, _, value = word.partition("=")

@@ -56,6 +56,7 @@ def test_the_token_is_taken_as_bearer_or_x_api_key_and_nothing_else(
         assert kind == ("authentication_error" if path == "/v1/messages"
                         else "invalid_request_error")
         assert "Invalid API key" in answer.json["error"]["message"]
+        assert "false" == answer.header("x-should-retry")
 
 
 @pytest.mark.parametrize("method, path", [

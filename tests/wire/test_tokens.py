@@ -1,4 +1,5 @@
 """Tokens of --config: their budgets, periods, models, rates and expiry; the file and its reload."""
+import base64
 import hashlib
 import json
 import os
@@ -348,6 +349,7 @@ def test_tokens_are_added_listed_and_revoked_on_the_command_line(config, capsys)
                        "expires=2027-01-31", *flags, capsys=capsys)
     token = out.split()[0]
     assert 0 == code and token.startswith("ic_")
+    assert {"aud": "claude-gateway"} == json.loads(base64.urlsafe_b64decode(token.split(".")[1]))
     assert token not in config.read_text()
     [caller] = program().load_config(str(config), {}).callers
     assert program().Caller(
