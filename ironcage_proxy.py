@@ -8158,8 +8158,6 @@ class Router:
                 known = self.server.provider()
             provider = known if known.name == provider.name else provider
         check_key(provider)
-        return provider
-
     def configure(self, config: Config, prices: PriceBook) -> None:
         """Take a configuration: the scopes of its tokens, its providers, aliases and prices."""
         for caller in config.callers:
