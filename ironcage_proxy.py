@@ -2353,114 +2353,249 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 # Reads from an answer, whole or streamed, what it will be billed by: usage, the model and tier
 # that served, hosted-tool calls; and what a stream has shown so far, should it break off. The
 # answer itself is not touched, but for the usage chunk of a client that did not ask for one.
+# Whatever a provider sends as usage, nothing here raises: what is malformed is noted and left out.
 # Source: OpenAI and Anthropic streaming references; facts of 380 recorded exchanges.
 
 
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
 
+_OPENAI_TOTAL = ("total_tokens",)
+# The parts of a usage object. Of two reports the larger part counts, as a whole: the input with
+# cache reads and writes (a first report may hold all of it as plain input), the output, others.
+_CHAT_PARTS = (("prompt_tokens", "prompt_tokens_details"),
+               ("completion_tokens", "completion_tokens_details"), _OPENAI_TOTAL)
+USAGE_PARTS = MappingProxyType({
+    "chat": _CHAT_PARTS,
+    "completions": _CHAT_PARTS,
+    "embeddings": (("prompt_tokens",), (), _OPENAI_TOTAL),
+    "responses": (("input_tokens", "input_tokens_details"),
+                  ("output_tokens", "output_tokens_details"), _OPENAI_TOTAL),
+    "messages": (("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
+                  "cache_creation"), ("output_tokens", "output_tokens_details"),
+                 ("iterations",), ("server_tool_use",)),
+})
+NO_TOKENS: Mapping[str, int] = dict.fromkeys(
+    ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 0)
+
+
+def _amount(api: str, part: Mapping[str, object]) -> int:
+    """Tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
+    if "server_tool_use" in part:
+        return _count(part["server_tool_use"], "web_search_requests")
+    read = USAGE_READERS[api]
+    counts = [read({**NO_TOKENS, **entry}) for _, entry in billed_entries(part, "")]
+    return sum([usage.prompt_tokens + usage.completion_tokens for usage in counts])
+
+
+def _is_sound(api: str, usage: Mapping[str, object]) -> bool:
+    """Whether a usage object is well-formed, as nearly all are: at a third of the time."""
+    try:
+        USAGE_READERS[api]({**NO_TOKENS, **usage})
+    except MalformedUsage:
+        return False
+    return "iterations" not in usage and "server_tool_use" not in usage
+
+
+def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
+    """A part of Messages usage with the lifetimes of its cache writes, which only the start has."""
+    split, written = before.get("cache_creation"), part.get("cache_creation_input_tokens")
+    if not isinstance(split, dict) or not written or "cache_creation" in part:
+        return part
+    hour = min(_count(split, "ephemeral_1h_input_tokens"), written)
+    return {**part, "cache_creation": {
+        **split, "ephemeral_1h_input_tokens": hour,
+        "ephemeral_5m_input_tokens": min(_count(split, "ephemeral_5m_input_tokens"),
+                                         written - hour)}}
+
 
 class AnswerMeter:
     """What one answer says about its cost."""
-    usage: Optional[dict] = None                # as far as it is known
-    usage_is_final = False
-    output_is_told = False                      # Anthropic's start has only a first count
-    text_since_usage = False                    # OpenAI's usage is not yet all
-    can_be_read = True                          # else nothing is known of what a stream showed
+    usage: Optional[dict] = None                # what is well-formed in all reports of it
+    malformed: Optional[str] = None             # what is wrong in one of them
+    input_is_last = False                       # the last report has the input that counts
     model: Optional[str] = None
     service_tier: Optional[str] = None
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
     output_bytes = 0                            # UTF-8 bytes of generated text seen
     has_ended = False                           # the stream's last event was seen
     failure: Optional[str] = None               # the type of an error inside a stream
+    body_has_ended = False                      # in order, whatever it held
+    awaits_usage = True                         # the last report is not known to be the last
+    _bytes_at_usage = 0                         # `output_bytes` at the last report
+    _done_bytes = 0                             # of those, what whole items of a response hold
 
     def __init__(self, api: str) -> None:
         self.api = api
+        self._amounts: dict[tuple, int] = {}    # of parts of `usage`, where they were compared
+        self._finished: dict[str, bool] = {}    # by choice: its finish_reason came, and no more
+
+    @property
+    def usage_is_final(self) -> bool:
+        """Whether the usage is all that will be billed."""
+        return self.usage is not None and self.malformed is None and not self.awaits_usage \
+            and self.output_bytes == self._bytes_at_usage \
+            and all(self.usage.get(name) is not None for name in USAGE_PARTS[self.api][1][:1])
+
+    @property
+    def reported(self) -> Usage:
+        """The counts of `usage`; what was not reported is 0."""
+        usage = self.usage or {}
+        names_input = usage.get(USAGE_PARTS[self.api][0][0]) is not None     # else it is in there
+        total = usage.get("total_tokens") if names_input else None
+        return USAGE_READERS[self.api]({**NO_TOKENS, **usage, "total_tokens": total})
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether neither usage nor any output was seen."""
+        return self.usage is None and self.malformed is None and not self.output_bytes
 
     def read_answer(self, answer: bytes) -> None:
         """Read a whole JSON answer; what is not a JSON object leaves the usage missing."""
-        try:
-            parsed = _parse_json(answer.decode("utf-8"))
-        except (ValueError, RecursionError):
-            return
-        if isinstance(parsed, dict):
+        self.body_has_ended, parsed = True, self._parsed(answer)
+        if parsed is not None:
+            self.output_bytes = sum([_text_bytes(parsed.get(name))
+                                     for name in ("choices", "content", "output")])
             self._read_result(parsed)
-            self.has_ended = True
+            self.has_ended, self.awaits_usage = True, False
+            self._bytes_at_usage = self.output_bytes
 
     def read_event(self, data: bytes) -> Optional[dict]:
         """Read the data of one streamed event, and return it parsed; None if it is no object."""
         if data == b"[DONE]":
-            self.has_ended = True
-            self.usage_is_final = self.usage is not None and not self.text_since_usage
+            self.has_ended, self.awaits_usage = True, False
             return None
-        try:
-            parsed = _parse_json(data.decode("utf-8"))
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(parsed, dict):
+        parsed = self._parsed(data)
+        if parsed is None:
             return None
         if parsed.get("type") == "error" or isinstance(parsed.get("error"), dict):
+            self._report(parsed.get("usage"))
             self._fail(json_object(parsed.get("error")) or parsed)
         else:
             EVENT_READERS[self.api](self, parsed)
         return parsed
 
+    def see(self, pieces: Iterable[bytes]) -> None:
+        """Count as output what came of a whole body, until it can be read."""
+        self.output_bytes += sum([len(piece.strip()) for piece in pieces])
+
+    def end_body(self) -> None:
+        """The body ended in order: where all choices had finished, no more usage is due."""
+        self.body_has_ended = True
+        if self._has_finished():
+            self.awaits_usage = False
+
+    def _parsed(self, text: bytes) -> Optional[dict]:
+        try:
+            parsed = _parse_json(text.decode("utf-8"))
+        except (ValueError, RecursionError):
+            if b'"usage"' in text:
+                self.malformed = self.malformed or "it cannot be read"
+            return None
+        return parsed if isinstance(parsed, dict) else None
+
     def _read_result(self, result: Mapping[str, object]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
-        usage = result.get("usage")
-        if isinstance(usage, dict):
-            self.usage, self.usage_is_final = usage, True
+        self._report(result.get("usage"))
         if isinstance(result.get("model"), str):
             self.model = result["model"]
         if isinstance(result.get("service_tier"), str):
             self.service_tier = result["service_tier"]
         output = result.get("output")
         if isinstance(output, list):
-            self.tool_calls = Counter(item["type"] for item in output if isinstance(item, dict)
-                                      and isinstance(item.get("type"), str))
+            self.tool_calls = Counter(self.tool_calls) | Counter(
+                item["type"] for item in output if isinstance(item, dict)
+                and isinstance(item.get("type"), str))
+
+    def _report(self, usage: object) -> None:
+        """Take one report of usage: of each part, the larger one of it and of those before."""
+        if usage is None:
+            return
+        if not isinstance(usage, dict):
+            self.malformed, usage = self.malformed or "it is not an object", {}
+        known = self.usage or {}
+        reported = {name: value for name, value in usage.items() if value is not None}
+        if known.get("iterations") is not None and "iterations" not in reported:
+            self.malformed = self.malformed or "its iterations are gone"
+        merged = {**usage, **known, **reported}
+        is_sound = not known and _is_sound(self.api, reported)
+        counted = []
+        for names in USAGE_PARTS[self.api]:
+            before = {name: known[name] for name in names if name in known}
+            part = {name: reported[name] for name in names if name in reported}
+            counts = bool(part) and (is_sound or self._is_larger(names, part, before))
+            for name in {**before, **part}:
+                del merged[name]
+            merged.update(_with_lifetimes(part, before) if counts else before)
+            counted.append(counts)
+        self.usage, self.input_is_last = merged or self.usage, counted[0]
+        if counted[1]:
+            self._bytes_at_usage = self.output_bytes
+
+    def _is_larger(self, names: tuple, part: Mapping[str, object],
+                   before: Mapping[str, object]) -> bool:
+        """Whether a part of a report is well-formed, and no less than what was reported before."""
+        if names not in self._amounts:
+            self._amounts[names] = _amount(self.api, before)
+        try:
+            amount = _amount(self.api, part)
+        except MalformedUsage as err:
+            self.malformed = self.malformed or str(err)
+            return False
+        is_larger = amount >= self._amounts[names]
+        self._amounts[names] = max(amount, self._amounts[names])
+        return is_larger
 
     def _read_chat_event(self, chunk: dict) -> None:
-        self._read_result(chunk)
         choices = chunk.get("choices")
-        # Running usage beside choices is not final before [DONE].
-        has_usage = isinstance(chunk.get("usage"), dict)
-        self.usage_is_final = has_usage and not choices
-        shown = self.output_bytes
         for choice in map(json_object, choices if isinstance(choices, list) else ()):
-            self.output_bytes += _text_bytes(choice.get("delta", choice.get("text")))
-        self.text_since_usage = not has_usage and (
-            self.text_since_usage or self.output_bytes > shown)
+            index = str(choice.get("index"))
+            shown = _text_bytes([choice.get(name) for name in ("delta", "text", "message")])
+            self.output_bytes += shown
+            self._finished[index] = choice.get("finish_reason") is not None or (
+                not shown and self._finished.get(index, False))
+        if chunk.get("usage") is not None:
+            # Running usage beside choices is not final before the end.
+            self.awaits_usage = bool(choices) or not self._has_finished()
+        self._read_result(chunk)
+
+    def _has_finished(self) -> bool:
+        return bool(self._finished) and all(self._finished.values())
 
     def _read_responses_event(self, event: dict) -> None:
         kind = event.get("type")
         if kind in ("response.completed", "response.incomplete", "response.failed"):
+            response = json_object(event.get("response"))
+            self._read_result(response)
+            self.awaits_usage = False
+            if kind == "response.failed":
+                self._fail(json_object(response.get("error")))
             self.has_ended = True
-            self._read_result(json_object(event.get("response")))
+        elif kind == "response.output_item.done":         # what it holds may have come in deltas
+            self._done_bytes += _text_bytes(event.get("item"))
+            self.output_bytes = max(self.output_bytes, self._done_bytes)
         else:
             self.output_bytes += _text_bytes(event.get("delta"))
 
     def _read_messages_event(self, event: dict) -> None:
         kind = event.get("type")
         if kind == "message_start":
-            self._read_result(json_object(event.get("message")))
-            self.usage_is_final = False
-        elif kind == "message_delta" and isinstance(event.get("usage"), dict):
-            # Cumulative counts: what the delta has replaces, what it lacks stays; but the start's
-            # iterations are over, and its output_tokens are no count of the output.
-            told = {name: value for name, value in event["usage"].items() if value is not None}
-            before = {name: value for name, value in (self.usage or {}).items()
-                      if name != "iterations"}
-            if self.output_is_told and "output_tokens" in told:
-                told["output_tokens"] = max(_count(before, "output_tokens"),
-                                            _count(told, "output_tokens"))
-            self.usage = {**before, **told}
-            self.output_is_told |= "output_tokens" in told
-            self.usage_is_final = self.output_is_told and \
-                json_object(event.get("delta")).get("stop_reason") is not None
+            # Its output_tokens are no count of the output, and its iterations are not over.
+            message = json_object(event.get("message"))
+            usage = message.get("usage")
+            if isinstance(usage, dict):
+                usage = {name: value for name, value in usage.items()
+                         if name not in ("output_tokens", "output_tokens_details", "iterations")}
+            self._read_result({**message, "usage": usage})
+            self.input_is_last = False
+        elif kind == "message_delta" and event.get("usage") is not None:
+            self._report(event["usage"])
+            self.awaits_usage = json_object(event.get("delta")).get("stop_reason") is None
         elif kind == "message_stop":
-            self.has_ended, self.usage_is_final = True, self.output_is_told
-        else:
-            self.output_bytes += _text_bytes(event.get("delta")) \
-                + _text_bytes(event.get("content_block"))
+            self.has_ended, self.awaits_usage = True, False
+        elif kind != "message_delta":
+            block = json_object(event.get("content_block"))
+            if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
+                self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
 
     def _fail(self, error: Mapping[str, object]) -> None:
         kind = error.get("type") or error.get("code")
@@ -2477,15 +2612,21 @@ EVENT_READERS = MappingProxyType({
 })
 
 
+# What hangs on output without being made by the model.
+NOT_OUTPUT_FIELDS = frozenset({"type", "role", "id", "call_id", "status"})
+
+
 def _text_bytes(value: object) -> int:
-    """UTF-8 bytes of all strings in a JSON value: at least the tokens that made them."""
-    if isinstance(value, str):
-        return len(value.encode("utf-8", "surrogatepass"))
-    if isinstance(value, dict):
-        return sum(map(_text_bytes, value.values()))
-    if isinstance(value, list):
-        return sum(map(_text_bytes, value))
-    return 0
+    """UTF-8 bytes of the text in a part of an answer: at least the tokens that made it."""
+    size, waiting = 0, [value]
+    for part in waiting:                       # which grows as we go
+        if isinstance(part, str):
+            size += len(part.encode("utf-8", "surrogatepass"))
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += [child for name, child in part.items() if name not in NOT_OUTPUT_FIELDS]
+    return size
 
 
 class Inflater:
@@ -2557,19 +2698,20 @@ class StreamReader:
     def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
         self._meter = meter
         self._splitter = EventSplitter()
-        self.can_read = meter.can_be_read = encoding == "identity" or encoding in INFLATABLE
+        self.can_read = encoding == "identity" or encoding in INFLATABLE
         self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
         self._hides_usage = hides_usage and encoding == "identity"
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
         """What to forward of one read."""
+        if self.can_read:
+            try:
+                plain = b"".join(pieces if self._inflater is None
+                                 else map(self._inflater.feed, pieces))
+            except (zlib.error, OverflowError):
+                self.can_read = False
         if not self.can_read:
-            return pieces
-        try:
-            plain = b"".join(pieces if self._inflater is None
-                             else map(self._inflater.feed, pieces))
-        except (zlib.error, OverflowError):
-            self.can_read = self._meter.can_be_read = False
+            self._meter.output_bytes += sum(map(len, pieces))
             return pieces
         kept = []
         for event in self._splitter.feed(plain):
@@ -2597,6 +2739,7 @@ class StreamReader:
         rest = self._splitter.rest
         if rest and self.can_read:
             self._meter.read_event(event_data(rest))
+        self._meter.end_body()
         return rest if self._hides_usage else b""
 
 
@@ -5989,7 +6132,7 @@ class Provider(NamedTuple):
     key: Optional[str] = None
     key_env: str = ""                          # the environment variable that holds the key
     default_service_tier: str = "default"      # assumed where a request leaves it open
-    max_output_tokens_per_s: int = 1000        # assumed of any model, for streams cut short
+    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 17
     is_free: bool = False                      # none of its models costs anything
     stream_usage: bool = True                  # it knows stream_options.include_usage
     echo_reasoning: bool = False               # it wants its reasoning back, of every answer
@@ -7169,11 +7312,16 @@ class UpstreamResponse:
             self._pool.give_back(self._wire, self._place, reusable=whole and self._reusable)
 
 
-def whole_body(response: UpstreamResponse) -> bytes:
-    """All of an answer's body. Raises UpstreamError, also beyond MAX_ANSWER_BYTES."""
+def whole_body(response: UpstreamResponse,
+               see: Callable[[list[bytes]], None] = lambda read: None) -> bytes:
+    """All of an answer's body; each read is shown to `see`.
+
+    Raises UpstreamError, also beyond MAX_ANSWER_BYTES.
+    """
     pieces: list[bytes] = []
     size = 0
     for read in response.reads():
+        see(read)
         pieces += read
         size += sum(map(len, read))
         if size > MAX_ANSWER_BYTES:
@@ -7399,33 +7547,126 @@ class Charge:
 
 
 def reserved_in_full(call: Call) -> list[BillLine]:
-    """The bill of a call of which no more is known than what was set aside for it."""
+    """The bill of a call that costs what was set aside for it."""
     return [("reserved", call.reservation.microdollars, PICODOLLARS_PER_MICRODOLLAR)]
 
 
-def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
-    """What a call costs, from how it ended. Pure.
+# The most output tokens a second that one answer is assumed to make. A call without exact usage is
+# charged by it, so a row is well above what its sources state. Looked for in the provider's name
+# and host; the last column is the source, with the date of what it says.
+MOST_TOKENS_PER_S = 1_000
+PROVIDER_TOKENS_PER_S = (
+    ("cerebras", 4_000),     # about 3,000, gpt-oss-120b: inference-docs.cerebras.ai, October 2026
+    ("groq", 2_000),         # 1,000, gpt-oss-20b: console.groq.com/docs/models, 2026
+    ("sambanova", 3_000),    # 2,382, Llama 3.2 1B: its record, 2024; up to 717 in May 2026
+    ("inception", 2_000),    # "more than 1,000", mercury-2: openrouter.ai, March 2026
+    ("openrouter", 4_000),   # it can send a call to any of these: its `:nitro`, 2026
+)
+# By service tier or Anthropic's `speed`; asked for, the provider's default, or the one that served.
+TIER_TOKENS_PER_S = MappingProxyType({
+    "fast": 2_500,           # "up to 2.5 times": platform.claude.com, fast mode, November 2026
+    "priority": 2_500,       # the same, under the former name: openai.com/api-fast-mode, 2026
+    "performance": 2_500,    # Groq's; no figure is stated, taken as fast
+    "ultrafast": 8_000,      # "up to 8 times": developers.openai.com, ultrafast mode, 2026
+})
+# An error that comes this soon, before any output or usage, is taken as not billed; an unstreamed
+# call that breaks off later without a byte, as one that its provider may finish unseen.
+SOON_NS = 10 * 10 ** 9
 
-    Not sent, or refused by the provider without usage: nothing. Usage known: exactly. Client
-    gone: the input, and the most output that can have been made until then. Else all that was
-    reserved.
+
+def tokens_per_s(call: Call) -> int:
+    """The most output tokens a second in each choice of a call."""
+    provider, fields = call.provider, call.body.fields
+    if provider.max_output_tokens_per_s is not None:
+        return provider.max_output_tokens_per_s
+    place = f"{provider.name} {provider.host}".lower()
+    tiers = (fields.get("service_tier"), fields.get("speed"), provider.default_service_tier,
+             call.meter.service_tier)
+    return max(MOST_TOKENS_PER_S,
+               *(speed for name, speed in PROVIDER_TOKENS_PER_S if name in place),
+               *(TIER_TOKENS_PER_S.get(tier, 0) for tier in tiers if isinstance(tier, str)))
+
+
+def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
+    """Return what a call costs, from how it ended. Pure.
+
+    Nothing: not sent; refused without usage; ended by an error event soon, before all else.
+    Exactly: by final usage, which for a call that loops at the provider has its input.
+    Its reservation: not streamed, and broken off late without a byte. All else: _most_bill().
     """
+    meter, is_soon = call.meter, elapsed_ns <= SOON_NS
     refused = call.status is not None and not 200 <= call.status < 300
-    if not call.was_sent or (refused and call.meter.usage is None):
+    reported = meter.usage is not None or meter.malformed is not None
+    if not call.was_sent or (refused and not reported) \
+            or (meter.failure is not None and meter.is_blank and is_soon):
         return Charge()
-    if call.meter.usage is not None and call.meter.usage_is_final:
+    reason = _end_of(call)
+    if meter.usage_is_final and (meter.input_is_last or not _loops(call)):
         try:
-            return Charge(_metered_bill(call, prices, call.meter.usage))
+            return Charge(_metered_bill(call, prices, meter.usage))
         except MalformedUsage as err:
-            return Charge(reserved_in_full(call), f"malformed usage: {err}")
+            reason = f"malformed usage: {err}"
         except UnpricedModel:
             reason = "a model without a price served it" if call.price is not None \
                 else "no price is known"
-            return Charge(reserved_in_full(call), reason)
-    if call.client_left and call.bound is not None and call.meter.can_be_read:
-        return Charge(_bill_until_now(call, prices, call.bound, elapsed_ns), "client gone")
-    reason = "no answer" if call.status is None else "no usage in the answer"
-    return Charge(reserved_in_full(call), reason)
+    if meter.is_blank and not is_soon and not meter.body_has_ended and not call.wants_stream:
+        return Charge(reserved_in_full(call), reason)
+    return Charge(_most_bill(call, prices, elapsed_ns), reason)
+
+
+def _end_of(call: Call) -> str:
+    """How a call without exact usage ended, in a few words."""
+    meter = call.meter
+    ends = ((meter.malformed is not None, f"malformed usage: {meter.malformed}"),
+            (call.client_left, "client gone"), (call.status is None, "no answer"),
+            (meter.failure is not None, "an error in the stream"),
+            (not (meter.has_ended or meter.body_has_ended), "the answer broke off"))
+    return next((reason for is_so, reason in ends if is_so), "no usage in the answer")
+
+
+def _loops(call: Call) -> bool:
+    """Whether the provider may run the model several times, so that early usage is not its input.
+    """
+    return call.bound is not None and call.bound.loops
+
+
+def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]:
+    """The most that a call without exact usage can have cost.
+
+    Input: as reported, else its bound and all fees. Output, in each choice: a token is at least a
+    byte of what was seen; what was not seen (reasoning, read-ahead) was made since sending, at
+    tokens_per_s(); never more than was reserved, and never less than was reported.
+    """
+    meter, bound = call.meter, call.bound
+    usage = {**NO_TOKENS, **(meter.usage or {})}
+    if bound is None:                                   # nothing was reserved
+        return _bill_or_none(call, prices, usage) or []
+    choices = _choices(call.api, call.body.fields)
+    reported = meter.reported
+    made = max(-(-meter.output_bytes // choices),
+               -(-elapsed_ns * tokens_per_s(call) // 10 ** 9))
+    output_tokens = max(-(-reported.completion_tokens // choices),
+                        min(call.reservation.output_cap, made))
+    knows_input = reported.prompt_tokens and usage.get("iterations") is None and (
+        not _loops(call) or (meter.input_is_last and not meter.awaits_usage))
+    input_only = {name: value for name, value in usage.items()
+                  if not name.startswith(("output_", "completion_", "total_"))}
+    lines = _bill_or_none(call, prices, {**NO_TOKENS, **input_only}) if knows_input else None
+    if lines is None:
+        lines = [("input at most", 1, bound.input_picodollars)]
+        if bound.fees_picodollars:
+            lines.append(("fees at most", 1, bound.fees_picodollars))
+    return [*lines, ("output at most", output_tokens + bound.unlimited_output_tokens,
+                     bound.output_picodollars)]
+
+
+def _bill_or_none(call: Call, prices: PriceBook,
+                  usage: Mapping[str, object]) -> Optional[list[BillLine]]:
+    """The bill of reported counts, None where they have no price."""
+    try:
+        return _metered_bill(call, prices, usage)
+    except (MalformedUsage, UnpricedModel):
+        return None
 
 
 def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> list[BillLine]:
@@ -7450,28 +7691,6 @@ def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) ->
                        tool_calls=call.meter.tool_calls)
 
 
-def _bill_until_now(call: Call, prices: PriceBook, bound: Bound,
-                    elapsed_ns: int) -> list[BillLine]:
-    """The most that a stream can have cost when its client left.
-
-    Output: a token is at least a byte of what was seen; what was not seen (reasoning, read-ahead)
-    was made in the time since sending, at the provider's assumed speed; and never more than was
-    reserved. Input: exact if the stream has told it, else its bound.
-    """
-    by_time = -(-elapsed_ns * call.provider.max_output_tokens_per_s // 10 ** 9)
-    output_tokens = min(call.reservation.output_cap, max(call.meter.output_bytes, by_time))
-    bills = [reserved_in_full(call),
-             [("input at most", 1, bound.input_picodollars),
-              ("output at most", output_tokens + bound.unlimited_output_tokens,
-               bound.output_picodollars)]]
-    if call.meter.usage is not None and call.api == "messages":
-        with contextlib.suppress(MalformedUsage, UnpricedModel):
-            told = {name: value for name, value in call.meter.usage.items()
-                    if name != "iterations"}
-            bills.append(_metered_bill(call, prices, {**told, "output_tokens": output_tokens}))
-    return min(bills, key=total_of)
-
-
 TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
 
 
@@ -7482,9 +7701,8 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
         counts = [sum([count for what, count, _ in charge.lines if what in buckets])
                   for buckets in (INPUT_BUCKETS, ("cache_read",), OUTPUT_BUCKETS)]
     elif call.meter.usage is not None:
-        with contextlib.suppress(MalformedUsage):
-            usage = USAGE_READERS[call.api](call.meter.usage)
-            counts = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        usage = call.meter.reported
+        counts = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
     row.update(
         zip(TOKEN_COUNTS, counts), settled_ms=time.time_ns() // 10 ** 6, status=call.status,
         cost_microdollars=charge.microdollars, estimated=charge.estimated,
@@ -8158,6 +8376,8 @@ class Router:
                 known = self.server.provider()
             provider = known if known.name == provider.name else provider
         check_key(provider)
+        return provider
+
     def configure(self, config: Config, prices: PriceBook) -> None:
         """Take a configuration: the scopes of its tokens, its providers, aliases and prices."""
         for caller in config.callers:
@@ -8168,8 +8388,6 @@ class Router:
         self.providers = {provider.name: provider for provider in (
             *self.settings.providers, *config.providers, ECHO_PROVIDER)}
         self.config, self.prices = config, prices
-                lambda since_s, name=caller.name: self.ledger.spent(name, since_s),
-                caller.stop_at_microdollars)
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -8526,7 +8744,7 @@ class Router:
                                       is_stream and 200 <= response.status < 300)
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
-        body = self._whole_body(response)
+        body = self._whole_body(call, response)
         encoding = content_encoding(response.headers)
         call.meter.read_answer(inflated(body, encoding))
         charge = self._settle(call)
@@ -8541,9 +8759,9 @@ class Router:
         return with_notice(answer.headers, client_api,
                            self.controller.standings(call.request.caller.scopes))
 
-    def _whole_body(self, response: Union[EchoResponse, UpstreamResponse]) -> bytes:
+    def _whole_body(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> bytes:
         """An answer's body; a long one is worked on outside the turn."""
-        body = whole_body(response)
+        body = whole_body(response, call.meter.see)
         if len(body) > LONG_TURN_BYTES:
             self.turns.leave()
         return body
@@ -8574,7 +8792,7 @@ class Router:
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
         encoding = content_encoding(response.headers)
-        raw = inflated(self._whole_body(response), encoding)
+        raw = inflated(self._whole_body(call, response), encoding)
         call.meter.read_answer(raw)
         charge = self._settle(call)
         headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
@@ -8623,9 +8841,11 @@ class Router:
                     if call.meter.has_ended:
                         self._settle(call)         # before the client can see that it is over
                     yield event
-            if not call.meter.has_ended:
-                raise UpstreamBroke("the provider's stream ended without its last event")
+            has_ended = call.meter.has_ended
+            reader.finish()
             self._settle(call)
+            if not has_ended:
+                raise UpstreamBroke("the provider's stream ended without its last event")
 
         events = translator.events(parsed_events())
         try:
@@ -8696,6 +8916,7 @@ class Router:
                 if any(pieces):
                     yield pieces
             rest = reader.finish()
+            self._settle(call)
             if rest:
                 yield [rest]
             if not call.meter.has_ended and reader.can_read:
@@ -8827,16 +9048,14 @@ class Router:
         elapsed_ns = time.monotonic_ns() - call.sent_ns
         try:
             call.charge = charge_of(call, call.prices, elapsed_ns)
-        except BaseException:
-            call.charge = Charge(reserved_in_full(call), "a fault of the proxy")
-            raise
         finally:
+            call.charge = call.charge or Charge(reserved_in_full(call), "a fault of the proxy")
             self.controller.commit(call.reservation, call.charge.microdollars)
-        row = call.row or call.intent_row()
-        complete_row(row, call, call.charge, elapsed_ns)
-        if call.row is not None:
-            self.ledger.settle(row)
-        self._record(call, row)
+            row = call.row or call.intent_row()
+            complete_row(row, call, call.charge, elapsed_ns)
+            if call.row is not None:
+                self.ledger.settle(row)
+            self._record(call, row)
         return call.charge
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:

@@ -467,7 +467,7 @@ class Row:
     whole: str                      # the exception's exact class, and its HTTP status
     streamed: str
     attempts: int                   # requests that the provider sees
-    charged: str                    # "nothing", or "bound": all that was reserved
+    charged: str                    # "nothing", or "at most": by the rule of chapter 17
     code: object
     words: str                      # in the exception's message
 
@@ -518,22 +518,22 @@ ERRORS = {
         "InternalServerError 502", "InternalServerError 502", 0, "nothing",
         "upstream_unreachable", "provider"),
     "provider closes without an answer": Row(
-        "InternalServerError 502", "InternalServerError 502", 1, "bound",
+        "InternalServerError 502", "InternalServerError 502", 1, "at most",
         "upstream_broke", "provider"),
     "provider never answers": Row(
-        "InternalServerError 504", "InternalServerError 504", 1, "bound",
+        "InternalServerError 504", "InternalServerError 504", 1, "at most",
         "upstream_timeout", "provider"),
     "answer is reset in its middle": Row(
-        "InternalServerError 502", "APIError in stream", 1, "bound",
+        "InternalServerError 502", "APIError in stream", 1, "at most",
         "upstream_broke", "provider"),
     "answer ends in its middle": Row(
-        "InternalServerError 502", "APIError in stream", 1, "bound",
+        "InternalServerError 502", "APIError in stream", 1, "at most",
         "upstream_broke", "provider"),
     "answer stalls in its middle": Row(
-        "InternalServerError 504", "APIError in stream", 1, "bound",
+        "InternalServerError 504", "APIError in stream", 1, "at most",
         "upstream_timeout", "provider"),
     "provider ends its stream with an error": Row(
-        NO_SUCH_THING, "APIError in stream", 1, "bound",
+        NO_SUCH_THING, "APIError in stream", 1, "at most",
         "server_is_overloaded", "The model is overloaded"),
 }
 # fmt: on
@@ -700,9 +700,8 @@ def test_error_matrix(mock, proxy_for, client_of, situation, name):
     assert row.attempts == len(mock.seen)
     assert 1 == len(client.sent)
     spent = settled_status(proxy)["spent_microdollars"]
-    assert (sum(reservations) if row.charged == "bound" else 0) == spent
-    assert mock.billed_microdollars <= spent
-    assert (row.charged == "bound") == (spent > 0)
+    assert mock.billed_microdollars <= spent <= sum(reservations)
+    assert (row.charged == "at most") == (spent > 0)
 
 
 REFUSED_BY_BUDGET = ("nothing is left", "request does not fit")
@@ -791,7 +790,8 @@ def test_an_error_without_a_type_ends_a_responses_stream_too(mock, proxy, client
         call(client_of(proxy), **cap_of(call, 1000))
 
     status = settled_status(proxy)
-    assert (reservations, 1) == ([status["spent_microdollars"]], status["failed_requests"])
+    assert 0 < status["spent_microdollars"] <= sum(reservations)
+    assert 1 == status["failed_requests"]
 
 
 def test_a_flat_error_event_of_a_responses_stream_passes_through(mock, proxy, client_of):
