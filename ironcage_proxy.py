@@ -4998,7 +4998,7 @@ ESTIMATED_IMAGE_TOKENS = 1600
 
 def estimated_input_tokens(fields: Mapping[str, object]) -> int:
     """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
-    images = [part for kind, part in _parts(map(fields.get, ("messages", "system", "input")))
+    images = [part for kind, part in _parts([*map(fields.get, ("messages", "system", "input"))])
               if kind in IMAGE_PART_TYPES]
     names = ("system", "messages", "tools", "instructions", "input")
     sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names

@@ -494,7 +494,7 @@ def test_early_usage_of_a_call_that_loops_is_not_its_input(
     call(proxy.port, "POST", "/v1/messages", fields_of("messages"))
 
     spent, row = settled_status(proxy)["spent_microdollars"], last_row(proxy)
-    input_bound = row["bound_microdollars"] - CAP * 5
+    input_bound = row["bound_microdollars"] - CAP * 5 - FEES
     expected = {"exact": 45 + 9 * 5, 45: 45 + SPEED * 5,
                 None: input_bound + FEES + SPEED * 5}[counted]
     assert expected == spent

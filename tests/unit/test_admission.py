@@ -128,12 +128,14 @@ def test_a_cap_stays_above_anthropics_thinking_budget():
 def test_the_least_cap_of_a_request_comes_from_its_fields():
     book = ic.PriceBook({"claude-x": {"input_cost_per_token": 1, "output_cost_per_token": 1}})
 
-    def least(api, text):
+    def least(api, text, **options):
         body = ic.parse_json_object(text.encode())
-        return ic.bound_of_request(api, body, book.price("claude-x")).least_output_tokens
+        return ic.bound_of_request(api, body, book.price("claude-x"), **options).least_output_tokens
 
-    assert 16_001 == least("messages", '{"max_tokens": 32000, "thinking": {"type": "enabled", '
-                           '"budget_tokens": 16000}}')
+    thinking = '{"max_tokens": 32000, "thinking": {"type": "enabled", "budget_tokens": %d}}'
+    assert (1_501, 2_048) == (least("messages", thinking % 1_500),      # it falls with the cap
+                              least("messages", thinking % 16_000))
+    assert 16_001 == least("messages", thinking % 16_000, may_be_lowered=False)
     assert 1 == least("messages", '{"max_tokens": 32000, "thinking": {"type": "adaptive"}}')
     assert 16 == least("responses", '{"max_output_tokens": 32000}')
     assert 1 == least("chat", '{"max_tokens": 32000}')

@@ -151,18 +151,35 @@ def test_status_does_not_queue_behind_model_calls(mock, proxy_for):
     first.join(), second.join()
 
 
-def test_an_anthropic_cap_is_lowered_to_no_less_than_its_thinking_needs(mock, proxy_for):
-    proxy = proxy_for("--budget", "0.03")
+# (budget, thinking tokens asked for, sent)
+LOWERED_THINKING = [("0.03", 4_000, 4_000), ("0.03", 6_000, 3_000), ("0.03", 31_999, 3_999),
+                    ("0.012", 31_999, 1_024), ("0.012", 1_024, 1_024), ("1", 31_999, 31_999)]
+
+
+@pytest.mark.parametrize("budget, asked, sent", LOWERED_THINKING)
+def test_a_thinking_budget_falls_with_the_cap_by_halves(mock, proxy_for, budget, asked, sent):
+    proxy = proxy_for("--budget", budget)
     fields = {"model": "claude-haiku-4-5", "max_tokens": 32_000,
               "messages": [{"role": "user", "content": "hello"}],
-              "thinking": {"type": "enabled", "budget_tokens": 5_000}}
+              "thinking": {"type": "enabled", "budget_tokens": asked}}
 
-    fits = call(proxy.port, "POST", "/v1/messages", fields)
-    refused = call(proxy.port, "POST", "/v1/messages", {
-        **fields, "thinking": {"type": "enabled", "budget_tokens": 6_000}})
+    answer = call(proxy.port, "POST", "/v1/messages", fields)
 
-    assert (200, 402) == (fits.status, refused.status)
-    assert 5_000 < mock.seen[0].json["max_tokens"] < 6_000
+    assert 200 == answer.status, answer.body
+    seen = mock.seen[0].json
+    assert {"type": "enabled", "budget_tokens": sent} == seen["thinking"]
+    assert seen["thinking"]["budget_tokens"] < seen["max_tokens"]
+    assert (None if asked == sent else f"thinking.budget_tokens={sent}") == \
+        answer.header("x-ironcage-adjusted")
+
+
+def test_what_leaves_no_room_for_the_least_thinking_is_refused(mock, proxy_for):
+    answer = call(proxy_for("--budget", "0.01").port, "POST", "/v1/messages", {
+        "model": "claude-haiku-4-5", "max_tokens": 32_000,
+        "messages": [{"role": "user", "content": "hello"}],
+        "thinking": {"type": "enabled", "budget_tokens": 31_999}})
+
+    assert (402, []) == (answer.status, mock.seen)
 
 
 def test_4_concurrent_calls_at_64000_tokens_on_half_a_dollar_none_refused_none_over(
