@@ -4284,13 +4284,22 @@ MESSAGES_TO_CHAT_RULES = MappingProxyType({
 
 
 class Gpt(NamedTuple):
-    """What a family of OpenAI's models takes in chat completions."""
+    """What a family of OpenAI's models takes, in chat completions and, where said, in Responses."""
     efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
     effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
+    responses_adds: tuple[str, ...] = ()       # efforts that only Responses takes
+
+    @property
+    def responses_efforts(self) -> tuple[str, ...]:
+        """The efforts of reasoning that the Responses API takes, rising."""
+        return (*self.efforts, *self.responses_adds)
 
 
-# First match wins; newer ones are taken to be like the newest. From reports of their 400s:
-# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 and later with "none" only.
+# First match wins; newer ones are taken to be like the newest. From their 400s, as reported:
+# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 with "none" only (livekit/agents 7169,
+# 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
+# gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
+# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
 GPT_EFFORTS = ("none", "minimal", *EFFORTS)
 GPT_FAMILIES = (
     (r"gpt-5-chat", Gpt()),
@@ -4299,7 +4308,10 @@ GPT_FAMILIES = (
     (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
     (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
     (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
-    (r"gpt-([5-9]|\d\d)|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
+    (r"gpt-5\.([6-9]|\d\d)(-|$)",
+     Gpt(("none", "low", "medium", "high", "xhigh"), "none", ("max",))),
+    (r"gpt-([6-9]|\d\d)", Gpt(("low", "medium", "high", "xhigh"), "none", ("max",))),
+    (r"gpt-5|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
     (r"", Gpt()),
 )
 THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))

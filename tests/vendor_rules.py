@@ -185,7 +185,7 @@ def _openai_faults(fields):
                "/v1/chat/completions. To use function tools, use /v1/responses or set "
                "reasoning_effort to 'none'.")
     if effort == "minimal" and re.match(r"gpt-5\.|o\d", model) \
-            or effort == "none" and re.match(r"gpt-5(-|$)|o\d", model) \
+            or effort == "none" and re.match(r"gpt-5(-|$)|gpt-6[.\d]*-astra|gpt-6\.1|o\d", model) \
             or effort == "xhigh" and re.match(r"gpt-5(-|$)|gpt-5\.1(-|$)|o\d", model) \
             or effort == "max":
         yield f"Unsupported value: 'reasoning_effort' does not support '{effort}' with this model."

@@ -39,10 +39,11 @@ class Terminal:
         """Press keys by their tmux names, as Enter."""
         self._tmux("send-keys", *keys)
 
-    def type(self, text):
+    def type(self, text, enter=True):
         """Type a text and press Enter."""
         self._tmux("send-keys", "-l", text)
-        self.press("Enter")
+        if enter:
+            self.press("Enter")
 
     def wait_for(self, pattern):
         """The screen once it matches a pattern. Raises AssertionError with what it showed."""

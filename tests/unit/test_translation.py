@@ -885,7 +885,9 @@ TO_CHAT = [
       for model, asked, told in (
           ("o3", "xhigh", "high"), ("gpt-5-mini", "low", "low"), ("gpt-5.1", "max", "high"),
           ("gpt-5.2", "xhigh", "xhigh"), ("gpt-5.1-chat-latest", "low", "medium"),
-          ("gpt-6-astra", "max", "xhigh"))],
+          ("gpt-6-astra", "max", "xhigh"), ("gpt-5.6-luna", "max", "xhigh"),
+          ("gpt-6.1-sol", "none", "low"), ("gpt-6-astra", "minimal", "low"),
+          ("gpt-5.6", "none", "none"), ("gpt-7", "none", "low"))],
     *[("thinking", model, True, {"thinking": thinking}, {"reasoning_effort": told}, [],
        {"thinking": told} if changed else {})
       for model, thinking, told, changed in (
@@ -985,6 +987,24 @@ def test_a_messages_field_on_chat(rule, model, is_openai, fields, expected, drop
 
     assert expected == {name: translator.request.get(name) for name in expected}
     assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
+
+
+LOW_TO_XHIGH = ("low", "medium", "high", "xhigh")
+
+
+@pytest.mark.parametrize("model, efforts", [
+    *[(name, ("none", *LOW_TO_XHIGH, "max")) for name in (
+        "gpt-5.6", "gpt-5.6-sol", "gpt-5.6-luna-2026-07-09", "gpt-5.10")],
+    *[(name, (*LOW_TO_XHIGH, "max")) for name in (
+        "gpt-6-astra", "gpt-6-sol", "gpt-6.1-sol", "gpt-6.2-astra", "gpt-7", "gpt-10-x")],
+    ("gpt-5.5", ("none", *LOW_TO_XHIGH)), ("gpt-5-codex", ("none", *LOW_TO_XHIGH)),
+    ("gpt-5.1", ("none", "low", "medium", "high")), ("o3", ("low", "medium", "high")),
+    ("gpt-4o", ())])
+def test_the_greatest_effort_is_for_the_newest_families_in_responses(model, efforts):
+    family = ic.gpt_of(model)
+
+    assert efforts == family.responses_efforts
+    assert "max" not in family.efforts
 
 
 def test_every_rule_of_messages_fields_has_a_golden_pair():
