@@ -2343,6 +2343,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
 COUNTED_SLACK_TOKENS = 700
 LEAST_COUNTED_BYTES = 2048              # below it a guess costs little
 MOST_COUNTS, COUNTS_KEPT_S = 5000, 86_400
+DIGEST_BYTES = 16
 CONVERSATION_FIELDS = MappingProxyType({"chat": "messages", "messages": "messages",
                                         "responses": "input"})
 # Fields that change no count of the input; those of the two below are compared part by part.
@@ -2375,7 +2376,7 @@ class Prompt(NamedTuple):
 
 
 def _digest(*values: object) -> bytes:
-    return hashlib.blake2b(json_bytes(values), digest_size=16).digest()
+    return hashlib.blake2b(json_bytes(values), digest_size=DIGEST_BYTES).digest()
 
 
 def without_cache_marks(value: object) -> object:
@@ -2432,7 +2433,9 @@ def _is_deferred(tool: object) -> bool:
 
 def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
     """Whether a part names what can change behind its name: a URL, a file, an item."""
-    if kind in ("url", "file", "item_reference", "container_upload") or "file_id" in part:
+    elsewhere = ("url", "file", "item_reference", "container_upload")
+    if kind in elsewhere or json_object(part.get("source")).get("type") in elsewhere \
+            or "file_id" in part:
         return True
     url = part.get("image_url")
     url = url if isinstance(url, str) else json_object(url).get("url")
@@ -2469,6 +2472,15 @@ def continued_input_tokens(body: JsonBody, price: Price, before: Counted, window
     return more if _unseen_input(added)[0] else before.tokens + COUNTED_SLACK_TOKENS + more
 
 
+class CountRow(NamedTuple):
+    """One count, as it is kept: whose it is, of what, and when."""
+    scope: str                              # token, provider and model, as JSON
+    digest: bytes
+    counted: Counted
+    model: str                              # the name in the answer
+    learned_s: int                          # Unix seconds
+
+
 class KnownCounts:
     """What providers have counted, for a day: by token, provider and model, and by digest.
 
@@ -2479,27 +2491,26 @@ class KnownCounts:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock                        # Unix seconds
         self._lock = threading.Lock()              # guards the next two
-        self._counts: dict[tuple, tuple[float, Counted]] = {}      # the oldest first
-        self._answered: dict[tuple, Optional[str]] = {}            # None: the name moves
+        self._counts: dict[tuple, tuple[int, Counted]] = {}        # the oldest first
+        self._answered: dict[str, str] = {}        # scope -> the model that answers; "": it moves
 
-    def learn(self, scope: tuple, digest: bytes, counted: Counted, answered_model: str) -> None:
+    def learn(self, row: CountRow) -> None:
         """Remember a count, and forget the oldest where there are too many."""
-        now_s = self._clock()
+        scope = row.scope
         with self._lock:
-            if self._answered.setdefault(scope, answered_model) != answered_model:
-                self._answered[scope] = None
-                return
-            self._counts.pop((scope, digest), None)
-            self._counts[scope, digest] = (now_s, counted)
+            if self._answered.setdefault(scope, row.model) != row.model:
+                self._answered[scope] = ""
+            self._counts.pop((scope, row.digest), None)
+            self._counts[scope, row.digest] = (row.learned_s, row.counted)
             for kept in (self._counts, self._answered):
                 if len(kept) > MOST_COUNTS:
                     del kept[next(iter(kept))]
 
-    def find(self, scope: tuple, digests: Sequence[bytes]) -> list[Optional[Counted]]:
+    def find(self, scope: str, digests: Sequence[bytes]) -> list[Optional[Counted]]:
         """What is known of each digest."""
         since_s = self._clock() - COUNTS_KEPT_S
         with self._lock:
-            if self._answered.get(scope) is None:
+            if not self._answered.get(scope):
                 return [None] * len(digests)
             found = [self._counts.get((scope, digest)) for digest in digests]
         return [None if row is None or row[0] < since_s else row[1] for row in found]
@@ -2630,12 +2641,22 @@ def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
                                          written - hour)}}
 
 
+# What an answer of Responses consists of where no tool ran at the provider; and what one of
+# Messages has where one did.
+PLAIN_ITEM_TYPES = frozenset({
+    "message", "reasoning", "function_call", "custom_tool_call", "local_shell_call", "shell_call",
+    "apply_patch_call", "computer_call", "tool_search_call"})
+PROVIDER_BLOCK_TYPES = frozenset({"server_tool_use", "mcp_tool_use", "compaction", "fallback"})
+
+
 class AnswerMeter:
     """What one answer says about its cost."""
     usage: Optional[dict] = None                # what is well-formed in all reports of it
     malformed: Optional[str] = None             # what is wrong in one of them
     input_is_last = False                       # the last report has the input that counts
     model: Optional[str] = None
+    answer_id: Optional[str] = None
+    changed_its_input = False                   # by tools that the provider ran, or by edits
     service_tier: Optional[str] = None
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
     output_bytes = 0                            # UTF-8 bytes of generated text seen
@@ -2720,13 +2741,24 @@ class AnswerMeter:
         self._report(result.get("usage"))
         if isinstance(result.get("model"), str):
             self.model = result["model"]
+        if isinstance(result.get("id"), str):
+            self.answer_id = result["id"]
         if isinstance(result.get("service_tier"), str):
             self.service_tier = result["service_tier"]
-        output = result.get("output")
+        output, content = result.get("output"), result.get("content")
         if isinstance(output, list):
             self.tool_calls = Counter(self.tool_calls) | Counter(
                 item["type"] for item in output if isinstance(item, dict)
                 and isinstance(item.get("type"), str))
+        self._note_changes(result, self.tool_calls,
+                           content if isinstance(content, list) else ())
+
+    def _note_changes(self, holder: Mapping[str, object], items: Iterable[str],
+                      blocks: Iterable[object]) -> None:
+        """Note what makes a provider count more, or less, than the prompt as it was sent."""
+        edits = json_object(holder.get("context_management")).get("applied_edits")
+        self.changed_its_input |= bool(edits) or not PLAIN_ITEM_TYPES.issuperset(items) \
+            or any(json_object(block).get("type") in PROVIDER_BLOCK_TYPES for block in blocks)
 
     def _report(self, usage: object) -> None:
         """Take one report of usage: of each part, the larger one of it and of those before."""
@@ -2811,11 +2843,13 @@ class AnswerMeter:
             self.input_is_last = False
         elif kind == "message_delta" and event.get("usage") is not None:
             self._report(event["usage"])
+            self._note_changes(event, (), ())
             self.awaits_usage = json_object(event.get("delta")).get("stop_reason") is None
         elif kind == "message_stop":
             self.has_ended, self.awaits_usage = True, False
         elif kind != "message_delta":
             block = json_object(event.get("content_block"))
+            self._note_changes({}, (), (block,))
             if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
                 self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
 
@@ -5794,6 +5828,9 @@ MIGRATIONS = (
     "CREATE TABLE calls (" + ", ".join(map(" ".join, LEDGER_COLUMNS.items())) + ")",
     "CREATE TABLE leases (lease_id TEXT PRIMARY KEY, granted INTEGER NOT NULL, "
     "spent_before INTEGER NOT NULL)",
+    "CREATE TABLE counts (scope TEXT NOT NULL, digest BLOB NOT NULL, tokens INTEGER NOT NULL, "
+    "parts BLOB NOT NULL, has_tools INTEGER NOT NULL, model TEXT NOT NULL, "
+    "learned_s INTEGER NOT NULL, PRIMARY KEY (scope, digest))",
 )
 LEDGER_BUSY_S = 2                             # how long to wait for another program's write
 LEDGER_WAIT_S = 30                            # and for a proxy to let go: as long as one drains
@@ -5881,6 +5918,13 @@ class MemoryLedger:
         """It was given back."""
         with self._lock:
             self._leases.remove(lease)
+
+    def counts(self) -> list[CountRow]:
+        """None: they are gone with the process."""
+        return []
+
+    def keep_count(self, row: CountRow) -> None:
+        """Nothing: see counts()."""
 
     def look(self) -> None:
         """Nothing can happen to it from outside."""
@@ -6072,6 +6116,10 @@ def _check_is_ledger(db: sqlite3.Connection) -> None:
         raise OSError(f"it is not a ledger of ironcage_proxy; {BEGIN_ANEW}")
 
 
+def _cut_digests(joined: bytes) -> frozenset:
+    return frozenset(joined[at:at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES))
+
+
 class SqliteLedger:
     """A ledger in an SQLite file, in WAL mode: what is committed survives the process, and with
     `fsync` a loss of power too. One process at a time has it open for writing; another waits for
@@ -6122,6 +6170,23 @@ class SqliteLedger:
         self._least_bytes, self._was_cut, self._fault = 1, False, ""
         if self.look() is not None:
             raise OSError(self._fault)
+
+    def counts(self) -> list[CountRow]:
+        """What providers have counted within COUNTS_KEPT_S, the oldest first."""
+        since_s = int(time.time()) - COUNTS_KEPT_S
+        with self._turn:
+            self._db.execute("DELETE FROM counts WHERE learned_s < ?", (since_s,))
+            rows = self._db.execute("SELECT * FROM counts ORDER BY learned_s").fetchall()
+        return [CountRow(row["scope"], row["digest"], Counted(
+            row["tokens"], _cut_digests(row["parts"]), bool(row["has_tools"])),
+            row["model"], row["learned_s"]) for row in rows]
+
+    def keep_count(self, row: CountRow) -> None:
+        """Write a count with the next commit: to lose one costs nothing but a guess."""
+        counted = row.counted
+        self._queue.append(_Write("INSERT OR REPLACE INTO counts VALUES (?, ?, ?, ?, ?, ?, ?)", (
+            row.scope, row.digest, counted.tokens, b"".join(sorted(counted.parts)),
+            int(counted.has_tools), row.model, row.learned_s), is_intent=False))
 
     def look(self) -> Optional[OSError]:
         """Why the files are not as we left them, which is logged when it is new; None: they are."""
@@ -7736,6 +7801,7 @@ class Call:
     reservation: Optional[Reservation] = None         # set by its admission
     set_output_cap: Optional[int] = None              # the cap that we put into the request
     set_hosted_uses: Optional[int] = None             # likewise
+    prompt: Optional[Prompt] = None                   # as digests, once they were needed
     added_betas: tuple[str, ...] = ()                 # beside those of its anthropic-beta header
     hides_usage = False                               # the client did not ask for usage chunks
     was_sent = False                                  # the provider may have seen it
@@ -7924,6 +7990,40 @@ def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) ->
                        else call.meter.service_tier,
                        data_residency=call.provider.data_residency,
                        tool_calls=call.meter.tool_calls)
+
+
+def count_scope(call: Call) -> tuple[str, str, str]:
+    """Whose counts a call's are: those of its token, provider and model."""
+    return call.request.caller.name, call.provider.name, call.model
+
+
+def call_prompt(call: Call) -> Optional[Prompt]:
+    """A call's prompt as digests, made once; None where no count of it can be known."""
+    if call.prompt is None:
+        headers = call.request.head.headers
+        call.prompt = prompt_of(call.api, call.body, (
+            *count_scope(call), anthropic_betas(call.request.head, call.added_betas),
+            headers.get("openai-beta") or ""))
+    return call.prompt
+
+
+def counts_of(call: Call, now_s: int) -> list[CountRow]:
+    """What the exact usage of a settled call teaches of its prompt, and of its response."""
+    meter, charge = call.meter, call.charge
+    if charge.estimated is not None or not charge.lines or call.has_failed \
+            or meter.changed_its_input or "iterations" in (meter.usage or {}) \
+            or meter.model is None or not call.reservation.is_limited:
+        return []
+    counted, learned = meter.reported, []
+    if call.api == "responses" and meter.answer_id is not None:
+        learned.append((_digest("response", meter.answer_id),
+                        Counted(counted.prompt_tokens + counted.completion_tokens)))
+    prompt = call_prompt(call) if len(call.body.raw) >= LEAST_COUNTED_BYTES else None
+    if prompt is not None and prompt.is_stable and prompt.chain:
+        learned.append((prompt.chain[-1], Counted(counted.prompt_tokens, frozenset(prompt.parts),
+                                                  prompt.has_tools)))
+    scope = json.dumps(count_scope(call))
+    return [CountRow(scope, digest, known, meter.model, now_s) for digest, known in learned]
 
 
 TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
@@ -8585,6 +8685,9 @@ class Router:
         self.totals = Totals()
         self.traffic = Traffic()
         self.thinking = ThinkingMemory()
+        self.counts = KnownCounts()
+        for row in ledger.counts():
+            self.counts.learn(row)
         self._thresholds_lock = threading.Lock()       # guards the next field
         self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
@@ -8825,7 +8928,19 @@ class Router:
         if free is None or self.settings.bound == "bytes" \
                 or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
             return bound
-        return bound_of_request(call.api, call.body, price, measured=True, **options)
+        return bound_of_request(call.api, call.body, price, measured=True, **options,
+                                input_tokens=self._counted_tokens(call, price, options["window"]))
+
+    def _counted_tokens(self, call: Call, price: Price, window: int) -> Optional[int]:
+        """A bound on a call's input from what its provider counted before; None: it did not."""
+        fields, scope = call.body.fields, json.dumps(count_scope(call))
+        previous = fields.get("previous_response_id")
+        if previous is not None and fields.get("truncation") in (None, "disabled"):
+            known = self.counts.find(scope, [_digest("response", previous)])[0]
+            return known and continued_input_tokens(call.body, price, known, window)
+        prompt = call_prompt(call)
+        return prompt and counted_input_tokens(call.api, call.body, price, prompt,
+                                               functools.partial(self.counts.find, scope), window)
 
     def _reserved(self, call: Call, client: Optional[Wire]) -> Reservation:
         """Set a call's worst case aside in all of its scopes, waiting in line if need be.
@@ -9293,6 +9408,9 @@ class Router:
             if call.row is not None:
                 self.ledger.settle(row)
             self._record(call, row)
+        for count in counts_of(call, int(time.time())):
+            self.counts.learn(count)
+            self.ledger.keep_count(count)
         return call.charge
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:

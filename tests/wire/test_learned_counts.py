@@ -1,0 +1,174 @@
+"""Learned counts at work: an agent's session costs its real size, not a guess at each call."""
+import json
+
+import pytest
+from support import ANTHROPIC_HEADERS, OPENAI_HEADERS, TOKEN, Reply, call, status_of
+
+HISTORY = "the proxy reads each answer and keeps what it costs. " * 60
+
+
+def messages(turns, first="hello"):
+    said = [{"role": ("user", "assistant")[turn % 2], "content": f"{turn} {HISTORY}"}
+            for turn in range(turns)]
+    return [{"role": "user", "content": first}, *said[1:]]
+
+
+def fields_of(turns, **more):
+    return {"model": "claude-sonnet-4-5", "max_tokens": 500, "messages": messages(turns), **more}
+
+
+def tokens_of(request):
+    return len(request.body) // 4
+
+
+def message_reply(**more):
+    """A provider that counts a quarter of the body; `more` goes into its answer."""
+    def reply(request):
+        return Reply(headers=(("content-type", "application/json"), *ANTHROPIC_HEADERS), steps=(
+            json.dumps({"id": "msg_1", "type": "message", "role": "assistant",
+                        "model": "claude-sonnet-4-5", "stop_reason": "end_turn",
+                        "content": [{"type": "text", "text": "x"}],
+                        **more, "usage": {"input_tokens": tokens_of(request), "output_tokens": 1,
+                                          **more.get("usage", {})}}).encode(),))
+    return reply
+
+
+def bound_of(proxy):
+    """What was reserved for the last call, in microdollars."""
+    return call(proxy.port, "GET", "/ironcage/usage?limit=1").json["rows"][0]["bound_microdollars"]
+
+
+def reserved_for(proxy, fields, path="/v1/messages", **options):
+    answer = call(proxy.port, "POST", path, fields, **options)
+    assert 200 == answer.status, answer.body
+    return bound_of(proxy)
+
+
+def test_a_session_is_bounded_by_what_was_counted_and_what_is_new(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "0.5"), message_reply()
+
+    guessed = reserved_for(proxy, fields_of(9))
+    known = reserved_for(proxy, fields_of(11))
+
+    assert known < guessed * 0.7
+    assert 3.75 * tokens_of(mock.seen[1]) + 500 * 15 <= known
+
+
+# What an answer can say that makes its usage no count of the prompt.
+CHANGED = {
+    "a tool ran at the provider": {"content": [{"type": "server_tool_use", "id": "s", "name": "x",
+                                                "input": {}}]},
+    "context was edited": {"context_management": {"applied_edits": [{"type": "clear"}]}},
+    "several models served it": {"usage": {"iterations": [
+        {"type": "message", "input_tokens": 5, "output_tokens": 1}]}},
+}
+
+
+@pytest.mark.parametrize("more", CHANGED.values(), ids=CHANGED)
+def test_usage_that_is_no_count_of_the_prompt_is_not_learned(mock, proxy_for, more):
+    proxy, mock.always = proxy_for("--budget", "0.5"), message_reply(**more)
+
+    first = reserved_for(proxy, fields_of(9))
+    second = reserved_for(proxy, fields_of(9))
+
+    assert first == second
+
+
+def test_an_estimate_is_not_learned(mock, proxy_for):
+    proxy = proxy_for("--budget", "0.5")
+    mock.always = lambda request: Reply(
+        headers=(("content-type", "application/json"), *ANTHROPIC_HEADERS),
+        steps=(json.dumps({"type": "message", "model": "claude-sonnet-4-5", "content": [],
+                           "usage": {"input_tokens": 9}}).encode(),))
+
+    assert reserved_for(proxy, fields_of(9)) == reserved_for(proxy, fields_of(9))
+
+
+def test_another_tokens_session_teaches_nothing(mock, proxy_for, tmp_path):
+    config = tmp_path / "cage.json"
+    config.write_text(json.dumps({"tokens": [
+        {"name": name, "token": f"ic_{name}_0123456789"} for name in ("alice", "bob")]}))
+    proxy = proxy_for("--budget", "0.5", "--config", str(config))
+    mock.always = message_reply()
+
+    first, again = [reserved_for(proxy, fields_of(9), token="ic_alice_0123456789")
+                    for _ in range(2)]
+    other = reserved_for(proxy, fields_of(9), token="ic_bob_0123456789")
+
+    assert again < first == other
+
+
+def test_bound_bytes_guesses_nothing_and_so_learns_nothing(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "0.5", "--bound", "bytes"), message_reply()
+
+    assert reserved_for(proxy, fields_of(9)) == reserved_for(proxy, fields_of(9))
+
+
+def test_a_restart_on_the_same_ledger_knows_the_counts(mock, proxy_for, tmp_path):
+    flags, mock.always = ("--budget", "0.5", "--ledger", str(tmp_path / "cage.db")), message_reply()
+    first = proxy_for(*flags)
+    guessed = reserved_for(first, fields_of(9))
+    first.stop()
+
+    assert reserved_for(proxy_for(*flags), fields_of(9)) < guessed * 0.6
+
+
+def test_no_text_of_a_prompt_is_kept(mock, proxy_for, tmp_path):
+    proxy = proxy_for("--budget", "0.5", "--ledger", str(tmp_path / "cage.db"))
+    mock.always = message_reply()
+    reserved_for(proxy, fields_of(9))
+    proxy.stop()
+
+    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"claude-sonnet-4-5" in kept and b"what it costs" not in kept
+    assert TOKEN.encode() not in kept
+
+
+# Responses: the prompt, and what a response id stands for.
+
+def response_reply(request):
+    """One that keeps 4,000 tokens of hidden reasoning, which its total counts."""
+    asked = tokens_of(request) + 4_000 * ("previous_response_id" in request.json)
+    return Reply(headers=(("content-type", "application/json"), *OPENAI_HEADERS), steps=(
+        json.dumps({"id": f"resp_{len(request.body)}", "object": "response", "status": "completed",
+                    "model": "gpt-5.5", "output": [{"type": "message", "content": []}],
+                    "usage": {"input_tokens": asked, "output_tokens": 4_000,
+                              "total_tokens": asked + 4_000}}).encode(),))
+
+
+def test_a_stored_response_costs_its_total_not_a_whole_context(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "5"), response_reply
+    fields = {"model": "gpt-5.5", "input": "hello", "max_output_tokens": 4_000}
+    first = call(proxy.port, "POST", "/v1/responses", fields)
+
+    known = call(proxy.port, "POST", "/v1/responses", {
+        **fields, "previous_response_id": first.json["id"]})
+    unknown = call(proxy.port, "POST", "/v1/responses", {**fields, "previous_response_id": "resp_x"})
+
+    assert (200, 200, 402) == (first.status, known.status, unknown.status)
+    assert 0 == status_of(proxy)["bound_exceeded"]
+
+
+def test_a_truncated_conversation_is_not_known(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "5"), response_reply
+    fields = {"model": "gpt-5.5", "input": "hello", "max_output_tokens": 100}
+    first = call(proxy.port, "POST", "/v1/responses", fields)
+
+    answer = call(proxy.port, "POST", "/v1/responses", {
+        **fields, "previous_response_id": first.json["id"], "truncation": "auto"})
+
+    assert 402 == answer.status
+
+
+def test_codex_as_it_grows_is_bounded_by_what_was_counted(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "1"), response_reply
+    items = [{"type": "additional_tools", "role": "developer", "tools": [
+        {"type": "custom", "name": "exec"}]},
+        *({"type": "message", "role": "user", "content": f"{n} {HISTORY}"} for n in range(9))]
+    fields = {"model": "gpt-5.5", "input": items, "max_output_tokens": 4_000}
+    guessed = reserved_for(proxy, fields, "/v1/responses")
+    items += [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+              {"type": "function_call_output", "call_id": "c", "output": "done"}]
+
+    output = 4_000 * 30
+    assert reserved_for(proxy, fields, "/v1/responses") - output < (guessed - output) * 0.6
