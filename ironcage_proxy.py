@@ -5407,8 +5407,9 @@ class Account:
 
     def add(self, admitted_s: int, *, spent: int = 0, reserved: int = 0) -> None:
         """Change what a day's calls spent and hold: first spend, then release."""
-        self._spent_on[admitted_s // DAY_S] += spent
-        self._reserved_on[admitted_s // DAY_S] += reserved
+        day = admitted_s // DAY_S
+        self._spent_on[day] += spent
+        self._reserved_on[day] += reserved
         if admitted_s >= self.since_s:                      # else its period is over
             self.spent += spent
             self.reserved += reserved
@@ -5836,6 +5837,7 @@ LEDGER_BUSY_S = 2                             # how long to wait for another pro
 LEDGER_WAIT_S = 30                            # and for a proxy to let go: as long as one drains
 # An flock of the database file: elsewhere it can clash with SQLite's own locks, or is not there.
 LOCKS_DATABASE = sys.platform == "linux"
+UNFINISHED = ".unfinished"                    # the end of a ledger's name while it is made
 MEMORY_ROWS = 10_000
 _INSERT = (f"INSERT INTO calls ({', '.join(LEDGER_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in LEDGER_COLUMNS)})")
@@ -5994,12 +5996,11 @@ class LedgerLock:
     def _take_database(self) -> bool:
         """Lock the ledger itself, or what becomes it; False where another has it, or moved it."""
         is_new = not os.path.exists(self._path)
-        path = self._path + ".new" if is_new else self._path
+        path = self._path + UNFINISHED if is_new else self._path
         if is_new and os.path.exists(self._path + "-wal"):
             raise OSError(f"its log {self._path}-wal is there, but not the ledger; put that back, "
                           "or remove the log too to begin at 0")
         if LOCKS_DATABASE and not (self._lock_database(path, os.O_CREAT if is_new else 0)
-                                   and self.identity == _identity_at(path)
                                    and is_new != os.path.exists(self._path)):
             return False
         if is_new:
@@ -6027,12 +6028,17 @@ def _identity_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _identity_at(path: str) -> Optional[tuple[int, int]]:
-    """Which file a path leads to; None where it leads to none."""
+def _state_at(path: str) -> Optional[os.stat_result]:
     try:
-        return _identity_of(os.stat(path))
+        return os.stat(path)
     except OSError:
         return None
+
+
+def _identity_at(path: str) -> Optional[tuple[int, int]]:
+    """Which file a path leads to; None where it leads to none."""
+    found = _state_at(path)
+    return found and _identity_of(found)
 
 
 def _locked_file(path: str) -> Optional[int]:
@@ -6056,7 +6062,7 @@ def _locked_file(path: str) -> Optional[int]:
 def _make_ledger(path: str) -> None:
     """Make an empty ledger under another name, and give it its own once it is whole."""
     import sqlite3
-    new = path + ".new"
+    new = path + UNFINISHED
     if not os.path.exists(new):
         os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
     os.truncate(new, 0)                       # SQLite ignores the journal of an empty database
@@ -6191,14 +6197,12 @@ class SqliteLedger:
     def look(self) -> Optional[OSError]:
         """Why the files are not as we left them, which is logged when it is new; None: they are."""
         least_bytes = self._least_bytes       # read before the size, as a ledger only grows
-        try:
-            moved = [name for name, file in self._watched.items() if _identity_at(name) != file]
-            size = os.stat(self._path).st_size
-        except OSError:
-            moved, size = [self._path], least_bytes
-        fault = ""
-        if moved:
-            fault = f"{os.path.basename(moved[0])} was moved, removed or replaced under the " \
+        states = {name: _state_at(name) for name in self._watched}
+        moved = next((name for name, found in states.items()
+                      if found is None or _identity_of(found) != self._watched[name]), None)
+        size, fault = getattr(states[self._path], "st_size", 0), ""
+        if moved is not None:
+            fault = f"{os.path.basename(moved)} was moved, removed or replaced under the " \
                 "running proxy; put it back"
         elif size < least_bytes or self._was_cut:        # for good: it may grow back with holes
             self._was_cut = True

@@ -27,6 +27,14 @@ def path(tmp_path):
     return str(tmp_path / "cage.db")
 
 
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """What is logged, also after a test that ran the command line in this process."""
+    monkeypatch.setattr(ic.log, "propagate", True)
+    caplog.set_level("INFO", "ironcage")
+    return caplog
+
+
 @contextlib.contextmanager
 def serving(path, *argv):
     """A server on a ledger, with a provider behind it."""
@@ -398,6 +406,16 @@ def test_a_ledger_that_is_broken_inside_is_refused_in_one_sentence(path):
     assert "malformed" in start_in_vain(path)
 
 
+def test_what_was_spent_that_cannot_be_read_is_one_sentence_too(path):
+    """As in a reload, which then changes nothing."""
+    ledger = ic.SqliteLedger(path)
+    ledger._db.close()
+
+    with pytest.raises(ic.Misconfigured, match="cannot be read"):
+        ledger.spent("a", 0)
+    ledger.close()
+
+
 @posix
 def test_an_emptied_ledger_does_not_begin_at_0_and_its_log_is_kept(path):
     with serving(path) as server:
@@ -462,7 +480,7 @@ def test_a_crash_while_a_ledger_is_made_locks_nobody_out(path, where):
     ledger.intent(row())
     assert 77 == ledger.spent(None, 0)
     ledger.close()
-    assert [] == [name for name in os.listdir(os.path.dirname(path)) if ".new" in name]
+    assert [] == [name for name in os.listdir(os.path.dirname(path)) if "unfinished" in name]
 
 
 # Changed under a running server.
@@ -510,7 +528,7 @@ def move_the_folder(path):
     move, remove, replace_by_a_copy, replace_by_nothing, empty, cut, remove_the_log,
     remove_its_index, move_the_folder], ids=lambda change: change.__name__)
 def test_a_ledger_that_is_changed_under_the_server_takes_no_new_calls(path, change, mock,
-                                                                      proxy_for, caplog):
+                                                                      proxy_for, logged):
     server = proxy_for("--ledger", path, "--budget", "10")
     assert 200 == chat(server).status
     change(path)
@@ -519,13 +537,13 @@ def test_a_ledger_that_is_changed_under_the_server_takes_no_new_calls(path, chan
     assert [503, 503] == [answer.status for answer in refused]
     assert "iron_cage_ledger_unavailable" == refused[0].json["error"]["type"]
     assert "cage.db" in refused[0].json["error"]["message"]
-    assert 1 == caplog.text.count("the ledger takes no new calls")
+    assert 1 == logged.text.count("the ledger takes no new calls")
     assert 1 == len(mock.seen) and spent(server) == mock.billed_microdollars
 
 
 @linux
 def test_a_ledger_that_is_put_back_takes_calls_again_and_has_lost_nothing(path, mock, proxy_for,
-                                                                          caplog):
+                                                                          logged):
     server = proxy_for("--ledger", path)
     chat(server)
     os.rename(path, path + ".away")
@@ -535,7 +553,7 @@ def test_a_ledger_that_is_put_back_takes_calls_again_and_has_lost_nothing(path, 
     server.stop()
 
     assert (503, 200) == (refused.status, again.status)
-    assert "the ledger is back" in caplog.text
+    assert "the ledger is back" in logged.text
     assert mock.billed_microdollars == spent_in(path) > 0
 
 
@@ -550,14 +568,14 @@ def test_a_ledger_that_was_cut_short_is_not_trusted_when_it_has_grown_again(path
     ledger.close()
 
 
-def test_what_happens_to_a_ledger_is_logged_also_while_nobody_calls(path, caplog):
+def test_what_happens_to_a_ledger_is_logged_also_while_nobody_calls(path, logged):
     server = ic.ProxyServer(ic.settings_from(["--port", "0", "--ledger", path], {}))
     try:
         os.rename(path, path + ".away")
         server._looked_s = 0
         server.service_actions()
 
-        assert "the ledger takes no new calls" in caplog.text
+        assert "the ledger takes no new calls" in logged.text
     finally:
         os.rename(path + ".away", path)
         server.stop()
