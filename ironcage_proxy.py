@@ -1560,17 +1560,16 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
 
-_OPENAI_TOTAL = ("total_tokens",)
 # The parts of a usage object. Of two reports the larger part counts, as a whole: the input with
 # cache reads and writes (a first report may hold all of it as plain input), the output, others.
 _CHAT_PARTS = (("prompt_tokens", "prompt_tokens_details"),
-               ("completion_tokens", "completion_tokens_details"), _OPENAI_TOTAL)
+               ("completion_tokens", "completion_tokens_details"), ("total_tokens",))
 USAGE_PARTS = MappingProxyType({
     "chat": _CHAT_PARTS,
     "completions": _CHAT_PARTS,
-    "embeddings": (("prompt_tokens",), (), _OPENAI_TOTAL),
+    "embeddings": (_CHAT_PARTS[0], (), *_CHAT_PARTS[1:]),           # no output is expected
     "responses": (("input_tokens", "input_tokens_details"),
-                  ("output_tokens", "output_tokens_details"), _OPENAI_TOTAL),
+                  ("output_tokens", "output_tokens_details"), ("total_tokens",)),
     "messages": (("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
                   "cache_creation"), ("output_tokens", "output_tokens_details"),
                  ("iterations",), ("server_tool_use",)),
@@ -1635,14 +1634,13 @@ class AnswerMeter:
         """Whether the usage is all that will be billed."""
         return self.usage is not None and self.malformed is None and not self.awaits_usage \
             and self.output_bytes == self._bytes_at_usage \
-            and all(self.usage.get(name) is not None for name in USAGE_PARTS[self.api][1][:1])
+            and all(name in self.usage for name in USAGE_PARTS[self.api][1][:1])
 
     @property
     def reported(self) -> Usage:
-        """The counts of `usage`; what was not reported is 0."""
+        """The counts of `usage`; what was not reported is 0, and a total without its input none."""
         usage = self.usage or {}
-        names_input = usage.get(USAGE_PARTS[self.api][0][0]) is not None     # else it is in there
-        total = usage.get("total_tokens") if names_input else None
+        total = usage.get("total_tokens") if USAGE_PARTS[self.api][0][0] in usage else None
         return USAGE_READERS[self.api]({**NO_TOKENS, **usage, "total_tokens": total})
 
     @property
@@ -1715,9 +1713,9 @@ class AnswerMeter:
             self.malformed, usage = self.malformed or "it is not an object", {}
         known = self.usage or {}
         reported = {name: value for name, value in usage.items() if value is not None}
-        if known.get("iterations") is not None and "iterations" not in reported:
+        if "iterations" in known and "iterations" not in reported:
             self.malformed = self.malformed or "its iterations are gone"
-        merged = {**usage, **known, **reported}
+        merged = {**known, **reported}
         is_sound = not known and _is_sound(self.api, reported)
         counted = []
         for names in USAGE_PARTS[self.api]:
@@ -6262,7 +6260,9 @@ def _told_length(response: UpstreamResponse) -> int:
 # ==== 17. Settlement ============================================================================
 #
 # What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
-# whose lines add up to it; the ledger keeps them, so that `audit` can add them up again.
+# whose lines add up to it; the ledger keeps them, so that `audit` can add them up again. What ends
+# without exact usage costs the most that it can have used until then: one rule, _most_bill().
+# Assumed: no answer makes more tokens a second than the tables below say, and SOON_NS.
 
 
 class ClientRequest(NamedTuple):
@@ -6333,9 +6333,8 @@ def reserved_in_full(call: Call) -> list[BillLine]:
     return [("reserved", call.reservation.microdollars, PICODOLLARS_PER_MICRODOLLAR)]
 
 
-# The most output tokens a second that one answer is assumed to make. A call without exact usage is
-# charged by it, so a row is well above what its sources state. Looked for in the provider's name
-# and host; the last column is the source, with the date of what it says.
+# The most output tokens a second that one answer is assumed to make; a row is well above what its
+# source states. Its name is looked for in the provider's name and in its host.
 MOST_TOKENS_PER_S = 1_000
 PROVIDER_TOKENS_PER_S = (
     ("cerebras", 4_000),     # about 3,000, gpt-oss-120b: inference-docs.cerebras.ai, October 2026
@@ -6429,7 +6428,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
                -(-elapsed_ns * tokens_per_s(call) // 10 ** 9))
     output_tokens = max(-(-reported.completion_tokens // choices),
                         min(call.reservation.output_cap, made))
-    knows_input = reported.prompt_tokens and usage.get("iterations") is None and (
+    knows_input = reported.prompt_tokens and "iterations" not in usage and (
         not _loops(call) or (meter.input_is_last and not meter.awaits_usage))
     input_only = {name: value for name, value in usage.items()
                   if not name.startswith(("output_", "completion_", "total_"))}
