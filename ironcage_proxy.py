@@ -1579,7 +1579,7 @@ NO_TOKENS: Mapping[str, int] = dict.fromkeys(
 
 
 def _amount(api: str, part: Mapping[str, object]) -> int:
-    """Tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
+    """Return the tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
     if "server_tool_use" in part:
         return _count(part["server_tool_use"], "web_search_requests")
     read = USAGE_READERS[api]
@@ -1597,7 +1597,7 @@ def _is_sound(api: str, usage: Mapping[str, object]) -> bool:
 
 
 def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
-    """A part of Messages usage with the lifetimes of its cache writes, which only the start has."""
+    """Add the lifetimes of cache writes to a part of Messages usage: only the start has them."""
     split, written = before.get("cache_creation"), part.get("cache_creation_input_tokens")
     if not isinstance(split, dict) or not written or "cache_creation" in part:
         return part
@@ -1631,14 +1631,14 @@ class AnswerMeter:
 
     @property
     def usage_is_final(self) -> bool:
-        """Whether the usage is all that will be billed."""
+        """Whether `usage` is all that will be billed."""
         return self.usage is not None and self.malformed is None and not self.awaits_usage \
             and self.output_bytes == self._bytes_at_usage \
             and all(name in self.usage for name in USAGE_PARTS[self.api][1][:1])
 
     @property
     def reported(self) -> Usage:
-        """The counts of `usage`; what was not reported is 0, and a total without its input none."""
+        """Return the counts of `usage`; what was not reported is 0. A total needs its input."""
         usage = self.usage or {}
         total = usage.get("total_tokens") if USAGE_PARTS[self.api][0][0] in usage else None
         return USAGE_READERS[self.api]({**NO_TOKENS, **usage, "total_tokens": total})
@@ -1678,7 +1678,7 @@ class AnswerMeter:
         self.output_bytes += sum([len(piece.strip()) for piece in pieces])
 
     def end_body(self) -> None:
-        """The body ended in order: where all choices had finished, no more usage is due."""
+        """Note that the body ended in order: where all choices finished, no more usage is due."""
         self.body_has_ended = True
         if self._has_finished():
             self.awaits_usage = False
@@ -6329,7 +6329,7 @@ class Charge:
 
 
 def reserved_in_full(call: Call) -> list[BillLine]:
-    """The bill of a call that costs what was set aside for it."""
+    """Return the bill of a call that costs what was set aside for it."""
     return [("reserved", call.reservation.microdollars, PICODOLLARS_PER_MICRODOLLAR)]
 
 
@@ -6356,7 +6356,7 @@ SOON_NS = 10 * 10 ** 9
 
 
 def tokens_per_s(call: Call) -> int:
-    """The most output tokens a second in each choice of a call."""
+    """Return the most output tokens a second in each choice of a call."""
     provider, fields = call.provider, call.body.fields
     if provider.max_output_tokens_per_s is not None:
         return provider.max_output_tokens_per_s
@@ -6396,7 +6396,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
 
 
 def _end_of(call: Call) -> str:
-    """How a call without exact usage ended, in a few words."""
+    """Say in a few words how a call without exact usage ended."""
     meter = call.meter
     ends = ((meter.malformed is not None, f"malformed usage: {meter.malformed}"),
             (call.client_left, "client gone"), (call.status is None, "no answer"),
@@ -6412,7 +6412,7 @@ def _loops(call: Call) -> bool:
 
 
 def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]:
-    """The most that a call without exact usage can have cost.
+    """Bill the most that a call without exact usage can have cost.
 
     Input: as reported, else its bound and all fees. Output, in each choice: a token is at least a
     byte of what was seen; what was not seen (reasoning, read-ahead) was made since sending, at
@@ -6443,7 +6443,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
 
 def _bill_or_none(call: Call, prices: PriceBook,
                   usage: Mapping[str, object]) -> Optional[list[BillLine]]:
-    """The bill of reported counts, None where they have no price."""
+    """Return the bill of reported counts, None where they have no price."""
     try:
         return _metered_bill(call, prices, usage)
     except (MalformedUsage, UnpricedModel):

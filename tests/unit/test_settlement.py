@@ -121,6 +121,27 @@ def test_what_breaks_off_late_and_unstreamed_costs_its_reservation_only_without_
     assert [135, 135] == [cost_of(call, 10)[0] for call in (empty, blank)]
 
 
+BEGUN, MORE = start(input_tokens=3), {"type": "content_block_delta", "delta": {"text": "x" * 9}}
+
+
+@pytest.mark.parametrize("events, expected", [
+    ([BEGUN, MORE], 152), ([BEGUN, MORE, delta(None, input_tokens=40, output_tokens=9)], 152),
+    ([BEGUN, MORE, delta(output_tokens=9), {"type": "message_stop"}], 152),
+    ([BEGUN, MORE, delta(input_tokens=2, output_tokens=9)], 152),
+    ([BEGUN, MORE, delta(None, input_tokens=40, output_tokens=9),
+      delta(input_tokens=-1, output_tokens=9)], 152),
+    ([BEGUN, MORE, delta(input_tokens=40, output_tokens=9)], 85),
+    ([BEGUN, MORE, delta(input_tokens=40, output_tokens=9), MORE], 130),
+    ([BEGUN, MORE, delta(input_tokens=40, output_tokens=-9)], 85),
+])
+def test_what_a_call_that_loops_costs(events, expected):
+    """Its input counts from the last report only; else its bound and the fees are charged."""
+    call = call_of("messages", events=events, bound={"loops": True,
+                                                     "fees_picodollars": 7 * 10 ** 6})
+
+    assert expected == cost_of(call)[0]
+
+
 def test_output_beside_the_cap_is_always_charged():
     """A prediction that was rejected: billed, and never seen."""
     call = call_of(status=None)
