@@ -2592,17 +2592,16 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
 
-_OPENAI_TOTAL = ("total_tokens",)
 # The parts of a usage object. Of two reports the larger part counts, as a whole: the input with
 # cache reads and writes (a first report may hold all of it as plain input), the output, others.
 _CHAT_PARTS = (("prompt_tokens", "prompt_tokens_details"),
-               ("completion_tokens", "completion_tokens_details"), _OPENAI_TOTAL)
+               ("completion_tokens", "completion_tokens_details"), ("total_tokens",))
 USAGE_PARTS = MappingProxyType({
     "chat": _CHAT_PARTS,
     "completions": _CHAT_PARTS,
-    "embeddings": (("prompt_tokens",), (), _OPENAI_TOTAL),
+    "embeddings": (_CHAT_PARTS[0], (), *_CHAT_PARTS[1:]),           # no output is expected
     "responses": (("input_tokens", "input_tokens_details"),
-                  ("output_tokens", "output_tokens_details"), _OPENAI_TOTAL),
+                  ("output_tokens", "output_tokens_details"), ("total_tokens",)),
     "messages": (("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
                   "cache_creation"), ("output_tokens", "output_tokens_details"),
                  ("iterations",), ("server_tool_use",)),
@@ -2612,7 +2611,7 @@ NO_TOKENS: Mapping[str, int] = dict.fromkeys(
 
 
 def _amount(api: str, part: Mapping[str, object]) -> int:
-    """Tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
+    """Return the tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
     if "server_tool_use" in part:
         return _count(part["server_tool_use"], "web_search_requests")
     read = USAGE_READERS[api]
@@ -2630,7 +2629,7 @@ def _is_sound(api: str, usage: Mapping[str, object]) -> bool:
 
 
 def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
-    """A part of Messages usage with the lifetimes of its cache writes, which only the start has."""
+    """Add the lifetimes of cache writes to a part of Messages usage: only the start has them."""
     split, written = before.get("cache_creation"), part.get("cache_creation_input_tokens")
     if not isinstance(split, dict) or not written or "cache_creation" in part:
         return part
@@ -2674,17 +2673,16 @@ class AnswerMeter:
 
     @property
     def usage_is_final(self) -> bool:
-        """Whether the usage is all that will be billed."""
+        """Whether `usage` is all that will be billed."""
         return self.usage is not None and self.malformed is None and not self.awaits_usage \
             and self.output_bytes == self._bytes_at_usage \
-            and all(self.usage.get(name) is not None for name in USAGE_PARTS[self.api][1][:1])
+            and all(name in self.usage for name in USAGE_PARTS[self.api][1][:1])
 
     @property
     def reported(self) -> Usage:
-        """The counts of `usage`; what was not reported is 0."""
+        """Return the counts of `usage`; what was not reported is 0. A total needs its input."""
         usage = self.usage or {}
-        names_input = usage.get(USAGE_PARTS[self.api][0][0]) is not None     # else it is in there
-        total = usage.get("total_tokens") if names_input else None
+        total = usage.get("total_tokens") if USAGE_PARTS[self.api][0][0] in usage else None
         return USAGE_READERS[self.api]({**NO_TOKENS, **usage, "total_tokens": total})
 
     @property
@@ -2722,7 +2720,7 @@ class AnswerMeter:
         self.output_bytes += sum([len(piece.strip()) for piece in pieces])
 
     def end_body(self) -> None:
-        """The body ended in order: where all choices had finished, no more usage is due."""
+        """Note that the body ended in order: where all choices finished, no more usage is due."""
         self.body_has_ended = True
         if self._has_finished():
             self.awaits_usage = False
@@ -2768,9 +2766,9 @@ class AnswerMeter:
             self.malformed, usage = self.malformed or "it is not an object", {}
         known = self.usage or {}
         reported = {name: value for name, value in usage.items() if value is not None}
-        if known.get("iterations") is not None and "iterations" not in reported:
+        if "iterations" in known and "iterations" not in reported:
             self.malformed = self.malformed or "its iterations are gone"
-        merged = {**usage, **known, **reported}
+        merged = {**known, **reported}
         is_sound = not known and _is_sound(self.api, reported)
         counted = []
         for names in USAGE_PARTS[self.api]:
@@ -7780,7 +7778,9 @@ def _told_length(response: UpstreamResponse) -> int:
 # ==== 17. Settlement ============================================================================
 #
 # What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
-# whose lines add up to it; the ledger keeps them, so that `audit` can add them up again.
+# whose lines add up to it; the ledger keeps them, so that `audit` can add them up again. What ends
+# without exact usage costs the most that it can have used until then: one rule, _most_bill().
+# Assumed: no answer makes more tokens a second than the tables below say, and SOON_NS.
 
 
 class ClientRequest(NamedTuple):
@@ -7851,13 +7851,12 @@ class Charge:
 
 
 def reserved_in_full(call: Call) -> list[BillLine]:
-    """The bill of a call that costs what was set aside for it."""
+    """Return the bill of a call that costs what was set aside for it."""
     return [("reserved", call.reservation.microdollars, PICODOLLARS_PER_MICRODOLLAR)]
 
 
-# The most output tokens a second that one answer is assumed to make. A call without exact usage is
-# charged by it, so a row is well above what its sources state. Looked for in the provider's name
-# and host; the last column is the source, with the date of what it says.
+# The most output tokens a second that one answer is assumed to make; a row is well above what its
+# source states. Its name is looked for in the provider's name and in its host.
 MOST_TOKENS_PER_S = 1_000
 PROVIDER_TOKENS_PER_S = (
     ("cerebras", 4_000),     # about 3,000, gpt-oss-120b: inference-docs.cerebras.ai, October 2026
@@ -7879,7 +7878,7 @@ SOON_NS = 10 * 10 ** 9
 
 
 def tokens_per_s(call: Call) -> int:
-    """The most output tokens a second in each choice of a call."""
+    """Return the most output tokens a second in each choice of a call."""
     provider, fields = call.provider, call.body.fields
     if provider.max_output_tokens_per_s is not None:
         return provider.max_output_tokens_per_s
@@ -7920,7 +7919,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
 
 
 def _end_of(call: Call) -> str:
-    """How a call without exact usage ended, in a few words."""
+    """Say in a few words how a call without exact usage ended."""
     meter = call.meter
     ends = ((meter.malformed is not None, f"malformed usage: {meter.malformed}"),
             (call.client_left, "client gone"), (call.status is None, "no answer"),
@@ -7936,7 +7935,7 @@ def _loops(call: Call) -> bool:
 
 
 def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]:
-    """The most that a call without exact usage can have cost.
+    """Bill the most that a call without exact usage can have cost.
 
     Input: as reported, else its bound and all fees. Output, in each choice: a token is at least a
     byte of what was seen; what was not seen (reasoning, read-ahead) was made since sending, at
@@ -7952,7 +7951,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
                -(-elapsed_ns * tokens_per_s(call) // 10 ** 9))
     output_tokens = max(-(-reported.completion_tokens // choices),
                         min(call.reservation.output_cap, made))
-    knows_input = reported.prompt_tokens and usage.get("iterations") is None and (
+    knows_input = reported.prompt_tokens and "iterations" not in usage and (
         not _loops(call) or (meter.input_is_last and not meter.awaits_usage))
     input_only = {name: value for name, value in usage.items()
                   if not name.startswith(("output_", "completion_", "total_"))}
@@ -7967,7 +7966,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
 
 def _bill_or_none(call: Call, prices: PriceBook,
                   usage: Mapping[str, object]) -> Optional[list[BillLine]]:
-    """The bill of reported counts, None where they have no price."""
+    """Return the bill of reported counts, None where they have no price."""
     try:
         return _metered_bill(call, prices, usage)
     except (MalformedUsage, UnpricedModel):
