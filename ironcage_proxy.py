@@ -2406,6 +2406,9 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         equal["thinking"] = {**equal["thinking"], "budget_tokens": None}
     chain = [_digest(api, *scope, equal)]
     for message in messages:
+        content = json_object(message).get("content")
+        if isinstance(content, str):        # a cache mark makes it a block, and back
+            message = {**message, "content": [{"type": "text", "text": content}]}
         chain.append(_digest(chain[-1].hex(), message))
     declared = [part for name in COUNTED_PARTS for part in _listed(fields.get(name))]
     deferred = [part for part in declared if _is_deferred(part)]

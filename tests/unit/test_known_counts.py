@@ -159,6 +159,18 @@ def test_cache_marks_may_move():
     assert session.bound(second) < measured(second) / 2
 
 
+def test_text_may_become_a_block_which_carries_the_mark():
+    rng, session = Random(13), Session()
+    first = request(rng)
+    first["messages"].append({"role": "user", "content": "hello"})
+    session.learn(first)
+    second = longer(rng, json.loads(json.dumps(first)))
+    second["messages"][4]["content"] = [{"type": "text", "text": "hello",
+                                         "cache_control": {"type": "ephemeral"}}]
+
+    assert session.bound(second) is not None
+
+
 # What changes no count, and what makes a count unusable: (of the first request, of the second).
 KEEPS = {
     "caps": ({}, {"max_tokens": 9}), "metadata": ({}, {"metadata": {"user_id": "x"}}),
