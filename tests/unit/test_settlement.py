@@ -69,6 +69,7 @@ BODY = {"choices": [{"message": {"role": "assistant", "content": "x" * 40}}]}
     (dict(was_sent=False, status=None), 100, (0, None)),
     (dict(status=500, answer=ERROR), 100, (0, None)),
     (dict(events=[ERROR]), 10, (0, None)),
+    (dict(status=500, answer={"usage": "many"}), 0, (100, "malformed usage: it is not an object")),
     # An error event that is late, or not the first, follows the rule.
     (dict(events=[ERROR]), 10.1, (5_100, "an error in the stream")),
     (dict(events=[text("xx"), ERROR]), 0, (110, "an error in the stream")),
@@ -237,6 +238,8 @@ def test_a_call_without_a_bound_costs_what_was_reported():
     silent.bound, silent.reservation = None, call.reservation
 
     assert (110, "malformed usage: completion_tokens is not a token count") == cost_of(call, 9)
+    assert (0, "no answer") == cost_of(silent, 9)
+    silent.model, silent.price = "unknown", None
     assert (0, "no answer") == cost_of(silent, 9)
 
 
