@@ -69,6 +69,7 @@ BODY = {"choices": [{"message": {"role": "assistant", "content": "x" * 40}}]}
     (dict(was_sent=False, status=None), 100, (0, None)),
     (dict(status=500, answer=ERROR), 100, (0, None)),
     (dict(events=[ERROR]), 10, (0, None)),
+    (dict(status=500, answer={"usage": "many"}), 0, (100, "malformed usage: it is not an object")),
     # An error event that is late, or not the first, follows the rule.
     (dict(events=[ERROR]), 10.1, (5_100, "an error in the stream")),
     (dict(events=[text("xx"), ERROR]), 0, (110, "an error in the stream")),
@@ -125,7 +126,8 @@ BEGUN, MORE = start(input_tokens=3), {"type": "content_block_delta", "delta": {"
 
 
 @pytest.mark.parametrize("events, expected", [
-    ([BEGUN, MORE], 152), ([BEGUN, MORE, delta(None, input_tokens=40, output_tokens=9)], 152),
+    ([BEGUN, MORE], 152), ([BEGUN, MORE, {"type": "message_stop"}], 152),
+    ([BEGUN, MORE, delta(None, input_tokens=40, output_tokens=9)], 152),
     ([BEGUN, MORE, delta(output_tokens=9), {"type": "message_stop"}], 152),
     ([BEGUN, MORE, delta(input_tokens=2, output_tokens=9)], 152),
     ([BEGUN, MORE, delta(None, input_tokens=40, output_tokens=9),
@@ -175,12 +177,14 @@ def test_what_was_reported_is_not_lost(events, expected):
     ([start(input_tokens=100, cache_creation_input_tokens=60, cache_creation={
         "ephemeral_1h_input_tokens": 60, "ephemeral_5m_input_tokens": 0}),
       delta(input_tokens=100, cache_creation_input_tokens=60, output_tokens=2)],
-     {"input_tokens": 100, "cache_creation_input_tokens": 60, "output_tokens": 2, "cache_creation": {
+     {"input_tokens": 100, "cache_creation_input_tokens": 60, "output_tokens": 2,
+      "cache_creation": {
          "ephemeral_1h_input_tokens": 60, "ephemeral_5m_input_tokens": 0}}),
     ([start(input_tokens=10, cache_creation_input_tokens=60, cache_creation={
         "ephemeral_1h_input_tokens": 50, "ephemeral_5m_input_tokens": 10}),
       delta(input_tokens=200, cache_creation_input_tokens=40, output_tokens=2)],
-     {"input_tokens": 200, "cache_creation_input_tokens": 40, "output_tokens": 2, "cache_creation": {
+     {"input_tokens": 200, "cache_creation_input_tokens": 40, "output_tokens": 2,
+      "cache_creation": {
          "ephemeral_1h_input_tokens": 40, "ephemeral_5m_input_tokens": 0}}),
     ([start(input_tokens=200), delta(input_tokens=10, cache_read_input_tokens=190,
                                      output_tokens=2)],
@@ -213,7 +217,8 @@ def test_iterations_that_were_reported_are_not_lost(late):
         input_tokens=10, output_tokens=2, iterations=ONCE), delta(**late)])
 
     assert (910 + 32 * 5, None) == cost_of(exact)
-    assert cost_of(after, 1)[0] >= 910 + 32 * 5
+    assert cost_of(after, 1)[0] == (910 + 32 * 5 if late.get("iterations") == ONCE[:1]
+                                    else 100 + CAP * 5)
 
 
 def test_a_model_without_a_price_that_served_part_of_it_leaves_the_input_unknown():
@@ -234,6 +239,20 @@ def test_a_call_without_a_bound_costs_what_was_reported():
 
     assert (110, "malformed usage: completion_tokens is not a token count") == cost_of(call, 9)
     assert (0, "no answer") == cost_of(silent, 9)
+    silent.model, silent.price = "unknown", None
+    assert (0, "no answer") == cost_of(silent, 9)
+
+
+def test_running_usage_is_final_once_all_choices_have_finished_and_the_body_has_ended():
+    counts = {"prompt_tokens": 10, "completion_tokens": 5}
+    cut, ended = [call_of(events=[text("Hello", finish="stop", usage=counts)]) for _ in range(2)]
+    half = call_of(n=2, events=[text("a", 1), text("Hello", finish="stop", usage=counts)])
+    early = call_of(n=2, events=[text("a", 1), text("Hello", finish="stop"), usage(10, 5)])
+    for call in (ended, half):
+        call.meter.end_body()
+
+    assert [True, False, True, True] == [
+        cost_of(call)[1] is not None for call in (cut, ended, half, early)]
 
 
 @pytest.mark.parametrize("events, size", [
