@@ -10703,11 +10703,15 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     _hide_from_other_processes()
     _raise_file_limit()
     server = ProxyServer(settings)
-    asked_to_stop = threading.Event()
+    signals: list[int] = []
+    asked_to_stop = threading.Lock()       # an Event's own lock may be held as a signal comes
+    asked_to_stop.acquire()
 
     def on_signal(number: int, frame: object) -> None:
-        server.cuts_now = asked_to_stop.is_set()
-        asked_to_stop.set()
+        server.cuts_now = bool(signals)
+        signals.append(number)
+        if not server.cuts_now:
+            asked_to_stop.release()
 
     def on_hang_up(number: int, frame: object) -> None:
         server.reload_asked = True
@@ -10722,7 +10726,7 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     elif settings.token_is_generated or settings.port == 0:
         print(f"{server.url} {settings.token if settings.token_is_generated else ''}".strip(),
               flush=True)
-    while not asked_to_stop.wait(1):       # in slices: Windows cannot interrupt a longer wait
+    while not asked_to_stop.acquire(timeout=1):    # in slices: Windows cannot interrupt a longer
         pass
     server.stop()
     spent = server.router.controller.total_spent()

@@ -276,6 +276,18 @@ def test_free_routes_and_models_have_the_same_other_spellings(mock, proxy_for, p
         assert "claude-haiku-4-5" in {row["id"] for row in models.json["data"]}
 
 
+@pytest.mark.parametrize("path, sent", [
+    ("/files", "/files"), ("/v1/v1/files", "/v1/v1/files"), ("/openai/files", "/files"),
+    ("/v1beta/models", "/v1beta/models"), ("/openai/api/v1/x", "/api/v1/x"), ("/v1", "/v1"),
+    ("/typo/v1/models", "/typo/v1/models"), ("//v1/messages", "//v1/messages")])
+def test_without_a_budget_a_path_that_is_no_route_of_ours_passes_as_it_stands(
+        mock, proxy_for, path, sent):
+    mock.always = Reply(steps=(b"{}",))
+
+    assert 200 == call(proxy_for().port, "GET", path).status
+    assert [sent] == [seen.target for seen in mock.seen]
+
+
 @pytest.mark.parametrize("path, is_anthropic", [
     ("/messages", True), ("/v1/v1/messages", True), ("/anthropic/messages", True),
     ("/openai/messages", True), ("/messages/count_tokens", True), ("/lab/v1/messages", True),

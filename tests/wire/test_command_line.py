@@ -302,3 +302,26 @@ def test_a_process_of_the_same_user_cannot_read_the_environment_of_the_proxy():
 
     assert 0 != read.returncode
     assert b"sk-canary" not in read.stdout
+
+
+SIGNALLED_INSIDE = """
+import os, signal, sys, threading
+wait = threading.Condition.wait
+def wait_signalled(self, timeout=None):
+    if timeout == 1:                              # the wait of the main thread
+        os.kill(os.getpid(), signal.SIGTERM)      # while an Event's lock is held by this thread
+    return wait(self, timeout)
+threading.Condition.wait = wait_signalled
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import ironcage_proxy
+sys.exit(ironcage_proxy.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_signal_stops_it_at_whatever_moment_it_comes():
+    with Served("--token", TOKEN, python=(sys.executable, "-c", SIGNALLED_INSIDE)) as served:
+        served.process.send_signal(signal.SIGTERM)
+
+        assert 0 == served.process.wait(PATIENCE_S * 3)
