@@ -657,13 +657,20 @@ BUCKETS = (
     ("cache_write_1h", "cache_creation_input_token_cost_above_1hr", "cache_write"),
     ("cache_write_12h", "cache_creation_input_token_cost_above_12hr", "cache_write"),
     ("audio_input", "input_cost_per_audio_token", "input"),
+    ("audio_read", "cache_read_input_audio_token_cost", "audio_input"),
+    ("image_input", "input_cost_per_image_token", "input"),
+    ("image_read", "cache_read_input_image_token_cost", "image_input"),
     ("output", "output_cost_per_token", None),
     ("reasoning", "output_cost_per_reasoning_token", "output"),
     ("audio_output", "output_cost_per_audio_token", "output"),
+    ("image_output", "output_cost_per_image_token", "output"),
 )
-INPUT_PRICE, OUTPUT_PRICE = BUCKETS[0][1], BUCKETS[6][1]
-OUTPUT_BUCKETS = frozenset({"output", "reasoning", "audio_output"})
-INPUT_BUCKETS = frozenset(bucket for bucket, _, _ in BUCKETS) - OUTPUT_BUCKETS
+PRICE_KEYS = MappingProxyType({bucket: key for bucket, key, _ in BUCKETS})
+INPUT_PRICE, OUTPUT_PRICE = PRICE_KEYS["input"], PRICE_KEYS["output"]
+OUTPUT_BUCKETS = frozenset({"output", "reasoning", "audio_output", "image_output"})
+INPUT_BUCKETS = frozenset(PRICE_KEYS) - OUTPUT_BUCKETS
+READ_BUCKETS = frozenset({"cache_read", "audio_read", "image_read"})
+WRITE_BUCKETS = frozenset({"cache_write", "cache_write_1h", "cache_write_12h"})
 
 
 class Usage(NamedTuple):
@@ -674,7 +681,7 @@ class Usage(NamedTuple):
 
     @property
     def cached_tokens(self) -> int:
-        return self.buckets.get("cache_read", 0)
+        return sum([self.buckets.get(bucket, 0) for bucket in READ_BUCKETS])
 
 
 def _count(holder: object, name: str) -> int:
@@ -696,7 +703,11 @@ def _told_count(usage: Mapping[str, object], name: str) -> int:
 
 def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_tokens",
                       completion_name: str = "completion_tokens") -> Usage:
-    """Chat completions and completions: cached and audio tokens are inside prompt_tokens."""
+    """Chat completions and completions: cached, audio and image tokens are inside prompt_tokens.
+
+    Where it is not reported which tokens were cached, those of images were not. `image_output` is
+    a bucket only where it is reported: a seller that leaves it out may have made images.
+    """
     prompt, completion = _told_count(usage, prompt_name), _told_count(usage, completion_name)
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
     read = json_object(usage.get(f"{prompt_name}_details"))
@@ -704,13 +715,24 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
     written = _count(read, "cache_write_tokens")
     written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
+    of_cached = read.get("cached_tokens_details")
+    audio_read = min(cached, audio, _count(of_cached, "audio_tokens"))
+    image_read = min(cached - audio_read, _count(of_cached, "image_tokens"))
+    plain = max(0, prompt - cached - written - (audio - audio_read))
+    seen = min(plain, max(0, _count(read, "image_tokens") - image_read))
     spoken = min(completion, _count(made, "audio_tokens"))
-    reasoned = min(completion - spoken, _count(made, "reasoning_tokens"))
-    return Usage(prompt, completion, {
-        "input": max(0, prompt - cached - written - audio), "cache_read": cached,
+    drawn = min(completion - spoken, _count(made, "image_tokens"))
+    reasoned = min(completion - spoken - drawn, _count(made, "reasoning_tokens"))
+    buckets = {
+        "input": plain - seen, "cache_read": cached - audio_read - image_read,
         "cache_write": written - written_12h, "cache_write_12h": written_12h,
-        "audio_input": audio, "output": completion - spoken - reasoned, "reasoning": reasoned,
-        "audio_output": spoken})
+        "audio_input": audio - audio_read, "audio_read": audio_read,
+        "image_input": seen, "image_read": image_read,
+        "output": completion - spoken - drawn - reasoned, "reasoning": reasoned,
+        "audio_output": spoken}
+    if json_object(made).get("image_tokens") is not None:
+        buckets["image_output"] = drawn
+    return Usage(prompt, completion, buckets)
 
 
 def usage_from_responses(usage: Mapping[str, object]) -> Usage:
@@ -748,16 +770,58 @@ USAGE_READERS = MappingProxyType({
     "messages": usage_from_anthropic,
 })
 
-# The tier that served a call -> the suffix of its price keys. What is not here has no suffix.
+# The tier that served a call -> the suffix of its price keys; "" has the prices without a suffix.
 TIER_SUFFIXES = MappingProxyType({
+    "default": "", "standard": "", "standard_only": "", "auto": "", "on_demand": "", "scale": "",
     "flex": "_flex", "priority": "_priority", "fast": "_priority", "ultrafast": "_ultrafast",
     "balanced": "_balanced", "batch": "_batches",
 })
-BATCH_SUFFIX = TIER_SUFFIXES["batch"]
+BATCH_SUFFIX, CHEAP_SUFFIXES = "_batches", frozenset({"_batches", "_flex"})
+UNKNOWN_TIER = "?"
+# (seller, tier): capacity that was bought beforehand; its tokens have no price of their own.
+# Source: Anthropic's service tiers, read November 2026.
+PREPAID_TIERS = frozenset({("anthropic", "priority")})
+
+
+def tier_suffix(tier: Optional[str], seller: str) -> str:
+    """The suffix of a tier's price keys at a seller; UNKNOWN_TIER for a tier nobody knows of."""
+    if not tier or (seller, tier) in PREPAID_TIERS:
+        return ""
+    return TIER_SUFFIXES.get(tier, UNKNOWN_TIER)
+
+
 MOST_TOKENS = 10 ** 12            # in one count of one call; more is an error of the provider
 MOST_ITERATIONS = 1_000           # of one call, likewise
+
+# What else a row's price keys say. A row with a key that is in no table here is unpriced: it would
+# be billed by something that we do not count. Sources: LiteLLM 1.110.2, and the vendors' pages.
 _SEARCHES = "search_context_cost_per_query"
-_THRESHOLD = r"_above_(\d+)k_tokens"
+_PRICE_KEY = re.compile("({})(?:_above_([0-9]+)k_tokens)?({})?".format(
+    "|".join(PRICE_KEYS.values()), "|".join(set(TIER_SUFFIXES.values()) - {""})))
+_MAY_BE_PRICE = re.compile(r"cost|pric(e|ing)|multiplier|(^|_)fees?(_|$)")
+_RESIDENCY = re.compile("regional_processing_uplift_multiplier_([a-z]{2})")
+CALL_FEES = ("input_cost_per_request", "input_cost_per_query")
+# Keys that no call is billed by which we let through under a budget.
+UNBILLED_KEYS = re.compile(
+    r"(google_maps_grounding|file_search|vector_store|code_interpreter)_cost_per_.*"   # tools
+    r"|.*_decisions"                        # OpenAI's /v1/decisions, which is not metered
+    r"|(input|output)_dbu_cost_per_token"   # Databricks: the same price in another unit
+    r"|fedramp_uplift_multiplier")          # OpenAI: a host of its own, which we do not know
+# Keys of a price that is never above that of another key, which is taken.
+TAKEN_AS = MappingProxyType({
+    "input_cost_per_token_cache_hit": INPUT_PRICE,
+    "explicit_cache_read_input_token_cost": PRICE_KEYS["cache_read"],
+    "cache_creation_input_audio_token_cost": PRICE_KEYS["audio_input"],
+})
+# The same images by the piece, in rows that price their tokens.
+BY_THE_PIECE = MappingProxyType({"output_cost_per_image": PRICE_KEYS["image_output"],
+                                 "input_cost_per_image": PRICE_KEYS["image_input"]})
+# Rows that price the choice of a model, and not the model that was chosen.
+ROUTER_KEY = re.compile(r"(^|/)model[_-]router(/|$)")
+SEARCHES_EACH_CALL = frozenset({"perplexity"})    # its fee for a search is one for each request
+# Providers whose usage says what a call cost, in USD, and where. Sources: OpenRouter's usage
+# accounting, Perplexity's API reference; read November 2026.
+REPORTED_COSTS = MappingProxyType({"openrouter": ("cost",), "perplexity": ("cost", "total_cost")})
 
 WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
 FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
@@ -776,34 +840,45 @@ def _picodollars(usd: Decimal) -> Rate:
 class Price(NamedTuple):
     """One row of the price table.
 
-    `amounts` maps LiteLLM's price keys to picodollars per token. A key that is absent has no
-    price of its own; an explicit 0 is a price.
+    `amounts` maps LiteLLM's price keys to picodollars per token, where ..._above_272k_tokens is
+    ..._above_272000_tokens. A key that is absent has no price of its own; an explicit 0 is a price.
     """
     key: str
-    provider: str                             # LiteLLM's name of the provider, may be ""
+    provider: str                             # LiteLLM's name of the seller, may be ""
     amounts: Mapping[str, Rate]
     thresholds: tuple[int, ...]               # prompt tokens, ascending
-    search_picodollars: Rate                  # each web search
+    call_picodollars: Rate                    # each call, beside its tokens
+    searches: Mapping[str, Rate]              # each web search, by the size of its context, if told
     us_multiplier: Rate                       # Anthropic inference_geo "us"
     fast_multiplier: Rate                     # Anthropic speed "fast"
-    residency_multipliers: Mapping[str, Rate]         # OpenAI regional hosts: "us", "eu"
+    residency_multipliers: Mapping[str, Rate]         # OpenAI's regional hosts: "us", "eu", ...
     max_input_tokens: Optional[int]
     max_output_tokens: Optional[int]
     known_rates: dict                         # what rates() and dearest_rates() worked out already
     is_stand_in: bool = False                 # by price_as, for a model without a price of its own
 
-    def _amount(self, base: str, suffix: str, reached: Sequence[int]) -> Optional[Rate]:
-        """A base price for a tier (by its suffix) beyond the thresholds reached, or None.
+    def _amounts(self, key: str, suffix: str, reached: Sequence[int]) -> Iterator[Optional[Rate]]:
+        """The prices of a key in a tier: the flat one, then those of the thresholds reached."""
+        for place in ("", *[f"_above_{threshold}_tokens" for threshold in reached]):
+            yield self.amounts.get(f"{key}{place}{suffix}")
+
+    def _amount(self, key: str, suffix: str, reached: Sequence[int]) -> tuple[Optional[Rate], bool]:
+        """(a price in a tier, or the standard one where it has none; whether it is the tier's).
 
         A long-context price replaces the flat one. Batch prices never fall back to live ones.
         """
-        names = (suffix,) if suffix in ("", BATCH_SUFFIX) else (suffix, "")
-        amount = next((self.amounts[base + s] for s in names if base + s in self.amounts), None)
-        for threshold in reached:
-            long_base = f"{base}_above_{threshold // 1000}k_tokens"
-            amount = next((self.amounts[long_base + s] for s in names
-                           if long_base + s in self.amounts), amount)
-        return amount
+        found, is_own = None, True
+        standard = self._amounts(key, "" if suffix != BATCH_SUFFIX else suffix, reached)
+        for own, live in zip(self._amounts(key, suffix, reached), standard):
+            if own is not None or live is not None:
+                found, is_own = (live, False) if own is None else (own, True)
+        return found, is_own
+
+    def _dearest_amount(self, key: str, reached: Sequence[int]) -> Rate:
+        """The highest price of a key in any tier, up to the thresholds reached; 0: it has none."""
+        return max([amount for suffix in set(TIER_SUFFIXES.values())
+                    for amount in self._amounts(key, suffix, reached) if amount is not None],
+                   default=0)
 
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
         """The thresholds whose long prices hold: above them; at xAI "once its prompt reaches" it.
@@ -811,35 +886,83 @@ class Price(NamedTuple):
         beyond = prompt_tokens + (self.provider == "xai")
         return self.thresholds and tuple([t for t in self.thresholds if beyond > t])
 
-    def rates(self, tier: Optional[str], prompt_tokens: int) -> dict[str, Rate]:
-        """Picodollars per token of each bucket, for a call that `tier` served.
+    def rates(self, tier: Optional[str], prompt_tokens: int) -> Mapping[str, Rate]:
+        """Picodollars per token of each bucket, for a call that `tier` served."""
+        return self._rates(tier_suffix(tier, self.provider), self._reached(prompt_tokens))[0]
 
-        Batch: a row without batch prices costs half of its live ones, as all of Anthropic does;
-        in other rows a bucket without one takes the price of the bucket it falls back to
-        (OpenAI's older models have no batch price for cached input: it costs what input does).
+    def guessed(self, tier: Optional[str], prompt_tokens: int) -> frozenset:
+        """The buckets whose rate is a guess: the row does not say what they cost in that tier."""
+        return self._rates(tier_suffix(tier, self.provider), self._reached(prompt_tokens))[1]
+
+    def _rates(self, suffix: str, reached: tuple) -> tuple[Mapping[str, Rate], frozenset]:
+        """(rates, the buckets for which they are a guess) of a tier beyond thresholds.
+
+        What a dear or unknown tier has no price for is guessed from above: at the highest that the
+        row has for it, or in proportion to what the tier does to the bucket it falls back to.
         """
-        suffix, reached = TIER_SUFFIXES.get(tier or "", ""), self._reached(prompt_tokens)
         if (suffix, reached) in self.known_rates:
             return self.known_rates[suffix, reached]
-        halves = suffix == BATCH_SUFFIX and (
-            self.provider == "anthropic" or not any(n.endswith(suffix) for n in self.amounts))
-        live = self.rates(None, prompt_tokens) if halves else {}
+        if suffix == BATCH_SUFFIX:
+            return self.known_rates.setdefault((suffix, reached), self._batch_rates(reached))
+        live = self._rates("", reached)[0] if suffix else {}
+        rates: dict[str, Rate] = {}
+        guessed = set()
+        for bucket, key, fallback in BUCKETS:
+            amount, is_own = self._amount(key, suffix, reached)
+            if is_own and amount is not None:
+                rates[bucket] = amount
+            elif amount is None:
+                rates[bucket] = rates.get(fallback or "", 0)
+            else:
+                guessed.add(bucket)
+                rates[bucket] = live[bucket] if suffix in CHEAP_SUFFIXES else max(
+                    self._dearest_amount(key, reached), live[bucket] if not live.get(fallback or "")
+                    else _exact(Fraction(live[bucket] * rates[fallback], live[fallback])))
+        return self.known_rates.setdefault((suffix, reached), (
+            rates, frozenset(guessed) if any(self.amounts.values()) else frozenset()))
+
+    def _batch_rates(self, reached: tuple) -> tuple[Mapping[str, Rate], frozenset]:
+        """A row without batch prices costs half of its live ones, as all of Anthropic does; in
+        other rows a bucket without one takes the price of the bucket it falls back to (OpenAI's
+        older models have no batch price for cached input: it costs what input does)."""
+        halves = self.provider == "anthropic" or not any(
+            name.endswith(BATCH_SUFFIX) for name in self.amounts)
+        live = self._rates("", reached)[0]
         rates: dict[str, Rate] = {}
         for bucket, key, fallback in BUCKETS:
-            amount = self._amount(key, suffix, reached)
+            amount, _ = self._amount(key, BATCH_SUFFIX, reached)
             if amount is None:
                 amount = Fraction(live[bucket]) / 2 if halves else rates.get(fallback or "", 0)
             rates[bucket] = amount
-        return self.known_rates.setdefault((suffix, reached), rates)
+        return rates, frozenset()
 
-    def dearest_rates(self, tiers: tuple, most_tokens: int) -> dict[str, Rate]:
+    def dearest_rates(self, tiers: Iterable[Optional[str]], most_tokens: int) -> Mapping[str, Rate]:
         """The highest rate of each bucket in any of the tiers, for a prompt up to a size."""
+        suffixes = frozenset(tier_suffix(tier, self.provider) for tier in tiers)
         reached = self._reached(most_tokens)
-        if (tiers, reached) not in self.known_rates:
-            cases = [self.rates(tier, tokens) for tier in tiers for tokens in (0, most_tokens)]
-            self.known_rates[tiers, reached] = {
-                bucket: max(rates[bucket] for rates in cases) for bucket in cases[0]}
-        return self.known_rates[tiers, reached]
+        if (suffixes, reached) not in self.known_rates:
+            cases = [self._rates(suffix, reached[:passed])[0] for suffix in suffixes
+                     for passed in range(len(reached) + 1)]
+            self.known_rates[suffixes, reached] = {
+                bucket: max(rates[bucket] for rates in cases) for bucket in PRICE_KEYS}
+        return self.known_rates[suffixes, reached]
+
+    @property
+    def search_picodollars(self) -> Rate:
+        """The most that one web search costs."""
+        return max(self.searches.values(), default=_picodollars(WEB_SEARCH_USD))
+
+    def call_fee(self, usage: Mapping[str, object]) -> Rate:
+        """Picodollars of a finished call beside its tokens and tools."""
+        if not self.searches or self.provider not in SEARCHES_EACH_CALL:
+            return self.call_picodollars
+        size = f"search_context_size_{usage.get('search_context_size')}"
+        return self.call_picodollars + self.searches.get(size, self.search_picodollars)
+
+    def residency_multiplier(self, region: Optional[str]) -> Rate:
+        """Of OpenAI's regional hosts; for one that the row does not name, the highest."""
+        known = self.residency_multipliers
+        return 1 if region is None else known.get(region, max(known.values(), default=1))
 
     def per_million(self) -> tuple[str, str]:
         """Input and output in USD for a million tokens, to be read by people."""
@@ -854,6 +977,11 @@ def microdollars_ceil(picodollars: Rate) -> int:
 
 
 BillLine = tuple[str, int, Rate]          # what was used, how many, picodollars for each
+
+
+class Bill(list):
+    """The BillLines of one finished call; `doubt` says why they may be too high."""
+    doubt: Optional[str] = None
 
 
 def total_of(lines: Iterable[BillLine]) -> int:
@@ -892,31 +1020,81 @@ def _object_in(row: Mapping[str, object], name: str) -> Mapping[str, object]:
     return value
 
 
+def _token_prices(row: Mapping[str, object]) -> dict[str, Union[Decimal, int]]:
+    """The prices of tokens in a row, with thresholds in tokens. Raises ValueError.
+
+    The ranges of `tiered_pricing` become thresholds: the first holds from 0 on.
+    """
+    prices = {}
+    for name in row:
+        found = _PRICE_KEY.fullmatch(name)
+        if found is not None:
+            place = f"_above_{int(found[2]) * 1000}_tokens" if found[2] else ""
+            prices[f"{found[1]}{place}{found[3] or ''}"] = _checked(row, name)
+    tiers = row.get("tiered_pricing") or []
+    for tier in tiers if isinstance(tiers, list) else [tiers]:
+        start = tier["range"][0] if isinstance(tier, Mapping) and isinstance(
+            tier.get("range"), list) and tier["range"] else None
+        if not _is_amount(start) or set(tier) - {"range", *PRICE_KEYS.values()}:
+            raise ValueError("tiered_pricing must be a list of ranges of prompt tokens with prices")
+        place = f"_above_{int(start)}_tokens" if start else ""
+        prices.update({f"{name}{place}": _checked(tier, name) for name in tier if name != "range"})
+    return prices
+
+
+def _check_all_is_read(key: str, row: Mapping[str, object]) -> None:
+    """Raises ValueError, naming it, where a call may be billed by something that is not read."""
+    if ROUTER_KEY.search(key):
+        raise ValueError("prices a router, and not the models that it calls")
+    for name in row:
+        if _PRICE_KEY.fullmatch(name) or not row[name] or not _MAY_BE_PRICE.search(name):
+            continue
+        dearer = TAKEN_AS.get(name)
+        is_read = name in (_SEARCHES, "tiered_pricing", *CALL_FEES) or _RESIDENCY.fullmatch(name) \
+            or UNBILLED_KEYS.fullmatch(name) or row.get(BY_THE_PIECE.get(name, "")) \
+            or (dearer is not None and _is_no_dearer(row, name, row, dearer)) \
+            or (name == "off_peak_pricing" and all(
+                _is_no_dearer(_object_in(row, name), cell, row, cell)
+                for cell in _object_in(row, name) if _MAY_BE_PRICE.search(cell)))
+        if not is_read:
+            raise ValueError(f"{name} is a price that is not known, so that the row is not enough")
+    for name, value in _object_in(row, "provider_specific_entry").items():
+        if name not in ("us", "fast") and _is_amount(value) and value != 1:
+            raise ValueError(f"provider_specific_entry.{name} is not known")
+
+
+def _is_no_dearer(row: Mapping[str, object], name: str, other_row: Mapping[str, object],
+                  other: str) -> bool:
+    return _checked(row, name) <= _checked(other_row, other, 0)
+
+
 def price_from_row(key: str, row: object) -> Price:
     """The Price in one row of LiteLLM's table. Raises ValueError, naming a field, for what is none.
 
-    A row with a negative, infinite or non-numeric price anywhere is not a price at all.
+    A row with a negative, infinite or non-numeric price anywhere is not a price at all, nor is
+    one with a price that is not read.
     """
     if not isinstance(row, Mapping):
         raise ValueError("must be an object")
-    _checked(row, INPUT_PRICE)
-    if row.get("mode") != "embedding":
-        _checked(row, OUTPUT_PRICE)
-    token_prices = {name: _checked(row, name) for name in row
-                    if "cost" in name and "_token" in name and not name.startswith("search")}
-    extras = _object_in(row, "provider_specific_entry")
-    search = _checked(_object_in(row, _SEARCHES), "search_context_size_medium", WEB_SEARCH_USD)
+    prices = _token_prices(row)
+    for name in (INPUT_PRICE,) if row.get("mode") == "embedding" else (INPUT_PRICE, OUTPUT_PRICE):
+        _checked(prices, name)
+    _check_all_is_read(key, row)
+    seller = str(row.get("litellm_provider") or "")
+    extras, searches = _object_in(row, "provider_specific_entry"), _object_in(row, _SEARCHES)
     return Price(
-        key=key, provider=str(row.get("litellm_provider") or ""),
-        amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in token_prices.items()}),
-        thresholds=tuple(sorted({int(found[1]) * 1000 for name in token_prices
-                                 for found in [re.search(_THRESHOLD, name)] if found})),
-        search_picodollars=_picodollars(Decimal(search)),
+        key=key, provider=seller,
+        amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in prices.items()}),
+        thresholds=tuple(sorted({int(tokens) for name in prices
+                                 for tokens in re.findall("_above_([0-9]+)_tokens", name)})),
+        call_picodollars=sum([_picodollars(Decimal(_checked(row, name, 0))) for name in CALL_FEES]),
+        searches=MappingProxyType({
+            size: _picodollars(Decimal(_checked(searches, size))) for size in searches}),
         us_multiplier=_multiplier_of(extras, "us"),
         fast_multiplier=_multiplier_of(extras, "fast"),
         residency_multipliers=MappingProxyType({
-            place: _multiplier_of(row, f"regional_processing_uplift_multiplier_{place}")
-            for place in ("us", "eu")}),
+            found[1]: _multiplier_of(row, found[0])
+            for found in map(_RESIDENCY.fullmatch, row) if found}),
         max_input_tokens=_limit(row, "max_input_tokens"),
         max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"),
         known_rates={})
@@ -929,7 +1107,26 @@ ECHO_ROW = MappingProxyType({
     "max_input_tokens": 1_000_000, "max_output_tokens": 100_000,
 })
 FREE_ROW = MappingProxyType({INPUT_PRICE: 0, OUTPUT_PRICE: 0})
-_DATE_SUFFIX = r"(-\d{4}-\d{2}-\d{2}|[-@]\d{8}|@default|-\d{4})$"
+
+# Our name of a provider -> further names that LiteLLM has for it, beside the same one. Prices of
+# anybody else for a model of the same name are not its prices.
+SELLERS = MappingProxyType({
+    "azure": ("azure_text",), "bedrock": ("bedrock_converse", "bedrock_mantle"),
+    "cohere": ("cohere_chat",), "fireworks_ai": ("fireworks_ai-embedding-models",),
+    "github": ("github_models",), "llamacpp": ("llamafile",), "openai": ("text-completion-openai",),
+    "vertex": ("vertex_ai", "vertex_ai-language-models", "vertex_ai-anthropic_models",
+               "vertex_ai-embedding-models"),
+    "vllm": ("hosted_vllm",),
+})
+# Endings of a name that leave the price as it is: none, a date, "latest".
+NAME_ENDINGS = ("", r"-[0-9]{4}-[0-9]{2}-[0-9]{2}|[-@][0-9]{8}|@default", "-latest")
+MONTH_AND_DAY = r"-(0[1-9]|1[0-2])([0-2][0-9]|3[01])"     # gpt-4-0613; elsewhere it is a version
+DATED_BY_MONTH = frozenset({"openai", "azure", ""})
+
+
+def sellers(provider: str) -> tuple[str, ...]:
+    """The names that price tables have for a provider."""
+    return (provider, *SELLERS.get(provider, ()))
 
 
 class PriceBook:
@@ -960,6 +1157,13 @@ class PriceBook:
         """The names of all rows that price tokens, sorted."""
         return sorted(key for key in self._rows if self._row(key) is not None)
 
+    def cells(self, key: str) -> dict[str, object]:
+        """What a row that prices tokens says of prices and limits; nothing of another."""
+        return {} if self._row(key) is None else {
+            name: value for name, value in self._rows[key].items()
+            if _MAY_BE_PRICE.search(name) or name.startswith("max_")
+            or name in ("alias_of", "litellm_provider", "provider_specific_entry")}
+
     def with_own(self, rows: Mapping[str, object], *, free_providers: Iterable[str],
                  price_as: Mapping[str, str]) -> PriceBook:
         """This book with an operator's own prices: rows that replace those of the same name, the
@@ -975,8 +1179,10 @@ class PriceBook:
 
     def _row(self, key: str) -> Optional[Price]:
         if key in self._rows and key not in self._prices:
+            row = self._rows[key]
+            named = row.get("alias_of", key) if isinstance(row, Mapping) else key
             try:
-                self._prices[key] = price_from_row(key, self._rows[key])
+                self._prices[key] = price_from_row(str(named), self._rows.get(str(named)))
             except ValueError:
                 self._prices[key] = None
         return self._prices.get(key)
@@ -996,30 +1202,44 @@ class PriceBook:
     def _own_price(self, model: str, provider: str) -> Optional[Price]:
         """The price that a model has itself, or None.
 
-        Tried in order: the name itself, with the provider's prefix, without it; then each less
-        its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row only.
+        Tried in order: the name itself, and without a prefix that names the provider again; then
+        each less its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row
+        only.
         """
         if provider in self._free_providers:
             return price_from_row(f"{provider}/*", FREE_ROW)
         if model.startswith("ft:"):
-            return self._row(":".join(model.split(":")[:2]))
-        names = [model, f"{provider}/{model}"]
+            return self._sold(":".join(model.split(":")[:2]), provider)
         prefix, slash, rest = model.partition("/")
-        if slash and (prefix == "models" or prefix == provider in ("openai", "anthropic")):
-            names.append(rest)
-        for shorten in (lambda name: name, lambda name: re.sub(_DATE_SUFFIX, "", name),
-                        lambda name: re.sub(r"-latest$", "", name)):
+        names = [model, rest] if slash and prefix in ("models", provider) else [model]
+        for ending in NAME_ENDINGS:
+            if ending and provider in DATED_BY_MONTH:
+                ending = f"{ending}|{MONTH_AND_DAY}"
             for name in names:
-                price = self._row(shorten(name))
+                price = self._sold(re.sub(f"({ending})$", "", name), provider)
                 if price is not None:
                     return price
         return None
+
+    def _sold(self, name: str, provider: str) -> Optional[Price]:
+        """The row of a name as a provider sells it: its row under provider/name; else a row under
+        the name that is about this provider. One that names no seller is an operator's own, and
+        about whoever serves the model."""
+        names = sellers(provider) if provider else ()
+        for key in [f"{seller}/{name}" for seller in names]:
+            if self._row(key) is not None:
+                return self._row(key)
+        price = self._row(name)
+        if price is None or not provider or price.provider in names:
+            return price
+        return None if price.provider else price._replace(provider=provider, known_rates={})
 
     def price(self, model: str, provider: str = "") -> Price:
         """As find(), but raises UnpricedModel, naming the key to add."""
         price = self.find(model, provider)
         if price is None:
-            shown = shown_name(model)
+            is_anothers = self._row(model) is not None
+            shown = shown_name(f"{provider}/{model}" if is_anothers else model)
             raise UnpricedModel(
                 f"no price is known for the model {shown}: add the key \"{shown}\" with "
                 f"{INPUT_PRICE} and {OUTPUT_PRICE} to pricing.json or to prices in --config, or "
@@ -1036,7 +1256,7 @@ class PriceBook:
 
     def bill(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
-             tool_calls: Optional[Mapping[str, int]] = None) -> list[BillLine]:
+             tool_calls: Optional[Mapping[str, int]] = None) -> Bill:
         """What one finished call is charged for, line by line.
 
         Shape: `usage` is the provider's own usage object; `service_tier` is the one that served
@@ -1044,7 +1264,7 @@ class PriceBook:
         `tool_calls` counts OpenAI's hosted-tool items by type, which its usage leaves out.
         Raises: UnpricedModel; MalformedUsage.
         """
-        lines = []
+        lines = Bill()
         price = self.price(model, provider)
         tier = usage.get("service_tier") if api == "messages" else None
         tier = tier if isinstance(tier, str) else service_tier
@@ -1052,10 +1272,18 @@ class PriceBook:
             entry_price = price if entry_model == model else self.price(entry_model, provider)
             counts = USAGE_READERS[api](entry)
             rates = entry_price.rates(tier, counts.prompt_tokens)
+            if rates["image_output"] > rates["output"] and "image_output" not in counts.buckets:
+                rates = {**rates, "output": rates["image_output"]}
             multiplier = _multiplier(entry_price, usage, api, data_residency)
-            lines += [(bucket, count, rates[bucket] * multiplier)
-                      for bucket, count in counts.buckets.items() if count]
-        return lines + _fees(price, usage, api, tool_calls or {})
+            used = {bucket: count for bucket, count in counts.buckets.items() if count}
+            lines += [(bucket, count, rates[bucket] * multiplier) for bucket, count in used.items()]
+            if not used.keys().isdisjoint(entry_price.guessed(tier, counts.prompt_tokens)):
+                lines.doubt = f"no price is known for the tier {shown_name(str(tier))}"
+        lines += _fees(price, usage, api, tool_calls or {})
+        more = _reported_picodollars(usage, provider) - sum([n * rate for _, n, rate in lines])
+        if more > 0:
+            lines.append(("reported beyond that", 1, more))
+        return lines
 
 
 def billed_entries(usage: Mapping[str, object],
@@ -1079,20 +1307,29 @@ def billed_entries(usage: Mapping[str, object],
 def _multiplier(price: Price, usage: Mapping[str, object], api: str,
                 data_residency: Optional[str]) -> Rate:
     if api != "messages":
-        return price.residency_multipliers.get(data_residency or "", 1)
+        return price.residency_multiplier(data_residency)
     place = price.us_multiplier if usage.get("inference_geo") == "us" else 1
     return place * (price.fast_multiplier if usage.get("speed") == "fast" else 1)
 
 
+def _reported_picodollars(usage: Mapping[str, object], provider: str) -> Rate:
+    """What a provider says that a call cost; 0 where it says nothing that is an amount."""
+    value: object = usage if provider in REPORTED_COSTS else None
+    for name in REPORTED_COSTS.get(provider, ()):
+        value = json_object(value).get(name)
+    amount = exact_number(str(value))
+    return _picodollars(amount) if _is_amount(amount) else 0
+
+
 def _fees(price: Price, usage: Mapping[str, object], api: str,
           tool_calls: Mapping[str, int]) -> list[BillLine]:
-    """Per-call fees: searches and hosted tools."""
-    searches = tool_calls.get("web_search_call", 0)
+    """What is billed by the call: the call itself, searches and hosted tools."""
+    searches, fee = tool_calls.get("web_search_call", 0), price.call_fee(usage)
     if api == "messages":
         searches += _count(usage.get("server_tool_use"), "web_search_requests")
-    elif not tool_calls:
+    elif not tool_calls and not fee:
         return []
-    lines = (("web_search", searches, price.search_picodollars),
+    lines = (("call", 1 if fee else 0, fee), ("web_search", searches, price.search_picodollars),
              ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
              ("container", int(bool(tool_calls.get("code_interpreter_call"))),
               CONTAINER_PICODOLLARS))
@@ -2044,16 +2281,12 @@ def lowered_thinking(fields: Mapping[str, object], cap: int) -> dict:
                                                       "budget_tokens": lowered}}
 
 
-_KNOWN_TIERS = frozenset({*TIER_SUFFIXES, "default", "standard", "standard_only", "scale"})
-
-
 def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> tuple:
     """The service tiers that may serve a request; an unknown one may be any."""
     asked = fields.get("service_tier")
     if asked in (None, "auto"):
         return None, default_tier
-    return (None, asked) if isinstance(asked, str) and asked in _KNOWN_TIERS \
-        else (None, *TIER_SUFFIXES)
+    return None, asked if isinstance(asked, str) else UNKNOWN_TIER
 
 
 def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
@@ -2066,11 +2299,11 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
         return any(word in body.raw for word in (b"\\u", *words))
 
     dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
-    output = max(dearest["output"], dearest["reasoning"])
+    output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
     if body.fields.get("audio") is not None or body.fields.get("modalities") is not None:
         output = max(output, dearest["audio_output"])
     # The body is searched only for what would change the rate.
-    plain = max(dearest["input"], dearest["audio_input"], dearest["cache_read"])
+    plain = max([dearest[bucket] for bucket in INPUT_BUCKETS - WRITE_BUCKETS])
     write, long_write = dearest["cache_write"], max(dearest["cache_write_1h"],
                                                     dearest["cache_write_12h"])
     if max(write, long_write) > plain and (api != "messages" or may_say(b"cache_control")):
@@ -2091,7 +2324,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     fields = body.fields
     if input_tokens is None:
         input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
-    multiplier = price.residency_multipliers.get(data_residency or "", 1)
+    multiplier = price.residency_multiplier(data_residency)
     if api == "messages":
         multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
         if fields.get("speed") is not None:
@@ -2103,7 +2336,8 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
 
     rates = rates_up_to(input_tokens)
     return Bound(
-        input_tokens=input_tokens, input_picodollars=input_tokens * rates[0],
+        input_tokens=input_tokens,
+        input_picodollars=input_tokens * rates[0] + price.call_fee({}),
         output_picodollars=rates[1],
         unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
@@ -5931,7 +6165,7 @@ KNOWN_PROVIDERS = (
     ("ollama", "openai", "", "http://127.0.0.1:11434"),
     ("vllm", "openai", "", "http://127.0.0.1:8000"),
 )
-REGIONAL_HOST = r"(?i)https?://(us|eu)\.api\.openai\.com(?![\w.-])"
+REGIONAL_HOST = r"(?i)https?://([a-z]{2})\.api\.openai\.com(?![\w.-])"
 # They refuse an assistant's message without the reasoning that they gave with it.
 WANT_REASONING_BACK = frozenset({"deepseek"})
 
@@ -5959,7 +6193,7 @@ class Provider(NamedTuple):
 
     @property
     def data_residency(self) -> Optional[str]:
-        """"us" or "eu" for OpenAI's regional hosts, which cost more."""
+        """"us", "eu" and the like for OpenAI's regional hosts, which cost more."""
         return _host_and_region(self.base_url)[1]
 
     def credentials(self) -> dict[str, str]:
@@ -7355,7 +7589,8 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
         return Charge()
     if call.meter.usage is not None and call.meter.usage_is_final:
         try:
-            return Charge(_metered_bill(call, prices, call.meter.usage))
+            lines = _metered_bill(call, prices, call.meter.usage)
+            return Charge(lines, lines.doubt)
         except MalformedUsage as err:
             return Charge(reserved_in_full(call), f"malformed usage: {err}")
         except UnpricedModel:
@@ -7368,7 +7603,7 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
     return Charge(reserved_in_full(call), reason)
 
 
-def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> list[BillLine]:
+def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> Bill:
     """The exact bill: by the answer's model, tier, speed and place; where it does not tell one,
     or names a model that this provider does not sell, by the request's."""
     asked, answered = call.body.fields, call.meter.model
@@ -7420,7 +7655,7 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
     counts: Sequence = (None, None, None)
     if charge.lines and charge.estimated is None:
         counts = [sum([count for what, count, _ in charge.lines if what in buckets])
-                  for buckets in (INPUT_BUCKETS, ("cache_read",), OUTPUT_BUCKETS)]
+                  for buckets in (INPUT_BUCKETS, READ_BUCKETS, OUTPUT_BUCKETS)]
     elif call.meter.usage is not None:
         with contextlib.suppress(MalformedUsage):
             usage = USAGE_READERS[call.api](call.meter.usage)
@@ -8737,12 +8972,14 @@ class Router:
                  if provider.key is not None or not provider.key_env
                  or (self.server is not None and name == self.server.provider_name)}
         models = {}
+        owners = {seller: name for name in ready for seller in sellers(name)}
         for key in self.prices.keys():
-            price = self.prices.price(key)
-            if price.provider in ready and caller.may_use(price.provider, key):
-                plain = price.provider in ("openai", "anthropic", ECHO_PROVIDER.name) \
-                    or key.startswith(price.provider + "/")
-                models[key if plain else f"{price.provider}/{key}"] = (price.provider, price)
+            price, (prefix, _, rest) = self.prices.price(key), key.partition("/")
+            owner = owners.get(price.provider or prefix)
+            model = rest if owners.get(prefix) == owner and key != ECHO_MODEL else key
+            if owner is not None and caller.may_use(owner, model):
+                plain = model == key and owner in ("openai", "anthropic", ECHO_PROVIDER.name)
+                models[key if plain else f"{owner}/{model}"] = (owner, price)
         for alias in self.config.aliases:
             provider, model = self._provider_of_model(alias, None)
             price = self.prices.find(model, provider.name)
@@ -9854,6 +10091,8 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
         f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
     parser.add_argument("--json", action="store_true", help="usage: print JSON")
+    parser.add_argument("--compare", metavar="FILE",
+                        help="models: print what another price table would change")
     parser.add_argument("--since", metavar="DATE", help="usage: from this day or time on (UTC)")
     for row in SETTINGS:
         if row.parse is None:
@@ -10475,11 +10714,33 @@ def run_selftest(settings: Settings, given: Mapping[str, object]) -> int:
     return 1 if broken else 0
 
 
+def price_changes(old: PriceBook, new: PriceBook) -> Iterator[tuple[str, str]]:
+    """(kind, line) of each difference that a newer price table would make: "+" a model that it
+    adds, "-" one that it lacks, "~" a cell that differs."""
+    for key in sorted({*old.keys(), *new.keys()}):
+        was, becomes = old.cells(key), new.cells(key)
+        if not was or not becomes:
+            told = "input {}, output {}".format(*(old if was else new).price(key).per_million())
+            yield "-" if was else "+", f"{key}: {told}"
+            continue
+        for cell in sorted({*was, *becomes}):
+            if was.get(cell) != becomes.get(cell):
+                yield "~", f"{key}: {cell} {was.get(cell, 'absent')} -> " \
+                           f"{becomes.get(cell, 'absent')}"
+
+
 def run_models(settings: Settings, given: Mapping[str, object]) -> int:
-    """List what is priced, in USD for a million tokens."""
+    """List what is priced, in USD for a million tokens; or what another table would change."""
     config = Config() if settings.config_path is None else load_config(
         settings.config_path, settings.environ, allow_plain_http=settings.allow_plain_http)
     prices = prices_under(config, load_prices(settings))
+    if given["compare"] is not None:
+        kinds: Counter = Counter()
+        for kind, line in price_changes(prices, read_prices(given["compare"])):
+            kinds[kind] += 1
+            print(f"{kind} {re.sub(UNPRINTABLE, '?', line)}")
+        print(f"{kinds['+']} models added, {kinds['-']} removed, {kinds['~']} cells changed")
+        return 0
     print(f"{'model':50} {'provider':12} {'input':>12} {'output':>12}  USD per million tokens")
     for key in prices.keys():
         price = prices.price(key)
@@ -10502,7 +10763,8 @@ COMMANDS = MappingProxyType({
     "audit": (run_audit, "recompute every row of --ledger"),
     "tokens": (run_tokens, "list | add NAME [field=value ...] | revoke NAME, in --config"),
     "selftest": (run_selftest, "try every guarantee against a fake provider inside the process"),
-    "models": (run_models, "list what is priced, and how"),
+    "models": (run_models, "list what is priced, and how; with --compare FILE, what another price "
+               "table would change"),
     "version": (run_version, "print the version"),
 })
 

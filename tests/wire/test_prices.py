@@ -329,3 +329,87 @@ def test_an_absurd_limit_is_a_bad_request(mock, proxy_for, limit):
     connection.close()
 
     assert (400, "invalid_request_error") == (answer.status, body["error"]["type"])
+
+
+# The right price, or none.
+
+@pytest.mark.parametrize("model", [
+    "openrouter/deepseek/deepseek-chat", "openrouter/openai/gpt-4o-mini", "lab/gpt-4o-mini",
+    "lab/ft:gpt-4o-2024-08-06:a::b"])
+def test_another_sellers_price_is_no_price(mock, proxy_with, model):
+    proxy = proxy_with({"providers": {name: {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}
+                                      for name in ("openrouter", "lab")}})
+
+    answer = chat(proxy, model)
+
+    assert (400, "unpriced_model") == (answer.status, answer.json["error"]["code"])
+    assert [] == mock.seen
+
+
+@pytest.mark.parametrize("more, per_token", [
+    ({"prices": {"lab/gpt-4o-mini": DOLLAR}}, 1), ({"prices": {"gpt-4o-mini": DOLLAR}}, 1),
+    ({"prices": {"mine": DOLLAR}, "price_as": {"lab/*": "mine"}}, 1), ({"free": True}, 0)],
+    ids=["a row of its own", "a row without a seller", "priced as another", "free"])
+def test_a_provider_of_ones_own_is_priced_by_its_operator(mock, proxy_with, more, per_token):
+    lab = {"base_url": mock.url, "key_env": "OPENAI_API_KEY", "free": more.pop("free", False)}
+    proxy = proxy_with({"providers": {"lab": lab}, **more})
+
+    answer = chat(proxy, "lab/gpt-4o-mini")
+
+    assert per_token * tokens_of(answer) == cost_of(answer)
+
+
+def test_an_answer_of_a_tier_without_a_price_is_charged_at_the_highest_and_marked(
+        mock, proxy_with):
+    def served_by_priority(request):
+        reply = mock.default_reply(request)
+        body = json.loads(reply.body)
+        body["service_tier"] = "priority"
+        return reply.with_steps([json.dumps(body).encode()])
+    proxy = proxy_with({"prices": {"gpt-6.9-sol": {**DOLLAR, f"{IN}_ultrafast": 5e-6,
+                                                   f"{OUT}_ultrafast": 5e-6}}})
+    mock.script(served_by_priority)
+
+    answer = chat(proxy)
+
+    row = call(proxy.port, "GET", "/ironcage/usage?limit=1").json["rows"][0]
+    assert 5 * tokens_of(answer) == cost_of(answer) == row["cost_microdollars"]
+    assert "no price is known for the tier priority" == row["estimated"]
+    assert (answer.json["usage"]["prompt_tokens"], answer.json["usage"]["completion_tokens"]) == (
+        row["input_tokens"], row["output_tokens"])
+
+
+def test_the_list_of_models_has_those_that_can_be_called_by_their_names(mock, proxy_with):
+    proxy = proxy_with(
+        {"providers": {"lab": {"base_url": mock.url}, "groq": {"base_url": mock.url}}},
+        {"gpt-4o": {**DOLLAR, "litellm_provider": "openai"}, "lab/own": DOLLAR,
+         "groq/llama": {**DOLLAR, "litellm_provider": "groq"}, "nobodys": DOLLAR,
+         "babbage": {**DOLLAR, "litellm_provider": "text-completion-openai"},
+         "xai/grok": {**DOLLAR, "litellm_provider": "xai"}},
+        environ={"GROQ_API_KEY": "gsk-0123456789abcdef"})
+
+    listed = {row["id"] for row in call(proxy.port, "GET", "/v1/models").json["data"]}
+
+    assert {"gpt-4o", "lab/own", "groq/llama", "babbage", "ironcage/echo"} == listed
+
+
+def test_what_another_table_would_change_is_printed(files, capsys):
+    old = files("old.json", {"same": DOLLAR, "gone": DOLLAR, "other": {**DOLLAR, "max_tokens": 5},
+                             "image": {"output_cost_per_image": 1}})
+    new = files("new.json", {"same": {**DOLLAR, "source": "x"}, "fresh": {IN: 2e-6, OUT: 0},
+                             "other": {IN: 1e-6, OUT: 3e-6, "cache_read_input_token_cost": 1e-7}})
+
+    code = program().main(["models", "--pricing", old, "--compare", new])
+
+    assert 0 == code
+    assert ["+ fresh: input $2.00, output $0.00", "- gone: input $1.00, output $1.00",
+            "~ other: cache_read_input_token_cost absent -> 1E-7",
+            "~ other: max_tokens 5 -> absent",
+            "~ other: output_cost_per_token 0.000001 -> 0.000003",
+            "1 models added, 1 removed, 3 cells changed"] == capsys.readouterr().out.splitlines()
+
+
+def test_a_table_to_compare_with_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    code = program().main(["models", "--compare", str(tmp_path / "nowhere.json")])
+
+    assert (2, 1) == (code, capsys.readouterr().err.count("\n"))

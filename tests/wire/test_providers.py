@@ -224,7 +224,10 @@ def test_regional_hosts_of_openai_are_known(url, region):
 
 
 def test_a_provider_that_a_reload_removes_finishes_what_it_began(mock, proxy_with):
-    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"}}},
+    row = {"input_cost_per_token": 1.5e-7, "output_cost_per_token": 6e-7,
+           "cache_read_input_token_cost": 7.5e-8}
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url, "key_env": "LAB_KEY"}},
+                        "prices": {"lab/gpt-4o-mini": row}},
                        "--budget", "1", environ={"LAB_KEY": OPENAI_KEY})
     gate = Gate()
 
