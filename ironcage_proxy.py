@@ -819,6 +819,9 @@ BY_THE_PIECE = MappingProxyType({"output_cost_per_image": PRICE_KEYS["image_outp
 # Rows that price the choice of a model, and not the model that was chosen.
 ROUTER_KEY = re.compile(r"(^|/)model[_-]router(/|$)")
 SEARCHES_EACH_CALL = frozenset({"perplexity"})    # its fee for a search is one for each request
+# Providers whose usage says what a call cost, in USD, and where. Sources: OpenRouter's usage
+# accounting, Perplexity's API reference; read November 2026.
+REPORTED_COSTS = MappingProxyType({"openrouter": ("cost",), "perplexity": ("cost", "total_cost")})
 
 WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
 FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
@@ -845,7 +848,7 @@ class Price(NamedTuple):
     amounts: Mapping[str, Rate]
     thresholds: tuple[int, ...]               # prompt tokens, ascending
     call_picodollars: Rate                    # each call, beside its tokens
-    searches: Mapping[str, Rate]              # each web search, by the size of its context
+    searches: Mapping[str, Rate]              # each web search, by the size of its context, if told
     us_multiplier: Rate                       # Anthropic inference_geo "us"
     fast_multiplier: Rate                     # Anthropic speed "fast"
     residency_multipliers: Mapping[str, Rate]         # OpenAI's regional hosts: "us", "eu", ...
@@ -947,11 +950,11 @@ class Price(NamedTuple):
     @property
     def search_picodollars(self) -> Rate:
         """The most that one web search costs."""
-        return max(self.searches.values())
+        return max(self.searches.values(), default=_picodollars(WEB_SEARCH_USD))
 
     def call_fee(self, usage: Mapping[str, object]) -> Rate:
         """Picodollars of a finished call beside its tokens and tools."""
-        if self.provider not in SEARCHES_EACH_CALL:
+        if not self.searches or self.provider not in SEARCHES_EACH_CALL:
             return self.call_picodollars
         size = f"search_context_size_{usage.get('search_context_size')}"
         return self.call_picodollars + self.searches.get(size, self.search_picodollars)
@@ -1079,7 +1082,6 @@ def price_from_row(key: str, row: object) -> Price:
     _check_all_is_read(key, row)
     seller = str(row.get("litellm_provider") or "")
     extras, searches = _object_in(row, "provider_specific_entry"), _object_in(row, _SEARCHES)
-    has_searches = searches or seller not in SEARCHES_EACH_CALL
     return Price(
         key=key, provider=seller,
         amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in prices.items()}),
@@ -1087,8 +1089,7 @@ def price_from_row(key: str, row: object) -> Price:
                                  for tokens in re.findall("_above_([0-9]+)_tokens", name)})),
         call_picodollars=sum([_picodollars(Decimal(_checked(row, name, 0))) for name in CALL_FEES]),
         searches=MappingProxyType({
-            size: _picodollars(Decimal(_checked(searches, size))) for size in searches}
-            or {"": _picodollars(WEB_SEARCH_USD) if has_searches else 0}),
+            size: _picodollars(Decimal(_checked(searches, size))) for size in searches}),
         us_multiplier=_multiplier_of(extras, "us"),
         fast_multiplier=_multiplier_of(extras, "fast"),
         residency_multipliers=MappingProxyType({
@@ -1279,6 +1280,9 @@ class PriceBook:
             if not used.keys().isdisjoint(entry_price.guessed(tier, counts.prompt_tokens)):
                 lines.doubt = f"no price is known for the tier {shown_name(str(tier))}"
         lines += _fees(price, usage, api, tool_calls or {})
+        more = _reported_picodollars(usage, provider) - sum([n * rate for _, n, rate in lines])
+        if more > 0:
+            lines.append(("reported beyond that", 1, more))
         return lines
 
 
@@ -1306,6 +1310,15 @@ def _multiplier(price: Price, usage: Mapping[str, object], api: str,
         return price.residency_multiplier(data_residency)
     place = price.us_multiplier if usage.get("inference_geo") == "us" else 1
     return place * (price.fast_multiplier if usage.get("speed") == "fast" else 1)
+
+
+def _reported_picodollars(usage: Mapping[str, object], provider: str) -> Rate:
+    """What a provider says that a call cost; 0 where it says nothing that is an amount."""
+    value: object = usage if provider in REPORTED_COSTS else None
+    for name in REPORTED_COSTS.get(provider, ()):
+        value = json_object(value).get(name)
+    amount = exact_number(str(value))
+    return _picodollars(amount) if _is_amount(amount) else 0
 
 
 def _fees(price: Price, usage: Mapping[str, object], api: str,
