@@ -1621,7 +1621,7 @@ def _is_no_object(value: object, price: Price) -> bool:
 
 
 def _has_a_priced_tier(value: object, price: Price) -> bool:
-    suffix = TIER_SUFFIXES.get(str(value), "")
+    suffix = tier_suffix(str(value), price.provider)
     return not suffix or any(key.endswith(suffix) for key in price.amounts)
 
 
@@ -2056,7 +2056,7 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     """
     check_thread(body.fields)
     opened = _check_fields(api, body, price, provider, hatches)
-    if SEARCHING_MODEL.search(price.key):
+    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(str(body.fields.get("model"))):
         raise UnboundedRequest("a model that searches by itself cannot be used under a budget: "
                                "its searches cannot be bounded", param="model")
     for field, kind, _ in prompt_parts(body):
@@ -2155,7 +2155,8 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                 f"max_input_tokens for {price.key} to bound it with")
         return context
     text, utf8_bytes = body.raw, len(body.raw)
-    if price.provider == "anthropic" and (b"\\u" in text or not text.isascii()):
+    tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
+    if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
         text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False)) \
             .encode("utf-8", "surrogatepass")
@@ -2167,7 +2168,7 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         again = json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
         utf8_bytes += len(again)
         text = text + again if measured else text
-    tokens = min(utf8_bytes, _measured_tokens(text, price.provider)) if measured else utf8_bytes
+    tokens = min(utf8_bytes, _measured_tokens(text, tokenizer)) if measured else utf8_bytes
     with_images = tokens + _unseen_prompt_tokens(body) + len(images) * (per_image or 0)
     return min(with_images, context) if images and price.max_input_tokens else with_images
 
@@ -9000,6 +9001,13 @@ class Router:
         return bound_of_request(call.api, call.body, price, measured=True, **options,
                                 input_tokens=self._counted_tokens(call, price, options["window"]))
 
+    def _tight_bound(self, call: Call) -> Optional[Bound]:
+        """The bound of a call that is charged by it, where a closer look can pay."""
+        bound = call.bound
+        if bound is None or bound.loops or len(call.body.raw) < LEAST_COUNTED_BYTES:
+            return bound
+        return min(bound, self._bound(call, call.price, 0), key=lambda one: one.input_picodollars)
+
     def _counted_tokens(self, call: Call, price: Price, window: int) -> Optional[int]:
         """A bound on a call's input from what its provider counted before; None: it did not."""
         fields, scope = call.body.fields, json.dumps(count_scope(call))
@@ -9468,6 +9476,8 @@ class Router:
             return call.charge
         elapsed_ns = time.monotonic_ns() - call.sent_ns
         try:
+            if call.was_sent and not call.meter.usage_is_final:
+                call.bound = self._tight_bound(call)
             call.charge = charge_of(call, call.prices, elapsed_ns)
         finally:
             call.charge = call.charge or Charge(reserved_in_full(call), "a fault of the proxy")

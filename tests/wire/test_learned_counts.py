@@ -172,3 +172,19 @@ def test_codex_as_it_grows_is_bounded_by_what_was_counted(mock, proxy_for):
 
     output = 4_000 * 30
     assert reserved_for(proxy, fields, "/v1/responses") - output < (guessed - output) * 0.6
+
+
+def test_a_call_without_usage_is_charged_by_the_closest_bound_not_by_the_quickest(mock, proxy_for):
+    """While money is plenty a body is bounded by its bytes, which is four times its tokens."""
+    proxy = proxy_for("--budget", "50")
+    mock.always = message_reply()
+    reserved_for(proxy, fields_of(9))
+    mock.always = None
+    mock.script(Reply(answers=False))
+
+    call(proxy.port, "POST", "/v1/messages", fields_of(11))
+
+    row = call(proxy.port, "GET", "/ironcage/usage?limit=1").json["rows"][0]
+    counted = tokens_of(mock.seen[0])
+    assert row["estimated"] and 3.75 * counted < row["cost_microdollars"] < 2.5 * 3.75 * counted
+    assert row["cost_microdollars"] * 1.8 < row["bound_microdollars"] - 500 * 15
