@@ -100,7 +100,7 @@ __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequ
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
            "RouterStopped", "Settings", "UnpricedModel", "input_tokens_upper_bound", "main",
            "settings_from"]
-__version__ = "0.2.3"
+__version__ = "0.3.0"
 
 log = logging.getLogger("ironcage")
 
@@ -10524,8 +10524,8 @@ SETTINGS = (
             "lower it", None),
     Setting("--strict", "strict", "refuse a translated request that would lose or change a field",
             None),
-    Setting("--bound", "bound", "how text is bounded: measured, a rule that no measured text "
-            "beats; or bytes, a token a byte, which is a proof",
+    Setting("--bound", "bound", "how text is bounded: measured, by a rule that plausible texts "
+            "do not beat; or bytes, a token a byte, which is a proof",
             text_like("measured|bytes", "measured or bytes"), metavar="RULE"),
     Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
             metavar="FILE"),
