@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence, Union
 
 import pytest
-from vendor_rules import refused_by_anthropic, refused_by_openai
+from vendor_rules import refused_by_anthropic, refused_by_openai, refused_by_responses
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"             # recorded exchanges and figures, where they are
@@ -48,9 +48,38 @@ RATES = {
     "claude-sonnet-4-5": ("0.000003", "0.0000003", "0.00000375", "0.000006", "0.000015"),
 }
 
+# USD per million tokens: input, cached, output. A cache write costs 1.25 times the input, for an
+# hour twice, at Anthropic and from gpt-5.6 on; before that, the input. From the vendors' pages of
+# November 2026; gpt-6.2 from OpenAI's notes of 2026-11-17.
+PER_MILLION = {
+    "claude-fable-5": ("10", "1", "50"), "claude-fable-5-1": ("10", "0.25", "50"),
+    "claude-fable-5-2": ("8", "0.2", "40"), "claude-mythos-5-2": ("8", "0.2", "40"),
+    "claude-opus-4-8": ("5", "0.5", "25"), "claude-opus-5": ("5", "0.5", "25"),
+    "claude-opus-5-5": ("4", "0.2", "20"), "claude-sonnet-4-6": ("3", "0.3", "15"),
+    "claude-sonnet-5": ("2", "0.2", "10"), "claude-sonnet-5-5": ("2", "0.1", "10"),
+    "claude-haiku-4-5-20251001": ("1", "0.1", "5"), "claude-haiku-5-5": ("0.1", "0.01", "0.5"),
+    "gpt-5": ("1.25", "0.125", "10"), "gpt-5-mini": ("0.25", "0.025", "2"),
+    "gpt-5-nano": ("0.05", "0.005", "0.4"), "gpt-5-pro": ("15", "15", "120"),
+    "gpt-5.1-codex": ("1.25", "0.125", "10"), "gpt-5.1-codex-max": ("1.25", "0.125", "10"),
+    "gpt-5.1-codex-mini": ("0.25", "0.025", "2"), "gpt-5.2-pro": ("21", "21", "168"),
+    "gpt-5.4-pro": ("30", "30", "180"), "gpt-5.5-pro": ("30", "30", "180"),
+    "gpt-5.3-codex": ("1.75", "0.175", "14"), "gpt-5.4": ("2.5", "0.25", "15"),
+    "gpt-5.4-mini": ("0.75", "0.075", "4.5"), "gpt-5.4-nano": ("0.2", "0.02", "1.25"),
+    "gpt-5.6": ("4", "0.4", "20"), "gpt-5.6-sol": ("4", "0.4", "20"),
+    "gpt-5.6-terra": ("2", "0.2", "12"), "gpt-5.6-luna": ("0.2", "0.02", "1.2"),
+    "gpt-6-astra": ("10", "1", "50"), "gpt-6-sol": ("2", "0.2", "10"),
+    "gpt-6-luna": ("0.1", "0.01", "0.5"), "gpt-6.1-sol": ("2", "0.1", "10"),
+    "gpt-6.1-terra": ("1", "0.05", "5"), "gpt-6.2-sol": ("2", "0.1", "10"),
+    "gpt-6.2-astra": ("8", "0.4", "40"),
+    "o3": ("2", "0.5", "8"), "o3-pro": ("20", "20", "80"), "o4-mini": ("1.1", "0.275", "4.4"),
+}
+WRITES_COST = re.compile(r"claude|gpt-5\.[6-9]|gpt-[6-9]")
+SEARCH_USD = Fraction("0.01")               # for one web search, at both vendors
+
 FREE = ("0",) * 5                           # what a model that a test made up is billed at
 
-# Top-level fields that each endpoint knows (openai 3.54.0, anthropic 2.12.0).
+# Top-level fields that each endpoint knows (openai 3.57.0, anthropic 2.14.0 with its betas, which
+# vendor_rules.py wants in a header; client_metadata is Codex').
 KNOWN_FIELDS = {
     "chat": """audio frequency_penalty function_call functions logit_bias logprobs
         max_completion_tokens max_tokens messages metadata modalities model moderation n
@@ -58,7 +87,7 @@ KNOWN_FIELDS = {
         prompt_cache_retention reasoning_effort response_format safety_identifier seed
         service_tier stop store stream stream_options temperature tool_choice tools top_logprobs
         top_p user verbosity web_search_options""",
-    "responses": """background background_options context_management conversation image include
+    "responses": """access_programs background background_options context_management conversation image include
         input instructions max_output_tokens max_tool_calls metadata model moderation
         parallel_tool_calls previous_response_id prompt prompt_cache_key prompt_cache_options
         prompt_cache_retention reasoning safety_identifier service_tier store stream
@@ -67,11 +96,12 @@ KNOWN_FIELDS = {
     "completions": """best_of echo frequency_penalty logit_bias logprobs max_tokens model n
         presence_penalty prompt seed stop stream stream_options suffix temperature top_p user""",
     "embeddings": "dimensions encoding_format input model user",
-    "messages": """cache_control container context_management diagnostics inference_geo max_tokens
-        mcp_servers messages metadata model output_config service_tier speed stop_sequences stream
-        system thinking thread tool_choice tools top_k top_p temperature user_profile_id""",
-    "count_tokens": """cache_control context_management mcp_servers messages model output_config
-        speed system thinking tool_choice tools""",
+    "messages": """billing_policy cache_control compaction container context_management diagnostics
+        fallback_credit_token fallbacks inference_geo max_tokens mcp_servers messages metadata
+        model output_config service_tier speed stop_sequences stream system temperature thinking
+        thread tool_choice tools top_k top_p""",
+    "count_tokens": """billing_policy cache_control compaction context_management mcp_servers
+        messages model output_config speed system thinking tool_choice tools""",
 }
 ENDPOINTS = {
     "/v1/chat/completions": "chat", "/v1/responses": "responses",
@@ -183,15 +213,25 @@ def sse(data: Union[dict, str], name: Optional[str] = None) -> bytes:
     return ((f"event: {name}\n" if name else "") + f"data: {text}\n\n").encode()
 
 
+def rates(model: str) -> tuple[Fraction, ...]:
+    """USD per token: input, cached, write 5m, write 1h, out."""
+    if model not in PER_MILLION:
+        return tuple(map(Fraction, RATES.get(model, FREE)))
+    plain, cached, out = (Fraction(usd) / 1_000_000 for usd in PER_MILLION[model])
+    write = (plain * 5 / 4, plain * 2) if WRITES_COST.match(model) else (plain, plain)
+    return (plain, cached, *write, out)
+
+
 def exact_microdollars(model: str, usage: dict) -> int:
     """What a call costs by RATES, rounded up: an oracle that shares no code with the product."""
-    plain, cached, write_5m, write_1h, out = map(Fraction, RATES.get(model, FREE))
+    plain, cached, write_5m, write_1h, out = rates(model)
     if "prompt_tokens" in usage or "input_tokens_details" in usage:
         prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
         read = details.get("cached_tokens") or 0
+        written = details.get("cache_write_tokens") or 0
         made = usage.get("completion_tokens", usage.get("output_tokens", 0))
-        usd = (prompt - read) * plain + read * cached + made * out
+        usd = (prompt - read - written) * plain + read * cached + written * write_5m + made * out
     else:
         split = usage.get("cache_creation") or {}
         hour = split.get("ephemeral_1h_input_tokens") or 0
@@ -199,6 +239,8 @@ def exact_microdollars(model: str, usage: dict) -> int:
         usd = (usage["input_tokens"] * plain + (written - hour) * write_5m + hour * write_1h
                + (usage.get("cache_read_input_tokens") or 0) * cached
                + usage["output_tokens"] * out)
+    usd += SEARCH_USD * (usage.get("web_searches") or (usage.get("server_tool_use") or {}).get(
+        "web_search_requests", 0))
     microdollars = usd * 1_000_000
     return -(-microdollars.numerator // microdollars.denominator)
 
@@ -208,7 +250,7 @@ class MockProvider:
 
     def __init__(self, tls: Optional[ssl.SSLContext] = None) -> None:
         self._tls = tls
-        self.models = set(RATES)
+        self.models = {*RATES, *PER_MILLION}
         self.applies_vendor_rules = True
         self.output_text = "Grüße aus der Höhle — the canary sings 🐤 and all is well."
         self.input_tokens: Optional[int] = None      # None: one for every four bytes of body
@@ -271,6 +313,10 @@ class MockProvider:
     def default_reply(self, request: SeenRequest) -> Reply:
         """What the mock answers when nothing is scripted."""
         return _default_reply(self, request)
+
+    def answer(self, api: str, request: SeenRequest, fields: dict) -> Reply:
+        """What it answers to a call that no rule of the vendor refuses."""
+        return _ANSWERS[api](self, request, fields)
 
     # Serving.
 
@@ -476,8 +522,8 @@ def _default_reply(mock: MockProvider, request: SeenRequest) -> Reply:
         fields = json.loads(request.body)
     except ValueError:
         fields = None
-    refusal = _refused_fields(mock, api, fields)
-    return refusal if refusal is not None else _ANSWERS[api](mock, request, fields)
+    refusal = _refused_fields(mock, api, fields, request.header("anthropic-beta") or "")
+    return refusal if refusal is not None else mock.answer(api, request, fields)
 
 
 def _refused_auth(request: SeenRequest, anthropic: bool) -> Optional[Reply]:
@@ -494,7 +540,8 @@ def _refused_auth(request: SeenRequest, anthropic: bool) -> Optional[Reply]:
     return None
 
 
-def _refused_fields(mock: MockProvider, api: str, fields: object) -> Optional[Reply]:
+def _refused_fields(mock: MockProvider, api: str, fields: object, betas: str
+                    ) -> Optional[Reply]:
     """The vendors' strictness: unknown fields, missing ones, wrong types, unknown models."""
     anthropic = api in ("messages", "count_tokens")
     error = anthropic_error if anthropic else openai_error
@@ -513,8 +560,10 @@ def _refused_fields(mock: MockProvider, api: str, fields: object) -> Optional[Re
         return error(400, "max_tokens is not a positive integer")
     if fields.get("stream_options") is not None and fields.get("stream") is not True:
         return error(400, "The 'stream_options' parameter is only allowed when 'stream' is on.")
-    faults = {"messages": refused_by_anthropic, "chat": refused_by_openai}.get(api)
-    fault = faults(fields) if faults and mock.applies_vendor_rules else None
+    rules = {"messages": lambda: refused_by_anthropic(fields, betas),
+             "chat": lambda: refused_by_openai(fields),
+             "responses": lambda: refused_by_responses(fields)}.get(api)
+    fault = rules() if rules and mock.applies_vendor_rules else None
     if fault is not None:
         return error(400, fault)
     if fields["model"] not in mock.models:
@@ -570,12 +619,12 @@ ANTHROPIC_HEADERS = (("request-id", "req_mock"), ("anthropic-organization-id", "
                      ("anthropic-ratelimit-requests-limit", "50"))
 
 
-def _whole(body: dict, bills: Optional[tuple[str, dict]], headers: tuple) -> Reply:
+def whole_reply(body: dict, bills: Optional[tuple[str, dict]], headers: tuple) -> Reply:
     return Reply(200, (("content-type", "application/json"), *headers),
                  (json.dumps(body, indent=1, ensure_ascii=False).encode(),), bills=bills)
 
 
-def _streamed(events: Sequence[bytes], tokens: Sequence[int], bills: tuple[str, dict],
+def streamed_reply(events: Sequence[bytes], tokens: Sequence[int], bills: tuple[str, dict],
               headers: tuple) -> Reply:
     return Reply(200, (("content-type", "text/event-stream; charset=utf-8"), *headers),
                  tuple(events), "chunked", bills, tuple(tokens))
@@ -600,7 +649,7 @@ def _chat(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
                    "annotations": []}
         choices = [{"index": i, "message": message, "logprobs": None, "finish_reason": finish}
                    for i in range(n)]
-        return _whole({**base, "choices": choices, "usage": usage, **tail}, bills,
+        return whole_reply({**base, "choices": choices, "usage": usage, **tail}, bills,
                       OPENAI_HEADERS)
     asks_usage = (fields.get("stream_options") or {}).get("include_usage") is True
     base = {**base, "object": "chat.completion.chunk", **tail}
@@ -620,7 +669,7 @@ def _chat(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
         tokens += [share * n] * n
     events += [chunk({}, finish, i) for i in range(n)]
     events += ([chunk(None)] if asks_usage else []) + [sse("[DONE]")]
-    return _streamed(events, tokens, bills, OPENAI_HEADERS)
+    return streamed_reply(events, tokens, bills, OPENAI_HEADERS)
 
 
 def _completion(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
@@ -634,14 +683,14 @@ def _completion(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply
 
     finish = "length" if is_cut else "stop"
     if not fields.get("stream"):
-        return _whole({**base, "choices": choice("".join(pieces), finish), "usage": usage},
+        return whole_reply({**base, "choices": choice("".join(pieces), finish), "usage": usage},
                       (fields["model"], usage), OPENAI_HEADERS)
     events = [sse({**base, "choices": choice(piece, None)}) for piece in pieces]
     events.append(sse({**base, "choices": choice("", finish)}))
     if (fields.get("stream_options") or {}).get("include_usage"):
         events.append(sse({**base, "choices": [], "usage": usage}))
     tokens = _shares(mock, made, len(pieces))
-    return _streamed([*events, sse("[DONE]")], tokens, (fields["model"], usage),
+    return streamed_reply([*events, sse("[DONE]")], tokens, (fields["model"], usage),
                      OPENAI_HEADERS)
 
 
@@ -654,7 +703,7 @@ def _embeddings(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply
     usage = {"prompt_tokens": asked, "total_tokens": asked}
     body = {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": vector}],
             "model": fields["model"], "usage": usage}
-    return _whole(body, (fields["model"], usage), OPENAI_HEADERS)
+    return whole_reply(body, (fields["model"], usage), OPENAI_HEADERS)
 
 
 def _responses(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
@@ -677,7 +726,7 @@ def _responses(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
              "usage": usage, "user": None}
     bills = (fields["model"], usage)
     if not fields.get("stream"):
-        return _whole(whole, bills, OPENAI_HEADERS)
+        return whole_reply(whole, bills, OPENAI_HEADERS)
     opened = {**whole, "status": "in_progress", "output": [], "usage": None,
               "incomplete_details": None, "service_tier": "auto"}
     where = {"item_id": "msg_mock", "output_index": 0, "content_index": 0}
@@ -696,7 +745,7 @@ def _responses(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
     events = [sse({"type": name, "sequence_number": i, **rest}, name)
               for i, (name, rest) in enumerate(parts)]
     tokens = [0] * opening + _shares(mock, made, len(pieces))
-    return _streamed(events, tokens, bills, OPENAI_HEADERS)
+    return streamed_reply(events, tokens, bills, OPENAI_HEADERS)
 
 
 def _messages(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
@@ -712,7 +761,7 @@ def _messages(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
              "stop_reason": stop, "stop_sequence": None, "usage": usage}
     bills = (fields["model"], usage)
     if not fields.get("stream"):
-        return _whole(whole, bills, ANTHROPIC_HEADERS)
+        return whole_reply(whole, bills, ANTHROPIC_HEADERS)
     start = {**whole, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
     final = {name: count for name, count in usage.items() if name.endswith("_tokens")}
 
@@ -729,11 +778,11 @@ def _messages(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
                     usage=final),
               event("message_stop")]
     tokens = [0, 0, 0] + _shares(mock, made, len(pieces))
-    return _streamed(events, tokens, bills, ANTHROPIC_HEADERS)
+    return streamed_reply(events, tokens, bills, ANTHROPIC_HEADERS)
 
 
 def _count_tokens(mock: MockProvider, request: SeenRequest, fields: dict) -> Reply:
-    return _whole({"input_tokens": 42}, None, ANTHROPIC_HEADERS)
+    return whole_reply({"input_tokens": 42}, None, ANTHROPIC_HEADERS)
 
 
 _ANSWERS = {"chat": _chat, "completions": _completion, "embeddings": _embeddings,

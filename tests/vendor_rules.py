@@ -2,6 +2,8 @@
 
 Written from the vendors' API references and reports of their 400s; it knows no translator. The
 mock provider applies it to every call, and the tests of the translators to every golden request.
+Blocks, items, tools and their fields are those of anthropic 2.14.0 and openai 3.57.0, with what
+Claude Code 2.1.332 and Codex 0.171.0 send beside them.
 """
 import json
 import re
@@ -12,10 +14,81 @@ SCHEMA_WORDS_REFUSED = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaxi
                         "minLength", "maxLength", "maxItems", "uniqueItems", "oneOf", "not", "if",
                         "patternProperties", "propertyNames", "prefixItems", "contains"}
 
+# Block: who may say it, its fields beside type and cache_control, and the beta that it needs.
+BLOCKS = {
+    "text": ("user assistant system", "text citations", ""),
+    "image": ("user", "source transformations", ""),
+    "document": ("user", "source title context citations", ""),
+    "search_result": ("user", "source title content citations", ""),
+    "container_upload": ("user", "file_id", ""),
+    "tool_result": ("user", "tool_use_id content is_error toolset_name", ""),
+    "thinking": ("assistant", "thinking signature", ""),
+    "redacted_thinking": ("assistant", "data", ""),
+    "tool_use": ("assistant", "id name input caller toolset_name", ""),
+    "server_tool_use": ("assistant", "id name input caller", ""),
+    "web_search_tool_result": ("assistant", "tool_use_id content caller", ""),
+    "web_fetch_tool_result": ("assistant", "tool_use_id content caller", ""),
+    "code_execution_tool_result": ("assistant", "tool_use_id content", ""),
+    "bash_code_execution_tool_result": ("assistant", "tool_use_id content", ""),
+    "text_editor_code_execution_tool_result": ("assistant", "tool_use_id content", ""),
+    "tool_search_tool_result": ("assistant", "tool_use_id content", ""),
+    "advisor_tool_result": ("assistant", "tool_use_id content", "advisor-tool-"),
+    "mcp_tool_use": ("assistant", "id name input server_name", "mcp-client-"),
+    "mcp_tool_result": ("assistant", "tool_use_id content is_error", "mcp-client-"),
+    "mcp_tool_listing": ("assistant", "mcp_server_name tools", "mcp-client-"),
+    "fallback": ("assistant", "from to trigger", "server-side-fallback-"),
+    "compaction": ("user assistant", "content encrypted_content signature tool_changes", "compact-"),
+    "tool_addition": ("system", "tool", "mid-conversation-tool-changes-"),
+    "tool_removal": ("system", "tool", "mid-conversation-tool-changes-"),
+}
+# Fields that the vendor knows only where a beta header names them.
+BETA_FIELDS = {
+    "context_management": "context-management-|compact-2026-01-12", "mcp_servers": "mcp-client-",
+    "compaction": "compact-2026-09-04", "thread": "message-threads-",
+    "fallbacks": "server-side-fallback-", "fallback_credit_token": "fallback-credit-",
+    "billing_policy": "user-profiles-billing-",
+}
+TOOL_FIELDS = set("""name description input_schema type cache_control strict defer_loading
+    allowed_callers eager_input_streaming input_examples""".split())
 
-def refused_by_anthropic(fields):
-    """The first rule of Anthropic's Messages that a request breaks, in words, or None."""
-    return next(_anthropic_faults(fields), None)
+
+def refused_by_anthropic(fields, betas=None):
+    """The first rule of Anthropic's Messages that a request breaks, in words, or None.
+
+    `betas`: the header anthropic-beta; None: not known, so that all of them pass."""
+    return next(_shape_faults(fields, betas), None) or next(_anthropic_faults(fields), None)
+
+
+def _shape_faults(fields, betas):
+    """Blocks, fields and betas: what the vendor's own reading of the body refuses first."""
+    def lacks(beta):
+        return betas is not None and beta and not re.search(beta, betas)
+
+    for name, beta in BETA_FIELDS.items():
+        if fields.get(name) is not None and lacks(beta):
+            yield f"{name}: Extra inputs are not permitted"
+    for number, message in enumerate(fields["messages"]):
+        extra = set(message) - {"role", "content"}
+        if extra - {"output_config"} or extra and (message["role"] != "system" or lacks(
+                "mid-conversation-output-config-|per-turn-control-")):
+            yield f"messages.{number}.{sorted(extra)[0]}: Extra inputs are not permitted"
+        for block in _blocks(message):
+            roles, known, beta = BLOCKS.get(block["type"], ("", "", ""))
+            if not roles or lacks(beta):
+                yield (f"messages.{number}.content: Input tag '{block['type']}' found using 'type' "
+                       "does not match any of the expected tags")
+            elif message["role"] not in roles.split():
+                yield (f"messages.{number}: `{block['type']}` blocks can only be in "
+                       f"{' or '.join(roles.split())} messages")
+            else:
+                extra = set(block) - {"type", "cache_control", *known.split()}
+                if extra:
+                    yield (f"messages.{number}.content.{block['type']}.{sorted(extra)[0]}: "
+                           "Extra inputs are not permitted")
+    for tool in fields.get("tools") or []:
+        extra = set(tool) - TOOL_FIELDS if "input_schema" in tool else ()
+        if extra:
+            yield f"tools.{sorted(extra)[0]}: Extra inputs are not permitted"
 
 
 def _blocks(message):
@@ -209,6 +282,106 @@ def _openai_faults(fields):
         if holder.get("strict"):
             yield from _strict_faults(holder.get("parameters", holder.get("schema")))
     yield from _openai_message_faults(fields["messages"])
+
+
+# Item of /v1/responses: its fields beside type and id. agent_message is Codex' own.
+ITEMS = {
+    "message": "content phase role status",
+    "additional_tools": "role tools", "agent_message": "author recipient content",
+    "function_call": "arguments async call_id caller name namespace status",
+    "function_call_output": "call_id caller name namespace output status",
+    "custom_tool_call": "async call_id caller input name namespace status",
+    "custom_tool_call_output": "call_id caller name output status",
+    "reasoning": "content encrypted_content status summary",
+    "tool_search_call": "arguments call_id execution status",
+    "tool_search_output": "call_id execution status tools",
+    "web_search_call": "action status", "file_search_call": "queries results status",
+    "computer_call": "action actions call_id pending_safety_checks status",
+    "computer_call_output": "acknowledged_safety_checks call_id output status",
+    "configuration_update": "reasoning text", "compaction": "encrypted_content",
+    "compaction_trigger": "", "item_reference": "",
+    "image_generation_call": """action background error output_format quality result
+        revised_prompt size status svg_usage""",
+    "code_interpreter_call": "code container_id outputs status",
+    "local_shell_call": "action call_id status", "local_shell_call_output": "output status",
+    "shell_call": "action call_id caller environment status",
+    "shell_call_output": "call_id caller max_output_length output status",
+    "apply_patch_call": "call_id caller operation status",
+    "apply_patch_call_output": "call_id caller output status",
+    "mcp_list_tools": "error server_label tools",
+    "mcp_approval_request": "arguments name server_label",
+    "mcp_approval_response": "approval_request_id approve reason",
+    "mcp_call": "approval_request_id arguments error name output server_label status",
+    "program": "call_id code fingerprint", "program_output": "call_id result status",
+}
+HOSTED_TOOLS = set("""file_search computer computer_use_preview web_search web_search_2025_08_26 mcp
+    code_interpreter programmatic_tool_calling image_generation local_shell shell tool_search
+    web_search_preview web_search_preview_2025_03_11 apply_patch""".split())
+CLIENT_TOOLS = {                        # type -> fields beside it
+    "function": """name description parameters strict defer_loading allowed_callers async
+        output_schema""",
+    "custom": "name description format defer_loading allowed_callers async",
+    "namespace": "name description tools",
+}
+SAID_BY_ASSISTANT = {"output_text", "refusal"}
+SAID_TO_IT = {"input_text", "input_image", "input_file", "input_audio", "encrypted_content"}
+
+
+def refused_by_responses(fields):
+    """The first rule of OpenAI's /v1/responses that a request breaks, in words, or None."""
+    return next(_responses_faults(fields), None)
+
+
+def _responses_faults(fields):
+    items = fields["input"] if isinstance(fields["input"], list) else []
+    asked, answered = {}, set()
+    for number, item in enumerate(items):
+        kind = item.get("type", "message")
+        if kind not in ITEMS:
+            yield f"Invalid value: '{kind}'. Supported values are: 'message', 'function_call', …"
+            continue
+        extra = set(item) - {"type", "id", *ITEMS[kind].split()}
+        if extra:
+            yield f"Unknown parameter: 'input[{number}].{sorted(extra)[0]}'."
+        if kind == "message" and isinstance(item["content"], list):
+            wrong = {part["type"] for part in item["content"]} - (
+                SAID_BY_ASSISTANT if item["role"] == "assistant" else SAID_TO_IT)
+            if wrong:
+                yield f"Invalid value: '{sorted(wrong)[0]}' in 'input[{number}].content'."
+        if kind in ("additional_tools", "tool_search_output"):
+            yield from _responses_tool_faults(item["tools"])
+        if kind in ("function_call", "custom_tool_call"):
+            asked[item["call_id"]] = f"{kind}_output"
+        if kind in ("function_call_output", "custom_tool_call_output"):
+            if asked.get(item["call_id"]) != kind and not fields.get("previous_response_id") \
+                    and not fields.get("conversation"):
+                yield f"No tool call found for function call output with call_id {item['call_id']}."
+            answered.add(item["call_id"])
+    for call in set(asked) - answered:
+        yield f"No tool output found for function call {call}."
+    yield from _responses_tool_faults(fields.get("tools") or [])
+    effort = (fields.get("reasoning") or {}).get("effort")
+    for name in ("temperature", "top_p"):
+        if fields.get(name) not in (None, 1) and GPT_REASONS.match(fields["model"]) \
+                and effort != "none":
+            yield f"Unsupported parameter: '{name}' is not supported with this model."
+
+
+def _responses_tool_faults(tools):
+    for number, tool in enumerate(tools):
+        known = CLIENT_TOOLS.get(tool["type"])
+        if known is None and tool["type"] not in HOSTED_TOOLS:
+            yield f"Invalid value: '{tool['type']}' in 'tools[{number}].type'."
+        if known is None:
+            continue
+        extra = set(tool) - {"type", *known.split()}
+        if extra:
+            yield f"Unknown parameter: 'tools[{number}].{sorted(extra)[0]}'."
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", tool["name"]):
+            yield f"Invalid 'tools[{number}].name': string does not match pattern."
+        if tool.get("strict") and tool["type"] == "function":
+            yield from _strict_faults(tool["parameters"])
+        yield from _responses_tool_faults(tool.get("tools") or [])
 
 
 def _strict_faults(schema):

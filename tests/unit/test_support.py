@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, Cut, Gate, MockProvider, RawClient, Reply,
-                     call, sse_events)
+                     call, exact_microdollars, sse_events)
 
 OPENAI = (("authorization", f"Bearer {OPENAI_KEY}"),)
 ANTHROPIC = (("x-api-key", ANTHROPIC_KEY), ("anthropic-version", "2023-06-01"))
@@ -244,3 +244,65 @@ def test_the_mock_leaves_no_thread_behind():
                 if re.match("mock-accept", thread.name)]
 
     assert set(threading.enumerate()) - before == set()
+
+
+# What the vendors' newest types refuse.
+
+SAID = [{"role": "user", "content": "Hi"}]
+CALL = {"type": "function_call", "call_id": "c1", "name": "run", "arguments": "{}"}
+RESULT = {"type": "function_call_output", "call_id": "c1", "output": "ok"}
+SPAWNED = {"type": "agent_message", "author": "/root", "recipient": "/root/errand",
+           "content": [{"type": "encrypted_content", "encrypted_content": "go"}]}
+TOOLS = {"type": "namespace", "name": "functions", "tools": [
+    {"type": "custom", "name": "exec", "format": {"type": "grammar", "syntax": "lark"}}]}
+
+
+@pytest.mark.parametrize("field, value, beta", [
+    ("context_management", {"edits": []}, "context-management-2025-06-27"),
+    ("thread", {"type": "create"}, "message-threads-2026-08-12"),
+    ("compaction", {"type": "summarize"}, "compact-2026-09-04"),
+    ("messages", [*SAID, {"role": "system", "content": "now", "output_config": {"effort": "low"}}],
+     "per-turn-control-2026-07-01"),
+    ("messages", [*SAID, {"role": "system", "content": [
+        {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "x"}}]}],
+     "mid-conversation-tool-changes-2026-07-01")])
+def test_a_beta_feature_needs_its_header(mock, field, value, beta):
+    fields = {**MESSAGE, field: value}
+    answers = [call(mock.port, "POST", "/v1/messages", fields, [*ANTHROPIC, *more], token=None)
+               for more in ([], [("anthropic-beta", f"other-2026-01-01,{beta}")])]
+
+    assert [400, 200] == [answer.status for answer in answers], answers
+
+
+@pytest.mark.parametrize("role, block", [
+    ("user", {"type": "tool_use", "id": "t1", "name": "run", "input": {}}),
+    ("user", {"type": "thinking", "thinking": "", "signature": "s"}),
+    ("assistant", {"type": "image", "source": {"type": "url", "url": "https://cave.example/"}}),
+    ("user", {"type": "input_text", "text": "Hi"}),
+    ("user", {"type": "text", "text": "Hi", "annotations": []})])
+def test_a_block_that_is_misplaced_or_unknown_is_refused(mock, role, block):
+    messages = [*SAID, {"role": role, "content": [block]}, *SAID]
+
+    assert 400 == ask(mock, "/v1/messages", messages=messages).status
+
+
+@pytest.mark.parametrize("status, items", [
+    (200, [CALL, RESULT]), (400, [CALL]), (400, [RESULT]),
+    (400, [{**RESULT, "type": "custom_tool_call_output"}, CALL]),
+    (400, [{"role": "assistant", "content": [{"type": "input_text", "text": "Hi"}]}]),
+    (400, [{"type": "tool_use", "id": "t1"}]),
+    (200, [{"type": "additional_tools", "role": "developer", "tools": [TOOLS]}, SPAWNED]),
+    (400, [{"type": "additional_tools", "role": "developer", "tools": [{**TOOLS, "kind": 1}]}])])
+def test_the_items_of_a_response_are_judged(mock, status, items):
+    assert status == ask(mock, "/v1/responses", input=[*SAID, *items]).status
+
+
+def test_searches_and_cache_writes_are_billed():
+    """gpt-6.2-sol: $2, cached 0.10, written 2.50, out 10 a million; a search is a cent."""
+    usage = {"input_tokens": 1_000, "output_tokens": 10, "web_searches": 2,
+             "input_tokens_details": {"cached_tokens": 400, "cache_write_tokens": 100}}
+    claude = {"input_tokens": 1_000, "output_tokens": 10,
+              "server_tool_use": {"web_search_requests": 1}}
+
+    assert 1_000 + 40 + 250 + 100 + 20_000 == exact_microdollars("gpt-6.2-sol", usage)
+    assert 4_000 + 200 + 10_000 == exact_microdollars("claude-opus-5-5", claude)
