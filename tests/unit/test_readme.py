@@ -1,5 +1,7 @@
 """The README says what the program does: settings, routes, error codes and sums are compared."""
+import os
 import re
+from pathlib import Path
 
 import pytest
 from support import ROOT, program
@@ -90,3 +92,27 @@ def test_the_test_command_is_one_line_that_makes_its_own_environment():
 
     assert command is not None
     assert command[1].startswith("python3 -m venv ")
+
+
+def matrix(text):
+    """{(client, model): cells} of the table that tests/clients/test_agents.py writes."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("|")][2:]
+    return {(re.sub(r" [\d.]+$", "", client), model): cells
+            for client, models, *cells in rows for model in models.split(", ")}
+
+
+MATRIX = Path(os.environ.get("IRONCAGE_MATRIX") or "none")
+
+
+@pytest.mark.skipif(not MATRIX.is_file(), reason="IRONCAGE_MATRIX names no table of a run")
+def test_the_table_of_agents_is_that_of_the_last_run():
+    """Versions move on, and models come and go; what the README says of one must be so."""
+    shown = matrix(README[README.index("<!-- matrix -->"):README.index("<!-- /matrix -->")])
+    ran = matrix(MATRIX.read_text(encoding="utf-8"))
+    missing = {client for client, model in ran if model == "not installed"}
+
+    assert {client for client, _ in shown} == {client for client, _ in ran}
+    assert {row: cells for row, cells in shown.items() if row in ran and row[0] not in missing} \
+        == {row: ran[row] for row in shown if row in ran and row[0] not in missing}
+    assert [] == [row for row in shown if "FAILED" in shown[row]]
