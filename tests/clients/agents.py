@@ -11,7 +11,7 @@ import re
 from typing import Callable, NamedTuple, Optional, Union
 
 from support import (ANTHROPIC_HEADERS, OPENAI_HEADERS, WRITES_COST, MockProvider, Reply,
-                     SeenRequest, anthropic_error, openai_error, sse, streamed_reply, whole_reply)
+                     SeenRequest, anthropic_error, sse, streamed_reply, whole_reply)
 
 TASK = "cage-drill"                     # in the prompt that a test gives to an agent
 SUBTASK = "errand for the other agent"  # in the prompt that the model gives to a subagent
@@ -147,13 +147,13 @@ def web_search(asked: Heard) -> Answer:
 def compaction(asked: Heard) -> Answer:
     """One call after another, until the client has made the conversation shorter.
 
-    Claude Code and opencode do so when the vendor says that it is too long, Codex when the usage
-    passes what its configuration allows.
+    Claude Code does so when the vendor says that it is too long, Codex and opencode when the usage
+    passes what their configuration allows.
     """
     if SUMMARY in asked.words:
         return [Say(DONE)]
-    if asked.results and "exec_command" not in asked.tools and "functions.exec" not in asked.tools:
-        return too_long(asked)
+    if asked.results and "Bash" in asked.tools:
+        return anthropic_error(400, "prompt is too long: 212543 tokens > 200000 maximum")
     call = shell(asked, 'seq -f "line %05g of a long story" 1 1000')
     return call and [call if len(asked.results) < 5 else Say("It never became shorter.")]
 
@@ -188,14 +188,6 @@ SPAWNS: dict[str, Union[dict, str]] = {
 SCENARIOS: dict[str, Callable[[Heard], Answer]] = {
     "two tools": two_tools, "web search": web_search, "compaction": compaction,
     "subagent": subagent}
-
-
-def too_long(asked: Heard) -> Reply:
-    """The vendor's words for a conversation that does not fit."""
-    if asked.api == "messages":
-        return anthropic_error(400, "prompt is too long: 212543 tokens > 200000 maximum")
-    return openai_error(400, "Your input exceeds the context window of this model. Please adjust "
-                             "your input and try again.", code="context_length_exceeded")
 
 
 class Model(MockProvider):
