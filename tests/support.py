@@ -917,6 +917,15 @@ def sse_events(stream: bytes) -> list[tuple[Optional[str], str]]:
 
 # The proxy.
 
+def kill_programs_of(folder: Path) -> None:
+    """End what clients have left running from a folder of theirs: Codex starts a daemon that is in
+    no process group of ours. Where /proc is missing, nothing is done."""
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in place.read_bytes() and int(place.parts[2]) != os.getpid():
+                os.kill(int(place.parts[2]), signal.SIGKILL)
+
+
 def program():
     """The module under test."""
     sys.path.insert(0, str(ROOT))

@@ -24,7 +24,8 @@ from typing import Callable, NamedTuple, Optional
 
 import pytest
 from agents import DONE, SCENARIOS, SUBTASK, SUMMARY, TASK, Model
-from support import ANTHROPIC_KEY, OPENAI_KEY, ROOT, proxy_environment, rates
+from support import (ANTHROPIC_KEY, OPENAI_KEY, ROOT, kill_programs_of, proxy_environment,
+                     rates)
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 120                        # for a client on a busy machine
@@ -254,6 +255,7 @@ def run(command: list, environ: dict, cwd: Path) -> tuple[int, str, str]:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        kill_programs_of(Path(environ["HOME"]))
         process.wait()
     return process.returncode, out, err
 

@@ -8,7 +8,7 @@ import re
 import shutil
 
 import pytest
-from support import TOKEN, program
+from support import TOKEN, kill_programs_of, program
 from terminal import TMUX, Terminal
 
 ic = program()
@@ -28,6 +28,12 @@ def shell_lines(proxy):
     [line] = [line for line in ic.banner(proxy).splitlines() if "Anthropic clients:" in line]
     line = line.replace("<the token you chose>", TOKEN)
     return dict(word.split("=", 1) for word in line.partition(" export ")[2].split())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path):
+    yield
+    kill_programs_of(tmp_path)
 
 
 @pytest.fixture
