@@ -22,7 +22,8 @@ limit by an admission; every request settles exactly once; a model, route or pri
 is refused while a budget is set; provider keys go to their provider's host and nowhere else;
 between a client and a provider of one format bytes travel unchanged, but for fields that the budget
 must set, which are spliced in.
-That a request cannot cost more than its bound rests on three assumptions, in chapter 5.
+That a request cannot cost more than its bound rests on assumptions, which the README lists and
+which stand beside their figures in chapters 5 and 17.
 
 Contents (each chapter uses only names of chapters above it):
 
