@@ -350,7 +350,7 @@ def test_a_token_stops_by_itself_and_a_reload_moves_its_stop(mock, proxy_for, tm
 def reload(proxy):
     """Look at the configuration now, and not within a second: what the log would say of it."""
     try:
-        proxy._take_config(proxy._read_config())
+        proxy._take_config(proxy._read_config(), proxy.router.prices)
     except ic.Misconfigured as err:
         return str(err)
 

@@ -61,14 +61,14 @@ def test_a_token_and_its_sha256_let_in_and_no_other_does(mock, caged):
 
 
 def test_a_token_spends_its_own_budget_and_the_proxys(mock, caged):
-    proxy = caged({"name": "alice", "token": ALICE, "budget_usd": "0.00008"},
+    proxy = caged({"name": "alice", "token": ALICE, "budget_usd": "0.000085"},
                   {"name": "bob", "token": BOB}, "--budget", "1.00")
 
     assert 200 == chat(proxy).status
     refused = chat(proxy)
     assert 200 == chat(proxy, BOB).status
 
-    assert (402, "alice", 80) == (refused.status, refused.json["error"]["ironcage"]["scope"],
+    assert (402, "alice", 85) == (refused.status, refused.json["error"]["ironcage"]["scope"],
                                   refused.json["error"]["ironcage"]["limit_microdollars"])
     status = settled_status(proxy)
     spent = {name: counts["spent_microdollars"] for name, counts in status["by_token"].items()}
@@ -200,7 +200,7 @@ def test_a_token_of_the_file_cannot_raise_limits(mock, caged):
 def test_a_day_budget_begins_anew_at_midnight_and_comes_back_after_a_restart(
         mock, caged, proxy_for, config, tmp_path):
     flags = ("--ledger", str(tmp_path / "cage.db"))
-    alice = {"name": "alice", "token": ALICE, "budget_usd": "0.00008", "period": "day"}
+    alice = {"name": "alice", "token": ALICE, "budget_usd": "0.000085", "period": "day"}
     proxy = caged(alice, *flags)
     assert [200, 402] == [chat(proxy).status, chat(proxy).status]
     proxy.stop()
