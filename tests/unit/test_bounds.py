@@ -471,6 +471,9 @@ SEEN = {
     "compaction item": {"input": [{"type": "compaction", "encrypted_content": "x"}]},
     "compaction with its summary": content({"type": "compaction", "content": "what was said"}),
     "compaction trigger": {"input": [{"type": "compaction_trigger"}]},
+    "message of a subagent of Codex": {"input": [{"type": "agent_message", "content": [
+        {"type": "input_text", "text": "x"},
+        {"type": "encrypted_content", "encrypted_content": "gAAAA"}]}]},
     "fallback boundary": content({"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}}),
     "tools on the way": content({"type": "tool_addition", "tool": {
         "type": "tool_reference", "name": "f"}}, {"type": "tool_removal", "tool": {

@@ -21,6 +21,7 @@ METERED = {
     "/v1/completions": {"model": "gpt-3.5-turbo-instruct", "prompt": "hello", "max_tokens": 100},
     "/v1/embeddings": {"model": "text-embedding-3-small", "input": "hello"},
 }
+THREADS = [("anthropic-beta", "message-threads-2026-08-15")]
 STREAMED = [path for path in METERED if path != "/v1/embeddings"]
 
 
@@ -388,7 +389,8 @@ def test_a_charset_under_which_the_provider_could_read_another_body_is_refused(
         "type": "tool_addition", "tool": {"type": "tool_definition"}}]}]}, "messages"),
     ("/v1/responses", {"access_programs": {"cyber": "x"}}, "access_programs"),
     ("/v1/messages", {"speed": "fast"}, "speed"),
-    ("/v1/messages", {"service_tier": "priority"}, "service_tier"),
+    ("/v1/messages", {"service_tier": "flex"}, "service_tier"),
+    ("/v1/messages", {"service_tier": "of tomorrow"}, "service_tier"),
     ("/v1/chat/completions", {"MAX_TOKENS": 16_000}, "MAX_TOKENS"),
 ])
 def test_what_no_bound_covers_is_refused_under_a_budget(mock, proxy, path, more, param):
@@ -435,7 +437,8 @@ def test_state_kept_at_the_provider_is_reserved_for_as_a_full_context(mock, prox
 def test_a_new_thread_holds_no_state_and_is_bounded_as_the_text_that_it_is(mock, proxy_for):
     created = {**MESSAGE, "thread": {"type": "create"}}
 
-    answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages", created)
+    answer = call(proxy_for("--budget", "0.05").port, "POST", "/v1/messages", created,
+                  headers=THREADS)
 
     assert 200 == answer.status
     assert created["thread"] == mock.seen[0].json["thread"]
@@ -462,7 +465,7 @@ def test_without_a_budget_only_a_translation_refuses_a_thread(mock, proxy_for):
     proxy = proxy_for()
     thread = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
 
-    passed = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, **thread})
+    passed = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, **thread}, headers=THREADS)
     refused = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, **thread,
                                                         "model": "gpt-4o-mini"})
 
