@@ -1555,6 +1555,12 @@ NOT_CONTENT_FIELDS = frozenset({
 TOOL_BRINGERS = MappingProxyType({
     "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
     "tool_removal": "tool"})
+# Fields that make an object without a type an image or a file (vLLM; multimodal embeddings).
+MEDIA_FIELDS = MappingProxyType({
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("audio", "audio_url", "document", "document_url", "file", "file_data",
+                     "file_id", "file_url", "image_embeds", "image_pil", "inline_data",
+                     "input_audio", "input_file", "video", "video_url"), "file")})
 # Tools that the client runs.
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
@@ -1563,6 +1569,7 @@ CLIENT_TOOL_TYPES = (
 CLIENT_TOOL_PLACES = (("tool_search", ("execution",), "client"),
                       ("shell", ("environment", "type"), "local"))
 TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
+SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # the request has all
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
 # What begins a thread; the request itself still holds all of the conversation. The newest
 # anthropic SDKs' tool_runner sends it by default (Python 2.14, Node 1.14; November 2026).
@@ -1921,8 +1928,11 @@ def _parts(value: object) -> Sequence[tuple[str, dict]]:
         if kind is not None:
             kind = kind if isinstance(kind, str) else "?"
             found.append((kind, value))
-        elif "id" in value and "content" not in value:
+        elif "id" in value and value.get("content") is None:
             found.append(("item_reference", value))
+        if kind is None:                       # servers take the type from the field that is there
+            found += [(MEDIA_FIELDS[name], value) for name in MEDIA_FIELDS.keys() & value.keys()
+                      if value[name] is not None]
         if kind in ("reasoning", "compaction") and not value.get("encrypted_content") \
                 and not (kind == "compaction" and value.get("content")):
             found.append(("item_reference", value))
@@ -2182,7 +2192,21 @@ def _unseen_prompt_tokens(body: JsonBody) -> int:
     results = sum(kind in HOSTED_RESULT_TYPES for _, kind, _ in prompt_parts(body))
     toolsets = sum("_toolset_" in kind for _, kind, _ in tools)
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
-        + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS
+        + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS \
+        + _loaded_bytes(body, tools)
+
+
+def _loaded_bytes(body: JsonBody, tools: Sequence[tuple[str, str, Mapping[str, object]]]) -> int:
+    """The definitions of tools that content loads by name, once for each time that it does; but
+    for the first of a deferred one, which does not count where it is declared."""
+    loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
+               for _, kind, part in prompt_parts(body)
+               if kind in ("tool_reference", "tool_addition")]
+    names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
+    return names and sum([
+        len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
+                                    - (field == "tools" and _is_deferred(tool)))
+        for field, _, tool in tools]) or 0
 
 
 def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
@@ -2421,6 +2445,7 @@ UNCOUNTED_FIELDS = frozenset("""
 COUNTED_PARTS = ("system", "instructions", "tools", "functions")
 UNSTABLE_MODEL = re.compile(r"(^|[-_/])(auto|router|latest)$")
 KEPT_THINKING = r"clear_thinking_\d{8}"
+URL_ELSEWHERE = r"\s*(?!data:)[A-Za-z][A-Za-z0-9+.-]*:"
 
 
 class Counted(NamedTuple):
@@ -2433,8 +2458,8 @@ class Counted(NamedTuple):
 class Prompt(NamedTuple):
     """A request as digests: its beginnings, message by message, and its system parts and tools."""
     chain: tuple[bytes, ...]                # of all that must be equal, and so many messages
-    parts: Mapping[bytes, object]           # those that are always counted
-    uncounted: tuple                        # tools that count only once they are loaded
+    parts: Mapping[bytes, tuple[str, object]]       # (field, part) of those always counted
+    uncounted: tuple                        # likewise tools that count only once they are loaded
     has_tools: bool
     is_stable: bool                         # its count holds for what it begins
 
@@ -2444,12 +2469,15 @@ def _digest(*values: object) -> bytes:
 
 
 def without_cache_marks(value: object) -> object:
-    """A JSON value without cache_control, which agents move at each call."""
+    """A message or part without cache_control, which agents move at each call.
+
+    Elsewhere, as in the input of a tool, that is a name like any other, and what it holds counts.
+    """
     if isinstance(value, list):
         return [without_cache_marks(child) for child in value]
     if isinstance(value, dict):
-        return {name: without_cache_marks(child) for name, child in value.items()
-                if name != "cache_control"}
+        return {name: without_cache_marks(child) if name in ("content", "source") else child
+                for name, child in value.items() if name != "cache_control"}
     return value
 
 
@@ -2474,18 +2502,21 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         if isinstance(content, str):        # a cache mark makes it a block, and back
             message = {**message, "content": [{"type": "text", "text": content}]}
         chain.append(_digest(chain[-1].hex(), message))
-    declared = [part for name in COUNTED_PARTS for part in _listed(fields.get(name))]
-    deferred = [part for part in declared if _is_deferred(part)]
+    declared = [(name, part) for name in COUNTED_PARTS for part in _listed(fields.get(name))]
+    parts, alike = {}, Counter()
+    for name, part in declared:
+        if not _is_deferred(part):
+            digest = _digest(without_cache_marks(part))
+            alike[digest] += 1              # the same part again counts again
+            parts[_digest(digest.hex(), alike[digest])] = (name, part)
     edits = json_object(fields.get("context_management")).get("edits") or []
     is_stable = fields.get("truncation") in (None, "disabled") \
         and fields.get("tool_choice") not in ("none", {"type": "none"}) \
         and all(re.fullmatch(KEPT_THINKING, str(edit.get("type"))) and edit.get("keep") == "all"
                 for edit in map(json_object, edits)) \
         and not any(_is_kept_elsewhere(kind, part) for _, kind, part in prompt_parts(body))
-    return Prompt(tuple(chain[1:]),
-                  {_digest(without_cache_marks(part)): part for part in declared
-                   if not _is_deferred(part)},
-                  tuple(deferred), bool(fields.get("tools") or fields.get("functions")), is_stable)
+    return Prompt(tuple(chain[1:]), parts, tuple(row for row in declared if _is_deferred(row[1])),
+                  bool(fields.get("tools") or fields.get("functions")), is_stable)
 
 
 def _listed(value: object) -> list:
@@ -2502,11 +2533,10 @@ def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
     """Whether a part names what can change behind its name: a URL, a file, an item."""
     elsewhere = ("url", "file", "item_reference", "container_upload")
     if kind in elsewhere or json_object(part.get("source")).get("type") in elsewhere \
-            or "file_id" in part:
+            or not part.keys().isdisjoint({"file_id", "file_url"}):
         return True
-    url = part.get("image_url")
-    url = url if isinstance(url, str) else json_object(url).get("url")
-    return isinstance(url, str) and not url.startswith("data:") or "file_url" in part
+    return (kind in IMAGE_PART_TYPES or _is_unseen(kind, part)) and any(
+        re.match(URL_ELSEWHERE, text) for text in _strings(part))
 
 
 def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
@@ -2521,14 +2551,27 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     if not length:
         return None
     counted, name = known[length - 1], CONVERSATION_FIELDS[api]
-    fields = {name: body.fields[name][length:], "added": [
-        *(part for digest, part in prompt.parts.items() if digest not in counted.parts),
-        *prompt.uncounted]}
+    added = [*(row for digest, row in prompt.parts.items() if digest not in counted.parts),
+             *prompt.uncounted]
+    tools = [part for field, part in added if field in ("tools", "functions")]
+    fields = {name: body.fields[name][length:], "added": tools,
+              "system": [part for field, part in added if field in ("system", "instructions")]}
     rest = JsonBody(json_bytes(fields), fields, {})
-    tool_prompt = TOOL_PROMPT_TOKENS if prompt.has_tools and not counted.has_tools else 0
+    kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
+    tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
+        + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
     more = input_tokens_bound(rest, price, measured=True, window=window)
     return more if _unseen_input(rest)[0] else \
-        counted.tokens + COUNTED_SLACK_TOKENS + tool_prompt + more
+        counted.tokens + COUNTED_SLACK_TOKENS + tool_prompt + more \
+        + _loaded_bytes(rest, request_tools(body))
+
+
+def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
+    """What the size of a stored response is known under: its id, and which of the reasoning
+    before it a request reads again."""
+    reasoning = json_object(fields.get("reasoning"))
+    return _digest("response", response_id, reasoning.get("context") or "auto",
+                   reasoning.get("effort") in (None, "none"))
 
 
 def continued_input_tokens(body: JsonBody, price: Price, before: Counted, window: int = 0) -> int:
@@ -8085,8 +8128,9 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
             or meter.model is None or not call.reservation.is_limited:
         return []
     counted, learned = meter.reported, []
-    if call.api == "responses" and meter.answer_id is not None:
-        learned.append((_digest("response", meter.answer_id),
+    if call.api == "responses" and meter.answer_id is not None \
+            and call.body.fields.get("truncation") in (None, "disabled"):
+        learned.append((response_digest(meter.answer_id, call.body.fields),
                         Counted(counted.prompt_tokens + counted.completion_tokens)))
     prompt = call_prompt(call) if len(call.body.raw) >= LEAST_COUNTED_BYTES else None
     if prompt is not None and prompt.is_stable and prompt.chain:
@@ -9013,7 +9057,7 @@ class Router:
         fields, scope = call.body.fields, json.dumps(count_scope(call))
         previous = fields.get("previous_response_id")
         if previous is not None and fields.get("truncation") in (None, "disabled"):
-            known = self.counts.find(scope, [_digest("response", previous)])[0]
+            known = self.counts.find(scope, [response_digest(previous, fields)])[0]
             return known and continued_input_tokens(call.body, price, known, window)
         prompt = call_prompt(call)
         return prompt and counted_input_tokens(call.api, call.body, price, prompt,
