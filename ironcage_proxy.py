@@ -2249,9 +2249,15 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
         context_tokens=context, rates=rates, looped_rates=looped_rates)
 
 
+def _fetch_cap(tool: Mapping[str, object]) -> int:
+    """The max_content_tokens that goes upstream: no cap, and one of 0, is our own."""
+    return optional_count(tool, "max_content_tokens") or DEFAULT_FETCHED_TOKENS
+
+
 def _fetched_tokens(tool: Mapping[str, object]) -> int:
-    asked = optional_count(tool, "max_content_tokens")
-    return -int(-(DEFAULT_FETCHED_TOKENS if asked is None else asked) * FETCHED_TOKENS_MARGIN // 1)
+    """What one fetch can add: a text that is to be cited counts twice, as in the request."""
+    times = 2 if json_object(tool.get("citations")).get("enabled") else 1
+    return -int(-_fetch_cap(tool) * times * FETCHED_TOKENS_MARGIN // 1)
 
 
 def _forces_hosted(choice: object, names: set) -> bool:
@@ -2269,7 +2275,7 @@ def hosted_changes(api: str, fields: Mapping[str, object],
         changed = {} if fields.get("max_tool_calls") == uses else {"max_tool_calls": uses}
         return changed, frozenset(), changed
     tools, reported = [], {}
-    for tool in fields["tools"]:
+    for tool in fields.get("tools") or ():
         kind = str(tool.get("type"))
         if not re.fullmatch(SEARCH_TOOL_TYPES, kind):
             tools.append(tool)
@@ -2278,7 +2284,7 @@ def hosted_changes(api: str, fields: Mapping[str, object],
         own = optional_count(tool, "max_uses")
         caps = {"max_uses": uses if own is None else min(own, uses)}
         if kind.startswith("web_fetch"):
-            caps["max_content_tokens"] = tool.get("max_content_tokens") or DEFAULT_FETCHED_TOKENS
+            caps["max_content_tokens"] = _fetch_cap(tool)
         if uses or own == 0:
             tools.append({**tool, **caps})
             reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
@@ -9050,7 +9056,9 @@ class Router:
         bound = call.bound
         if bound is None or bound.loops or len(call.body.raw) < LEAST_COUNTED_BYTES:
             return bound
-        return min(bound, self._bound(call, call.price, 0), key=lambda one: one.input_picodollars)
+        caps = Caps(call.reservation.output_cap, call.set_hosted_uses or 0)
+        return min(bound, self._bound(call, call.price, 0).admitted(caps),
+                   key=lambda one: one.input_picodollars)
 
     def _counted_tokens(self, call: Call, price: Price, window: int) -> Optional[int]:
         """A bound on a call's input from what its provider counted before; None: it did not."""
