@@ -1490,6 +1490,11 @@ HONOURED_CHAT_CAPS = MappingProxyType({
     **dict.fromkeys(("openai", "azure", "groq", "cerebras", "vllm", "sglang", "llamacpp"),
                     ("max_completion_tokens", "max_tokens"))})
 OTHERS_CHAT_CAPS = ("max_tokens",)
+# Providers to whom a cap of 0 is one. To others it is none, as every field that is not set is 0
+# (Ollama's runner; servers that read the request into protobuf 3), or is not documented.
+ZERO_IS_A_CAP = frozenset({"openai", "azure", "anthropic", "vllm", "sglang", "llamacpp",
+                           "ironcage"})
+PLAIN_PROMPTS = MappingProxyType({"completions": "prompt", "embeddings": "input"})
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
@@ -1509,11 +1514,11 @@ LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_toke
 LEAST_THINKING_TOKENS = 1024            # Anthropic refuses a lower thinking budget
 LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
-# The most that one image is billed as, by LiteLLM's provider and the model's prefix; elsewhere an
+# The most that one image is billed as, by LiteLLM's provider and how the row begins; elsewhere an
 # image counts as a whole context. Sources: Anthropic's vision guide (at most 4,784 tokens, images
 # are scaled down to that); OpenAI's (at most 10,000 patches at up to 2.46 tokens; gpt-4o-mini
 # bills 2,833 tokens and 5,667 for each of at most 8 tiles). Read November 2026.
-IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", "gpt-4o-mini", 50_000),
+IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", r"(.*[:/])?gpt-4o-mini", 50_000),
                 ("openai", "", 25_000))
 INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it looks like that
 INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
@@ -1623,6 +1628,10 @@ def _is_off(value: object, price: Price) -> bool:
     return value in (None, False, [])
 
 
+def _is_disabled(value: object, price: Price) -> bool:
+    return json_object(value).get("enabled") is False
+
+
 def _is_no_object(value: object, price: Price) -> bool:
     return not isinstance(value, dict)
 
@@ -1633,7 +1642,11 @@ def _has_a_priced_tier(value: object, price: Price) -> bool:
 
 
 def _has_a_priced_speed(value: object, price: Price) -> bool:
-    return value == "standard" or price.fast_multiplier != 1
+    return value == "standard" or (value == "fast" and price.fast_multiplier != 1)
+
+
+def _is_a_priced_place(value: object, price: Price) -> bool:
+    return value in ("global", "us")
 
 
 def _is_free_moderation(value: object, price: Price) -> bool:
@@ -1669,18 +1682,19 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
                          mode=lambda value, price: value == "standard"),
         text=_rules("format verbosity"), prompt=_is_no_object, background=_is_off,
         background_options=_is_off, context_management=_is_off, access_programs=_is_off,
-        multi_agent=_rules("max_concurrent_subagents", enabled=_is_off)),
+        multi_agent=_is_disabled),
     "completions": _rules(
         "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty "
         "prompt seed stop stream suffix temperature top_p user", stream_options=_STREAM_OPTIONS),
     "embeddings": _rules("dimensions encoding_format input model user"),
     "messages": _rules(
-        "billing_policy cache_control container diagnostics fallback_credit_token inference_geo "
+        "billing_policy cache_control container diagnostics fallback_credit_token "
         "max_tokens messages metadata model output_format stop_sequences stream system "
         "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
         thinking=_rules("type budget_tokens display block_binding"),
         output_config=_rules("effort format task_budget"),
         context_management=_rules("", edits=_EDITS), speed=_has_a_priced_speed,
+        inference_geo=_is_a_priced_place,
         service_tier=_has_a_priced_tier, compaction=_is_off, fallbacks=_is_off,
         mcp_servers=_is_off),
 })
@@ -1703,7 +1717,9 @@ COMPATIBLE_FIELDS = _rules(
 # A provider writes a prompt of its own for these.
 PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
                               "output_format"})
-SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
+# Models that search, or run others, by themselves: xAI bills the tokens of all its agents, and
+# Groq's compound those of all its models and tools. Sources: their model pages, November 2026.
+SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound")
 
 
 class Hatches(NamedTuple):
@@ -2058,6 +2074,12 @@ def check_thread(fields: Mapping[str, object]) -> None:
                             param="thread")
 
 
+def _is_plain(prompt: object) -> bool:
+    """Whether a prompt is text or tokens, or lists of those."""
+    return all(map(_is_plain, prompt)) if isinstance(prompt, list) \
+        else prompt is None or isinstance(prompt, (str, int))
+
+
 def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
                     hatches: Hatches = Hatches()) -> list[str]:
     """Refuse what no bound covers; return the hatches that let something through.
@@ -2067,8 +2089,15 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     check_thread(body.fields)
     opened = _check_fields(api, body, price, provider, hatches)
     if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(str(body.fields.get("model"))):
-        raise UnboundedRequest("a model that searches by itself cannot be used under a budget: "
-                               "its searches cannot be bounded", param="model")
+        raise UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
+                               "under a budget: what it does cannot be bounded", param="model")
+    if api in PLAIN_PROMPTS and not _is_plain(body.fields.get(PLAIN_PROMPTS[api])):
+        raise UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
+                               "budget", param=PLAIN_PROMPTS[api])
+    if provider not in ZERO_IS_A_CAP and any(price.amounts.values()) and any(
+            body.fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
+        raise UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
+                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0])
     for field, kind, _ in prompt_parts(body):
         if kind in TEXT_PART_TYPES or kind in HOSTED_RESULT_TYPES \
                 or re.fullmatch(UNSEEN_PART_TYPES, kind):
@@ -2155,8 +2184,8 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
     is_unseen, images = _unseen_input(body)
-    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS
-                      if price.provider == provider and price.key.startswith(prefix)), None)
+    per_image = next((tokens for provider, start, tokens in IMAGE_TOKENS
+                      if price.provider == provider and re.match(start, price.key)), None)
     context = max(price.max_input_tokens or 0, window)
     if is_unseen or (images and per_image is None):
         if price.max_input_tokens is None:
