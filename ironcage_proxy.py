@@ -1491,6 +1491,11 @@ HONOURED_CHAT_CAPS = MappingProxyType({
     **dict.fromkeys(("openai", "azure", "groq", "cerebras", "vllm", "sglang", "llamacpp"),
                     ("max_completion_tokens", "max_tokens"))})
 OTHERS_CHAT_CAPS = ("max_tokens",)
+# Providers to whom a cap of 0 is one. To others it is none, as every field that is not set is 0
+# (Ollama's runner; servers that read the request into protobuf 3), or is not documented.
+ZERO_IS_A_CAP = frozenset({"openai", "azure", "anthropic", "vllm", "sglang", "llamacpp",
+                           "ironcage"})
+PLAIN_PROMPTS = MappingProxyType({"completions": "prompt", "embeddings": "input"})
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
@@ -1510,11 +1515,11 @@ LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_toke
 LEAST_THINKING_TOKENS = 1024            # Anthropic refuses a lower thinking budget
 LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
 
-# The most that one image is billed as, by LiteLLM's provider and the model's prefix; elsewhere an
+# The most that one image is billed as, by LiteLLM's provider and how the row begins; elsewhere an
 # image counts as a whole context. Sources: Anthropic's vision guide (at most 4,784 tokens, images
 # are scaled down to that); OpenAI's (at most 10,000 patches at up to 2.46 tokens; gpt-4o-mini
 # bills 2,833 tokens and 5,667 for each of at most 8 tiles). Read November 2026.
-IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", "gpt-4o-mini", 50_000),
+IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", r"(.*[:/])?gpt-4o-mini", 50_000),
                 ("openai", "", 25_000))
 INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it looks like that
 INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
@@ -1557,6 +1562,12 @@ NOT_CONTENT_FIELDS = frozenset({
 TOOL_BRINGERS = MappingProxyType({
     "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
     "tool_removal": "tool"})
+# Fields that make an object without a type an image or a file (vLLM; multimodal embeddings).
+MEDIA_FIELDS = MappingProxyType({
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("audio", "audio_url", "document", "document_url", "file", "file_data",
+                     "file_id", "file_url", "image_embeds", "image_pil", "inline_data",
+                     "input_audio", "input_file", "video", "video_url"), "file")})
 # Tools that the client runs.
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
@@ -1565,6 +1576,7 @@ CLIENT_TOOL_TYPES = (
 CLIENT_TOOL_PLACES = (("tool_search", ("execution",), "client"),
                       ("shell", ("environment", "type"), "local"))
 TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
+SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # the request has all
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
 # What begins a thread; the request itself still holds all of the conversation. The newest
 # anthropic SDKs' tool_runner sends it by default (Python 2.14, Node 1.14; November 2026).
@@ -1618,6 +1630,10 @@ def _is_off(value: object, price: Price) -> bool:
     return value in (None, False, [])
 
 
+def _is_disabled(value: object, price: Price) -> bool:
+    return json_object(value).get("enabled") is False
+
+
 def _is_no_object(value: object, price: Price) -> bool:
     return not isinstance(value, dict)
 
@@ -1628,7 +1644,11 @@ def _has_a_priced_tier(value: object, price: Price) -> bool:
 
 
 def _has_a_priced_speed(value: object, price: Price) -> bool:
-    return value == "standard" or price.fast_multiplier != 1
+    return value == "standard" or (value == "fast" and price.fast_multiplier != 1)
+
+
+def _is_a_priced_place(value: object, price: Price) -> bool:
+    return value in ("global", "us")
 
 
 def _is_free_moderation(value: object, price: Price) -> bool:
@@ -1664,18 +1684,19 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
                          mode=lambda value, price: value == "standard"),
         text=_rules("format verbosity"), prompt=_is_no_object, background=_is_off,
         background_options=_is_off, context_management=_is_off, access_programs=_is_off,
-        multi_agent=_rules("max_concurrent_subagents", enabled=_is_off)),
+        multi_agent=_is_disabled),
     "completions": _rules(
         "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty "
         "prompt seed stop stream suffix temperature top_p user", stream_options=_STREAM_OPTIONS),
     "embeddings": _rules("dimensions encoding_format input model user"),
     "messages": _rules(
-        "billing_policy cache_control container diagnostics fallback_credit_token inference_geo "
+        "billing_policy cache_control container diagnostics fallback_credit_token "
         "max_tokens messages metadata model output_format stop_sequences stream system "
         "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
         thinking=_rules("type budget_tokens display block_binding"),
         output_config=_rules("effort format task_budget"),
         context_management=_rules("", edits=_EDITS), speed=_has_a_priced_speed,
+        inference_geo=_is_a_priced_place,
         service_tier=_has_a_priced_tier, compaction=_is_off, fallbacks=_is_off,
         mcp_servers=_is_off),
 })
@@ -1698,7 +1719,9 @@ COMPATIBLE_FIELDS = _rules(
 # A provider writes a prompt of its own for these.
 PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
                               "output_format"})
-SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research")
+# Models that search, or run others, by themselves: xAI bills the tokens of all its agents, and
+# Groq's compound those of all its models and tools. Sources: their model pages, November 2026.
+SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound")
 
 
 class Hatches(NamedTuple):
@@ -1923,8 +1946,11 @@ def _parts(value: object) -> Sequence[tuple[str, dict]]:
         if kind is not None:
             kind = kind if isinstance(kind, str) else "?"
             found.append((kind, value))
-        elif "id" in value and "content" not in value:
+        elif "id" in value and value.get("content") is None:
             found.append(("item_reference", value))
+        if kind is None:                       # servers take the type from the field that is there
+            found += [(MEDIA_FIELDS[name], value) for name in MEDIA_FIELDS.keys() & value.keys()
+                      if value[name] is not None]
         if kind in ("reasoning", "compaction") and not value.get("encrypted_content") \
                 and not (kind == "compaction" and value.get("content")):
             found.append(("item_reference", value))
@@ -2050,6 +2076,12 @@ def check_thread(fields: Mapping[str, object]) -> None:
                             param="thread")
 
 
+def _is_plain(prompt: object) -> bool:
+    """Whether a prompt is text or tokens, or lists of those."""
+    return all(map(_is_plain, prompt)) if isinstance(prompt, list) \
+        else prompt is None or isinstance(prompt, (str, int))
+
+
 def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
                     hatches: Hatches = Hatches()) -> list[str]:
     """Refuse what no bound covers; return the hatches that let something through.
@@ -2059,8 +2091,15 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     check_thread(body.fields)
     opened = _check_fields(api, body, price, provider, hatches)
     if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(str(body.fields.get("model"))):
-        raise UnboundedRequest("a model that searches by itself cannot be used under a budget: "
-                               "its searches cannot be bounded", param="model")
+        raise UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
+                               "under a budget: what it does cannot be bounded", param="model")
+    if api in PLAIN_PROMPTS and not _is_plain(body.fields.get(PLAIN_PROMPTS[api])):
+        raise UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
+                               "budget", param=PLAIN_PROMPTS[api])
+    if provider not in ZERO_IS_A_CAP and any(price.amounts.values()) and any(
+            body.fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
+        raise UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
+                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0])
     for field, kind, _ in prompt_parts(body):
         if kind in TEXT_PART_TYPES or kind in HOSTED_RESULT_TYPES \
                 or re.fullmatch(UNSEEN_PART_TYPES, kind):
@@ -2147,8 +2186,8 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
     is_unseen, images = _unseen_input(body)
-    per_image = next((tokens for provider, prefix, tokens in IMAGE_TOKENS
-                      if price.provider == provider and price.key.startswith(prefix)), None)
+    per_image = next((tokens for provider, start, tokens in IMAGE_TOKENS
+                      if price.provider == provider and re.match(start, price.key)), None)
     context = max(price.max_input_tokens or 0, window)
     if is_unseen or (images and per_image is None):
         if price.max_input_tokens is None:
@@ -2184,7 +2223,21 @@ def _unseen_prompt_tokens(body: JsonBody) -> int:
     results = sum(kind in HOSTED_RESULT_TYPES for _, kind, _ in prompt_parts(body))
     toolsets = sum("_toolset_" in kind for _, kind, _ in tools)
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
-        + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS
+        + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS \
+        + _loaded_bytes(body, tools)
+
+
+def _loaded_bytes(body: JsonBody, tools: Sequence[tuple[str, str, Mapping[str, object]]]) -> int:
+    """The definitions of tools that content loads by name, once for each time that it does; but
+    for the first of a deferred one, which does not count where it is declared."""
+    loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
+               for _, kind, part in prompt_parts(body)
+               if kind in ("tool_reference", "tool_addition")]
+    names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
+    return names and sum([
+        len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
+                                    - (field == "tools" and _is_deferred(tool)))
+        for field, _, tool in tools]) or 0
 
 
 def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
@@ -2227,9 +2280,15 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
         context_tokens=context, rates=rates, looped_rates=looped_rates)
 
 
+def _fetch_cap(tool: Mapping[str, object]) -> int:
+    """The max_content_tokens that goes upstream: no cap, and one of 0, is our own."""
+    return optional_count(tool, "max_content_tokens") or DEFAULT_FETCHED_TOKENS
+
+
 def _fetched_tokens(tool: Mapping[str, object]) -> int:
-    asked = optional_count(tool, "max_content_tokens")
-    return -int(-(DEFAULT_FETCHED_TOKENS if asked is None else asked) * FETCHED_TOKENS_MARGIN // 1)
+    """What one fetch can add: a text that is to be cited counts twice, as in the request."""
+    times = 2 if json_object(tool.get("citations")).get("enabled") else 1
+    return -int(-_fetch_cap(tool) * times * FETCHED_TOKENS_MARGIN // 1)
 
 
 def _forces_hosted(choice: object, names: set) -> bool:
@@ -2247,7 +2306,7 @@ def hosted_changes(api: str, fields: Mapping[str, object],
         changed = {} if fields.get("max_tool_calls") == uses else {"max_tool_calls": uses}
         return changed, frozenset(), changed
     tools, reported = [], {}
-    for tool in fields["tools"]:
+    for tool in fields.get("tools") or ():
         kind = str(tool.get("type"))
         if not re.fullmatch(SEARCH_TOOL_TYPES, kind):
             tools.append(tool)
@@ -2256,7 +2315,7 @@ def hosted_changes(api: str, fields: Mapping[str, object],
         own = optional_count(tool, "max_uses")
         caps = {"max_uses": uses if own is None else min(own, uses)}
         if kind.startswith("web_fetch"):
-            caps["max_content_tokens"] = tool.get("max_content_tokens") or DEFAULT_FETCHED_TOKENS
+            caps["max_content_tokens"] = _fetch_cap(tool)
         if uses or own == 0:
             tools.append({**tool, **caps})
             reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
@@ -2423,6 +2482,7 @@ UNCOUNTED_FIELDS = frozenset("""
 COUNTED_PARTS = ("system", "instructions", "tools", "functions")
 UNSTABLE_MODEL = re.compile(r"(^|[-_/])(auto|router|latest)$")
 KEPT_THINKING = r"clear_thinking_\d{8}"
+URL_ELSEWHERE = r"\s*(?!data:)[A-Za-z][A-Za-z0-9+.-]*:"
 
 
 class Counted(NamedTuple):
@@ -2435,8 +2495,8 @@ class Counted(NamedTuple):
 class Prompt(NamedTuple):
     """A request as digests: its beginnings, message by message, and its system parts and tools."""
     chain: tuple[bytes, ...]                # of all that must be equal, and so many messages
-    parts: Mapping[bytes, object]           # those that are always counted
-    uncounted: tuple                        # tools that count only once they are loaded
+    parts: Mapping[bytes, tuple[str, object]]       # (field, part) of those always counted
+    uncounted: tuple                        # likewise tools that count only once they are loaded
     has_tools: bool
     is_stable: bool                         # its count holds for what it begins
 
@@ -2446,12 +2506,15 @@ def _digest(*values: object) -> bytes:
 
 
 def without_cache_marks(value: object) -> object:
-    """A JSON value without cache_control, which agents move at each call."""
+    """A message or part without cache_control, which agents move at each call.
+
+    Elsewhere, as in the input of a tool, that is a name like any other, and what it holds counts.
+    """
     if isinstance(value, list):
         return [without_cache_marks(child) for child in value]
     if isinstance(value, dict):
-        return {name: without_cache_marks(child) for name, child in value.items()
-                if name != "cache_control"}
+        return {name: without_cache_marks(child) if name in ("content", "source") else child
+                for name, child in value.items() if name != "cache_control"}
     return value
 
 
@@ -2476,18 +2539,21 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         if isinstance(content, str):        # a cache mark makes it a block, and back
             message = {**message, "content": [{"type": "text", "text": content}]}
         chain.append(_digest(chain[-1].hex(), message))
-    declared = [part for name in COUNTED_PARTS for part in _listed(fields.get(name))]
-    deferred = [part for part in declared if _is_deferred(part)]
+    declared = [(name, part) for name in COUNTED_PARTS for part in _listed(fields.get(name))]
+    parts, alike = {}, Counter()
+    for name, part in declared:
+        if not _is_deferred(part):
+            digest = _digest(without_cache_marks(part))
+            alike[digest] += 1              # the same part again counts again
+            parts[_digest(digest.hex(), alike[digest])] = (name, part)
     edits = json_object(fields.get("context_management")).get("edits") or []
     is_stable = fields.get("truncation") in (None, "disabled") \
         and fields.get("tool_choice") not in ("none", {"type": "none"}) \
         and all(re.fullmatch(KEPT_THINKING, str(edit.get("type"))) and edit.get("keep") == "all"
                 for edit in map(json_object, edits)) \
         and not any(_is_kept_elsewhere(kind, part) for _, kind, part in prompt_parts(body))
-    return Prompt(tuple(chain[1:]),
-                  {_digest(without_cache_marks(part)): part for part in declared
-                   if not _is_deferred(part)},
-                  tuple(deferred), bool(fields.get("tools") or fields.get("functions")), is_stable)
+    return Prompt(tuple(chain[1:]), parts, tuple(row for row in declared if _is_deferred(row[1])),
+                  bool(fields.get("tools") or fields.get("functions")), is_stable)
 
 
 def _listed(value: object) -> list:
@@ -2504,11 +2570,10 @@ def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
     """Whether a part names what can change behind its name: a URL, a file, an item."""
     elsewhere = ("url", "file", "item_reference", "container_upload")
     if kind in elsewhere or json_object(part.get("source")).get("type") in elsewhere \
-            or "file_id" in part:
+            or not part.keys().isdisjoint({"file_id", "file_url"}):
         return True
-    url = part.get("image_url")
-    url = url if isinstance(url, str) else json_object(url).get("url")
-    return isinstance(url, str) and not url.startswith("data:") or "file_url" in part
+    return (kind in IMAGE_PART_TYPES or _is_unseen(kind, part)) and any(
+        re.match(URL_ELSEWHERE, text) for text in _strings(part))
 
 
 def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
@@ -2523,14 +2588,27 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     if not length:
         return None
     counted, name = known[length - 1], CONVERSATION_FIELDS[api]
-    fields = {name: body.fields[name][length:], "added": [
-        *(part for digest, part in prompt.parts.items() if digest not in counted.parts),
-        *prompt.uncounted]}
+    added = [*(row for digest, row in prompt.parts.items() if digest not in counted.parts),
+             *prompt.uncounted]
+    tools = [part for field, part in added if field in ("tools", "functions")]
+    fields = {name: body.fields[name][length:], "added": tools,
+              "system": [part for field, part in added if field in ("system", "instructions")]}
     rest = JsonBody(json_bytes(fields), fields, {})
-    tool_prompt = TOOL_PROMPT_TOKENS if prompt.has_tools and not counted.has_tools else 0
+    kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
+    tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
+        + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
     more = input_tokens_bound(rest, price, measured=True, window=window)
     return more if _unseen_input(rest)[0] else \
-        counted.tokens + COUNTED_SLACK_TOKENS + tool_prompt + more
+        counted.tokens + COUNTED_SLACK_TOKENS + tool_prompt + more \
+        + _loaded_bytes(rest, request_tools(body))
+
+
+def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
+    """What the size of a stored response is known under: its id, and which of the reasoning
+    before it a request reads again."""
+    reasoning = json_object(fields.get("reasoning"))
+    return _digest("response", response_id, reasoning.get("context") or "auto",
+                   reasoning.get("effort") in (None, "none"))
 
 
 def continued_input_tokens(body: JsonBody, price: Price, before: Counted, window: int = 0) -> int:
@@ -8087,8 +8165,9 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
             or meter.model is None or not call.reservation.is_limited:
         return []
     counted, learned = meter.reported, []
-    if call.api == "responses" and meter.answer_id is not None:
-        learned.append((_digest("response", meter.answer_id),
+    if call.api == "responses" and meter.answer_id is not None \
+            and call.body.fields.get("truncation") in (None, "disabled"):
+        learned.append((response_digest(meter.answer_id, call.body.fields),
                         Counted(counted.prompt_tokens + counted.completion_tokens)))
     prompt = call_prompt(call) if len(call.body.raw) >= LEAST_COUNTED_BYTES else None
     if prompt is not None and prompt.is_stable and prompt.chain:
@@ -9008,14 +9087,16 @@ class Router:
         bound = call.bound
         if bound is None or bound.loops or len(call.body.raw) < LEAST_COUNTED_BYTES:
             return bound
-        return min(bound, self._bound(call, call.price, 0), key=lambda one: one.input_picodollars)
+        caps = Caps(call.reservation.output_cap, call.set_hosted_uses or 0)
+        return min(bound, self._bound(call, call.price, 0).admitted(caps),
+                   key=lambda one: one.input_picodollars)
 
     def _counted_tokens(self, call: Call, price: Price, window: int) -> Optional[int]:
         """A bound on a call's input from what its provider counted before; None: it did not."""
         fields, scope = call.body.fields, json.dumps(count_scope(call))
         previous = fields.get("previous_response_id")
         if previous is not None and fields.get("truncation") in (None, "disabled"):
-            known = self.counts.find(scope, [_digest("response", previous)])[0]
+            known = self.counts.find(scope, [response_digest(previous, fields)])[0]
             return known and continued_input_tokens(call.body, price, known, window)
         prompt = call_prompt(call)
         return prompt and counted_input_tokens(call.api, call.body, price, prompt,

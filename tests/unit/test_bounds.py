@@ -429,6 +429,10 @@ UNSEEN = {
     "input file": {"input": [{"role": "user", "content": [
         {"type": "input_file", "file_id": "x"}]}]},
     "item reference": {"input": [{"type": "item_reference", "id": "msg_1"}]},
+    "item reference without a type": {"input": [{"id": "msg_1", "content": None}]},
+    "audio without a type": content({"audio_url": {"url": "https://x/y.wav"}}),
+    "video of the type null": content({"type": None, "video_url": {"url": "x"}}),
+    "file data without a type": content({"file_data": "AA=="}),
     "compaction item without content": {"input": [{"type": "compaction", "id": "cmp_1"}]},
     "compaction without a summary": content({"type": "compaction", "content": None}),
     "file search item": {"input": [{"type": "file_search_call", "id": "fs_1"}]},
@@ -446,6 +450,7 @@ UNSEEN = {
 IMAGES = {
     "image": content({"type": "image_url", "image_url": {"url": "https://x/y.png"}}),
     "image in messages": content({"type": "image", "source": {"type": "url", "url": "x"}}),
+    "image without a type": content({"image_url": "https://x/y.png"}),
     "image by its id": content({"type": "image", "source": {"type": "file", "file_id": "x"}}),
     "image in a tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
         {"type": "image", "source": {}}]}),
@@ -456,6 +461,8 @@ IMAGES = {
 SEEN = {
     "text": content(),
     "a plain string": chat(),
+    "an answer without audio": chat(messages=[{"role": "assistant", "content": "x",
+                                               "audio": None}]),
     "refusal": content({"type": "refusal", "refusal": "no"}),
     "tool use": content({"type": "tool_use", "id": "x", "name": "f", "input": {"type": "image"}}),
     "tool result": content({"type": "tool_result", "tool_use_id": "x", "content": [
@@ -493,6 +500,15 @@ def test_unseen_input_counts_as_the_models_whole_context(fields):
     api = "responses" if "input" in fields else "chat"
 
     assert 1_000_000 == bound_of(api, fields).input_tokens
+
+
+@pytest.mark.parametrize("key, tokens", [
+    ("gpt-4o-mini", 50_000), ("openai/gpt-4o-mini", 50_000), ("ft:gpt-4o-mini-2024-07-18", 50_000),
+    ("gpt-4o", 25_000), ("o4-mini", 25_000)])
+def test_an_image_counts_by_the_model_under_every_name_of_its_row(key, tokens):
+    body = body_of(IMAGES["image"])
+
+    assert tokens < ic.input_tokens_bound(body, price_of(ROW, key)) < tokens + 1000
 
 
 @pytest.mark.parametrize("provider, tokens", [("openai", 25_000), ("anthropic", 5_000)])
@@ -673,7 +689,8 @@ GUARDED_FIELDS = [
     ("messages", "mcp_servers", [], [{"url": "x"}]),
     ("messages", "fallbacks", None, [{"model": "x"}]), ("messages", "fallbacks", [], "default"),
     ("messages", "compaction", None, {"type": "summarize"}),
-    ("messages", "speed", "standard", "fast"),
+    ("messages", "speed", "standard", "fast"), ("messages", "inference_geo", "global", "eu"),
+    ("responses", "multi_agent", None, "auto"), ("responses", "multi_agent", None, {}),
     ("messages", "context_management", {"edits": [{"type": "clear_thinking_20251015"}]},
      {"edits": [{"type": "compact_20260112"}]}),
     ("messages", "thinking", {"type": "enabled", "budget_tokens": 9}, {"parallel": 4}),
@@ -740,12 +757,45 @@ def test_content_that_the_operator_lets_through_counts_as_a_whole_context():
 
 @pytest.mark.parametrize("key", [
     "gpt-4o-search-preview", "gpt-4o-mini-search-preview-2025-03-11", "gpt-5-search-api",
-    "o3-deep-research", "o4-mini-deep-research-2025-06-26"])
+    "o3-deep-research", "o4-mini-deep-research-2025-06-26", "xai/grok-4.20-multi-agent-0309",
+    "groq/compound", "groq/compound-mini", "compound-beta"])
 def test_a_model_that_searches_by_itself_is_refused(key):
     with pytest.raises(ic.UnboundedRequest) as caught:
         checked("chat", {}, key=key)
 
     assert "model" == caught.value.param
+
+
+@pytest.mark.parametrize("api, name, plain, other", [
+    ("embeddings", "input", ["a", [1, 2]], [{"image": "https://x/y.png"}]),
+    ("embeddings", "input", "a", {"content": [{"type": "text", "text": "x"}]}),
+    ("completions", "prompt", [[1], "a"], {"prompt_string": "x", "multimodal_data": ["AA=="]})])
+def test_a_prompt_that_is_text_by_its_api_must_be_text(api, name, plain, other):
+    assert [] == checked(api, {name: plain}, provider="vllm")
+    with pytest.raises(ic.UnboundedRequest) as caught:
+        checked(api, {name: other}, provider="vllm")
+
+    assert name == caught.value.param
+
+
+@pytest.mark.parametrize("api, name", [("chat", "max_tokens"), ("chat", "max_completion_tokens"),
+                                       ("responses", "max_output_tokens"),
+                                       ("completions", "max_tokens"), ("messages", "max_tokens")])
+@pytest.mark.parametrize("provider, fine", [("ollama", False), ("minimax", False),
+                                            ("openai", True), ("anthropic", True)])
+def test_a_cap_of_nothing_is_a_cap_only_where_that_is_known(api, name, provider, fine):
+    with contextlib.nullcontext() if fine else pytest.raises(ic.UnboundedRequest):
+        checked(api, {name: 0}, provider=provider)
+    assert [] == checked(api, {name: 1}, provider=provider)
+
+
+@pytest.mark.parametrize("speed", ["ultrafast", "Fast", 2])
+def test_a_speed_that_nobody_knows_is_refused_where_another_has_a_price(speed):
+    row = {**CLAUDE, "provider_specific_entry": {"fast": 6}}
+
+    assert [] == checked("messages", {"speed": "fast"}, row=row)
+    with pytest.raises(ic.UnboundedRequest):
+        checked("messages", {"speed": speed}, row=row)
 
 
 # Caps from amounts.

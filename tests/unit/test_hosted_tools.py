@@ -48,6 +48,8 @@ CLAUDE_CASES = [
     ([{**SEARCH, "max_uses": 8}], 8, 10, 128_000, 8), ([{**SEARCH, "max_uses": 30}], 30, 11, 480_000,
                                                        30),
     ([FETCH], 2, 4, 55_000, 0), ([{**FETCH, "max_content_tokens": 1000}], 2, 4, 2_200, 0),
+    ([{**FETCH, "max_content_tokens": 0}], 2, 4, 55_000, 0),
+    ([{**FETCH, "citations": {"enabled": True}}], 2, 4, 110_000, 0),
     ([SEARCH, FETCH], 2, 6, 87_000, 2), ([SEARCH, FETCH, FUNCTION], 0, 1, 0, 0),
     ([{**SEARCH, "type": "web_search_20260318"}], 1, 11, 16_000, 1),
     ([TOOL_SEARCH, FUNCTION], 0, 11, 0, 0), ([TOOL_SEARCH, SEARCH], 1, 11, 16_000, 1),
@@ -200,3 +202,9 @@ CHANGES = [
 @pytest.mark.parametrize("api, fields, uses, changed, without, reported", CHANGES)
 def test_the_number_of_uses_travels_upstream(api, fields, uses, changed, without, reported):
     assert (changed, without, reported) == ic.hosted_changes(api, fields, uses)
+
+
+@pytest.mark.parametrize("api", ["messages", "chat"])
+def test_content_of_another_api_breaks_nothing(api):
+    """Only Responses has compaction triggers."""
+    assert ({}, frozenset(), {}) == ic.hosted_changes(api, {"messages": []}, 0)

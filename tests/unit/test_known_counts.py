@@ -29,8 +29,13 @@ def body_of(fields):
 
 def billed(fields):
     """Tokens, by the provider's own rule."""
+    def unmarked(part):
+        return [*map(unmarked, part)] if isinstance(part, list) else part if not isinstance(
+            part, dict) else {name: unmarked(child) if name == "content" else child
+                              for name, child in part.items() if name != "cache_control"}
+
     def tokens(part):
-        return -(-len(json.dumps(ic.without_cache_marks(part))) // 4) + 3
+        return -(-len(json.dumps(unmarked(part))) // 4) + 3
 
     messages = fields.get("messages", fields.get("input"))
     tools = fields.get("tools") or []
@@ -219,6 +224,9 @@ def test_a_count_is_not_used_where_something_else_has_changed(first, second):
     {"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}},
     {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
     {"type": "input_image", "image_url": "https://x/y.png"}, {"type": "input_file", "file_url": "u"},
+    {"type": "video_url", "video_url": {"url": "https://x/y.mp4"}},
+    {"type": "input_audio", "input_audio": {"data": "gs://x/y.wav", "format": "wav"}},
+    {"image_url": "http://x/y.png"},
     {"type": "container_upload", "file_id": "f"}], ids=repr)
 def test_what_can_change_behind_its_name_is_not_learned(part):
     """The image behind a URL may be another one at the next call."""
@@ -287,6 +295,95 @@ def test_tools_where_there_were_none_bring_their_prompt():
     with_tools = longer(rng, fields, tools=[tool("read")])
 
     assert session.bound(with_tools) >= billed(with_tools) + ic.TOOL_PROMPT_TOKENS - 400
+
+
+@pytest.mark.parametrize("name", ["system", "tools"])
+def test_the_same_part_again_counts_again(name):
+    rng, session = Random(13), Session()
+    part = {"system": {"type": "text", "text": text(rng, 500)}, "tools": tool("read")}[name]
+    fields = request(rng, **{name: [part]})
+    session.learn(fields)
+    repeated = longer(rng, fields, **{name: [part] * 90})
+
+    assert session.bound(repeated) >= billed(repeated)
+    session.learn(repeated)
+    assert session.bound(longer(rng, repeated)) < measured(repeated)
+
+
+NAMED_LIKE_A_MARK = {
+    "the input of a tool": lambda value: {"messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "t", "name": "read", "input": {"cache_control": value}}]}]},
+    "a text that it holds": lambda value: {"messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "t", "name": "read", "input": {
+            "content": {"cache_control": value}}}]}]},
+    "the schema of a tool": lambda value: {"tools": [{
+        "name": "read", "input_schema": {"properties": {"cache_control": value}}}]},
+}
+
+
+@pytest.mark.parametrize("fields_with", NAMED_LIKE_A_MARK.values(), ids=NAMED_LIKE_A_MARK)
+def test_only_a_cache_mark_is_left_out_and_not_what_is_named_like_one(fields_with):
+    rng, session = Random(14), Session()
+    session.learn(request(rng, **fields_with("")))
+    other = request(Random(14), **fields_with({"description": text(rng, 5_000)}))
+
+    bound = session.bound(other)
+    assert bound is None or bound >= billed(other)
+
+
+@pytest.mark.parametrize("kind, prompt_tokens", [
+    ("memory_20250818", ic.TOOL_PROMPT_TOKENS), ("bash_20250124", ic.TOOL_PROMPT_TOKENS),
+    ("computer_toolset_20260801", ic.TOOLSET_PROMPT_TOKENS)])
+def test_a_tool_whose_schema_the_provider_has_brings_it_to_a_known_prompt(kind, prompt_tokens):
+    rng, session = Random(15), Session()
+    fields = request(rng, tools=[tool("read")])
+    session.learn(fields)
+    known = session.bound(longer(Random(16), fields))
+    more = session.bound(longer(Random(16), fields, tools=[tool("read"), {"type": kind}]))
+
+    assert more >= known + prompt_tokens
+
+
+def test_a_file_in_a_new_system_part_counts_as_a_whole_context():
+    rng, session = Random(17), Session()
+    fields = request(rng)
+    session.learn(fields)
+
+    assert 1_000_000 == session.bound(longer(rng, fields, system=[
+        {"type": "document", "source": {"type": "file", "file_id": "f"}}]))
+
+
+@pytest.mark.parametrize("block", [
+    {"type": "tool_reference", "tool_name": "large"},
+    {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "large"}}], ids=repr)
+@pytest.mark.parametrize("is_deferred", [True, False])
+def test_a_definition_that_content_loads_again_counts_again(block, is_deferred):
+    rng, session = Random(18), Session()
+    large = tool("large", description=text(rng, 4_000), defer_loading=is_deferred)
+    fields = request(rng, tools=[tool("read"), large])
+    session.learn(fields)
+    loading = longer(rng, fields)
+    loading["messages"][-1]["content"] += [block] * 5
+
+    added = 4 * len(large["description"])
+    assert session.bound(loading) >= billed(fields) + added
+    assert measured(loading) >= added
+    assert measured(fields) < added
+
+
+RESPONSES = {
+    "all of it": ({}, {}, True), "the default, by its name": (
+        {}, {"reasoning": {"context": "auto", "summary": "auto"}}, True),
+    "of all turns, after less": ({"reasoning": {"context": "current_turn"}},
+                                 {"reasoning": {"context": "all_turns"}}, False),
+    "switched on": ({"reasoning": {"effort": "none"}}, {"reasoning": {"effort": "high"}}, False),
+    "another effort": ({"reasoning": {"effort": "low"}}, {"reasoning": {"effort": "high"}}, True),
+}
+
+
+@pytest.mark.parametrize("first, second, is_known", RESPONSES.values(), ids=RESPONSES)
+def test_a_stored_response_is_known_where_the_same_reasoning_is_read_again(first, second, is_known):
+    assert is_known == (ic.response_digest("r", first) == ic.response_digest("r", second))
 
 
 # The memory.

@@ -245,3 +245,17 @@ def test_what_the_operator_lets_through_is_shown_and_counted(mock, proxy_for):
 
     assert 200 == answer.status
     assert {"field fan_out": 1, "content hologram": 1} == status_of(proxy)["hatches"]
+
+
+def test_a_call_without_usage_costs_the_prompt_of_the_search_that_it_offers(mock, proxy_for):
+    """OpenAI's search adds 4,400 tokens to the prompt, used or not."""
+    proxy, costs = proxy_for("--budget", "50"), []
+    for tools in ([], [{"type": "web_search"}]):
+        mock.script(Reply(answers=False))
+        call(proxy.port, "POST", "/v1/responses", {
+            "model": "gpt-5.5", "input": "some words " * 400, "max_tool_calls": 0,
+            "max_output_tokens": 16, "tools": [{"type": "function", "name": "f"}, *tools]})
+        row = call(proxy.port, "GET", "/ironcage/usage?limit=1").json["rows"][0]
+        costs.append(row["cost_microdollars"])
+
+    assert costs[1] - costs[0] >= 4_400 * 5

@@ -160,6 +160,31 @@ def test_a_truncated_conversation_is_not_known(mock, proxy_for):
     assert 402 == answer.status
 
 
+def test_a_response_whose_prompt_may_have_been_truncated_is_not_known(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "5"), response_reply
+    fields = {"model": "gpt-5.5", "input": "hello", "max_output_tokens": 100}
+    first = call(proxy.port, "POST", "/v1/responses", {**fields, "truncation": "auto"})
+
+    answer = call(proxy.port, "POST", "/v1/responses", {
+        **fields, "previous_response_id": first.json["id"]})
+
+    assert (200, 402) == (first.status, answer.status)
+
+
+def test_a_response_is_not_known_to_a_call_that_reads_more_of_its_reasoning(mock, proxy_for):
+    """Its own prompt may have left out the reasoning of the turns before it."""
+    proxy, mock.always = proxy_for("--budget", "5"), response_reply
+    fields = {"model": "gpt-5.5", "input": "hello", "max_output_tokens": 4_000}
+    first = call(proxy.port, "POST", "/v1/responses", {
+        **fields, "reasoning": {"context": "current_turn"}})
+
+    statuses = [call(proxy.port, "POST", "/v1/responses", {
+        **fields, "previous_response_id": first.json["id"],
+        "reasoning": {"context": context}}).status for context in ("all_turns", "current_turn")]
+
+    assert [402, 200] == statuses
+
+
 def test_codex_as_it_grows_is_bounded_by_what_was_counted(mock, proxy_for):
     proxy, mock.always = proxy_for("--budget", "1"), response_reply
     items = [{"type": "additional_tools", "role": "developer", "tools": [
