@@ -799,7 +799,7 @@ MOST_ITERATIONS = 1_000           # of one call, likewise
 _SEARCHES = "search_context_cost_per_query"
 _PRICE_KEY = re.compile("({})(?:_above_([0-9]+)k_tokens)?({})?".format(
     "|".join(PRICE_KEYS.values()), "|".join(set(TIER_SUFFIXES.values()) - {""})))
-_MAY_BE_PRICE = re.compile(r"cost|pric(e|ing)|multiplier|(^|_)fees?(_|$)")
+_MAY_BE_PRICE = re.compile(r"cost|pric(e|ing)|multiplier|charge|(^|_)(fees?|rates?|usd)(_|$)")
 _RESIDENCY = re.compile("regional_processing_uplift_multiplier_([a-z]{2})")
 CALL_FEES = ("input_cost_per_request", "input_cost_per_query")
 # Keys that no call is billed by which we let through under a budget.
