@@ -178,7 +178,7 @@ COUNTING_ROUTES = MappingProxyType({
 # Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
 FREE_ROUTES = (
     ("GET", r"/v1/models"),
-    ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+"),
+    ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+(?i:\[1m\]|%5b1m%5d)?"),
     ("POST", r"/v1/messages/count_tokens"),
     ("POST", r"/v1/responses/input_tokens"),
     ("POST", r"/v1/moderations"),
@@ -3312,6 +3312,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 
     named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
     if named:
+        named = named if named in models else LONG_WINDOW_SUFFIX.sub("", named)
         if named not in models:
             raise NotFound("no such model is known here: it has no price, or its provider's key "
                            "is not set")
