@@ -8966,10 +8966,11 @@ class Router:
         check_thread(body.fields)
         make = TRANSLATORS.get((api, provider.format))
         if make is None:
-            paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
+            paths = [path for path, a in METERED_APIS.items()
+                     if a in FORMAT_APIS[provider.format] or (a, provider.format) in TRANSLATORS]
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
-                f"dialect; call it at {', '.join(paths)}", param="model")
+                f"dialect; call it at {' or '.join(paths)}", param="model")
         price = self.prices.find(model, provider.name)
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
