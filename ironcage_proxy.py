@@ -10849,7 +10849,7 @@ def bill(server: ProxyServer) -> str:
     refused = counts["refused_requests"]
     return table([("ironcage", "calls", "input", "cached", "output", "cost"), *rows, total]) \
         + f"\nspent {format_usd(budget.spent)}, {limit}" \
-        + (f"; {refused} calls were refused for want of budget" if refused else "")
+        + (f"; refused for want of budget: {refused}" if refused else "")
 
 
 def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
