@@ -11016,6 +11016,9 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         return 0
     if known:
         raise Misconfigured(f"there is a token named {words[0]} in {path} already")
+    if given["budget_microdollars"] is not None:
+        raise Misconfigured("--budget limits the proxy, not a token; a token's own limit is a "
+                            f"word: budget_usd={given['budget_microdollars']}")
     token = new_token()
     row = {"name": words[0], "sha256": token_sha256(token)}
     for word in words[1:]:
