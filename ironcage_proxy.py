@@ -178,7 +178,7 @@ COUNTING_ROUTES = MappingProxyType({
 # Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
 FREE_ROUTES = (
     ("GET", r"/v1/models"),
-    ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+"),
+    ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+(?i:\[1m\]|%5b1m%5d)?"),
     ("POST", r"/v1/messages/count_tokens"),
     ("POST", r"/v1/responses/input_tokens"),
     ("POST", r"/v1/moderations"),
@@ -799,7 +799,7 @@ MOST_ITERATIONS = 1_000           # of one call, likewise
 _SEARCHES = "search_context_cost_per_query"
 _PRICE_KEY = re.compile("({})(?:_above_([0-9]+)k_tokens)?({})?".format(
     "|".join(PRICE_KEYS.values()), "|".join(set(TIER_SUFFIXES.values()) - {""})))
-_MAY_BE_PRICE = re.compile(r"cost|pric(e|ing)|multiplier|(^|_)fees?(_|$)")
+_MAY_BE_PRICE = re.compile(r"cost|pric(e|ing)|multiplier|charge|(^|_)(fees?|rates?|usd)(_|$)")
 _RESIDENCY = re.compile("regional_processing_uplift_multiplier_([a-z]{2})")
 CALL_FEES = ("input_cost_per_request", "input_cost_per_query")
 # Keys that no call is billed by which we let through under a budget.
@@ -3390,6 +3390,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 
     named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
     if named:
+        named = named if named in models else LONG_WINDOW_SUFFIX.sub("", named)
         if named not in models:
             raise NotFound("no such model is known here: it has no price, or its provider's key "
                            "is not set")
@@ -9044,10 +9045,11 @@ class Router:
         check_thread(body.fields)
         make = TRANSLATORS.get((api, provider.format))
         if make is None:
-            paths = [path for path, a in METERED_APIS.items() if a in FORMAT_APIS[provider.format]]
+            paths = [path for path, a in METERED_APIS.items()
+                     if a in FORMAT_APIS[provider.format] or (a, provider.format) in TRANSLATORS]
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
-                f"dialect; call it at {', '.join(paths)}", param="model")
+                f"dialect; call it at {' or '.join(paths)}", param="model")
         price = self.prices.find(model, provider.name)
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
@@ -10928,7 +10930,7 @@ def bill(server: ProxyServer) -> str:
     refused = counts["refused_requests"]
     return table([("ironcage", "calls", "input", "cached", "output", "cost"), *rows, total]) \
         + f"\nspent {format_usd(budget.spent)}, {limit}" \
-        + (f"; {refused} calls were refused for want of budget" if refused else "")
+        + (f"; refused for want of budget: {refused}" if refused else "")
 
 
 def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
@@ -11095,6 +11097,9 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         return 0
     if known:
         raise Misconfigured(f"there is a token named {words[0]} in {path} already")
+    if given["budget_microdollars"] is not None:
+        raise Misconfigured("--budget limits the proxy, not a token; a token's own limit is a "
+                            f"word: budget_usd={given['budget_microdollars']}")
     token = new_token()
     row = {"name": words[0], "sha256": token_sha256(token)}
     for word in words[1:]:

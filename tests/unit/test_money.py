@@ -620,6 +620,8 @@ def test_a_price_file_that_is_no_json_object_is_refused(tmp_path, text):
     ("input_cost_per_video_token", 1e-6), ("input_cost_per_token_turbo", 1e-6),
     ("input_cost_per_token_above_128kb_tokens", 1e-6), ("price_of_a_kind", 1), ("session_fee", 2),
     ("regional_endpoint_uplift_multiplier", 1.1), ("some_cost", {"a": 1}), ("some_cost", "1"),
+    ("charge_per_request", 0.01), ("image_surcharge", 0.01), ("usd_per_call", 0.01),
+    ("rate_per_minute", 0.01), ("session_rates", {"a": 1}),
     ("input_cost_per_token_cache_hit", 0.001), ("explicit_cache_read_input_token_cost", 0.001),
     ("off_peak_pricing", {"input_cost_per_token": 0.001, "windows": []}),
     ("provider_specific_entry", {"eu": 1.1}), ("tiered_pricing", 5),

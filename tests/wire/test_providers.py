@@ -367,6 +367,16 @@ def test_a_whole_context_is_the_long_window_where_that_is_asked_for(
     assert 1_000_000 <= answer.json["error"]["ironcage"]["needed_microdollars"]
 
 
+@pytest.mark.parametrize("name", ["claude-haiku-4-5[1m]", "claude-haiku-4-5%5B1m%5D",
+                                  "claude-haiku-4-5%5b1M%5d"])
+@pytest.mark.parametrize("root", ["/v1/models", "/models"])
+def test_a_model_is_looked_up_under_its_name_with_the_suffix_too(mock, proxy, root, name):
+    answer = call(proxy.port, "GET", f"{root}/{name}")
+
+    assert (200, "claude-haiku-4-5") == (answer.status, answer.json["id"])
+    assert 404 == call(proxy.port, "GET", f"{root}/claude-none[1m]").status
+
+
 def test_the_suffix_says_nothing_to_other_providers(mock, proxy):
     answer = call(proxy.port, "POST", "/v1/messages", {**MESSAGE, "model": "gpt-4o-mini[1m]"})
 

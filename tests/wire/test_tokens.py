@@ -368,6 +368,8 @@ def test_tokens_are_added_listed_and_revoked_on_the_command_line(config, capsys)
 @pytest.mark.parametrize("words, fault", [
     (["tokens", "add"], "tokens takes"), (["tokens", "fly"], "tokens takes"),
     (["tokens", "add", "ci", "color=red"], "unknown field"),
+    (["tokens", "add", "ci", "--budget", "5"], "own limit is a word: budget_usd=5"),
+    (["tokens", "add", "ci", "--stop-at", "1", "--budget", "2"], "a word: budget_usd=2"),
     (["tokens", "add", "ci", "period=never"], "period: must be"),
     (["tokens", "revoke", "nobody"], "no token named nobody"),
     (["serve", "fast"], "takes no further words"), (["fly"], "there is no command"),
