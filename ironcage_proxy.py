@@ -703,7 +703,7 @@ def _told_count(usage: Mapping[str, object], name: str) -> int:
 
 def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_tokens",
                       completion_name: str = "completion_tokens") -> Usage:
-    """Chat completions and completions: cached, audio and image tokens are inside prompt_tokens.
+    """Read usage of OpenAI's format: cached, audio and image tokens are inside prompt_tokens.
 
     Where it is not reported which tokens were cached, those of images were not. `image_output` is
     a bucket only where it is reported: a seller that leaves it out may have made images.
@@ -735,16 +735,6 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     return Usage(prompt, completion, buckets)
 
 
-def usage_from_responses(usage: Mapping[str, object]) -> Usage:
-    """Responses API: the same counting under other names."""
-    return usage_from_openai(usage, "input_tokens", "output_tokens")
-
-
-def usage_from_embeddings(usage: Mapping[str, object]) -> Usage:
-    """Embeddings: input only."""
-    return usage_from_openai({"completion_tokens": 0, **usage})
-
-
 def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
     """Messages: cached and written tokens are outside input_tokens, and are added here.
 
@@ -765,8 +755,8 @@ def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
 USAGE_READERS = MappingProxyType({
     "chat": usage_from_openai,
     "completions": usage_from_openai,
-    "embeddings": usage_from_embeddings,
-    "responses": usage_from_responses,
+    "embeddings": lambda usage: usage_from_openai({"completion_tokens": 0, **usage}),
+    "responses": lambda usage: usage_from_openai(usage, "input_tokens", "output_tokens"),
     "messages": usage_from_anthropic,
 })
 
@@ -876,9 +866,8 @@ class Price(NamedTuple):
 
     def _dearest_amount(self, key: str, reached: Sequence[int]) -> Rate:
         """The highest price of a key in any tier, up to the thresholds reached; 0: it has none."""
-        return max([amount for suffix in set(TIER_SUFFIXES.values())
-                    for amount in self._amounts(key, suffix, reached) if amount is not None],
-                   default=0)
+        return max(amount or 0 for suffix in set(TIER_SUFFIXES.values())
+                   for amount in self._amounts(key, suffix, reached))
 
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
         """The thresholds whose long prices hold: above them; at xAI "once its prompt reaches" it.
@@ -899,18 +888,23 @@ class Price(NamedTuple):
 
         What a dear or unknown tier has no price for is guessed from above: at the highest that the
         row has for it, or in proportion to what the tier does to the bucket it falls back to.
+        A row without batch prices costs half of its live ones, as all of Anthropic does; in others
+        a bucket without one takes the price of the bucket it falls back to (OpenAI's older models
+        have no batch price for cached input: it costs what input does).
         """
         if (suffix, reached) in self.known_rates:
             return self.known_rates[suffix, reached]
-        if suffix == BATCH_SUFFIX:
-            return self.known_rates.setdefault((suffix, reached), self._batch_rates(reached))
         live = self._rates("", reached)[0] if suffix else {}
+        halves = suffix == BATCH_SUFFIX and (self.provider == "anthropic" or not any(
+            name.endswith(BATCH_SUFFIX) for name in self.amounts))
         rates: dict[str, Rate] = {}
         guessed = set()
         for bucket, key, fallback in BUCKETS:
             amount, is_own = self._amount(key, suffix, reached)
             if is_own and amount is not None:
                 rates[bucket] = amount
+            elif halves:
+                rates[bucket] = Fraction(live[bucket]) / 2
             elif amount is None:
                 rates[bucket] = rates.get(fallback or "", 0)
             else:
@@ -920,21 +914,6 @@ class Price(NamedTuple):
                     else _exact(Fraction(live[bucket] * rates[fallback], live[fallback])))
         return self.known_rates.setdefault((suffix, reached), (
             rates, frozenset(guessed) if any(self.amounts.values()) else frozenset()))
-
-    def _batch_rates(self, reached: tuple) -> tuple[Mapping[str, Rate], frozenset]:
-        """A row without batch prices costs half of its live ones, as all of Anthropic does; in
-        other rows a bucket without one takes the price of the bucket it falls back to (OpenAI's
-        older models have no batch price for cached input: it costs what input does)."""
-        halves = self.provider == "anthropic" or not any(
-            name.endswith(BATCH_SUFFIX) for name in self.amounts)
-        live = self._rates("", reached)[0]
-        rates: dict[str, Rate] = {}
-        for bucket, key, fallback in BUCKETS:
-            amount, _ = self._amount(key, BATCH_SUFFIX, reached)
-            if amount is None:
-                amount = Fraction(live[bucket]) / 2 if halves else rates.get(fallback or "", 0)
-            rates[bucket] = amount
-        return rates, frozenset()
 
     def dearest_rates(self, tiers: Iterable[Optional[str]], most_tokens: int) -> Mapping[str, Rate]:
         """The highest rate of each bucket in any of the tiers, for a prompt up to a size."""
@@ -1052,20 +1031,15 @@ def _check_all_is_read(key: str, row: Mapping[str, object]) -> None:
         dearer = TAKEN_AS.get(name)
         is_read = name in (_SEARCHES, "tiered_pricing", *CALL_FEES) or _RESIDENCY.fullmatch(name) \
             or UNBILLED_KEYS.fullmatch(name) or row.get(BY_THE_PIECE.get(name, "")) \
-            or (dearer is not None and _is_no_dearer(row, name, row, dearer)) \
+            or (dearer is not None and _checked(row, name) <= _checked(row, dearer, 0)) \
             or (name == "off_peak_pricing" and all(
-                _is_no_dearer(_object_in(row, name), cell, row, cell)
+                _checked(row[name], cell) <= _checked(row, cell, 0)
                 for cell in _object_in(row, name) if _MAY_BE_PRICE.search(cell)))
         if not is_read:
             raise ValueError(f"{name} is a price that is not known, so that the row is not enough")
     for name, value in _object_in(row, "provider_specific_entry").items():
         if name not in ("us", "fast") and _is_amount(value) and value != 1:
             raise ValueError(f"provider_specific_entry.{name} is not known")
-
-
-def _is_no_dearer(row: Mapping[str, object], name: str, other_row: Mapping[str, object],
-                  other: str) -> bool:
-    return _checked(row, name) <= _checked(other_row, other, 0)
 
 
 def price_from_row(key: str, row: object) -> Price:
@@ -1247,12 +1221,9 @@ class PriceBook:
                 param="model")
         return price
 
-    def cost(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
-             service_tier: Optional[str] = None, data_residency: Optional[str] = None,
-             tool_calls: Optional[Mapping[str, int]] = None) -> int:
-        """Microdollars of one finished call, exact and rounded up once: the total of its bill()."""
-        return total_of(self.bill(model, usage, api=api, provider=provider, tool_calls=tool_calls,
-                                  service_tier=service_tier, data_residency=data_residency))
+    def cost(self, model: str, usage: Mapping[str, object], **options: object) -> int:
+        """Return the total of a bill() in microdollars: exact, and rounded up once."""
+        return total_of(self.bill(model, usage, **options))
 
     def bill(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
