@@ -355,6 +355,15 @@ class Misconfigured(Exception):
     """Settings that cannot be served with; the message is one line for the command line."""
 
 
+@contextlib.contextmanager
+def checking(what: str) -> Iterator[None]:
+    """Raise a ValueError of a check as Misconfigured, behind `what` it is about."""
+    try:
+        yield
+    except ValueError as err:
+        raise Misconfigured(f"{what} {err}") from None
+
+
 def _reason(err: BaseException) -> str:
     """Why a connection failed, in words; of an exception without words, its name."""
     return getattr(err, "strerror", None) or str(err) or type(err).__name__
@@ -6757,25 +6766,19 @@ def load_config(path: str, environ: Mapping[str, str], *,
     parsed = read_config(path)
     callers, providers = [], []
     for number, row in enumerate(parsed.get("tokens", []), 1):
-        try:
+        with checking(f"token {number} in {path}"):
             callers.append(caller_from(row))
-        except ValueError as err:
-            raise Misconfigured(f"token {number} in {path} {err}") from None
     for name, row in parsed.get("providers", {}).items():
-        try:
+        with checking(f"the provider {shown_name(name)} in {path}"):
             providers.append(with_key(provider_from(name, row), environ,
                                       allow_plain_http=allow_plain_http))
-        except ValueError as err:
-            raise Misconfigured(f"the provider {shown_name(name)} in {path} {err}") from None
     for what in ("name", "sha256"):
         if len({getattr(caller, what) for caller in callers}) != len(callers):
             raise Misconfigured(f"two tokens in {path} have the same {what}")
     prices = parsed.get("prices", {})
     for name, row in prices.items():
-        try:
+        with checking(f"the price of {shown_name(name)} in {path}:"):
             price_from_row(name, row)
-        except ValueError as err:
-            raise Misconfigured(f"the price of {shown_name(name)} in {path}: {err}") from None
     return Config(tuple(callers), tuple(providers), _names_to_names(parsed, "models", path),
                   prices, _names_to_names(parsed, "price_as", path))
 
@@ -10357,11 +10360,8 @@ class CannotListen(Misconfigured):
 
 
 def _file_state(path: Optional[str]) -> Optional[tuple]:
-    """What changes when a file is written or replaced; None where there is none."""
-    try:
-        found = os.stat(path) if path is not None else None
-    except OSError:
-        return None
+    """Return what changes when a file is written or replaced; None where there is none."""
+    found = None if path is None else _state_at(path)
     return found and (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
@@ -10404,11 +10404,9 @@ def read_prices(path: str) -> PriceBook:
 
 def prices_under(config: Config, book: PriceBook) -> PriceBook:
     """The prices that hold under a configuration. Raises Misconfigured."""
-    try:
+    with checking("the configuration:"):
         return book.with_own(config.prices, price_as=config.price_as, free_providers=[
             provider.name for provider in config.providers if provider.is_free])
-    except ValueError as err:
-        raise Misconfigured(f"the configuration: {err}") from None
 
 
 def load_prices(settings: Settings) -> PriceBook:
@@ -10432,28 +10430,22 @@ def load_prices(settings: Settings) -> PriceBook:
 # only. Nothing above reads the environment, prints, or ends the process.
 
 
-def _parse_port(text: str) -> int:
-    if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65535:
-        raise ValueError("must be a port number from 0 to 65535")
-    return int(text)
+def _number_like(meaning: str, least: int, most: int, unit: int = 1) -> Callable[[str], int]:
+    """Make a reader of whole numbers, which returns them in a smaller unit."""
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,6}", text) or not least <= int(text) <= most:
+            raise ValueError(f"must be {meaning}")
+        return int(text) * unit
+    return read
 
 
-def _parse_megabytes(text: str) -> int:
-    if not re.fullmatch(r"\d{1,6}", text) or int(text) < 1:
-        raise ValueError("must be a whole number of megabytes from 1 up")
-    return int(text) * 1024 * 1024
-
-
+_parse_port = _number_like("a port number from 0 to 65535", 0, 65535)
+_parse_seconds = _number_like("a whole number of seconds", 0, 99_999)
+_parse_megabytes = _number_like("a whole number of megabytes from 1 up", 1, 999_999, 1024 * 1024)
 _parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
 _parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
 _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
 _parse_field = text_like(r"[A-Za-z0-9_.-]{1,64}", "the name of a field, such as top_k or a.b")
-
-
-def _parse_seconds(text: str) -> int:
-    if not re.fullmatch(r"\d{1,5}", text, re.ASCII):
-        raise ValueError("must be a whole number of seconds")
-    return int(text)
 
 
 class Setting(NamedTuple):
@@ -10587,10 +10579,8 @@ def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> o
         given, source = environ[row.env], row.env
     if given is None or row.parse is None:
         return given or None
-    try:
+    with checking(f"{source}:"):
         return tuple(map(row.parse, given)) if row.repeats else row.parse(given)
-    except ValueError as err:
-        raise Misconfigured(f"{source}: {err}") from None
 
 
 def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
@@ -10612,10 +10602,8 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         raise Misconfigured("with -- CMD the admin's and the server's token come from the "
                             "environment (IRONCAGE_ADMIN_TOKEN, IRONCAGE_SERVER_TOKEN): the "
                             "command could read them on our command line")
-    try:
+    with checking("--stop-at:"):
         check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
-    except ValueError as err:
-        raise Misconfigured(f"--stop-at: {err}") from None
     if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
     if "server_url" in values and not {"token", "server_token"} & values.keys():
@@ -10807,14 +10795,10 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
 def bill(server: ProxyServer) -> str:
     """What a wrapped command used and cost, in a few lines."""
     counts, budget = server.router.totals.snapshot(), server.router.controller.budget()
-    rows = [(model, *(cell.get(name, 0) for name in ("requests", *TOKEN_COUNTS)),
-             format_usd(cell.get("cost_microdollars", 0)))
-            for model, cell in counts["by_model"].items()]
-    total = ("total", counts["requests"], *(counts["tokens"][name] for name in TOKEN_COUNTS),
-             format_usd(budget.spent))
+    total = {**counts, **counts["tokens"], "cost_microdollars": budget.spent}
     limit = "no limit" if budget.limit is None else f"of {format_usd(budget.limit)}"
     refused = counts["refused_requests"]
-    return table([("ironcage", "calls", "input", "cached", "output", "cost"), *rows, total]) \
+    return spend_table("ironcage", "calls", [*counts["by_model"].items(), ("total", total)]) \
         + f"\nspent {format_usd(budget.spent)}, {limit}" \
         + (f"; {refused} calls were refused for want of budget" if refused else "")
 
@@ -10921,24 +10905,24 @@ def table(rows: Sequence[Sequence[object]]) -> str:
         for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in cells)
 
 
+def spend_table(group: str, calls: str, rows: Iterable[tuple[str, Mapping]]) -> str:
+    """Rows of (name, counts) as text, under the names of the group and of its calls."""
+    return table([(group, calls, "input", "cached", "output", "cost"), *(
+        (name, *map(counts.get, ("requests", *TOKEN_COUNTS)),
+         format_usd(counts["cost_microdollars"])) for name, counts in rows)])
+
+
 def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
     """Print what was spent, by model, token and day."""
-    try:
+    with checking("--since:"):
         since_s = parse_time(given["since"]) if given["since"] is not None else 0
-    except ValueError as err:
-        raise Misconfigured(f"--since: {err}") from None
     report = usage_report(_ledger_path(settings), since_s)
     if given["json"]:
         print(json.dumps(report, indent=2))
         return 0
-    counts = ("requests", *TOKEN_COUNTS)
     for group in USAGE_GROUPS:
-        rows = [(*(row[name] for name in (group, *counts)), format_usd(row["cost_microdollars"]))
-                for row in report[f"by_{group}"]]
-        total = report["total"]
-        rows.append(("total", *(total[name] for name in counts),
-                     format_usd(total["cost_microdollars"])))
-        print(table([(group, "requests", "input", "cached", "output", "cost"), *rows]) + "\n")
+        rows = [*((row[group], row) for row in report[f"by_{group}"]), ("total", report["total"])]
+        print(spend_table(group, "requests", rows) + "\n")
     print(f"{report['total']['estimated_requests']} of the costs are estimates, "
           f"{report['total']['unsettled_requests']} calls are in flight or were cut off")
     return 0
@@ -10990,10 +10974,8 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         row[name] = value.split(",") if name == "models" else \
             int(value) if value.isdigit() and name.endswith("_requests") \
             or name.startswith("requests_") else value
-    try:
+    with checking("the token"):
         caller_from(row)
-    except ValueError as err:
-        raise Misconfigured(f"the token {err}") from None
     tokens.append(row)
     _replace_file(path, config)
     print(f"{token}\n  is the token {words[0]}; it is not shown again")
@@ -11020,7 +11002,7 @@ def _replace_file(path: str, config: Mapping[str, object]) -> None:
 
 
 class _FakeProvider(http.server.BaseHTTPRequestHandler):
-    """Answers both dialects with fixed usage, and keeps what it was sent."""
+    """Answers as the echo model does, and keeps what it was sent."""
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, bytes, str]] = []        # (path, body, credentials)
 
@@ -11029,17 +11011,10 @@ class _FakeProvider(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         key = f"{self.headers['authorization']} {self.headers['x-api-key']}"
         type(self).seen.append((self.path, body, key))
-        model = json.loads(body)["model"]
-        if self.path.endswith("/messages"):
-            answer: dict = {"id": "msg_1", "type": "message", "role": "assistant", "model": model,
-                            "content": [{"type": "text", "text": "ok"}], "stop_reason": "end_turn",
-                            "usage": {"input_tokens": 20, "output_tokens": 10}}
-        else:
-            answer = {"id": "c1", "object": "chat.completion", "model": model, "choices": [
-                {"index": 0, "finish_reason": "stop",
-                 "message": {"role": "assistant", "content": "ok"}}],
-                "usage": {"prompt_tokens": 20, "completion_tokens": 10}}
-        data = json_bytes(answer)
+        api, fields = METERED_APIS[self.path], json.loads(body)
+        whole, _ = ECHO_ANSWERS[api]
+        answer = whole(echo(api, fields, answer_id="1", created_at=0))
+        data = json_bytes({**answer, "model": fields["model"]})
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
@@ -11095,8 +11070,8 @@ class _Laboratory:
 
 
 def _test_chat(**more: object) -> dict:
-    return {"model": "gpt-4o-mini", "max_tokens": 20,
-            "messages": [{"role": "user", "content": "hi"}], **more}
+    return {"model": "gpt-4o-mini", "max_tokens": 10,
+            "messages": [{"role": "user", "content": " hi" * 20}], **more}
 
 
 def _try_never_over(lab: _Laboratory) -> bool:
@@ -11115,9 +11090,8 @@ def _try_never_over(lab: _Laboratory) -> bool:
 def _try_never_under_counted(lab: _Laboratory) -> bool:
     path = os.path.join(lab.folder, "cage.db")
     ledger = SqliteLedger(path)
-    ledger.intent({**dict.fromkeys(LEDGER_COLUMNS), "request_id": "r", "admitted_s": 1,
-                   "token": "t", "provider": "p", "model": "m", "api": "chat", "stream": 0,
-                   "bound_microdollars": 77})
+    ledger.intent({**_NO_ROW, "request_id": "r", "admitted_s": 1, "token": "t", "provider": "p",
+                   "model": "m", "api": "chat", "stream": 0, "bound_microdollars": 77})
     ledger.close()                                     # as after a crash: it was never settled
     again = SqliteLedger(path)
     try:
@@ -11150,7 +11124,7 @@ def _try_is_transparent(lab: _Laboratory) -> bool:
     fields = _test_chat(user="\u00fc  x")
     _, _, body = lab.call("/v1/chat/completions", fields)
     return _FakeProvider.seen[-1][1] == json.dumps(fields).encode() \
-        and json.loads(body)["id"] == "c1"
+        and json.loads(body)["id"] == "chatcmpl-1"
 
 
 def _try_is_lossless_or_loud(lab: _Laboratory) -> bool:
@@ -11308,11 +11282,9 @@ class LlmRouter:
         if server_url is not None and provider_key is None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
-            try:
+            with checking("server_url:"):
                 more = {"server_url": parse_base_url(server_url),
                         "cache_ttl_s": cache_ttl_seconds, **more}
-            except ValueError as err:
-                raise Misconfigured(f"server_url: {err}") from None
         settings = settings_from(["--port", "0", *amounts], environ)
         self._server = ProxyServer(settings._replace(
             token=api_key or settings.token,
