@@ -442,31 +442,25 @@ class JsonBody:
 
         Where a field goes, only the white space between the others may change.
         """
-        text = None if self.raw.isascii() else self.raw.decode("utf-8")
+        text = self.raw.decode("utf-8")
         if without & self.spans.keys():
-            text = self.raw.decode("utf-8")
             kept = {name: text[start:end] for name, (start, end) in self.spans.items()
                     if name not in without}
             kept.update((name, json.dumps(value)) for name, value in changes.items())
             members = ",".join(f"{json.dumps(name)}:{value}" for name, value in kept.items())
             return f"{{{members}}}".encode("utf-8")
 
-        def place(at: int) -> int:
-            return at if text is None else len(text[:at].encode("utf-8"))
-
-        present = sorted((self.spans[name], value) for name, value in changes.items()
-                         if name in self.spans)
         absent = {name: value for name, value in changes.items() if name not in self.spans}
-        after_brace = self.raw.index(b"{") + 1
+        after_brace = text.index("{") + 1
         edits = [(after_brace, after_brace, json.dumps(absent)[1:-1] + "," * bool(self.spans))] \
             if absent else []
-        edits += [(place(start), place(end), json.dumps(value))
-                  for (start, end), value in present]
-        pieces, done, view = [], 0, memoryview(self.raw)
+        edits += sorted((*self.spans[name], json.dumps(value)) for name, value in changes.items()
+                        if name in self.spans)
+        pieces, done = [], 0
         for start, end, written in edits:
-            pieces += [view[done:start], written.encode("ascii")]
+            pieces += [text[done:start], written]
             done = end
-        return b"".join([*pieces, view[done:]])
+        return "".join([*pieces, text[done:]]).encode("utf-8")
 
 
 def _object_without_duplicates(pairs: list) -> dict:
@@ -2954,14 +2948,18 @@ class Inflater:
 INFLATABLE = frozenset({"gzip", "x-gzip", "deflate"})
 
 
+def inflating(encoding: str) -> Optional[Callable[[bytes], bytes]]:
+    """Return what takes a content-encoding off a body's pieces; None for one that is not known."""
+    if encoding in INFLATABLE:
+        return Inflater(encoding, MAX_INFLATED_BYTES).feed
+    return bytes if encoding == "identity" else None
+
+
 def inflated(body: bytes, encoding: str) -> bytes:
     """A body without its content-encoding, for reading; b"" where that cannot be done."""
-    if encoding == "identity":
-        return body
-    if encoding not in INFLATABLE:
-        return b""
+    inflate = inflating(encoding)
     try:
-        return Inflater(encoding, MAX_INFLATED_BYTES).feed(body)
+        return b"" if inflate is None else inflate(body)
     except (zlib.error, OverflowError):
         return b""
 
@@ -2999,41 +2997,33 @@ class StreamReader:
     def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
         self._meter = meter
         self._splitter = EventSplitter()
-        self.can_read = encoding == "identity" or encoding in INFLATABLE
-        self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
+        inflate = inflating(encoding)
+        self.can_read, self._inflate = inflate is not None, inflate or bytes
         self._hides_usage = hides_usage and encoding == "identity"
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
-        """What to forward of one read."""
-        if self.can_read:
-            try:
-                plain = b"".join(pieces if self._inflater is None
-                                 else map(self._inflater.feed, pieces))
-            except (zlib.error, OverflowError):
-                self.can_read = False
+        """Return what to forward of one read."""
+        try:
+            events = [*self._metered(pieces)] if self.can_read else []
+        except (zlib.error, OverflowError):
+            self.can_read = False
         if not self.can_read:
             self._meter.output_bytes += sum(map(len, pieces))
             return pieces
-        kept = []
-        for event in self._splitter.feed(plain):
-            data = event_data(event)
-            chunk = self._meter.read_event(data) if data else None
-            if self._hides_usage:
-                kept.append(without_usage(event, chunk))
-        return kept if self._hides_usage else pieces
+        return [without_usage(*event) for event in events] if self._hides_usage else pieces
 
     def parsed(self, pieces: list[bytes]) -> Iterator[dict]:
         """The JSON events of one read, metered. Raises UpstreamBroke for what cannot be read."""
         try:
-            plain = b"".join(pieces if self._inflater is None
-                             else map(self._inflater.feed, pieces))
+            yield from (chunk for _, chunk in self._metered(pieces) if chunk is not None)
         except (zlib.error, OverflowError):
             raise UpstreamBroke("the provider's compressed stream is broken") from None
-        for event in self._splitter.feed(plain):
+
+    def _metered(self, pieces: list[bytes]) -> Iterator[tuple[bytes, Optional[dict]]]:
+        """Meter each event of one read, and return it with its JSON."""
+        for event in self._splitter.feed(b"".join(map(self._inflate, pieces))):
             data = event_data(event)
-            parsed = self._meter.read_event(data) if data else None
-            if parsed is not None:
-                yield parsed
+            yield event, self._meter.read_event(data) if data else None
 
     def finish(self) -> bytes:
         """The end of the stream: read an event that no empty line ended, and what is held of it."""
