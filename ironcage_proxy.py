@@ -7580,9 +7580,8 @@ class UpstreamResponse:
                                              else UNTIL_CLOSE)
         except SOCKET_FAILURES as err:
             raise upstream_failure(err) from err
-        self.length = 0 if bodiless else self.stated_length
         self._reusable &= not bodiless       # some servers send a body there, and it comes later
-        self._decoder = BodyDecoder(self.length)
+        self._decoder = BodyDecoder(0 if bodiless else self.stated_length)
         self._guard = KeyGuard(request.key, content_encoding(self.headers))
 
     def _read_head(self) -> tuple[int, bool, Headers]:
@@ -7799,11 +7798,6 @@ def duration_s(text: str) -> int:
         raise ValueError("not a duration")
     hours, minutes, seconds, _ = (int(part or 0) for part in match.groups())
     return hours * 3600 + minutes * 60 + seconds + ("." in text or match[4] is not None)
-
-
-def _told_length(response: UpstreamResponse) -> int:
-    """The length that an answer states, also where it comes without its body (HEAD)."""
-    return response.stated_length if response.length == 0 else response.length
 
 
 # ==== 17. Settlement ============================================================================
@@ -8644,7 +8638,6 @@ class Answer(NamedTuple):
 
 class EchoResponse:
     """An answer of the echo model, with the manners of an UpstreamResponse."""
-    length = UNTIL_CLOSE
 
     def __init__(self, api: str, body: JsonBody, request_id: str) -> None:
         answer = echo(api, body.fields, created_at=int(time.time()),
@@ -9135,11 +9128,7 @@ class Router:
                                       is_stream and 200 <= response.status < 300)
         if is_stream and 200 <= response.status < 300:
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
-        body = self._whole_body(call, response)
-        encoding = content_encoding(response.headers)
-        call.meter.read_answer(inflated(body, encoding))
-        charge = self._settle(call)
-        headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
+        body, _ = self._whole_body(call, response, headers)
         return Answer(response.status, tuple(headers), body=body)
 
     def _noticed_headers(self, call: Call, answer: Answer) -> Iterable[tuple[str, str]]:
@@ -9150,12 +9139,17 @@ class Router:
         return with_notice(answer.headers, client_api,
                            self.controller.standings(call.request.caller.scopes))
 
-    def _whole_body(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> bytes:
-        """An answer's body; a long one is worked on outside the turn."""
+    def _whole_body(self, call: Call, response: Union[EchoResponse, UpstreamResponse],
+                    headers: list) -> tuple[bytes, bytes]:
+        """Return an answer's body, as it came and inflated, once it is metered and settled; its
+        cost is added to the headers. A long one is worked on outside the turn."""
         body = whole_body(response, call.meter.see)
         if len(body) > LONG_TURN_BYTES:
             self.turns.leave()
-        return body
+        plain = inflated(body, content_encoding(response.headers))
+        call.meter.read_answer(plain)
+        headers.append(("x-ironcage-cost-microdollars", str(self._settle(call).microdollars)))
+        return body, plain
 
     # Carrying translated answers back.
 
@@ -9182,11 +9176,7 @@ class Router:
                 call, events if first is None else itertools.chain((first,), events))
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
-        encoding = content_encoding(response.headers)
-        raw = inflated(self._whole_body(call, response), encoding)
-        call.meter.read_answer(raw)
-        charge = self._settle(call)
-        headers.append(("x-ironcage-cost-microdollars", str(charge.microdollars)))
+        _, raw = self._whole_body(call, response, headers)
         try:
             parsed = json.loads(raw)
         except (ValueError, RecursionError):
@@ -9349,7 +9339,7 @@ class Router:
             headers = (*answer_headers(response.headers, provider),
                        ("x-ironcage-request-id", request.request_id))
             yield Answer(response.status, headers, reads=response.reads(),
-                         length=_told_length(response))
+                         length=response.stated_length)
         finally:
             response.close()
 
@@ -9690,6 +9680,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
         self._is_head = False                # the current request is a HEAD: no body in its answer
+        self._takes_chunks = False           # it is HTTP/1.1
         self._head_written = False           # of the answer to the current request
 
     def handle(self) -> None:
@@ -9714,6 +9705,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 head = parse_request_head(raw_head)
                 dialect = dialect_of(head.path)
                 self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
+                self._takes_chunks = head.minor_version == 1
                 self._serve(head, request_id)
         except IroncageError as err:
             self._refuse(err, dialect, request_id)
@@ -9750,20 +9742,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if head.method not in METHODS:
             raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
         self._check_host(head)
-        if head.path == "/" and head.method in ("GET", "HEAD"):
-            if body_length(head.headers, otherwise=0):       # unread: nobody vouches for it
-                self._may_stay_open = False
-            return self._write_greeting(head, request_id)
-        if head.path == "/ironcage/dashboard" and head.method in ("GET", "HEAD"):
+        if head.path in ("/", "/ironcage/dashboard") and head.method in ("GET", "HEAD"):
+            # A body stays unread: nobody vouches for it.
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
-            return self._write_answer(dashboard_answer(), head)
+            return self._write_answer(
+                greeting(request_id) if head.path == "/" else dashboard_answer())
         caller = self._authenticated(head)
         if offered_upgrades(head.headers) - IGNORED_UPGRADES:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
                                  headers=UPGRADES_SERVED)
         body = self._read_body(head)
         if head.path == "/":
-            return self._write_greeting(head, request_id)
+            return self._write_answer(greeting(request_id))
         request = ClientRequest(head, body, request_id, caller)
         if head.path == "/ironcage" or head.path.startswith("/ironcage/"):
             self.server.turns.leave()
@@ -9774,7 +9764,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if caller.name == ADMIN:
             raise Forbidden("the admin's token cannot call models; use a caller's token")
         with self.server.router.open(request, self.wire) as answer:
-            self._write_answer(answer, head)
+            self._write_answer(answer)
 
     # Who may ask.
 
@@ -9869,11 +9859,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # Answering.
 
-    def _write_greeting(self, head: RequestHead, request_id: str) -> None:
-        headers = (("content-type", "text/plain; charset=utf-8"),
-                   ("x-ironcage-request-id", request_id))
-        self._write_answer(Answer(200, headers, b"LlmRouter OK"), head)
-
     def _write_own(self, request: ClientRequest) -> None:
         methods = OWN_ROUTES.get(request.head.path)
         if methods is None:
@@ -9886,7 +9871,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         kind, body = action(self.server, request)
         headers = (("content-type", kind), ("cache-control", "no-store"),
                    ("x-ironcage-request-id", request.request_id))
-        self._write_answer(Answer(200, headers, body), request.head)
+        self._write_answer(Answer(200, headers, body))
 
     def _refuse(self, error: IroncageError, dialect: str, request_id: str) -> None:
         """Answer with an error, or cut the connection if an answer is under way already."""
@@ -9908,20 +9893,24 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 extra={"fields": {"request_id": request_id, "status": error.status,
                                   "reason": reason}})
         with contextlib.suppress(ClientGone):
-            self._write_whole(Answer(error.status, headers, body), must_close=error.must_close)
+            self._write_answer(Answer(error.status, headers, body), must_close=error.must_close)
+            if error.must_close:             # the client may still be sending its request
+                self.wire.linger(self.server.settings.timeouts.linger_s)
 
-    def _write_answer(self, answer: Answer, head: RequestHead) -> None:
+    def _write_answer(self, answer: Answer, *, must_close: bool = False) -> None:
         """Write an answer, whole or as it arrives. Raises ClientGone, UpstreamError."""
-        bodiless = self._is_head or answer.status in (204, 304)
-        if answer.body is not None:
-            self._write_whole(answer)
-            return
-        chunked = answer.length < 0 and head.minor_version == 1 and not bodiless
-        must_close = self._must_close or (answer.length < 0 and not chunked and not bodiless)
+        length = answer.length if answer.body is None else len(answer.body)
+        has_length = answer.status not in (204, 304)
+        bodiless = self._is_head or not has_length
+        chunked = length < 0 and self._takes_chunks and not bodiless
+        must_close |= not self._may_stay_open or self.server.is_stopping \
+            or (length < 0 and not chunked and not bodiless)
         framing = [("transfer-encoding", "chunked")] if chunked else \
-            [("content-length", str(answer.length))] if answer.length >= 0 \
-            and answer.status not in (204, 304) else []
-        self._write(self._head(answer, framing, must_close))
+            [("content-length", str(length))] if length >= 0 and has_length else []
+        framing += [("connection", "close")] if must_close else []
+        reason = http.client.responses.get(answer.status, "")
+        head = format_head(f"HTTP/1.1 {answer.status} {reason}", (*answer.headers, *framing))
+        self._write(head if bodiless else head + (answer.body or b""))
         if not bodiless:
             for pieces in answer.reads or ():
                 self._write(format_chunks(pieces) if chunked else b"".join(pieces))
@@ -9929,32 +9918,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._write(LAST_CHUNK)
         self.close_connection = must_close
 
-    @property
-    def _must_close(self) -> bool:
-        return not self._may_stay_open or self.server.is_stopping
-
-    def _write_whole(self, answer: Answer, *, must_close: bool = False) -> None:
-        body, lingers = answer.body or b"", must_close
-        must_close = must_close or self._must_close
-        framing = [] if answer.status in (204, 304) else [("content-length", str(len(body)))]
-        head = self._head(answer, framing, must_close)
-        self._write(head + (b"" if self._is_head else body))
-        self.close_connection = must_close
-        if lingers:                          # the client may still be sending its request
-            self.wire.linger(self.server.settings.timeouts.linger_s)
-
-    def _head(self, answer: Answer, framing: list, must_close: bool) -> bytes:
-        closing = [("connection", "close")] if must_close else []
-        reason = http.client.responses.get(answer.status, "")
-        return format_head(f"HTTP/1.1 {answer.status} {reason}",
-                           (*answer.headers, *framing, *closing))
-
     def _write(self, data: bytes) -> None:
         self._head_written = True
         try:
             self.wire.send(data, self.server.settings.timeouts.write_stall_s)
         except OSError:
             raise ClientGone from None
+
+
+def greeting(request_id: str) -> Answer:
+    """Return what says that a proxy is here."""
+    return Answer(200, (("content-type", "text/plain; charset=utf-8"),
+                        ("x-ironcage-request-id", request_id)), b"LlmRouter OK")
 
 
 def _closing(error: IroncageError) -> IroncageError:
