@@ -1551,10 +1551,12 @@ UNSEEN_PART_TYPES = (
 HOSTED_RESULT_TYPES = frozenset({
     "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
 HOSTED_RESULT_TOKENS = 17_000           # the largest result_tokens of HOSTED_TOOLS
-# What hangs on content without being content: who called, what was cited, arguments.
+# What hangs on content without being content: who called, what was cited, arguments, how a tool
+# of the client ran and ended, and the format of the answers that follow.
 NOT_CONTENT_FIELDS = frozenset({
-    "cache_control", "caller", "action", "operation", "citations", "annotations", "logprobs",
-    "parameters", "arguments", "metadata",
+    "cache_control", "caller", "action", "actions", "operation", "environment", "outcome",
+    "state_changes", "citations", "annotations", "logprobs", "parameters", "arguments", "metadata",
+    "format",
 })
 # Content that declares tools -> the member that holds them, and that is not content itself.
 TOOL_BRINGERS = MappingProxyType({
@@ -2216,13 +2218,20 @@ def _unseen_prompt_tokens(body: JsonBody) -> int:
     """What the provider adds to a prompt that is text and images: framing, prompts of tools and
     of formats, and what results of earlier hosted searches may hold beyond their own text."""
     tools = request_tools(body)
-    is_prompted = tools or any(_cited_texts(body)) \
-        or any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys())
+    is_prompted = tools or any(_cited_texts(body)) or _reconfigures(body) \
+        or any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys()) \
+        or any(json_object(json_object(message).get("output_config")).get("format")
+               for message in _listed(body.fields.get("messages")))
     results = sum(kind in HOSTED_RESULT_TYPES for _, kind, _ in prompt_parts(body))
     toolsets = sum("_toolset_" in kind for _, kind, _ in tools)
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
         + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS \
         + _loaded_bytes(body, tools)
+
+
+def _reconfigures(body: JsonBody) -> bool:
+    """Whether content changes the reasoning, or the format of answers, from there on."""
+    return any(kind == "configuration_update" for _, kind, _ in prompt_parts(body))
 
 
 def _loaded_bytes(body: JsonBody, tools: Sequence[tuple[str, str, Mapping[str, object]]]) -> int:
@@ -2592,6 +2601,8 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     fields = {name: body.fields[name][length:], "added": tools,
               "system": [part for field, part in added if field in ("system", "instructions")]}
     rest = JsonBody(json_bytes(fields), fields, {})
+    if _reconfigures(rest):                 # it may switch on what the known part was without
+        return None
     kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
     tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
         + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
@@ -2609,8 +2620,12 @@ def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
                    reasoning.get("effort") in (None, "none"))
 
 
-def continued_input_tokens(body: JsonBody, price: Price, before: Counted, window: int = 0) -> int:
-    """A bound on the input of a request that goes on from a stored response of known size."""
+def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
+                           window: int = 0) -> Optional[int]:
+    """A bound on the input of a request that goes on from a stored response of known size; None
+    where it reads that one in another way."""
+    if _reconfigures(body):
+        return None
     fields = {name: value for name, value in body.fields.items() if name != "previous_response_id"}
     added = JsonBody(json_bytes(fields), fields, {})
     more = input_tokens_bound(added, price, measured=True, window=window)

@@ -485,6 +485,14 @@ SEEN = {
     "additional tools": {"input": [{"type": "additional_tools", "role": "developer", "tools": [
         {"type": "namespace", "name": "functions", "tools": [
             {"type": "custom", "name": "exec", "format": {"type": "grammar"}}]}]}]},
+    "a shell that the client ran": {"input": [
+        {"type": "shell_call", "call_id": "x", "action": {"commands": ["ls"]},
+         "environment": {"type": "local"}},
+        {"type": "shell_call_output", "call_id": "x", "output": [
+            {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
+            {"stdout": "a", "stderr": "", "outcome": {"type": "timeout"}}]}]},
+    "what a browser did": content({"type": "tool_result", "tool_use_id": "x", "content": [
+        {"type": "browser_state", "tabs": [], "state_changes": [{"type": "tab_opened"}]}]}),
     "text document": content({"type": "document", "source": {
         "type": "text", "media_type": "text/plain", "data": "five"}}),
     "document of text blocks": content({"type": "document", "source": {
@@ -547,6 +555,26 @@ def test_text_counts_by_its_bytes(fields):
     api = "responses" if "input" in fields else "chat"
 
     assert bound_of(api, fields).input_tokens < 5_000
+
+
+@pytest.mark.parametrize("fields", SEEN.values(), ids=SEEN)
+def test_text_is_never_refused(fields):
+    assert [] == checked("responses" if "input" in fields else "messages", fields)
+
+
+@pytest.mark.parametrize("fields", [
+    {"input": [{"type": "configuration_update", "text": {"format": {
+        "type": "json_schema", "name": "x", "schema": {"type": "object"}}}}]},
+    {"messages": [{"role": "system", "content": "x", "output_config": {"format": {
+        "type": "json_schema", "schema": {"type": "object"}}}}]}], ids=repr)
+def test_a_format_that_begins_in_the_conversation_brings_its_prompt_too(fields):
+    assert [] == checked("responses" if "input" in fields else "messages", fields)
+    assert ic.TOOL_PROMPT_TOKENS < ic.input_tokens_bound(body_of(fields), price_of(ROW))
+
+
+def test_a_mouse_that_the_client_moved_is_content():
+    assert [] == checked("responses", {"input": [{"type": "computer_call", "call_id": "x",
+                                                  "actions": [{"type": "click"}]}]})
 
 
 @pytest.mark.parametrize("fields", UNSEEN.values(), ids=UNSEEN)
