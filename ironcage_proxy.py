@@ -1613,6 +1613,13 @@ HOSTED_TOOLS = (
                5000, 5000, True, False),
     HostedTool("responses", "openai", r"web_search(_2025_08_26)?", "", 5000, 17_000, True, False),
 )
+# Their options that cost nothing beyond that. Sources: the types of openai 3.57.0 and anthropic
+# 2.14.0; Codex 0.171; read 2026-11-28.
+HOSTED_OPTIONS = frozenset("""
+    type name allowed_callers allowed_domains blocked_domains cache_control citations defer_loading
+    eager_input_streaming external_web_access filters image_settings indexed_web_access
+    max_content_tokens max_uses response_inclusion search_content_types search_context_size strict
+    url_sources use_cache user_location""".split())
 SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
 DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
 MOST_SAMPLINGS = 11                     # of one Anthropic call
@@ -2083,14 +2090,15 @@ def _is_plain(prompt: object) -> bool:
 
 
 def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
-                    hatches: Hatches = Hatches()) -> list[str]:
-    """Refuse what no bound covers; return the hatches that let something through.
+                    model: str = "", hatches: Hatches = Hatches()) -> list[str]:
+    """Refuse what no bound covers; return the hatches that let something through. `model` is the
+    name that goes upstream, which the price may not have.
 
     Raises UnboundedRequest, naming the field and what to do.
     """
     check_thread(body.fields)
     opened = _check_fields(api, body, price, provider, hatches)
-    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(str(body.fields.get("model"))):
+    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
         raise UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
                                "under a budget: what it does cannot be bounded", param="model")
     if api in PLAIN_PROMPTS and not _is_plain(body.fields.get(PLAIN_PROMPTS[api])):
@@ -2113,6 +2121,7 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     for field, kind, tool in request_tools(body):
         if not _runs_at_client(kind, tool):
             _check_hosted(api, field, kind, price, hatches)
+            opened += _opened_options(kind, tool, hatches)
     return opened
 
 
@@ -2176,6 +2185,20 @@ def _check_hosted(api: str, field: str, kind: str, price: Price, hatches: Hatche
     if field != "tools" and api == "messages":
         raise UnboundedRequest(f"the tool type {shown_name(kind)} runs at the provider, and its "
                                "uses can be capped in tools only; declare it there", param=field)
+
+
+def _opened_options(kind: str, tool: Mapping[str, object], hatches: Hatches) -> list[str]:
+    """The options of a hosted tool that a hatch lets through. Raises UnboundedRequest for any
+    other that is not known."""
+    unknown = [name for name, value in tool.items()
+               if value is not None and name not in HOSTED_OPTIONS]
+    for name in set(unknown) - hatches.fields:
+        shown = shown_name(name)
+        raise UnboundedRequest(
+            f"{shown} of the tool type {shown_name(kind)} is not known here, so what it costs "
+            f"cannot be bounded under a budget; the operator can let it through with --allow-field "
+            f"{shown}", param="tools")
+    return [f"field {name}" for name in unknown]
 
 
 def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
@@ -9024,7 +9047,7 @@ class Router:
             self._check_method_override(request)
             call.price = prices.price(upstream_model, provider.name)
             for opened in check_boundable(call.api, body, call.price, provider=provider.name,
-                                          hatches=self.hatches):
+                                          model=upstream_model, hatches=self.hatches):
                 self.totals.observe(("hatch", opened))
         else:
             call.price = prices.find(upstream_model, provider.name)

@@ -823,6 +823,38 @@ def test_a_speed_that_nobody_knows_is_refused_where_another_has_a_price(speed):
         checked("messages", {"speed": speed}, row=row)
 
 
+def test_a_model_that_searches_is_refused_also_where_another_price_stands_in_for_its_own():
+    with pytest.raises(ic.UnboundedRequest):
+        checked("chat", {"model": "an alias"}, model="gpt-9-search-api")
+
+
+@pytest.mark.parametrize("kind", sorted(ic.HOSTED_RESULT_TYPES))
+def test_the_result_of_an_earlier_search_is_text_and_what_it_may_hold_beyond_that(kind):
+    fields = content({"type": kind, "id": "x"})
+    without = ic.input_tokens_bound(body_of(content({"type": "text", "id": "x"})), price_of(ROW))
+
+    assert [] == checked("messages", fields)
+    assert ic.input_tokens_bound(body_of(fields), price_of(ROW)) >= \
+        without + ic.HOSTED_RESULT_TOKENS
+
+
+def test_a_thread_that_goes_on_at_the_provider_is_refused():
+    assert [] == checked("messages", {"thread": {"type": "create"}})
+    with pytest.raises(ic.ThreadRefused):
+        checked("messages", {"thread": {"type": "continue", "id": "x"}})
+
+
+def test_an_option_of_a_hosted_tool_that_is_not_known_is_refused_and_its_hatch_named():
+    fields = {"tools": [{"type": "web_search", "search_context_size": "low", "agents": 9}]}
+
+    with pytest.raises(ic.UnboundedRequest, match="agents of the tool type web_search .*--allow"):
+        checked("responses", fields)
+    assert ["field agents"] == checked("responses", fields,
+                                       hatches=ic.Hatches(fields=frozenset({"agents"})))
+    fields["tools"][0]["agents"] = None
+    assert [] == checked("responses", fields)
+
+
 # Caps from amounts.
 
 def random_bound(rng: Random) -> ic.Bound:
