@@ -1527,10 +1527,12 @@ UNSEEN_PART_TYPES = (
 HOSTED_RESULT_TYPES = frozenset({
     "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
 HOSTED_RESULT_TOKENS = 17_000           # the largest result_tokens of HOSTED_TOOLS
-# What hangs on content without being content: who called, what was cited, arguments.
+# What hangs on content without being content: who called, what was cited, arguments, how a tool
+# of the client ran and ended, and the format of the answers that follow.
 NOT_CONTENT_FIELDS = frozenset({
-    "cache_control", "caller", "action", "operation", "citations", "annotations", "logprobs",
-    "parameters", "arguments", "metadata",
+    "cache_control", "caller", "action", "actions", "operation", "environment", "outcome",
+    "state_changes", "citations", "annotations", "logprobs", "parameters", "arguments", "metadata",
+    "format",
 })
 # Content that declares tools -> the member that holds them, and that is not content itself.
 TOOL_BRINGERS = MappingProxyType({
@@ -1587,6 +1589,13 @@ HOSTED_TOOLS = (
                5000, 5000, True, False),
     HostedTool("responses", "openai", r"web_search(_2025_08_26)?", "", 5000, 17_000, True, False),
 )
+# Their options that cost nothing beyond that. Sources: the types of openai 3.57.0 and anthropic
+# 2.14.0; Codex 0.171; read 2026-11-28.
+HOSTED_OPTIONS = frozenset("""
+    type name allowed_callers allowed_domains blocked_domains cache_control citations defer_loading
+    eager_input_streaming external_web_access filters image_settings indexed_web_access
+    max_content_tokens max_uses response_inclusion search_content_types search_context_size strict
+    url_sources use_cache user_location""".split())
 SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
 DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
 MOST_SAMPLINGS = 11                     # of one Anthropic call
@@ -2057,14 +2066,15 @@ def _is_plain(prompt: object) -> bool:
 
 
 def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
-                    hatches: Hatches = Hatches()) -> list[str]:
-    """Refuse what no bound covers; return the hatches that let something through.
+                    model: str = "", hatches: Hatches = Hatches()) -> list[str]:
+    """Refuse what no bound covers; return the hatches that let something through. `model` is the
+    name that goes upstream, which the price may not have.
 
     Raises UnboundedRequest, naming the field and what to do.
     """
     check_thread(body.fields)
     opened = _check_fields(api, body, price, provider, hatches)
-    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(str(body.fields.get("model"))):
+    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
         raise UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
                                "under a budget: what it does cannot be bounded", param="model")
     if api in PLAIN_PROMPTS and not _is_plain(body.fields.get(PLAIN_PROMPTS[api])):
@@ -2087,6 +2097,7 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     for field, kind, tool in request_tools(body):
         if not _runs_at_client(kind, tool):
             _check_hosted(api, field, kind, price, hatches)
+            opened += _opened_options(kind, tool, hatches)
     return opened
 
 
@@ -2152,6 +2163,20 @@ def _check_hosted(api: str, field: str, kind: str, price: Price, hatches: Hatche
                                "uses can be capped in tools only; declare it there", param=field)
 
 
+def _opened_options(kind: str, tool: Mapping[str, object], hatches: Hatches) -> list[str]:
+    """The options of a hosted tool that a hatch lets through. Raises UnboundedRequest for any
+    other that is not known."""
+    unknown = [name for name, value in tool.items()
+               if value is not None and name not in HOSTED_OPTIONS]
+    for name in set(unknown) - hatches.fields:
+        shown = shown_name(name)
+        raise UnboundedRequest(
+            f"{shown} of the tool type {shown_name(kind)} is not known here, so what it costs "
+            f"cannot be bounded under a budget; the operator can let it through with --allow-field "
+            f"{shown}", param="tools")
+    return [f"field {name}" for name in unknown]
+
+
 def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                        window: int = 0) -> int:
     """Tokens that a request can be billed for as input. Raises UnboundedRequest.
@@ -2192,13 +2217,20 @@ def _unseen_prompt_tokens(body: JsonBody) -> int:
     """What the provider adds to a prompt that is text and images: framing, prompts of tools and
     of formats, and what results of earlier hosted searches may hold beyond their own text."""
     tools = request_tools(body)
-    is_prompted = tools or any(_cited_texts(body)) \
-        or any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys())
+    is_prompted = tools or any(_cited_texts(body)) or _reconfigures(body) \
+        or any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys()) \
+        or any(json_object(json_object(message).get("output_config")).get("format")
+               for message in _listed(body.fields.get("messages")))
     results = sum(kind in HOSTED_RESULT_TYPES for _, kind, _ in prompt_parts(body))
     toolsets = sum("_toolset_" in kind for _, kind, _ in tools)
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
         + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS \
         + _loaded_bytes(body, tools)
+
+
+def _reconfigures(body: JsonBody) -> bool:
+    """Whether content changes the reasoning, or the format of answers, from there on."""
+    return any(kind == "configuration_update" for _, kind, _ in prompt_parts(body))
 
 
 def _loaded_bytes(body: JsonBody, tools: Sequence[tuple[str, str, Mapping[str, object]]]) -> int:
@@ -2568,6 +2600,8 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     fields = {name: body.fields[name][length:], "added": tools,
               "system": [part for field, part in added if field in ("system", "instructions")]}
     rest = JsonBody(json_bytes(fields), fields, {})
+    if _reconfigures(rest):                 # it may switch on what the known part was without
+        return None
     kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
     tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
         + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
@@ -2585,8 +2619,12 @@ def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
                    reasoning.get("effort") in (None, "none"))
 
 
-def continued_input_tokens(body: JsonBody, price: Price, before: Counted, window: int = 0) -> int:
-    """A bound on the input of a request that goes on from a stored response of known size."""
+def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
+                           window: int = 0) -> Optional[int]:
+    """A bound on the input of a request that goes on from a stored response of known size; None
+    where it reads that one in another way."""
+    if _reconfigures(body):
+        return None
     fields = {name: value for name, value in body.fields.items() if name != "previous_response_id"}
     added = JsonBody(json_bytes(fields), fields, {})
     more = input_tokens_bound(added, price, measured=True, window=window)
@@ -8969,7 +9007,7 @@ class Router:
             self._check_method_override(request)
             call.price = prices.price(upstream_model, provider.name)
             for opened in check_boundable(call.api, body, call.price, provider=provider.name,
-                                          hatches=self.hatches):
+                                          model=upstream_model, hatches=self.hatches):
                 self.totals.observe(("hatch", opened))
         else:
             call.price = prices.find(upstream_model, provider.name)

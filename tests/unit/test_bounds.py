@@ -488,6 +488,14 @@ SEEN = {
     "additional tools": {"input": [{"type": "additional_tools", "role": "developer", "tools": [
         {"type": "namespace", "name": "functions", "tools": [
             {"type": "custom", "name": "exec", "format": {"type": "grammar"}}]}]}]},
+    "a shell that the client ran": {"input": [
+        {"type": "shell_call", "call_id": "x", "action": {"commands": ["ls"]},
+         "environment": {"type": "local"}},
+        {"type": "shell_call_output", "call_id": "x", "output": [
+            {"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
+            {"stdout": "a", "stderr": "", "outcome": {"type": "timeout"}}]}]},
+    "what a browser did": content({"type": "tool_result", "tool_use_id": "x", "content": [
+        {"type": "browser_state", "tabs": [], "state_changes": [{"type": "tab_opened"}]}]}),
     "text document": content({"type": "document", "source": {
         "type": "text", "media_type": "text/plain", "data": "five"}}),
     "document of text blocks": content({"type": "document", "source": {
@@ -550,6 +558,26 @@ def test_text_counts_by_its_bytes(fields):
     api = "responses" if "input" in fields else "chat"
 
     assert bound_of(api, fields).input_tokens < 5_000
+
+
+@pytest.mark.parametrize("fields", SEEN.values(), ids=SEEN)
+def test_text_is_never_refused(fields):
+    assert [] == checked("responses" if "input" in fields else "messages", fields)
+
+
+@pytest.mark.parametrize("fields", [
+    {"input": [{"type": "configuration_update", "text": {"format": {
+        "type": "json_schema", "name": "x", "schema": {"type": "object"}}}}]},
+    {"messages": [{"role": "system", "content": "x", "output_config": {"format": {
+        "type": "json_schema", "schema": {"type": "object"}}}}]}], ids=repr)
+def test_a_format_that_begins_in_the_conversation_brings_its_prompt_too(fields):
+    assert [] == checked("responses" if "input" in fields else "messages", fields)
+    assert ic.TOOL_PROMPT_TOKENS < ic.input_tokens_bound(body_of(fields), price_of(ROW))
+
+
+def test_a_mouse_that_the_client_moved_is_content():
+    assert [] == checked("responses", {"input": [{"type": "computer_call", "call_id": "x",
+                                                  "actions": [{"type": "click"}]}]})
 
 
 @pytest.mark.parametrize("fields", UNSEEN.values(), ids=UNSEEN)
@@ -796,6 +824,38 @@ def test_a_speed_that_nobody_knows_is_refused_where_another_has_a_price(speed):
     assert [] == checked("messages", {"speed": "fast"}, row=row)
     with pytest.raises(ic.UnboundedRequest):
         checked("messages", {"speed": speed}, row=row)
+
+
+def test_a_model_that_searches_is_refused_also_where_another_price_stands_in_for_its_own():
+    with pytest.raises(ic.UnboundedRequest):
+        checked("chat", {"model": "an alias"}, model="gpt-9-search-api")
+
+
+@pytest.mark.parametrize("kind", sorted(ic.HOSTED_RESULT_TYPES))
+def test_the_result_of_an_earlier_search_is_text_and_what_it_may_hold_beyond_that(kind):
+    fields = content({"type": kind, "id": "x"})
+    without = ic.input_tokens_bound(body_of(content({"type": "text", "id": "x"})), price_of(ROW))
+
+    assert [] == checked("messages", fields)
+    assert ic.input_tokens_bound(body_of(fields), price_of(ROW)) >= \
+        without + ic.HOSTED_RESULT_TOKENS
+
+
+def test_a_thread_that_goes_on_at_the_provider_is_refused():
+    assert [] == checked("messages", {"thread": {"type": "create"}})
+    with pytest.raises(ic.ThreadRefused):
+        checked("messages", {"thread": {"type": "continue", "id": "x"}})
+
+
+def test_an_option_of_a_hosted_tool_that_is_not_known_is_refused_and_its_hatch_named():
+    fields = {"tools": [{"type": "web_search", "search_context_size": "low", "agents": 9}]}
+
+    with pytest.raises(ic.UnboundedRequest, match="agents of the tool type web_search .*--allow"):
+        checked("responses", fields)
+    assert ["field agents"] == checked("responses", fields,
+                                       hatches=ic.Hatches(fields=frozenset({"agents"})))
+    fields["tools"][0]["agents"] = None
+    assert [] == checked("responses", fields)
 
 
 # Caps from amounts.

@@ -371,6 +371,18 @@ def test_a_definition_that_content_loads_again_counts_again(block, is_deferred):
     assert measured(fields) < added
 
 
+def test_what_reconfigures_the_conversation_is_measured_with_all_before_it():
+    rng, session = Random(19), Session("responses", ("default", "openai", "gpt-5.5", "", ""))
+    items = [message(rng, "user"), message(rng, "assistant")]
+    session.learn({"input": items})
+    update = {"type": "configuration_update", "reasoning": {"effort": "high"}}
+
+    assert session.bound({"input": [*items, message(rng, "user")]}) is not None
+    assert session.bound({"input": [*items, update]}) is None
+    assert ic.continued_input_tokens(body_of({"input": [update]}), price("responses"),
+                                     ic.Counted(9)) is None
+
+
 RESPONSES = {
     "all of it": ({}, {}, True), "the default, by its name": (
         {}, {"reasoning": {"context": "auto", "summary": "auto"}}, True),

@@ -169,3 +169,16 @@ def test_only_a_global_place_is_bounded_without_the_premium(geo, factor):
     ratio = module.bound_of_request("messages", body, price).output_picodollars \
         / module.bound_of_request("messages", plain, price).output_picodollars
     assert factor == pytest.approx(float(ratio))
+
+
+def test_an_alias_with_a_price_that_stands_in_hides_no_model_that_searches(
+        mock, proxy_for, tmp_path):
+    config = tmp_path / "cage.json"
+    config.write_text(json.dumps({"models": {"quick": "gpt-9-search-api"},
+                                  "price_as": {"gpt-9-*": "gpt-4o-mini"}}))
+    proxy = proxy_for("--budget", "1", "--config", str(config))
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "quick"})
+
+    assert (400, []) == (answer.status, mock.seen)
+    assert "searches by itself" in answer.json["error"]["message"]
