@@ -17,7 +17,7 @@ from support import PATIENCE_S, ROOT
 
 fcntl = pytest.importorskip("fcntl", reason="the examples are for a POSIX shell")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-A_COMMAND = re.compile(r"([A-Z_]+=\S+ +)*(python3|curl|export) ")
+A_COMMAND = re.compile(r"([A-Z_]+=\S+ +(\\\n *)?)*(python3|curl|export) ")
 PORT = 8787                             # the one that the README names
 
 

@@ -558,6 +558,30 @@ def test_set_budget_blocks_and_unblocks_at_once(mock, proxy_for):
     assert [200, 402, 200] == answers
 
 
+@pytest.mark.parametrize("more, code", [
+    ({"model": "gpt-9-unknown"}, "unpriced_model"), ({"swarm": 12}, "unbounded_request"),
+    ({"web_search_options": {}}, "unbounded_request"), ({}, None)])
+def test_a_budget_that_is_set_in_the_middle_of_an_admission_holds_for_it(
+        mock, proxy_for, monkeypatch, more, code):
+    """The request was let in where nothing was limited; it is judged again before it is sent."""
+    proxy = proxy_for()
+    reserved, mock.applies_vendor_rules = proxy.router._reserved, False
+
+    def after_a_put(*args):
+        proxy.router.controller.set_budget(1_000_000)
+        return reserved(*args)
+
+    monkeypatch.setattr(proxy.router, "_reserved", after_a_put)
+    answer = call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, **more})
+
+    if code is None:
+        assert 200 == answer.status and "max_completion_tokens" in mock.seen[0].json
+    else:
+        assert (400, code) == (answer.status, answer.json["error"]["code"])
+        assert [] == mock.seen
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"]
+
+
 def test_status_names_everything_that_the_product_promises(mock, proxy):
     call(proxy.port, "POST", "/v1/chat/completions", CAPPED_CHAT)
 
