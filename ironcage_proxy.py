@@ -1647,7 +1647,8 @@ def _is_no_object(value: object, price: Price) -> bool:
 
 def _has_a_priced_tier(value: object, price: Price) -> bool:
     suffix = tier_suffix(str(value), price.provider)
-    return not suffix or any(key.endswith(suffix) for key in price.amounts)
+    return (price.provider, value) not in PREPAID_TIERS and (      # which cannot be asked for
+        not suffix or any(key.endswith(suffix) for key in price.amounts))
 
 
 def _has_a_priced_speed(value: object, price: Price) -> bool:
