@@ -1623,7 +1623,8 @@ def _is_no_object(value: object, price: Price) -> bool:
 
 def _has_a_priced_tier(value: object, price: Price) -> bool:
     suffix = tier_suffix(str(value), price.provider)
-    return not suffix or any(key.endswith(suffix) for key in price.amounts)
+    return (price.provider, value) not in PREPAID_TIERS and (      # which cannot be asked for
+        not suffix or any(key.endswith(suffix) for key in price.amounts))
 
 
 def _has_a_priced_speed(value: object, price: Price) -> bool:
@@ -1699,9 +1700,10 @@ COMPATIBLE_FIELDS = _rules(
     thinking=_rules("type budget_tokens clear_thinking keep"),
     provider=_rules("allow_fallbacks data_collection enforce_distillable_text ignore max_price "
                     "quantizations require_parameters zdr"))
-# A provider writes a prompt of its own for these.
+# A provider writes a prompt of its own for these (Mistral's and the templates of open models too).
 PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
-                              "output_format"})
+                              "output_format", "prompt_mode", "safe_prompt", "documents",
+                              "chat_template_kwargs"})
 # Models that search, or run others, by themselves: xAI bills the tokens of all its agents, and
 # Groq's compound those of all its models and tools. Sources: their model pages, November 2026.
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound")

@@ -249,6 +249,8 @@ def test_text_beyond_ascii_is_counted_in_bytes_and_not_in_characters():
     {"tools": [{"type": "function"}]}, {"functions": [{"name": "f"}]},
     {"response_format": {"type": "json_schema"}}, {"text": {"format": {"type": "json_schema"}}},
     {"output_config": {"format": {}}}, {"output_format": {"type": "json_schema"}},
+    {"prompt_mode": "reasoning"}, {"safe_prompt": True}, {"documents": [{"text": "x"}]},
+    {"chat_template_kwargs": {"enable_thinking": False}},
 ])
 def test_tools_and_schemas_bring_system_prompts_that_are_bounded(fields):
     bound = bound_of("chat", chat(**fields))
@@ -710,6 +712,8 @@ GUARDED_FIELDS = [
     ("responses", "access_programs", None, {"cyber": "standard"}),
     ("responses", "prompt", "x", {"id": "pmpt_1"}), ("responses", "prompt", None, {}),
     ("responses", "text", {"verbosity": "low"}, {"searches": 5}),
+    ("responses", "text", "auto", "twice"), ("messages", "thinking", "", 3),
+    ("chat", "stream_options", [], [{"include_usage": True}, 1]),
     ("responses", "moderation", {"model": "omni-moderation-latest"}, {"model": "gpt-5-pro"}),
     ("chat", "web_search_options", None, {}),
     ("chat", "stream_options", {"include_usage": True}, {"fan_out": 3}),
@@ -754,8 +758,9 @@ def test_a_field_that_is_not_known_is_refused_and_its_hatch_named(api, name):
 @pytest.mark.parametrize("name", ["top_k", "min_p", "chat_template_kwargs", "safe_prompt"])
 def test_servers_of_the_format_have_fields_that_openai_has_not(name):
     assert [] == checked("chat", {name: 1}, provider="vllm")
-    with pytest.raises(ic.UnboundedRequest):
-        checked("chat", {name: 1}, provider="openai")
+    for api, provider in (("chat", "openai"), ("messages", "minimax")):
+        with pytest.raises(ic.UnboundedRequest):
+            checked(api, {name if name != "top_k" else "min_p": 1}, provider=provider)
 
 
 @pytest.mark.parametrize("fields", [
@@ -845,6 +850,15 @@ def test_a_thread_that_goes_on_at_the_provider_is_refused():
     assert [] == checked("messages", {"thread": {"type": "create"}})
     with pytest.raises(ic.ThreadRefused):
         checked("messages", {"thread": {"type": "continue", "id": "x"}})
+
+
+@pytest.mark.parametrize("api, tool, seller, others", [
+    ("messages", {"type": "web_search_20250305", "name": "web_search"}, "anthropic", "bedrock"),
+    ("responses", {"type": "web_search"}, "openai", "azure")])
+def test_a_search_is_known_only_where_its_own_vendor_runs_it(api, tool, seller, others):
+    assert [] == checked(api, {"tools": [tool]}, row={**ROW, "litellm_provider": seller})
+    with pytest.raises(ic.UnboundedRequest):
+        checked(api, {"tools": [tool]}, row={**ROW, "litellm_provider": others}, provider=others)
 
 
 def test_an_option_of_a_hosted_tool_that_is_not_known_is_refused_and_its_hatch_named():
