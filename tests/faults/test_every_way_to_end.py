@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import socket
+import struct
 import threading
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,8 +15,9 @@ from random import Random
 from typing import Callable, Optional
 
 import pytest
-from support import (PATIENCE_S, RATES, Close, Cut, Gate, Hang, MockProvider, Raw, RawClient,
-                     Reply, call, program, settled_status, sse, sse_events, start_proxy)
+from support import (OPENAI_KEY, PATIENCE_S, RATES, Close, Cut, Gate, Hang, MockProvider, Raw,
+                     RawClient, Reply, call, program, settled_status, sse, sse_events,
+                     start_proxy)
 
 PATHS = {
     "/v1/chat/completions": {"model": "gpt-4o-mini", "max_tokens": 200, "stream": True,
@@ -824,6 +826,37 @@ def test_a_post_is_never_sent_twice(mock, proxy):
 
     assert 502 == answer.status
     assert 2 == len(mock.seen)
+
+
+def test_a_post_of_which_a_part_was_sent_is_never_sent_again(proxy_for):
+    """The pooled connection is reset while it is written to: some of it was read, and may count."""
+    listener, accepted = socket.create_server(("127.0.0.1", 0)), []
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+
+    def serve():
+        with contextlib.suppress(OSError):                      # closed at the end
+            while True:
+                sock, _ = listener.accept()
+                accepted.append(sock)
+                request = b""
+                while not request.endswith(b"}"):
+                    request += sock.recv(65536)
+                sock.sendall(answer)
+                sock.recv(1024)                                 # of the next request
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+
+    server = threading.Thread(target=serve, name="mock-reset", daemon=True)
+    server.start()
+    proxy = proxy_for(environ={"OPENAI_API_KEY": OPENAI_KEY, "IRONCAGE_OPENAI_BASE_URL":
+                               f"http://127.0.0.1:{listener.getsockname()[1]}"})
+    large = {"model": "gpt-x", "messages": [{"role": "user", "content": "x" * (16 << 20)}]}
+
+    statuses = [call(proxy.port, "POST", "/v1/chat/completions", fields).status
+                for fields in ({**CHAT, "model": "gpt-x"}, large)]
+    listener.close()
+
+    assert ([200, 502], 1) == (statuses, len(accepted))
 
 
 def test_an_exception_of_our_own_settles_and_answers_500(mock, proxy, monkeypatch):

@@ -390,6 +390,22 @@ def test_a_lease_that_is_granted_while_the_proxy_stops_goes_back_too(
     assert 0 == mock.billed_microdollars
 
 
+def test_a_lease_that_cannot_be_written_down_goes_back_at_once(
+        mock, cage, proxy_of, tmp_path, monkeypatch):
+    cage.answers[LEASE_PATH] = lambda body: (503, {})          # none at the start
+    proxy = proxy_of("--ledger", str(tmp_path / "ledger.db"))
+    cage.answers[LEASE_PATH] = cage.lease
+
+    def full_disk(lease):
+        raise program().LedgerUnavailable("the disk is full")
+
+    monkeypatch.setattr(proxy.ledger, "keep_lease", full_disk)
+    answer = chat(proxy)
+
+    assert (503, []) == (answer.status, mock.seen)
+    assert [{"lease_id": "lease_1", "spent_microdollars": 0}] == cage.bodies(RETURN_PATH)
+
+
 def test_no_lease_is_asked_for_once_the_proxy_has_stopped(cage, proxy_of):
     cage.answers[LEASE_PATH] = lambda body: (503, {})
     proxy = proxy_of()
