@@ -5505,8 +5505,13 @@ class CostController:
         self._bound_exceeded = 0
         self._is_closed = False
 
-    def _accounts_of(self, scopes: Sequence[str]) -> list[Account]:
-        return [self._proxy, *[self._accounts[scope] for scope in scopes]]
+    def _accounts_locked(self, scopes: Sequence[str]) -> list[Account]:
+        """The proxy's account and those of scopes, each in the period of now."""
+        accounts = [self._proxy, *(self._accounts[scope] for scope in scopes)]
+        now_s = int(self._clock())
+        for account in accounts:
+            account.roll(now_s)
+        return accounts
 
     # Admission.
 
@@ -5517,7 +5522,7 @@ class CostController:
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
         with self._lock:
-            claim = Reservation(bound, self._accounts_of(scopes),
+            claim = Reservation(bound, self._accounts_locked(scopes),
                                 may_wait and not self._is_closed)
             self._line.append(claim)
             self._serve_line_locked()
@@ -5702,7 +5707,7 @@ class CostController:
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
         with self._lock:
-            return any(account.limit is not None for account in self._accounts_of(scopes))
+            return any(account.limit is not None for account in self._accounts_locked(scopes))
 
     # What it holds.
 
@@ -5722,24 +5727,15 @@ class CostController:
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
         """What can still be reserved in all of the scopes, never below 0; None without a limit."""
-        least: Optional[int] = None
         with self._lock:
-            now_s = int(self._clock())
-            for account in self._accounts_of(scopes):
-                account.roll(now_s)
-                free = account.free
-                if free is not None and (least is None or free < least):
-                    least = max(0, free)
-        return least
+            known = [account.free for account in self._accounts_locked(scopes)]
+        return min([max(0, free) for free in known if free is not None], default=None)
 
     def standings(self, scopes: Sequence[str] = ()) -> list[tuple[int, int, Optional[int]]]:
         """Return (spent, limit, when that begins anew) of each limit that a request is under."""
         with self._lock:
-            now_s, accounts = int(self._clock()), self._accounts_of(scopes)
-            for account in accounts:
-                account.roll(now_s)
             return [(account.spent, account.limit, period_end(account.period, account.since_s))
-                    for account in accounts if account.limit is not None]
+                    for account in self._accounts_locked(scopes) if account.limit is not None]
 
     def total_spent(self) -> int:
         return self.budget().spent
