@@ -110,8 +110,7 @@ log = logging.getLogger("ironcage")
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
 # say which header, path and model goes where. A further API needs a row in METERED_APIS and
 # FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
-# (8); a further model name, one in MODEL_PREFIXES. A pattern that few requests need is a string,
-# which `re` compiles at its first use.
+# (8). A pattern that few requests need is a string, which `re` compiles at its first use.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -191,12 +190,7 @@ RESERVED_PROVIDERS = frozenset({
     "healthz", "readyz",
 })
 # First match wins; a name that matches none goes to openai, as in the original.
-MODEL_PREFIXES = (
-    ("claude", "anthropic"),
-    ("gpt", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"),
-    ("chatgpt", "openai"), ("codex", "openai"), ("text-embedding", "openai"),
-    ("ft:", "openai"), ("davinci", "openai"), ("babbage", "openai"),
-)
+MODEL_PREFIXES = (("claude", "anthropic"),)
 ECHO_MODEL = "ironcage/echo"
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -3411,11 +3405,34 @@ def _hashed(text: str, length: int) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def fitting_name(name: str, most: int) -> str:
-    """A tool's name as a provider takes it; a changed one ends in a hash, so that none collide."""
-    clean = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    return clean if clean == name and len(name) <= most \
-        else f"{clean[:most - 9]}_{_hashed(name, 8)}"
+class ToolNames:
+    """Names of tools as a provider takes them, and back."""
+
+    def __init__(self, most_chars: int) -> None:
+        self._most = most_chars
+        self._own: dict[str, str] = {}             # name at the provider -> the client's
+
+    def fitting(self, name: object) -> str:
+        """A name as the provider takes it; a changed one ends in a hash, so that none collide."""
+        own = str(name)
+        clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
+        fits = clean == own and len(own) <= self._most
+        fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
+        self._own[fitting] = own
+        return fitting
+
+    def own(self, name: object) -> object:
+        """The client's name of a tool that the provider names."""
+        return self._own.get(str(name), name)
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")       # rising
+
+
+def lowered_effort(asked: str, taken: Sequence[str]) -> str:
+    """The highest effort that a model takes up to the one asked for; else the least it takes."""
+    known = [name for name in EFFORTS[:EFFORTS.index(asked) + 1] if name in taken]
+    return known[-1] if known else taken[0]
 
 
 def _parse_strictly(text: str) -> object:
@@ -3530,7 +3547,6 @@ SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
     "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
 THINKING_BUDGETS = MappingProxyType({
     "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
 # Models that can be told to leave out thinking whose beginning has changed, where they would answer
 # 400. Source: Anthropic's "Preserved thinking", November 2026.
 BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
@@ -3712,7 +3728,7 @@ class ChatOnClaude:
                  recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []) -> None:
         self._losses, self._claude = losses, claude_of(str(fields.get("model")))
         self._recall = recall                      # thinking, by the call after and all before it
-        self._names: dict[str, str] = {}           # name at Claude -> the client's
+        self._names = ToolNames(128)
         self._custom: set[str] = set()             # names of tools whose input is plain text
         self._enforced = Counter()                 # of MOST_ENFORCED
         self._unfences, self._answers_by_tool = False, False       # JSON asked for in other ways
@@ -3820,9 +3836,9 @@ class ChatOnClaude:
         if "thinking" in request:                  # the client's own counts
             self._losses.drop("reasoning_effort")
             return
-        if effort not in ("none", "minimal", *EFFORTS):
-            raise BadRequest("reasoning_effort is not one of none, minimal, low, medium, high, "
-                             "xhigh, max", param="reasoning_effort")
+        if effort not in EFFORTS:
+            raise BadRequest(f"reasoning_effort is not one of {', '.join(EFFORTS)}",
+                             param="reasoning_effort")
         if effort == "none":
             if not claude.may_not_think:
                 self._losses.adjust("reasoning_effort", "low")
@@ -3836,13 +3852,11 @@ class ChatOnClaude:
             request["thinking"] = {"type": "enabled", "budget_tokens": min(
                 THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
         else:
-            wanted = "low" if effort == "minimal" else effort
-            known = [name for name in EFFORTS[:EFFORTS.index(wanted) + 1]
-                     if name in claude.efforts]
-            if known[-1] != effort and effort != "minimal":
-                self._losses.adjust("reasoning_effort", known[-1])
+            lowered = lowered_effort(effort, claude.efforts)
+            if effort not in ("minimal", lowered):
+                self._losses.adjust("reasoning_effort", lowered)
             request["thinking"] = {"type": "adaptive"}
-            request.setdefault("output_config", {})["effort"] = known[-1]
+            request.setdefault("output_config", {})["effort"] = lowered
 
     def _carry_thinking(self, fields: Mapping[str, object], request: dict, tools: object) -> None:
         """Have the history's thinking as Claude takes it."""
@@ -3938,7 +3952,7 @@ class ChatOnClaude:
             return tools
         allowed = {json_object(row.get(str(row.get("type")))).get("name")
                    for row in _parts_of(json_object(choice.get("allowed_tools")).get("tools"))}
-        return [tool for tool in tools if self._names.get(tool["name"], tool["name"]) in allowed]
+        return [tool for tool in tools if self._names.own(tool["name"]) in allowed]
 
     def _tool(self, row: Mapping[str, object]) -> dict:
         kind = row.get("type", "function")
@@ -3962,7 +3976,7 @@ class ChatOnClaude:
         if whole.keys() - {"type"} != schema.keys() - {"type"}:
             self._losses.adjust("tools.function.parameters", "merged")
         schema = whole
-        tool = {"name": self._claude_name(name), "input_schema": schema}
+        tool = {"name": self._names.fitting(name), "input_schema": schema}
         tool.update({"description": description} if description else {})
         for holder in (row, inner):
             tool.update({key: holder[key] for key in (
@@ -3974,11 +3988,6 @@ class ChatOnClaude:
             else:
                 self._losses.drop("tools.function.strict")
         return tool
-
-    def _claude_name(self, name: str) -> str:
-        fitting = fitting_name(name, 128)
-        self._names[fitting] = name
-        return fitting
 
     def _set_tool_choice(self, fields: Mapping[str, object], request: dict) -> None:
         wanted = fields.get("tool_choice", fields.get("function_call"))
@@ -3993,7 +4002,7 @@ class ChatOnClaude:
             choice = {"type": names[wanted]}
         elif isinstance(wanted, dict):
             inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
-            choice = {"type": "tool", "name": self._claude_name(str(inner.get("name")))}
+            choice = {"type": "tool", "name": self._names.fitting(inner.get("name"))}
         one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
         if one_at_a_time and choice.get("type") != "none":
             choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
@@ -4104,7 +4113,7 @@ class ChatOnClaude:
             inner = json_object(call.get(str(call.get("type", "function"))))
             blocks.append({
                 "type": "tool_use", "id": self._call_id(str(call.get("id") or "")),
-                "name": fitting_name(str(inner.get("name")), 128),
+                "name": self._names.fitting(inner.get("name")),
                 "input": {"input": inner.get("input")} if call.get("type") == "custom"
                 else arguments_to_input(inner.get("arguments"), _parse_strictly)})
         return blocks
@@ -4322,7 +4331,7 @@ class ChatOnClaude:
                 or f"refused: {details.get('category') or 'no reason given'}"
 
     def _call(self, block: Mapping[str, object]) -> dict:
-        name = self._names.get(str(block.get("name")), block.get("name"))
+        name = self._names.own(block.get("name"))
         self.first_call_id = self.first_call_id or block.get("id")
         if name in self._custom:
             return {"id": block.get("id"), "type": "custom", "custom": {
@@ -4396,7 +4405,7 @@ class _ChunkStream:
         block = self._blocks[event.get("index")] = dict(json_object(event.get("content_block")))
         translator = self._translator
         if block.get("type") == "tool_use" and not translator._answers_by_tool:
-            name = translator._names.get(str(block.get("name")), block.get("name"))
+            name = translator._names.own(block.get("name"))
             block.update(number=self._tools, json="", is_custom=name in translator._custom)
             self._tools += 1
             return [self._chunk(self._tool_delta(block))]
@@ -4591,7 +4600,6 @@ class Gpt(NamedTuple):
 # 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
 # gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
 # 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
-GPT_EFFORTS = ("none", "minimal", *EFFORTS)
 GPT_FAMILIES = (
     (r"gpt-5-chat", Gpt()),
     (r"o\d", Gpt(("low", "medium", "high"))),
@@ -4663,7 +4671,7 @@ class MessagesOnChat:
                  recall: object = None) -> None:       # which only Claude's thinking needs
         self._losses, self.is_openai = losses, is_openai
         self._echoes_reasoning = echoes_reasoning
-        self._names: dict[str, str] = {}           # name at the provider -> the client's
+        self._names = ToolNames(64)
         self._added_tools: list[object] = []       # within the conversation (beta)
         self._removed_tools: set[str] = set()
         self._called: dict[str, str] = {}          # id of a tool call in the history -> its name
@@ -4722,10 +4730,8 @@ class MessagesOnChat:
         effort = asked
         if "tools" in request and self._gpt.effort_with_tools != "any":
             effort = self._gpt.effort_with_tools
-        elif asked in GPT_EFFORTS:
-            known = [name for name in GPT_EFFORTS[:GPT_EFFORTS.index(asked) + 1]
-                     if name in self._gpt.efforts]
-            effort = known[-1] if known else self._gpt.efforts[0]
+        elif asked in EFFORTS:
+            effort = lowered_effort(asked, self._gpt.efforts)
         if effort is not None:
             request["reasoning_effort"] = effort
         if effort is None and asked not in (None, "none"):
@@ -4792,7 +4798,7 @@ class MessagesOnChat:
                 return None
             self._losses.adjust(f"tools.{kind}", "function")
             _, description, schema = known
-        function = {"name": self._chat_name(str(row.get("name"))), "parameters": {
+        function = {"name": self._names.fitting(row.get("name")), "parameters": {
             "type": "object", "properties": {}, **{
                 name: value for name, value in json_object(schema).items() if name != "$schema"}}}
         if description:
@@ -4804,17 +4810,12 @@ class MessagesOnChat:
                 self._losses.drop("tools.strict")
         return {"type": "function", "function": function}
 
-    def _chat_name(self, name: str) -> str:
-        fitting = fitting_name(name, 64)
-        self._names[fitting] = name
-        return fitting
-
     def _tool_choice(self, choice: Mapping[str, object], tools: list[dict]) -> dict:
         kind = choice.get("type")
         known: dict = {"auto": "auto", "any": "required", "none": "none"}
         chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
         if kind == "tool":
-            function = {"name": self._chat_name(str(choice.get("name")))}
+            function = {"name": self._names.fitting(choice.get("name"))}
             if any(tool["function"]["name"] == function["name"] for tool in tools):
                 chosen = {"tool_choice": {"type": "function", "function": function}}
             else:
@@ -4924,7 +4925,7 @@ class MessagesOnChat:
             return "".join(str(part.get(name) or "") for part in parts if part.get("type") == kind)
 
         calls = [{"id": self._chat_id(part.get("id")), "type": "function", "function": {
-            "name": self._chat_name(str(part.get("name"))),
+            "name": self._names.fitting(part.get("name")),
             "arguments": input_to_arguments(part.get("input"))}}
             for part in parts if part.get("type") == "tool_use"]
         self._called.update((call["id"], call["function"]["name"]) for call in calls)
@@ -5012,15 +5013,12 @@ class MessagesOnChat:
         for call in calls:
             function = json_object(call.get("function", call.get("custom")))
             content.append({"type": "tool_use", "id": call.get("id") or _tool_use_id(),
-                            "name": self._client_name(function.get("name")),
+                            "name": self._names.own(function.get("name")),
                             "input": {"input": function["input"]} if "input" in function
                             else arguments_to_input(function.get("arguments"))})
         return {**empty_message(completion), "content": content,
                 **_stop_of(choice, bool(calls), bool(said.get("refusal")), self.stops),
                 "usage": messages_usage(completion.get("usage"), completion.get("service_tier"))}
-
-    def _client_name(self, name: object) -> object:
-        return self._names.get(str(name), name)
 
     # The stream.
 
@@ -5146,7 +5144,7 @@ class _MessageStream:
         tool["has_begun"] = True
         yield from self._ensure(tool, {
             "type": "tool_use", "id": tool["id"] or _tool_use_id(),
-            "name": self._translator._client_name(tool["name"]), "input": {}})
+            "name": self._translator._names.own(tool["name"]), "input": {}})
         if tool["json"] and not self._holds_arguments:
             yield self._delta({"type": "input_json_delta", "partial_json": tool["json"]})
 
