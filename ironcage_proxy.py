@@ -691,7 +691,7 @@ def _count(holder: object, name: str) -> int:
     return value
 
 
-def _told_count(usage: Mapping[str, object], name: str) -> int:
+def _required_count(usage: Mapping[str, object], name: str) -> int:
     """A token count that every usage object has. Raises MalformedUsage."""
     if usage.get(name) is None:
         raise MalformedUsage(f"{name} is missing")
@@ -705,7 +705,7 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     Where it is not reported which tokens were cached, those of images were not. `image_output` is
     a bucket only where it is reported: a seller that leaves it out may have made images.
     """
-    prompt, completion = _told_count(usage, prompt_name), _told_count(usage, completion_name)
+    prompt, completion = (_required_count(usage, name) for name in (prompt_name, completion_name))
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
     read = json_object(usage.get(f"{prompt_name}_details"))
     made = usage.get(f"{completion_name}_details")
@@ -737,12 +737,12 @@ def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
     """
-    plain, read = _told_count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
+    plain, read = _required_count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
     split = usage.get("cache_creation")
     written_1h = _count(split, "ephemeral_1h_input_tokens")
     written = max(_count(usage, "cache_creation_input_tokens"),
                   written_1h + _count(split, "ephemeral_5m_input_tokens"))
-    output = _told_count(usage, "output_tokens")
+    output = _required_count(usage, "output_tokens")
     reasoned = min(output, _count(usage.get("output_tokens_details"), "thinking_tokens"))
     return Usage(plain + read + written, output, {
         "input": plain, "cache_read": read, "cache_write": written - written_1h,
@@ -3369,7 +3369,7 @@ REQUEST_SHAPE = "a field of the request has another type than its API says"
 ANSWER_SHAPE = "the provider's answer has another shape than its API says"
 
 
-def told_count(usage: object, name: str) -> int:
+def count_or_zero(usage: object, name: str) -> int:
     """A count in a usage object that is carried over; 0 where there is none."""
     value = json_object(usage).get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
@@ -4038,7 +4038,7 @@ class ChatOnClaude:
             elif role == "system" and self._claude.later_system:
                 later += blocks
             elif role == "system":
-                self._tell_as_user(turns, blocks)
+                self._say_as_user(turns, blocks)
             elif turns and turns[-1]["role"] == role:
                 turns[-1]["content"] += blocks
             else:
@@ -4075,20 +4075,20 @@ class ChatOnClaude:
         raise BadRequest("a message has a role that is not known", param="messages")
 
     def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
-        """A system message stands behind a user's turn only; elsewhere it is told as user."""
+        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
         if blocks and turns[-1]["role"] == "user":
             turns.append({"role": "system", "content": blocks})
         elif blocks:
-            self._tell_as_user(turns, blocks)
+            self._say_as_user(turns, blocks)
 
-    def _tell_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
+    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
         self._losses.adjust("messages.system", "user")
-        told = [{**block, "text": LATER_SYSTEM + block["text"]}
-                if "text" in block else block for block in blocks]
+        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
+                  if "text" in block else block for block in blocks]
         if turns[-1]["role"] == "user":
-            turns[-1]["content"] += told
+            turns[-1]["content"] += marked
         else:
-            turns.append({"role": "user", "content": told})
+            turns.append({"role": "user", "content": marked})
 
     def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
         calls = message.get("tool_calls") or []
@@ -4239,9 +4239,9 @@ class ChatOnClaude:
             after["content"] = [results.get(call_id) or {
                 "type": "tool_result", "tool_use_id": call_id, "is_error": True,
                 "content": "[no result provided]"} for call_id in ids] + rest
-        self._tell_orphans(turns)
+        self._orphans_as_text(turns)
 
-    def _tell_orphans(self, turns: list[dict]) -> None:
+    def _orphans_as_text(self, turns: list[dict]) -> None:
         """A result without its call becomes text."""
         known: set[str] = set()
         for turn in turns:
@@ -4554,11 +4554,11 @@ class ThinkingMemory:
 
 def chat_usage(usage: object) -> dict:
     """Anthropic's usage in OpenAI's counting: what was cached is inside prompt_tokens."""
-    read, written = told_count(usage, "cache_read_input_tokens"), \
-        told_count(usage, "cache_creation_input_tokens")
-    prompt = told_count(usage, "input_tokens") + read + written
-    output = told_count(usage, "output_tokens")
-    thought = told_count(json_object(usage).get("output_tokens_details"), "thinking_tokens")
+    read, written = count_or_zero(usage, "cache_read_input_tokens"), \
+        count_or_zero(usage, "cache_creation_input_tokens")
+    prompt = count_or_zero(usage, "input_tokens") + read + written
+    output = count_or_zero(usage, "output_tokens")
+    thought = count_or_zero(json_object(usage).get("output_tokens_details"), "thinking_tokens")
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written,
                                       "audio_tokens": 0},
@@ -4857,7 +4857,7 @@ class MessagesOnChat:
 
     def _later_system(self, shown: list[dict], parts: list[dict]) -> list[dict]:
         """A system message in place. Chat templates of other servers want it first, or not at all;
-        there it is told as the user's."""
+        there it is said as the user."""
         for part in parts:
             changed = json_object(part.get("tool"))
             if part.get("type") == "tool_removal":
@@ -5258,17 +5258,18 @@ def messages_usage(usage: object, tier: object = None) -> dict:
 
     Where a server's total is more than prompt and completion, the rest was reasoning.
     """
-    prompt = told_count(usage, "prompt_tokens")
+    prompt = count_or_zero(usage, "prompt_tokens")
     details = json_object(usage).get("prompt_tokens_details")
-    read, written = told_count(details, "cached_tokens"), \
-        told_count(details, "cache_write_tokens") or told_count(details, "cache_creation_tokens")
-    thought = told_count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
+    read = count_or_zero(details, "cached_tokens")
+    written = count_or_zero(details, "cache_write_tokens") \
+        or count_or_zero(details, "cache_creation_tokens")
+    thought = count_or_zero(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
     return {"input_tokens": max(0, prompt - read - written),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
             "cache_creation": {"ephemeral_5m_input_tokens": written,
                                "ephemeral_1h_input_tokens": 0},
-            "output_tokens": max(told_count(usage, "completion_tokens"),
-                                 told_count(usage, "total_tokens") - prompt),
+            "output_tokens": max(count_or_zero(usage, "completion_tokens"),
+                                 count_or_zero(usage, "total_tokens") - prompt),
             "output_tokens_details": {"thinking_tokens": thought}, "server_tool_use": None,
             "service_tier": "priority" if tier == "priority" else "standard"}
 
@@ -6581,25 +6582,29 @@ def token_sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
-def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
-    """Reads text of one form. A fault says what it must be, not what it was: maybe a secret."""
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+def value_like(fits: Callable[[object], object], meaning: str,
+               made: Callable = lambda value: value) -> Callable[[object], object]:
+    """Make a reader of values that fit. A fault says what one must be, not what it was: that may
+    be a secret."""
+    def read(value: object) -> object:
+        if not fits(value):
             raise ValueError(f"must be {meaning}")
-        return value
+        return made(value)
     return read
 
 
-def _config_count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10 ** 6:
-        raise ValueError("must be a whole number from 1 up")
-    return value
+def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
+    """Make a reader of text of one form."""
+    return value_like(lambda value: isinstance(value, str) and re.fullmatch(pattern, value),
+                      meaning)
 
 
-def _config_patterns(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise ValueError("must be a list of patterns, such as [\"gpt-*\"]")
-    return tuple(value)
+_config_flag = value_like(lambda value: isinstance(value, bool), "true or false")
+_config_count = value_like(lambda value: type(value) is int and 1 <= value <= 10 ** 6,
+                           "a whole number from 1 up")
+_config_patterns = value_like(
+    lambda value: isinstance(value, list) and value and all(isinstance(v, str) for v in value),
+    "a list of patterns, such as [\"gpt-*\"]", tuple)
 
 
 def parse_time(value: object) -> int:
@@ -6626,12 +6631,6 @@ TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "parallel_requests": ("parallel_requests", _config_count),
     "expires": ("expires_s", parse_time),
 })
-
-
-def _config_flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
 
 
 # The same for a provider.
@@ -10028,9 +10027,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._thread.join()
             self._thread = None
         self.server_close()
-        self._wait_for_connections(self.settings.timeouts.drain_s, lambda: not self.cuts_now)
+        self._wait_for_connections(self.settings.timeouts.drain_s)
         self.router.shut_down()
-        self._wait_for_connections(CUT_JOIN_S, lambda: True, cut=True)
+        self._wait_for_connections(CUT_JOIN_S, cut=True)
         if self.router.server is not None and not self._has_stopped:
             self.router.server.stop()
         self.ledger.close()
@@ -10049,11 +10048,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_for_connections(self, most_s: float, may_wait: Callable[[], bool], *,
-                              cut: bool = False) -> None:
-        """Close idle connections, or all, until none is left or the time is up."""
+    def _wait_for_connections(self, most_s: float, *, cut: bool = False) -> None:
+        """Close idle connections, or all, until none is left or the time is up; a second signal
+        ends the wait for those in use."""
         deadline_s = time.monotonic() + most_s
-        while may_wait():
+        while cut or not self.cuts_now:
             with self._changed:
                 ending = [sock for sock, since in self._idle_since.items()
                           if cut or since is not None]
@@ -10391,11 +10390,8 @@ def load_prices(settings: Settings) -> PriceBook:
 
 def _number_like(meaning: str, least: int, most: int, unit: int = 1) -> Callable[[str], int]:
     """Make a reader of whole numbers, which returns them in a smaller unit."""
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,6}", text) or not least <= int(text) <= most:
-            raise ValueError(f"must be {meaning}")
-        return int(text) * unit
-    return read
+    return value_like(lambda text: re.fullmatch(r"[0-9]{1,6}", text) and least <= int(text) <= most,
+                      meaning, lambda text: int(text) * unit)
 
 
 _parse_port = _number_like("a port number from 0 to 65535", 0, 65535)
