@@ -111,8 +111,7 @@ log = logging.getLogger("ironcage")
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
 # say which header, path and model goes where. A further API needs a row in METERED_APIS and
 # FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
-# (8); a further model name, one in MODEL_PREFIXES. A pattern that few requests need is a string,
-# which `re` compiles at its first use.
+# (8). A pattern that few requests need is a string, which `re` compiles at its first use.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -192,12 +191,7 @@ RESERVED_PROVIDERS = frozenset({
     "healthz", "readyz",
 })
 # First match wins; a name that matches none goes to openai, as in the original.
-MODEL_PREFIXES = (
-    ("claude", "anthropic"),
-    ("gpt", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"),
-    ("chatgpt", "openai"), ("codex", "openai"), ("text-embedding", "openai"),
-    ("ft:", "openai"), ("davinci", "openai"), ("babbage", "openai"),
-)
+MODEL_PREFIXES = (("claude", "anthropic"),)
 ECHO_MODEL = "ironcage/echo"
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -698,7 +692,7 @@ def _count(holder: object, name: str) -> int:
     return value
 
 
-def _told_count(usage: Mapping[str, object], name: str) -> int:
+def _required_count(usage: Mapping[str, object], name: str) -> int:
     """A token count that every usage object has. Raises MalformedUsage."""
     if usage.get(name) is None:
         raise MalformedUsage(f"{name} is missing")
@@ -712,7 +706,7 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     Where it is not reported which tokens were cached, those of images were not. `image_output` is
     a bucket only where it is reported: a seller that leaves it out may have made images.
     """
-    prompt, completion = _told_count(usage, prompt_name), _told_count(usage, completion_name)
+    prompt, completion = (_required_count(usage, name) for name in (prompt_name, completion_name))
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
     read = json_object(usage.get(f"{prompt_name}_details"))
     made = usage.get(f"{completion_name}_details")
@@ -744,12 +738,12 @@ def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
     """
-    plain, read = _told_count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
+    plain, read = _required_count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
     split = usage.get("cache_creation")
     written_1h = _count(split, "ephemeral_1h_input_tokens")
     written = max(_count(usage, "cache_creation_input_tokens"),
                   written_1h + _count(split, "ephemeral_5m_input_tokens"))
-    output = _told_count(usage, "output_tokens")
+    output = _required_count(usage, "output_tokens")
     reasoned = min(output, _count(usage.get("output_tokens_details"), "thinking_tokens"))
     return Usage(plain + read + written, output, {
         "input": plain, "cache_read": read, "cache_write": written - written_1h,
@@ -3496,7 +3490,7 @@ REQUEST_SHAPE = "a field of the request has another type than its API says"
 ANSWER_SHAPE = "the provider's answer has another shape than its API says"
 
 
-def told_count(usage: object, name: str) -> int:
+def count_or_zero(usage: object, name: str) -> int:
     """A count in a usage object that is carried over; 0 where there is none."""
     value = json_object(usage).get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
@@ -3532,11 +3526,34 @@ def _hashed(text: str, length: int) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def fitting_name(name: str, most: int) -> str:
-    """A tool's name as a provider takes it; a changed one ends in a hash, so that none collide."""
-    clean = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    return clean if clean == name and len(name) <= most \
-        else f"{clean[:most - 9]}_{_hashed(name, 8)}"
+class ToolNames:
+    """Names of tools as a provider takes them, and back."""
+
+    def __init__(self, most_chars: int) -> None:
+        self._most = most_chars
+        self._own: dict[str, str] = {}             # name at the provider -> the client's
+
+    def fitting(self, name: object) -> str:
+        """A name as the provider takes it; a changed one ends in a hash, so that none collide."""
+        own = str(name)
+        clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
+        fits = clean == own and len(own) <= self._most
+        fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
+        self._own[fitting] = own
+        return fitting
+
+    def own(self, name: object) -> object:
+        """The client's name of a tool that the provider names."""
+        return self._own.get(str(name), name)
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")       # rising
+
+
+def lowered_effort(asked: str, taken: Sequence[str]) -> str:
+    """The highest effort that a model takes up to the one asked for; else the least it takes."""
+    known = [name for name in EFFORTS[:EFFORTS.index(asked) + 1] if name in taken]
+    return known[-1] if known else taken[0]
 
 
 def _parse_strictly(text: str) -> object:
@@ -3651,7 +3668,6 @@ SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
     "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
 THINKING_BUDGETS = MappingProxyType({
     "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
 # Models that can be told to leave out thinking whose beginning has changed, where they would answer
 # 400. Source: Anthropic's "Preserved thinking", November 2026.
 BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
@@ -3833,7 +3849,7 @@ class ChatOnClaude:
                  recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []) -> None:
         self._losses, self._claude = losses, claude_of(str(fields.get("model")))
         self._recall = recall                      # thinking, by the call after and all before it
-        self._names: dict[str, str] = {}           # name at Claude -> the client's
+        self._names = ToolNames(128)
         self._custom: set[str] = set()             # names of tools whose input is plain text
         self._enforced = Counter()                 # of MOST_ENFORCED
         self._unfences, self._answers_by_tool = False, False       # JSON asked for in other ways
@@ -3941,9 +3957,9 @@ class ChatOnClaude:
         if "thinking" in request:                  # the client's own counts
             self._losses.drop("reasoning_effort")
             return
-        if effort not in ("none", "minimal", *EFFORTS):
-            raise BadRequest("reasoning_effort is not one of none, minimal, low, medium, high, "
-                             "xhigh, max", param="reasoning_effort")
+        if effort not in EFFORTS:
+            raise BadRequest(f"reasoning_effort is not one of {', '.join(EFFORTS)}",
+                             param="reasoning_effort")
         if effort == "none":
             if not claude.may_not_think:
                 self._losses.adjust("reasoning_effort", "low")
@@ -3957,13 +3973,11 @@ class ChatOnClaude:
             request["thinking"] = {"type": "enabled", "budget_tokens": min(
                 THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
         else:
-            wanted = "low" if effort == "minimal" else effort
-            known = [name for name in EFFORTS[:EFFORTS.index(wanted) + 1]
-                     if name in claude.efforts]
-            if known[-1] != effort and effort != "minimal":
-                self._losses.adjust("reasoning_effort", known[-1])
+            lowered = lowered_effort(effort, claude.efforts)
+            if effort not in ("minimal", lowered):
+                self._losses.adjust("reasoning_effort", lowered)
             request["thinking"] = {"type": "adaptive"}
-            request.setdefault("output_config", {})["effort"] = known[-1]
+            request.setdefault("output_config", {})["effort"] = lowered
 
     def _carry_thinking(self, fields: Mapping[str, object], request: dict, tools: object) -> None:
         """Have the history's thinking as Claude takes it."""
@@ -4059,7 +4073,7 @@ class ChatOnClaude:
             return tools
         allowed = {json_object(row.get(str(row.get("type")))).get("name")
                    for row in _parts_of(json_object(choice.get("allowed_tools")).get("tools"))}
-        return [tool for tool in tools if self._names.get(tool["name"], tool["name"]) in allowed]
+        return [tool for tool in tools if self._names.own(tool["name"]) in allowed]
 
     def _tool(self, row: Mapping[str, object]) -> dict:
         kind = row.get("type", "function")
@@ -4083,7 +4097,7 @@ class ChatOnClaude:
         if whole.keys() - {"type"} != schema.keys() - {"type"}:
             self._losses.adjust("tools.function.parameters", "merged")
         schema = whole
-        tool = {"name": self._claude_name(name), "input_schema": schema}
+        tool = {"name": self._names.fitting(name), "input_schema": schema}
         tool.update({"description": description} if description else {})
         for holder in (row, inner):
             tool.update({key: holder[key] for key in (
@@ -4095,11 +4109,6 @@ class ChatOnClaude:
             else:
                 self._losses.drop("tools.function.strict")
         return tool
-
-    def _claude_name(self, name: str) -> str:
-        fitting = fitting_name(name, 128)
-        self._names[fitting] = name
-        return fitting
 
     def _set_tool_choice(self, fields: Mapping[str, object], request: dict) -> None:
         wanted = fields.get("tool_choice", fields.get("function_call"))
@@ -4114,7 +4123,7 @@ class ChatOnClaude:
             choice = {"type": names[wanted]}
         elif isinstance(wanted, dict):
             inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
-            choice = {"type": "tool", "name": self._claude_name(str(inner.get("name")))}
+            choice = {"type": "tool", "name": self._names.fitting(inner.get("name"))}
         one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
         if one_at_a_time and choice.get("type") != "none":
             choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
@@ -4150,7 +4159,7 @@ class ChatOnClaude:
             elif role == "system" and self._claude.later_system:
                 later += blocks
             elif role == "system":
-                self._tell_as_user(turns, blocks)
+                self._say_as_user(turns, blocks)
             elif turns and turns[-1]["role"] == role:
                 turns[-1]["content"] += blocks
             else:
@@ -4187,20 +4196,20 @@ class ChatOnClaude:
         raise BadRequest("a message has a role that is not known", param="messages")
 
     def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
-        """A system message stands behind a user's turn only; elsewhere it is told as user."""
+        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
         if blocks and turns[-1]["role"] == "user":
             turns.append({"role": "system", "content": blocks})
         elif blocks:
-            self._tell_as_user(turns, blocks)
+            self._say_as_user(turns, blocks)
 
-    def _tell_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
+    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
         self._losses.adjust("messages.system", "user")
-        told = [{**block, "text": LATER_SYSTEM + block["text"]}
-                if "text" in block else block for block in blocks]
+        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
+                  if "text" in block else block for block in blocks]
         if turns[-1]["role"] == "user":
-            turns[-1]["content"] += told
+            turns[-1]["content"] += marked
         else:
-            turns.append({"role": "user", "content": told})
+            turns.append({"role": "user", "content": marked})
 
     def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
         calls = message.get("tool_calls") or []
@@ -4225,7 +4234,7 @@ class ChatOnClaude:
             inner = json_object(call.get(str(call.get("type", "function"))))
             blocks.append({
                 "type": "tool_use", "id": self._call_id(str(call.get("id") or "")),
-                "name": fitting_name(str(inner.get("name")), 128),
+                "name": self._names.fitting(inner.get("name")),
                 "input": {"input": inner.get("input")} if call.get("type") == "custom"
                 else arguments_to_input(inner.get("arguments"), _parse_strictly)})
         return blocks
@@ -4351,9 +4360,9 @@ class ChatOnClaude:
             after["content"] = [results.get(call_id) or {
                 "type": "tool_result", "tool_use_id": call_id, "is_error": True,
                 "content": "[no result provided]"} for call_id in ids] + rest
-        self._tell_orphans(turns)
+        self._orphans_as_text(turns)
 
-    def _tell_orphans(self, turns: list[dict]) -> None:
+    def _orphans_as_text(self, turns: list[dict]) -> None:
         """A result without its call becomes text."""
         known: set[str] = set()
         for turn in turns:
@@ -4443,7 +4452,7 @@ class ChatOnClaude:
                 or f"refused: {details.get('category') or 'no reason given'}"
 
     def _call(self, block: Mapping[str, object]) -> dict:
-        name = self._names.get(str(block.get("name")), block.get("name"))
+        name = self._names.own(block.get("name"))
         self.first_call_id = self.first_call_id or block.get("id")
         if name in self._custom:
             return {"id": block.get("id"), "type": "custom", "custom": {
@@ -4517,7 +4526,7 @@ class _ChunkStream:
         block = self._blocks[event.get("index")] = dict(json_object(event.get("content_block")))
         translator = self._translator
         if block.get("type") == "tool_use" and not translator._answers_by_tool:
-            name = translator._names.get(str(block.get("name")), block.get("name"))
+            name = translator._names.own(block.get("name"))
             block.update(number=self._tools, json="", is_custom=name in translator._custom)
             self._tools += 1
             return [self._chunk(self._tool_delta(block))]
@@ -4666,11 +4675,11 @@ class ThinkingMemory:
 
 def chat_usage(usage: object) -> dict:
     """Anthropic's usage in OpenAI's counting: what was cached is inside prompt_tokens."""
-    read, written = told_count(usage, "cache_read_input_tokens"), \
-        told_count(usage, "cache_creation_input_tokens")
-    prompt = told_count(usage, "input_tokens") + read + written
-    output = told_count(usage, "output_tokens")
-    thought = told_count(json_object(usage).get("output_tokens_details"), "thinking_tokens")
+    read, written = count_or_zero(usage, "cache_read_input_tokens"), \
+        count_or_zero(usage, "cache_creation_input_tokens")
+    prompt = count_or_zero(usage, "input_tokens") + read + written
+    output = count_or_zero(usage, "output_tokens")
+    thought = count_or_zero(json_object(usage).get("output_tokens_details"), "thinking_tokens")
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written,
                                       "audio_tokens": 0},
@@ -4712,7 +4721,6 @@ class Gpt(NamedTuple):
 # 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
 # gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
 # 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
-GPT_EFFORTS = ("none", "minimal", *EFFORTS)
 GPT_FAMILIES = (
     (r"gpt-5-chat", Gpt()),
     (r"o\d", Gpt(("low", "medium", "high"))),
@@ -4784,7 +4792,7 @@ class MessagesOnChat:
                  recall: object = None) -> None:       # which only Claude's thinking needs
         self._losses, self.is_openai = losses, is_openai
         self._echoes_reasoning = echoes_reasoning
-        self._names: dict[str, str] = {}           # name at the provider -> the client's
+        self._names = ToolNames(64)
         self._added_tools: list[object] = []       # within the conversation (beta)
         self._removed_tools: set[str] = set()
         self._called: dict[str, str] = {}          # id of a tool call in the history -> its name
@@ -4843,10 +4851,8 @@ class MessagesOnChat:
         effort = asked
         if "tools" in request and self._gpt.effort_with_tools != "any":
             effort = self._gpt.effort_with_tools
-        elif asked in GPT_EFFORTS:
-            known = [name for name in GPT_EFFORTS[:GPT_EFFORTS.index(asked) + 1]
-                     if name in self._gpt.efforts]
-            effort = known[-1] if known else self._gpt.efforts[0]
+        elif asked in EFFORTS:
+            effort = lowered_effort(asked, self._gpt.efforts)
         if effort is not None:
             request["reasoning_effort"] = effort
         if effort is None and asked not in (None, "none"):
@@ -4913,7 +4919,7 @@ class MessagesOnChat:
                 return None
             self._losses.adjust(f"tools.{kind}", "function")
             _, description, schema = known
-        function = {"name": self._chat_name(str(row.get("name"))), "parameters": {
+        function = {"name": self._names.fitting(row.get("name")), "parameters": {
             "type": "object", "properties": {}, **{
                 name: value for name, value in json_object(schema).items() if name != "$schema"}}}
         if description:
@@ -4925,17 +4931,12 @@ class MessagesOnChat:
                 self._losses.drop("tools.strict")
         return {"type": "function", "function": function}
 
-    def _chat_name(self, name: str) -> str:
-        fitting = fitting_name(name, 64)
-        self._names[fitting] = name
-        return fitting
-
     def _tool_choice(self, choice: Mapping[str, object], tools: list[dict]) -> dict:
         kind = choice.get("type")
         known: dict = {"auto": "auto", "any": "required", "none": "none"}
         chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
         if kind == "tool":
-            function = {"name": self._chat_name(str(choice.get("name")))}
+            function = {"name": self._names.fitting(choice.get("name"))}
             if any(tool["function"]["name"] == function["name"] for tool in tools):
                 chosen = {"tool_choice": {"type": "function", "function": function}}
             else:
@@ -4977,7 +4978,7 @@ class MessagesOnChat:
 
     def _later_system(self, shown: list[dict], parts: list[dict]) -> list[dict]:
         """A system message in place. Chat templates of other servers want it first, or not at all;
-        there it is told as the user's."""
+        there it is said as the user."""
         for part in parts:
             changed = json_object(part.get("tool"))
             if part.get("type") == "tool_removal":
@@ -5045,7 +5046,7 @@ class MessagesOnChat:
             return "".join(str(part.get(name) or "") for part in parts if part.get("type") == kind)
 
         calls = [{"id": self._chat_id(part.get("id")), "type": "function", "function": {
-            "name": self._chat_name(str(part.get("name"))),
+            "name": self._names.fitting(part.get("name")),
             "arguments": input_to_arguments(part.get("input"))}}
             for part in parts if part.get("type") == "tool_use"]
         self._called.update((call["id"], call["function"]["name"]) for call in calls)
@@ -5133,15 +5134,12 @@ class MessagesOnChat:
         for call in calls:
             function = json_object(call.get("function", call.get("custom")))
             content.append({"type": "tool_use", "id": call.get("id") or _tool_use_id(),
-                            "name": self._client_name(function.get("name")),
+                            "name": self._names.own(function.get("name")),
                             "input": {"input": function["input"]} if "input" in function
                             else arguments_to_input(function.get("arguments"))})
         return {**empty_message(completion), "content": content,
                 **_stop_of(choice, bool(calls), bool(said.get("refusal")), self.stops),
                 "usage": messages_usage(completion.get("usage"), completion.get("service_tier"))}
-
-    def _client_name(self, name: object) -> object:
-        return self._names.get(str(name), name)
 
     # The stream.
 
@@ -5267,7 +5265,7 @@ class _MessageStream:
         tool["has_begun"] = True
         yield from self._ensure(tool, {
             "type": "tool_use", "id": tool["id"] or _tool_use_id(),
-            "name": self._translator._client_name(tool["name"]), "input": {}})
+            "name": self._translator._names.own(tool["name"]), "input": {}})
         if tool["json"] and not self._holds_arguments:
             yield self._delta({"type": "input_json_delta", "partial_json": tool["json"]})
 
@@ -5381,17 +5379,18 @@ def messages_usage(usage: object, tier: object = None) -> dict:
 
     Where a server's total is more than prompt and completion, the rest was reasoning.
     """
-    prompt = told_count(usage, "prompt_tokens")
+    prompt = count_or_zero(usage, "prompt_tokens")
     details = json_object(usage).get("prompt_tokens_details")
-    read, written = told_count(details, "cached_tokens"), \
-        told_count(details, "cache_write_tokens") or told_count(details, "cache_creation_tokens")
-    thought = told_count(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
+    read = count_or_zero(details, "cached_tokens")
+    written = count_or_zero(details, "cache_write_tokens") \
+        or count_or_zero(details, "cache_creation_tokens")
+    thought = count_or_zero(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
     return {"input_tokens": max(0, prompt - read - written),
             "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
             "cache_creation": {"ephemeral_5m_input_tokens": written,
                                "ephemeral_1h_input_tokens": 0},
-            "output_tokens": max(told_count(usage, "completion_tokens"),
-                                 told_count(usage, "total_tokens") - prompt),
+            "output_tokens": max(count_or_zero(usage, "completion_tokens"),
+                                 count_or_zero(usage, "total_tokens") - prompt),
             "output_tokens_details": {"thinking_tokens": thought}, "server_tool_use": None,
             "service_tier": "priority" if tier == "priority" else "standard"}
 
@@ -5626,8 +5625,13 @@ class CostController:
         self._bound_exceeded = 0
         self._is_closed = False
 
-    def _accounts_of(self, scopes: Sequence[str]) -> list[Account]:
-        return [self._proxy, *[self._accounts[scope] for scope in scopes]]
+    def _accounts_locked(self, scopes: Sequence[str]) -> list[Account]:
+        """The proxy's account and those of scopes, each in the period of now."""
+        accounts = [self._proxy, *(self._accounts[scope] for scope in scopes)]
+        now_s = int(self._clock())
+        for account in accounts:
+            account.roll(now_s)
+        return accounts
 
     # Admission.
 
@@ -5638,7 +5642,7 @@ class CostController:
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
         with self._lock:
-            claim = Reservation(bound, self._accounts_of(scopes),
+            claim = Reservation(bound, self._accounts_locked(scopes),
                                 may_wait and not self._is_closed)
             self._line.append(claim)
             self._serve_line_locked()
@@ -5823,7 +5827,7 @@ class CostController:
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
         with self._lock:
-            return any(account.limit is not None for account in self._accounts_of(scopes))
+            return any(account.limit is not None for account in self._accounts_locked(scopes))
 
     # What it holds.
 
@@ -5843,24 +5847,15 @@ class CostController:
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
         """What can still be reserved in all of the scopes, never below 0; None without a limit."""
-        least: Optional[int] = None
         with self._lock:
-            now_s = int(self._clock())
-            for account in self._accounts_of(scopes):
-                account.roll(now_s)
-                free = account.free
-                if free is not None and (least is None or free < least):
-                    least = max(0, free)
-        return least
+            known = [account.free for account in self._accounts_locked(scopes)]
+        return min([max(0, free) for free in known if free is not None], default=None)
 
     def standings(self, scopes: Sequence[str] = ()) -> list[tuple[int, int, Optional[int]]]:
         """Return (spent, limit, when that begins anew) of each limit that a request is under."""
         with self._lock:
-            now_s, accounts = int(self._clock()), self._accounts_of(scopes)
-            for account in accounts:
-                account.roll(now_s)
             return [(account.spent, account.limit, period_end(account.period, account.since_s))
-                    for account in accounts if account.limit is not None]
+                    for account in self._accounts_locked(scopes) if account.limit is not None]
 
     def total_spent(self) -> int:
         return self.budget().spent
@@ -6708,25 +6703,29 @@ def token_sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
-def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
-    """Reads text of one form. A fault says what it must be, not what it was: maybe a secret."""
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+def value_like(fits: Callable[[object], object], meaning: str,
+               made: Callable = lambda value: value) -> Callable[[object], object]:
+    """Make a reader of values that fit. A fault says what one must be, not what it was: that may
+    be a secret."""
+    def read(value: object) -> object:
+        if not fits(value):
             raise ValueError(f"must be {meaning}")
-        return value
+        return made(value)
     return read
 
 
-def _config_count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10 ** 6:
-        raise ValueError("must be a whole number from 1 up")
-    return value
+def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
+    """Make a reader of text of one form."""
+    return value_like(lambda value: isinstance(value, str) and re.fullmatch(pattern, value),
+                      meaning)
 
 
-def _config_patterns(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise ValueError("must be a list of patterns, such as [\"gpt-*\"]")
-    return tuple(value)
+_config_flag = value_like(lambda value: isinstance(value, bool), "true or false")
+_config_count = value_like(lambda value: type(value) is int and 1 <= value <= 10 ** 6,
+                           "a whole number from 1 up")
+_config_patterns = value_like(
+    lambda value: isinstance(value, list) and value and all(isinstance(v, str) for v in value),
+    "a list of patterns, such as [\"gpt-*\"]", tuple)
 
 
 def parse_time(value: object) -> int:
@@ -6753,12 +6752,6 @@ TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "parallel_requests": ("parallel_requests", _config_count),
     "expires": ("expires_s", parse_time),
 })
-
-
-def _config_flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
 
 
 # The same for a provider.
@@ -10159,9 +10152,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._thread.join()
             self._thread = None
         self.server_close()
-        self._wait_for_connections(self.settings.timeouts.drain_s, lambda: not self.cuts_now)
+        self._wait_for_connections(self.settings.timeouts.drain_s)
         self.router.shut_down()
-        self._wait_for_connections(CUT_JOIN_S, lambda: True, cut=True)
+        self._wait_for_connections(CUT_JOIN_S, cut=True)
         if self.router.server is not None and not self._has_stopped:
             self.router.server.stop()
         self.ledger.close()
@@ -10180,11 +10173,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_for_connections(self, most_s: float, may_wait: Callable[[], bool], *,
-                              cut: bool = False) -> None:
-        """Close idle connections, or all, until none is left or the time is up."""
+    def _wait_for_connections(self, most_s: float, *, cut: bool = False) -> None:
+        """Close idle connections, or all, until none is left or the time is up; a second signal
+        ends the wait for those in use."""
         deadline_s = time.monotonic() + most_s
-        while may_wait():
+        while cut or not self.cuts_now:
             with self._changed:
                 ending = [sock for sock, since in self._idle_since.items()
                           if cut or since is not None]
@@ -10522,11 +10515,8 @@ def load_prices(settings: Settings) -> PriceBook:
 
 def _number_like(meaning: str, least: int, most: int, unit: int = 1) -> Callable[[str], int]:
     """Make a reader of whole numbers, which returns them in a smaller unit."""
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,6}", text) or not least <= int(text) <= most:
-            raise ValueError(f"must be {meaning}")
-        return int(text) * unit
-    return read
+    return value_like(lambda text: re.fullmatch(r"[0-9]{1,6}", text) and least <= int(text) <= most,
+                      meaning, lambda text: int(text) * unit)
 
 
 _parse_port = _number_like("a port number from 0 to 65535", 0, 65535)
