@@ -208,3 +208,38 @@ def test_the_number_of_uses_travels_upstream(api, fields, uses, changed, without
 def test_content_of_another_api_breaks_nothing(api):
     """Only Responses has compaction triggers."""
     assert ({}, frozenset(), {}) == ic.hosted_changes(api, {"messages": []}, 0)
+
+
+def test_more_uses_than_any_answer_has_are_lowered_to_the_most():
+    hosted = bound_of([{**SEARCH, "max_uses": 100}]).hosted
+
+    assert (32, False) == (hosted.asked, hosted.is_asked)
+    assert bound_of([{**SEARCH, "max_uses": 32}]).hosted.is_asked
+
+
+def test_no_sampling_reads_more_than_the_window_that_was_asked_for():
+    fields = {"model": "claude-opus-5-5", "max_tokens": 9, "messages": [], "tools": [SEARCH]}
+    body = ic.parse_json_object(json.dumps(fields).encode())
+
+    assert [200_000, 1_000_000] == [
+        ic.bound_of_request("messages", body, price(CLAUDE, "claude-opus-5-5"),
+                            window=window).hosted.context_tokens for window in (0, 1_000_000)]
+
+
+def test_the_sum_of_several_samplings_is_bounded_at_the_price_of_a_long_context():
+    long = {**CLAUDE, "input_cost_per_token_above_200k_tokens": 10e-6,
+            "output_cost_per_token_above_200k_tokens": 50e-6}
+    hosted = bound_of([SEARCH], row=long).hosted
+
+    assert [(5 * 10 ** 6, 25 * 10 ** 6), (10 ** 7, 5 * 10 ** 7)] == [
+        hosted.rates_of(0), hosted.rates_of(1)]
+
+
+@pytest.mark.parametrize("provider, fields, cap, changed, without", [
+    ("deepseek", {"max_completion_tokens": 5}, None, {"max_tokens": 5}, {"max_completion_tokens"}),
+    ("deepseek", {"max_completion_tokens": 5, "max_tokens": None}, 3, {"max_tokens": 3},
+     {"max_completion_tokens"}),
+    ("openai", {"max_tokens": 9, "max_completion_tokens": 5}, 7, {"max_tokens": 7}, set()),
+    ("openai", {}, None, {}, set())])
+def test_a_cap_stands_where_the_provider_heeds_it(provider, fields, cap, changed, without):
+    assert (changed, without) == ic.capped_output("chat", provider, fields, cap)

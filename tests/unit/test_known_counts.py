@@ -383,6 +383,84 @@ def test_what_reconfigures_the_conversation_is_measured_with_all_before_it():
                                      ic.Counted(9)) is None
 
 
+def test_the_bound_is_what_was_counted_the_slack_and_the_rest_by_the_rule():
+    rng, session = Random(20), Session()
+    fields = request(rng, tools=None)
+    session.learn(fields)
+    added = message(rng, "user")
+    rest = {"messages": [added], "added": [], "system": []}
+    whole = {**fields, "messages": [*fields["messages"], added]}
+
+    assert session.bound(whole) == billed(fields) + 700 + ic.input_tokens_bound(
+        ic.JsonBody(ic.json_bytes(rest), rest, {}), price("messages"), measured=True)
+
+
+def test_a_large_deferred_definition_counts_before_it_is_loaded():
+    rng, session = Random(21), Session()
+    fields = request(rng)
+    fields["tools"] += [tool("large", description=text(rng, 5_000), defer_loading=True)]
+    session.learn(fields)
+    loading = longer(rng, fields)
+    loading["messages"][-1]["content"] += [{"type": "tool_reference", "tool_name": "large"}]
+
+    assert session.bound(loading) >= billed(loading)
+
+
+def test_a_namespace_is_deferred_where_a_tool_in_it_is():
+    rng, session = Random(22), Session()
+    space = {"type": "namespace", "name": "n", "tools": [tool("a"), tool("b", defer_loading=True)]}
+
+    assert (({"tools": space}),) == tuple(
+        {field: part} for field, part in session.prompt(request(rng, tools=[space])).uncounted)
+
+
+def test_a_file_in_the_rest_counts_as_the_context_window_that_was_asked_for():
+    rng, session = Random(23), Session()
+    fields = request(rng)
+    session.learn(fields)
+    longer_one = longer(rng, fields)
+    longer_one["messages"][-1]["content"].append(
+        {"type": "document", "source": {"type": "file", "file_id": "f"}})
+
+    assert 2_000_000 == ic.counted_input_tokens(
+        "messages", body_of(longer_one), price("messages"), session.prompt(longer_one),
+        lambda chain: [session.known.get(digest) for digest in chain], window=2_000_000)
+
+
+@pytest.mark.parametrize("item, window, bound", [
+    ({"type": "input_file", "file_id": "f"}, 0, 1_000_000),
+    ({"type": "input_file", "file_id": "f"}, 2_000_000, 2_000_000)])
+def test_a_file_that_goes_on_from_a_response_counts_as_a_whole_context(item, window, bound):
+    body = body_of({"previous_response_id": "r", "input": [{"role": "user", "content": [item]}]})
+
+    assert bound == ic.continued_input_tokens(body, price("responses"), ic.Counted(9), window)
+
+
+def test_a_response_that_goes_on_is_bounded_by_its_total_the_slack_and_what_is_new():
+    new = {"input": "hello"}
+
+    assert 5_000 + 700 + ic.input_tokens_bound(
+        ic.JsonBody(ic.json_bytes(new), new, {}), price("responses"), measured=True) \
+        == ic.continued_input_tokens(body_of({"previous_response_id": "r", **new}),
+                                     price("responses"), ic.Counted(5_000))
+
+
+def test_a_field_of_null_is_one_that_is_not_there():
+    rng, session = Random(24), Session()
+    fields = request(rng)
+    session.learn({**fields, "thinking": None})
+
+    assert session.bound(longer(rng, fields)) is not None
+
+
+def test_a_prompt_that_may_be_truncated_is_not_learned():
+    session = Session("responses")
+
+    assert session.prompt({"input": [message(Random(25), "user")]}).is_stable
+    assert not session.prompt({"input": [message(Random(25), "user")],
+                               "truncation": "auto"}).is_stable
+
+
 RESPONSES = {
     "all of it": ({}, {}, True), "the default, by its name": (
         {}, {"reasoning": {"context": "auto", "summary": "auto"}}, True),
