@@ -136,7 +136,7 @@ POOLED_CONNECTIONS_PER_HOST = 256
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
 STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
-WAIT_POLL_S = 0.1                         # how soon who waits for budget sees its client go
+WAIT_POLL_S = 0.1                         # how soon a waiting request sees its client go
 CONFIG_LOOK_S = 1                         # how often configuration and ledger are looked at
 GREETING_S = 2                            # how long `check` waits for a proxy that may serve
 
@@ -3443,7 +3443,7 @@ class Losses:
                              param=shown_name(name))
 
     def headers(self) -> list[tuple[str, str]]:
-        """The headers that tell of them."""
+        """The headers that show them."""
         if not self.dropped and not self.adjusted:
             return []
         lines = [("x-ironcage-dropped-params", [shown_name(name) for name in self.dropped]),
@@ -4413,7 +4413,9 @@ class ChatOnClaude:
         fenced = re.fullmatch(FENCED, said["content"] or "") if self._unfences else None
         if fenced:
             said["content"] = fenced[1]
-        self._add_calls(said, calls)
+        if calls:
+            said.update({"function_call": calls[0]["function"]} if self._is_legacy
+                        else {"tool_calls": calls})
         if thoughts:
             self.thoughts = thoughts if message["content"][:len(thoughts)] == thoughts else []
             said["thinking_blocks"] = thoughts
@@ -4459,12 +4461,6 @@ class ChatOnClaude:
                 "name": name, "input": json_object(block.get("input")).get("input", "")}}
         return {"id": block.get("id"), "type": "function", "function": {
             "name": name, "arguments": input_to_arguments(block.get("input"))}}
-
-    def _add_calls(self, said: dict, calls: list[dict]) -> None:
-        if calls and self._is_legacy:
-            said["function_call"] = calls[0]["function"]
-        elif calls:
-            said["tool_calls"] = calls
 
     # The stream.
 
@@ -5608,7 +5604,7 @@ class CostController:
     Invariant: no admission ever makes spent + reserved exceed a limit. Only three things can:
     a lower limit (set_budget), spending without a reservation (add_spend), and an answer that
     cost more than its reservation (commit; counted in `bound_exceeded`). A limit of None counts
-    and refuses nothing. Once `stop_at` is spent in a scope no call begins there, and who waits is
+    and refuses nothing. Once `stop_at` is spent in a scope no call begins there, and what waits is
     refused; what is in flight may go on, up to the limit. A charge belongs to the period in which
     its request was admitted.
     """
@@ -5621,7 +5617,7 @@ class CostController:
         self._proxy = Account(PROXY_SCOPE, limit_microdollars, stop_at, "total", 0,
                               {0: spent_microdollars})
         self._accounts = {PROXY_SCOPE: self._proxy}
-        self._line: list[Reservation] = []          # who waits, in the order of arrival
+        self._line: list[Reservation] = []          # what waits, in the order of arrival
         self._bound_exceeded = 0
         self._is_closed = False
 
@@ -7448,7 +7444,7 @@ class Wire:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def forget(self) -> None:
-        """Before the socket is closed, by whom ever."""
+        """Take the wire from its Turns, before its socket is closed."""
         self._turns.forget(self)
 
     def close(self) -> None:
@@ -7530,7 +7526,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             connection.connect()
         except (TimeoutError, socket.timeout) as err:       # two classes before Python 3.10
             raise UpstreamConnectTimedOut("connecting to the provider timed out") from err
-        except (OSError, http.client.HTTPException, ValueError) as err:      # a name that is none
+        except (OSError, http.client.HTTPException, ValueError) as err:      # not a host name
             raise UpstreamUnreachable(
                 f"the provider cannot be reached: {_reason(err)}") from err
         return Wire(connection.sock, self._turns)
@@ -7553,7 +7549,9 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             if closed:
                 raise UpstreamUnreachable("the proxy is stopping")
             try:
-                self._send(wire, head, body)
+                is_small = len(head) + len(body) <= JOINED_WRITE_BYTES
+                for part in [head + body] if is_small else [head, body]:
+                    wire.send(part, self._timeouts.write_stall_s)
             except TimeoutError as err:
                 raise UpstreamTimedOut("the provider stopped reading the request") from err
             except OSError:
@@ -7566,14 +7564,6 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             self.give_back(wire, place, reusable=False)
             raise
         return response
-
-    def _send(self, wire: Wire, head: bytes, body: bytes) -> None:
-        stall_s = self._timeouts.write_stall_s
-        if len(head) + len(body) <= JOINED_WRITE_BYTES:
-            wire.send(head + body, stall_s)
-        else:
-            wire.send(head, stall_s)
-            wire.send(body, stall_s)
 
     def give_back(self, wire: Wire, place: tuple, *, reusable: bool) -> None:
         """End the use of a wire: into the pool, or closed, with one that was idle for long."""
@@ -8624,7 +8614,7 @@ class CageServer:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()                # it ends by then, or with the call that it is in
-        # Who asks for a lease just now gets it first, and finds that we are stopping.
+        # A call that asks for a lease just now gets it first, and finds that we are stopping.
         is_our_turn = self._turn.acquire(timeout=max(0, deadline_s - time.monotonic()))
         for lease, spent in self._held_leases():
             while not self._give_back(lease, spent) and time.monotonic() < deadline_s:
