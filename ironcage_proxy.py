@@ -1611,6 +1611,18 @@ def _is_disabled(value: object, price: Price) -> bool:
     return json_object(value).get("enabled") is False
 
 
+def _only_clears(value: object, price: Price) -> bool:
+    """Whether edits of the context leave things out, and nothing is summarized."""
+    return isinstance(value, list) and all(
+        isinstance(edit, dict) and edit.keys() <= _EDIT_MEMBERS
+        and str(edit.get("type")).startswith(("clear_thinking_", "clear_tool_uses_"))
+        for edit in value)
+
+
+def _is_word(value: object, price: Price) -> bool:
+    return isinstance(value, str)
+
+
 def _is_no_object(value: object, price: Price) -> bool:
     return not isinstance(value, dict)
 
@@ -1640,17 +1652,18 @@ def _rules(names: str, **guarded: FieldRule) -> Mapping[str, FieldRule]:
 _MODERATION = _rules("policy", model=_is_free_moderation)
 _STREAM_OPTIONS = _rules("include_usage include_obfuscation continuous_usage_stats")
 _CACHE_OPTIONS = _rules("mode ttl comparison_response_id prewarm")
-_EDITS = _rules("keep trigger clear_at_least exclude_tools clear_tool_inputs",
-                type=lambda value, price: str(value).startswith(("clear_thinking", "clear_tool")))
+_EDIT_MEMBERS = frozenset({"type", "keep", "trigger", "clear_at_least", "exclude_tools",
+                           "clear_tool_inputs"})
 FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
     "chat": _rules(
         "audio frequency_penalty function_call functions logit_bias logprobs "
         "max_completion_tokens max_tokens messages metadata modalities model n "
         "parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention "
-        "reasoning_effort response_format safety_identifier seed stop store stream temperature "
+        "response_format safety_identifier seed stop store stream temperature "
         "tool_choice tools top_logprobs top_p user verbosity",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
-        prompt_cache_options=_CACHE_OPTIONS, web_search_options=_is_off),
+        prompt_cache_options=_CACHE_OPTIONS, web_search_options=_is_off,
+        reasoning_effort=_is_word),
     "responses": _rules(
         "client_metadata conversation include input instructions max_output_tokens max_tool_calls "
         "metadata model parallel_tool_calls previous_response_id prompt_cache_key "
@@ -1658,7 +1671,7 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "top_logprobs top_p truncation user",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
         prompt_cache_options=_CACHE_OPTIONS, image=_rules("context_compression"),
-        reasoning=_rules("context effort generate_summary summary",
+        reasoning=_rules("context generate_summary summary", effort=_is_word,
                          mode=lambda value, price: value == "standard"),
         text=_rules("format verbosity"), prompt=_is_no_object, background=_is_off,
         background_options=_is_off, context_management=_is_off, access_programs=_is_off,
@@ -1672,8 +1685,8 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "max_tokens messages metadata model output_format stop_sequences stream system "
         "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
         thinking=_rules("type budget_tokens display block_binding"),
-        output_config=_rules("effort format task_budget"),
-        context_management=_rules("", edits=_EDITS), speed=_has_a_priced_speed,
+        output_config=_rules("format task_budget", effort=_is_word),
+        context_management=_rules("", edits=_only_clears), speed=_has_a_priced_speed,
         inference_geo=_is_a_priced_place,
         service_tier=_has_a_priced_tier, compaction=_is_off, fallbacks=_is_off,
         mcp_servers=_is_off),
@@ -2627,6 +2640,28 @@ def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
     return more if _unseen_input(added)[0] else before.tokens + COUNTED_SLACK_TOKENS + more
 
 
+def referred_input_tokens(
+        body: JsonBody, price: Price, window: int,
+        find: Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]) -> Optional[int]:
+    """A bound on the input of a request that names items of earlier responses by their ids: no
+    more than those responses made. None where it names none, or one that is not known."""
+    items = _listed(body.fields.get("input"))
+    is_named = [any(kind == "item_reference" and part is item for kind, part in _parts(item))
+                for item in items]
+    digests = [_digest("item", item.get("id")) for item in itertools.compress(items, is_named)]
+    known = find(digests)
+    if not known or None in known:
+        return None
+    made = sum({digest: counted.tokens for counted in known
+                for digest in counted.parts}.values()) * max(Counter(digests).values())
+    fields = {**body.fields, "input": [
+        {name: value for name, value in item.items() if name not in ("type", "id")} if named
+        else item for item, named in zip(items, is_named)]}
+    rest = JsonBody(json_bytes(fields), fields, {})
+    more = input_tokens_bound(rest, price, measured=True, window=window)
+    return more if _unseen_input(rest)[0] else made + COUNTED_SLACK_TOKENS + more
+
+
 class CountRow(NamedTuple):
     """One count, as it is kept: whose it is, of what, and when."""
     scope: str                              # token, provider and model, as JSON
@@ -2810,6 +2845,7 @@ class AnswerMeter:
     input_is_last = False                       # the last report has the input that counts
     model: Optional[str] = None
     answer_id: Optional[str] = None
+    item_ids: tuple[str, ...] = ()              # of what a response consists of
     changed_its_input = False                   # by tools that the provider ran, or by edits
     service_tier: Optional[str] = None
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
@@ -2900,6 +2936,8 @@ class AnswerMeter:
             self.service_tier = result["service_tier"]
         output, content = result.get("output"), result.get("content")
         if isinstance(output, list):
+            self.item_ids = tuple(item["id"] for item in output if isinstance(item, dict)
+                                  and isinstance(item.get("id"), str))
             self.tool_calls = Counter(self.tool_calls) | Counter(
                 item["type"] for item in output if isinstance(item, dict)
                 and isinstance(item.get("type"), str))
@@ -8151,6 +8189,9 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
             and call.body.fields.get("truncation") in (None, "disabled"):
         learned.append((response_digest(meter.answer_id, call.body.fields),
                         Counted(counted.prompt_tokens + counted.completion_tokens)))
+        learned += [(_digest("item", item), Counted(
+            counted.completion_tokens, frozenset({_digest("response", meter.answer_id)})))
+            for item in meter.item_ids]
     prompt = call_prompt(call) if len(call.body.raw) >= LEAST_COUNTED_BYTES else None
     if prompt is not None and prompt.is_stable and prompt.chain:
         learned.append((prompt.chain[-1], Counted(counted.prompt_tokens, frozenset(prompt.parts),
@@ -9080,9 +9121,12 @@ class Router:
         if previous is not None and fields.get("truncation") in (None, "disabled"):
             known = self.counts.find(scope, [response_digest(previous, fields)])[0]
             return known and continued_input_tokens(call.body, price, known, window)
-        prompt = call_prompt(call)
-        return prompt and counted_input_tokens(call.api, call.body, price, prompt,
-                                               functools.partial(self.counts.find, scope), window)
+        find, prompt = functools.partial(self.counts.find, scope), call_prompt(call)
+        if prompt is None:
+            return None
+        referred = referred_input_tokens(call.body, price, window, find)
+        return counted_input_tokens(call.api, call.body, price, prompt, find, window) \
+            if referred is None else referred
 
     def _reserved(self, call: Call, client: Optional[Wire]) -> Reservation:
         """Set a call's worst case aside in all of its scopes, waiting in line if need be.
@@ -9105,7 +9149,7 @@ class Router:
                      or all(call.body.fields.get(name) is None for name in names)):
             call.set_output_cap = claim.output_cap
         if claim.is_limited and bound.hosted is not None:
-            call.set_hosted_uses = claim.caps.hosted_uses
+            call.set_hosted_uses = claim.caps.hosted_uses if bound.hosted.tools else None
             call.bound = bound.admitted(claim.caps)
         return claim
 

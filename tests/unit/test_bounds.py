@@ -725,6 +725,12 @@ GUARDED_FIELDS = [
     ("responses", "multi_agent", None, "auto"), ("responses", "multi_agent", None, {}),
     ("messages", "context_management", {"edits": [{"type": "clear_thinking_20251015"}]},
      {"edits": [{"type": "compact_20260112"}]}),
+    ("messages", "context_management", {"edits": [{"type": "clear_tool_uses_20250919", "keep": {}}]},
+     {"edits": [{"keep": 3}]}),
+    ("messages", "context_management", {"edits": []}, {"edits": {"type": "clear_thinking_1"}}),
+    ("responses", "reasoning", {"effort": "xhigh"}, {"effort": {"level": "high", "samples": 4}}),
+    ("chat", "reasoning_effort", "minimal", {"samples": 4}),
+    ("messages", "output_config", {"effort": None}, {"effort": ["high", "high"]}),
     ("messages", "thinking", {"type": "enabled", "budget_tokens": 9}, {"parallel": 4}),
     ("messages", "output_config", {"effort": "max", "task_budget": {}}, {"agents": 2}),
 ]
@@ -1116,8 +1122,8 @@ def test_content_whose_type_is_not_a_word_is_refused(kind):
         checked("chat", {"messages": [{"role": "user", "content": [{"type": kind}]}]})
 
 
-@pytest.mark.parametrize("content", ["some words " * 1_800_000, [{"type": "image_url", "image_url": {
-    "url": "data:image/png;base64," + "iVBORw0K" * 2_500_000}}]], ids=["text", "image"])
+@pytest.mark.parametrize("content", ["some words " * 400_000, [{"type": "image_url", "image_url": {
+    "url": "data:image/png;base64," + "iVBORw0K" * 600_000}}]], ids=["text", "image"])
 def test_a_large_body_is_held_three_times_at_most(content):
     """As received, as text for the parser, as its fields; the scan takes slices."""
     raw = json.dumps({"model": "gpt-x", "messages": [{"role": "user", "content": content}]}).encode()

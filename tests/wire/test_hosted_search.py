@@ -28,7 +28,7 @@ class Searcher:
         fields = request.json
         is_openai = request.path.endswith("/responses")
         if is_openai:
-            offered, most = bool(fields["tools"]), fields.get("max_tool_calls", 10 ** 9)
+            offered, most = bool(fields.get("tools")), fields.get("max_tool_calls", 10 ** 9)
         else:
             tools = [t for t in fields.get("tools", ()) if str(t.get("type")).startswith("web_s")]
             offered, most = bool(tools), tools[0].get("max_uses", 10) if tools else 0
@@ -162,6 +162,18 @@ def test_a_search_that_is_only_offered_does_not_stop_a_call_that_will_not_search
     assert 200 == answer.status
     assert 0 == mock.seen[0].json["max_tool_calls"]
     assert "max_tool_calls=0" == answer.header("x-ironcage-adjusted")
+
+
+def test_a_compaction_without_hosted_tools_is_sent_as_it_is(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "20"), Searcher(eager=0)
+
+    answer = call(proxy.port, "POST", "/v1/responses", {
+        "model": "gpt-5.5", "max_output_tokens": 1000,
+        "input": [{"role": "user", "content": "hi"}, {"type": "compaction_trigger"}]})
+
+    assert 200 == answer.status, answer.body
+    assert "max_tool_calls" not in mock.seen[0].json
+    assert answer.header("x-ironcage-adjusted") is None
 
 
 def test_where_no_use_fits_claudes_search_is_left_out(mock, proxy_for):

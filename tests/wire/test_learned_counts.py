@@ -1,5 +1,6 @@
 """Learned counts at work: an agent's session costs its real size, not a guess at each call."""
 import json
+from collections import Counter
 
 import pytest
 from support import ANTHROPIC_HEADERS, OPENAI_HEADERS, TOKEN, Reply, call, status_of
@@ -147,6 +148,54 @@ def test_a_stored_response_costs_its_total_not_a_whole_context(mock, proxy_for):
 
     assert (200, 200, 402) == (first.status, known.status, unknown.status)
     assert 0 == status_of(proxy)["bound_exceeded"]
+
+
+def reasoning_reply(request):
+    """A response that consists of reasoning and a message, and counts 3,000 tokens for both."""
+    named = Counter(item["id"] for item in request.json["input"] if "id" in item)
+    kept = 3_000 * max(named.values(), default=0)
+    return Reply(headers=(("content-type", "application/json"), *OPENAI_HEADERS), steps=(
+        json.dumps({"id": "resp_1", "object": "response", "status": "completed",
+                    "model": "gpt-5.5",
+                    "output": [{"type": "reasoning", "id": "rs_1", "summary": []},
+                               {"type": "message", "id": "msg_1", "content": []}],
+                    "usage": {"input_tokens": tokens_of(request) + kept, "output_tokens": 3_000,
+                              "total_tokens": tokens_of(request) + kept + 3_000}}).encode(),))
+
+
+REASONING, MESSAGE = ({"type": "reasoning", "id": "rs_1", "summary": []},
+                      {"type": "item_reference", "id": "msg_1"})
+ASKED = {"type": "message", "role": "user", "content": "hello"}
+
+
+@pytest.mark.parametrize("items, status", [
+    ([REASONING], 200), ([REASONING, MESSAGE], 200), ([MESSAGE] * 3, 200),
+    ([{**REASONING, "id": "rs_2"}], 402), ([REASONING, {**MESSAGE, "id": None}], 402),
+    ([REASONING, {**ASKED, "content": [{"type": "input_file", "file_id": "file_1"}]}], 402),
+    ([{**REASONING, "content": None, "summary": [{"type": "summary_text", "text": HISTORY * 400}]}],
+     402)])
+def test_items_that_a_response_made_cost_no_more_than_it_counted(mock, proxy_for, items, status):
+    """Agents send reasoning back by its id alone; without its size that is a whole context."""
+    proxy, mock.always = proxy_for("--budget", "1"), reasoning_reply
+    fields = {"model": "gpt-5.5", "input": [ASKED], "max_output_tokens": 3_000}
+    unknown = call(proxy.port, "POST", "/v1/responses", {**fields, "input": [ASKED, *items]})
+    first = call(proxy.port, "POST", "/v1/responses", fields)
+
+    answer = call(proxy.port, "POST", "/v1/responses", {**fields, "input": [ASKED, *items]})
+
+    assert (402, 200, status) == (unknown.status, first.status, answer.status), answer.body
+    assert 0 == status_of(proxy)["bound_exceeded"]
+
+
+def test_an_item_that_is_named_again_counts_again(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "5"), reasoning_reply
+    fields = {"model": "gpt-5.5", "input": [ASKED], "max_output_tokens": 3_000}
+    call(proxy.port, "POST", "/v1/responses", fields)
+
+    once, thrice = (reserved_for(proxy, {**fields, "input": [ASKED, *[REASONING] * times]},
+                                 "/v1/responses") for times in (1, 3))
+
+    assert thrice - once >= 2 * 3_000 * 5
 
 
 def test_a_truncated_conversation_is_not_known(mock, proxy_for):
