@@ -2481,6 +2481,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
 # Assumed: a tokenizer does not change under one name. Seen in 1,835 pairs of recorded requests: the
 # longer one is never counted for more than 700 tokens beyond the shorter one and the rule.
 COUNTED_SLACK_TOKENS = 700
+REFERRED_ITEM_TOKENS = 32               # what frames an item that is named by its id; assumed
 LEAST_COUNTED_BYTES = 2048              # below it a guess costs little
 MOST_COUNTS, COUNTS_KEPT_S = 5000, 86_400
 DIGEST_BYTES = 16
@@ -2644,22 +2645,25 @@ def referred_input_tokens(
         body: JsonBody, price: Price, window: int,
         find: Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]) -> Optional[int]:
     """A bound on the input of a request that names items of earlier responses by their ids: no
-    more than those responses made. None where it names none, or one that is not known."""
-    items = _listed(body.fields.get("input"))
+    more than those responses made. None where it names none, or one that is not known or is sent
+    along as something else."""
+    items = [json_object(item) for item in _listed(body.fields.get("input"))]
     is_named = [any(kind == "item_reference" and part is item for kind, part in _parts(item))
                 for item in items]
-    digests = [_digest("item", item.get("id")) for item in itertools.compress(items, is_named)]
-    known = find(digests)
-    if not known or None in known:
+    names = [_digest("item", item["id"]) if "id" in item else b"" for item in items]
+    named = Counter(itertools.compress(names, is_named))
+    known = find(list(named))
+    if not known or None in known or not named.keys().isdisjoint(
+            name for name, is_one in zip(names, is_named) if not is_one):
         return None
-    made = sum({digest: counted.tokens for counted in known
-                for digest in counted.parts}.values()) * max(Counter(digests).values())
+    made = sum({digest: counted.tokens for counted in known for digest in counted.parts}.values())
     fields = {**body.fields, "input": [
-        {name: value for name, value in item.items() if name not in ("type", "id")} if named
-        else item for item, named in zip(items, is_named)]}
+        {name: value for name, value in item.items() if name not in ("type", "id")} if is_one
+        else item for item, is_one in zip(_listed(body.fields.get("input")), is_named)]}
     rest = JsonBody(json_bytes(fields), fields, {})
     more = input_tokens_bound(rest, price, measured=True, window=window)
-    return more if _unseen_input(rest)[0] else made + COUNTED_SLACK_TOKENS + more
+    return more if _unseen_input(rest)[0] else COUNTED_SLACK_TOKENS + more \
+        + made * max(named.values()) + REFERRED_ITEM_TOKENS * sum(named.values())
 
 
 class CountRow(NamedTuple):
@@ -2937,7 +2941,8 @@ class AnswerMeter:
         output, content = result.get("output"), result.get("content")
         if isinstance(output, list):
             self.item_ids = tuple(item["id"] for item in output if isinstance(item, dict)
-                                  and isinstance(item.get("id"), str))
+                                  and isinstance(item.get("id"), str)
+                                  and isinstance(item.get("type"), str))
             self.tool_calls = Counter(self.tool_calls) | Counter(
                 item["type"] for item in output if isinstance(item, dict)
                 and isinstance(item.get("type"), str))
@@ -8189,9 +8194,10 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
             and call.body.fields.get("truncation") in (None, "disabled"):
         learned.append((response_digest(meter.answer_id, call.body.fields),
                         Counted(counted.prompt_tokens + counted.completion_tokens)))
-        learned += [(_digest("item", item), Counted(
-            counted.completion_tokens, frozenset({_digest("response", meter.answer_id)})))
-            for item in meter.item_ids]
+        if call.provider.name == "openai":         # whose ids are never a client's own: assumed
+            learned += [(_digest("item", item), Counted(
+                counted.completion_tokens, frozenset({_digest("response", meter.answer_id)})))
+                for item in meter.item_ids if counted.completion_tokens]
     prompt = call_prompt(call) if len(call.body.raw) >= LEAST_COUNTED_BYTES else None
     if prompt is not None and prompt.is_stable and prompt.chain:
         learned.append((prompt.chain[-1], Counted(counted.prompt_tokens, frozenset(prompt.parts),

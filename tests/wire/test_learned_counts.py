@@ -198,6 +198,41 @@ def test_an_item_that_is_named_again_counts_again(mock, proxy_for):
     assert thrice - once >= 2 * 3_000 * 5
 
 
+def test_each_item_that_is_named_counts_its_frame_too(mock, proxy_for):
+    """400 messages of 3 tokens: output counts them bare, input with what separates them."""
+    def reply(request):
+        named = sum(1 for item in request.json["input"] if "id" in item)
+        asked = tokens_of(request) * (not named) + named * (3 + 6)
+        return Reply(headers=(("content-type", "application/json"), *OPENAI_HEADERS), steps=(
+            json.dumps({"id": "resp_1", "object": "response", "status": "completed",
+                        "model": "gpt-5.5", "output": [
+                            {"type": "message", "id": f"msg_{n}", "content": []}
+                            for n in range(400)],
+                        "usage": {"input_tokens": asked, "output_tokens": 1_200,
+                                  "total_tokens": asked + 1_200}}).encode(),))
+
+    proxy, mock.always = proxy_for("--budget", "1"), reply
+    fields = {"model": "gpt-5.5", "input": [ASKED], "max_output_tokens": 1_200}
+    call(proxy.port, "POST", "/v1/responses", fields)
+
+    answer = call(proxy.port, "POST", "/v1/responses", {**fields, "input": [
+        ASKED, *({"type": "item_reference", "id": f"msg_{n}"} for n in range(400))]})
+
+    assert 200 == answer.status, answer.body
+    assert 0 == status_of(proxy)["bound_exceeded"]
+
+
+def test_an_id_that_the_request_gives_to_something_else_is_not_known(mock, proxy_for):
+    proxy, mock.always = proxy_for("--budget", "1"), reasoning_reply
+    fields = {"model": "gpt-5.5", "input": [ASKED], "max_output_tokens": 3_000}
+    call(proxy.port, "POST", "/v1/responses", fields)
+
+    answers = [call(proxy.port, "POST", "/v1/responses", {**fields, "input": [
+        {**ASKED, "id": name, "content": HISTORY}, MESSAGE]}) for name in ("msg_1", "msg_2")]
+
+    assert [402, 200] == [answer.status for answer in answers]
+
+
 def test_a_truncated_conversation_is_not_known(mock, proxy_for):
     proxy, mock.always = proxy_for("--budget", "5"), response_reply
     fields = {"model": "gpt-5.5", "input": "hello", "max_output_tokens": 100}
