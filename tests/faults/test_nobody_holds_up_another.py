@@ -112,7 +112,7 @@ def a_client_that_does_not_read(mock, proxy_for, monkeypatch, **_):
 
     monkeypatch.setattr(ic, "ready_of", noted)
     mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
-                      steps=(b": %s\n" % (b"." * 80_000),) * 400))
+                      steps=(b": %s\n\n" % (b"." * 80_000),) * 400))
     with RawClient(proxy.port) as client:
         client.request("POST", "/v1/chat/completions",
                        json.dumps({**CHAT, "stream": True}).encode())
