@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # translation_checker
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support import MockProvider, start_proxy  # noqa: E402
+from support import MockProvider, program, start_proxy  # noqa: E402
+
+program().STOP_POLL_S = 0.005            # thousands of proxies are stopped: 0.05 s would add up
 
 
 def pytest_configure(config):
