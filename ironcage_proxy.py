@@ -296,7 +296,7 @@ class UnmeteredRoute(BadRequest):         # a route whose cost we cannot read, u
     openai_type, openai_code = "iron_cage_unmetered_route", "unmetered_route"
 class UnboundedRequest(BadRequest):       # a request whose worst case cannot be known, likewise
     openai_type, openai_code = "iron_cage_unbounded_request", "unbounded_request"
-class ThreadRefused(BadRequest):          # told so, the SDKs send the whole history instead
+class ThreadRefused(BadRequest):          # on which the SDKs send the whole history instead
     openai_code = "thread_unsupported_request"
     anthropic_details = MappingProxyType({"error_code": openai_code, "unsupported": ("thread",)})
 class NoProviderKey(BadRequest):
@@ -836,7 +836,7 @@ class Price(NamedTuple):
     amounts: Mapping[str, Rate]
     thresholds: tuple[int, ...]               # prompt tokens, ascending
     call_picodollars: Rate                    # each call, beside its tokens
-    searches: Mapping[str, Rate]              # each web search, by the size of its context, if told
+    searches: Mapping[str, Rate]              # each web search, by size of context if given
     us_multiplier: Rate                       # Anthropic inference_geo "us"
     fast_multiplier: Rate                     # Anthropic speed "fast"
     residency_multipliers: Mapping[str, Rate]         # OpenAI's regional hosts: "us", "eu", ...
@@ -1041,7 +1041,7 @@ def _check_all_is_read(key: str, row: Mapping[str, object]) -> None:
 
 
 def price_from_row(key: str, row: object) -> Price:
-    """The Price in one row of LiteLLM's table. Raises ValueError, naming a field, for what is none.
+    """Return the Price in one row of LiteLLM's table. Raises ValueError, naming the wrong field.
 
     A row with a negative, infinite or non-numeric price anywhere is not a price at all, nor is
     one with a price that is not read.
@@ -1456,10 +1456,10 @@ MAX_TOKENS_FIELDS = MappingProxyType({
 # refuse it (Mistral). Sources: OpenAI's, Groq's and Cerebras's references; vLLM and llama.cpp,
 # their code; reports of the refusals; all read 2026-11-28.
 HONOURED_CHAT_CAPS = MappingProxyType({
-    **dict.fromkeys(("openai", "azure", "groq", "cerebras", "vllm", "sglang", "llamacpp"),
-                    ("max_completion_tokens", "max_tokens"))})
+    name: ("max_completion_tokens", "max_tokens")
+    for name in ("openai", "azure", "groq", "cerebras", "vllm", "sglang", "llamacpp")})
 OTHERS_CHAT_CAPS = ("max_tokens",)
-# Providers to whom a cap of 0 is one. To others it is none, as every field that is not set is 0
+# Providers that honour a cap of 0. To others it is no cap, as every field that is not set is 0
 # (Ollama's runner; servers that read the request into protobuf 3), or is not documented.
 ZERO_IS_A_CAP = frozenset({"openai", "azure", "anthropic", "vllm", "sglang", "llamacpp",
                            "ironcage"})
@@ -1556,7 +1556,7 @@ NEW_THREAD = MappingProxyType({"type": "create"})
 class HostedTool(NamedTuple):
     """A tool that the provider runs, sampling the model again to read each result."""
     api: str
-    provider: str                       # LiteLLM's name of who runs it
+    provider: str                       # LiteLLM's name of the provider
     types: str                          # a pattern of its types
     models: str                         # a pattern of the price rows it holds for
     prompt_tokens: int                  # what it adds to every sampling
@@ -2260,7 +2260,7 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
                 window: int = 0) -> Optional[HostedUses]:
     """The hosted tools of a request, with the uses that it asks for; None where it has none.
 
-    Raises BadRequest for a number of uses that is none.
+    Raises BadRequest for a number of uses that is no whole number from 0 up.
     """
     declared = [(kind, tool, row) for _, kind, tool in request_tools(body)
                 for row in [None if _runs_at_client(kind, tool) else hosted_tool(api, kind, price)]
@@ -2592,9 +2592,21 @@ def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
         re.match(URL_ELSEWHERE, text) for text in _strings(part))
 
 
+FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
+
+
+def _body_of(fields: Mapping[str, object]) -> JsonBody:
+    return JsonBody(json_bytes(fields), fields, {})
+
+
+def _known_and_more(known_tokens: int, rest: JsonBody, price: Price, window: int) -> int:
+    """Return a bound on input of which a part was counted, and the rest was not."""
+    more = input_tokens_bound(rest, price, measured=True, window=window)
+    return more if _unseen_input(rest)[0] else known_tokens + COUNTED_SLACK_TOKENS + more
+
+
 def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
-                         find: Callable[[Sequence[bytes]], Sequence[Optional[Counted]]],
-                         window: int = 0) -> Optional[int]:
+                         find: FindCounts, window: int = 0) -> Optional[int]:
     """A bound on the input from the longest beginning that was counted; None where none was.
 
     `find` gives what is known of each digest. Raises UnboundedRequest.
@@ -2607,18 +2619,16 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     added = [*(row for digest, row in prompt.parts.items() if digest not in counted.parts),
              *prompt.uncounted]
     tools = [part for field, part in added if field in ("tools", "functions")]
-    fields = {name: body.fields[name][length:], "added": tools,
-              "system": [part for field, part in added if field in ("system", "instructions")]}
-    rest = JsonBody(json_bytes(fields), fields, {})
+    rest = _body_of({
+        name: body.fields[name][length:], "added": tools,
+        "system": [part for field, part in added if field in ("system", "instructions")]})
     if _reconfigures(rest):                 # it may switch on what the known part was without
         return None
     kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
     tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
         + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
-    more = input_tokens_bound(rest, price, measured=True, window=window)
-    return more if _unseen_input(rest)[0] else \
-        counted.tokens + COUNTED_SLACK_TOKENS + tool_prompt + more \
-        + _loaded_bytes(rest, request_tools(body))
+    return _known_and_more(counted.tokens + tool_prompt + _loaded_bytes(rest, request_tools(body)),
+                           rest, price, window)
 
 
 def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
@@ -2635,35 +2645,30 @@ def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
     where it reads that one in another way."""
     if _reconfigures(body):
         return None
-    fields = {name: value for name, value in body.fields.items() if name != "previous_response_id"}
-    added = JsonBody(json_bytes(fields), fields, {})
-    more = input_tokens_bound(added, price, measured=True, window=window)
-    return more if _unseen_input(added)[0] else before.tokens + COUNTED_SLACK_TOKENS + more
+    added = _body_of({name: value for name, value in body.fields.items()
+                      if name != "previous_response_id"})
+    return _known_and_more(before.tokens, added, price, window)
 
 
-def referred_input_tokens(
-        body: JsonBody, price: Price, window: int,
-        find: Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]) -> Optional[int]:
+def referred_input_tokens(body: JsonBody, price: Price, window: int,
+                          find: FindCounts) -> Optional[int]:
     """A bound on the input of a request that names items of earlier responses by their ids: no
     more than those responses made. None where it names none, or one that is not known or is sent
     along as something else."""
-    items = [json_object(item) for item in _listed(body.fields.get("input"))]
-    is_named = [any(kind == "item_reference" and part is item for kind, part in _parts(item))
-                for item in items]
-    names = [_digest("item", item["id"]) if "id" in item else b"" for item in items]
-    named = Counter(itertools.compress(names, is_named))
-    known = find(list(named))
-    if not known or None in known or not named.keys().isdisjoint(
-            name for name, is_one in zip(names, is_named) if not is_one):
+    references = {id(part) for _, kind, part in prompt_parts(body) if kind == "item_reference"}
+    named, others = [], []
+    for item in _listed(body.fields.get("input")):
+        (named if id(item) in references else others).append(item)
+    times = Counter(_digest("item", item.get("id")) for item in named)
+    known = find(list(times))
+    if not named or None in known or any(
+            _digest("item", json_object(item).get("id")) in times for item in others):
         return None
     made = sum({digest: counted.tokens for counted in known for digest in counted.parts}.values())
-    fields = {**body.fields, "input": [
-        {name: value for name, value in item.items() if name not in ("type", "id")} if is_one
-        else item for item, is_one in zip(_listed(body.fields.get("input")), is_named)]}
-    rest = JsonBody(json_bytes(fields), fields, {})
-    more = input_tokens_bound(rest, price, measured=True, window=window)
-    return more if _unseen_input(rest)[0] else COUNTED_SLACK_TOKENS + more \
-        + made * max(named.values()) + REFERRED_ITEM_TOKENS * sum(named.values())
+    kept = [{name: value for name, value in item.items() if name not in ("type", "id")}
+            for item in named]
+    return _known_and_more(made * max(times.values()) + REFERRED_ITEM_TOKENS * len(named),
+                           _body_of({**body.fields, "input": others + kept}), price, window)
 
 
 class CountRow(NamedTuple):

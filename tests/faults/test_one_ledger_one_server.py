@@ -243,12 +243,16 @@ def test_a_ledger_that_is_replaced_while_it_is_opened_is_never_served_unlocked(p
         ledger.close()
 
 
-@posix
-def test_a_ledger_whose_process_was_killed_is_free_at_once(path):
+def spend_and_be_killed(path):
     with serving(path) as server:
         chat(server)
         server.process.kill()
         server.process.wait(PATIENCE_S)
+
+
+@posix
+def test_a_ledger_whose_process_was_killed_is_free_at_once(path):
+    spend_and_be_killed(path)
     with serving(path, "--no-wait-for-ledger") as server:
         assert spent(server) > 0
 
@@ -257,10 +261,7 @@ def test_a_ledger_whose_process_was_killed_is_free_at_once(path):
 @pytest.mark.parametrize("folder", ["", "elsewhere"])
 def test_another_name_of_a_ledger_does_not_hide_what_is_in_the_log(path, folder):
     """The log of what a killed server spent is beside the name that it was started with."""
-    with serving(path) as server:
-        chat(server)
-        server.process.kill()
-        server.process.wait(PATIENCE_S)
+    spend_and_be_killed(path)
     os.makedirs(os.path.join(os.path.dirname(path), folder), exist_ok=True)
     other = os.path.join(os.path.dirname(path), folder, "other.db")
     os.link(path, other)
@@ -418,10 +419,7 @@ def test_what_was_spent_that_cannot_be_read_is_one_sentence_too(path):
 
 @posix
 def test_an_emptied_ledger_does_not_begin_at_0_and_its_log_is_kept(path):
-    with serving(path) as server:
-        chat(server)
-        server.process.kill()
-        server.process.wait(PATIENCE_S)
+    spend_and_be_killed(path)
     os.truncate(path, 0)
 
     assert "it is empty" in start_in_vain(path)
@@ -430,10 +428,7 @@ def test_an_emptied_ledger_does_not_begin_at_0_and_its_log_is_kept(path):
 
 @posix
 def test_a_log_without_its_ledger_is_no_new_ledger(path):
-    with serving(path) as server:
-        chat(server)
-        server.process.kill()
-        server.process.wait(PATIENCE_S)
+    spend_and_be_killed(path)
     os.rename(path, path + ".away")
 
     assert "cage.db-wal is there" in start_in_vain(path)
