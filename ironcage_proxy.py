@@ -4,12 +4,12 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 14, 15, 22
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 12, 20
-                     [ write the intent down ]                                chapter 13
-                     [ send with the provider's key ] --key--> provider       chapters 16, 20
-                     [ forward what comes back, as it comes; read its usage ] chapters 6-11, 20
-    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 12, 13, 17
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 15, 16, 23
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 13, 21
+                     [ write the intent down ]                                chapter 14
+                     [ send with the provider's key ] --key--> provider       chapters 17, 21
+                     [ forward what comes back, as it comes; read its usage ] chapters 6-12, 21
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 13, 14, 18
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
     python ironcage_proxy.py --budget 2.00 -- claude -p "…"  # run one command inside the cage
@@ -23,7 +23,7 @@ is refused while a budget is set; provider keys go to their provider's host and 
 between a client and a provider of one format bytes travel unchanged, but for fields that the budget
 must set, which are spliced in.
 That a request cannot cost more than its bound rests on assumptions, which the README lists and
-which stand beside their figures in chapters 5 and 17.
+which stand beside their figures in chapters 5 and 18.
 
 Contents (each chapter uses only names of chapters above it):
 
@@ -34,28 +34,29 @@ Contents (each chapter uses only names of chapters above it):
      5. Bounds
      6. Event streams
      7. Usage of answers
-     8. The echo model
-     9. Translation: what both directions share
-    10. OpenAI clients on Claude
-    11. Anthropic clients on OpenAI's format
-    12. Cost controller
-    13. Ledger
-    14. Callers and configuration
-    15. HTTP on a socket
-    16. Upstream
-    17. Settlement
-    18. Events and metrics
-    19. Iron Cage server
-    20. Router
-    21. Dashboard
-    22. Server
-    23. Settings and command line
-    24. Embedding
+     8. The neutral form
+     9. The echo model
+    10. Translation: what both directions share
+    11. OpenAI clients on Claude
+    12. Anthropic clients on OpenAI's format
+    13. Cost controller
+    14. Ledger
+    15. Callers and configuration
+    16. HTTP on a socket
+    17. Upstream
+    18. Settlement
+    19. Events and metrics
+    20. Iron Cage server
+    21. Router
+    22. Dashboard
+    23. Server
+    24. Settings and command line
+    25. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 12, 13, 17 and 20; "what leaves this machine?" 16, and who calls it,
-CageServer._post in 19 and Router._send in 20; "is my message changed?" 3, without_usage in 7, 9 to
-11, Router._upstream_body in 20.
+overspend?" read 3, 4, 5, 7, 13, 14, 18 and 21; "what leaves this machine?" 17, and who calls it,
+CageServer._post in 20 and Router._send in 21; "is my message changed?" 3, without_usage in 7, 8 to
+12, Router._upstream_body in 21.
 """
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ log = logging.getLogger("ironcage")
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
 # say which header, path and model goes where. A further API needs a row in METERED_APIS and
 # FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
-# (8). A pattern that few requests need is a string, which `re` compiles at its first use.
+# (9). A pattern that few requests need is a string, which `re` compiles at its first use.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -3196,7 +3197,216 @@ class StreamReader:
         return rest if self._hides_usage else b""
 
 
-# ==== 8. The echo model =========================================================================
+# ==== 8. The neutral form =======================================================================
+#
+# What a conversation, its answer and an error are when no API's words are left. Each API has one
+# reader and one writer of each, around this form, so that no code knows two of them. A call that
+# its provider's own API carries never comes here: its bytes travel as they are.
+#
+#     request  --reader--> Conversation --writer--> request of the provider's API, and its Terms
+#     answer   --reader--> events, freed of what the Terms say --writer--> answer of the client's
+#     error    --reader--> Failure      --writer--> error
+#
+# A reader hands over all that it read; a writer names in Losses what it could not write. Readers
+# check shapes where they read, and raise with the field's name: BadRequest for a client's, and
+# UpstreamBroke for a provider's. So any other exception is a fault of ours: a 500, and a trace.
+
+
+class Part:
+    """One piece of a turn or of an answer.
+
+    `kind`, and what counts beside it:
+      text, refusal  text; citations, once it is closed
+      image          url, or media and data
+      document       text (plain), or media and data, url or file_id; name is its title
+      thought        text; native, where the provider wants its own form of it back
+      call           id, name, namespace; text: its arguments as JSON, or as they are (`is_text`)
+      result         id, of its call; parts; is_error
+      search         a search of the web that the provider ran: id; text, the query; citations
+      other          native, of what only the API that it came from knows
+    """
+    text = id = name = namespace = media = data = url = file_id = ""
+    is_text = is_error = False
+    parts: Sequence[Part] = ()
+    citations: Sequence[Citation] = ()
+    native: Mapping[str, object] = MappingProxyType({})    # verbatim, in the form of `origin`
+    origin = ""                          # the API of `native`: "messages", "responses", "chat"
+    mark: Optional[Mapping[str, object]] = None            # Anthropic's cache_control
+
+    def __init__(self, kind: str, text: str = "", **more: object) -> None:
+        self.kind, self.text = kind, text
+        self.__dict__.update(more)
+
+
+class Citation(NamedTuple):
+    """A place of the web that a text goes back to."""
+    url: str
+    title: str = ""
+    start: Optional[int] = None          # characters of the part's text; None: all of it
+    end: Optional[int] = None
+
+
+class Turn(NamedTuple):
+    """What one side said: "system", "user" (with the results of tools) or "assistant"."""
+    role: str
+    parts: list[Part]
+
+
+class Tool(NamedTuple):
+    """A tool that the model may call."""
+    kind: str                            # function, text (its input is no JSON), search or other
+    name: str
+    description: str = ""
+    schema: Mapping[str, object] = MappingProxyType({})     # of its input, as the client wrote it
+    strict: bool = False                 # its input must match the schema
+    namespace: str = ""
+    syntax: Mapping[str, object] = MappingProxyType({})     # that the input of a text tool follows
+    native: Mapping[str, object] = MappingProxyType({})     # the client's row, verbatim
+    origin: str = ""                     # whose form `native` has
+
+
+class Choice(NamedTuple):
+    """Whether, and which, tool has to be called."""
+    mode: str                            # auto, none, required or tool
+    name: str = ""                       # of the tool, where the mode is that
+    namespace: str = ""
+
+
+class Format(NamedTuple):
+    """The form that the answer's text must have: JSON, of a schema unless that is None."""
+    schema: object
+    name: str = ""
+    description: str = ""
+    strict: bool = False
+
+
+class Conversation:
+    """A request. What has no place here is in `rest` under the client's name of the field."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model                       # as the provider names it
+        self.turns: list[Turn] = []              # each message, in order; a system prompt is first
+        self.tools: list[Tool] = []              # those that are allowed
+        self.choice: Optional[Choice] = None
+        self.one_call_at_a_time = False
+        self.format: Optional[Format] = None
+        self.effort: object = None               # one of EFFORTS, as asked
+        self.summary: Optional[str] = None       # of thoughts: auto, concise or detailed
+        self.output_cap: Optional[int] = None
+        self.sampling: dict[str, object] = {}    # temperature, top_p and top_k
+        self.stops: list[str] = []
+        self.user: Optional[str] = None
+        self.tier: Optional[str] = None          # OpenAI's word: auto, default, flex, priority
+        self.streams = False
+        self.rest: dict[str, object] = {}        # lost, and reported, where a writer has no place
+        self.hints: dict[str, object] = {}       # lost without a word: the answer is the same
+
+
+class Target(NamedTuple):
+    """For whom a request is written."""
+    most_output_tokens: int
+    is_openai: bool = False              # OpenAI itself, and not one that speaks its format
+    echoes_reasoning: bool = False       # it wants past reasoning back
+    recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []      # kept thinking
+
+
+class Terms:
+    """What a writer arranged in a request, and its answer has to be freed of."""
+
+    def __init__(self, names: ToolNames) -> None:
+        self.names = names                       # of tools, as the provider knows them
+        self.stops: Sequence[str] = ()           # as the client gave them
+        self.answers_by_tool = False             # the answer comes as the input of ANSWER_TOOL
+        self.unfences = False                    # JSON was asked for in words: it may be fenced
+        self.betas: tuple[str, ...] = ()         # for the header anthropic-beta
+        self.digest = ""                         # of all that the answer's thinking is bound to
+
+
+# An answer is a series of events: Began, then parts, then Ended. A part is opened, grows by More,
+# and is closed; then, not before, its text and all else of it are complete. Parts may be open side
+# by side: writers for an API that has one open at a time hold the others back. A whole answer is
+# the same series. PING may stand anywhere behind Began.
+
+
+class Tokens(NamedTuple):
+    """Usage, in one counting: what was cached is inside `input`, what was thought in `output`."""
+    input: int = 0
+    cached: int = 0                      # read from a cache
+    written: int = 0                     # to a cache
+    output: int = 0
+    thought: int = 0
+
+
+class Began(NamedTuple):
+    """The first event of an answer."""
+    id: str                              # as the provider gave it; "" where it did not
+    model: object
+    tier: Optional[str] = None           # OpenAI's word for the one that served
+
+
+class Opened(NamedTuple):
+    """A part begins: of a call with id, name, namespace and is_text; of others with its kind."""
+    part: Part
+
+
+class More(NamedTuple):
+    """A part goes on; `text` is never empty. Of a call it is arguments, as in Part.text."""
+    part: Part
+    text: str
+
+
+class Closed(NamedTuple):
+    """A part is over and complete: Part.text is all that More brought, or was in it at once."""
+    part: Part
+
+
+class Ended(NamedTuple):
+    """The last event of an answer."""
+    reason: str                          # end, stop, length, calls or refused
+    tokens: Tokens = Tokens()
+    stop: Optional[str] = None           # the stop sequence that was met
+    refusal: Optional[str] = None        # why it was refused, where that was said apart
+    tier: Optional[str] = None           # as in Began, where it came at the end
+
+
+class Ping(NamedTuple):
+    """Nothing yet; the connection is alive."""
+
+
+PING = Ping()
+AnswerEvent = Union[Began, Opened, More, Closed, Ended, Ping]
+
+
+class Whole(NamedTuple):
+    """An answer at once."""
+    began: Began
+    parts: Sequence[Part]
+    ended: Ended
+
+
+def folded(events: Iterable[AnswerEvent]) -> Whole:
+    """Return an answer at once. Its parts are in the order in which they were opened."""
+    began, ended, parts = Began("", None), Ended("end"), []
+    for event in events:
+        kind = type(event)
+        if kind is Opened:
+            parts.append(event.part)
+        elif kind is Began:
+            began = event
+        elif kind is Ended:
+            ended = event
+    return Whole(began, parts, ended)
+
+
+class Failure(NamedTuple):
+    """An error of a provider."""
+    status: int                          # 402: nothing is left there; 529: it is overloaded
+    message: str
+    code: Optional[str] = None           # OpenAI's, as context_length_exceeded
+    param: Optional[str] = None
+
+
+# ==== 9. The echo model =========================================================================
 #
 # `ironcage/echo` answers inside this process, offline, in every API that is metered: the last
 # text of the request comes back. A token is a word with the space before it. Same request, same
@@ -3454,7 +3664,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
     return {"object": "list", "data": data}
 
 
-# ==== 9. Translation: what both directions share ================================================
+# ==== 10. Translation: what both directions share ===============================================
 #
 # A translator is made from one request and carries it, its answer, its stream and its errors from
 # the client's API to the provider's and back. It does no I/O: dicts in, dicts out. Lossless or
@@ -3658,7 +3868,7 @@ ANTHROPIC_ERRORS = MappingProxyType({
 })
 
 
-# ==== 10. OpenAI clients on Claude ==============================================================
+# ==== 11. OpenAI clients on Claude ==============================================================
 #
 # Chat completions carried over Anthropic's Messages.
 
@@ -4732,7 +4942,7 @@ def chat_usage(usage: object) -> dict:
                 "rejected_prediction_tokens": 0}}
 
 
-# ==== 11. Anthropic clients on OpenAI's format ==================================================
+# ==== 12. Anthropic clients on OpenAI's format ==================================================
 #
 # Messages carried over chat completions: of OpenAI itself, and of the many servers that speak its
 # format, know fewer fields, and send sloppier streams.
@@ -5488,7 +5698,7 @@ TRANSLATORS = MappingProxyType({("chat", "anthropic"): ChatOnClaude,
 Translator = Union[ChatOnClaude, MessagesOnChat]
 
 
-# ==== 12. Cost controller =======================================================================
+# ==== 13. Cost controller =======================================================================
 #
 # The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
 # has set aside, in microdollars, behind one lock that is held for arithmetic only. The names and
@@ -5988,7 +6198,7 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
     return insufficient_budget(budget, bound)
 
 
-# ==== 13. Ledger ================================================================================
+# ==== 14. Ledger ================================================================================
 #
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
@@ -6588,7 +6798,7 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
     return f"it bills other counts than its usage: {', '.join(different)}" if different else None
 
 
-# ==== 14. Callers and configuration =============================================================
+# ==== 15. Callers and configuration =============================================================
 #
 # Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
 # is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
@@ -6630,7 +6840,7 @@ class Provider(NamedTuple):
     key: Optional[str] = None
     key_env: str = ""                          # the environment variable that holds the key
     default_service_tier: str = "default"      # assumed where a request leaves it open
-    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 17
+    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 18
     is_free: bool = False                      # none of its models costs anything
     stream_usage: bool = True                  # it knows stream_options.include_usage
     echo_reasoning: bool = False               # it wants its reasoning back, of every answer
@@ -6975,7 +7185,7 @@ class Traffic:
                 self._in_flight[caller.name] -= 1
 
 
-# ==== 15. HTTP on a socket ======================================================================
+# ==== 16. HTTP on a socket ======================================================================
 #
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
@@ -7501,7 +7711,7 @@ class Wire:
             self.sock.close()
 
 
-# ==== 16. Upstream ==============================================================================
+# ==== 17. Upstream ==============================================================================
 #
 # The one place that opens connections. An ordinary urllib opener with handlers of ours, which
 # keep connections alive: proxies from the environment and the system's CAs work as everywhere.
@@ -7952,7 +8162,7 @@ def duration_s(text: str) -> int:
     return hours * 3600 + minutes * 60 + seconds + ("." in text or match[4] is not None)
 
 
-# ==== 17. Settlement ============================================================================
+# ==== 18. Settlement ============================================================================
 #
 # What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
 # whose lines add up to it; the ledger keeps them, so that `audit` can add them up again. What ends
@@ -8230,7 +8440,7 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
         provider_request_id=call.provider_request_id, first_byte_ms=call.first_byte_ms)
 
 
-# ==== 18. Events and metrics ====================================================================
+# ==== 19. Events and metrics ====================================================================
 #
 # What happened, for those who watch: values for `on_event`, counts for the status, text for
 # Prometheus. Nothing here holds a secret, a prompt or an answer. The first five are the original's.
@@ -8441,7 +8651,7 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-# ==== 19. Iron Cage server ======================================================================
+# ==== 20. Iron Cage server ======================================================================
 #
 # With --server-url the provider's key, the budget and the account of it all are another machine's:
 # an Iron Cage server, by the original's protocol. The key is fetched and kept for a while, budget
@@ -8737,7 +8947,7 @@ class CageServer:
                     "events_waiting": len(self._events), "events_dropped": self.dropped_events}
 
 
-# ==== 20. Router ================================================================================
+# ==== 21. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -9678,7 +9888,7 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 21. Dashboard =============================================================================
+# ==== 22. Dashboard =============================================================================
 #
 # One page without data and without an outside resource; it asks for a token, keeps it in the tab,
 # and shows what the status and usage routes tell. Text goes in as text only.
@@ -9817,7 +10027,7 @@ def dashboard_answer() -> Answer:
     return Answer(200, headers, body.encode("utf-8"))
 
 
-# ==== 22. Server ================================================================================
+# ==== 23. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -10551,7 +10761,7 @@ def load_prices(settings: Settings) -> PriceBook:
     return read_prices(path)
 
 
-# ==== 23. Settings and command line =============================================================
+# ==== 24. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -11375,7 +11585,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 24. Embedding =============================================================================
+# ==== 25. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.
