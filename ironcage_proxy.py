@@ -116,6 +116,7 @@ log = logging.getLogger("ironcage")
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
+MAX_INTERIM_ANSWERS = 100                 # of status 1xx, before the answer itself
 MAX_JSON_DEPTH = 200                      # deeper bodies are attacks, not prompts
 MAX_JSON_VALUES = 2_000_000               # half a gigabyte, and 0.4 s that nobody else can run
 MAX_INTEGER_DIGITS = 18                   # fits a signed 64-bit integer in every parser
@@ -7195,6 +7196,7 @@ class Traffic:
 # Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 _HEADER_LINE = re.compile(r"^([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n",
                           re.MULTILINE)
 _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) (\S+) HTTP/1\.([01])")
@@ -7292,6 +7294,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     return RequestHead(line[1], target[1], target[2], int(line[3]), headers)
 
 
+BODILESS_STATUSES = frozenset({204, 304})          # whatever their heads say of a length (6.3)
 CHUNKED = -1            # body lengths: bytes, or one of these two
 UNTIL_CLOSE = -2
 
@@ -7647,6 +7650,18 @@ class Wire:
             self.received = self.receive(timeout_s, watched)
         return bool(self.received)
 
+    def await_line(self, deadline_s: float) -> bool:
+        """Wait until a line began that is not empty (2.2); False if the peer closed first."""
+        while True:
+            self.received = self.received[_EMPTY_LINES.match(self.received).end():]
+            if self.received not in (b"", b"\r"):
+                return True
+            begun, self.received = self.received, b""
+            more = self.receive(deadline_s - time.monotonic())
+            if not more:
+                return False
+            self.received = begun + more
+
     def read_head(self, deadline_s: float, watched: Optional[Wire] = None) -> bytes:
         """A message head, without the empty line that ends it, read by a monotonic time.
 
@@ -7937,7 +7952,7 @@ class UpstreamResponse:
         self._is_open = True
         try:
             self.status, self._reusable, self.headers = self._read_head()
-            bodiless = request.method == "HEAD" or self.status in (204, 304)
+            bodiless = request.method == "HEAD" or self.status in BODILESS_STATUSES
             self.stated_length = body_length(self.headers, otherwise=0 if bodiless
                                              else UNTIL_CLOSE)
         except SOCKET_FAILURES as err:
@@ -7948,7 +7963,7 @@ class UpstreamResponse:
 
     def _read_head(self) -> tuple[int, bool, Headers]:
         first_byte_by_s = min(time.monotonic() + self._timeouts.first_byte_s, self._deadline_s)
-        while True:
+        for _ in range(MAX_INTERIM_ANSWERS):
             if not self._wire.await_bytes(first_byte_by_s - time.monotonic(), self._watched):
                 raise UpstreamBroke("the provider closed the connection without an answer")
             head_by_s = min(time.monotonic() + self._timeouts.between_bytes_s, self._deadline_s)
@@ -7963,6 +7978,7 @@ class UpstreamResponse:
             if status >= 200:
                 keeps_alive = line[1] == "1" and "close" not in connection_options(headers)
                 return status, keeps_alive, headers
+        raise UpstreamBroke(f"the provider sent {MAX_INTERIM_ANSWERS} interim answers and no other")
 
     def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
         """The body: for each read from the socket, its pieces, split as the provider split them;
@@ -8155,7 +8171,8 @@ def with_notice(headers: Iterable[tuple[str, str]], api: str,
 
 def duration_s(text: str) -> int:
     """Whole seconds of "1s", "6m0s" or "120ms", rounded up. Raises ValueError."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?(?:(\d+)ms)?", text)
+    match = re.fullmatch(r"(?:(\d{1,5})h)?(?:(\d{1,6})m(?!s))?(?:(\d{1,9})(?:\.\d+)?s)?"
+                         r"(?:(\d{1,9})ms)?", text, re.ASCII)
     if match is None or not text:
         raise ValueError("not a duration")
     hours, minutes, seconds, _ = (int(part or 0) for part in match.groups())
@@ -9533,6 +9550,9 @@ class Router:
 
         A stream's status waits for its first event, which may be an error.
         """
+        if response.status in {205, *BODILESS_STATUSES}:
+            raise UpstreamBroke("the provider answered without a body: with the status "
+                                f"{response.status}")
         own_id = call.request.request_id
         headers = [header for header in translated_rate_limits(headers, translator.api)
                    if header[0] not in REWRITTEN_HEADERS]
@@ -10098,7 +10118,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         deadline_s = time.monotonic() + timeouts.head_s
         self.server.mark_idle(self.connection, True)
         try:
-            if not self.wire.await_bytes(timeouts.head_s if first else timeouts.keep_alive_s):
+            if not self.wire.await_line(
+                    deadline_s if first else time.monotonic() + timeouts.keep_alive_s):
                 return None
         except TimeoutError:
             return None
@@ -10272,8 +10293,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _write_answer(self, answer: Answer, *, must_close: bool = False) -> None:
         """Write an answer, whole or as it arrives. Raises ClientGone, UpstreamError."""
+        if answer.status == 205:             # its body is empty, and says so (RFC 9110, 15.3.6)
+            answer = answer._replace(body=b"", reads=None)
         length = answer.length if answer.body is None else len(answer.body)
-        has_length = answer.status not in (204, 304)
+        has_length = answer.status not in BODILESS_STATUSES
         bodiless = self._is_head or not has_length
         chunked = length < 0 and self._takes_chunks and not bodiless
         must_close |= not self._may_stay_open or self.server.is_stopping \

@@ -149,7 +149,8 @@ Step = Union[bytes, Gate, Raw, Cut, Close, Hang]
 class Reply:
     """An answer of the mock: `steps` are performed in order, each bytes step as one write.
 
-    framing: "length" (all bytes known first), "chunked" (one chunk a step) or "close".
+    framing: "length" (all bytes known first), "chunked" (one chunk a step), "close" or "raw" (the
+    steps are all there is, head and all).
     `bills` is what the provider charges when the answer is taken whole: (model, usage).
     `tokens_by_step[i]` is how many output tokens were made when step i was written.
     """
@@ -399,7 +400,8 @@ class MockProvider:
         try:
             if not reply.answers:
                 return False
-            sock.sendall(_reply_head(reply))
+            if reply.framing != "raw":
+                sock.sendall(_reply_head(reply))
             for number, step in enumerate(reply.steps):
                 if number == len(reply.steps) - 1 and isinstance(step, bytes):
                     self._bill(reply, None)      # before the end is seen: tests compare then
@@ -411,7 +413,7 @@ class MockProvider:
                          else shown)
             if reply.framing == "chunked":
                 sock.sendall(b"0\r\n\r\n")
-            return reply.framing != "close"
+            return reply.framing not in ("close", "raw")
         except OSError:
             if not is_billed:
                 self._bill(reply, shown)

@@ -2,9 +2,11 @@
 
 One proxy serves each table, so that a request that broke the server would fail the next.
 """
+import contextlib
 import errno
 import gzip
 import json
+import select
 import threading
 
 import pytest
@@ -162,6 +164,15 @@ BAD_HEADS = {
     "length in hex": POST + b"Content-Length: 0x10\r\n\r\n" + CHAT,
     "length list": POST + b"Content-Length: 5, 5\r\n\r\n" + CHAT,
     "empty length": POST + b"Content-Length: \r\n\r\n" + CHAT,
+    "length of 41 digits": POST + b"Content-Length: 1%b\r\n\r\n" % (b"0" * 40) + CHAT,
+    "length of 60,000 digits": POST + b"Content-Length: %b\r\n\r\n" % (b"9" * 60_000),
+    "length in superscript": POST + b"Content-Length: \xb2\r\n\r\n" + CHAT,
+    "length in Arabic digits": POST + "Content-Length: ٣\r\n\r\n".encode() + CHAT,
+    "length with an exponent": POST + b"Content-Length: 1e2\r\n\r\n" + CHAT,
+    "length with an underscore": POST + b"Content-Length: 1_0\r\n\r\n" + CHAT,
+    "chunk size of 40 digits": POST + b"Transfer-Encoding: chunked\r\n\r\n%b\r\n" % (b"f" * 40),
+    "chunk size with a sign": POST + b"Transfer-Encoding: chunked\r\n\r\n+1\r\nx\r\n0\r\n\r\n",
+    "chunk size in superscript": POST + b"Transfer-Encoding: chunked\r\n\r\n\xb2\r\nxx\r\n",
     "unknown coding": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHAT,
     "identity coding": POST + b"Transfer-Encoding: identity\r\n\r\n" + CHAT,
     "chunk size not hex": POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
@@ -202,6 +213,10 @@ OTHER_REFUSALS = {
                                b"Upgrade: h2c, WebSocket\r\n\r\n"),
     "foreign Host": (403, GET.replace(b"127.0.0.1", b"evil.example") + b"\r\n"),
     "Host with more": (403, GET.replace(b"127.0.0.1", b"127.0.0.1:1/#@") + b"\r\n"),
+    "Host with a port of 40 digits": (403, GET.replace(b"127.0.0.1", b"127.0.0.1:" + b"9" * 40)
+                                      + b"\r\n"),
+    "Host with a port in Arabic digits": (403, GET.replace(b"127.0.0.1", "[::1]:٣".encode())
+                                          + b"\r\n"),
     "Host that ends like ours": (403, GET.replace(b"127.0.0.1", b"127.0.0.1.evil.io") + b"\r\n"),
     "no token": (401, GET.replace(AUTH, b"") + b"\r\n"),
     "no token and a huge body": (401, POST.replace(AUTH, b"")
@@ -248,6 +263,8 @@ GOOD_REQUESTS = {
     "gzip": POST + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(
         gzip.compress(CHAT)) + gzip.compress(CHAT),
     "x-api-key": POST.replace(b"Authorization: Bearer", b"x-api-key:") + LENGTH + b"\r\n" + CHAT,
+    "an empty line before it": b"\r\n" + POST + LENGTH + b"\r\n" + CHAT,
+    "many empty lines before it": b"\r\n" * 40_000 + POST + LENGTH + b"\r\n" + CHAT,
     "loopback name": POST.replace(b"127.0.0.1", b"LocalHost:8787") + LENGTH + b"\r\n" + CHAT,
     "IPv6 loopback": POST.replace(b"127.0.0.1", b"[::1]:1") + LENGTH + b"\r\n" + CHAT,
 }
@@ -279,6 +296,41 @@ def test_a_compressed_body_that_is_broken_or_a_bomb_is_refused(served, body, sta
 
     assert status == answer.status
     check_nothing_happened(mock, proxy, sent)
+
+
+def test_empty_lines_between_requests_are_skipped_wherever_they_are_cut(served):
+    """Old clients end a body with a line more than its length says."""
+    mock, proxy = served
+    with RawClient(proxy.port) as client:
+        for before in (b"", b"\r\n", b"\r\n\r\n\r\n"):
+            for byte in before:
+                client.send(bytes([byte]))
+            client.send(POST + LENGTH + b"\r\n" + CHAT)
+            assert 200 == client.read_answer().status
+        client.send(b"\r\n\r")                         # a pause in the middle of a line end
+        client.send(b"\n" + POST + LENGTH + b"\r\n" + CHAT + b"\r\n")
+        assert 200 == client.read_answer().status
+
+
+@pytest.mark.parametrize("before", [b"\n", b"\r", b"\r\r\n", b" \r\n"], ids=repr)
+def test_what_is_no_empty_line_before_a_request_is_refused(served, before):
+    _, proxy = served
+    with RawClient(proxy.port) as client:
+        client.send(before + POST + LENGTH + b"\r\n" + CHAT)
+        assert 400 == client.read_answer().status
+        assert client.is_closed_by_server()
+
+
+def test_empty_lines_without_end_are_given_up_like_silence(proxy_for):
+    proxy = proxy_for(timeouts={"head_s": 0.2, "keep_alive_s": 0.2})
+    with RawClient(proxy.port) as client, contextlib.suppress(OSError):
+        while not ready_to_read(client):
+            client.send(b"\r\n")
+        assert client.is_closed_by_server()
+
+
+def ready_to_read(client):
+    return bool(select.select([client.sock], [], [], 0.001)[0])
 
 
 def test_http_1_0_is_served_and_closed(served):
