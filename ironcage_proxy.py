@@ -65,6 +65,7 @@ import base64
 import bisect
 import contextlib
 import datetime
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -350,6 +351,22 @@ class ClientGone(Exception):
 
 class Misconfigured(Exception):
     """Settings that cannot be served with; the message is one line for the command line."""
+
+
+class Housekeeper(threading.Thread):
+    """A thread without which nothing may be served: `on_fault` is called if a fault ends it."""
+
+    def __init__(self, name: str, work: Callable[[], None],
+                 on_fault: Callable[[str], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work, self._on_fault = work, on_fault
+
+    def run(self) -> None:
+        """Do the work. SystemExit is a fault too: threads end by it without a word."""
+        try:
+            self._work()
+        except BaseException:
+            self._on_fault(self.name)
 
 
 @contextlib.contextmanager
@@ -6059,8 +6076,9 @@ class CostController:
             self._serve_line_locked()
 
     def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
-                  spent_since: Callable[[int], int], stop_at: Optional[int] = None) -> None:
-        """Open a scope, or change its limits and period.
+                  spent_since: Callable[[int], int], stop_at: Optional[int] = None, *,
+                  later: Optional[list[tuple]] = None) -> None:
+        """Open a scope, or change its limits and period: at once, or by change_scopes(later).
 
         What a new one spent before is asked for, from the beginning of each period on; a scope
         that is there knows it, also what the ledger does not hold yet.
@@ -6071,12 +6089,20 @@ class CostController:
         if account is None:
             account = Account(scope, limit_microdollars, stop_at, period, now_s,
                               _spent_by_day(now_s, spent_since))
+        changes = [] if later is None else later
+        changes.append((account, limit_microdollars, period, stop_at))
+        if later is None:
+            self.change_scopes(changes)
+
+    def change_scopes(self, changes: Iterable[tuple]) -> None:
+        """Make what set_scope() prepared, in one step."""
         with self._lock:
-            account.roll(now_s)
-            if account.period != period:
-                account.begin(period)
-            account.limit, account.stop_at = limit_microdollars, stop_at
-            self._accounts[scope] = account
+            for account, limit, period, stop_at in changes:
+                account.roll(int(self._clock()))
+                if account.period != period:
+                    account.begin(period)
+                account.limit, account.stop_at = limit, stop_at
+                self._accounts[account.scope] = account
             self._serve_line_locked()
 
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
@@ -7418,11 +7444,11 @@ def has_hung_up(sock: socket.socket) -> Optional[bool]:
 
 class Seat:
     """A thread's place among those that take turns."""
-    __slots__ = ("turn", "has_turn")
+    __slots__ = ("wake", "has_turn")
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()         # taken while the thread waits; released to wake it
-        self.turn.acquire()
+        self.wake = threading.Lock()         # taken while the thread waits; released to wake it
+        self.wake.acquire()
         self.has_turn = False
 
 
@@ -7442,6 +7468,13 @@ class Turns:
     first in line; who finds nobody in line waits for the sockets of all. What can block or takes
     long is done outside the turn, among the other threads of the process: connecting, files,
     waiting for budget, large bodies, code of others. No lock is held from one turn to the next.
+
+    A thread that takes part   goes on to
+      runs (one at most)       polls, parked: it waits for a socket; outside: leave()
+      polls (one at most)      runs: something came, and nobody runs; else queued, or parked
+      parked                   queued: its socket is ready, or its time is over; polls: nobody does
+      queued, first come       runs
+      outside                  queued: take()
     """
 
     def __init__(self) -> None:
@@ -7453,6 +7486,7 @@ class Turns:
         self._is_taken = False                       # somebody runs, or was told to
         self._is_polling = False                     # somebody waits for the sockets of all
         self._here = _Here()
+        self.on_fault: Callable[[str], None] = lambda name: None       # a thread of ours failed
 
     def take(self) -> None:
         """Wait in line for the turn, unless this thread has it."""
@@ -7460,7 +7494,7 @@ class Turns:
         if not seat.has_turn:
             with self._lock:
                 self._join_locked(seat)
-            seat.turn.acquire()
+            seat.wake.acquire()
             seat.has_turn = True
 
     def leave(self) -> bool:
@@ -7532,7 +7566,15 @@ class Turns:
 
     def _poll(self, seat: Seat, wires: Sequence[Wire], deadline_s: float) -> bool:
         """Wait for the sockets of all, and line up whom they wake; True if `seat` runs on."""
-        events = self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
+        try:
+            events = self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
+        except BaseException:
+            with self._lock:
+                self._is_polling = seat.has_turn = False
+                if not self._is_taken:
+                    self._pass_on_locked()
+            self.on_fault("the wait for all sockets")
+            raise
         with self._lock:
             self._is_polling = False
             for number, _ in events:
@@ -7555,12 +7597,12 @@ class Turns:
 
     def _await_turn(self, seat: Seat, deadline_s: float) -> None:
         """Until the turn comes; from the end of the line, where a deadline passes first."""
-        if not seat.turn.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+        if not seat.wake.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
             with self._lock:
                 if seat in self._parked:
                     self._parked.remove(seat)
                     self._join_locked(seat)
-            seat.turn.acquire()
+            seat.wake.acquire()
 
     def _join_locked(self, seat: Seat) -> None:
         self._line.append(seat)
@@ -7571,9 +7613,9 @@ class Turns:
         """Give the turn to the first in line, or to one that will wait for the sockets of all."""
         self._is_taken = True
         if self._line:
-            self._line.popleft().turn.release()
+            self._line.popleft().wake.release()
         elif self._parked and not self._is_polling:
-            self._parked.pop().turn.release()
+            self._parked.pop().wake.release()
         else:
             self._is_taken = False
 
@@ -8696,7 +8738,8 @@ class CageServer:
 
     def __init__(self, url: str, token: str, ledger: Ledger, take: Callable[[Lease], None], *,
                  cache_ttl_s: int = 300, allow_plain_http: bool = False,
-                 timeouts: Timeouts = SERVER_TIMEOUTS) -> None:
+                 timeouts: Timeouts = SERVER_TIMEOUTS,
+                 on_fault: Callable[[str], None] = lambda name: None) -> None:
         self.url, self._token, self._ledger, self._take = url, token, ledger, take
         self._cache_ttl_s, self._allow_plain_http = cache_ttl_s, allow_plain_http
         # Refuses a server that would be sent its token in the clear, as a provider its key.
@@ -8715,8 +8758,7 @@ class CageServer:
         self._events: deque = deque()
         self.dropped_events = 0
         self._is_stopping, self._stop_by_s = False, 0.0
-        self._thread = threading.Thread(target=self._send_events, name="ironcage-events",
-                                        daemon=True)
+        self._thread = Housekeeper("ironcage-events", self._send_events, on_fault)
 
     # Its protocol.
 
@@ -9109,7 +9151,8 @@ class Router:
             self.server = CageServer(
                 settings.server_url, settings.server_token or settings.token, ledger,
                 self._take_lease, cache_ttl_s=settings.cache_ttl_s,
-                allow_plain_http=settings.allow_plain_http)
+                allow_plain_http=settings.allow_plain_http,
+                on_fault=lambda name: self.turns.on_fault(name))
 
     def _take_lease(self, lease: Lease) -> None:
         """What a lease allows to be spent, which --budget can lower."""
@@ -9128,15 +9171,20 @@ class Router:
         return provider
 
     def configure(self, config: Config, prices: PriceBook) -> None:
-        """Take a configuration: the scopes of its tokens, its providers, aliases and prices."""
+        """Take a configuration: the scopes of its tokens, its providers, aliases and prices.
+
+        What can fail comes first, and then all is changed.
+        """
+        changes: list[tuple] = []
         for caller in config.callers:
             self.controller.set_scope(
                 caller.name, caller.budget_microdollars, caller.period,
                 lambda since_s, name=caller.name: self.ledger.spent(name, since_s),
-                caller.stop_at_microdollars)
-        self.providers = {provider.name: provider for provider in (
+                caller.stop_at_microdollars, later=changes)
+        providers = {provider.name: provider for provider in (
             *self.settings.providers, *config.providers, ECHO_PROVIDER)}
-        self.config, self.prices = config, prices
+        self.controller.change_scopes(changes)
+        self.providers, self.config, self.prices = providers, config, prices
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -10344,6 +10392,10 @@ def most_connections() -> int:
     return MAX_CONNECTIONS
 
 
+LISTENER_LOST = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
+OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The proxy as a server. It listens once made; start() serves, stop() drains and ends.
 
@@ -10375,6 +10427,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.started_s = time.monotonic()
         self.is_stopping = False
         self.cuts_now = False                          # a second signal: do not wait
+        self.failure: Optional[str] = None             # the thread that failed: nothing is served
+        self.on_failure: Callable[[], object] = lambda: None
+        self.turns.on_fault = self.fail
         self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
         self.most_connections = most_connections()
@@ -10414,34 +10469,54 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve, on a thread of our own, until stop()."""
-        self._thread = threading.Thread(target=self.serve_forever, args=(STOP_POLL_S,),
-                                        name="ironcage-accept", daemon=True)
+        self._thread = Housekeeper("ironcage-accept", lambda: self.serve_forever(STOP_POLL_S),
+                                   self.fail)
         self._thread.start()
         if self.router.server is not None:
             self.router.server.start()
         self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
+    def fail(self, thread: str) -> None:
+        """Serve no more, since a thread has failed that serving needs: cut, settle and stop."""
+        log.critical(f"{thread} failed: nothing is served any more", exc_info=True)
+        self.failure, self.cuts_now = self.failure or thread, True
+        self.on_failure()
+        threading.Thread(target=self.stop, name="ironcage-stop", daemon=True).start()
+
     def stop(self) -> None:
-        """Stop accepting, let requests in flight finish for a while, then cut and settle them."""
-        self.is_stopping = True
+        """Stop accepting, let requests in flight finish for a while, then cut and settle them.
+
+        Whoever calls this while another does waits for the end of it.
+        """
+        with self._changed:
+            is_first, self.is_stopping = not self.is_stopping, True
+            self._changed.wait_for(lambda: is_first or self._has_stopped)
+        if is_first:
+            try:
+                self._stop()
+            finally:
+                with self._changed:
+                    self._has_stopped = True
+                    self._changed.notify_all()
+
+    def _stop(self) -> None:
         self.router.controller.close()
         if self._thread is not None:
             self.shutdown()
             self._thread.join()
             self._thread = None
         self.server_close()
-        self._wait_for_connections(self.settings.timeouts.drain_s)
+        self._wait_for_connections(self.settings.timeouts.drain_s, until_signal=True)
         self.router.shut_down()
+        self._wait_for_connections(CUT_JOIN_S)         # streams end with an error event
         self._wait_for_connections(CUT_JOIN_S, cut=True)
-        if self.router.server is not None and not self._has_stopped:
+        if self.router.server is not None:
             self.router.server.stop()
         self.ledger.close()
-        if not self._has_stopped:
-            self._has_stopped = True
-            counts = self.router.totals.snapshot()
-            self.router.emit(RouterStopped(
-                counts["requests"], counts["failed_requests"], counts["tokens"]["input_tokens"],
-                counts["tokens"]["output_tokens"], self.router.controller.total_spent()))
+        counts = self.router.totals.snapshot()
+        self.router.emit(RouterStopped(
+            counts["requests"], counts["failed_requests"], counts["tokens"]["input_tokens"],
+            counts["tokens"]["output_tokens"], self.router.controller.total_spent()))
 
     def __enter__(self) -> ProxyServer:
         if self._thread is None:
@@ -10451,11 +10526,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_for_connections(self, most_s: float, *, cut: bool = False) -> None:
-        """Close idle connections, or all, until none is left or the time is up; a second signal
-        ends the wait for those in use."""
+    def _wait_for_connections(self, most_s: float, *, cut: bool = False,
+                              until_signal: bool = False) -> None:
+        """Close idle connections, or all, until none is left, the time is up, or a second signal
+        comes."""
         deadline_s = time.monotonic() + most_s
-        while cut or not self.cuts_now:
+        while not (until_signal and self.cuts_now):
             with self._changed:
                 ending = [sock for sock, since in self._idle_since.items()
                           if cut or since is not None]
@@ -10487,45 +10563,59 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return config
 
     def _take_config(self, config: Config, prices: PriceBook) -> None:
+        callers = {caller.sha256: caller for caller in (*self._own_callers(), *config.callers)}
         self.router.configure(config, prices)
-        self.callers = {caller.sha256: caller for caller in (*self._own_callers(),
-                                                             *config.callers)}
+        self.callers = callers
 
     def _file_states(self) -> tuple:
         return _file_state(self.settings.config_path), _file_state(prices_path(self.settings))
 
     def service_actions(self) -> None:
         """What serve_forever calls in each round: look whether a file was changed, and read it;
-        and what became of the ledger's.
+        and what became of the ledger's."""
+        if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
+            return
+        self._looked_s = time.monotonic()
+        with _old_stays("what is known of the ledger"):
+            self.ledger.look()
+        with _old_stays("the configuration"):
+            states = self._file_states()
+            if states != self._files_seen or self.reload_asked:
+                is_asked, self.reload_asked, self._files_seen = self.reload_asked, False, states
+                self._reload(is_asked or states[1] != self._table_seen)
+
+    def _reload(self, reads_table: bool) -> None:
+        """Read the configuration, and the price table if need be.
 
         One that is broken changes nothing, and holds up no change of the other.
         """
-        if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
-            return
-        self.ledger.look()
-        self._looked_s, states = time.monotonic(), self._file_states()
-        if states == self._files_seen and not self.reload_asked:
-            return
-        is_asked, self.reload_asked, self._files_seen = self.reload_asked, False, states
-        config = self.router.config
+        config, prices = self.router.config, (self._table, self._table_seen)
         with _old_stays("the configuration"):
+            _check_can_be_reread(self.settings.config_path)
             config = self._read_config()
-        if is_asked or states[1] != self._table_seen:
+        if reads_table:
             with _old_stays("the price table"):
-                self._table, self._table_seen = read_prices(prices_path(self.settings)), states[1]
-        with _old_stays("the configuration"):
-            self._take_config(config, prices_under(config, self._table))
-            log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
+                _check_can_be_reread(prices_path(self.settings))
+                prices = read_prices(prices_path(self.settings)), self._files_seen[1]
+        self._take_config(config, prices_under(config, prices[0]))
+        self._table, self._table_seen = prices
+        log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
 
     # Connections: one thread each, and a bound on them.
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """Accept a connection; out of file descriptors, make room, and wait rather than spin."""
+        """Accept a connection; out of file descriptors, make room, and wait rather than spin.
+
+        Raises: OSError, which serve_forever passes over; RuntimeError where none can come any more.
+        """
         try:
             return super().get_request()
         except OSError as err:
-            if not isinstance(err, BlockingIOError):
+            if err.errno in LISTENER_LOST:
+                raise RuntimeError("the listening socket is lost") from err
+            if err.errno in OUT_OF_RESOURCES:
                 self._close_longest_idle()
+            if not isinstance(err, BlockingIOError):
                 time.sleep(STOP_POLL_S)
             raise
 
@@ -10724,6 +10814,12 @@ def _file_state(path: Optional[str]) -> Optional[tuple]:
     """Return what changes when a file is written or replaced; None where there is none."""
     found = None if path is None else _state_at(path)
     return found and (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _check_can_be_reread(path: Optional[str]) -> None:
+    """Raises Misconfigured for a pipe, which would hold up whoever opens it."""
+    if path is not None and os.path.exists(path) and not os.path.isfile(path):
+        raise Misconfigured(f"{path} is not a file, and can be read at the start only")
 
 
 @contextlib.contextmanager
@@ -11116,11 +11212,14 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     elif settings.token_is_generated or settings.port == 0:
         print(f"{server.url} {settings.token if settings.token_is_generated else ''}".strip(),
               flush=True)
-    while not asked_to_stop.acquire(timeout=1):    # in slices: Windows cannot interrupt a longer
-        pass
+    while server.failure is None and not asked_to_stop.acquire(timeout=1):
+        pass                               # in slices: Windows cannot interrupt a longer wait
     server.stop()
-    spent = server.router.controller.total_spent()
-    log.info("stopped", extra={"fields": {"spent_usd": format_usd(spent)[1:]}})
+    spent = {"spent_usd": format_usd(server.router.controller.total_spent())[1:]}
+    if server.failure is not None:
+        log.critical(f"ended, since {server.failure} failed", extra={"fields": spent})
+        return 1
+    log.info("stopped", extra={"fields": spent})
     return 0
 
 
@@ -11182,9 +11281,13 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), pass_on)
+    server.on_failure = child.terminate
     code = child.wait()
     server.stop()
     print(bill(server), file=sys.stderr)
+    if server.failure is not None:
+        log.critical(f"ended, since {server.failure} failed")
+        return 1
     return code if code >= 0 else 128 - code
 
 
@@ -11675,7 +11778,8 @@ class LlmRouter:
 
     @property
     def is_running(self) -> bool:
-        return self._is_running
+        """Whether it serves: not after stop(), nor after a fault, which is logged."""
+        return self._is_running and self._server.failure is None
 
     @property
     def budget(self) -> Optional[float]:
