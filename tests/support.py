@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence, Union
 
 import pytest
-from vendor_rules import refused_by_anthropic, refused_by_openai, refused_by_responses
+from vendor_rules import (RESPONSES_ONLY, refused_by_anthropic, refused_by_openai,
+                          refused_by_responses)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"             # recorded exchanges and figures, where they are
@@ -568,6 +569,9 @@ def _refused_fields(mock: MockProvider, api: str, fields: object, betas: str
     fault = rules() if rules and mock.applies_vendor_rules else None
     if fault is not None:
         return error(400, fault)
+    if api == "chat" and mock.applies_vendor_rules and RESPONSES_ONLY.match(str(fields["model"])):
+        return openai_error(404, "This model is only supported in v1/responses and not in "
+                                 "v1/chat/completions.")
     if fields["model"] not in mock.models:
         return anthropic_error(404, f"model: {fields['model']}", "not_found_error") \
             if anthropic else openai_error(404, f"The model `{fields['model']}` does not exist.",

@@ -9,6 +9,8 @@ import json
 import re
 
 CLAUDE_WITH_PREFILL = re.compile(r"claude-(3|2|instant)|claude-(opus|sonnet|haiku)-4(-[015]|-\d{8}|$)")
+# Models that chat completions refuse with a 404 (mode "responses" of the vendors' price lists).
+RESPONSES_ONLY = re.compile(r"o\d(-mini)?-(pro|deep-research)|gpt-5[.\d]*-(pro|codex)|codex-")
 GPT_REASONS = re.compile(r"o\d|gpt-5(?!-chat)|gpt-[6-9]")
 SCHEMA_WORDS_REFUSED = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
                         "minLength", "maxLength", "maxItems", "uniqueItems", "oneOf", "not", "if",
@@ -275,6 +277,10 @@ def _openai_faults(fields):
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
             yield "Invalid 'tools[0].function.name': string does not match pattern."
+    for tool in tools:
+        if tool["type"] == "function":
+            yield from _parameter_faults(tool["function"]["name"],
+                                         tool["function"].get("parameters"))
     holders = [tool["function"] for tool in tools if tool["type"] == "function"]
     if (fields.get("response_format") or {}).get("type") == "json_schema":
         holders.append(fields["response_format"]["json_schema"])
@@ -323,8 +329,54 @@ CLIENT_TOOLS = {                        # type -> fields beside it
     "custom": "name description format defer_loading allowed_callers async",
     "namespace": "name description tools",
 }
-SAID_BY_ASSISTANT = {"output_text", "refusal"}
-SAID_TO_IT = {"input_text", "input_image", "input_file", "input_audio", "encrypted_content"}
+# Part of an item's content: its fields beside type, and where it can stand.
+PARTS = {
+    "input_text": ("text prompt_cache_breakpoint", "input output"),
+    "input_image": ("detail file_id image_url prompt_cache_breakpoint", "input output"),
+    "input_file": ("detail file_data file_id file_url filename prompt_cache_breakpoint",
+                   "input output"),
+    "input_audio": ("input_audio", "input"), "encrypted_content": ("encrypted_content", "input"),
+    "output_text": ("annotations logprobs text", "assistant"),
+    "refusal": ("refusal", "assistant"),
+}
+# Fields that hold an object: what is known within it.
+WITHIN = {
+    "reasoning": "context effort generate_summary mode summary", "text": "format verbosity",
+    "stream_options": "include_obfuscation", "prompt": "id variables version",
+    "prompt_cache_options": "mode ttl comparison_response_id",
+}
+FORMATS = {"text": "", "json_object": "", "json_schema": "description name schema strict"}
+INCLUDABLE = """file_search_call.results web_search_call.results web_search_call.action.sources
+    message.input_image.image_url computer_call_output.output.image_url
+    code_interpreter_call.outputs reasoning.encrypted_content message.output_text.logprobs"""
+ONE_OF = {
+    "service_tier": "auto default flex scale priority fast ultrafast",
+    "truncation": "auto disabled", "prompt_cache_retention": "in_memory 24h",
+    "reasoning.summary": "auto concise detailed", "reasoning.context": "auto current_turn all_turns",
+    "text.verbosity": "low medium high",
+}
+# How an item's id begins, as seen in answers; from 400s ("Expected an ID that begins with 'fc'",
+# nodetool 4252, 13 July 2026). Outputs, which the client makes, were not seen to be judged.
+ID_BEGINS = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
+             "web_search_call": "ws", "tool_search_call": "tsc", "compaction": "cmp"}
+# Efforts of reasoning in Responses; first match. All models asked one by one on 23 January and
+# 10 July 2026 (big-AGI 944, 1159), the models' pages for -pro (opencode 3474) and gpt-6-astra
+# (AntSeed 1040); "none" is refused by gpt-6-astra (litellm-docs 1173, 3 September) and newer.
+EFFORTS = (
+    (r"gpt-5(\.\d+)?-chat", ""), (r"o\d", "low medium high"),
+    (r"gpt-5-pro", "high"), (r"gpt-5\.\d+-pro", "medium high xhigh"),
+    (r"gpt-5(-codex|-mini|-nano)?(-\d{4}|$)", "minimal low medium high"),
+    (r"gpt-5\.1-codex-max|gpt-5\.[2-5]-codex", "low medium high xhigh"),
+    (r"gpt-5\.1-codex", "low medium high"), (r"gpt-5\.1(-|$)", "none low medium high"),
+    (r"gpt-5\.[2-5](-|$)", "none low medium high xhigh"),
+    (r"gpt-5\.([6-9]|\d\d)(-|$)", "none low medium high xhigh max"),
+    (r"gpt-6(-sol|-luna|$)", "none low medium high xhigh max"),
+    (r"gpt-([6-9]|\d\d)", "low medium high xhigh max"),
+)
+# What OpenAI's encryption makes: Fernet tokens. One that it did not make "could not be verified"
+# (code invalid_encrypted_content; codex 8119, 8145, 16 December 2025).
+ENCRYPTED = re.compile(r"gAAAAA[\w-]+=*")
+LONGEST = {"call_id": 64, "id": 64}     # aether 829, 16 September 2026
 
 
 def refused_by_responses(fields):
@@ -332,39 +384,239 @@ def refused_by_responses(fields):
     return next(_responses_faults(fields), None)
 
 
+def efforts_of(model):
+    """The efforts of reasoning that Responses takes on a model; (): it does not reason."""
+    return next((efforts.split() for pattern, efforts in EFFORTS if re.match(pattern, model)), [])
+
+
 def _responses_faults(fields):
     items = fields["input"] if isinstance(fields["input"], list) else []
-    asked, answered = {}, set()
+    for name, known in WITHIN.items():
+        extra = set(fields.get(name) or ()) - set(known.split())
+        if extra:
+            yield f"Unknown parameter: '{name}.{sorted(extra)[0]}'."
+    for name, values in ONE_OF.items():
+        outer, _, inner = name.rpartition(".")
+        value = ((fields.get(outer) or {}) if outer else fields).get(inner)
+        if value is not None and value not in values.split():
+            yield f"Invalid value: '{value}'. Supported values are: {values}."
+    for name in fields.get("include") or ():
+        if name not in INCLUDABLE.split():
+            yield f"Invalid value: '{name}'. Supported values are: {INCLUDABLE}."
+    for number, item in enumerate(items):
+        yield from _item_faults(number, item)
+    yield from _order_faults(fields, items)
+    tools = [*(fields.get("tools") or ()), *(
+        tool for item in items if item.get("type") in ("additional_tools", "tool_search_output")
+        for tool in item["tools"])]
+    yield from _responses_tool_faults(tools)
+    yield from _namespace_faults(items, tools)
+    yield from _tool_choice_faults(fields.get("tool_choice"), tools)
+    yield from _responses_text_faults(fields, items)
+    yield from _responses_model_faults(fields)
+    yield from _responses_limit_faults(fields)
+
+
+def _item_faults(number, item):
+    kind, place = item.get("type", "message"), f"input[{number}]"
+    if kind not in ITEMS:
+        yield f"Invalid value: '{kind}'. Supported values are: 'message', 'function_call', …"
+        return
+    extra = set(item) - {"type", "id", *ITEMS[kind].split()}
+    if extra:
+        yield f"Unknown parameter: '{place}.{sorted(extra)[0]}'."
+    for name in REQUIRED_OF_ITEM.get(kind, "").split():
+        if item.get(name) is None:
+            yield f"Missing required parameter: '{place}.{name}'."
+    for name, most in LONGEST.items():
+        if item.get(name) is not None and not 1 <= len(item[name]) <= most:
+            yield (f"Invalid '{place}.{name}': string too long. Expected a string with maximum "
+                   f"length {most}, but got a string with length {len(item[name])} instead.")
+    begins = ID_BEGINS.get(kind)
+    if item.get("id") and begins and not item["id"].startswith(begins):
+        yield f"Invalid '{place}.id': '{item['id']}'. Expected an ID that begins with '{begins}'."
+    if kind == "message" and item.get("role") not in ("user", "assistant", "system", "developer"):
+        yield f"Invalid value: '{item.get('role')}' in '{place}.role'."
+    where = "output" if kind.endswith("_output") else (
+        "assistant" if item.get("role") == "assistant" else "input")
+    parts = item.get("output" if where == "output" else "content")
+    if kind in ("message", "function_call_output", "custom_tool_call_output"):
+        for inner, part in enumerate(parts if isinstance(parts, list) else ()):
+            yield from _part_faults(f"{place}.{'output' if where == 'output' else 'content'}"
+                                    f"[{inner}]", part, where)
+
+
+# laravel/ai 324, 28 March 2026, for filename; the rest from openai 3.57.0's types.
+REQUIRED_OF_ITEM = {
+    "message": "content", "function_call": "arguments call_id name", "reasoning": "summary",
+    "function_call_output": "call_id output", "custom_tool_call": "call_id input name",
+    "custom_tool_call_output": "call_id output", "additional_tools": "role tools"}
+
+
+def _part_faults(place, part, where):
+    known, places = PARTS.get(part.get("type"), ("", ""))
+    if where not in places.split():
+        yield f"Invalid value: '{part.get('type')}' in '{place}.type'."
+        return
+    extra = set(part) - {"type", *known.split()}
+    if extra:
+        yield f"Unknown parameter: '{place}.{sorted(extra)[0]}'."
+    for name in ("text", "refusal"):
+        if name in known.split() and not isinstance(part.get(name), str):
+            yield f"Invalid type for '{place}.{name}': expected a string."
+    url = part.get("image_url")
+    if part["type"] == "input_image" and not part.get("file_id") \
+            and not re.match(r"https?://|data:image/(png|jpeg|webp|gif);base64,\S", str(url)):
+        yield f"Invalid '{place}.image_url'. Expected a valid URL, but got a value with an " \
+            "invalid format."
+    if part.get("file_data") is not None:
+        if not re.match(r"data:[\w.+/-]+;base64,\S", part["file_data"]):
+            yield f"Invalid '{place}.file_data'. Expected a base64-encoded data URL."
+        if not part.get("filename"):
+            yield f"Missing required parameter: '{place}.filename'."
+
+
+SAID_BY_MODEL = re.compile(r".*_call|reasoning|program|image_generation_call|mcp_.*|compaction")
+
+
+def _order_faults(fields, items):
+    """Calls and outputs, reasoning and what follows it, and what is stored nowhere."""
+    has_state = fields.get("previous_response_id") or fields.get("conversation")
+    asked, answered, seen = {}, set(), set()
     for number, item in enumerate(items):
         kind = item.get("type", "message")
-        if kind not in ITEMS:
-            yield f"Invalid value: '{kind}'. Supported values are: 'message', 'function_call', …"
-            continue
-        extra = set(item) - {"type", "id", *ITEMS[kind].split()}
-        if extra:
-            yield f"Unknown parameter: 'input[{number}].{sorted(extra)[0]}'."
-        if kind == "message" and isinstance(item["content"], list):
-            wrong = {part["type"] for part in item["content"]} - (
-                SAID_BY_ASSISTANT if item["role"] == "assistant" else SAID_TO_IT)
-            if wrong:
-                yield f"Invalid value: '{sorted(wrong)[0]}' in 'input[{number}].content'."
-        if kind in ("additional_tools", "tool_search_output"):
-            yield from _responses_tool_faults(item["tools"])
+        if item.get("id") in seen:
+            yield (f"Duplicate item found with id {item['id']}. Remove duplicate items from your "
+                   "input and try again.")                          # pi 5151, 28 May 2026
+        seen |= {item["id"]} if item.get("id") else set()
         if kind in ("function_call", "custom_tool_call"):
             asked[item["call_id"]] = f"{kind}_output"
         if kind in ("function_call_output", "custom_tool_call_output"):
-            if asked.get(item["call_id"]) != kind and not fields.get("previous_response_id") \
-                    and not fields.get("conversation"):
+            if asked.get(item["call_id"]) != kind and not has_state:
                 yield f"No tool call found for function call output with call_id {item['call_id']}."
             answered.add(item["call_id"])
+        if kind == "reasoning":
+            # A recorded 400 (pydantic-ai, modified history: stored, it must be that very item, by
+            # its id), and agents-js 326 of 12 August 2025.
+            rest = [other for other in items[number + 1:] if other.get("type") != "reasoning"][:1]
+            if not any((SAID_BY_MODEL.fullmatch(other.get("type", "message"))
+                        or other.get("role") == "assistant")
+                       and (fields.get("store") is False or other.get("id")) for other in rest):
+                yield (f"Item '{item.get('id')}' of type 'reasoning' was provided without its "
+                       "required following item.")
+            sealed = item.get("encrypted_content")
+            if sealed is not None and not ENCRYPTED.fullmatch(sealed):
+                yield (f"The encrypted content {sealed[:4]}...{sealed[-4:]} could not be verified. "
+                       "Reason: Encrypted content could not be decrypted or parsed.")
+        if fields.get("store") is False and (kind == "item_reference" or (
+                kind == "reasoning" and not item.get("encrypted_content"))):
+            # vercel/ai 7543, 25 July 2025; bifrost 5410, 21 July 2026.
+            yield (f"Item with id '{item.get('id')}' not found. Items are not persisted when "
+                   "`store` is set to false. Try again with `store` set to true, or remove this "
+                   "item from your input.")
     for call in set(asked) - answered:
         yield f"No tool output found for function call {call}."
-    yield from _responses_tool_faults(fields.get("tools") or [])
-    effort = (fields.get("reasoning") or {}).get("effort")
+
+
+def _namespace_faults(items, tools):
+    """A call of a tool that is in a namespace only says so (vercel/ai 15193, 12 May 2026)."""
+    plain = {tool["name"] for tool in tools if tool["type"] in ("function", "custom")}
+    spaced = {inner["name"] for tool in tools for inner in tool.get("tools") or ()}
+    for item in items:
+        if item.get("type") in ("function_call", "custom_tool_call") and not item.get("namespace") \
+                and item["name"] in spaced - plain:
+            yield (f"Missing namespace for function_call '{item['name']}'. It does not exist in the "
+                   "default namespace. Round-trip the model's function_call item with its "
+                   "namespace field included.")
+
+
+def _tool_choice_faults(choice, tools):
+    """As the API was asked case by case (vllm 40399, 20 April 2026)."""
+    if choice in (None, "auto", "none"):
+        return
+    if not tools:
+        kind = choice if isinstance(choice, str) else choice.get("type")
+        yield f"Tool choice '{kind}' must be specified with 'tools' parameter."
+        return
+    if isinstance(choice, str):
+        if choice != "required":
+            yield f"Invalid value: '{choice}' in 'tool_choice'."
+        return
+    offered = {(tool["type"], tool.get("name")) for tool in tools}
+    offered |= {(inner["type"], inner["name"]) for tool in tools
+                for inner in tool.get("tools") or ()}
+    kinds = {"function": "name", "custom": "name", "allowed_tools": "mode tools",
+             "mcp": "name server_label"}
+    extra = set(choice) - {"type", *kinds.get(choice.get("type"), "").split()}
+    if extra or choice.get("type") not in {*kinds, *HOSTED_TOOLS}:
+        yield f"Unknown parameter: 'tool_choice.{(sorted(extra) or ['type'])[0]}'."
+        return
+    named = choice["tools"] if choice["type"] == "allowed_tools" else [choice]
+    for tool in named:
+        if (tool["type"], tool.get("name")) not in offered:
+            yield f"Tool choice '{tool['type']}' not found in 'tools' parameter."
+
+
+def _responses_text_faults(fields, items):
+    form = (fields.get("text") or {}).get("format") or {"type": "text"}
+    if form["type"] not in FORMATS:
+        yield f"Invalid value: '{form['type']}' in 'text.format.type'."
+        return
+    extra = set(form) - {"type", *FORMATS[form["type"]].split()}
+    if extra:
+        yield f"Unknown parameter: 'text.format.{sorted(extra)[0]}'."
+    if form["type"] == "json_schema":
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", form.get("name") or ""):
+            yield "Missing required parameter: 'text.format.name'."
+        if not isinstance(form.get("schema"), dict):
+            yield "Missing required parameter: 'text.format.schema'."
+        elif form.get("strict"):
+            yield from _strict_faults(form["schema"])
+    said = fields["input"] if isinstance(fields["input"], str) else json.dumps(items)
+    if form["type"] == "json_object" and "json" not in said.lower():
+        yield ("Response input messages must contain the word 'json' in some form to use "
+               "'text.format' of type 'json_object'.")
+
+
+def _responses_model_faults(fields):
+    """What a family does not take. For models that do not reason: litellm 38842 of 2026,
+    OpenHands/software-agent-sdk 1208 of November 2025 and concordia 164 of September 2025."""
+    model, efforts = fields["model"], efforts_of(fields["model"])
+    reasoning = fields.get("reasoning") or {}
+    effort = reasoning.get("effort")
+    if not efforts:
+        for name in ("effort", "summary"):
+            if reasoning.get(name) is not None:
+                yield f"Unsupported parameter: 'reasoning.{name}' is not supported with this model."
+        if "reasoning.encrypted_content" in (fields.get("include") or ()):
+            yield "Encrypted content is not supported with this model."
+        if (fields.get("text") or {}).get("verbosity") not in (None, "medium"):
+            yield (f"Unsupported value: '{fields['text']['verbosity']}' is not supported with the "
+                   f"'{model}' model. Supported values are: 'medium'.")
+        return
+    if effort is not None and effort not in efforts:
+        yield (f"Unsupported value: '{effort}' is not supported with the '{model}' model. "
+               f"Supported values are: {', '.join(efforts)}.")
+    if re.match(r"gpt-5\.[1-4](-mini|-nano|$)", model):     # a recorded 200 (ellmer, tools)
+        effort = effort or "none"
     for name in ("temperature", "top_p"):
-        if fields.get(name) not in (None, 1) and GPT_REASONS.match(fields["model"]) \
-                and effort != "none":
+        if fields.get(name) not in (None, 1) and effort != "none":
             yield f"Unsupported parameter: '{name}' is not supported with this model."
+
+
+def _responses_limit_faults(fields):
+    """Lengths and numbers: pi 6265 of 2 July 2026 for the cap, the types' texts for the rest."""
+    cap = fields.get("max_output_tokens")
+    if cap is not None and cap < 16:
+        yield ("Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, "
+               f"but got {cap} instead.")
+    for name, most in (("safety_identifier", 128), ("prompt_cache_key", 64)):
+        if len(fields.get(name) or "") > most:
+            yield f"Invalid '{name}': string too long. Expected a maximum length of {most}."
+    metadata = fields.get("metadata") or {}
+    if len(metadata) > 16 or any(len(name) > 64 or not isinstance(value, str) or len(value) > 512
+                                 for name, value in metadata.items()):
+        yield "Invalid 'metadata': at most 16 pairs of strings of 64 and 512 characters."
 
 
 def _responses_tool_faults(tools):
@@ -377,11 +629,20 @@ def _responses_tool_faults(tools):
         extra = set(tool) - {"type", *known.split()}
         if extra:
             yield f"Unknown parameter: 'tools[{number}].{sorted(extra)[0]}'."
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", tool["name"]):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", tool.get("name") or ""):
             yield f"Invalid 'tools[{number}].name': string does not match pattern."
-        if tool.get("strict") and tool["type"] == "function":
-            yield from _strict_faults(tool["parameters"])
+        if tool["type"] == "function":
+            yield from _parameter_faults(tool["name"], tool.get("parameters"))
+            if tool.get("strict"):
+                yield from _strict_faults(tool["parameters"])
         yield from _responses_tool_faults(tool.get("tools") or [])
+
+
+def _parameter_faults(name, schema):
+    """A function takes an object (openai-node 1353, and many others)."""
+    if schema and schema.get("type") != "object":
+        yield (f"Invalid schema for function '{name}': schema must be a JSON Schema of "
+               f"'type: \"object\"', got 'type: \"{schema.get('type')}\"'.")
 
 
 def _strict_faults(schema):

@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import pytest
 from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, Cut, Gate, MockProvider, RawClient, Reply,
-                     call, exact_microdollars, sse_events)
+                     call, exact_microdollars, recordings, sse_events)
+from translation_checker import (check_chat_stream, check_message_stream, check_response,
+                                 check_response_stream)
+from vendor_answers import Refuse, Say, Speaker, Think, Use, openai_seal
+from vendor_rules import refused_by_openai, refused_by_responses
 
 OPENAI = (("authorization", f"Bearer {OPENAI_KEY}"),)
 ANTHROPIC = (("x-api-key", ANTHROPIC_KEY), ("anthropic-version", "2023-06-01"))
@@ -88,8 +92,10 @@ def test_a_response_stream_numbers_its_events_and_ends_without_done(mock):
     ("/v1/responses", "max_output_tokens", '"reason": "max_output_tokens"'),
     ("/v1/messages", "max_tokens", '"stop_reason": "max_tokens"')])
 def test_an_answer_stops_at_the_cap_and_says_so(mock, path, cap, finish):
-    assert finish in ask(mock, path, **{cap: 3}).body.decode()
-    assert mock.bills[-1][1].get("completion_tokens", mock.bills[-1][1].get("output_tokens")) == 3
+    mock.output_text = "la " * 20
+
+    assert finish in ask(mock, path, **{cap: 16}).body.decode()
+    assert mock.bills[-1][1].get("completion_tokens", mock.bills[-1][1].get("output_tokens")) == 16
 
 
 @pytest.mark.parametrize(("path", "changes", "status", "words"), [
@@ -295,6 +301,298 @@ def test_a_block_that_is_misplaced_or_unknown_is_refused(mock, role, block):
     (400, [{"type": "additional_tools", "role": "developer", "tools": [{**TOOLS, "kind": 1}]}])])
 def test_the_items_of_a_response_are_judged(mock, status, items):
     assert status == ask(mock, "/v1/responses", input=[*SAID, *items]).status
+
+
+THOUGHT = {"type": "reasoning", "id": "rs_1", "summary": [],
+           "encrypted_content": openai_seal("a thought")}
+SPOKEN = {"role": "assistant", "content": [{"type": "output_text", "text": "Hi"}]}
+FUNCTION = {"type": "function", "name": "run", "parameters": {"type": "object"}}
+SPACE = {"type": "namespace", "name": "cave", "description": "", "tools": [FUNCTION]}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+          "additionalProperties": False}
+FORMAT = {"type": "json_schema", "name": "answer", "schema": SCHEMA, "strict": True}
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+
+
+def items(*more, **fields):
+    return {"input": [*SAID, *more], "store": False, **fields}
+
+
+def said(*parts):
+    return {"input": [{"role": "user", "content": list(parts)}]}
+
+
+# What each rule of Responses lets pass and what it refuses, with words of the refusal.
+RULES_OF_RESPONSES = {
+    "reasoning comes before what it led to": (
+        items(THOUGHT, SPOKEN), items(THOUGHT), "without its required following item"),
+    "reasoning is not followed by a user": (
+        items(THOUGHT, CALL, RESULT), items(THOUGHT, *SAID), "required following item"),
+    "what is stored is followed by the very item": (
+        items(THOUGHT, {**SPOKEN, "id": "msg_1"}, store=None),
+        items(THOUGHT, SPOKEN, store=None), "required following item"),
+    "reasoning that is stored nowhere brings its content": (
+        items({**THOUGHT, "content": None}, SPOKEN),
+        items({**THOUGHT, "encrypted_content": None}, SPOKEN), "not persisted"),
+    "reasoning is OpenAI's own": (
+        items(THOUGHT, SPOKEN), items({**THOUGHT, "encrypted_content": "icx1.e30"}, SPOKEN),
+        "could not be verified"),
+    "reasoning has a summary": (
+        items(THOUGHT, SPOKEN),
+        items({name: value for name, value in THOUGHT.items() if name != "summary"}, SPOKEN),
+        "Missing required parameter: 'input[1].summary'"),
+    "ids are not used twice": (
+        items(THOUGHT, CALL, RESULT), items(THOUGHT, THOUGHT, SPOKEN), "Duplicate item found"),
+    "ids tell their kind": (
+        items({**CALL, "id": "fc_1"}, RESULT), items({**CALL, "id": "call_1"}, RESULT),
+        "Expected an ID that begins with 'fc'"),
+    "ids of calls have 64 characters": (
+        items({**CALL, "call_id": "c" * 64}, {**RESULT, "call_id": "c" * 64}),
+        items({**CALL, "call_id": "c" * 65}, {**RESULT, "call_id": "c" * 65}), "string too long"),
+    "results of tools are parts that go in": (
+        items(CALL, {**RESULT, "output": [{"type": "input_image", "image_url": PIXEL}]}),
+        items(CALL, {**RESULT, "output": [{"type": "output_text", "text": "x"}]}), "output_text"),
+    "calls say their namespace": (
+        items({**CALL, "namespace": "cave"}, RESULT, tools=[SPACE]),
+        items(CALL, RESULT, tools=[SPACE]), "Missing namespace for function_call 'run'"),
+    "an image is a URL": (
+        said({"type": "input_image", "image_url": PIXEL}),
+        said({"type": "input_image", "image_url": {"url": PIXEL}}), "Expected a valid URL"),
+    "a file has a name": (
+        said({"type": "input_file", "filename": "a.pdf",
+              "file_data": "data:application/pdf;base64,JVBERg=="}),
+        said({"type": "input_file", "file_data": "data:application/pdf;base64,JVBERg=="}),
+        "Missing required parameter: 'input[0].content[0].filename'"),
+    "a file is a data URL": (
+        said({"type": "input_file", "file_url": "https://cave.example/a.pdf"}),
+        said({"type": "input_file", "filename": "a.pdf", "file_data": "JVBERg=="}), "data URL"),
+    "parts have known fields": (
+        said({"type": "input_text", "text": "Hi"}),
+        said({"type": "input_text", "text": "Hi", "cache_control": {"type": "ephemeral"}}),
+        "Unknown parameter: 'input[0].content[0].cache_control'"),
+    "objects have known fields": (
+        {"reasoning": {"effort": "low"}}, {"reasoning": {"budget_tokens": 1024}},
+        "Unknown parameter: 'reasoning.budget_tokens'"),
+    "only what can be included is asked for": (
+        {"include": ["reasoning.encrypted_content"]}, {"include": ["reasoning.content"]},
+        "Supported values are"),
+    "an effort is the family's": (
+        {"reasoning": {"effort": "xhigh"}}, {"reasoning": {"effort": "max"}},
+        "Unsupported value: 'max' is not supported with the 'gpt-5.5' model"),
+    "the newest families always reason": (
+        {"model": "gpt-6.1-sol", "reasoning": {"effort": "max"}},
+        {"model": "gpt-6.1-sol", "reasoning": {"effort": "none"}}, "Unsupported value: 'none'"),
+    "what does not reason has no effort": (
+        {"model": "gpt-4o-mini"}, {"model": "gpt-4o-mini", "reasoning": {"effort": "low"}},
+        "'reasoning.effort' is not supported with this model"),
+    "what does not reason encrypts nothing": (
+        {"model": "gpt-4o-mini"},
+        {"model": "gpt-4o-mini", "include": ["reasoning.encrypted_content"]},
+        "Encrypted content is not supported"),
+    "what reasons is not sampled": (
+        {"model": "gpt-4o-mini", "temperature": 0.5}, {"temperature": 0.5},
+        "'temperature' is not supported with this model"),
+    "a cap is 16 or more": (
+        {"max_output_tokens": 16}, {"max_output_tokens": 15}, "Expected a value >= 16"),
+    "a format is flat and has a name": (
+        {"text": {"format": FORMAT}},
+        {"text": {"format": {"type": "json_schema", "json_schema": FORMAT}}},
+        "Unknown parameter: 'text.format.json_schema'"),
+    "a strict schema is closed": (
+        {"text": {"format": {**FORMAT, "strict": False, "schema": {"type": "object"}}}},
+        {"text": {"format": {**FORMAT, "schema": {"type": "object"}}}}, "additionalProperties"),
+    "JSON is asked for by name": (
+        {"input": "Say it in JSON.", "text": {"format": {"type": "json_object"}}},
+        {"text": {"format": {"type": "json_object"}}}, "must contain the word 'json'"),
+    "a function takes an object": (
+        {"tools": [FUNCTION]}, {"tools": [{**FUNCTION, "parameters": {"type": "string"}}]},
+        "schema must be a JSON Schema of 'type: \"object\"'"),
+    "a function is flat": (
+        {"tools": [FUNCTION]}, {"tools": [{"type": "function", "function": {"name": "run"}}]},
+        "Unknown parameter: 'tools[0].function'"),
+    "a forced tool is offered": (
+        {"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "run"}},
+        {"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "walk"}},
+        "Tool choice 'function' not found"),
+    "some tool is offered": (
+        {"tool_choice": "auto"}, {"tool_choice": "required"}, "must be specified with 'tools'"),
+    "there are no stop sequences": ({"user": "me"}, {"stop": ["END"]}, "Unknown parameter: 'stop'"),
+    "usage is not asked for": (
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        "Unknown parameter: 'stream_options.include_usage'"),
+    "metadata are strings": (
+        {"metadata": {"a": "1"}}, {"metadata": {"a": 1}}, "Invalid 'metadata'"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES_OF_RESPONSES)
+def test_responses_are_refused_as_openai_refuses_them(mock, rule):
+    passes, refused, words = RULES_OF_RESPONSES[rule]
+    answer, error = (ask(mock, "/v1/responses", **fields) for fields in (passes, refused))
+
+    assert (200, 400) == (answer.status, error.status), answer.body
+    assert words in error.json["error"]["message"]
+
+
+def test_recorded_requests_of_responses_pass_the_rules_as_they_passed_the_vendor():
+    """But those with a prompt of the vendor's own, that need no input. What was refused for more
+    than the shape of the request (keys, models, temperatures) is not judged."""
+    counts = {True: 0, False: 0}
+    for name, exchange in recordings():
+        fields, status = exchange["request"]["body"], exchange["response"]["status"]
+        if name.startswith("openai/responses") and isinstance(fields, dict) and "input" in fields \
+                and exchange["request"]["path"].endswith("/responses"):
+            fault = refused_by_responses(fields)
+            if status == 200:
+                assert fault is None, name
+            counts[fault is None] += 1
+
+    assert counts[True] > 90 and counts[False] >= 1
+
+
+# Recorded streams from before the events had numbers, and files that were shortened by hand.
+NOT_AS_STREAMED = {"response-function-call-streamed", "response-tools-stream",
+                   "async-model-schema", "openai-responses-stream-1", "openai-apply-patch-tool.1",
+                   "openai-phase.1", "openai-phase.1---fixtures-", "openai-shell-tool.1",
+                   "programmatic-tool-calling.2", "openai-previous-response-id-auto-mode",
+                   "openai-responses-model-mcp-list-tools-stream-backfills-missing-results"}
+
+
+def test_recorded_responses_pass_the_checker():
+    count = 0
+    for name, exchange in recordings():
+        answer = exchange["response"]
+        if not name.startswith("openai/responses") \
+                or name[:-len(".json")].partition("--")[2] in NOT_AS_STREAMED:
+            continue
+        body = answer.get("body")
+        if "sse" in answer:
+            check_response_stream([json.loads(data) for _, data in sse_events(
+                answer["sse"].encode())])
+        elif isinstance(body, dict) and body.get("object") == "response" \
+                and body["status"] != "queued":
+            check_response(body)
+        count += 1
+
+    assert count > 100
+
+
+EVENTS_BROKEN = {
+    "a number is missing": lambda events: events[:3] + events[4:],
+    "nothing was created": lambda events: events[1:],
+    "a delta is lost": lambda events: without(events, "response.output_text.delta"),
+    "arguments are lost": lambda events: without(events, "response.function_call_arguments.delta"),
+    "a summary is lost": lambda events: without(events, "response.reasoning_summary_text.delta"),
+    "a part is left open": lambda events: without(events, "response.content_part.done"),
+    "an item is left open": lambda events: without(events, "response.output_item.done"),
+    "an item is never opened": lambda events: without(events, "response.output_item.added"),
+    "arguments are never done": lambda events: without(
+        events, "response.function_call_arguments.done"),
+    "it ends twice": lambda events: [*events, events[-1]],
+    "something follows the end": lambda events: [*events, events[1]],
+    "it does not end": lambda events: events[:-1],
+    "the whole lacks an item": lambda events: [*events[:-1], {**events[-1], "response": {
+        **events[-1]["response"], "output": events[-1]["response"]["output"][1:]}}],
+    "an index is skipped": lambda events: [
+        {**event, "output_index": event["output_index"] + (event["output_index"] > 0)}
+        if "output_index" in event else event for event in events],
+}
+
+
+def without(events, kind):
+    """The events without the last one of a kind."""
+    last = max(place for place, event in enumerate(events) if event["type"] == kind)
+    return events[:last] + events[last + 1:]
+
+
+@pytest.fixture
+def speaker():
+    with Speaker() as provider:
+        yield provider
+
+
+EVERYTHING = (Think("Hm, so it is."), Say("Grüße 🐤."), Use("run", {"command": "echo é"}),
+              Use("cave.patch", "*** Begin\n"), Think("And?"), Say("Done."))
+
+
+@pytest.mark.parametrize("broken", EVENTS_BROKEN)
+def test_the_checker_of_responses_sees_what_is_wrong(speaker, broken):
+    speaker.says(*EVERYTHING)
+    events = documents(ask(speaker, "/v1/responses", stream=True,
+                           reasoning={"summary": "auto"}))
+    assert check_response_stream(events)
+    events = EVENTS_BROKEN[broken](events)
+    numbers = {} if broken == "a number is missing" else {"renumber": True}
+
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        check_response_stream([{**event, "sequence_number": number} if numbers else event
+                               for number, event in enumerate(events)])
+
+
+@pytest.mark.parametrize("ending", ["end", "length", "filter"])
+@pytest.mark.parametrize("parts", [EVERYTHING, (Say("Yes."),), (Refuse("No, never."),),
+                                   (Use("run", {}),), ()])
+def test_what_is_said_is_the_same_whole_and_streamed(speaker, ending, parts):
+    for path in ("/v1/responses", "/v1/messages", "/v1/chat/completions"):
+        said = [part for part in parts if "messages" not in path or not isinstance(part, Use)
+                or isinstance(part.arguments, dict)]               # Claude has no custom tools
+        for _ in range(2):
+            speaker.says(*said, ending=ending)
+        whole = ask(speaker, path).json
+        more = {"stream_options": {"include_usage": True}} if "chat" in path else {}
+        events = documents(ask(speaker, path, stream=True, **more))
+
+        if path == "/v1/responses":
+            folded = check_response_stream(events)
+            assert [shape(item) for item in whole["output"]] == [
+                shape(item) for item in folded["output"]]
+        elif path == "/v1/messages":
+            folded = check_message_stream(events)
+            assert [shape(block) for block in whole["content"]] == [
+                shape(block) for block in folded["content"]]
+        else:
+            folded, finish, _ = check_chat_stream(events, asks_usage=True)
+            message = whole["choices"][0]["message"]
+            assert (finish, message["content"] or "") == (
+                whole["choices"][0]["finish_reason"], folded["content"])
+            assert len(message.get("tool_calls", ())) == len(folded.get("tool_calls", ()))
+        made = [usage.get("output_tokens", usage.get("completion_tokens"))
+                for _, usage, _ in speaker.bills[-2:]]
+        assert made[0] == made[1]
+
+
+def shape(value):
+    """An item or block without its ids and what is encrypted anew."""
+    return {name: inner for name, inner in value.items()
+            if name not in ("id", "call_id", "encrypted_content")}
+
+
+def test_a_thought_that_came_back_changed_is_refused(speaker):
+    speaker.says(Think("Hm."), Say("Yes."))
+    speaker.says(Say("Again."))
+    speaker.says(Say("Again."))
+    said = ask(speaker, "/v1/messages").json["content"]
+    changed = [{**said[0], "thinking": "Hm"}, said[1]]
+
+    answers = [ask(speaker, "/v1/messages", messages=[
+        *SAID, {"role": "assistant", "content": content}, *SAID]) for content in (said, changed)]
+
+    assert [200, 400] == [answer.status for answer in answers]
+    assert "Invalid `signature`" in answers[1].json["error"]["message"]
+
+
+def test_models_of_responses_alone_refuse_chat(mock):
+    answer = ask(mock, "/v1/chat/completions", model="gpt-5.4-pro")
+
+    assert (404, True) == (answer.status, "only supported in v1/responses" in answer.json["error"][
+        "message"])
+
+
+def test_a_function_of_chat_takes_an_object_too():
+    tool = {"type": "function", "function": {"name": "run", "parameters": {"type": "array"}}}
+
+    assert "type: \"object\"" in refused_by_openai({**CHAT, "tools": [tool]})
 
 
 def test_searches_and_cache_writes_are_billed():
