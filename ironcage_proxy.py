@@ -4,12 +4,12 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 15, 16, 23
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 13, 21
-                     [ write the intent down ]                                chapter 14
-                     [ send with the provider's key ] --key--> provider       chapters 17, 21
-                     [ forward what comes back, as it comes; read its usage ] chapters 6-12, 21
-    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 13, 14, 18
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 17, 18, 25
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 15, 23
+                     [ write the intent down ]                                chapter 16
+                     [ send with the provider's key ] --key--> provider       chapters 19, 23
+                     [ forward what comes back, as it comes; read its usage ] chapters 6-13, 23
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 15, 16, 20
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
     python ironcage_proxy.py --budget 2.00 -- claude -p "…"  # run one command inside the cage
@@ -23,7 +23,7 @@ is refused while a budget is set; provider keys go to their provider's host and 
 between a client and a provider of one format bytes travel unchanged, but for fields that the budget
 must set, which are spliced in.
 That a request cannot cost more than its bound rests on assumptions, which the README lists and
-which stand beside their figures in chapters 5 and 18.
+which stand beside their figures in chapters 5 and 20.
 
 Contents (each chapter uses only names of chapters above it):
 
@@ -35,28 +35,30 @@ Contents (each chapter uses only names of chapters above it):
      6. Event streams
      7. Usage of answers
      8. The neutral form
-     9. The echo model
-    10. Translation: what both directions share
-    11. OpenAI clients on Claude
-    12. Anthropic clients on OpenAI's format
-    13. Cost controller
-    14. Ledger
-    15. Callers and configuration
-    16. HTTP on a socket
-    17. Upstream
-    18. Settlement
-    19. Events and metrics
-    20. Iron Cage server
-    21. Router
-    22. Dashboard
-    23. Server
-    24. Settings and command line
-    25. Embedding
+     9. Names, ids and losses
+    10. JSON schemas
+    11. Chat completions
+    12. Messages
+    13. Translators
+    14. The echo model
+    15. Cost controller
+    16. Ledger
+    17. Callers and configuration
+    18. HTTP on a socket
+    19. Upstream
+    20. Settlement
+    21. Events and metrics
+    22. Iron Cage server
+    23. Router
+    24. Dashboard
+    25. Server
+    26. Settings and command line
+    27. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 13, 14, 18 and 21; "what leaves this machine?" 17, and who calls it,
-CageServer._post in 20 and Router._send in 21; "is my message changed?" 3, without_usage in 7, 8 to
-12, Router._upstream_body in 21.
+overspend?" read 3, 4, 5, 7, 15, 16, 20 and 23; "what leaves this machine?" 19, and who calls it,
+CageServer._post in 22 and Router._send in 23; "is my message changed?" 3, without_usage in 7, 8 to
+13, Router._upstream_body in 23.
 """
 from __future__ import annotations
 
@@ -96,8 +98,8 @@ from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple,
-                    Optional, Sequence, TypeVar, Union)
+from typing import (Callable, Container, ContextManager, Iterable, Iterator, Mapping,
+                    NamedTuple, Optional, Sequence, TypeVar, Union)
 
 __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
@@ -113,7 +115,7 @@ log = logging.getLogger("ironcage")
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
 # say which header, path and model goes where. A further API needs a row in METERED_APIS and
 # FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
-# (9). A pattern that few requests need is a string, which `re` compiles at its first use.
+# (14). A pattern that few requests need is a string, which `re` compiles at its first use.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -3250,6 +3252,7 @@ class Part:
     native: Mapping[str, object] = MappingProxyType({})    # verbatim, in the form of `origin`
     origin = ""                          # the API of `native`: "messages", "responses", "chat"
     mark: Optional[Mapping[str, object]] = None            # Anthropic's cache_control
+    index = 0                            # its place in an answer
 
     def __init__(self, kind: str, text: str = "", **more: object) -> None:
         self.kind, self.text = kind, text
@@ -3334,6 +3337,7 @@ class Terms:
     def __init__(self, names: ToolNames) -> None:
         self.names = names                       # of tools, as the provider knows them
         self.stops: Sequence[str] = ()           # as the client gave them
+        self.calls_in_order = False              # the provider never goes back to a call
         self.answers_by_tool = False             # the answer comes as the input of ANSWER_TOOL
         self.unfences = False                    # JSON was asked for in words: it may be fenced
         self.betas: tuple[str, ...] = ()         # for the header anthropic-beta
@@ -3424,7 +3428,2567 @@ class Failure(NamedTuple):
     param: Optional[str] = None
 
 
-# ==== 9. The echo model =========================================================================
+# ==== 9. Names, ids and losses ==================================================================
+#
+# A translator is made from one request and carries it, its answer, its stream and its errors from
+# the client's API to the provider's and back. It does no I/O: dicts in, dicts out. Lossless or
+# loud: what could not be carried is named in a header, or refused under --strict before it is sent.
+# Source: the OpenAI and Anthropic API references, and their SDKs' stream accumulators.
+
+
+class Losses:
+    """What a translation could not carry over. With `strict`, a loss raises BadRequest.
+
+    A name is a field of the client's, or a word of LOSS_NAMES for one.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
+        self.names: Mapping[str, str] = {}       # word -> field of the client's API
+        self.dropped: list[str] = []             # fields of the client's request
+        self.adjusted: dict[str, str] = {}       # field -> what it became
+
+    def drop(self, name: str) -> None:
+        """Report a field that the provider has no place for."""
+        name = self._checked(name, "cannot be carried over to this model's provider")
+        if name not in self.dropped:
+            self.dropped.append(name)
+
+    def adjust(self, name: str, became: object) -> None:
+        """Report a field whose value had to change; `became` is a number or a word of ours."""
+        self.report(self._checked(
+            name, f"would have to become {became} for this model's provider"), became)
+
+    def report(self, name: str, became: object) -> None:
+        """Report a field that the budget, and no translation, changed."""
+        self.adjusted[name] = str(became)
+
+    def _checked(self, name: str, fault: str) -> str:
+        name = self.names.get(name, name)
+        if self._strict:
+            raise BadRequest(f"{shown_name(name)} {fault}, and strict mode is on",
+                             param=shown_name(name))
+        return name
+
+    def headers(self) -> list[tuple[str, str]]:
+        """Return the headers that show them."""
+        if not self.dropped and not self.adjusted:
+            return []
+        lines = [("x-ironcage-dropped-params", [shown_name(name) for name in self.dropped]),
+                 ("x-ironcage-adjusted", [f"{shown_name(name)}={shown_name(value)}"
+                                          for name, value in self.adjusted.items()])]
+        return [(header, ",".join(names)[:2048]) for header, names in lines if names]
+
+
+def by_rules(fields: Mapping[str, object],
+             rules: Mapping[str, tuple]) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the top-level fields of a request that have no place in the form: those whose loss
+    is reported, and the hints, whose loss nobody can see. Raises BadRequest.
+
+    A rule is (action, neutral values): "own" is read elsewhere, "rest" and "hint" come back,
+    "refuse" ends the request. Null is always neutral. A field without a rule is "rest".
+    """
+    kept: dict[str, dict[str, object]] = {"rest": {}, "hint": {}}
+    for name, value in fields.items():
+        action, *neutral = rules.get(name, ("rest",))
+        if value is None or value in neutral or action == "own":
+            continue
+        if action == "refuse":
+            raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
+                             "this model's provider", param=shown_name(name))
+        kept[action][name] = value
+    return kept["rest"], kept["hint"]
+
+
+def left_over(conversation: Conversation, takes: Container[str], losses: Losses) -> dict:
+    """Return what a target takes under the client's name; the rest of it is reported as lost."""
+    for name in conversation.rest:
+        if name not in takes:
+            losses.drop(name)
+    return {name: value for name, value in {**conversation.hints, **conversation.rest}.items()
+            if name in takes}
+
+
+# What a value of the wrong shape raises: made from the name of a field, and what it must be.
+Fault = Callable[[str, str], IroncageError]
+
+
+def in_request(field: str) -> Fault:
+    """Return what is raised for a wrong shape inside a field of a client's request."""
+    return lambda name, kind: BadRequest(
+        f"{shown_name(name)} in {field} must be {kind}" if name != field
+        else f"{field} must be {kind}", param=field)
+
+
+def IN_ANSWER(name: str, kind: str) -> IroncageError:
+    """Return what is raised for a wrong shape in a provider's answer."""
+    return UpstreamBroke(f"the provider's answer has another shape than its API says: "
+                         f"{shown_name(name)} must be {kind}")
+
+
+def text_in(holder: Mapping[str, object], name: str, fault: Fault) -> str:
+    """Return a string among fields; absent and null are "". Raises what `fault` makes."""
+    value = holder.get(name)
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise fault(name, "a string")
+
+
+def object_in(holder: Mapping[str, object], name: str, fault: Fault) -> dict:
+    """Return an object among fields; absent and null are empty."""
+    value = holder.get(name)
+    if value is None or isinstance(value, dict):
+        return value or {}
+    raise fault(name, "an object")
+
+
+def rows_in(holder: Mapping[str, object], name: str, fault: Fault) -> list[dict]:
+    """Return a list of objects among fields; absent and null are empty."""
+    value = holder.get(name)
+    if value is None:
+        return []
+    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        return value
+    raise fault(name, "a list of objects")
+
+
+def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses: Losses) -> dict:
+    """Go through top-level fields by their rules; what is passed on as it is comes back.
+
+    A rule is (action, neutral values): "own" is handled elsewhere, "pass" goes on, "silent" has no
+    effect that a client could see, "drop" is told, "refuse" ends the request. Null is always
+    neutral. A field without a rule is dropped.
+    """
+    passed = {}
+    for name, value in fields.items():
+        action, *neutral = rules.get(name, ("drop",))
+        if value is None or value in neutral or action in ("own", "silent"):
+            continue
+        if action == "pass":
+            passed[name] = value
+        elif action == "refuse":
+            raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
+                             "this model's provider", param=shown_name(name))
+        else:
+            losses.drop(name)
+    return passed
+
+
+@contextlib.contextmanager
+def well_shaped(fault: IroncageError) -> Iterator[None]:
+    """What JSON of another shape than its API says does to a translator, as one error of ours.
+
+    The rules above check what matters; a wrong type anywhere else ends here.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as err:
+        raise fault from err
+
+
+REQUEST_SHAPE = "a field of the request has another type than its API says"
+ANSWER_SHAPE = "the provider's answer has another shape than its API says"
+
+
+def count_or_zero(usage: object, name: str) -> int:
+    """A count in a usage object that is carried over; 0 where there is none."""
+    value = json_object(usage).get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _string_list(value: object) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]
+
+
+def _parts_of(content: object) -> list[dict]:
+    """A message's content as a list of parts; a string is a text part, null is none."""
+    return [{"type": "text", "text": part} if isinstance(part, str) else part
+            for part in (content if isinstance(content, list) else [content])
+            if isinstance(part, (dict, str))]
+
+
+def _content_of(message: Mapping[str, object]) -> object:
+    """A message's content. Raises BadRequest where it is neither text nor a list nor null."""
+    content = message.get("content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise BadRequest("a message's content must be a string or a list of parts",
+                         param="messages")
+    return content
+
+
+def _text_of(content: object, separator: str = "") -> str:
+    return separator.join(str(part.get("text") or "") for part in _parts_of(content)
+                          if part.get("type") in (None, "text", "input_text"))
+
+
+def _hashed(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")       # rising
+
+
+def lowered_effort(asked: str, taken: Sequence[str]) -> str:
+    """The highest effort that a model takes up to the one asked for; else the least it takes."""
+    known = [name for name in EFFORTS[:EFFORTS.index(asked) + 1] if name in taken]
+    return known[-1] if known else taken[0]
+
+
+def _parse_strictly(text: str) -> object:
+    """JSON that our own reading of a request body will take. Raises BadRequest, ValueError."""
+    value = _STRICT_JSON.decode(text)
+    if _nested_deeper_than([value], MAX_JSON_DEPTH - 16):
+        raise ValueError("nested too deep")
+    return value
+
+
+def arguments_to_input(arguments: object, parse: Callable[[str], object] = json.loads) -> dict:
+    """A tool call's arguments as an object; what is none is wrapped until its return."""
+    if isinstance(arguments, dict):
+        return arguments                           # as some servers send them
+    text = arguments if isinstance(arguments, str) else ""
+    try:
+        value = parse(text) if text.strip() else {}
+    except (ValueError, RecursionError, BadRequest):
+        return {"__raw": text}
+    return value if isinstance(value, dict) else {"__value": value}
+
+
+def input_to_arguments(value: object) -> str:
+    """The other way round."""
+    fields = json_object(value)
+    if set(fields) == {"__raw"} and isinstance(fields["__raw"], str):
+        return fields["__raw"]
+    return json.dumps(fields["__value"] if set(fields) == {"__value"} else fields,
+                      ensure_ascii=False)
+
+
+LATER_SYSTEM = "[system instruction, not from the user]\n"
+FENCED = r"(?s)\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*"
+DATA_URL = r"(?i)data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,"
+IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
+# The first bytes of an image, in base64, and what they say it is.
+IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
+               ("UklGR", "image/webp"))
+OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
+OWN_THINKING = OWN_SIGNATURE + base64.urlsafe_b64encode(b"chat").decode().rstrip("=")
+
+
+class OwnName(NamedTuple):
+    """A tool's name as its client knows it."""
+    name: str
+    namespace: str = ""
+    is_text: bool = False        # its input is text, and travels as {"input": text}
+
+
+TEXT_TOOL_SCHEMA = MappingProxyType({
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+    "additionalProperties": False})
+
+
+class ToolNames:
+    """Names of tools as a provider takes them, and back."""
+
+    def __init__(self, most_chars: int) -> None:
+        self._most = most_chars
+        self._own: dict[str, OwnName] = {}         # name at the provider -> the client's
+
+    def fitting(self, name: str, namespace: str = "", is_text: bool = False) -> str:
+        """Return a name as the provider takes it; a changed one ends in a hash, so that none
+        collide."""
+        own = f"{namespace}__{name}" if namespace else name
+        clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
+        fits = clean == own and len(own) <= self._most
+        fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
+        self._own.setdefault(fitting, OwnName(name, namespace, is_text))
+        return fitting
+
+    def own(self, fitting: str) -> OwnName:
+        """Return the client's name of a tool that the provider names."""
+        return self._own.get(fitting) or OwnName(fitting)
+
+
+class CallIds:
+    """Ids of calls as a provider takes them, each but once."""
+
+    def __init__(self, pattern: str, prefix: str) -> None:
+        self._pattern, self._prefix = re.compile(pattern), prefix
+        self._uses: Counter = Counter()            # of each of the client's ids
+
+    def fitting(self, own: str) -> str:
+        """Return the id of one call; a changed one depends on the client's alone."""
+        again = self._uses[own]
+        self._uses[own] += 1
+        if not again and self._pattern.fullmatch(own):
+            return own
+        hashed = _hashed(f"{own}#{again}" if again else own, 24)
+        return next((fit for fit in (self._prefix + hashed, hashed[:9])
+                     if self._pattern.fullmatch(fit)), own)
+
+
+NO_RESULT = "[no result provided]"
+
+
+def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
+    """Return turns in which each call has one result, in the turn right behind it, in the order
+    of the calls and before all else; and each result a call. Runs of the assistant are one turn.
+
+    A result belongs to the oldest call of its id that has none, since the assistant spoke last;
+    else to the one that had the last. One without a call becomes the user's text. The ids of
+    calls and results become those that the provider takes.
+    """
+    rounds: list[tuple[list[Part], list[Turn]]] = [([], [])]
+    for turn in turns:
+        said, after = rounds[-1]
+        if turn.role != "assistant":
+            after.append(turn)
+        elif after or not said:
+            rounds.append(([*turn.parts], []))
+        else:
+            said += turn.parts
+    both = []
+    for said, after in rounds:
+        if said:
+            both.append(Turn("assistant", said))
+        both += _answered([part for part in said if part.kind == "call"], after, ids, losses)
+    return both
+
+
+def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
+              losses: Losses) -> list[Turn]:
+    """Return the turns behind a turn of the assistant, with the results of its calls in front."""
+    waiting: dict[str, deque] = {}                 # id -> calls without a result, oldest first
+    last: dict[str, Part] = {}                     # id -> the call that had a result last
+    for call in calls:
+        waiting.setdefault(call.id, deque()).append(call)
+    results: dict[Part, Part] = {}
+    turns = []
+    for role, parts in after:
+        rest: list[Part] = []
+        behind: list[Part] = []
+        for part in parts:
+            if part.kind != "result":
+                rest.append(part)
+                continue
+            queue = waiting.get(part.id)
+            call = last[part.id] = queue.popleft() if queue else last.get(part.id)
+            if call is None:
+                losses.adjust("results", "text")
+                text = f"[result of tool call {part.id}]\n" + "".join(
+                    piece.text for piece in part.parts if piece.kind == "text")
+                rest.append(Part("text", text))
+                behind += [piece for piece in part.parts if piece.kind != "text"]
+            else:
+                if call in results:
+                    losses.adjust("results", "paired")
+                results[call] = part
+        if rest or behind:
+            turns.append(Turn(role, rest + behind))
+    if not calls:
+        return turns
+    if len(results) < len(calls):
+        losses.adjust("results", "paired")
+    front = []
+    for call in calls:
+        call.id, result = ids.fitting(call.id), results.get(call)
+        result = result or Part("result", is_error=True, parts=[Part("text", NO_RESULT)])
+        result.id = call.id
+        front.append(result)
+    if turns and turns[0].role == "user":
+        return [Turn("user", front + turns[0].parts), *turns[1:]]
+    return [Turn("user", front), *turns]
+
+
+def sealed(origin: str, native: Mapping[str, object]) -> str:
+    """Return a thought in its provider's own form as a signature, for clients that bring back
+    nothing else."""
+    packed = json_bytes({"from": origin, "native": native})
+    return OWN_SIGNATURE + base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+
+
+def unsealed(signature: str) -> tuple[str, Mapping[str, object]]:
+    """Return what sealed() packed: where a thought came from, and its form there, or nothing."""
+    try:
+        packed = signature[len(OWN_SIGNATURE):] + "=="
+        told = json.loads(base64.urlsafe_b64decode(packed.encode("ascii")))
+    except (ValueError, RecursionError):
+        return "", {}
+    return str(json_object(told).get("from") or ""), json_object(json_object(told).get("native"))
+
+
+def thinking_block(part: Part) -> Mapping[str, object]:
+    """Return a thought as Claude's block; another's carries its own form as the signature."""
+    if part.origin == "messages":
+        return part.native
+    return {"type": "thinking", "thinking": part.text,
+            "signature": sealed(part.origin, part.native) if part.native else OWN_THINKING}
+
+
+def thought_of(block: Mapping[str, object]) -> Part:
+    """Return what a client brings back as Claude's block: Claude's own, or what that carries."""
+    signature, text = str(block.get("signature") or ""), block.get("thinking")
+    origin, native = unsealed(signature) if signature.startswith(OWN_SIGNATURE) \
+        else ("messages", block)
+    return Part("thought", text if isinstance(text, str) else "", native=native, origin=origin)
+
+
+def id_stem(own: str) -> str:
+    """Return what of an answer's id can stand in another API's; a new one where there is none."""
+    return re.sub("[^A-Za-z0-9_-]", "_", re.sub("^(msg|resp)_", "", own)) or secrets.token_hex(12)
+
+
+def call_input(call: Part) -> dict:
+    """Return the input of a call as an object."""
+    return {"input": call.text} if call.is_text else arguments_to_input(call.text)
+
+
+# ==== 10. JSON schemas ==========================================================================
+#
+# What of a JSON schema each vendor can hold a model to, and a schema as the vendor takes it.
+
+# What a request may ask to be enforced, by their documentation of structured outputs.
+MOST_ENFORCED = MappingProxyType({"strict tools": 20, "optional properties": 24, "unions": 16})
+# Of JSON schemas, what can be enforced, by their documentation and what their SDK leaves in.
+SCHEMA_KEYWORDS = frozenset({"$defs", "$ref", "type", "enum", "const", "anyOf", "allOf", "default",
+                             "properties", "required", "items", "title", "description"})
+SCHEMA_MAPS = ("properties", "$defs", "definitions")        # name -> schema
+SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "uri",
+                            "ipv4", "ipv6", "uuid"})
+UNTAKEN_PATTERN = r"\(\?[^:]|\\[bB1-9]"           # look-around, references back, word boundaries
+WRAPPER_KEYWORDS = frozenset({"allOf", "title", "description", "default"})
+# Of JSON schemas, what OpenAI's strict mode refuses, and what it wants one of. From its guide to
+# structured outputs, and reports of its 400s ("'default' is not permitted").
+UNSTRICT_KEYWORDS = frozenset({
+    "oneOf", "allOf", "not", "if", "then", "else", "default", "dependentRequired",
+    "dependentSchemas", "patternProperties", "propertyNames", "minProperties", "maxProperties",
+    "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedProperties",
+    "unevaluatedItems"})
+SHAPE_KEYWORDS = frozenset({"type", "$ref", "anyOf", "enum", "const"})
+
+
+def claude_schema(schema: object) -> object:
+    """A JSON schema in the part of the language that Anthropic takes; the rest becomes words."""
+    schema = _unwrapped(schema)
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return {"$ref": schema["$ref"]}
+    kept: dict = {}
+    words = []
+    for name, value in schema.items():
+        name = "anyOf" if name == "oneOf" else name
+        if name in SCHEMA_MAPS:
+            kept[name] = {key: claude_schema(child) for key, child in json_object(value).items()}
+        elif name in ("anyOf", "allOf"):
+            kept[name] = [claude_schema(child) for child in value] if isinstance(value, list) \
+                else []
+        elif name == "items":
+            kept[name] = claude_schema(value)
+        elif name in SCHEMA_KEYWORDS or (name == "format" and str(value) in SCHEMA_FORMATS) \
+                or (name == "minItems" and value in (0, 1)) \
+                or (name == "pattern" and not re.search(UNTAKEN_PATTERN, str(value))):
+            kept[name] = value
+        elif name not in ("additionalProperties", "$schema", "$id", "strict"):
+            words.append(f"{name}: {json.dumps(value)}")
+    if _is_object(kept) or "properties" in kept:
+        kept["additionalProperties"] = False
+    if words:
+        kept["description"] = "; ".join([*_string_list(kept.get("description")), *words])
+    return kept
+
+
+def _inner_schemas(schema: object) -> Iterable[object]:
+    """What stands directly inside a schema, or a list of them, and may be a schema itself."""
+    if not isinstance(schema, dict):
+        return schema if isinstance(schema, list) else ()
+    return [child for name, value in schema.items() if name not in ("enum", "const", "default")
+            for child in (json_object(value).values() if name in SCHEMA_MAPS else (value,))]
+
+
+def _unwrapped(schema: object) -> object:
+    """A schema that does no more than wrap another in allOf, as pydantic does, as that one."""
+    branches = json_object(schema).get("allOf")
+    if isinstance(branches, list) and len(branches) == 1 and schema.keys() <= WRAPPER_KEYWORDS:
+        return {**{name: schema[name] for name in schema if name != "allOf"},
+                **json_object(branches[0])}
+    return schema
+
+
+def _is_unenforceable(schema: object) -> bool:
+    """Whether a schema allows properties that it does not name, has no shape at all, or has
+    values or alternatives that Anthropic does not take."""
+    schema = _unwrapped(schema)
+    if isinstance(schema, dict):
+        allowed = schema.get("enum")
+        values = [schema.get("const"), *(allowed if isinstance(allowed, list) else ())]
+        if (_is_object(schema) and not schema.get("properties")) \
+                or schema.get("additionalProperties") not in (None, False) \
+                or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list) \
+                or any(isinstance(value, (dict, list)) for value in values) \
+                or any("$ref" in branch for branch in _parts_of(schema.get("allOf"))):
+            return True
+    return any(map(_is_unenforceable, _inner_schemas(schema)))
+
+
+def _is_object(schema: Mapping[str, object]) -> bool:
+    kind = schema.get("type")
+    return kind == "object" or (isinstance(kind, list) and "object" in kind)
+
+
+def _with_root(schema: object) -> object:
+    """A schema whose root is a reference into itself, with what it refers to as its root."""
+    fields = json_object(schema)
+    if not str(fields.get("$ref")).startswith("#/"):
+        return schema
+    return {**_referred(fields["$ref"], fields),
+            **{name: fields[name] for name in ("$defs", "definitions") if name in fields}}
+
+
+def _is_recursive(schema: object, root: Mapping[str, object], done: set[str],
+                  inside: tuple[str, ...]) -> bool:
+    """Whether a schema refers to itself, or to anything outside; `done` are known not to."""
+    ref = json_object(schema).get("$ref")
+    if isinstance(ref, str) and ref not in done:
+        if ref in inside or not ref.startswith("#/"):
+            return True
+        if _is_recursive(_referred(ref, root), root, done, (*inside, ref)):
+            return True
+        done.add(ref)
+    return any(_is_recursive(child, root, done, inside) for child in _inner_schemas(schema))
+
+
+def _referred(ref: str, root: Mapping[str, object]) -> dict:
+    """What a local reference of a JSON schema points to."""
+    target = root
+    for step in ref[2:].split("/"):
+        target = json_object(target.get(step))
+    return target
+
+
+def _schema_size(schema: object) -> Counter:
+    """How much of MOST_ENFORCED a schema takes up."""
+    size: Counter = Counter()
+    if isinstance(schema, dict):
+        required = schema.get("required")
+        size["optional properties"] = len(
+            json_object(schema.get("properties")).keys() - set(required or ()))
+        size["unions"] = int(isinstance(schema.get("type"), list)
+                             or any(name in schema for name in ("anyOf", "oneOf")))
+    return sum(map(_schema_size, _inner_schemas(schema)), size)
+
+
+def object_schema(schema: Mapping[str, object]) -> dict:
+    """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
+    are merged: a property can be as any of them has it, and what all require is required."""
+    branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
+                for name in ("anyOf", "oneOf", "allOf") for branch in _parts_of(schema.get(name))]
+    own = {name: value for name, value in schema.items() if name not in ("anyOf", "oneOf", "allOf")}
+    if not branches:
+        return {"type": "object", **own}
+    variants: dict[str, list] = {}                 # of each property
+    for branch in branches:
+        for name, child in json_object(branch.get("properties")).items():
+            if child not in variants.setdefault(name, []):
+                variants[name].append(child)
+    properties = {**{name: children[0] if len(children) == 1 else {"anyOf": children}
+                     for name, children in variants.items()},
+                  **json_object(own.get("properties"))}
+    in_all = set.intersection(*(set(branch.get("required") or ()) for branch in branches))
+    required = sorted(in_all | set(own.get("required") or ()))
+    return {"type": "object", **own, "properties": properties,
+            **({"required": required} if required else {})}
+
+
+def _is_strict(schema: object) -> bool:
+    """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed,
+    a shape everywhere, and no keyword that it refuses."""
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        inner = [*json_object(properties).values(), *(schema.get("anyOf") or ()),
+                 schema.get("items", {})]              # each a schema, and none of them true
+        if UNSTRICT_KEYWORDS & schema.keys() or not SHAPE_KEYWORDS & schema.keys() \
+                or not all(isinstance(child, dict) for child in inner):
+            return False
+        if (properties is not None or _is_object(schema)) and (
+                schema.get("additionalProperties") is not False
+                or not isinstance(properties, dict)
+                or set(schema.get("required") or ()) != properties.keys()):
+            return False
+    return all(map(_is_strict, _inner_schemas(schema)))
+
+
+# ==== 11. Chat completions ======================================================================
+#
+# The format of OpenAI, and of the many servers that speak it, know fewer fields, and send sloppier
+# streams.
+
+# Its answers: (the finish_reason of an answer, our reason), both ways.
+FINISH_REASONS = MappingProxyType({"end": "stop", "stop": "stop", "length": "length",
+                                   "calls": "tool_calls", "refused": "content_filter"})
+REASONS_OF_FINISH = MappingProxyType({"length": "length", "tool_calls": "calls",
+                                      "function_call": "calls", "content_filter": "refused"})
+
+
+def chat_tokens(usage: object) -> Tokens:
+    """Return chat usage in our counting. Where a server's total is more than prompt and
+    completion, the rest was reasoning."""
+    prompt = count_or_zero(usage, "prompt_tokens")
+    details = json_object(usage).get("prompt_tokens_details")
+    return Tokens(
+        prompt, count_or_zero(details, "cached_tokens"),
+        count_or_zero(details, "cache_write_tokens")
+        or count_or_zero(details, "cache_creation_tokens"),
+        max(count_or_zero(usage, "completion_tokens"),
+            count_or_zero(usage, "total_tokens") - prompt),
+        count_or_zero(json_object(usage).get("completion_tokens_details"), "reasoning_tokens"))
+
+
+def chat_usage(tokens: Tokens) -> dict:
+    """Return usage as chat completions have it."""
+    return {"prompt_tokens": tokens.input, "completion_tokens": tokens.output,
+            "total_tokens": tokens.input + tokens.output,
+            "prompt_tokens_details": {"cached_tokens": tokens.cached,
+                                      "cache_write_tokens": tokens.written, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": tokens.thought, "audio_tokens": 0,
+                "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
+
+
+def chat_stream_of(completion: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
+    """Return a whole completion as a stream. Raises UpstreamBroke where it is none."""
+    choice = _first_choice(completion)
+    if not choice or choice.get("finish_reason") == "error":
+        raise UpstreamBroke("the provider's answer ended in an error of its own")
+    return (completion, {"type": "done"})
+
+
+def chat_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Iterator[AnswerEvent]:
+    """Read a stream of chunks: of OpenAI, and of servers that take liberties with its format."""
+    reader = _ChunkReader(terms)
+    for chunk in stream:
+        kind = chunk.get("type")
+        if kind == "done":
+            reader.is_done = True
+        elif kind != "ping":
+            yield from reader.read(chunk)
+        elif reader.has_begun:
+            yield PING
+    yield from reader.finish()
+
+
+class _ChunkReader:
+    """The state of one stream of chunks. Texts and thoughts are open one at a time; a call until
+    another part begins and its arguments are whole, for calls may come interleaved."""
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self.has_begun = self.is_done = False
+        self._said: Optional[Part] = None            # the text or thought that is open
+        self._details: list[dict] = []               # reasoning_details, to be sent back
+        self._calls: list[Part] = []
+        self._newest: dict[object, Part] = {}        # of each index of the provider's
+        self._by_id: dict[str, Part] = {}
+        self._usage: object = None
+        self._tier: object = None
+        self._choice: dict = {}                      # what the finish said
+        self._refused = False
+
+    def read(self, chunk: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        """Yield the events of one chunk."""
+        self._tier = chunk.get("service_tier") or self._tier
+        if not self.has_begun:
+            self.has_begun = True
+            yield Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier)
+        if isinstance(chunk.get("usage"), dict):
+            self._usage = chunk["usage"]
+        choice = _first_choice(chunk)
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict):
+            yield from self._read_delta(delta)
+        if choice.get("finish_reason"):
+            self._choice = choice
+
+    def _read_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        thought = _reasoning_of(delta)
+        self._details += _parts_of(delta.get("reasoning_details"))
+        if thought:
+            yield from self._say("thought", thought)
+        for name, kind in (("content", "text"), ("refusal", "refusal")):
+            text = delta.get(name) if isinstance(delta.get(name), str) \
+                else _text_of(delta.get(name))
+            if text:
+                yield from self._say(kind, text)
+        for call in _parts_of(delta.get("tool_calls")):
+            yield from self._read_call(call)
+        if isinstance(delta.get("function_call"), dict):
+            yield from self._read_call({"index": 0, "function": delta["function_call"]})
+
+    def _say(self, kind: str, text: str) -> Iterator[AnswerEvent]:
+        part = self._said
+        if part is None or part.kind != kind:
+            yield from self._close_said()
+            if text.strip() or not self._calls:
+                yield from self._close_calls(whole_only=not self._terms.calls_in_order)
+            part = self._said = Part(kind, pieces=[])
+            yield Opened(part)
+        part.pieces.append(text)
+        self._refused |= kind == "refusal"
+        yield More(part, text)
+
+    def _close_said(self) -> Iterator[AnswerEvent]:
+        part, self._said = self._said, None
+        if part is not None:
+            part.text = "".join(part.pieces)
+            if part.kind == "thought" and self._details:
+                part.native, part.origin = {"reasoning_details": self._details}, "chat"
+                self._details = []
+            yield Closed(part)
+
+    def _call_of(self, row: Mapping[str, object]) -> Part:
+        """Return the call that a delta belongs to: one with another id is another call, whatever
+        its index; without id and index, a name behind whole arguments begins another."""
+        index, call_id = row.get("index"), row.get("id")
+        index = index if isinstance(index, int) else None
+        call = self._by_id.get(str(call_id)) if call_id else None
+        newest = self._newest.get(index)
+        if call is None and newest is not None:
+            names = bool(json_object(row.get("function")).get("name"))
+            is_other = bool(newest.id) if call_id else \
+                index is None and names and bool(newest.pieces) and _is_whole(newest)
+            call = None if is_other else newest
+        if call is None:
+            call = Part("call", pieces=[], is_open=False, is_closed=False)
+            self._calls.append(call)
+        if call_id:
+            call.id = str(call_id)
+            self._by_id[call.id] = call
+        self._newest[index] = call
+        return call
+
+    def _read_call(self, row: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        call = self._call_of(row)
+        inner = json_object(row.get("function", row.get("custom")))
+        name, more = inner.get("name"), inner.get("arguments", inner.get("input"))
+        if not call.is_open and isinstance(name, str):
+            call.name = name if name.startswith(call.name) else call.name + name
+            call.is_text = "input" in inner
+        more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
+        if call.is_closed and more.strip():
+            raise UpstreamBroke("the provider went on with a tool call after another block")
+        if not call.is_open and call.name and (more.strip() or call.pieces):
+            yield from self._open_call(call)
+        if more and not call.is_closed:
+            call.pieces.append(more)
+            if call.is_open:
+                yield More(call, more)
+
+    def _open_call(self, call: Part) -> Iterator[AnswerEvent]:
+        yield from self._close_said()
+        yield from self._close_calls(whole_only=True)
+        call.is_open = True
+        yield Opened(call)
+        for text in call.pieces:
+            yield More(call, text)
+
+    def _close_calls(self, *, whole_only: bool) -> Iterator[AnswerEvent]:
+        """Close the calls that are open, and open those that waited for arguments in vain."""
+        for call in self._calls:
+            if call.is_closed or (whole_only and not (call.is_open and _is_whole(call))):
+                continue
+            if not call.is_open:
+                yield from self._open_call(call)
+            call.is_closed, call.text = True, "".join(call.pieces)
+            if not call.text.strip() and not call.is_text:
+                call.text += "{}"
+                yield More(call, "{}")
+            yield Closed(call)
+
+    def finish(self) -> Iterator[AnswerEvent]:
+        """Yield what ends the answer. Raises UpstreamBroke where the provider never did."""
+        finish = self._choice.get("finish_reason")
+        if finish is None and not self.is_done:
+            raise UpstreamBroke("the provider's stream ended without a finish reason")
+        if finish == "error":
+            raise UpstreamBroke("the provider's stream ended in an error of its own")
+        yield from self._close_said()
+        yield from self._close_calls(whole_only=False)
+        reason, stop = REASONS_OF_FINISH.get(str(finish), "end"), None
+        if self._refused:
+            reason = "refused"
+        elif reason in ("end", "calls"):
+            reason = "calls" if self._calls else "end"
+            matched = self._choice.get("stop_reason")        # as vLLM and others add it
+            if reason == "end" and matched in self._terms.stops:
+                reason, stop = "stop", matched
+        yield Ended(reason, chat_tokens(self._usage), stop, tier=self._tier)
+
+
+def _is_whole(call: Part) -> bool:
+    """Whether a call's arguments so far are JSON, so that no more can come."""
+    text = "".join(call.pieces)
+    return bool(text.strip()) and "__raw" not in arguments_to_input(text)
+
+
+def _first_choice(body: Mapping[str, object]) -> dict:
+    return next((choice for choice in _parts_of(body.get("choices"))
+                 if choice.get("index") in (0, None)), {})
+
+
+def _reasoning_of(said: Mapping[str, object]) -> str:
+    """Return the reasoning that compatible servers show, under any of its names."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(said.get(name), str) and said[name]:
+            return said[name]
+    content = said.get("content")
+    rows = [*_parts_of(said.get("reasoning_details")), *(
+        inner for part in (_parts_of(content) if isinstance(content, list) else ())
+        if part.get("type") == "thinking" for inner in _parts_of(part.get("thinking")))]
+    return "".join(str(row.get("text") or "") for row in rows)
+
+
+class ChatWriter:
+    """Writes an answer as a chat completion, whole or as chunks; [DONE] is the Router's."""
+
+    def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
+        self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
+        self._is_legacy = bool(fields.get("functions"))
+        self._created_at = created_at
+        self._base: dict = {}
+        self._length = self._annotations = 0         # of the text so far; how many
+        self._starts: dict[Part, int] = {}           # where each text begins in it
+        self._numbers: dict[Part, int] = {}          # of calls
+
+    def whole(self, answer: Whole) -> dict:
+        """Return an answer as a chat.completion."""
+        began, parts, ended = answer
+        texts, calls, thoughts, annotations = [], [], [], []
+        refusal = ended.refusal
+        for part in parts:
+            if part.kind == "text":
+                annotations += _annotations(part, sum(map(len, texts)))
+                texts.append(part.text)
+            elif part.kind == "call":
+                calls.append(_chat_call(part, part.text))
+            elif part.kind == "thought":
+                thoughts.append(part)
+            elif part.kind == "refusal":
+                refusal = (refusal or "") + part.text
+        said = {"role": "assistant", "refusal": refusal,
+                "content": "".join(texts) if texts or not calls else None}
+        if annotations:
+            said["annotations"] = annotations
+        if calls:
+            said.update({"function_call": calls[0]["function"]} if self._is_legacy
+                        else {"tool_calls": calls})
+        if thoughts:
+            said["thinking_blocks"] = [thinking_block(part) for part in thoughts]
+            said["reasoning_content"] = "\n".join(
+                part.text for part in thoughts if part.text) or None
+        if any(part.kind in ("other", "search") and part.origin == "messages" for part in parts):
+            said["x_anthropic_content"] = [part.native for part in parts]
+        return {"id": "chatcmpl-" + id_stem(began.id), "object": "chat.completion",
+                "created": self._created_at, "model": began.model, "system_fingerprint": None,
+                "service_tier": ended.tier or began.tier, "usage": chat_usage(ended.tokens),
+                "choices": [{"index": 0, "message": said, "logprobs": None,
+                             "finish_reason": self._finish_reason(ended)}]}
+
+    def _finish_reason(self, ended: Ended) -> str:
+        return "function_call" if ended.reason == "calls" and self._is_legacy \
+            else FINISH_REASONS[ended.reason]
+
+    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
+        """Yield an answer as chat.completion.chunk dicts and pings."""
+        for event in events:
+            yield from _CHUNK_WRITERS[type(event)](self, event)
+
+    def failed(self, body: dict) -> Iterable[dict]:
+        """Return what ends a stream after an error."""
+        return [body]
+
+    def _chunk(self, delta: dict, finish_reason: Optional[str] = None) -> dict:
+        body = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+                                           "finish_reason": finish_reason}]}
+        if self._wants_usage:
+            body["usage"] = None
+        return body
+
+    def _begin(self, event: Began) -> Iterable[dict]:
+        self._base = {"id": "chatcmpl-" + id_stem(event.id), "object": "chat.completion.chunk",
+                      "created": self._created_at, "model": event.model,
+                      "system_fingerprint": None}
+        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
+
+    def _open(self, event: Opened) -> Iterable[dict]:
+        part = event.part
+        if part.kind == "text":
+            self._starts[part] = self._length
+        elif part.kind == "call":
+            self._numbers[part] = len(self._numbers)
+            call = _chat_call(part, "")
+            return [self._chunk({"function_call": call["function"]} if self._is_legacy else {
+                "tool_calls": [{"index": self._numbers[part], **call}]})]
+        return ()
+
+    def _add(self, event: More) -> Iterable[dict]:
+        part, text = event
+        if part.kind == "call":
+            return [self._chunk(self._arguments(part, text))]
+        name = _CHUNK_FIELDS.get(part.kind)
+        if name == "content":
+            self._length += len(text)
+        return [self._chunk({name: text})] if name else ()
+
+    def _arguments(self, part: Part, text: str) -> dict:
+        if self._is_legacy:
+            return {"function_call": {"arguments": text}}
+        inner = {"custom": {"input": text}} if part.is_text else {"function": {"arguments": text}}
+        return {"tool_calls": [{"index": self._numbers[part], **inner}]}
+
+    def _close(self, event: Closed) -> Iterable[dict]:
+        part = event.part
+        if part.kind == "thought":
+            yield self._chunk({"thinking_blocks": [{"index": part.index, **thinking_block(part)}]})
+        rows = _annotations(part, self._starts.get(part, 0))
+        if rows:
+            yield self._chunk({"annotations": [
+                {"index": number, **row} for number, row in enumerate(rows, self._annotations)]})
+            self._annotations += len(rows)
+
+    def _end(self, event: Ended) -> Iterable[dict]:
+        if event.refusal:
+            yield self._chunk({"refusal": event.refusal})
+        yield self._chunk({}, self._finish_reason(event))
+        if self._wants_usage:
+            yield {**self._base, "choices": [], "usage": chat_usage(event.tokens)}
+
+    def _ping(self, event: Ping) -> Iterable[dict]:
+        return [{"type": "ping"}]                    # written as a comment
+
+
+_CHUNK_FIELDS = MappingProxyType({
+    "text": "content", "thought": "reasoning_content", "refusal": "refusal"})
+_CHUNK_WRITERS = MappingProxyType({
+    Began: ChatWriter._begin, Opened: ChatWriter._open, More: ChatWriter._add,
+    Closed: ChatWriter._close, Ended: ChatWriter._end, Ping: ChatWriter._ping})
+
+
+def _chat_call(part: Part, text: str) -> dict:
+    if part.is_text:
+        return {"id": part.id, "type": "custom", "custom": {"name": part.name, "input": text}}
+    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": text}}
+
+
+def _annotations(part: Part, at: int) -> list[dict]:
+    """Return a text's citations as annotations of all the text, in which it begins at `at`."""
+    return [{"type": "url_citation", "url_citation": {
+        "url": row.url, "title": row.title, "start_index": at + (row.start or 0),
+        "end_index": at + (len(part.text) if row.end is None else row.end)}}
+        for row in part.citations]
+
+
+# Status -> (type, code) in OpenAI's words.
+OPENAI_ERRORS = MappingProxyType({
+    400: ("invalid_request_error", None), 401: ("invalid_request_error", "invalid_api_key"),
+    402: ("insufficient_quota", "insufficient_quota"),
+    403: ("invalid_request_error", "permission_denied"),
+    404: ("invalid_request_error", "model_not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("requests", "rate_limit_exceeded"), 500: ("server_error", None),
+    503: ("server_error", "overloaded"), 504: ("server_error", "timeout"),
+})
+QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+
+
+def openai_failure(status: int, body: Mapping[str, object]) -> Failure:
+    """Read an error of OpenAI's format."""
+    inner = body.get("error", body)
+    message = inner if isinstance(inner, str) else json_object(inner).get("message")
+    code, param = (json_object(inner).get(name) for name in ("code", "param"))
+    return Failure(402 if code in QUOTA_CODES else status,
+                   str(message or f"the provider answered with the status {status}"),
+                   code if isinstance(code, str) else None,
+                   param if isinstance(param, str) else None)
+
+
+def openai_error(failure: Failure, request_id: str) -> tuple[int, dict]:
+    """Return an error in OpenAI's words, with its status."""
+    status = {402: 429, 529: 503}.get(failure.status, failure.status)
+    kind, code = OPENAI_ERRORS.get(402 if failure.status == 402 else status, (
+        "server_error" if status >= 500 else "invalid_request_error", None))
+    return status, {"error": {"message": failure.message, "type": kind, "param": failure.param,
+                              "code": failure.code or code}}
+
+
+# ==== 12. Messages ==============================================================================
+#
+# Anthropic's Messages API.
+
+# Its answers: our reason for each stop_reason, and back; any other is an end.
+REASONS_OF_STOP = MappingProxyType({
+    "stop_sequence": "stop", "max_tokens": "length", "model_context_window_exceeded": "length",
+    "tool_use": "calls", "refusal": "refused"})
+STOP_REASONS = MappingProxyType({"end": "end_turn", "stop": "stop_sequence",
+                                 "length": "max_tokens", "calls": "tool_use",
+                                 "refused": "refusal"})
+SERVED_TIERS = MappingProxyType({"standard": "default", "priority": "priority",
+                                 "batch": "default"})
+BLOCK_KINDS = MappingProxyType({"text": "text", "thinking": "thought", "tool_use": "call",
+                                "redacted_thinking": "thought", "server_tool_use": "search"})
+
+
+def messages_tokens(usage: Mapping[str, object]) -> Tokens:
+    """Return Anthropic's usage in our counting."""
+    read, written = count_or_zero(usage, "cache_read_input_tokens"), \
+        count_or_zero(usage, "cache_creation_input_tokens")
+    return Tokens(count_or_zero(usage, "input_tokens") + read + written, read, written,
+                  count_or_zero(usage, "output_tokens"),
+                  count_or_zero(usage.get("output_tokens_details"), "thinking_tokens"))
+
+
+def messages_usage(tokens: Tokens, tier: object = None) -> dict:
+    """Return usage as Anthropic counts it: what was cached is beside input_tokens."""
+    return {"input_tokens": max(0, tokens.input - tokens.cached - tokens.written),
+            "cache_creation_input_tokens": tokens.written,
+            "cache_read_input_tokens": tokens.cached,
+            "cache_creation": {"ephemeral_5m_input_tokens": tokens.written,
+                               "ephemeral_1h_input_tokens": 0},
+            "output_tokens": tokens.output,
+            "output_tokens_details": {"thinking_tokens": tokens.thought}, "server_tool_use": None,
+            "service_tier": "priority" if tier == "priority" else "standard"}
+
+
+def messages_stream_of(message: Mapping[str, object]) -> Iterator[dict]:
+    """Return a whole message as a stream of its blocks, each whole at its start."""
+    yield {"type": "message_start", "message": message}
+    for index, block in enumerate(_parts_of(message.get("content"))):
+        yield {"type": "content_block_start", "index": index, "content_block": block}
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": message}
+    yield {"type": "message_stop"}
+
+
+def messages_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Iterator[AnswerEvent]:
+    """Read Anthropic's stream of an answer."""
+    reader = _BlockReader()
+    for event in stream:
+        read = _BLOCK_READERS.get(str(event.get("type")))
+        if read is not None:
+            yield from read(reader, event)
+
+
+class _BlockReader:
+    """The state of one stream of Anthropic's."""
+
+    def __init__(self) -> None:
+        self._has_begun = False
+        self._usage: dict = {}
+        self._end: dict = {}                         # what the last delta said
+        self._parts: dict[object, Part] = {}         # by the index of their blocks
+
+    def _begin(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        message = json_object(event.get("message"))
+        self._has_begun = True
+        self._usage.update(json_object(message.get("usage")))
+        return [Began(str(message.get("id") or ""), message.get("model"), self._tier())]
+
+    def _tier(self) -> Optional[str]:
+        return SERVED_TIERS.get(str(self._usage.get("service_tier")))
+
+    def _begin_block(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        block = json_object(event.get("content_block"))
+        kind = BLOCK_KINDS.get(str(block.get("type")), "other")
+        part = Part(kind, native=dict(block), origin="messages", pieces=[],
+                    found=[*_parts_of(block.get("citations"))])
+        if kind in ("call", "search"):
+            part.id, part.name = str(block.get("id") or ""), str(block.get("name") or "")
+        self._parts[str(event.get("index"))] = part
+        yield Opened(part)
+        text = block.get("thinking" if kind == "thought" else "text")
+        if isinstance(text, str) and text:
+            part.pieces.append(text)
+            yield More(part, text)
+
+    def _add_to_block(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        part = self._parts.get(str(event.get("index")))
+        delta = json_object(event.get("delta"))
+        name = _DELTA_FIELDS.get(str(delta.get("type")))
+        more = delta.get(name)
+        if part is None or not more:
+            return ()
+        if name == "citation":
+            part.found += _parts_of(more)
+        elif not isinstance(more, str):
+            raise IN_ANSWER(name, "a string")
+        elif name == "signature":
+            part.native["signature"] = str(part.native.get("signature") or "") + more
+        else:
+            part.pieces.append(more)
+            if part.kind in _STREAMED_KINDS:
+                return [More(part, more)]
+        return ()
+
+    def _end_block(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        part = self._parts.get(str(event.get("index")))
+        if part is None:
+            return
+        if part.native.get("type") == "tool_use" and not part.pieces:      # without arguments
+            part.pieces.append(input_to_arguments(part.native.get("input")))
+            yield More(part, part.pieces[0])
+        part.text = "".join(part.pieces)
+        if part.kind == "search":
+            given = arguments_to_input(part.text) or json_object(part.native.get("input"))
+            part.text = str(given.get("query") or "")
+        elif part.native.get("type") == "thinking":
+            part.native["thinking"] = part.text
+        part.citations = tuple(
+            Citation(str(row.get("url") or ""), str(row.get("title") or ""))
+            for row in part.found if row.get("type") == "web_search_result_location")
+        yield Closed(part)
+
+    def _hear_end(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        self._usage.update({name: value for name, value in json_object(event.get("usage")).items()
+                            if value is not None})
+        self._end.update(json_object(event.get("delta")))
+        return ()
+
+    def _ping(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        return [PING] if self._has_begun else ()
+
+    def _finish(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        stop = str(self._end.get("stop_reason"))
+        details = json_object(self._end.get("stop_details"))
+        refusal = str(details.get("explanation")
+                      or f"refused: {details.get('category') or 'no reason given'}")
+        return [Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(self._usage),
+                      self._end.get("stop_sequence"), refusal if stop == "refusal" else None,
+                      self._tier())]
+
+
+_DELTA_FIELDS = MappingProxyType({
+    "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
+    "citations_delta": "citation", "signature_delta": "signature"})
+_STREAMED_KINDS = frozenset({"text", "thought", "call"})
+_BLOCK_READERS = MappingProxyType({
+    "message_start": _BlockReader._begin, "content_block_start": _BlockReader._begin_block,
+    "content_block_delta": _BlockReader._add_to_block,
+    "content_block_stop": _BlockReader._end_block, "message_delta": _BlockReader._hear_end,
+    "ping": _BlockReader._ping, "message_stop": _BlockReader._finish})
+
+
+class MessagesWriter:
+    """Writes an answer as a message, whole or as a stream.
+
+    In a stream one block is open at a time: a part that begins while another is open is held back
+    until that is closed. Arguments are, too, until they are seen to be an object.
+    """
+
+    def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
+        self._index = 0                              # of the next block
+        self._open: Optional[Part] = None
+        self._json: Optional[str] = None             # arguments held back; None: they pass
+        self._held: dict[Part, list[str]] = {}       # what came of each, in order
+        self._over: set[Part] = set()                # those of the held that are closed
+
+    def whole(self, answer: Whole) -> dict:
+        """Return an answer as a message."""
+        began, parts, ended = answer
+        content = [block for part in parts for block in _answer_blocks(part)]
+        return {**empty_message(began), "content": content, **_stop_of(ended),
+                "usage": messages_usage(ended.tokens, ended.tier)}
+
+    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
+        """Yield an answer as Anthropic's events."""
+        for event in events:
+            yield from _MESSAGE_WRITERS[type(event)](self, event)
+
+    def failed(self, body: dict) -> Iterable[dict]:
+        """Return what ends a stream after an error."""
+        return [body]
+
+    def _begin(self, event: Began) -> Iterable[dict]:
+        return [{"type": "message_start", "message": empty_message(event)}, {"type": "ping"}]
+
+    def _begin_part(self, event: Opened) -> Iterable[dict]:
+        if self._open is None:
+            return self._start(event.part)
+        self._held[event.part] = []
+        return ()
+
+    def _start(self, part: Part) -> Iterable[dict]:
+        self._open, self._json = part, "" if part.kind == "call" else None
+        blank = _BLANK_BLOCKS.get(part.kind)
+        if blank is None:                            # it is written at its end
+            return ()
+        own = {"id": part.id, "name": part.name} if part.kind == "call" else {}
+        return [{"type": "content_block_start", "index": self._index,
+                 "content_block": {**blank, **own}}]
+
+    def _add(self, event: More) -> Iterable[dict]:
+        part, text = event
+        if part is not self._open:
+            self._held[part].append(text)
+            return ()
+        if self._json is not None:
+            text = self._json = self._json + text
+            if part.is_text or not re.match(OBJECT_START, text):
+                return ()
+            self._json = None
+        name = _BLOCK_DELTAS.get(part.kind)
+        return () if name is None else [self._delta(name, text)]
+
+    def _delta(self, name: str, text: str) -> dict:
+        return {"type": "content_block_delta", "index": self._index,
+                "delta": {"type": f"{_DELTA_KINDS[name]}_delta", name: text}}
+
+    def _end_part(self, event: Closed) -> Iterable[dict]:
+        if event.part is not self._open:
+            self._over.add(event.part)
+            return
+        yield from self._stop(event.part)
+        while self._held and self._open is None:
+            part = next(iter(self._held))
+            yield from self._start(part)
+            for text in self._held.pop(part):
+                yield from self._add(More(part, text))
+            if part in self._over:
+                yield from self._stop(part)
+
+    def _stop(self, part: Part) -> Iterable[dict]:
+        self._open = None
+        if part.kind not in _BLANK_BLOCKS:
+            for block in _answer_blocks(part):
+                yield {"type": "content_block_start", "index": self._index,
+                       "content_block": block}
+                yield self._stopped()
+            return
+        if part.kind == "thought":
+            yield self._delta("signature", str(thinking_block(part).get("signature") or ""))
+        elif self._json is not None:
+            yield self._delta("partial_json", json.dumps(call_input(part), ensure_ascii=False))
+        yield self._stopped()
+
+    def _stopped(self) -> dict:
+        self._index += 1
+        return {"type": "content_block_stop", "index": self._index - 1}
+
+    def _end(self, event: Ended) -> Iterable[dict]:
+        return [{"type": "message_delta", "delta": _stop_of(event),
+                 "usage": messages_usage(event.tokens, event.tier)}, {"type": "message_stop"}]
+
+    def _ping(self, event: Ping) -> Iterable[dict]:
+        return [{"type": "ping"}]
+
+
+OBJECT_START = r'\s*\{\s*["}]'
+_BLANK_BLOCKS = MappingProxyType({
+    "text": {"type": "text", "text": ""}, "refusal": {"type": "text", "text": ""},
+    "thought": {"type": "thinking", "thinking": "", "signature": ""},
+    "call": {"type": "tool_use", "input": {}}})
+_BLOCK_DELTAS = MappingProxyType({"text": "text", "refusal": "text", "thought": "thinking",
+                                  "call": "partial_json"})
+_DELTA_KINDS = MappingProxyType({"text": "text", "thinking": "thinking",
+                                 "partial_json": "input_json", "signature": "signature"})
+_MESSAGE_WRITERS = MappingProxyType({
+    Began: MessagesWriter._begin, Opened: MessagesWriter._begin_part, More: MessagesWriter._add,
+    Closed: MessagesWriter._end_part, Ended: MessagesWriter._end, Ping: MessagesWriter._ping})
+
+
+def empty_message(began: Began) -> dict:
+    """Return a message before its first block."""
+    return {"id": f"msg_{id_stem(began.id)}", "type": "message", "role": "assistant",
+            "model": began.model, "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": messages_usage(Tokens(), began.tier)}
+
+
+def _stop_of(ended: Ended) -> dict:
+    """Return stop_reason and stop_sequence of an answer."""
+    stop = {"stop_reason": STOP_REASONS[ended.reason], "stop_sequence": ended.stop}
+    if ended.reason == "refused":
+        stop["stop_details"] = {"type": "refusal", "category": None, "explanation": ended.refusal}
+    return stop
+
+
+def _answer_blocks(part: Part) -> list[dict]:
+    """Return the blocks of a part of an answer; of what only another API knows, none."""
+    if part.kind in ("text", "refusal"):
+        return [{"type": "text", "text": part.text}] if part.text else []
+    if part.kind == "thought":
+        return [thinking_block(part)]
+    if part.kind == "call":
+        return [{"type": "tool_use", "id": part.id, "name": part.name, "input": call_input(part)}]
+    if part.kind == "search":
+        search_id = f"srvtoolu_{id_stem(part.id)}"
+        return [{"type": "server_tool_use", "id": search_id, "name": "web_search",
+                 "input": {"query": part.text}},
+                {"type": "web_search_tool_result", "tool_use_id": search_id, "content": []}]
+    return []
+
+
+# Status -> type in Anthropic's words.
+ANTHROPIC_ERRORS = MappingProxyType({
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+    529: "overloaded_error",
+})
+
+
+def anthropic_failure(status: int, body: Mapping[str, object]) -> Failure:
+    """Read an error of Anthropic's."""
+    inner = json_object(body.get("error"))
+    message = str(inner.get("message") or f"the provider answered with the status {status}")
+    code = json_object(inner.get("details")).get("error_code")
+    if status == 400 and re.search("prompt is too long|exceed context", message):
+        code = code or "context_length_exceeded"
+    return Failure(402 if inner.get("type") == "billing_error" else status, message,
+                   code if isinstance(code, str) else None)
+
+
+def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
+    """Return an error in Anthropic's words, with its status."""
+    text = failure.message
+    status = {422: 400, 502: 500, 503: 529}.get(failure.status, failure.status)
+    if failure.code == "context_length_exceeded" and "prompt is too long" not in text:
+        numbers = [int(number) for number in re.findall(r"\d{4,}", text.replace(",", ""))]
+        sizes = f": {max(numbers)} tokens > {min(numbers)} maximum" if len(numbers) > 1 else ""
+        text = f"prompt is too long{sizes}. {text}"       # Claude Code compacts on these words
+    kind = ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500
+                                else "invalid_request_error")
+    return status, {"type": "error", "request_id": request_id,
+                    "error": {"type": kind, "message": text}}
+
+
+# ==== 13. Translators ===========================================================================
+#
+# A translator is made from one request and carries it, its answer, its stream and its errors from
+# the client's API to the provider's and back. It does no I/O: dicts in, dicts out.
+
+
+class Dialect(NamedTuple):
+    """How an API is read and written; see chapter 8."""
+    path: str
+    read_answer: Callable[[Iterable[Mapping[str, object]], Terms], Iterator[AnswerEvent]]
+    stream_of: Callable[[Mapping[str, object]], Iterable[Mapping[str, object]]]
+    writer: Callable[[Mapping[str, object], int], AnswerWriter]
+    read_error: Callable[[int, Mapping[str, object]], Failure]
+    write_error: Callable[[Failure, str], tuple[int, dict]]
+
+
+AnswerWriter = Union[ChatWriter, MessagesWriter]
+DIALECTS = MappingProxyType({
+    "chat": Dialect("/v1/chat/completions", chat_events, chat_stream_of, ChatWriter,
+                    openai_failure, openai_error),
+    "messages": Dialect("/v1/messages", messages_events, messages_stream_of, MessagesWriter,
+                        anthropic_failure, anthropic_error),
+})
+
+
+class Translator:
+    """Carries one call of a client's API over its provider's."""
+    client_api = api = ""
+    terms: Terms
+
+    def __init__(self, fields: Mapping[str, object]) -> None:
+        self._client, self._provider = DIALECTS[self.client_api], DIALECTS[self.api]
+        self._writer = self._client.writer(fields, int(time.time()))
+        self.asked_model: Optional[str] = None       # what the client called the model
+        self.keep: Callable[[str, str, list], object] = lambda call_id, digest, thoughts: None
+        self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
+        self.first_call_id = ""                      # in the answer
+
+    def answer(self, body: Mapping[str, object]) -> dict:
+        """Return a whole answer. Raises UpstreamBroke."""
+        stream = self._provider.stream_of(body)
+        whole = folded(self._freed(self._provider.read_answer(stream, self.terms)))
+        texts = [part for part in whole.parts if part.kind == "text"]
+        fenced = re.fullmatch(FENCED, "".join(part.text for part in texts)) \
+            if self.terms.unfences else None
+        for number, part in enumerate(texts if fenced else ()):
+            part.text = "" if number else fenced[1]
+        return self._writer.whole(whole)
+
+    def events(self, stream: Iterable[Mapping[str, object]]) -> Iterator[dict]:
+        """Yield the events of a streamed answer. Raises UpstreamBroke."""
+        return self._writer.events(self._freed(self._provider.read_answer(stream, self.terms)))
+
+    def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
+        """Return an error, with its status."""
+        return self._client.write_error(self._provider.read_error(status, body), request_id)
+
+    def _freed(self, events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
+        """Yield an answer's events as if the request had gone as its client wrote it."""
+        opened, wrapped = 0, set()                   # the parts whose text is inside an object
+        for event in events:
+            kind = type(event)
+            if kind is More:
+                if wrapped and event.part in wrapped:
+                    continue
+            elif kind is Opened:
+                event.part.index, opened = opened, opened + 1
+                if event.part.kind == "call" and self._free_call(event.part):
+                    wrapped.add(event.part)
+            elif kind is Closed:
+                yield from self._over(event.part, event.part in wrapped)
+            elif kind is Began:
+                event = event._replace(model=self.asked_model or event.model)
+            elif kind is Ended:
+                event = self._end(event)
+            yield event
+
+    def _free_call(self, call: Part) -> bool:
+        """Give a call its client's name, or make it the answer; whether its text is wrapped."""
+        if self.terms.answers_by_tool:
+            call.kind = "text"
+            return False
+        call.name, call.namespace, is_wrapped = self.terms.names.own(call.name)
+        call.id = call.id or f"toolu_{secrets.token_hex(12)}"
+        self.first_call_id = self.first_call_id or call.id
+        is_wrapped = is_wrapped and not call.is_text
+        call.is_text |= is_wrapped
+        return is_wrapped
+
+    def _over(self, part: Part, is_wrapped: bool) -> Iterator[AnswerEvent]:
+        """Unwrap a text at its end; and note a thought that begins the answer."""
+        if is_wrapped:
+            given = arguments_to_input(part.text)
+            part.text = str(given.get("input", given.get("__raw", "")))
+            yield from [More(part, part.text)] if part.text else []
+        if part.kind == "thought" and part.origin == "messages":
+            if part.index == len(self.thoughts):
+                self.thoughts.append(part.native)
+            else:                                    # what comes between would be lost
+                self.thoughts.clear()
+
+    def _end(self, event: Ended) -> Ended:
+        """Have the thoughts kept before the client sees that its tools are called."""
+        if event.reason != "calls":
+            return event
+        if self.terms.answers_by_tool:
+            return event._replace(reason="end")
+        if self.thoughts:
+            self.keep(self.first_call_id, self.terms.digest, self.thoughts)
+        return event
+
+
+# OpenAI clients on Claude: chat completions carried over Anthropic's Messages.
+
+
+class Claude(NamedTuple):
+    """What a family of Claude models takes."""
+    sampling: bool = False           # temperature and the like
+    prefill: bool = False            # a last message of the assistant
+    manual_thinking: bool = False    # a budget of tokens; else adaptive
+    may_not_think: bool = True       # thinking can be disabled
+    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
+    later_system: bool = True        # system messages after the first user's
+    forced_tools: bool = False       # tool_choice any or tool
+    schemas: bool = True             # structured output
+
+
+# First match wins; newer ones are taken to be like the newest.
+CLAUDE_FAMILIES = (
+    (r"claude-(3|2|instant)|claude-(opus|sonnet)-4(-0|-1|-\d{8}|$)", Claude(
+        True, True, True, efforts=(), later_system=False, forced_tools=True, schemas=False)),
+    (r"claude-opus-4-5", Claude(True, True, True, efforts=("low", "medium", "high"),
+                                later_system=False, forced_tools=True)),
+    (r"claude-(sonnet|haiku)-4-5", Claude(True, True, True, efforts=(), later_system=False,
+                                          forced_tools=True)),
+    (r"claude-(opus|sonnet)-4-6", Claude(True, efforts=("low", "medium", "high", "max"),
+                                         later_system=False, forced_tools=True)),
+    (r"claude-opus-4-7", Claude(later_system=False, forced_tools=True)),
+    (r"claude-opus-4-8|claude-(opus|sonnet)-5(-\d{8}|$)|claude-haiku-5-5",
+     Claude(forced_tools=True)),
+    (r"claude-(fable|mythos)-5(-\d{8}|$)", Claude(may_not_think=False, forced_tools=True)),
+    (r"claude-(fable|mythos)", Claude(may_not_think=False)),
+    (r"", Claude()),
+)
+CHAT_TO_MESSAGES_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature",
+        "top_p", "top_k", "stop", "tools", "functions", "tool_choice", "function_call",
+        "parallel_tool_calls", "response_format", "reasoning_effort", "user",
+        "safety_identifier", "metadata", "service_tier"), ("own",)),
+    **dict.fromkeys((
+        "stream_options", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options"), ("silent",)),
+    **dict.fromkeys((
+        "thinking", "output_config", "cache_control", "speed", "inference_geo",
+        "context_management", "mcp_servers", "container"), ("pass",)),
+    "n": ("refuse", 1), "audio": ("refuse",), "modalities": ("refuse", ["text"], []),
+    "store": ("drop", False), "seed": ("drop",), "frequency_penalty": ("drop", 0),
+    "presence_penalty": ("drop", 0), "logit_bias": ("drop", {}), "logprobs": ("drop", False),
+    "top_logprobs": ("drop", 0), "verbosity": ("drop",), "moderation": ("drop",),
+    "web_search_options": ("drop",),
+})
+SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
+    "auto": ("auto", False), "default": ("standard_only", False),
+    "flex": ("standard_only", True), "priority": ("auto", True), "fast": ("auto", True),
+    "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
+THINKING_BUDGETS = MappingProxyType({
+    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
+# Models that can be told to leave out thinking whose beginning has changed, where they would answer
+# 400. Source: Anthropic's "Preserved thinking", November 2026.
+BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
+BINDING_BETA, FILES_BETA = "thinking-binding-controls-2026-08-01", "files-api-2025-04-14"
+MAX_CACHE_MARKS = 4
+ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
+UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
+THINKING_KEPT_BYTES, THINKING_KEPT_S = 64 * 1024 * 1024, 3600
+
+
+def claude_of(model: str) -> Claude:
+    """The family that a model belongs to."""
+    name = model.rpartition("/")[2]
+    return next(family for pattern, family in CLAUDE_FAMILIES if re.match(pattern, name))
+
+
+def _thoughts_of(details: object) -> list[dict]:
+    """Thinking blocks of Claude in OpenRouter's form, which may hold other models' as well."""
+    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
+            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
+            for row in _parts_of(details) if row.get("signature") or row.get("data")
+            if str(row.get("format", "anthropic")).startswith("anthropic")]
+
+
+class ChatOnClaude(Translator):
+    """A chat completions request carried over Messages. Raises BadRequest."""
+    client_api, api, path = "chat", "messages", "/v1/messages"
+    betas: tuple[str, ...] = ()                    # for the header anthropic-beta
+
+    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
+                 is_openai: bool = False, echoes_reasoning: bool = False,
+                 recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []) -> None:
+        self._losses, self._claude = losses, claude_of(str(fields.get("model")))
+        self._recall = recall                      # thinking, by the call after and all before it
+        self._names = ToolNames(128)
+        self.terms = Terms(self._names)
+        self._enforced = Counter()                 # of MOST_ENFORCED
+        self._is_legacy = bool(fields.get("functions"))
+        self._system: list[dict] = []
+        self._uses: Counter = Counter()            # of each of the client's ids
+        self._unanswered: dict[str, list[str]] = {}        # the client's id -> ids at Claude
+        self._answered: dict[str, str] = {}
+        super().__init__(fields)
+        self.request = self._request(fields, most_output_tokens)
+
+    # The request.
+
+    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
+        losses = self._losses
+        passed = apply_rules(fields, CHAT_TO_MESSAGES_RULES, losses)
+        policies = json_object(json_object(fields.get("moderation")).get("policy")).values()
+        if any(json_object(policy).get("mode") == "block" for policy in policies):
+            raise BadRequest("moderation that blocks cannot be carried over to this model's "
+                             "provider", param="moderation")
+        asked = next((cap for cap in (optional_count(fields, name, least=1) for name in
+                                      ("max_completion_tokens", "max_tokens")) if cap), None)
+        if asked is not None and asked > most_output_tokens:
+            losses.adjust("max_tokens", most_output_tokens)
+        default = most_output_tokens if optional_flag(fields, "stream") \
+            else min(most_output_tokens, UNSTREAMED_OUTPUT_TOKENS)
+        request: dict = {"model": fields["model"],
+                         "max_tokens": min(asked or default, most_output_tokens)}
+        tools = self._tools(fields)
+        if "thinking" in passed:
+            request["thinking"] = passed.pop("thinking")
+        self._set_thinking(fields.get("reasoning_effort"), request)
+        messages = request["messages"] = self._messages(fields.get("messages"),
+                                                        self._thinks(request))
+        self._carry_thinking(fields, request, tools)
+        names = {block["name"] for turn in messages for block in turn["content"]
+                 if block["type"] == "tool_use"}
+        if tools:
+            request["tools"] = tools
+            self._set_tool_choice(fields, request)
+        elif names:
+            request["tools"] = [{"name": name, "input_schema": {"type": "object"}}
+                                for name in sorted(names)]
+            request["tool_choice"] = {"type": "none"}
+        self._set_format(fields.get("response_format"), request)
+        self._set_sampling(fields, request)
+        if "output_config" in passed:              # the client's own, and what was derived
+            passed["output_config"] = {**request.get("output_config", {}),
+                                       **json_object(passed["output_config"])}
+        request.update(self._optional(fields), **passed)
+        self._limit_cache_marks(request)
+        return request
+
+    def _optional(self, fields: Mapping[str, object]) -> dict:
+        """The fields that go on under another name or in another form, where there are any."""
+        losses = self._losses
+        stops = [text for text in _string_list(fields.get("stop")) if text.strip()]
+        if len(stops) < len(_string_list(fields.get("stop"))):
+            losses.drop("stop")
+        user = fields.get("safety_identifier") or fields.get("user") \
+            or json_object(fields.get("metadata")).get("user_id")
+        if set(json_object(fields.get("metadata"))) - {"user_id"}:
+            losses.drop("metadata")
+        tier, changed = SERVICE_TIERS_TO_CLAUDE.get(str(fields.get("service_tier")), (None, True))
+        if fields.get("service_tier") is not None and changed:
+            losses.adjust("service_tier", tier or "auto")
+        optional = {
+            "system": self._system, "stop_sequences": stops, "service_tier": tier,
+            "stream": optional_flag(fields, "stream"),
+            "metadata": isinstance(user, str) and {
+                "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
+                else user}}
+        return {name: value for name, value in optional.items() if value}
+
+    @staticmethod
+    def _thinks(request: Mapping[str, object]) -> bool:
+        return json_object(request.get("thinking")).get("type") in ("enabled", "adaptive")
+
+    def _set_sampling(self, fields: Mapping[str, object], request: dict) -> None:
+        thinks = self._thinks(request)
+        for name in ("temperature", "top_p", "top_k"):
+            value = fields.get(name)
+            if value is None or (value == 1 and name != "top_k"
+                                 and (thinks or not self._claude.sampling)):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise BadRequest(f"{name} must be a number", param=name)
+            if not self._claude.sampling or thinks or (name == "top_p"
+                                                       and "temperature" in request):
+                self._losses.drop(name)
+            else:
+                if name == "temperature" and value > 1:
+                    self._losses.adjust(name, 1)
+                    value = 1
+                request[name] = value
+
+    def _set_thinking(self, effort: object, request: dict) -> None:
+        claude = self._claude
+        if effort is None:
+            return
+        if "thinking" in request:                  # the client's own counts
+            self._losses.drop("reasoning_effort")
+            return
+        if effort not in EFFORTS:
+            raise BadRequest(f"reasoning_effort is not one of {', '.join(EFFORTS)}",
+                             param="reasoning_effort")
+        if effort == "none":
+            if not claude.may_not_think:
+                self._losses.adjust("reasoning_effort", "low")
+                request.setdefault("output_config", {})["effort"] = "low"
+            elif not claude.manual_thinking:
+                request["thinking"] = {"type": "disabled"}
+        elif claude.manual_thinking:
+            if request["max_tokens"] <= THINKING_BUDGETS["minimal"]:
+                self._losses.drop("reasoning_effort")
+                return
+            request["thinking"] = {"type": "enabled", "budget_tokens": min(
+                THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
+        else:
+            lowered = lowered_effort(effort, claude.efforts)
+            if effort not in ("minimal", lowered):
+                self._losses.adjust("reasoning_effort", lowered)
+            request["thinking"] = {"type": "adaptive"}
+            request.setdefault("output_config", {})["effort"] = lowered
+
+    def _carry_thinking(self, fields: Mapping[str, object], request: dict, tools: object) -> None:
+        """Have the history's thinking as Claude takes it."""
+        if self._thinks(request) or not self._claude.may_not_think:
+            self._recall_thinking(request["messages"], [self._system, tools, *map(fields.get, (
+                "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
+        self._check_thinking(request)
+        if fields.get("thinking") is None and self._thinks(request):
+            self._loosen_binding(request)
+
+    def _recall_thinking(self, messages: list[dict], before: object) -> None:
+        """Give turns their thinking back that the client left out. Claude takes it only where
+        nothing before it has changed since, so it is looked up by a digest of that."""
+        digest = hashlib.sha256(json_bytes(before))
+        for turn in messages:
+            calls = [block for block in turn["content"] if block["type"] == "tool_use"]
+            if calls and "thinking" not in turn["content"][0]["type"]:
+                turn["content"][:0] = self._recall(calls[0]["id"], digest.hexdigest())
+            digest.update(json_bytes([turn["role"], *(
+                {name: value for name, value in block.items() if name != "cache_control"}
+                for block in turn["content"])]))
+        self.terms.digest = digest.hexdigest()
+
+    def _loosen_binding(self, request: dict) -> None:
+        """Have thinking that is bound to another conversation left out: clients of this API that
+        bring it back may change what was before it (a date, a shorter history), unaware."""
+        if re.match(BINDING_MODELS, request["model"]) and any(
+                "thinking" in block["type"] for turn in request["messages"]
+                for block in turn["content"]):
+            request["thinking"]["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+            self.betas = (*self.betas, BINDING_BETA)
+
+    def _check_thinking(self, request: dict) -> None:
+        """A budgeted thought goes on after a tool's result only where its beginning came along."""
+        last = next((turn["content"] for turn in reversed(request["messages"])
+                     if turn["role"] == "assistant"), [])
+        if json_object(request.get("thinking")).get("type") == "enabled" \
+                and any(block["type"] == "tool_use" for block in last) \
+                and last[0]["type"] not in ("thinking", "redacted_thinking"):
+            self._losses.drop("thinking")
+            del request["thinking"]
+
+    def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
+        """Whether the model can be held to a schema; what it adds to the request is counted."""
+        if not self._claude.schemas or not isinstance(schema, dict) or _is_unenforceable(schema) \
+                or _is_recursive(schema, schema, set(), ()):
+            return False
+        size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
+        if any(size[what] > most for what, most in MOST_ENFORCED.items()):
+            return False
+        self._enforced = size
+        return True
+
+    def _set_format(self, wanted: object, request: dict) -> None:
+        kind = json_object(wanted).get("type", "text")
+        if wanted is None or kind == "text":
+            return
+        holder = json_object(json_object(wanted).get("json_schema"))
+        schema = _with_root(holder.get("schema"))
+        if isinstance(schema, dict) and holder.get("description"):
+            schema = {"description": holder["description"], **schema}
+        if kind not in ("json_schema", "json_object"):
+            raise BadRequest("response_format has a type that is not known",
+                             param="response_format")
+        if kind == "json_schema" and self._can_enforce(schema):
+            request.setdefault("output_config", {})["format"] = {
+                "type": "json_schema", "schema": claude_schema(schema)}
+            return
+        if json_object(schema).get("type") == "object" and self._claude.forced_tools \
+                and "thinking" not in request and "tools" not in request:
+            self._losses.adjust("response_format", "tool")
+            self.terms.answers_by_tool = True
+            request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
+                                 "description": str(schema.get("description", "The answer."))}]
+            request["tool_choice"] = {"type": "tool", "name": ANSWER_TOOL,
+                                      "disable_parallel_tool_use": True}
+            return
+        self._losses.adjust("response_format", "instructed")
+        self.terms.unfences = True
+        text = "Respond with one JSON object and nothing else."
+        if schema is not None:
+            text += f" It must match this JSON schema:\n{json.dumps(schema)}"
+        self._system.append({"type": "text", "text": text})
+
+    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
+        rows = fields.get("tools") or [{"type": "function", "function": function}
+                                       for function in fields.get("functions") or ()]
+        if not isinstance(rows, list):
+            raise BadRequest("tools must be a list", param="tools")
+        tools = [self._tool(json_object(row)) for row in rows]
+        choice = json_object(fields.get("tool_choice"))
+        if choice.get("type") != "allowed_tools":
+            return tools
+        allowed = {json_object(row.get(str(row.get("type")))).get("name")
+                   for row in _parts_of(json_object(choice.get("allowed_tools")).get("tools"))}
+        return [tool for tool in tools if self._names.own(tool["name"]).name in allowed]
+
+    def _tool(self, row: Mapping[str, object]) -> dict:
+        kind = row.get("type", "function")
+        if "input_schema" in row or (isinstance(kind, str) and re.search(r"_\d{8}$", kind)):
+            return dict(row)                       # one of Anthropic's own
+        inner = json_object(row.get(str(kind)))
+        name = inner.get("name")
+        if kind not in ("function", "custom") or not isinstance(name, str) or not name:
+            raise BadRequest("a tool must be a function or a custom tool with a name",
+                             param="tools")
+        schema = inner.get("parameters") or {"type": "object", "properties": {}}
+        description = inner.get("description")
+        if kind == "custom":
+            schema = {"type": "object", "properties": {"input": {"type": "string"}},
+                      "required": ["input"], "additionalProperties": False}
+            if json_object(inner.get("format")).get("type") == "grammar":
+                self._losses.adjust("tools.custom.format", "described")
+                description = f"{description or ''}\n{json.dumps(inner['format'])}".strip()
+        whole = object_schema(json_object(schema))
+        if whole.keys() - {"type"} != schema.keys() - {"type"}:
+            self._losses.adjust("tools.function.parameters", "merged")
+        schema = whole
+        tool = {"name": self._names.fitting(name, is_text=kind == "custom"), "input_schema": schema}
+        tool.update({"description": description} if description else {})
+        for holder in (row, inner):
+            tool.update({key: holder[key] for key in (
+                "cache_control", "defer_loading", "input_examples", "eager_input_streaming")
+                if key in holder})
+        if inner.get("strict") and kind == "function":
+            if self._can_enforce(schema, strict_tools=1):
+                tool.update(strict=True, input_schema=claude_schema(schema))
+            else:
+                self._losses.drop("tools.function.strict")
+        return tool
+
+    def _set_tool_choice(self, fields: Mapping[str, object], request: dict) -> None:
+        wanted = fields.get("tool_choice", fields.get("function_call"))
+        choice: dict = {}
+        if json_object(wanted).get("type") == "allowed_tools":
+            wanted = json_object(wanted["allowed_tools"]).get("mode", "auto")
+        if isinstance(wanted, str):
+            names = {"auto": "auto", "none": "none", "required": "any"}
+            if wanted not in names:
+                raise BadRequest("tool_choice is not one of auto, none, required",
+                                 param="tool_choice")
+            choice = {"type": names[wanted]}
+        elif isinstance(wanted, dict):
+            inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
+            choice = {"type": "tool", "name": self._names.fitting(str(inner.get("name")))}
+        one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
+        if one_at_a_time and choice.get("type") != "none":
+            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
+        thinks_by_budget = json_object(request.get("thinking")).get("type") == "enabled"
+        if choice.get("type") in ("any", "tool") \
+                and (thinks_by_budget or not self._claude.forced_tools):
+            which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
+            self._losses.adjust("tool_choice", "auto")
+            self._system.append({"type": "text", "text": f"Call {which} now."})
+            choice["type"] = "auto"
+        if choice:
+            request["tool_choice"] = choice
+
+    # Its messages.
+
+    def _messages(self, messages: object, thinks: bool) -> list[dict]:
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages must be a list of at least one message", param="messages")
+        turns: list[dict] = []
+        leading: list[dict] = []
+        later: list[dict] = []         # system messages after the first user's: behind that turn
+        for message in map(json_object, messages):
+            if message.get("role") == "assistant" and turns and turns[-1]["role"] != "assistant":
+                self._unanswered.clear()           # results come before the next answer only
+            role, blocks = self._turn(message)
+            if not blocks:
+                continue
+            if role == "assistant":
+                self._add_later_system(turns, later)
+                later = []
+            if role == "system" and not turns:
+                leading += blocks
+            elif role == "system" and self._claude.later_system:
+                later += blocks
+            elif role == "system":
+                self._say_as_user(turns, blocks)
+            elif turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+        self._add_later_system(turns, later)
+        if not turns and leading:                  # there must be one message
+            turns.append({"role": "user", "content": [leading.pop()]})
+        if not turns:
+            raise BadRequest("messages have no content", param="messages")
+        self._system = leading + self._system
+        if turns[0]["role"] == "assistant":
+            self._losses.adjust("messages", "user-first")
+            turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+        self._pair_tools(turns)
+        self._end_with_user(turns, thinks)
+        return turns
+
+    def _turn(self, message: Mapping[str, object]) -> tuple[str, list[dict]]:
+        role = message.get("role")
+        if role in ("system", "developer"):
+            return "system", self._blocks(_content_of(message))
+        if role == "assistant":
+            return "assistant", self._assistant_blocks(message)
+        if role in ("tool", "function"):
+            call_id = message.get("tool_call_id", message.get("name"))
+            content = self._blocks(_content_of(message))
+            result = {"type": "tool_result", "tool_use_id": self._result_id(str(call_id or ""))}
+            if content:
+                plain = len(content) == 1 and set(content[0]) == {"type", "text"}
+                result["content"] = content[0]["text"] if plain else content
+            return "user", [self._marked(result, message)]
+        if role == "user":
+            return "user", self._blocks(_content_of(message))
+        raise BadRequest("a message has a role that is not known", param="messages")
+
+    def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
+        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
+        if blocks and turns[-1]["role"] == "user":
+            turns.append({"role": "system", "content": blocks})
+        elif blocks:
+            self._say_as_user(turns, blocks)
+
+    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
+        self._losses.adjust("messages.system", "user")
+        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
+                  if "text" in block else block for block in blocks]
+        if turns[-1]["role"] == "user":
+            turns[-1]["content"] += marked
+        else:
+            turns.append({"role": "user", "content": marked})
+
+    def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
+        calls = message.get("tool_calls") or []
+        own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
+        if own and _text_of(own) == _text_of(message.get("content")) \
+                and [block.get("id") for block in own if block.get("type") == "tool_use"] \
+                == [call.get("id") for call in _parts_of(calls)]:
+            return own
+        blocks = [{name: value for name, value in block.items() if name != "index"}
+                  for block in _parts_of(message.get("thinking_blocks"))
+                  or _thoughts_of(message.get("reasoning_details"))
+                  if block.get("type") == "redacted_thinking"
+                  or (block.get("type") == "thinking" and block.get("signature")
+                      and not str(block["signature"]).startswith(OWN_SIGNATURE))]
+        blocks += self._blocks(_content_of(message))
+        if isinstance(message.get("refusal"), str) and message["refusal"].strip():
+            blocks.append({"type": "text", "text": message["refusal"]})
+        if message.get("function_call"):
+            function = json_object(message["function_call"])
+            calls = [{"id": function.get("name"), "type": "function", "function": function}]
+        for call in map(json_object, calls if isinstance(calls, list) else ()):
+            inner = json_object(call.get(str(call.get("type", "function"))))
+            blocks.append({
+                "type": "tool_use", "id": self._call_id(str(call.get("id") or "")),
+                "name": self._names.fitting(str(inner.get("name"))),
+                "input": {"input": inner.get("input")} if call.get("type") == "custom"
+                else arguments_to_input(inner.get("arguments"), _parse_strictly)})
+        return blocks
+
+    def _call_id(self, told: str) -> str:
+        """A tool call's id at Claude, which takes each but once; results find it in order."""
+        again = self._uses[told]
+        self._uses[told] += 1
+        is_fine = not again and re.fullmatch(r"[A-Za-z0-9_-]+", told)
+        call_id = told if is_fine else \
+            f"toolu_{_hashed(f'{told}#{again}' if again else told, 24)}"
+        self._unanswered.setdefault(told, []).append(call_id)
+        self._answered.pop(told, None)
+        return call_id
+
+    def _result_id(self, told: str) -> str:
+        """The oldest call of that id without a result; else the one that had the last."""
+        waiting = self._unanswered.get(told)
+        if waiting:
+            self._answered[told] = waiting.pop(0)
+        return self._answered.get(told, told)
+
+    def _marked(self, block: dict, holder: Mapping[str, object]) -> dict:
+        """A block with the cache mark of what it came from, if there was one."""
+        mark = holder.get("cache_control")
+        if mark is None and holder.get("prompt_cache_breakpoint") is not None:
+            long = json_object(holder["prompt_cache_breakpoint"]).get("ttl") == "12h"
+            mark = {"type": "ephemeral", **({"ttl": "1h"} if long else {})}
+        if mark is not None:
+            block["cache_control"] = mark
+        return block
+
+    @staticmethod
+    def _limit_cache_marks(request: Mapping[str, object]) -> None:
+        """Leave the last marks that Anthropic takes, in the order in which it reads a request."""
+        blocks = [*request.get("tools", ()), *request.get("system", ())]
+        for turn in request["messages"]:
+            for block in turn["content"]:
+                blocks += [*_parts_of(block.get("content")), block]
+        marked = [block for block in blocks if block.get("cache_control") is not None]
+        most = MAX_CACHE_MARKS - ("cache_control" in request)
+        for block in marked[:-most]:
+            del block["cache_control"]
+
+    def _blocks(self, content: object) -> list[dict]:
+        blocks = (self._block(part) for part in _parts_of(content))
+        return [block for block in blocks if block is not None]
+
+    def _block(self, part: Mapping[str, object]) -> Optional[dict]:
+        kind = part.get("type")
+        if kind in ("text", "refusal"):
+            text = part.get("text", part.get("refusal"))
+            if not isinstance(text, str) or not text.strip():
+                return None                        # Anthropic refuses empty text
+            return self._marked({"type": "text", "text": text}, part)
+        if kind == "image_url":
+            image = part.get("image_url")
+            url = image if isinstance(image, str) else json_object(image).get("url")
+            return self._marked({"type": "image", "source": self._image_source(url)}, part)
+        if kind == "file":
+            return self._marked(self._document(json_object(part.get("file"))), part)
+        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
+                         "to Claude", param="messages")
+
+    @staticmethod
+    def _image_source(url: object) -> dict:
+        text = url if isinstance(url, str) else ""
+        data = re.match(DATA_URL, text)
+        if data is not None:
+            encoded = text[data.end():]
+            media = next((kind for magic, kind in IMAGE_MAGIC if encoded.startswith(magic)),
+                         data[1].lower())
+            if media in IMAGE_MEDIA:
+                return {"type": "base64", "media_type": media, "data": encoded}
+        elif text.startswith("https://"):
+            return {"type": "url", "url": text}
+        raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
+                         "WebP", param="messages")
+
+    def _document(self, file: Mapping[str, object]) -> dict:
+        data, file_id = file.get("file_data"), file.get("file_id")
+        if isinstance(data, str) and (re.match(DATA_URL, data) or not data.startswith("data:")):
+            header = re.match(DATA_URL, data)
+            media = header[1].lower() if header else "application/pdf"
+            encoded = data[header.end():] if header else data
+            title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
+            if media == "application/pdf":
+                return {"type": "document", **title, "source": {
+                    "type": "base64", "media_type": media, "data": encoded}}
+            if media.startswith("text/"):
+                try:
+                    text = base64.b64decode(encoded).decode("utf-8")
+                except ValueError:
+                    raise BadRequest("a text file is not base64 of UTF-8", param="messages") \
+                        from None
+                return {"type": "document", **title, "source": {
+                    "type": "text", "media_type": "text/plain", "data": text}}
+        elif isinstance(file_id, str) and file_id.startswith("file_"):
+            self.betas = (FILES_BETA,)
+            return {"type": "document", "source": {"type": "file", "file_id": file_id}}
+        raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
+
+    def _pair_tools(self, turns: list[dict]) -> None:
+        """Every call has one result, first in the next turn, in the order of the calls."""
+        for number, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            ids = list(dict.fromkeys(
+                block["id"] for block in turn["content"] if block["type"] == "tool_use"))
+            if not ids:
+                continue
+            known = frozenset(ids)
+            if number + 1 == len(turns) or turns[number + 1]["role"] != "user":
+                turns.insert(number + 1, {"role": "user", "content": []})
+            after = turns[number + 1]
+            results = {block["tool_use_id"]: block for block in after["content"]
+                       if block["type"] == "tool_result"}
+            missing = [call_id for call_id in ids if call_id not in results]
+            if missing or len(results) < sum(b["type"] == "tool_result" for b in after["content"]):
+                self._losses.adjust("messages.tool", "paired")
+            rest = [block for block in after["content"] if block["type"] != "tool_result"
+                    or block["tool_use_id"] not in known]
+            after["content"] = [results.get(call_id) or {
+                "type": "tool_result", "tool_use_id": call_id, "is_error": True,
+                "content": "[no result provided]"} for call_id in ids] + rest
+        self._orphans_as_text(turns)
+
+    def _orphans_as_text(self, turns: list[dict]) -> None:
+        """A result without its call becomes text."""
+        known: set[str] = set()
+        for turn in turns:
+            for at, block in enumerate([*turn["content"]]):
+                if block["type"] == "tool_result" and block["tool_use_id"] not in known:
+                    self._losses.adjust("messages.tool", "text")
+                    text = f"[result of tool call {block['tool_use_id']}]\n" \
+                        + _text_of(block.get("content"))
+                    turn["content"][at] = {"type": "text", "text": text}
+                    turn["content"] += [piece for piece in _parts_of(block.get("content"))
+                                        if piece["type"] != "text"]
+            known = {block["id"] for block in turn["content"] if block["type"] == "tool_use"} \
+                if turn["role"] == "assistant" else known if turn["role"] == "system" else set()
+
+    def _end_with_user(self, turns: list[dict], thinks: bool) -> None:
+        last = turns[-1]
+        if last["role"] != "assistant":
+            return
+        if self._claude.prefill and not thinks:
+            if last["content"][-1]["type"] == "text":
+                last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+            return
+        self._losses.adjust("messages.prefill", "continued")
+        turns.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
+
+
+class ThinkingMemory:
+    """The thinking behind tool calls, for the many clients that do not send it back: Claude wants
+    it again, as it was signed. In memory only.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()              # guards the next two
+        self._kept: dict[tuple, tuple[float, int, list[dict]]] = {}        # the oldest first
+        self._bytes = 0
+
+    def keep(self, key: tuple, thoughts: list[dict]) -> None:
+        """Remember them for THINKING_KEPT_S; the oldest go first where there is no room."""
+        now_s, size = self._clock(), len(json_bytes(thoughts))
+        with self._lock:
+            self._bytes += size - self._kept.pop(key, (0, 0))[1]
+            self._kept[key] = (now_s, size, thoughts)
+            while self._kept:
+                oldest, (since_s, size, _) = next(iter(self._kept.items()))
+                if self._bytes <= THINKING_KEPT_BYTES and now_s - since_s <= THINKING_KEPT_S:
+                    break
+                del self._kept[oldest]
+                self._bytes -= size
+
+    def recall(self, key: tuple) -> list[dict]:
+        """What was kept under a key; nothing where that is too long ago."""
+        with self._lock:
+            since_s, _, thoughts = self._kept.get(key, (0, 0, []))
+        return thoughts if self._clock() - since_s <= THINKING_KEPT_S else []
+
+
+# Anthropic clients on OpenAI's format: Messages carried over chat completions.
+
+MESSAGES_TO_CHAT_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "max_tokens", "system", "messages", "tools", "tool_choice", "stop_sequences",
+        "temperature", "top_p", "stream", "thinking", "output_config", "output_format",
+        "metadata", "service_tier", "context_management"), ("own",)),
+    "cache_control": ("silent",), "top_k": ("drop",), "speed": ("drop", "standard"),
+    "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
+    "compaction": ("refuse",), "thread": ("refuse", NEW_THREAD),
+})                                                 # everything else is dropped, and told
+
+
+class Gpt(NamedTuple):
+    """What a family of OpenAI's models takes, in chat completions and, where said, in Responses."""
+    efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
+    effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
+    responses_adds: tuple[str, ...] = ()       # efforts that only Responses takes
+
+    @property
+    def responses_efforts(self) -> tuple[str, ...]:
+        """The efforts of reasoning that the Responses API takes, rising."""
+        return (*self.efforts, *self.responses_adds)
+
+
+# First match wins; newer ones are taken to be like the newest. From their 400s, as reported:
+# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 with "none" only (livekit/agents 7169,
+# 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
+# gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
+# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
+GPT_FAMILIES = (
+    (r"gpt-5-chat", Gpt()),
+    (r"o\d", Gpt(("low", "medium", "high"))),
+    (r"gpt-5\.\d+-chat", Gpt(("medium",))),
+    (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
+    (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
+    (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
+    (r"gpt-5\.([6-9]|\d\d)(-|$)",
+     Gpt(("none", "low", "medium", "high", "xhigh"), "none", ("max",))),
+    (r"gpt-([6-9]|\d\d)", Gpt(("low", "medium", "high", "xhigh"), "none", ("max",))),
+    (r"gpt-5|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
+    (r"", Gpt()),
+)
+THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
+
+
+_EDITOR_FIELDS = {
+    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"),
+                    {"type": "string"}),
+    "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
+                                           "undo_edit"]},
+    "insert_line": {"type": "integer"},
+    "view_range": {"type": "array", "items": {"type": "integer"}},
+}
+# Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
+# function: description, schema). Source: their tool documentation and SDK's types.
+CLIENT_TOOLS = (
+    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
+        "type": "object", "properties": {"command": {"type": "string"},
+                                         "restart": {"type": "boolean"}}}),
+    ("text_editor_", "View, create and edit text files.", {
+        "type": "object", "properties": _EDITOR_FIELDS, "required": ["command", "path"]}),
+    ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
+     "rename.", {"type": "object", "properties": {
+         **_EDITOR_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"},
+         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
+                                                "delete", "rename"]}}, "required": ["command"]}),
+)
+DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here all tools are sent
+CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
+MAX_STOPS = 4
+MAX_CHAT_ID = 40                                   # characters of a tool call's id
+
+
+def gpt_of(model: str) -> Gpt:
+    """The family that a model belongs to."""
+    return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
+
+
+class MessagesOnChat(Translator):
+    """A Messages request carried over chat completions. Raises BadRequest."""
+    client_api, api, path = "messages", "chat", "/v1/chat/completions"
+    betas = ()
+
+    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
+                 is_openai: bool = True, echoes_reasoning: bool = False,
+                 recall: object = None) -> None:       # which only Claude's thinking needs
+        self._losses, self.is_openai = losses, is_openai
+        self._echoes_reasoning = echoes_reasoning
+        self._names = ToolNames(64)
+        self.terms = Terms(self._names)
+        self.terms.calls_in_order = is_openai
+        super().__init__(fields)
+        self._added_tools: list[object] = []       # within the conversation (beta)
+        self._removed_tools: set[str] = set()
+        self._called: dict[str, str] = {}          # id of a tool call in the history -> its name
+        self._gpt = gpt_of(str(fields.get("model"))) if is_openai else Gpt()
+        self.request = self._request(fields, most_output_tokens)
+
+    # The request.
+
+    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
+        losses = self._losses
+        apply_rules(fields, MESSAGES_TO_CHAT_RULES, losses)
+        cap = optional_count(fields, "max_tokens", least=1)
+        if cap is None:
+            raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
+        if cap > most_output_tokens:
+            losses.adjust("max_tokens", most_output_tokens)
+        request: dict = {"model": fields["model"],
+                         "messages": [*self._system(fields.get("system")),
+                                      *self._messages(fields.get("messages"))],
+                         "max_completion_tokens" if self.is_openai else "max_tokens":
+                             min(cap, most_output_tokens)}
+        tools = self._tools(fields)
+        if tools:
+            request["tools"] = tools
+            request.update(self._tool_choice(json_object(fields.get("tool_choice")), tools))
+        stops = self.terms.stops = _string_list(fields.get("stop_sequences") or [])
+        most_stops = 0 if self._gpt.efforts else MAX_STOPS
+        if len(stops) > most_stops:
+            losses.drop("stop_sequences")
+        if stops[:most_stops]:
+            request["stop"] = stops[:most_stops]
+        if optional_flag(fields, "stream"):
+            request["stream"] = True
+        self._set_reasoning(fields, request)
+        takes_sampling = not self._gpt.efforts or request.get("reasoning_effort") == "none"
+        for name in ("temperature", "top_p"):
+            if fields.get(name) is not None and takes_sampling:
+                request[name] = fields[name]
+            elif fields.get(name) not in (None, 1):
+                losses.drop(name)
+        self._set_rest(fields, request)
+        return request
+
+    def _set_reasoning(self, fields: Mapping[str, object], request: dict) -> None:
+        """reasoning_effort: what was asked, or the next lower that the model takes beside tools."""
+        if not self._gpt.efforts:
+            return
+        thinking, asked_by = json_object(fields.get("thinking")), "output_config.effort"
+        asked = json_object(fields.get("output_config")).get("effort")
+        for message in map(json_object, fields["messages"]):
+            asked = json_object(message.get("output_config")).get("effort", asked)
+        if asked is None and thinking.get("type") not in (None, "adaptive"):
+            budget, asked_by = optional_count(thinking, "budget_tokens") or 0, "thinking"
+            asked = next((name for most, name in THINKING_EFFORTS if budget < most), "xhigh") \
+                if thinking["type"] == "enabled" else "none"
+        effort = asked
+        if "tools" in request and self._gpt.effort_with_tools != "any":
+            effort = self._gpt.effort_with_tools
+        elif asked in EFFORTS:
+            effort = lowered_effort(asked, self._gpt.efforts)
+        if effort is not None:
+            request["reasoning_effort"] = effort
+        if effort is None and asked not in (None, "none"):
+            self._losses.drop(asked_by)
+        elif effort not in (None, asked):
+            self._losses.adjust(asked_by, effort)
+
+    def _set_rest(self, fields: Mapping[str, object], request: dict) -> None:
+        output = json_object(fields.get("output_config"))
+        if "task_budget" in output:
+            self._losses.drop("output_config.task_budget")
+        wanted = json_object(output.get("format") or fields.get("output_format"))
+        schema = _with_root(wanted.get("schema"))
+        if wanted.get("type") == "json_schema" and self.is_openai \
+                and json_object(schema).get("type") != "object":      # Anthropic takes any root
+            self._losses.adjust("output_config.format", "instructed")
+            request["messages"].insert(0, self._system_message([
+                f"Respond with JSON and nothing else, which matches this JSON schema:\n"
+                f"{json.dumps(schema)}"]))
+        elif wanted.get("type") == "json_schema":
+            request["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": "output", "schema": schema, "strict": _is_strict(schema)}}
+        user = json_object(fields.get("metadata")).get("user_id")
+        if isinstance(user, str) and self.is_openai:
+            request["safety_identifier"] = _hashed(user, 64)
+            session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
+            if session:
+                request["prompt_cache_key"] = session[1]
+        tier = {"auto": "auto", "standard_only": "default"}.get(str(fields.get("service_tier")))
+        if tier and self.is_openai:
+            request["service_tier"] = tier
+        edits = json_object(fields.get("context_management")).get("edits")
+        if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
+            self._losses.drop("context_management")
+
+    def _system(self, system: object) -> list[dict]:
+        texts = [text for text in (str(part.get("text") or "") for part in _parts_of(system))
+                 if text and not text.startswith(CLAUDE_CODE_BILLING)]
+        return [self._system_message(texts)] if texts else []
+
+    def _system_message(self, texts: list[str]) -> dict:
+        role = "developer" if self._gpt.efforts else "system"
+        content = [{"type": "text", "text": text} for text in texts] \
+            if len(texts) > 1 and self.is_openai else "\n\n".join(texts)
+        return {"role": role, "content": content}
+
+    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
+        """The functions; a request that has only tools which Anthropic runs is refused."""
+        rows = [json_object(row) for row in (*(fields.get("tools") or ()), *self._added_tools)]
+        tools = [self._tool(row) for row in rows if row.get("name") != DEFERRED_TOOLS
+                 and row.get("name") not in self._removed_tools]
+        if tools and not any(tools):
+            raise BadRequest("the tools are all of Anthropic's own, which this model's provider "
+                             "does not have", param="tools")
+        return [tool for tool in tools if tool is not None]
+
+    def _tool(self, row: Mapping[str, object]) -> Optional[dict]:
+        kind, description = str(row.get("type") or "custom"), row.get("description")
+        schema = row.get("input_schema")
+        if kind != "custom":
+            known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
+            if known is None:
+                self._losses.drop(f"tools.{kind}")
+                return None
+            self._losses.adjust(f"tools.{kind}", "function")
+            _, description, schema = known
+        function = {"name": self._names.fitting(str(row.get("name"))), "parameters": {
+            "type": "object", "properties": {}, **{
+                name: value for name, value in json_object(schema).items() if name != "$schema"}}}
+        if description:
+            function["description"] = description
+        if row.get("strict") is True and self.is_openai:
+            if _is_strict(function["parameters"]):
+                function["strict"] = True
+            else:
+                self._losses.drop("tools.strict")
+        return {"type": "function", "function": function}
+
+    def _tool_choice(self, choice: Mapping[str, object], tools: list[dict]) -> dict:
+        kind = choice.get("type")
+        known: dict = {"auto": "auto", "any": "required", "none": "none"}
+        chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
+        if kind == "tool":
+            function = {"name": self._names.fitting(str(choice.get("name")))}
+            if any(tool["function"]["name"] == function["name"] for tool in tools):
+                chosen = {"tool_choice": {"type": "function", "function": function}}
+            else:
+                self._losses.adjust("tool_choice", "auto")
+        if choice.get("disable_parallel_tool_use") is True:
+            chosen["parallel_tool_calls"] = False
+        return chosen
+
+    # Its messages.
+
+    def _messages(self, messages: object) -> list[dict]:
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages must be a list of at least one message", param="messages")
+        rows: list[dict] = []
+        for message in map(json_object, messages):
+            row = {**message, "content": _parts_of(_content_of(message))}
+            if rows and row.get("role") == "assistant" == rows[-1].get("role"):
+                rows[-1]["content"] += row["content"]      # Anthropic reads a run as one
+            else:
+                rows.append(row)
+        last_user = max((at for at, row in enumerate(rows) if row.get("role") == "user"),
+                        default=-1)
+        turns: list[dict] = []
+        for at, message in enumerate(rows):
+            role, parts = message.get("role"), message["content"]
+            if role == "assistant":
+                turns += self._assistant(parts)
+            elif role == "user":
+                turns += self._user(parts)
+            elif role == "system":
+                is_over = message.get("clear_at") == "next_user_message" and at < last_user
+                turns += self._later_system([] if is_over else parts, parts)
+            else:
+                raise BadRequest("a message has a role that is not known", param="messages")
+        if turns and turns[-1]["role"] == "assistant":
+            self._losses.adjust("messages.prefill", "kept")
+        turns = self._paired(turns)
+        return turns if self.is_openai else self._alternating(turns)
+
+    def _later_system(self, shown: list[dict], parts: list[dict]) -> list[dict]:
+        """A system message in place. Chat templates of other servers want it first, or not at all;
+        there it is said as the user."""
+        for part in parts:
+            changed = json_object(part.get("tool"))
+            if part.get("type") == "tool_removal":
+                self._removed_tools.add(str(changed.get("name")))
+            elif part.get("type") == "tool_addition":
+                self._removed_tools.discard(str(changed.get("name")))
+                if "definition" in changed:
+                    self._added_tools.append(changed["definition"])
+        texts = [str(part["text"]) for part in shown if part.get("text")]
+        if not texts:
+            return []
+        if self.is_openai:
+            return [self._system_message(texts)]
+        self._losses.adjust("messages.system", "user")
+        return [{"role": "user", "content": "\n\n".join([LATER_SYSTEM + texts[0], *texts[1:]])}]
+
+    def _paired(self, turns: list[dict]) -> list[dict]:
+        """Every call's result stands right behind it; one without its call is the user's text."""
+        results: dict[int, dict[str, dict]] = {}
+        owner = -1
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                owner = number
+            elif turn["role"] == "tool":
+                results.setdefault(owner, {})[turn["tool_call_id"]] = turn
+        paired = []
+        for number, turn in enumerate([{"role": "tool"}, *turns], -1):
+            if turn["role"] != "tool":
+                paired.append(turn)
+            own = results.get(number, {})
+            calls = [call["id"] for call in turn.get("tool_calls") or ()]
+            if own.keys() != set(calls):
+                self._losses.adjust("messages.tool_result", "paired")
+            paired += [own.pop(call_id, None) or {
+                "role": "tool", "tool_call_id": call_id, "content": "[no result provided]"}
+                for call_id in calls]
+            paired += [{"role": "user", "content":
+                        f"[result of tool call {call_id}]\n{orphan['content']}"}
+                       for call_id, orphan in own.items()]
+        return paired
+
+    @staticmethod
+    def _alternating(turns: list[dict]) -> list[dict]:
+        """Runs of the user's turns as one: chat templates of local models want them to alternate.
+        """
+        merged: list[dict] = []
+        for turn in turns:
+            before = merged[-1] if merged else {}
+            if turn["role"] == "user" == before.get("role"):
+                both = (before["content"], turn["content"])
+                content = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
+                    else [part for one in both for part in _parts_of(one)]
+                merged[-1] = {"role": "user", "content": content}
+            else:
+                merged.append(turn)
+        return merged
+
+    @staticmethod
+    def _chat_id(call_id: object) -> str:
+        text = str(call_id)
+        return text if len(text) <= MAX_CHAT_ID else f"call_{_hashed(text, 24)}"
+
+    def _assistant(self, parts: list[dict]) -> list[dict]:
+        def joined(kind: str, name: str) -> str:
+            return "".join(str(part.get(name) or "") for part in parts if part.get("type") == kind)
+
+        calls = [{"id": self._chat_id(part.get("id")), "type": "function", "function": {
+            "name": self._names.fitting(str(part.get("name"))),
+            "arguments": input_to_arguments(part.get("input"))}}
+            for part in parts if part.get("type") == "tool_use"]
+        self._called.update((call["id"], call["function"]["name"]) for call in calls)
+        text = joined("text", "text")
+        if not text and not calls:
+            return []
+        said = {"role": "assistant", "content": text or None}
+        if self._echoes_reasoning:
+            said["reasoning_content"] = joined("thinking", "thinking")
+        return [{**said, **({"tool_calls": calls} if calls else {})}]
+
+    def _user(self, parts: list[dict]) -> list[dict]:
+        """A user's turn: its tool results as messages of their own, first; then the rest."""
+        results, content = [], []
+        for part in parts:
+            if part.get("type") != "tool_result":
+                content += self._part(part)
+                continue
+            call_id = self._chat_id(part.get("tool_use_id"))
+            texts = []
+            for piece in _parts_of(_content_of(part)):
+                known = piece.get("type") in ("text", "image", "document", "search_result")
+                for told in self._part(piece) if known else [{"type": "text",
+                                                              "text": json.dumps(piece)}]:
+                    if told["type"] == "text":
+                        texts.append(told["text"])
+                        continue
+                    kind = "file" if told["type"] == "file" else "image"
+                    texts.append(f"[{kind}]")      # a tool message takes text only
+                    content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
+                                 f"{self._called.get(call_id, call_id)}:"}, told]
+            text = "\n".join(texts)
+            if part.get("is_error") is True and not text.startswith("Error"):
+                text = f"Error: {text}"
+            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        if not content:
+            return results
+        if len(content) == 1 and content[0]["type"] == "text":
+            return [*results, {"role": "user", "content": content[0]["text"]}]
+        return [*results, {"role": "user", "content": content}]
+
+    def _part(self, part: Mapping[str, object]) -> list[dict]:
+        kind, source = part.get("type"), json_object(part.get("source"))
+        if kind == "text":
+            return [{"type": "text", "text": part["text"]}] if part.get("text") else []
+        if kind == "image" and source.get("type") == "base64":
+            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+            return [{"type": "image_url", "image_url": {"url": url}}]
+        if kind == "image" and source.get("type") == "url":
+            return [{"type": "image_url", "image_url": {"url": source.get("url")}}]
+        if kind == "document" and source.get("type") == "base64" and self.is_openai:
+            return [{"type": "file", "file": {
+                "filename": part.get("title") or "document.pdf",
+                "file_data": f"data:{source.get('media_type')};base64,{source.get('data')}"}}]
+        if kind == "document" and source.get("type") == "text":
+            return [{"type": "text", "text": f"<document title={part.get('title') or ''!s}>\n"
+                     f"{source.get('data')}\n</document>"}]
+        if kind == "document" and source.get("type") == "content":
+            return [piece for inner in _parts_of(source.get("content"))
+                    for piece in self._part(inner)]
+        if kind == "search_result":
+            return [{"type": "text", "text": f"{part.get('title')} ({part.get('source')})\n"
+                     + _text_of(part.get("content"), "\n")}]
+        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
+                         "to this model's provider", param="messages")
+
+
+def without_own_thinking(messages: object) -> object:
+    """A conversation without the thinking that an answer of ours brought from another provider:
+    Claude refuses what it has not signed itself."""
+    def is_ours(block: object) -> bool:
+        return str(json_object(block).get("signature")).startswith(OWN_SIGNATURE)
+
+    if not isinstance(messages, list):
+        return messages
+    kept = []
+    for message in messages:
+        content = json_object(message).get("content")
+        if isinstance(content, list) and any(map(is_ours, content)):
+            message = {**message, "content": [one for one in content if not is_ours(one)]}
+            if not message["content"]:
+                continue
+        kept.append(message)
+    return kept
+
+
+# Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
+ESTIMATE_BYTES_PER_TOKEN = Fraction(36, 10)
+ESTIMATED_IMAGE_TOKENS = 1600
+
+
+def estimated_input_tokens(fields: Mapping[str, object]) -> int:
+    """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
+    images = [part for kind, part in _parts([*map(fields.get, ("messages", "system", "input"))])
+              if kind in IMAGE_PART_TYPES]
+    names = ("system", "messages", "tools", "instructions", "input")
+    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names
+                for text in _strings(fields.get(name)))
+    sizes -= sum(map(len, _strings(images)))
+    messages = fields.get("messages", fields.get("input"))
+    count = len(messages) if isinstance(messages, list) else 0
+    return -int(-max(0, sizes) // ESTIMATE_BYTES_PER_TOKEN) + 8 * count \
+        + ESTIMATED_IMAGE_TOKENS * len(images)
+
+
+# The type of an error inside a stream -> the status that it would have had.
+ERROR_STATUSES = MappingProxyType({
+    **{kind: status for status, kind in ANTHROPIC_ERRORS.items()},
+    "server_error": 500, "insufficient_quota": 429, "rate_limit_exceeded": 429, "requests": 429,
+    "tokens": 429})
+# (the client's API, the format of the model's provider) -> what carries the one over the other
+TRANSLATORS = MappingProxyType({("chat", "anthropic"): ChatOnClaude,
+                                ("messages", "openai"): MessagesOnChat})
+
+
+# ==== 14. The echo model ========================================================================
 #
 # `ironcage/echo` answers inside this process, offline, in every API that is metered: the last
 # text of the request comes back. A token is a word with the space before it. Same request, same
@@ -3682,2041 +6246,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
     return {"object": "list", "data": data}
 
 
-# ==== 10. Translation: what both directions share ===============================================
-#
-# A translator is made from one request and carries it, its answer, its stream and its errors from
-# the client's API to the provider's and back. It does no I/O: dicts in, dicts out. Lossless or
-# loud: what could not be carried is named in a header, or refused under --strict before it is sent.
-# Source: the OpenAI and Anthropic API references, and their SDKs' stream accumulators.
-
-
-class Losses:
-    """What a translation could not carry over. With `strict`, a loss raises BadRequest."""
-
-    def __init__(self, *, strict: bool = False) -> None:
-        self._strict = strict
-        self.dropped: list[str] = []             # fields of the client's request
-        self.adjusted: dict[str, str] = {}       # field -> what it became
-
-    def drop(self, name: str) -> None:
-        """A field that the provider has no place for."""
-        self._check(name, "cannot be carried over to this model's provider")
-        if name not in self.dropped:
-            self.dropped.append(name)
-
-    def adjust(self, name: str, became: object) -> None:
-        """A field whose value had to change; `became` is a number or a word of ours."""
-        self._check(name, f"would have to become {became} for this model's provider")
-        self.report(name, became)
-
-    def report(self, name: str, became: object) -> None:
-        """A field that the budget, and no translation, changed."""
-        self.adjusted[name] = str(became)
-
-    def _check(self, name: str, fault: str) -> None:
-        if self._strict:
-            raise BadRequest(f"{shown_name(name)} {fault}, and strict mode is on",
-                             param=shown_name(name))
-
-    def headers(self) -> list[tuple[str, str]]:
-        """The headers that show them."""
-        if not self.dropped and not self.adjusted:
-            return []
-        lines = [("x-ironcage-dropped-params", [shown_name(name) for name in self.dropped]),
-                 ("x-ironcage-adjusted", [f"{shown_name(name)}={shown_name(value)}"
-                                          for name, value in self.adjusted.items()])]
-        return [(header, ",".join(names)[:2048]) for header, names in lines if names]
-
-
-def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses: Losses) -> dict:
-    """Go through top-level fields by their rules; what is passed on as it is comes back.
-
-    A rule is (action, neutral values): "own" is handled elsewhere, "pass" goes on, "silent" has no
-    effect that a client could see, "drop" is told, "refuse" ends the request. Null is always
-    neutral. A field without a rule is dropped.
-    """
-    passed = {}
-    for name, value in fields.items():
-        action, *neutral = rules.get(name, ("drop",))
-        if value is None or value in neutral or action in ("own", "silent"):
-            continue
-        if action == "pass":
-            passed[name] = value
-        elif action == "refuse":
-            raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
-                             "this model's provider", param=shown_name(name))
-        else:
-            losses.drop(name)
-    return passed
-
-
-@contextlib.contextmanager
-def well_shaped(fault: IroncageError) -> Iterator[None]:
-    """What JSON of another shape than its API says does to a translator, as one error of ours.
-
-    The rules above check what matters; a wrong type anywhere else ends here.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as err:
-        raise fault from err
-
-
-REQUEST_SHAPE = "a field of the request has another type than its API says"
-ANSWER_SHAPE = "the provider's answer has another shape than its API says"
-
-
-def count_or_zero(usage: object, name: str) -> int:
-    """A count in a usage object that is carried over; 0 where there is none."""
-    value = json_object(usage).get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def _string_list(value: object) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
-
-
-def _parts_of(content: object) -> list[dict]:
-    """A message's content as a list of parts; a string is a text part, null is none."""
-    return [{"type": "text", "text": part} if isinstance(part, str) else part
-            for part in (content if isinstance(content, list) else [content])
-            if isinstance(part, (dict, str))]
-
-
-def _content_of(message: Mapping[str, object]) -> object:
-    """A message's content. Raises BadRequest where it is neither text nor a list nor null."""
-    content = message.get("content")
-    if content is not None and not isinstance(content, (str, list)):
-        raise BadRequest("a message's content must be a string or a list of parts",
-                         param="messages")
-    return content
-
-
-def _text_of(content: object, separator: str = "") -> str:
-    return separator.join(str(part.get("text") or "") for part in _parts_of(content)
-                          if part.get("type") in (None, "text", "input_text"))
-
-
-def _hashed(text: str, length: int) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
-
-
-class ToolNames:
-    """Names of tools as a provider takes them, and back."""
-
-    def __init__(self, most_chars: int) -> None:
-        self._most = most_chars
-        self._own: dict[str, str] = {}             # name at the provider -> the client's
-
-    def fitting(self, name: object) -> str:
-        """A name as the provider takes it; a changed one ends in a hash, so that none collide."""
-        own = str(name)
-        clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
-        fits = clean == own and len(own) <= self._most
-        fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
-        self._own[fitting] = own
-        return fitting
-
-    def own(self, name: object) -> object:
-        """The client's name of a tool that the provider names."""
-        return self._own.get(str(name), name)
-
-
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")       # rising
-
-
-def lowered_effort(asked: str, taken: Sequence[str]) -> str:
-    """The highest effort that a model takes up to the one asked for; else the least it takes."""
-    known = [name for name in EFFORTS[:EFFORTS.index(asked) + 1] if name in taken]
-    return known[-1] if known else taken[0]
-
-
-def _parse_strictly(text: str) -> object:
-    """JSON that our own reading of a request body will take. Raises BadRequest, ValueError."""
-    value = _STRICT_JSON.decode(text)
-    if _nested_deeper_than([value], MAX_JSON_DEPTH - 16):
-        raise ValueError("nested too deep")
-    return value
-
-
-def arguments_to_input(arguments: object, parse: Callable[[str], object] = json.loads) -> dict:
-    """A tool call's arguments as an object; what is none is wrapped until its return."""
-    if isinstance(arguments, dict):
-        return arguments                           # as some servers send them
-    text = arguments if isinstance(arguments, str) else ""
-    try:
-        value = parse(text) if text.strip() else {}
-    except (ValueError, RecursionError, BadRequest):
-        return {"__raw": text}
-    return value if isinstance(value, dict) else {"__value": value}
-
-
-def input_to_arguments(value: object) -> str:
-    """The other way round."""
-    fields = json_object(value)
-    if set(fields) == {"__raw"} and isinstance(fields["__raw"], str):
-        return fields["__raw"]
-    return json.dumps(fields["__value"] if set(fields) == {"__value"} else fields,
-                      ensure_ascii=False)
-
-
-LATER_SYSTEM = "[system instruction, not from the user]\n"
-FENCED = r"(?s)\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*"
-DATA_URL = r"(?i)data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,"
-IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
-# The first bytes of an image, in base64, and what they say it is.
-IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
-               ("UklGR", "image/webp"))
-
-# Provider's status -> (type, code) in OpenAI's dialect; type in Anthropic's.
-OPENAI_ERRORS = MappingProxyType({
-    400: ("invalid_request_error", None), 401: ("invalid_request_error", "invalid_api_key"),
-    403: ("invalid_request_error", "permission_denied"),
-    404: ("invalid_request_error", "model_not_found"),
-    413: ("invalid_request_error", "request_too_large"),
-    429: ("requests", "rate_limit_exceeded"), 500: ("server_error", None),
-    503: ("server_error", "overloaded"), 504: ("server_error", "timeout"),
-})
-ANTHROPIC_ERRORS = MappingProxyType({
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-    403: "permission_error", 404: "not_found_error", 409: "conflict_error",
-    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
-    529: "overloaded_error",
-})
-
-
-# ==== 11. OpenAI clients on Claude ==============================================================
-#
-# Chat completions carried over Anthropic's Messages.
-
-
-class Claude(NamedTuple):
-    """What a family of Claude models takes."""
-    sampling: bool = False           # temperature and the like
-    prefill: bool = False            # a last message of the assistant
-    manual_thinking: bool = False    # a budget of tokens; else adaptive
-    may_not_think: bool = True       # thinking can be disabled
-    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
-    later_system: bool = True        # system messages after the first user's
-    forced_tools: bool = False       # tool_choice any or tool
-    schemas: bool = True             # structured output
-
-
-# First match wins; newer ones are taken to be like the newest.
-CLAUDE_FAMILIES = (
-    (r"claude-(3|2|instant)|claude-(opus|sonnet)-4(-0|-1|-\d{8}|$)", Claude(
-        True, True, True, efforts=(), later_system=False, forced_tools=True, schemas=False)),
-    (r"claude-opus-4-5", Claude(True, True, True, efforts=("low", "medium", "high"),
-                                later_system=False, forced_tools=True)),
-    (r"claude-(sonnet|haiku)-4-5", Claude(True, True, True, efforts=(), later_system=False,
-                                          forced_tools=True)),
-    (r"claude-(opus|sonnet)-4-6", Claude(True, efforts=("low", "medium", "high", "max"),
-                                         later_system=False, forced_tools=True)),
-    (r"claude-opus-4-7", Claude(later_system=False, forced_tools=True)),
-    (r"claude-opus-4-8|claude-(opus|sonnet)-5(-\d{8}|$)|claude-haiku-5-5",
-     Claude(forced_tools=True)),
-    (r"claude-(fable|mythos)-5(-\d{8}|$)", Claude(may_not_think=False, forced_tools=True)),
-    (r"claude-(fable|mythos)", Claude(may_not_think=False)),
-    (r"", Claude()),
-)
-CHAT_TO_MESSAGES_RULES = MappingProxyType({
-    **dict.fromkeys((
-        "model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature",
-        "top_p", "top_k", "stop", "tools", "functions", "tool_choice", "function_call",
-        "parallel_tool_calls", "response_format", "reasoning_effort", "user",
-        "safety_identifier", "metadata", "service_tier"), ("own",)),
-    **dict.fromkeys((
-        "stream_options", "prediction", "prompt_cache_key", "prompt_cache_retention",
-        "prompt_cache_options"), ("silent",)),
-    **dict.fromkeys((
-        "thinking", "output_config", "cache_control", "speed", "inference_geo",
-        "context_management", "mcp_servers", "container"), ("pass",)),
-    "n": ("refuse", 1), "audio": ("refuse",), "modalities": ("refuse", ["text"], []),
-    "store": ("drop", False), "seed": ("drop",), "frequency_penalty": ("drop", 0),
-    "presence_penalty": ("drop", 0), "logit_bias": ("drop", {}), "logprobs": ("drop", False),
-    "top_logprobs": ("drop", 0), "verbosity": ("drop",), "moderation": ("drop",),
-    "web_search_options": ("drop",),
-})
-SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
-    "auto": ("auto", False), "default": ("standard_only", False),
-    "flex": ("standard_only", True), "priority": ("auto", True), "fast": ("auto", True),
-    "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
-THINKING_BUDGETS = MappingProxyType({
-    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
-# Models that can be told to leave out thinking whose beginning has changed, where they would answer
-# 400. Source: Anthropic's "Preserved thinking", November 2026.
-BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
-BINDING_BETA, FILES_BETA = "thinking-binding-controls-2026-08-01", "files-api-2025-04-14"
-MAX_CACHE_MARKS = 4
-# What a request may ask to be enforced, by their documentation of structured outputs.
-MOST_ENFORCED = MappingProxyType({"strict tools": 20, "optional properties": 24, "unions": 16})
-ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
-UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
-OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
-THINKING_KEPT_BYTES, THINKING_KEPT_S = 64 * 1024 * 1024, 3600
-FINISH_REASONS = MappingProxyType({
-    "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
-    "refusal": "content_filter", "model_context_window_exceeded": "length"})       # else stop
-# Of JSON schemas, what can be enforced, by their documentation and what their SDK leaves in.
-SCHEMA_KEYWORDS = frozenset({"$defs", "$ref", "type", "enum", "const", "anyOf", "allOf", "default",
-                             "properties", "required", "items", "title", "description"})
-SCHEMA_MAPS = ("properties", "$defs", "definitions")        # name -> schema
-SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "uri",
-                            "ipv4", "ipv6", "uuid"})
-UNTAKEN_PATTERN = r"\(\?[^:]|\\[bB1-9]"           # look-around, references back, word boundaries
-WRAPPER_KEYWORDS = frozenset({"allOf", "title", "description", "default"})
-
-
-def claude_of(model: str) -> Claude:
-    """The family that a model belongs to."""
-    name = model.rpartition("/")[2]
-    return next(family for pattern, family in CLAUDE_FAMILIES if re.match(pattern, name))
-
-
-def claude_schema(schema: object) -> object:
-    """A JSON schema in the part of the language that Anthropic takes; the rest becomes words."""
-    schema = _unwrapped(schema)
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return {"$ref": schema["$ref"]}
-    kept: dict = {}
-    words = []
-    for name, value in schema.items():
-        name = "anyOf" if name == "oneOf" else name
-        if name in SCHEMA_MAPS:
-            kept[name] = {key: claude_schema(child) for key, child in json_object(value).items()}
-        elif name in ("anyOf", "allOf"):
-            kept[name] = [claude_schema(child) for child in value] if isinstance(value, list) \
-                else []
-        elif name == "items":
-            kept[name] = claude_schema(value)
-        elif name in SCHEMA_KEYWORDS or (name == "format" and str(value) in SCHEMA_FORMATS) \
-                or (name == "minItems" and value in (0, 1)) \
-                or (name == "pattern" and not re.search(UNTAKEN_PATTERN, str(value))):
-            kept[name] = value
-        elif name not in ("additionalProperties", "$schema", "$id", "strict"):
-            words.append(f"{name}: {json.dumps(value)}")
-    if _is_object(kept) or "properties" in kept:
-        kept["additionalProperties"] = False
-    if words:
-        kept["description"] = "; ".join([*_string_list(kept.get("description")), *words])
-    return kept
-
-
-def _inner_schemas(schema: object) -> Iterable[object]:
-    """What stands directly inside a schema, or a list of them, and may be a schema itself."""
-    if not isinstance(schema, dict):
-        return schema if isinstance(schema, list) else ()
-    return [child for name, value in schema.items() if name not in ("enum", "const", "default")
-            for child in (json_object(value).values() if name in SCHEMA_MAPS else (value,))]
-
-
-def _unwrapped(schema: object) -> object:
-    """A schema that does no more than wrap another in allOf, as pydantic does, as that one."""
-    branches = json_object(schema).get("allOf")
-    if isinstance(branches, list) and len(branches) == 1 and schema.keys() <= WRAPPER_KEYWORDS:
-        return {**{name: schema[name] for name in schema if name != "allOf"},
-                **json_object(branches[0])}
-    return schema
-
-
-def _is_unenforceable(schema: object) -> bool:
-    """Whether a schema allows properties that it does not name, has no shape at all, or has
-    values or alternatives that Anthropic does not take."""
-    schema = _unwrapped(schema)
-    if isinstance(schema, dict):
-        allowed = schema.get("enum")
-        values = [schema.get("const"), *(allowed if isinstance(allowed, list) else ())]
-        if (_is_object(schema) and not schema.get("properties")) \
-                or schema.get("additionalProperties") not in (None, False) \
-                or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list) \
-                or any(isinstance(value, (dict, list)) for value in values) \
-                or any("$ref" in branch for branch in _parts_of(schema.get("allOf"))):
-            return True
-    return any(map(_is_unenforceable, _inner_schemas(schema)))
-
-
-def _is_object(schema: Mapping[str, object]) -> bool:
-    kind = schema.get("type")
-    return kind == "object" or (isinstance(kind, list) and "object" in kind)
-
-
-def _with_root(schema: object) -> object:
-    """A schema whose root is a reference into itself, with what it refers to as its root."""
-    fields = json_object(schema)
-    if not str(fields.get("$ref")).startswith("#/"):
-        return schema
-    return {**_referred(fields["$ref"], fields),
-            **{name: fields[name] for name in ("$defs", "definitions") if name in fields}}
-
-
-def _is_recursive(schema: object, root: Mapping[str, object], done: set[str],
-                  inside: tuple[str, ...]) -> bool:
-    """Whether a schema refers to itself, or to anything outside; `done` are known not to."""
-    ref = json_object(schema).get("$ref")
-    if isinstance(ref, str) and ref not in done:
-        if ref in inside or not ref.startswith("#/"):
-            return True
-        if _is_recursive(_referred(ref, root), root, done, (*inside, ref)):
-            return True
-        done.add(ref)
-    return any(_is_recursive(child, root, done, inside) for child in _inner_schemas(schema))
-
-
-def _referred(ref: str, root: Mapping[str, object]) -> dict:
-    """What a local reference of a JSON schema points to."""
-    target = root
-    for step in ref[2:].split("/"):
-        target = json_object(target.get(step))
-    return target
-
-
-def _schema_size(schema: object) -> Counter:
-    """How much of MOST_ENFORCED a schema takes up."""
-    size: Counter = Counter()
-    if isinstance(schema, dict):
-        required = schema.get("required")
-        size["optional properties"] = len(
-            json_object(schema.get("properties")).keys() - set(required or ()))
-        size["unions"] = int(isinstance(schema.get("type"), list)
-                             or any(name in schema for name in ("anyOf", "oneOf")))
-    return sum(map(_schema_size, _inner_schemas(schema)), size)
-
-
-def object_schema(schema: Mapping[str, object]) -> dict:
-    """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
-    are merged: a property can be as any of them has it, and what all require is required."""
-    branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
-                for name in ("anyOf", "oneOf", "allOf") for branch in _parts_of(schema.get(name))]
-    own = {name: value for name, value in schema.items() if name not in ("anyOf", "oneOf", "allOf")}
-    if not branches:
-        return {"type": "object", **own}
-    variants: dict[str, list] = {}                 # of each property
-    for branch in branches:
-        for name, child in json_object(branch.get("properties")).items():
-            if child not in variants.setdefault(name, []):
-                variants[name].append(child)
-    properties = {**{name: children[0] if len(children) == 1 else {"anyOf": children}
-                     for name, children in variants.items()},
-                  **json_object(own.get("properties"))}
-    in_all = set.intersection(*(set(branch.get("required") or ()) for branch in branches))
-    required = sorted(in_all | set(own.get("required") or ()))
-    return {"type": "object", **own, "properties": properties,
-            **({"required": required} if required else {})}
-
-
-def _thoughts_of(details: object) -> list[dict]:
-    """Thinking blocks of Claude in OpenRouter's form, which may hold other models' as well."""
-    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
-            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
-            for row in _parts_of(details) if row.get("signature") or row.get("data")
-            if str(row.get("format", "anthropic")).startswith("anthropic")]
-
-
-class ChatOnClaude:
-    """A chat completions request carried over Messages. Raises BadRequest."""
-    client_api, api, path = "chat", "messages", "/v1/messages"
-    betas: tuple[str, ...] = ()                    # for the header anthropic-beta
-
-    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = False, echoes_reasoning: bool = False,
-                 recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []) -> None:
-        self._losses, self._claude = losses, claude_of(str(fields.get("model")))
-        self._recall = recall                      # thinking, by the call after and all before it
-        self._names = ToolNames(128)
-        self._custom: set[str] = set()             # names of tools whose input is plain text
-        self._enforced = Counter()                 # of MOST_ENFORCED
-        self._unfences, self._answers_by_tool = False, False       # JSON asked for in other ways
-        self._is_legacy = bool(fields.get("functions"))
-        self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
-        self._system: list[dict] = []
-        self._uses: Counter = Counter()            # of each of the client's ids
-        self._unanswered: dict[str, list[str]] = {}        # the client's id -> ids at Claude
-        self._answered: dict[str, str] = {}
-        self._created_at = int(time.time())
-        self.digest = ""                           # of all that the answer's thinking is bound to
-        self.thoughts: list[dict] = []             # the answer's, where all else comes after them
-        self.first_call_id: object = None          # in the answer
-        self.request = self._request(fields, most_output_tokens)
-
-    # The request.
-
-    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
-        losses = self._losses
-        passed = apply_rules(fields, CHAT_TO_MESSAGES_RULES, losses)
-        policies = json_object(json_object(fields.get("moderation")).get("policy")).values()
-        if any(json_object(policy).get("mode") == "block" for policy in policies):
-            raise BadRequest("moderation that blocks cannot be carried over to this model's "
-                             "provider", param="moderation")
-        asked = next((cap for cap in (optional_count(fields, name, least=1) for name in
-                                      ("max_completion_tokens", "max_tokens")) if cap), None)
-        if asked is not None and asked > most_output_tokens:
-            losses.adjust("max_tokens", most_output_tokens)
-        default = most_output_tokens if optional_flag(fields, "stream") \
-            else min(most_output_tokens, UNSTREAMED_OUTPUT_TOKENS)
-        request: dict = {"model": fields["model"],
-                         "max_tokens": min(asked or default, most_output_tokens)}
-        tools = self._tools(fields)
-        if "thinking" in passed:
-            request["thinking"] = passed.pop("thinking")
-        self._set_thinking(fields.get("reasoning_effort"), request)
-        messages = request["messages"] = self._messages(fields.get("messages"),
-                                                        self._thinks(request))
-        self._carry_thinking(fields, request, tools)
-        names = {block["name"] for turn in messages for block in turn["content"]
-                 if block["type"] == "tool_use"}
-        if tools:
-            request["tools"] = tools
-            self._set_tool_choice(fields, request)
-        elif names:
-            request["tools"] = [{"name": name, "input_schema": {"type": "object"}}
-                                for name in sorted(names)]
-            request["tool_choice"] = {"type": "none"}
-        self._set_format(fields.get("response_format"), request)
-        self._set_sampling(fields, request)
-        if "output_config" in passed:              # the client's own, and what was derived
-            passed["output_config"] = {**request.get("output_config", {}),
-                                       **json_object(passed["output_config"])}
-        request.update(self._optional(fields), **passed)
-        self._limit_cache_marks(request)
-        return request
-
-    def _optional(self, fields: Mapping[str, object]) -> dict:
-        """The fields that go on under another name or in another form, where there are any."""
-        losses = self._losses
-        stops = [text for text in _string_list(fields.get("stop")) if text.strip()]
-        if len(stops) < len(_string_list(fields.get("stop"))):
-            losses.drop("stop")
-        user = fields.get("safety_identifier") or fields.get("user") \
-            or json_object(fields.get("metadata")).get("user_id")
-        if set(json_object(fields.get("metadata"))) - {"user_id"}:
-            losses.drop("metadata")
-        tier, changed = SERVICE_TIERS_TO_CLAUDE.get(str(fields.get("service_tier")), (None, True))
-        if fields.get("service_tier") is not None and changed:
-            losses.adjust("service_tier", tier or "auto")
-        optional = {
-            "system": self._system, "stop_sequences": stops, "service_tier": tier,
-            "stream": optional_flag(fields, "stream"),
-            "metadata": isinstance(user, str) and {
-                "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
-                else user}}
-        return {name: value for name, value in optional.items() if value}
-
-    @staticmethod
-    def _thinks(request: Mapping[str, object]) -> bool:
-        return json_object(request.get("thinking")).get("type") in ("enabled", "adaptive")
-
-    def _set_sampling(self, fields: Mapping[str, object], request: dict) -> None:
-        thinks = self._thinks(request)
-        for name in ("temperature", "top_p", "top_k"):
-            value = fields.get(name)
-            if value is None or (value == 1 and name != "top_k"
-                                 and (thinks or not self._claude.sampling)):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BadRequest(f"{name} must be a number", param=name)
-            if not self._claude.sampling or thinks or (name == "top_p"
-                                                       and "temperature" in request):
-                self._losses.drop(name)
-            else:
-                if name == "temperature" and value > 1:
-                    self._losses.adjust(name, 1)
-                    value = 1
-                request[name] = value
-
-    def _set_thinking(self, effort: object, request: dict) -> None:
-        claude = self._claude
-        if effort is None:
-            return
-        if "thinking" in request:                  # the client's own counts
-            self._losses.drop("reasoning_effort")
-            return
-        if effort not in EFFORTS:
-            raise BadRequest(f"reasoning_effort is not one of {', '.join(EFFORTS)}",
-                             param="reasoning_effort")
-        if effort == "none":
-            if not claude.may_not_think:
-                self._losses.adjust("reasoning_effort", "low")
-                request.setdefault("output_config", {})["effort"] = "low"
-            elif not claude.manual_thinking:
-                request["thinking"] = {"type": "disabled"}
-        elif claude.manual_thinking:
-            if request["max_tokens"] <= THINKING_BUDGETS["minimal"]:
-                self._losses.drop("reasoning_effort")
-                return
-            request["thinking"] = {"type": "enabled", "budget_tokens": min(
-                THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
-        else:
-            lowered = lowered_effort(effort, claude.efforts)
-            if effort not in ("minimal", lowered):
-                self._losses.adjust("reasoning_effort", lowered)
-            request["thinking"] = {"type": "adaptive"}
-            request.setdefault("output_config", {})["effort"] = lowered
-
-    def _carry_thinking(self, fields: Mapping[str, object], request: dict, tools: object) -> None:
-        """Have the history's thinking as Claude takes it."""
-        if self._thinks(request) or not self._claude.may_not_think:
-            self._recall_thinking(request["messages"], [self._system, tools, *map(fields.get, (
-                "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
-        self._check_thinking(request)
-        if fields.get("thinking") is None and self._thinks(request):
-            self._loosen_binding(request)
-
-    def _recall_thinking(self, messages: list[dict], before: object) -> None:
-        """Give turns their thinking back that the client left out. Claude takes it only where
-        nothing before it has changed since, so it is looked up by a digest of that."""
-        digest = hashlib.sha256(json_bytes(before))
-        for turn in messages:
-            calls = [block for block in turn["content"] if block["type"] == "tool_use"]
-            if calls and "thinking" not in turn["content"][0]["type"]:
-                turn["content"][:0] = self._recall(calls[0]["id"], digest.hexdigest())
-            digest.update(json_bytes([turn["role"], *(
-                {name: value for name, value in block.items() if name != "cache_control"}
-                for block in turn["content"])]))
-        self.digest = digest.hexdigest()
-
-    def _loosen_binding(self, request: dict) -> None:
-        """Have thinking that is bound to another conversation left out: clients of this API that
-        bring it back may change what was before it (a date, a shorter history), unaware."""
-        if re.match(BINDING_MODELS, request["model"]) and any(
-                "thinking" in block["type"] for turn in request["messages"]
-                for block in turn["content"]):
-            request["thinking"]["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
-            self.betas = (*self.betas, BINDING_BETA)
-
-    def _check_thinking(self, request: dict) -> None:
-        """A budgeted thought goes on after a tool's result only where its beginning came along."""
-        last = next((turn["content"] for turn in reversed(request["messages"])
-                     if turn["role"] == "assistant"), [])
-        if json_object(request.get("thinking")).get("type") == "enabled" \
-                and any(block["type"] == "tool_use" for block in last) \
-                and last[0]["type"] not in ("thinking", "redacted_thinking"):
-            self._losses.drop("thinking")
-            del request["thinking"]
-
-    def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
-        """Whether the model can be held to a schema; what it adds to the request is counted."""
-        if not self._claude.schemas or not isinstance(schema, dict) or _is_unenforceable(schema) \
-                or _is_recursive(schema, schema, set(), ()):
-            return False
-        size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
-        if any(size[what] > most for what, most in MOST_ENFORCED.items()):
-            return False
-        self._enforced = size
-        return True
-
-    def _set_format(self, wanted: object, request: dict) -> None:
-        kind = json_object(wanted).get("type", "text")
-        if wanted is None or kind == "text":
-            return
-        holder = json_object(json_object(wanted).get("json_schema"))
-        schema = _with_root(holder.get("schema"))
-        if isinstance(schema, dict) and holder.get("description"):
-            schema = {"description": holder["description"], **schema}
-        if kind not in ("json_schema", "json_object"):
-            raise BadRequest("response_format has a type that is not known",
-                             param="response_format")
-        if kind == "json_schema" and self._can_enforce(schema):
-            request.setdefault("output_config", {})["format"] = {
-                "type": "json_schema", "schema": claude_schema(schema)}
-            return
-        if json_object(schema).get("type") == "object" and self._claude.forced_tools \
-                and "thinking" not in request and "tools" not in request:
-            self._losses.adjust("response_format", "tool")
-            self._answers_by_tool = True
-            request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
-                                 "description": str(schema.get("description", "The answer."))}]
-            request["tool_choice"] = {"type": "tool", "name": ANSWER_TOOL,
-                                      "disable_parallel_tool_use": True}
-            return
-        self._losses.adjust("response_format", "instructed")
-        self._unfences = True
-        text = "Respond with one JSON object and nothing else."
-        if schema is not None:
-            text += f" It must match this JSON schema:\n{json.dumps(schema)}"
-        self._system.append({"type": "text", "text": text})
-
-    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
-        rows = fields.get("tools") or [{"type": "function", "function": function}
-                                       for function in fields.get("functions") or ()]
-        if not isinstance(rows, list):
-            raise BadRequest("tools must be a list", param="tools")
-        tools = [self._tool(json_object(row)) for row in rows]
-        choice = json_object(fields.get("tool_choice"))
-        if choice.get("type") != "allowed_tools":
-            return tools
-        allowed = {json_object(row.get(str(row.get("type")))).get("name")
-                   for row in _parts_of(json_object(choice.get("allowed_tools")).get("tools"))}
-        return [tool for tool in tools if self._names.own(tool["name"]) in allowed]
-
-    def _tool(self, row: Mapping[str, object]) -> dict:
-        kind = row.get("type", "function")
-        if "input_schema" in row or (isinstance(kind, str) and re.search(r"_\d{8}$", kind)):
-            return dict(row)                       # one of Anthropic's own
-        inner = json_object(row.get(str(kind)))
-        name = inner.get("name")
-        if kind not in ("function", "custom") or not isinstance(name, str) or not name:
-            raise BadRequest("a tool must be a function or a custom tool with a name",
-                             param="tools")
-        schema = inner.get("parameters") or {"type": "object", "properties": {}}
-        description = inner.get("description")
-        if kind == "custom":
-            self._custom.add(name)
-            schema = {"type": "object", "properties": {"input": {"type": "string"}},
-                      "required": ["input"], "additionalProperties": False}
-            if json_object(inner.get("format")).get("type") == "grammar":
-                self._losses.adjust("tools.custom.format", "described")
-                description = f"{description or ''}\n{json.dumps(inner['format'])}".strip()
-        whole = object_schema(json_object(schema))
-        if whole.keys() - {"type"} != schema.keys() - {"type"}:
-            self._losses.adjust("tools.function.parameters", "merged")
-        schema = whole
-        tool = {"name": self._names.fitting(name), "input_schema": schema}
-        tool.update({"description": description} if description else {})
-        for holder in (row, inner):
-            tool.update({key: holder[key] for key in (
-                "cache_control", "defer_loading", "input_examples", "eager_input_streaming")
-                if key in holder})
-        if inner.get("strict") and kind == "function":
-            if self._can_enforce(schema, strict_tools=1):
-                tool.update(strict=True, input_schema=claude_schema(schema))
-            else:
-                self._losses.drop("tools.function.strict")
-        return tool
-
-    def _set_tool_choice(self, fields: Mapping[str, object], request: dict) -> None:
-        wanted = fields.get("tool_choice", fields.get("function_call"))
-        choice: dict = {}
-        if json_object(wanted).get("type") == "allowed_tools":
-            wanted = json_object(wanted["allowed_tools"]).get("mode", "auto")
-        if isinstance(wanted, str):
-            names = {"auto": "auto", "none": "none", "required": "any"}
-            if wanted not in names:
-                raise BadRequest("tool_choice is not one of auto, none, required",
-                                 param="tool_choice")
-            choice = {"type": names[wanted]}
-        elif isinstance(wanted, dict):
-            inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
-            choice = {"type": "tool", "name": self._names.fitting(inner.get("name"))}
-        one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
-        if one_at_a_time and choice.get("type") != "none":
-            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
-        thinks_by_budget = json_object(request.get("thinking")).get("type") == "enabled"
-        if choice.get("type") in ("any", "tool") \
-                and (thinks_by_budget or not self._claude.forced_tools):
-            which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
-            self._losses.adjust("tool_choice", "auto")
-            self._system.append({"type": "text", "text": f"Call {which} now."})
-            choice["type"] = "auto"
-        if choice:
-            request["tool_choice"] = choice
-
-    # Its messages.
-
-    def _messages(self, messages: object, thinks: bool) -> list[dict]:
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("messages must be a list of at least one message", param="messages")
-        turns: list[dict] = []
-        leading: list[dict] = []
-        later: list[dict] = []         # system messages after the first user's: behind that turn
-        for message in map(json_object, messages):
-            if message.get("role") == "assistant" and turns and turns[-1]["role"] != "assistant":
-                self._unanswered.clear()           # results come before the next answer only
-            role, blocks = self._turn(message)
-            if not blocks:
-                continue
-            if role == "assistant":
-                self._add_later_system(turns, later)
-                later = []
-            if role == "system" and not turns:
-                leading += blocks
-            elif role == "system" and self._claude.later_system:
-                later += blocks
-            elif role == "system":
-                self._say_as_user(turns, blocks)
-            elif turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += blocks
-            else:
-                turns.append({"role": role, "content": blocks})
-        self._add_later_system(turns, later)
-        if not turns and leading:                  # there must be one message
-            turns.append({"role": "user", "content": [leading.pop()]})
-        if not turns:
-            raise BadRequest("messages have no content", param="messages")
-        self._system = leading + self._system
-        if turns[0]["role"] == "assistant":
-            self._losses.adjust("messages", "user-first")
-            turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
-        self._pair_tools(turns)
-        self._end_with_user(turns, thinks)
-        return turns
-
-    def _turn(self, message: Mapping[str, object]) -> tuple[str, list[dict]]:
-        role = message.get("role")
-        if role in ("system", "developer"):
-            return "system", self._blocks(_content_of(message))
-        if role == "assistant":
-            return "assistant", self._assistant_blocks(message)
-        if role in ("tool", "function"):
-            call_id = message.get("tool_call_id", message.get("name"))
-            content = self._blocks(_content_of(message))
-            result = {"type": "tool_result", "tool_use_id": self._result_id(str(call_id or ""))}
-            if content:
-                plain = len(content) == 1 and set(content[0]) == {"type", "text"}
-                result["content"] = content[0]["text"] if plain else content
-            return "user", [self._marked(result, message)]
-        if role == "user":
-            return "user", self._blocks(_content_of(message))
-        raise BadRequest("a message has a role that is not known", param="messages")
-
-    def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
-        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
-        if blocks and turns[-1]["role"] == "user":
-            turns.append({"role": "system", "content": blocks})
-        elif blocks:
-            self._say_as_user(turns, blocks)
-
-    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
-        self._losses.adjust("messages.system", "user")
-        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
-                  if "text" in block else block for block in blocks]
-        if turns[-1]["role"] == "user":
-            turns[-1]["content"] += marked
-        else:
-            turns.append({"role": "user", "content": marked})
-
-    def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
-        calls = message.get("tool_calls") or []
-        own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
-        if own and _text_of(own) == _text_of(message.get("content")) \
-                and [block.get("id") for block in own if block.get("type") == "tool_use"] \
-                == [call.get("id") for call in _parts_of(calls)]:
-            return own
-        blocks = [{name: value for name, value in block.items() if name != "index"}
-                  for block in _parts_of(message.get("thinking_blocks"))
-                  or _thoughts_of(message.get("reasoning_details"))
-                  if block.get("type") == "redacted_thinking"
-                  or (block.get("type") == "thinking" and block.get("signature")
-                      and not str(block["signature"]).startswith(OWN_SIGNATURE))]
-        blocks += self._blocks(_content_of(message))
-        if isinstance(message.get("refusal"), str) and message["refusal"].strip():
-            blocks.append({"type": "text", "text": message["refusal"]})
-        if message.get("function_call"):
-            function = json_object(message["function_call"])
-            calls = [{"id": function.get("name"), "type": "function", "function": function}]
-        for call in map(json_object, calls if isinstance(calls, list) else ()):
-            inner = json_object(call.get(str(call.get("type", "function"))))
-            blocks.append({
-                "type": "tool_use", "id": self._call_id(str(call.get("id") or "")),
-                "name": self._names.fitting(inner.get("name")),
-                "input": {"input": inner.get("input")} if call.get("type") == "custom"
-                else arguments_to_input(inner.get("arguments"), _parse_strictly)})
-        return blocks
-
-    def _call_id(self, told: str) -> str:
-        """A tool call's id at Claude, which takes each but once; results find it in order."""
-        again = self._uses[told]
-        self._uses[told] += 1
-        is_fine = not again and re.fullmatch(r"[A-Za-z0-9_-]+", told)
-        call_id = told if is_fine else \
-            f"toolu_{_hashed(f'{told}#{again}' if again else told, 24)}"
-        self._unanswered.setdefault(told, []).append(call_id)
-        self._answered.pop(told, None)
-        return call_id
-
-    def _result_id(self, told: str) -> str:
-        """The oldest call of that id without a result; else the one that had the last."""
-        waiting = self._unanswered.get(told)
-        if waiting:
-            self._answered[told] = waiting.pop(0)
-        return self._answered.get(told, told)
-
-    def _marked(self, block: dict, holder: Mapping[str, object]) -> dict:
-        """A block with the cache mark of what it came from, if there was one."""
-        mark = holder.get("cache_control")
-        if mark is None and holder.get("prompt_cache_breakpoint") is not None:
-            long = json_object(holder["prompt_cache_breakpoint"]).get("ttl") == "12h"
-            mark = {"type": "ephemeral", **({"ttl": "1h"} if long else {})}
-        if mark is not None:
-            block["cache_control"] = mark
-        return block
-
-    @staticmethod
-    def _limit_cache_marks(request: Mapping[str, object]) -> None:
-        """Leave the last marks that Anthropic takes, in the order in which it reads a request."""
-        blocks = [*request.get("tools", ()), *request.get("system", ())]
-        for turn in request["messages"]:
-            for block in turn["content"]:
-                blocks += [*_parts_of(block.get("content")), block]
-        marked = [block for block in blocks if block.get("cache_control") is not None]
-        most = MAX_CACHE_MARKS - ("cache_control" in request)
-        for block in marked[:-most]:
-            del block["cache_control"]
-
-    def _blocks(self, content: object) -> list[dict]:
-        blocks = (self._block(part) for part in _parts_of(content))
-        return [block for block in blocks if block is not None]
-
-    def _block(self, part: Mapping[str, object]) -> Optional[dict]:
-        kind = part.get("type")
-        if kind in ("text", "refusal"):
-            text = part.get("text", part.get("refusal"))
-            if not isinstance(text, str) or not text.strip():
-                return None                        # Anthropic refuses empty text
-            return self._marked({"type": "text", "text": text}, part)
-        if kind == "image_url":
-            image = part.get("image_url")
-            url = image if isinstance(image, str) else json_object(image).get("url")
-            return self._marked({"type": "image", "source": self._image_source(url)}, part)
-        if kind == "file":
-            return self._marked(self._document(json_object(part.get("file"))), part)
-        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
-                         "to Claude", param="messages")
-
-    @staticmethod
-    def _image_source(url: object) -> dict:
-        text = url if isinstance(url, str) else ""
-        data = re.match(DATA_URL, text)
-        if data is not None:
-            encoded = text[data.end():]
-            media = next((kind for magic, kind in IMAGE_MAGIC if encoded.startswith(magic)),
-                         data[1].lower())
-            if media in IMAGE_MEDIA:
-                return {"type": "base64", "media_type": media, "data": encoded}
-        elif text.startswith("https://"):
-            return {"type": "url", "url": text}
-        raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
-                         "WebP", param="messages")
-
-    def _document(self, file: Mapping[str, object]) -> dict:
-        data, file_id = file.get("file_data"), file.get("file_id")
-        if isinstance(data, str) and (re.match(DATA_URL, data) or not data.startswith("data:")):
-            header = re.match(DATA_URL, data)
-            media = header[1].lower() if header else "application/pdf"
-            encoded = data[header.end():] if header else data
-            title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
-            if media == "application/pdf":
-                return {"type": "document", **title, "source": {
-                    "type": "base64", "media_type": media, "data": encoded}}
-            if media.startswith("text/"):
-                try:
-                    text = base64.b64decode(encoded).decode("utf-8")
-                except ValueError:
-                    raise BadRequest("a text file is not base64 of UTF-8", param="messages") \
-                        from None
-                return {"type": "document", **title, "source": {
-                    "type": "text", "media_type": "text/plain", "data": text}}
-        elif isinstance(file_id, str) and file_id.startswith("file_"):
-            self.betas = (FILES_BETA,)
-            return {"type": "document", "source": {"type": "file", "file_id": file_id}}
-        raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
-
-    def _pair_tools(self, turns: list[dict]) -> None:
-        """Every call has one result, first in the next turn, in the order of the calls."""
-        for number, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            ids = list(dict.fromkeys(
-                block["id"] for block in turn["content"] if block["type"] == "tool_use"))
-            if not ids:
-                continue
-            known = frozenset(ids)
-            if number + 1 == len(turns) or turns[number + 1]["role"] != "user":
-                turns.insert(number + 1, {"role": "user", "content": []})
-            after = turns[number + 1]
-            results = {block["tool_use_id"]: block for block in after["content"]
-                       if block["type"] == "tool_result"}
-            missing = [call_id for call_id in ids if call_id not in results]
-            if missing or len(results) < sum(b["type"] == "tool_result" for b in after["content"]):
-                self._losses.adjust("messages.tool", "paired")
-            rest = [block for block in after["content"] if block["type"] != "tool_result"
-                    or block["tool_use_id"] not in known]
-            after["content"] = [results.get(call_id) or {
-                "type": "tool_result", "tool_use_id": call_id, "is_error": True,
-                "content": "[no result provided]"} for call_id in ids] + rest
-        self._orphans_as_text(turns)
-
-    def _orphans_as_text(self, turns: list[dict]) -> None:
-        """A result without its call becomes text."""
-        known: set[str] = set()
-        for turn in turns:
-            for at, block in enumerate([*turn["content"]]):
-                if block["type"] == "tool_result" and block["tool_use_id"] not in known:
-                    self._losses.adjust("messages.tool", "text")
-                    text = f"[result of tool call {block['tool_use_id']}]\n" \
-                        + _text_of(block.get("content"))
-                    turn["content"][at] = {"type": "text", "text": text}
-                    turn["content"] += [piece for piece in _parts_of(block.get("content"))
-                                        if piece["type"] != "text"]
-            known = {block["id"] for block in turn["content"] if block["type"] == "tool_use"} \
-                if turn["role"] == "assistant" else known if turn["role"] == "system" else set()
-
-    def _end_with_user(self, turns: list[dict], thinks: bool) -> None:
-        last = turns[-1]
-        if last["role"] != "assistant":
-            return
-        if self._claude.prefill and not thinks:
-            if last["content"][-1]["type"] == "text":
-                last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
-            return
-        self._losses.adjust("messages.prefill", "continued")
-        turns.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
-
-    # The answer.
-
-    def answer(self, message: Mapping[str, object]) -> dict:
-        """A whole answer as a chat.completion."""
-        said: dict = {"role": "assistant", "content": None, "refusal": None}
-        texts, calls, thoughts, others = [], [], [], []
-        for block in _parts_of(message.get("content")):
-            kind = block.get("type")
-            if kind == "text":
-                cited = _url_citations(block, sum(map(len, texts)))
-                if cited:
-                    said.setdefault("annotations", []).extend(cited)
-                texts.append(str(block.get("text") or ""))
-            elif kind == "tool_use" and self._answers_by_tool:
-                texts.append(json.dumps(block.get("input"), ensure_ascii=False))
-            elif kind == "tool_use":
-                calls.append(self._call(block))
-            elif kind in ("thinking", "redacted_thinking"):
-                thoughts.append(block)
-            else:
-                others.append(block)
-        said["content"] = "".join(texts) if texts or not calls else None
-        fenced = re.fullmatch(FENCED, said["content"] or "") if self._unfences else None
-        if fenced:
-            said["content"] = fenced[1]
-        if calls:
-            said.update({"function_call": calls[0]["function"]} if self._is_legacy
-                        else {"tool_calls": calls})
-        if thoughts:
-            self.thoughts = thoughts if message["content"][:len(thoughts)] == thoughts else []
-            said["thinking_blocks"] = thoughts
-            said["reasoning_content"] = "\n".join(
-                block["thinking"] for block in thoughts if block.get("thinking")) or None
-        if others:
-            said["x_anthropic_content"] = message["content"]
-        self._add_refusal(said, message)
-        return {"id": self._id(message), "object": "chat.completion",
-                "created": self._created_at, "model": message.get("model"),
-                "system_fingerprint": None, "service_tier": self._tier(message.get("usage")),
-                "choices": [{"index": 0, "message": said, "logprobs": None,
-                             "finish_reason": self._finish_reason(message.get("stop_reason"))}],
-                "usage": chat_usage(message.get("usage"))}
-
-    @staticmethod
-    def _id(message: Mapping[str, object]) -> str:
-        return "chatcmpl-" + re.sub("^msg_", "", str(message.get("id")))
-
-    @staticmethod
-    def _tier(usage: object) -> Optional[str]:
-        return {"standard": "default", "priority": "priority", "batch": "default"}.get(
-            str(json_object(usage).get("service_tier")))
-
-    def _finish_reason(self, stop_reason: object) -> str:
-        reason = FINISH_REASONS.get(str(stop_reason), "stop")
-        if reason == "tool_calls" and self._answers_by_tool:
-            return "stop"
-        return "function_call" if reason == "tool_calls" and self._is_legacy else reason
-
-    @staticmethod
-    def _add_refusal(said: dict, message: Mapping[str, object]) -> None:
-        details = json_object(message.get("stop_details"))
-        if message.get("stop_reason") == "refusal":
-            said["refusal"] = details.get("explanation") \
-                or f"refused: {details.get('category') or 'no reason given'}"
-
-    def _call(self, block: Mapping[str, object]) -> dict:
-        name = self._names.own(block.get("name"))
-        self.first_call_id = self.first_call_id or block.get("id")
-        if name in self._custom:
-            return {"id": block.get("id"), "type": "custom", "custom": {
-                "name": name, "input": json_object(block.get("input")).get("input", "")}}
-        return {"id": block.get("id"), "type": "function", "function": {
-            "name": name, "arguments": input_to_arguments(block.get("input"))}}
-
-    # The stream.
-
-    def events(self, events: Iterable[Mapping[str, object]]) -> Iterator[dict]:
-        """Anthropic's stream as chat.completion.chunk dicts and pings; [DONE] is the writer's."""
-        stream = _ChunkStream(self)
-        for event in events:
-            yield from stream.read(event)
-
-    # Its errors.
-
-    def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
-        """An error of Anthropic in OpenAI's words."""
-        inner = json_object(body.get("error"))
-        message = str(inner.get("message") or f"the provider answered with the status {status}")
-        if inner.get("type") == "billing_error":
-            return 429, {"error": {"message": message, "type": "insufficient_quota",
-                                   "param": None, "code": "insufficient_quota"}}
-        status = 503 if status == 529 else status
-        kind, code = OPENAI_ERRORS.get(status, (
-            "server_error" if status >= 500 else "invalid_request_error", None))
-        if status == 400 and re.search("prompt is too long|exceed context", message):
-            code = "context_length_exceeded"
-        code = json_object(inner.get("details")).get("error_code") or code
-        return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-class _ChunkStream:
-    """The state of one stream on its way from Anthropic's events to chunks."""
-
-    def __init__(self, translator: ChatOnClaude) -> None:
-        self._translator = translator
-        self._base: dict = {"id": "chatcmpl-", "object": "chat.completion.chunk",
-                            "created": translator._created_at, "model": None,
-                            "system_fingerprint": None}
-        self._usage: dict = {}
-        self._end: dict = {}                         # what the last delta said
-        self._blocks: dict[object, dict] = {}        # by their index, with what came of them
-        self._tools = self._annotations = 0          # how many
-        self._length = 0                             # of the text so far
-
-    def read(self, event: Mapping[str, object]) -> Iterable[dict]:
-        """The chunks of one event."""
-        reader = _CHUNK_READERS.get(str(event.get("type")))
-        return () if reader is None else reader(self, event)
-
-    def _chunk(self, delta: dict, finish_reason: Optional[str] = None) -> dict:
-        body = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
-                                           "finish_reason": finish_reason}]}
-        return {**body, "usage": None} if self._translator._wants_usage else body
-
-    def _begin(self, event: Mapping[str, object]) -> Iterable[dict]:
-        message = json_object(event.get("message"))
-        self._base.update(id=self._translator._id(message), model=message.get("model"))
-        self._usage.update(json_object(message.get("usage")))
-        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
-
-    def _begin_block(self, event: Mapping[str, object]) -> Iterable[dict]:
-        block = self._blocks[event.get("index")] = dict(json_object(event.get("content_block")))
-        translator = self._translator
-        if block.get("type") == "tool_use" and not translator._answers_by_tool:
-            name = translator._names.own(block.get("name"))
-            block.update(number=self._tools, json="", is_custom=name in translator._custom)
-            self._tools += 1
-            return [self._chunk(self._tool_delta(block))]
-        if block.get("type") == "text" and block.get("text"):
-            block["length"] = len(block["text"])
-            self._length += block["length"]
-            return [self._chunk({"content": block["text"]})]
-        return ()
-
-    def _add_to_block(self, event: Mapping[str, object]) -> Iterable[dict]:
-        part = self._delta(self._blocks.get(event.get("index"), {}),
-                           json_object(event.get("delta")))
-        if part is None:
-            return ()
-        self._length += len(part.get("content") or "")
-        return [self._chunk(part)]
-
-    def _end_block(self, event: Mapping[str, object]) -> Iterable[dict]:
-        block = self._blocks.get(event.get("index"), {})
-        if "number" in block and block["is_custom"]:
-            told = arguments_to_input(block["json"])
-            yield self._chunk(self._arguments_delta(
-                block, str(told.get("input", told.get("__raw", "")))))
-        elif "number" in block and not block["json"]:        # a call without arguments
-            yield self._chunk(self._arguments_delta(
-                block, input_to_arguments(block.get("input"))))
-        elif block.get("type") in ("thinking", "redacted_thinking"):
-            thoughts = self._translator.thoughts
-            if event.get("index") == len(thoughts):
-                thoughts.append(block)
-            else:                                            # what comes between would be lost
-                thoughts.clear()
-            yield self._chunk({"thinking_blocks": [{"index": event.get("index"), **block}]})
-        cited = _url_citations(block, self._length)
-        if cited:
-            yield self._chunk({"annotations": [
-                {"index": number, **row} for number, row in enumerate(cited, self._annotations)]})
-            self._annotations += len(cited)
-
-    def _hear_end(self, event: Mapping[str, object]) -> Iterable[dict]:
-        told = json_object(event.get("usage"))
-        self._usage.update({name: value for name, value in told.items() if value is not None})
-        self._end.update(json_object(event.get("delta")))
-        return ()
-
-    def _ping(self, event: Mapping[str, object]) -> Iterable[dict]:
-        return [] if self._base["model"] is None else [{"type": "ping"}]    # written as a comment
-
-    def _finish(self, event: Mapping[str, object]) -> Iterable[dict]:
-        said: dict = {}
-        self._translator._add_refusal(said, self._end)
-        if said:
-            yield self._chunk(said)
-        yield self._chunk({}, self._translator._finish_reason(self._end.get("stop_reason")))
-        if self._translator._wants_usage:
-            yield {**self._base, "choices": [], "usage": chat_usage(self._usage)}
-
-    def _tool_delta(self, block: Mapping[str, object]) -> dict:
-        call = self._translator._call({**block, "input": {}})
-        if call["type"] == "function":
-            call["function"]["arguments"] = ""
-        if self._translator._is_legacy:
-            return {"function_call": call["function"]}
-        return {"tool_calls": [{"index": block["number"], **call}]}
-
-    def _arguments_delta(self, block: Mapping[str, object], text: str) -> dict:
-        if self._translator._is_legacy:
-            return {"function_call": {"arguments": text}}
-        kind = {"custom": {"input": text}} if block["is_custom"] \
-            else {"function": {"arguments": text}}
-        return {"tool_calls": [{"index": block["number"], **kind}]}
-
-    def _delta(self, block: dict, delta: Mapping[str, object]) -> Optional[dict]:
-        """What a block's delta says, if it says it now; else the block keeps it."""
-        kind = delta.get("type")
-        if kind == "text_delta" and delta.get("text"):
-            block["length"] = block.get("length", 0) + len(delta["text"])
-            return {"content": delta["text"]}
-        if kind == "thinking_delta" and delta.get("thinking"):
-            block["thinking"] = str(block.get("thinking") or "") + delta["thinking"]
-            return {"reasoning_content": delta["thinking"]}
-        if kind == "input_json_delta" and delta.get("partial_json"):
-            if self._translator._answers_by_tool:
-                return {"content": delta["partial_json"]}
-            if "number" in block:
-                block["json"] += delta["partial_json"]
-                return None if block["is_custom"] \
-                    else self._arguments_delta(block, delta["partial_json"])
-        if kind == "citations_delta":
-            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
-        elif kind == "signature_delta":
-            block["signature"] = str(block.get("signature") or "") \
-                + str(delta.get("signature") or "")
-        return None
-
-
-_CHUNK_READERS = MappingProxyType({
-    "message_start": _ChunkStream._begin, "content_block_start": _ChunkStream._begin_block,
-    "content_block_delta": _ChunkStream._add_to_block,
-    "content_block_stop": _ChunkStream._end_block, "message_delta": _ChunkStream._hear_end,
-    "ping": _ChunkStream._ping, "message_stop": _ChunkStream._finish,
-})
-
-
-def _url_citations(block: Mapping[str, object], at: int) -> list[dict]:
-    """A text block's citations of the web as annotations; it begins (streamed: ends) at `at`."""
-    length = block.get("length")
-    begin, end = (at, at + len(str(block.get("text") or ""))) if length is None \
-        else (at - length, at)
-    return [{"type": "url_citation", "url_citation": {
-        "url": row.get("url"), "title": row.get("title") or "", "start_index": begin,
-        "end_index": end}} for row in _parts_of(block.get("citations"))
-        if row.get("type") == "web_search_result_location"]
-
-
-class ThinkingMemory:
-    """The thinking behind tool calls, for the many clients that do not send it back: Claude wants
-    it again, as it was signed. In memory only.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()              # guards the next two
-        self._kept: dict[tuple, tuple[float, int, list[dict]]] = {}        # the oldest first
-        self._bytes = 0
-
-    def keep(self, key: tuple, thoughts: list[dict]) -> None:
-        """Remember them for THINKING_KEPT_S; the oldest go first where there is no room."""
-        now_s, size = self._clock(), len(json_bytes(thoughts))
-        with self._lock:
-            self._bytes += size - self._kept.pop(key, (0, 0))[1]
-            self._kept[key] = (now_s, size, thoughts)
-            while self._kept:
-                oldest, (since_s, size, _) = next(iter(self._kept.items()))
-                if self._bytes <= THINKING_KEPT_BYTES and now_s - since_s <= THINKING_KEPT_S:
-                    break
-                del self._kept[oldest]
-                self._bytes -= size
-
-    def recall(self, key: tuple) -> list[dict]:
-        """What was kept under a key; nothing where that is too long ago."""
-        with self._lock:
-            since_s, _, thoughts = self._kept.get(key, (0, 0, []))
-        return thoughts if self._clock() - since_s <= THINKING_KEPT_S else []
-
-
-def chat_usage(usage: object) -> dict:
-    """Anthropic's usage in OpenAI's counting: what was cached is inside prompt_tokens."""
-    read, written = count_or_zero(usage, "cache_read_input_tokens"), \
-        count_or_zero(usage, "cache_creation_input_tokens")
-    prompt = count_or_zero(usage, "input_tokens") + read + written
-    output = count_or_zero(usage, "output_tokens")
-    thought = count_or_zero(json_object(usage).get("output_tokens_details"), "thinking_tokens")
-    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written,
-                                      "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": thought, "audio_tokens": 0, "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0}}
-
-
-# ==== 12. Anthropic clients on OpenAI's format ==================================================
-#
-# Messages carried over chat completions: of OpenAI itself, and of the many servers that speak its
-# format, know fewer fields, and send sloppier streams.
-
-MESSAGES_TO_CHAT_RULES = MappingProxyType({
-    **dict.fromkeys((
-        "model", "max_tokens", "system", "messages", "tools", "tool_choice", "stop_sequences",
-        "temperature", "top_p", "stream", "thinking", "output_config", "output_format",
-        "metadata", "service_tier", "context_management"), ("own",)),
-    "cache_control": ("silent",), "top_k": ("drop",), "speed": ("drop", "standard"),
-    "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
-    "compaction": ("refuse",), "thread": ("refuse", NEW_THREAD),
-})                                                 # everything else is dropped, and told
-
-
-class Gpt(NamedTuple):
-    """What a family of OpenAI's models takes, in chat completions and, where said, in Responses."""
-    efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
-    effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
-    responses_adds: tuple[str, ...] = ()       # efforts that only Responses takes
-
-    @property
-    def responses_efforts(self) -> tuple[str, ...]:
-        """The efforts of reasoning that the Responses API takes, rising."""
-        return (*self.efforts, *self.responses_adds)
-
-
-# First match wins; newer ones are taken to be like the newest. From their 400s, as reported:
-# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 with "none" only (livekit/agents 7169,
-# 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
-# gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
-# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
-GPT_FAMILIES = (
-    (r"gpt-5-chat", Gpt()),
-    (r"o\d", Gpt(("low", "medium", "high"))),
-    (r"gpt-5\.\d+-chat", Gpt(("medium",))),
-    (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
-    (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
-    (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
-    (r"gpt-5\.([6-9]|\d\d)(-|$)",
-     Gpt(("none", "low", "medium", "high", "xhigh"), "none", ("max",))),
-    (r"gpt-([6-9]|\d\d)", Gpt(("low", "medium", "high", "xhigh"), "none", ("max",))),
-    (r"gpt-5|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
-    (r"", Gpt()),
-)
-THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
-
-
-_EDITOR_FIELDS = {
-    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"),
-                    {"type": "string"}),
-    "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
-                                           "undo_edit"]},
-    "insert_line": {"type": "integer"},
-    "view_range": {"type": "array", "items": {"type": "integer"}},
-}
-# Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
-# function: description, schema). Source: their tool documentation and SDK's types.
-CLIENT_TOOLS = (
-    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
-        "type": "object", "properties": {"command": {"type": "string"},
-                                         "restart": {"type": "boolean"}}}),
-    ("text_editor_", "View, create and edit text files.", {
-        "type": "object", "properties": _EDITOR_FIELDS, "required": ["command", "path"]}),
-    ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
-     "rename.", {"type": "object", "properties": {
-         **_EDITOR_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"},
-         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
-                                                "delete", "rename"]}}, "required": ["command"]}),
-)
-DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here all tools are sent
-CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
-OWN_THINKING = OWN_SIGNATURE + base64.urlsafe_b64encode(b"chat").decode().rstrip("=")
-STOP_REASONS = MappingProxyType({"stop": "end_turn", "length": "max_tokens",
-                                 "tool_calls": "tool_use", "function_call": "tool_use",
-                                 "content_filter": "refusal"})          # else end_turn
-# Of JSON schemas, what OpenAI's strict mode refuses, and what it wants one of. From its guide to
-# structured outputs, and reports of its 400s ("'default' is not permitted").
-UNSTRICT_KEYWORDS = frozenset({
-    "oneOf", "allOf", "not", "if", "then", "else", "default", "dependentRequired",
-    "dependentSchemas", "patternProperties", "propertyNames", "minProperties", "maxProperties",
-    "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedProperties",
-    "unevaluatedItems"})
-SHAPE_KEYWORDS = frozenset({"type", "$ref", "anyOf", "enum", "const"})
-MAX_STOPS = 4
-MAX_CHAT_ID = 40                                   # characters of a tool call's id
-
-
-def gpt_of(model: str) -> Gpt:
-    """The family that a model belongs to."""
-    return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
-
-
-class MessagesOnChat:
-    """A Messages request carried over chat completions. Raises BadRequest."""
-    client_api, api, path = "messages", "chat", "/v1/chat/completions"
-    betas = ()
-
-    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = True, echoes_reasoning: bool = False,
-                 recall: object = None) -> None:       # which only Claude's thinking needs
-        self._losses, self.is_openai = losses, is_openai
-        self._echoes_reasoning = echoes_reasoning
-        self._names = ToolNames(64)
-        self._added_tools: list[object] = []       # within the conversation (beta)
-        self._removed_tools: set[str] = set()
-        self._called: dict[str, str] = {}          # id of a tool call in the history -> its name
-        self._gpt = gpt_of(str(fields.get("model"))) if is_openai else Gpt()
-        self.request = self._request(fields, most_output_tokens)
-
-    # The request.
-
-    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
-        losses = self._losses
-        apply_rules(fields, MESSAGES_TO_CHAT_RULES, losses)
-        cap = optional_count(fields, "max_tokens", least=1)
-        if cap is None:
-            raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
-        if cap > most_output_tokens:
-            losses.adjust("max_tokens", most_output_tokens)
-        request: dict = {"model": fields["model"],
-                         "messages": [*self._system(fields.get("system")),
-                                      *self._messages(fields.get("messages"))],
-                         "max_completion_tokens" if self.is_openai else "max_tokens":
-                             min(cap, most_output_tokens)}
-        tools = self._tools(fields)
-        if tools:
-            request["tools"] = tools
-            request.update(self._tool_choice(json_object(fields.get("tool_choice")), tools))
-        stops = self.stops = _string_list(fields.get("stop_sequences") or [])
-        most_stops = 0 if self._gpt.efforts else MAX_STOPS
-        if len(stops) > most_stops:
-            losses.drop("stop_sequences")
-        if stops[:most_stops]:
-            request["stop"] = stops[:most_stops]
-        if optional_flag(fields, "stream"):
-            request["stream"] = True
-        self._set_reasoning(fields, request)
-        takes_sampling = not self._gpt.efforts or request.get("reasoning_effort") == "none"
-        for name in ("temperature", "top_p"):
-            if fields.get(name) is not None and takes_sampling:
-                request[name] = fields[name]
-            elif fields.get(name) not in (None, 1):
-                losses.drop(name)
-        self._set_rest(fields, request)
-        return request
-
-    def _set_reasoning(self, fields: Mapping[str, object], request: dict) -> None:
-        """reasoning_effort: what was asked, or the next lower that the model takes beside tools."""
-        if not self._gpt.efforts:
-            return
-        thinking, asked_by = json_object(fields.get("thinking")), "output_config.effort"
-        asked = json_object(fields.get("output_config")).get("effort")
-        for message in map(json_object, fields["messages"]):
-            asked = json_object(message.get("output_config")).get("effort", asked)
-        if asked is None and thinking.get("type") not in (None, "adaptive"):
-            budget, asked_by = optional_count(thinking, "budget_tokens") or 0, "thinking"
-            asked = next((name for most, name in THINKING_EFFORTS if budget < most), "xhigh") \
-                if thinking["type"] == "enabled" else "none"
-        effort = asked
-        if "tools" in request and self._gpt.effort_with_tools != "any":
-            effort = self._gpt.effort_with_tools
-        elif asked in EFFORTS:
-            effort = lowered_effort(asked, self._gpt.efforts)
-        if effort is not None:
-            request["reasoning_effort"] = effort
-        if effort is None and asked not in (None, "none"):
-            self._losses.drop(asked_by)
-        elif effort not in (None, asked):
-            self._losses.adjust(asked_by, effort)
-
-    def _set_rest(self, fields: Mapping[str, object], request: dict) -> None:
-        output = json_object(fields.get("output_config"))
-        if "task_budget" in output:
-            self._losses.drop("output_config.task_budget")
-        wanted = json_object(output.get("format") or fields.get("output_format"))
-        schema = _with_root(wanted.get("schema"))
-        if wanted.get("type") == "json_schema" and self.is_openai \
-                and json_object(schema).get("type") != "object":      # Anthropic takes any root
-            self._losses.adjust("output_config.format", "instructed")
-            request["messages"].insert(0, self._system_message([
-                f"Respond with JSON and nothing else, which matches this JSON schema:\n"
-                f"{json.dumps(schema)}"]))
-        elif wanted.get("type") == "json_schema":
-            request["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "output", "schema": schema, "strict": _is_strict(schema)}}
-        user = json_object(fields.get("metadata")).get("user_id")
-        if isinstance(user, str) and self.is_openai:
-            request["safety_identifier"] = _hashed(user, 64)
-            session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
-            if session:
-                request["prompt_cache_key"] = session[1]
-        tier = {"auto": "auto", "standard_only": "default"}.get(str(fields.get("service_tier")))
-        if tier and self.is_openai:
-            request["service_tier"] = tier
-        edits = json_object(fields.get("context_management")).get("edits")
-        if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
-            self._losses.drop("context_management")
-
-    def _system(self, system: object) -> list[dict]:
-        texts = [text for text in (str(part.get("text") or "") for part in _parts_of(system))
-                 if text and not text.startswith(CLAUDE_CODE_BILLING)]
-        return [self._system_message(texts)] if texts else []
-
-    def _system_message(self, texts: list[str]) -> dict:
-        role = "developer" if self._gpt.efforts else "system"
-        content = [{"type": "text", "text": text} for text in texts] \
-            if len(texts) > 1 and self.is_openai else "\n\n".join(texts)
-        return {"role": role, "content": content}
-
-    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
-        """The functions; a request that has only tools which Anthropic runs is refused."""
-        rows = [json_object(row) for row in (*(fields.get("tools") or ()), *self._added_tools)]
-        tools = [self._tool(row) for row in rows if row.get("name") != DEFERRED_TOOLS
-                 and row.get("name") not in self._removed_tools]
-        if tools and not any(tools):
-            raise BadRequest("the tools are all of Anthropic's own, which this model's provider "
-                             "does not have", param="tools")
-        return [tool for tool in tools if tool is not None]
-
-    def _tool(self, row: Mapping[str, object]) -> Optional[dict]:
-        kind, description = str(row.get("type") or "custom"), row.get("description")
-        schema = row.get("input_schema")
-        if kind != "custom":
-            known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
-            if known is None:
-                self._losses.drop(f"tools.{kind}")
-                return None
-            self._losses.adjust(f"tools.{kind}", "function")
-            _, description, schema = known
-        function = {"name": self._names.fitting(row.get("name")), "parameters": {
-            "type": "object", "properties": {}, **{
-                name: value for name, value in json_object(schema).items() if name != "$schema"}}}
-        if description:
-            function["description"] = description
-        if row.get("strict") is True and self.is_openai:
-            if _is_strict(function["parameters"]):
-                function["strict"] = True
-            else:
-                self._losses.drop("tools.strict")
-        return {"type": "function", "function": function}
-
-    def _tool_choice(self, choice: Mapping[str, object], tools: list[dict]) -> dict:
-        kind = choice.get("type")
-        known: dict = {"auto": "auto", "any": "required", "none": "none"}
-        chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
-        if kind == "tool":
-            function = {"name": self._names.fitting(choice.get("name"))}
-            if any(tool["function"]["name"] == function["name"] for tool in tools):
-                chosen = {"tool_choice": {"type": "function", "function": function}}
-            else:
-                self._losses.adjust("tool_choice", "auto")
-        if choice.get("disable_parallel_tool_use") is True:
-            chosen["parallel_tool_calls"] = False
-        return chosen
-
-    # Its messages.
-
-    def _messages(self, messages: object) -> list[dict]:
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("messages must be a list of at least one message", param="messages")
-        rows: list[dict] = []
-        for message in map(json_object, messages):
-            row = {**message, "content": _parts_of(_content_of(message))}
-            if rows and row.get("role") == "assistant" == rows[-1].get("role"):
-                rows[-1]["content"] += row["content"]      # Anthropic reads a run as one
-            else:
-                rows.append(row)
-        last_user = max((at for at, row in enumerate(rows) if row.get("role") == "user"),
-                        default=-1)
-        turns: list[dict] = []
-        for at, message in enumerate(rows):
-            role, parts = message.get("role"), message["content"]
-            if role == "assistant":
-                turns += self._assistant(parts)
-            elif role == "user":
-                turns += self._user(parts)
-            elif role == "system":
-                is_over = message.get("clear_at") == "next_user_message" and at < last_user
-                turns += self._later_system([] if is_over else parts, parts)
-            else:
-                raise BadRequest("a message has a role that is not known", param="messages")
-        if turns and turns[-1]["role"] == "assistant":
-            self._losses.adjust("messages.prefill", "kept")
-        turns = self._paired(turns)
-        return turns if self.is_openai else self._alternating(turns)
-
-    def _later_system(self, shown: list[dict], parts: list[dict]) -> list[dict]:
-        """A system message in place. Chat templates of other servers want it first, or not at all;
-        there it is said as the user."""
-        for part in parts:
-            changed = json_object(part.get("tool"))
-            if part.get("type") == "tool_removal":
-                self._removed_tools.add(str(changed.get("name")))
-            elif part.get("type") == "tool_addition":
-                self._removed_tools.discard(str(changed.get("name")))
-                if "definition" in changed:
-                    self._added_tools.append(changed["definition"])
-        texts = [str(part["text"]) for part in shown if part.get("text")]
-        if not texts:
-            return []
-        if self.is_openai:
-            return [self._system_message(texts)]
-        self._losses.adjust("messages.system", "user")
-        return [{"role": "user", "content": "\n\n".join([LATER_SYSTEM + texts[0], *texts[1:]])}]
-
-    def _paired(self, turns: list[dict]) -> list[dict]:
-        """Every call's result stands right behind it; one without its call is the user's text."""
-        results: dict[int, dict[str, dict]] = {}
-        owner = -1
-        for number, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                owner = number
-            elif turn["role"] == "tool":
-                results.setdefault(owner, {})[turn["tool_call_id"]] = turn
-        paired = []
-        for number, turn in enumerate([{"role": "tool"}, *turns], -1):
-            if turn["role"] != "tool":
-                paired.append(turn)
-            own = results.get(number, {})
-            calls = [call["id"] for call in turn.get("tool_calls") or ()]
-            if own.keys() != set(calls):
-                self._losses.adjust("messages.tool_result", "paired")
-            paired += [own.pop(call_id, None) or {
-                "role": "tool", "tool_call_id": call_id, "content": "[no result provided]"}
-                for call_id in calls]
-            paired += [{"role": "user", "content":
-                        f"[result of tool call {call_id}]\n{orphan['content']}"}
-                       for call_id, orphan in own.items()]
-        return paired
-
-    @staticmethod
-    def _alternating(turns: list[dict]) -> list[dict]:
-        """Runs of the user's turns as one: chat templates of local models want them to alternate.
-        """
-        merged: list[dict] = []
-        for turn in turns:
-            before = merged[-1] if merged else {}
-            if turn["role"] == "user" == before.get("role"):
-                both = (before["content"], turn["content"])
-                content = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
-                    else [part for one in both for part in _parts_of(one)]
-                merged[-1] = {"role": "user", "content": content}
-            else:
-                merged.append(turn)
-        return merged
-
-    @staticmethod
-    def _chat_id(call_id: object) -> str:
-        text = str(call_id)
-        return text if len(text) <= MAX_CHAT_ID else f"call_{_hashed(text, 24)}"
-
-    def _assistant(self, parts: list[dict]) -> list[dict]:
-        def joined(kind: str, name: str) -> str:
-            return "".join(str(part.get(name) or "") for part in parts if part.get("type") == kind)
-
-        calls = [{"id": self._chat_id(part.get("id")), "type": "function", "function": {
-            "name": self._names.fitting(part.get("name")),
-            "arguments": input_to_arguments(part.get("input"))}}
-            for part in parts if part.get("type") == "tool_use"]
-        self._called.update((call["id"], call["function"]["name"]) for call in calls)
-        text = joined("text", "text")
-        if not text and not calls:
-            return []
-        said = {"role": "assistant", "content": text or None}
-        if self._echoes_reasoning:
-            said["reasoning_content"] = joined("thinking", "thinking")
-        return [{**said, **({"tool_calls": calls} if calls else {})}]
-
-    def _user(self, parts: list[dict]) -> list[dict]:
-        """A user's turn: its tool results as messages of their own, first; then the rest."""
-        results, content = [], []
-        for part in parts:
-            if part.get("type") != "tool_result":
-                content += self._part(part)
-                continue
-            call_id = self._chat_id(part.get("tool_use_id"))
-            texts = []
-            for piece in _parts_of(_content_of(part)):
-                known = piece.get("type") in ("text", "image", "document", "search_result")
-                for told in self._part(piece) if known else [{"type": "text",
-                                                              "text": json.dumps(piece)}]:
-                    if told["type"] == "text":
-                        texts.append(told["text"])
-                        continue
-                    kind = "file" if told["type"] == "file" else "image"
-                    texts.append(f"[{kind}]")      # a tool message takes text only
-                    content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
-                                 f"{self._called.get(call_id, call_id)}:"}, told]
-            text = "\n".join(texts)
-            if part.get("is_error") is True and not text.startswith("Error"):
-                text = f"Error: {text}"
-            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
-        if not content:
-            return results
-        if len(content) == 1 and content[0]["type"] == "text":
-            return [*results, {"role": "user", "content": content[0]["text"]}]
-        return [*results, {"role": "user", "content": content}]
-
-    def _part(self, part: Mapping[str, object]) -> list[dict]:
-        kind, source = part.get("type"), json_object(part.get("source"))
-        if kind == "text":
-            return [{"type": "text", "text": part["text"]}] if part.get("text") else []
-        if kind == "image" and source.get("type") == "base64":
-            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-            return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "image" and source.get("type") == "url":
-            return [{"type": "image_url", "image_url": {"url": source.get("url")}}]
-        if kind == "document" and source.get("type") == "base64" and self.is_openai:
-            return [{"type": "file", "file": {
-                "filename": part.get("title") or "document.pdf",
-                "file_data": f"data:{source.get('media_type')};base64,{source.get('data')}"}}]
-        if kind == "document" and source.get("type") == "text":
-            return [{"type": "text", "text": f"<document title={part.get('title') or ''!s}>\n"
-                     f"{source.get('data')}\n</document>"}]
-        if kind == "document" and source.get("type") == "content":
-            return [piece for inner in _parts_of(source.get("content"))
-                    for piece in self._part(inner)]
-        if kind == "search_result":
-            return [{"type": "text", "text": f"{part.get('title')} ({part.get('source')})\n"
-                     + _text_of(part.get("content"), "\n")}]
-        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
-                         "to this model's provider", param="messages")
-
-    # The answer.
-
-    def answer(self, completion: Mapping[str, object]) -> dict:
-        """A chat.completion as a whole message."""
-        choice = _first_choice(completion)
-        if not choice or choice.get("finish_reason") == "error":
-            raise UpstreamBroke("the provider's answer ended in an error of its own")
-        said = json_object(choice.get("message"))
-        content: list[dict] = []
-        thought = _reasoning_of(said)
-        if thought:
-            content.append({"type": "thinking", "thinking": thought, "signature": OWN_THINKING})
-        for text in (_text_of(said.get("content")), said.get("refusal")):
-            if isinstance(text, str) and text:
-                content.append({"type": "text", "text": text})
-        calls = _parts_of(said.get("tool_calls"))
-        if isinstance(said.get("function_call"), dict):
-            calls.append({"function": said["function_call"]})
-        for call in calls:
-            function = json_object(call.get("function", call.get("custom")))
-            content.append({"type": "tool_use", "id": call.get("id") or _tool_use_id(),
-                            "name": self._names.own(function.get("name")),
-                            "input": {"input": function["input"]} if "input" in function
-                            else arguments_to_input(function.get("arguments"))})
-        return {**empty_message(completion), "content": content,
-                **_stop_of(choice, bool(calls), bool(said.get("refusal")), self.stops),
-                "usage": messages_usage(completion.get("usage"), completion.get("service_tier"))}
-
-    # The stream.
-
-    def events(self, chunks: Iterable[Mapping[str, object]]) -> Iterator[dict]:
-        """Chunks as Anthropic's events; [DONE] was taken off before.
-
-        One block is open at a time: a tool call that comes while another is open is held back.
-        """
-        stream = _MessageStream(self)
-        for chunk in chunks:
-            if chunk.get("type") != "ping":
-                yield from stream.read(chunk)
-            elif stream.has_begun:
-                yield {"type": "ping"}
-        yield from stream.finish()
-
-    # Its errors.
-
-    def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
-        """An error of OpenAI in Anthropic's words."""
-        inner = body.get("error", body)
-        message = inner if isinstance(inner, str) else json_object(inner).get("message")
-        code = json_object(inner).get("code")
-        text = str(message or f"the provider answered with the status {status}")
-        status = {422: 400, 502: 500, 503: 529}.get(status, status)
-        if code in ("insufficient_quota", "billing_hard_limit_reached"):
-            status = 402
-        if code == "context_length_exceeded" and "prompt is too long" not in text:
-            numbers = [int(number) for number in re.findall(r"\d{4,}", text.replace(",", ""))]
-            told = f": {max(numbers)} tokens > {min(numbers)} maximum" if len(numbers) > 1 else ""
-            text = f"prompt is too long{told}. {text}"        # Claude Code compacts on these words
-        kind = ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500
-                                    else "invalid_request_error")
-        return status, {"type": "error", "request_id": request_id,
-                        "error": {"type": kind, "message": text}}
-
-
-class _MessageStream:
-    """The state of one stream on its way from chunks to Anthropic's events."""
-
-    def __init__(self, translator: MessagesOnChat) -> None:
-        self._translator = translator
-        self._holds_arguments = not translator.is_openai     # until they are known to be JSON
-        self.has_begun = False
-        self._index = 0                    # of the next block
-        self._open: object = None          # "thinking", "text", or the tool that is open
-        self._tools: list[dict] = []
-        self._newest: dict[object, dict] = {}        # of each index of the provider's
-        self._by_id: dict[str, dict] = {}
-        self._usage: object = None
-        self._tier: object = None          # of service
-        self._choice: dict = {}            # what the finish said
-        self._refused = False
-
-    def read(self, chunk: Mapping[str, object]) -> Iterator[dict]:
-        """The events of one chunk."""
-        if not self.has_begun:
-            self.has_begun = True
-            yield {"type": "message_start", "message": empty_message(chunk)}
-            yield {"type": "ping"}
-        if isinstance(chunk.get("usage"), dict):
-            self._usage = chunk["usage"]
-        self._tier = chunk.get("service_tier") or self._tier
-        choice = _first_choice(chunk)
-        delta = json_object(choice.get("delta") or choice.get("message"))
-        thought = _reasoning_of(delta)
-        if thought:
-            yield from self._ensure("thinking", {"type": "thinking", "thinking": "",
-                                                 "signature": ""})
-            yield self._delta({"type": "thinking_delta", "thinking": thought})
-        for name in ("content", "refusal"):
-            text = _text_of(delta.get(name))
-            if text:
-                self._refused |= name == "refusal"
-                yield from self._ensure("text", {"type": "text", "text": ""})
-                yield self._delta({"type": "text_delta", "text": text})
-        for call in _parts_of(delta.get("tool_calls")):
-            yield from self._read_call(call)
-        if choice.get("finish_reason"):
-            self._choice = choice
-
-    def _tool_of(self, call: Mapping[str, object]) -> dict:
-        """The tool call that a delta belongs to: one with another id is another call, whatever
-        its index; without id and index, a name behind whole arguments begins another."""
-        index, call_id = call.get("index"), call.get("id")
-        tool = self._by_id.get(str(call_id)) if call_id else None
-        newest = self._newest.get(index)
-        if tool is None and newest is not None:
-            if call_id:
-                is_other = bool(newest["id"])
-            else:
-                is_other = index is None and bool(json_object(call.get("function")).get("name")) \
-                    and bool(newest["json"]) and "__raw" not in arguments_to_input(newest["json"])
-            tool = None if is_other else newest
-        if tool is None:
-            tool = {"id": None, "name": "", "json": "", "has_begun": False}
-            self._tools.append(tool)
-        if call_id:
-            tool["id"] = call_id
-            self._by_id[str(call_id)] = tool
-        self._newest[index] = tool
-        return tool
-
-    def _read_call(self, call: Mapping[str, object]) -> Iterator[dict]:
-        tool, function = self._tool_of(call), json_object(call.get("function"))
-        if not tool["has_begun"] and isinstance(function.get("name"), str):
-            tool["name"] = function["name"] if function["name"].startswith(tool["name"]) \
-                else tool["name"] + function["name"]
-        more = function.get("arguments")
-        more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
-        tool["json"] += more
-        if self._holds_arguments:          # told whole, in finish(): nothing can come in between
-            return
-        if tool["has_begun"] and self._open is not tool and more.strip():
-            raise UpstreamBroke("the provider went on with a tool call after another block")
-        if self._open is tool:
-            if more:
-                yield self._delta({"type": "input_json_delta", "partial_json": more})
-        elif not tool["has_begun"] and tool["name"] and not isinstance(self._open, dict):
-            yield from self._begin_tool(tool)
-
-    def _begin_tool(self, tool: dict) -> Iterator[dict]:
-        tool["has_begun"] = True
-        yield from self._ensure(tool, {
-            "type": "tool_use", "id": tool["id"] or _tool_use_id(),
-            "name": self._translator._names.own(tool["name"]), "input": {}})
-        if tool["json"] and not self._holds_arguments:
-            yield self._delta({"type": "input_json_delta", "partial_json": tool["json"]})
-
-    def _ensure(self, wanted: object, block: dict) -> Iterator[dict]:
-        """The block that is wanted is open; the one before it is closed."""
-        if self._open is wanted or (isinstance(wanted, str) and self._open == wanted):
-            return
-        yield from self._close()
-        self._open = wanted
-        yield {"type": "content_block_start", "index": self._index, "content_block": block}
-
-    def _delta(self, delta: dict) -> dict:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
-
-    def _close(self) -> Iterator[dict]:
-        if self._open is None:
-            return
-        if self._open == "thinking":
-            yield self._delta({"type": "signature_delta", "signature": OWN_THINKING})
-        elif isinstance(self._open, dict) and (self._holds_arguments
-                                               or not self._open["json"].strip()):
-            whole = json.dumps(arguments_to_input(self._open["json"]), ensure_ascii=False)
-            yield self._delta({"type": "input_json_delta", "partial_json": whole})
-        yield {"type": "content_block_stop", "index": self._index}
-        self._open, self._index = None, self._index + 1
-
-    def finish(self) -> Iterator[dict]:
-        """The events that end the message. Raises UpstreamBroke where the provider never did."""
-        if not self._choice:
-            raise UpstreamBroke("the provider's stream ended without a finish reason")
-        if self._choice["finish_reason"] == "error":
-            raise UpstreamBroke("the provider's stream ended in an error of its own")
-        yield from self._close()
-        for tool in self._tools:
-            if not tool["has_begun"]:
-                yield from self._begin_tool(tool)
-                yield from self._close()
-        yield {"type": "message_delta", "usage": messages_usage(self._usage, self._tier),
-               "delta": _stop_of(self._choice, bool(self._tools), self._refused,
-                                 self._translator.stops)}
-        yield {"type": "message_stop"}
-
-
-def empty_message(completion: Mapping[str, object]) -> dict:
-    """A message before its first block, with what a completion or its first chunk says of it."""
-    own_id = re.sub(r"[^A-Za-z0-9_-]", "_", str(completion.get("id") or ""))
-    return {"id": f"msg_{own_id or secrets.token_hex(12)}", "type": "message",
-            "role": "assistant", "model": completion.get("model"), "content": [],
-            "stop_reason": None, "stop_sequence": None,
-            "usage": messages_usage(None, completion.get("service_tier"))}
-
-
-def _first_choice(body: Mapping[str, object]) -> dict:
-    return next((choice for choice in _parts_of(body.get("choices"))
-                 if choice.get("index") in (0, None)), {})
-
-
-def _stop_of(choice: Mapping[str, object], has_tools: bool, is_refusal: bool,
-             stops: Sequence[str]) -> dict:
-    """stop_reason and stop_sequence of a choice; `stop_reason` is what vLLM and others add."""
-    reason = STOP_REASONS.get(str(choice.get("finish_reason")), "end_turn")
-    matched = choice.get("stop_reason")
-    if is_refusal or reason == "refusal":
-        return {"stop_reason": "refusal", "stop_sequence": None, "stop_details": {
-            "type": "refusal", "category": None, "explanation": None}}
-    if has_tools and reason == "end_turn":
-        reason = "tool_use"
-    elif not has_tools and reason == "tool_use":
-        reason = "end_turn"
-    elif reason == "end_turn" and matched in stops:
-        return {"stop_reason": "stop_sequence", "stop_sequence": matched}
-    return {"stop_reason": reason, "stop_sequence": None}
-
-
-def _reasoning_of(said: Mapping[str, object]) -> str:
-    """The reasoning that compatible servers show, under any of its names."""
-    for name in ("reasoning_content", "reasoning"):
-        if isinstance(said.get(name), str) and said[name]:
-            return said[name]
-    content = said.get("content")
-    parts = [*_parts_of(said.get("reasoning_details")), *(
-        inner for part in (_parts_of(content) if isinstance(content, list) else ())
-        if part.get("type") == "thinking" for inner in _parts_of(part.get("thinking")))]
-    return "".join(str(part.get("text") or "") for part in parts)
-
-
-def _tool_use_id() -> str:
-    return f"toolu_{secrets.token_hex(12)}"
-
-
-def _is_strict(schema: object) -> bool:
-    """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed,
-    a shape everywhere, and no keyword that it refuses."""
-    if isinstance(schema, dict):
-        properties = schema.get("properties")
-        inner = [*json_object(properties).values(), *(schema.get("anyOf") or ()),
-                 schema.get("items", {})]              # each a schema, and none of them true
-        if UNSTRICT_KEYWORDS & schema.keys() or not SHAPE_KEYWORDS & schema.keys() \
-                or not all(isinstance(child, dict) for child in inner):
-            return False
-        if (properties is not None or _is_object(schema)) and (
-                schema.get("additionalProperties") is not False
-                or not isinstance(properties, dict)
-                or set(schema.get("required") or ()) != properties.keys()):
-            return False
-    return all(map(_is_strict, _inner_schemas(schema)))
-
-
-def messages_usage(usage: object, tier: object = None) -> dict:
-    """OpenAI's usage in Anthropic's counting: what was cached is beside input_tokens.
-
-    Where a server's total is more than prompt and completion, the rest was reasoning.
-    """
-    prompt = count_or_zero(usage, "prompt_tokens")
-    details = json_object(usage).get("prompt_tokens_details")
-    read = count_or_zero(details, "cached_tokens")
-    written = count_or_zero(details, "cache_write_tokens") \
-        or count_or_zero(details, "cache_creation_tokens")
-    thought = count_or_zero(json_object(usage).get("completion_tokens_details"), "reasoning_tokens")
-    return {"input_tokens": max(0, prompt - read - written),
-            "cache_creation_input_tokens": written, "cache_read_input_tokens": read,
-            "cache_creation": {"ephemeral_5m_input_tokens": written,
-                               "ephemeral_1h_input_tokens": 0},
-            "output_tokens": max(count_or_zero(usage, "completion_tokens"),
-                                 count_or_zero(usage, "total_tokens") - prompt),
-            "output_tokens_details": {"thinking_tokens": thought}, "server_tool_use": None,
-            "service_tier": "priority" if tier == "priority" else "standard"}
-
-
-def without_own_thinking(messages: object) -> object:
-    """A conversation without the thinking that an answer of ours brought from another provider:
-    Claude refuses what it has not signed itself."""
-    def is_ours(block: object) -> bool:
-        return str(json_object(block).get("signature")).startswith(OWN_SIGNATURE)
-
-    if not isinstance(messages, list):
-        return messages
-    kept = []
-    for message in messages:
-        content = json_object(message).get("content")
-        if isinstance(content, list) and any(map(is_ours, content)):
-            message = {**message, "content": [one for one in content if not is_ours(one)]}
-            if not message["content"]:
-                continue
-        kept.append(message)
-    return kept
-
-
-# Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
-ESTIMATE_BYTES_PER_TOKEN = Fraction(36, 10)
-ESTIMATED_IMAGE_TOKENS = 1600
-
-
-def estimated_input_tokens(fields: Mapping[str, object]) -> int:
-    """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
-    images = [part for kind, part in _parts([*map(fields.get, ("messages", "system", "input"))])
-              if kind in IMAGE_PART_TYPES]
-    names = ("system", "messages", "tools", "instructions", "input")
-    sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names
-                for text in _strings(fields.get(name)))
-    sizes -= sum(map(len, _strings(images)))
-    messages = fields.get("messages", fields.get("input"))
-    count = len(messages) if isinstance(messages, list) else 0
-    return -int(-max(0, sizes) // ESTIMATE_BYTES_PER_TOKEN) + 8 * count \
-        + ESTIMATED_IMAGE_TOKENS * len(images)
-
-
-# The type of an error inside a stream -> the status that it would have had.
-ERROR_STATUSES = MappingProxyType({
-    **{kind: status for status, kind in ANTHROPIC_ERRORS.items()},
-    "server_error": 500, "insufficient_quota": 429, "rate_limit_exceeded": 429, "requests": 429,
-    "tokens": 429})
-# (the client's API, the format of the model's provider) -> what carries the one over the other
-TRANSLATORS = MappingProxyType({("chat", "anthropic"): ChatOnClaude,
-                                ("messages", "openai"): MessagesOnChat})
-Translator = Union[ChatOnClaude, MessagesOnChat]
-
-
-# ==== 13. Cost controller =======================================================================
+# ==== 15. Cost controller =======================================================================
 #
 # The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
 # has set aside, in microdollars, behind one lock that is held for arithmetic only. The names and
@@ -6225,7 +6755,7 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
     return insufficient_budget(budget, bound)
 
 
-# ==== 14. Ledger ================================================================================
+# ==== 16. Ledger ================================================================================
 #
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
@@ -6825,7 +7355,7 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
     return f"it bills other counts than its usage: {', '.join(different)}" if different else None
 
 
-# ==== 15. Callers and configuration =============================================================
+# ==== 17. Callers and configuration =============================================================
 #
 # Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
 # is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
@@ -6867,7 +7397,7 @@ class Provider(NamedTuple):
     key: Optional[str] = None
     key_env: str = ""                          # the environment variable that holds the key
     default_service_tier: str = "default"      # assumed where a request leaves it open
-    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 18
+    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 20
     is_free: bool = False                      # none of its models costs anything
     stream_usage: bool = True                  # it knows stream_options.include_usage
     echo_reasoning: bool = False               # it wants its reasoning back, of every answer
@@ -7212,7 +7742,7 @@ class Traffic:
                 self._in_flight[caller.name] -= 1
 
 
-# ==== 16. HTTP on a socket ======================================================================
+# ==== 18. HTTP on a socket ======================================================================
 #
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
@@ -7768,7 +8298,7 @@ class Wire:
             self.sock.close()
 
 
-# ==== 17. Upstream ==============================================================================
+# ==== 19. Upstream ==============================================================================
 #
 # The one place that opens connections. An ordinary urllib opener with handlers of ours, which
 # keep connections alive: proxies from the environment and the system's CAs work as everywhere.
@@ -8221,7 +8751,7 @@ def duration_s(text: str) -> int:
     return hours * 3600 + minutes * 60 + seconds + ("." in text or match[4] is not None)
 
 
-# ==== 18. Settlement ============================================================================
+# ==== 20. Settlement ============================================================================
 #
 # What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
 # whose lines add up to it; the ledger keeps them, so that `audit` can add them up again. What ends
@@ -8499,7 +9029,7 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
         provider_request_id=call.provider_request_id, first_byte_ms=call.first_byte_ms)
 
 
-# ==== 19. Events and metrics ====================================================================
+# ==== 21. Events and metrics ====================================================================
 #
 # What happened, for those who watch: values for `on_event`, counts for the status, text for
 # Prometheus. Nothing here holds a secret, a prompt or an answer. The first five are the original's.
@@ -8710,7 +9240,7 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-# ==== 20. Iron Cage server ======================================================================
+# ==== 22. Iron Cage server ======================================================================
 #
 # With --server-url the provider's key, the budget and the account of it all are another machine's:
 # an Iron Cage server, by the original's protocol. The key is fetched and kept for a while, budget
@@ -9006,7 +9536,7 @@ class CageServer:
                     "events_waiting": len(self._events), "events_dropped": self.dropped_events}
 
 
-# ==== 21. Router ================================================================================
+# ==== 23. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -9369,12 +9899,14 @@ class Router:
                               or provider.name in WANT_REASONING_BACK,
                               recall=lambda *key: self.thinking.recall(
                                   (request.caller.name, model, *key)))
+        translator.asked_model = str(body.fields["model"])
+        translator.keep = lambda *kept: self.thinking.keep(
+            (request.caller.name, model, *kept[:2]), kept[2])
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
         call = Call(request, provider, translator.api, model, parse_json_object(json_bytes(fields)))
         call.translator, call.losses, call.added_betas = translator, losses, translator.betas
-        call.asked_model = str(body.fields["model"])
         return call
 
     def _bound(self, call: Call, price: Price, free: Optional[int]) -> Bound:
@@ -9528,7 +10060,7 @@ class Router:
     def _sent(self, call: Call, path: str, body: bytes,
               watched: Optional[Wire]) -> UpstreamResponse:
         call.was_sent, call.sent_ns = True, time.monotonic_ns()
-        path = call.translator.path if call.translator is not None else path
+        path = DIALECTS[call.api].path if call.translator is not None else path
         try:
             return self._send(call.request, call.provider, path, body, watched, call.translator,
                               call.added_betas)
@@ -9632,7 +10164,7 @@ class Router:
         if not isinstance(parsed, dict):
             raise UpstreamBroke("the provider's answer is not JSON")
         with well_shaped(UpstreamBroke(ANSWER_SHAPE)):
-            answer = self._as_asked(call, translator.answer(parsed))
+            answer = translator.answer(parsed)
         return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
 
     def _translated_error(self, call: Call, translator: Translator, status: int,
@@ -9668,6 +10200,7 @@ class Router:
             self._settle(call)
             if not has_ended:
                 raise UpstreamBroke("the provider's stream ended without its last event")
+            yield {"type": "done"}
 
         events = translator.events(parsed_events())
         try:
@@ -9676,7 +10209,7 @@ class Router:
                     event = next(events, None)
                 if event is None:
                     break
-                yield self._as_asked(call, event)
+                yield event
         except UpstreamBroke:
             if not failure:
                 raise
@@ -9684,21 +10217,6 @@ class Router:
             self._settle(call)
             status = ERROR_STATUSES.get(str(call.meter.failure), 500)
             yield status, failure[0]
-
-    def _as_asked(self, call: Call, body: dict) -> dict:
-        """An answer or event under the name of the model that the client asked for.
-
-        Before the client sees that its tools are called, the thinking behind it is remembered.
-        """
-        translator, message = call.translator, body.get("message")
-        if _first_choice(body).get("finish_reason") == "tool_calls" and translator.thoughts:
-            self.thinking.keep((call.request.caller.name, call.model,
-                                str(translator.first_call_id), translator.digest),
-                               translator.thoughts)
-        for holder in (body, message if isinstance(message, dict) else {}):
-            if "model" in holder:
-                holder["model"] = call.asked_model
-        return body
 
     def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
         """Translated events as bytes; a stream that breaks ends with its dialect's error."""
@@ -9820,7 +10338,7 @@ class Router:
         if fields.get("max_tokens") != 0 or provider.format != "openai" \
                 or not request.caller.may_use(provider.name, model):
             return None
-        message = empty_message({"model": fields["model"]})
+        message = empty_message(Began("", fields["model"]))
         end = {"stop_reason": "max_tokens", "stop_sequence": None}
         if not optional_flag(fields, "stream"):
             return self._made_answer(request, json_bytes({**message, **end}), "application/json")
@@ -9956,7 +10474,7 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 22. Dashboard =============================================================================
+# ==== 24. Dashboard =============================================================================
 #
 # One page without data and without an outside resource; it asks for a token, keeps it in the tab,
 # and shows what the status and usage routes tell. Text goes in as text only.
@@ -10095,7 +10613,7 @@ def dashboard_answer() -> Answer:
     return Answer(200, headers, body.encode("utf-8"))
 
 
-# ==== 23. Server ================================================================================
+# ==== 25. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -10880,7 +11398,7 @@ def load_prices(settings: Settings) -> PriceBook:
     return read_prices(path)
 
 
-# ==== 24. Settings and command line =============================================================
+# ==== 26. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -11711,7 +12229,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 25. Embedding =============================================================================
+# ==== 27. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.
