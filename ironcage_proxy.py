@@ -1833,6 +1833,17 @@ class Bound(NamedTuple):
         return 0 if self.hosted is None else self.hosted.asked
 
     @property
+    def asked_caps(self) -> Caps:
+        """The caps that hold when we set none."""
+        return Caps(self.output_tokens, self.hosted_uses)
+
+    @property
+    def takes_what_it_asks(self) -> bool:
+        """Whether all that is free may go for the client's own caps: other caps take half of it."""
+        return self.asked_output_tokens is not None and (
+            self.hosted is None or self.hosted.is_asked)
+
+    @property
     def least_uses(self) -> int:
         """The fewest uses of hosted tools that it is a valid request with."""
         return 0 if self.hosted is None else min(self.hosted.least, self.hosted_uses)
@@ -1857,15 +1868,15 @@ class Bound(NamedTuple):
 
     def microdollars(self, output_tokens: int, uses: int = 0) -> int:
         """The worst cost with those caps, rounded up."""
-        return microdollars_ceil(min(fixed + output_tokens * each
-                                     for fixed, each in self._lines(uses)))
+        return microdollars_ceil(min([fixed + output_tokens * each
+                                      for fixed, each in self._lines(uses)]))
 
     def affordable_output_tokens(self, microdollars: int, uses: int = 0) -> int:
         """The largest output cap whose worst cost fits into an amount; below 0 if none does."""
         left = [(microdollars * PICODOLLARS_PER_MICRODOLLAR - fixed, each)
                 for fixed, each in self._lines(uses)]
-        return max(-1 if free < 0 else int(free // each) if each else self.output_tokens
-                   for free, each in left)
+        return max([-1 if free < 0 else int(free // each) if each else self.output_tokens
+                    for free, each in left])
 
     def fitting_caps(self, free_microdollars: Optional[int], *, at_last: bool,
                      shares: bool = False) -> Optional[Caps]:
@@ -1875,12 +1886,12 @@ class Bound(NamedTuple):
         half of what is free; then the output, as fitting_cap() has it; then the uses to none,
         though not where the request is about nothing else and may wait.
         """
-        asked = Caps(self.output_tokens, self.hosted_uses)
+        asked = self.asked_caps
         if free_microdollars is None or self.hosted is None:
             cap = self.fitting_cap(free_microdollars, at_last=at_last, shares=shares)
             return None if cap is None else Caps(cap, asked.hosted_uses)
-        is_asked = self.hosted.is_asked and self.asked_output_tokens is not None
-        if self.microdollars(*asked) <= (free_microdollars if is_asked else free_microdollars // 2):
+        if self.microdollars(*asked) <= (
+                free_microdollars if self.takes_what_it_asks else free_microdollars // 2):
             return asked
         if self.hosted.is_asked and not self.may_be_lowered:
             return None
@@ -1912,15 +1923,14 @@ class Bound(NamedTuple):
                 return asked
             if not self.may_be_lowered:
                 return None
-        half, worthwhile = free_microdollars // 2, self.worthwhile_output_tokens
+        worthwhile = self.worthwhile_output_tokens
         comfortable = max(worthwhile, min(COMFORTABLE_OUTPUT_TOKENS, self.output_tokens))
-        steps = [(half, comfortable)] + [(half, worthwhile)] * (at_last and shares) \
-            + [(free_microdollars, worthwhile)] * at_last
-        for amount, least in steps:
-            cap = self.affordable_output_tokens(amount, uses)
-            if cap >= least:
-                return min(cap, self.output_tokens)
-        return None
+        cap = self.affordable_output_tokens(free_microdollars // 2, uses)
+        if cap >= comfortable or (at_last and shares and cap >= worthwhile):
+            return min(cap, self.output_tokens)
+        if at_last:
+            cap = self.affordable_output_tokens(free_microdollars, uses)
+        return min(cap, self.output_tokens) if at_last and cap >= worthwhile else None
 
     def admitted(self, caps: Caps) -> Bound:
         """The bound of the request with these caps: what it is charged where no usage comes."""
@@ -6261,6 +6271,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 PROXY_SCOPE = "proxy"
 PERIODS = ("total", "day", "week", "month")
 DAY_S = 86_400
+FLAGGED = object()                            # a limit as the flag or the configuration has it
 # The SDKs honour it, and Claude Code, which otherwise repeats a 401 for three minutes.
 DO_NOT_RETRY = (("x-should-retry", "false"),)
 
@@ -6295,6 +6306,8 @@ class Budget(NamedTuple):
     spent: int
     reserved: int
     stop_at: Optional[int] = None
+    period: str = "total"
+    since_s: int = 0                          # when its current period began, in Unix seconds
 
     @property
     def ended_by(self) -> Optional[str]:
@@ -6303,17 +6316,91 @@ class Budget(NamedTuple):
             return "budget"
         return "stop_at" if self.stop_at is not None and self.spent >= self.stop_at else None
 
+    @property
+    def free(self) -> Optional[int]:
+        """What can be reserved, below 0 where the limit was lowered; None without a limit."""
+        if self.stop_at is not None and self.spent >= self.stop_at:
+            return 0
+        return None if self.limit is None else self.limit - self.spent - self.reserved
+
+    def may_fit(self, bound: Bound) -> bool:
+        """Whether a request would fit here, were all that is in flight settled for nothing."""
+        free = self._replace(reserved=0).free
+        return free is None or bound.fitting_caps(free, at_last=True) is not None
+
     def as_json(self) -> dict:
         """The five amounts as PRODUCT names them."""
-        free = 0 if self.ended_by is not None else \
-            None if self.limit is None else max(0, self.limit - self.spent - self.reserved)
+        free = 0 if self.ended_by is not None else self.free
         return {"limit_microdollars": self.limit, "stop_at_microdollars": self.stop_at,
                 "spent_microdollars": self.spent, "reserved_microdollars": self.reserved,
-                "available_microdollars": free}
+                "available_microdollars": None if free is None else max(0, free)}
+
+
+class Decision(NamedTuple):
+    """What is to become of a request: one of the three."""
+    caps: Optional[Caps] = None               # it is to be reserved for these
+    lacking: tuple[str, ...] = ()             # it waits for these scopes
+    refused_by: Optional[Budget] = None
+
+
+def decided(bound: Bound, budgets: Sequence[Budget], *, may_wait: bool,
+            blocked: Container[str] = frozenset()) -> Decision:
+    """Decide about a request's bound while its scopes hold these amounts. Pure.
+
+    `blocked` scopes are those that a request further ahead waits for. Where a request cannot
+    wait, or waiting would bring nothing, all that is free may be taken. What is free passes.
+    """
+    caps, lacking = bound.asked_caps, []
+    for budget in budgets:
+        is_busy = budget.reserved > 0
+        fitting = None if budget.scope in blocked else bound.fitting_caps(
+            budget.free, at_last=not (may_wait and is_busy), shares=is_busy)
+        if fitting is None:
+            lacking.append(budget)
+        elif fitting != caps:
+            caps = Caps(*map(min, caps, fitting))
+    if not lacking or not bound.microdollars(*bound.asked_caps):
+        return Decision(caps)
+    hopeless = [budget for budget in lacking if not budget.may_fit(bound)]
+    if may_wait and not hopeless:
+        return Decision(lacking=tuple(budget.scope for budget in lacking))
+    return Decision(refused_by=(hopeless or lacking)[0])
+
+
+class Reservation:
+    """One request's claim on its scopes: in line, then a part set aside, then settled.
+
+    Guarded by its controller's lock once it is in line; before, one thread knows it.
+    """
+    __slots__ = ("bound", "scopes", "microdollars", "caps", "admitted_s", "number", "is_open",
+                 "is_limited", "may_wait", "refused_by", "failure", "decided")
+
+    def __init__(self, bound: Bound, scopes: Sequence[str], may_wait: bool) -> None:
+        self.bound = bound
+        self.scopes = scopes
+        self.may_wait = may_wait
+        self.microdollars = 0                 # what is set aside in every scope
+        self.caps = bound.asked_caps          # what it is set aside for
+        self.admitted_s = 0                   # Unix seconds: what it costs belongs to that period
+        self.number = 0                       # by which accounts of several processes know it
+        self.is_open = False                  # set aside and not settled
+        self.is_limited = False               # one of its scopes had a limit
+        self.refused_by: Optional[Budget] = None
+        self.failure: Optional[IroncageError] = None         # its accounts could not be asked
+        self.decided: Optional[threading.Event] = None       # made for one that has to wait
+
+    @property
+    def output_cap(self) -> int:
+        """The output tokens that it is set aside for."""
+        return self.caps.output_tokens
+
+    @property
+    def is_waiting(self) -> bool:
+        return not self.is_open and self.refused_by is None and self.failure is None
 
 
 class Account:
-    """One scope's money. Guarded by its controller's lock.
+    """One scope's money. Guarded by the lock of its Accounts.
 
     Invariant: `spent` and `reserved` are the sums, over the current period, of two tables that
     say on which day a call was admitted and are never cut. A period is whole days, so that
@@ -6329,24 +6416,15 @@ class Account:
         self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
         self.begin(period)
 
-    @property
-    def has_stopped(self) -> bool:
-        return self.stop_at is not None and self.spent >= self.stop_at
-
-    @property
-    def free(self) -> Optional[int]:
-        if self.has_stopped:
-            return 0
-        return None if self.limit is None else self.limit - self.spent - self.reserved
-
-    def may_fit(self, bound: Bound) -> bool:
-        """Whether a request would fit here, were all that is in flight settled for nothing."""
-        return not self.has_stopped and (
-            self.limit is None
-            or bound.fitting_caps(self.limit - self.spent, at_last=True) is not None)
+    def lacks(self, least_free: int) -> bool:
+        """Whether less than that is free; as Budget.free, without making one."""
+        if self.stop_at is not None and self.spent >= self.stop_at:
+            return True
+        return self.limit is not None and self.limit - self.spent - self.reserved < least_free
 
     def budget(self) -> Budget:
-        return Budget(self.scope, self.limit, self.spent, self.reserved, self.stop_at)
+        return Budget(self.scope, self.limit, self.spent, self.reserved, self.stop_at, self.period,
+                      self.since_s)
 
     def begin(self, period: str) -> None:
         """Count by this period: what was admitted since its current one began."""
@@ -6372,31 +6450,115 @@ class Account:
             self.reserved += reserved
 
 
-class Reservation:
-    """One request's claim on its scopes: in line, then a part set aside, then settled."""
-    __slots__ = ("bound", "accounts", "microdollars", "caps", "admitted_s", "is_open",
-                 "is_limited", "may_wait", "refused_by", "decided")
+class Accounts:
+    """The money of all scopes in this process: each change is one step, behind one lock.
 
-    def __init__(self, bound: Bound, accounts: Sequence[Account], may_wait: bool) -> None:
-        self.bound = bound
-        self.accounts = accounts
-        self.may_wait = may_wait
-        self.microdollars = 0                 # what is set aside in every account
-        self.caps = Caps(0)                   # what it is set aside for
-        self.admitted_s = 0                   # Unix seconds: what it costs belongs to that period
-        self.is_open = False                  # set aside and not settled
-        self.is_limited = False               # one of its accounts had a limit
-        self.refused_by: Optional[Budget] = None
-        self.decided: Optional[threading.Event] = None       # made for one that has to wait
+    Another engine needs its methods and no more; those of that one may raise LedgerUnavailable,
+    but for settle(), which keeps what it cannot enter. `known` is what was seen last, and asks
+    nobody. `is_shared`: others change the amounts too, so that waiting requests look again.
+    """
+    is_shared = False
 
-    @property
-    def output_cap(self) -> int:
-        """The output tokens that it is set aside for."""
-        return self.caps.output_tokens
+    def __init__(self, limit: Optional[int], stop_at: Optional[int], spent_microdollars: int,
+                 clock: Callable[[], float]) -> None:
+        self._clock = clock               # Unix seconds
+        self._lock = threading.Lock()     # guards all below, and every Account
+        self._flags = {"limit": limit, "stop_at": stop_at}
+        self.by_scope = {PROXY_SCOPE: Account(PROXY_SCOPE, limit, stop_at, "total", 0,
+                                              {0: spent_microdollars})}
 
-    @property
-    def is_waiting(self) -> bool:
-        return not self.is_open and self.refused_by is None
+    def _rolled_locked(self, scopes: Sequence[str], now_s: int) -> list[Account]:
+        """The accounts of scopes, each in the period of now."""
+        accounts = [self.by_scope[scope] for scope in scopes]
+        for account in accounts:
+            account.roll(now_s)
+        return accounts
+
+    def take(self, claim: Reservation, microdollars: int,
+             least_free: Sequence[int]) -> Optional[list[Budget]]:
+        """Set an amount aside in all scopes of a claim, if so much is free in each; where not,
+        return what they hold. An amount of 0 is always there."""
+        now_s = int(self._clock())
+        with self._lock:
+            accounts = self._rolled_locked(claim.scopes, now_s)
+            if microdollars and any(map(Account.lacks, accounts, least_free)):
+                return [account.budget() for account in accounts]
+            claim.microdollars = microdollars
+            claim.admitted_s = max([now_s, *[account.since_s for account in accounts]])
+            for account in accounts:
+                account.add(claim.admitted_s, reserved=microdollars)
+                claim.is_limited |= account.limit is not None
+        return None
+
+    def settle(self, claim: Reservation, microdollars: int,
+               row: Optional[Mapping[str, object]] = None) -> None:
+        """Charge what a claim cost, and release what was set aside. `row`: as in the ledger."""
+        with self._lock:
+            for scope in claim.scopes:
+                self.by_scope[scope].add(claim.admitted_s, spent=microdollars,
+                                         reserved=-claim.microdollars)
+
+    def add_spend(self, microdollars: int) -> None:
+        """Charge the proxy's scope an amount that nothing was reserved for."""
+        with self._lock:
+            self.by_scope[PROXY_SCOPE].add(int(self._clock()), spent=microdollars)
+
+    def budgets(self, scopes: Sequence[str]) -> list[Budget]:
+        """What scopes hold, all at one instant."""
+        now_s = int(self._clock())
+        with self._lock:
+            return [account.budget() for account in self._rolled_locked(scopes, now_s)]
+
+    known = budgets
+
+    def set_budget(self, limit_microdollars: Optional[int]) -> None:
+        """Set the proxy's limit; None is no limit."""
+        with self._lock:
+            self.by_scope[PROXY_SCOPE].limit = limit_microdollars
+
+    def set_limits(self, changes: Mapping[str, object]) -> None:
+        """Set the proxy's `limit` or `stop_at`, or both in one step; FLAGGED is what the flag
+        says, and what is not named stays.
+
+        Raises ValueError, and changes nothing, where the stop would not be below the limit.
+        """
+        with self._lock:
+            account = self.by_scope[PROXY_SCOPE]
+            limits = {"limit": account.limit, "stop_at": account.stop_at, **{
+                name: self._flags[name] if amount is FLAGGED else amount
+                for name, amount in changes.items()}}
+            check_stop(**limits)
+            account.limit, account.stop_at = limits["limit"], limits["stop_at"]
+
+    def set_scopes(self, rows: Sequence[Scope]) -> None:
+        """Open scopes, or change their limits and periods: all in one step, after what can fail.
+        """
+        accounts, now_s = [*map(self._account_of, rows)], int(self._clock())
+        with self._lock:
+            for account, row in zip(accounts, rows):
+                account.roll(now_s)
+                if account.period != row.period:
+                    account.begin(row.period)
+                account.limit, account.stop_at = row.limit, row.stop_at
+                self.by_scope[row.name] = account
+
+    def _account_of(self, row: Scope) -> Account:
+        """Return a scope's account. What a new one spent before is asked for, from the beginning
+        of each period on; one that is there knows it, also what the ledger does not hold yet."""
+        if row.name in self.by_scope:
+            return self.by_scope[row.name]
+        now_s = int(self._clock())
+        return Account(row.name, row.limit, row.stop_at, row.period, now_s,
+                       _spent_by_day(now_s, row.spent_since))
+
+
+class Scope(NamedTuple):
+    """What is configured of a scope."""
+    name: str
+    limit: Optional[int]
+    period: str
+    stop_at: Optional[int]
+    spent_since: Callable[[int], int]         # what the ledger says it spent since a time
 
 
 def _check_amount(microdollars: int) -> None:
@@ -6413,27 +6575,25 @@ class CostController:
     and refuses nothing. Once `stop_at` is spent in a scope no call begins there, and what waits is
     refused; what is in flight may go on, up to the limit. A charge belongs to the period in which
     its request was admitted.
+
+    The money is in `accounts`, which take or refuse an amount in one step; here is what to take,
+    and who is next. No lock is held while accounts are asked, since they may be far away.
     """
 
     def __init__(self, limit_microdollars: Optional[int] = None, *,
                  stop_at: Optional[int] = None, spent_microdollars: int = 0,
-                 clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock               # Unix seconds
-        self._lock = threading.Lock()     # guards all below, every Account and every Reservation
-        self._proxy = Account(PROXY_SCOPE, limit_microdollars, stop_at, "total", 0,
-                              {0: spent_microdollars})
-        self._accounts = {PROXY_SCOPE: self._proxy}
+                 clock: Callable[[], float] = time.time,
+                 accounts: Optional[Accounts] = None) -> None:
+        self.accounts = accounts or Accounts(limit_microdollars, stop_at, spent_microdollars,
+                                             clock)
+        self._lock = threading.Lock()     # guards all below, and each Reservation in line
         self._line: list[Reservation] = []          # what waits, in the order of arrival
+        self._blocked: frozenset = frozenset()      # the scopes that it waits for
+        self._serving = threading.Lock()            # of who decides about it; no one waits for it
+        self._must_serve = False                    # it is to be decided about (again)
+        self._served_s = 0                          # when that was last begun, monotonic
         self._bound_exceeded = 0
         self._is_closed = False
-
-    def _accounts_locked(self, scopes: Sequence[str]) -> list[Account]:
-        """The proxy's account and those of scopes, each in the period of now."""
-        accounts = [self._proxy, *(self._accounts[scope] for scope in scopes)]
-        now_s = int(self._clock())
-        for account in accounts:
-            account.roll(now_s)
-        return accounts
 
     # Admission.
 
@@ -6443,12 +6603,43 @@ class CostController:
 
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
+        claim = Reservation(bound, (PROXY_SCOPE, *scopes), may_wait and not self._is_closed)
+        blocked = self._blocked
+        microdollars, budgets = bound.microdollars(*claim.caps), None
+        if microdollars and not blocked.isdisjoint(claim.scopes):
+            budgets = self.accounts.budgets(claim.scopes)
+        if not self._lacking(claim, microdollars, budgets, blocked):
+            claim.is_open = claim.refused_by is None
+            return claim
+        claim.decided = threading.Event()
         with self._lock:
-            claim = Reservation(bound, self._accounts_locked(scopes),
-                                may_wait and not self._is_closed)
+            claim.may_wait = not self._is_closed
             self._line.append(claim)
-            self._serve_line_locked()
+        self._serve_line()
         return claim
+
+    def _lacking(self, claim: Reservation, microdollars: int, budgets: Optional[Sequence[Budget]],
+                 blocked: Container[str]) -> Sequence[str]:
+        """Set money aside for a claim, or refuse it; or return the scopes that it has to wait for.
+
+        Without known budgets it is first tried as it was asked for, which needs no look at them.
+        What is decided on amounts that have changed meanwhile is decided anew.
+        """
+        bound = claim.bound
+        if budgets is None:
+            least_free = microdollars if bound.takes_what_it_asks else 2 * microdollars
+            budgets = self.accounts.take(claim, microdollars, [least_free] * len(claim.scopes))
+        while budgets is not None:
+            decision = decided(bound, budgets, may_wait=claim.may_wait, blocked=blocked)
+            if decision.caps is None:
+                claim.refused_by = decision.refused_by
+                return decision.lacking
+            claim.caps = decision.caps
+            microdollars = bound.microdollars(*claim.caps)
+            budgets = self.accounts.take(claim, microdollars, [
+                2 * microdollars if budget.free is None or 2 * microdollars <= budget.free
+                else microdollars for budget in budgets])        # what was half of it stays that
+        return ()
 
     def admit(self, bound: Bound, scopes: Sequence[str] = (), *, wait_s: int = 0,
               has_left: Callable[[], bool] = lambda: False,
@@ -6456,12 +6647,14 @@ class CostController:
         """As ask(), waiting up to `wait_s` seconds in line, while the client has not left.
 
         A wait is done inside the context `waiting`. Raises: BudgetExceeded, InsufficientBudget;
-        ServerBusy when the proxy stops; ClientGone.
+        ServerBusy when the proxy stops; LedgerUnavailable; ClientGone.
         """
         claim = self.ask(bound, scopes, may_wait=wait_s > 0)
         if claim.is_waiting:
             with waiting():
                 self._await_decision(claim, time.monotonic() + wait_s, has_left)
+        if claim.failure is not None:
+            raise claim.failure
         if claim.refused_by is not None:
             if self._is_closed:
                 raise ServerBusy("the proxy is stopping")
@@ -6471,14 +6664,15 @@ class CostController:
     def _await_decision(self, claim: Reservation, deadline_s: float,
                         has_left: Callable[[], bool]) -> None:
         while claim.is_waiting:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            now_s = time.monotonic()
+            if now_s >= deadline_s:
                 self.expire(claim)
             elif has_left():
                 self.leave(claim)
                 raise ClientGone
-            else:
-                claim.decided.wait(min(left_s, WAIT_POLL_S))
+            elif self.accounts.is_shared and now_s >= self._served_s + WAIT_POLL_S:
+                self._serve_line()
+            claim.decided.wait(min(max(deadline_s - now_s, 0) or WAIT_POLL_S, WAIT_POLL_S))
 
     def reserve(self, max_cost_microdollars: int) -> Reservation:
         """Set an amount aside at once. Raises InsufficientBudget if it does not fit;
@@ -6495,159 +6689,135 @@ class CostController:
         """A claim's time in line is over: it takes what is free, if that is enough, or leaves."""
         with self._lock:
             claim.may_wait = False
-            self._serve_line_locked()
+        self._serve_line()
 
     def leave(self, claim: Reservation) -> None:
         """A claim's client is gone: out of the line, or, if it was admitted meanwhile, released."""
         with self._lock:
-            if claim.is_open:
-                self._release_locked(claim, 0)
-            elif claim in self._line:
-                self._line.remove(claim)
-            self._serve_line_locked()
+            was_open, claim.is_open = claim.is_open, False
+            self._line = [other for other in self._line if other is not claim]
+        if was_open:
+            self.accounts.settle(claim, 0)
+        self._serve_line()
 
     def close(self) -> None:
         """Refuse all who wait, and let nobody wait from now on."""
+        budget = self.accounts.known([PROXY_SCOPE])[0]
         with self._lock:
-            self._is_closed = True
+            self._is_closed, waiting, self._line = True, self._line, []
+            for claim in waiting:
+                claim.refused_by = budget
+                claim.decided.set()
+        self._serve_line()
+
+    def _serve_line(self) -> None:
+        """Have all in line decided about, by this thread or by the one that is at it."""
+        if not (self._line or self._blocked):
+            return
+        self._must_serve = True
+        while self._must_serve and self._serving.acquire(blocking=False):
+            try:
+                self._must_serve = False
+                self._serve_once()
+            except IroncageError as err:
+                self._fail_line(err)
+            finally:
+                self._serving.release()
+
+    def _serve_once(self) -> None:
+        """Decide about all in line, in order: set aside, refuse, or leave waiting."""
+        with self._lock:
+            line, self._served_s = [*self._line], time.monotonic()
+        scopes = [*{scope: None for claim in line for scope in claim.scopes}]
+        budgets = dict(zip(scopes, self.accounts.budgets(scopes) if line else ()))
+        blocked: set[str] = set()             # the scopes that one further ahead waits for
+        for claim in line:
+            lacking = self._lacking(claim, 0, [budgets[scope] for scope in claim.scopes], blocked)
+            blocked.update(lacking)
+            if not lacking:
+                self._end_wait(claim)
+                for scope in claim.scopes if claim.refused_by is None else ():
+                    held = budgets[scope].reserved + claim.microdollars
+                    budgets[scope] = budgets[scope]._replace(reserved=held)
+        with self._lock:
+            self._blocked = frozenset(blocked)
+
+    def _end_wait(self, claim: Reservation) -> None:
+        """A claim in line is decided. What was set aside for one that has left goes back."""
+        with self._lock:
+            is_here = claim in self._line
+            if is_here:
+                self._line.remove(claim)
+                claim.is_open = claim.refused_by is None
+                claim.decided.set()
+        if not is_here and claim.refused_by is None:
+            self.accounts.settle(claim, 0)
+
+    def _fail_line(self, failure: IroncageError) -> None:
+        with self._lock:
             for claim in self._line:
-                claim.refused_by = claim.accounts[0].budget()
+                claim.failure = failure
                 claim.decided.set()
             self._line = []
 
-    def _serve_line_locked(self) -> None:
-        """Decide about all in line, in order: set aside, refuse, or leave waiting."""
-        blocked: set[Account] = set()         # the scopes that one further ahead waits for
-        waiting = []
-        for claim in self._line:
-            lacking = self._lacking_locked(claim, blocked)
-            hopeless = [account for account in lacking if not account.may_fit(claim.bound)]
-            if lacking and claim.may_wait and not hopeless:
-                blocked.update(lacking)
-                waiting.append(claim)
-                claim.decided = claim.decided or threading.Event()
-                continue
-            if lacking:
-                claim.refused_by = (hopeless or lacking)[0].budget()
-            if claim.decided is not None:
-                claim.decided.set()
-        self._line = waiting
-
-    def _lacking_locked(self, claim: Reservation, blocked: set) -> list[Account]:
-        """The accounts that cannot take a claim now; where there are none, it is set aside.
-
-        Where a claim cannot wait, or waiting would bring nothing, all that is free may be taken.
-        """
-        bound, now_s = claim.bound, int(self._clock())
-        caps, lacking = Caps(bound.output_tokens, bound.hosted_uses), []
-        for account in claim.accounts:
-            account.roll(now_s)
-            is_busy = account.reserved > 0
-            fitting = None if account in blocked else bound.fitting_caps(
-                account.free, at_last=not (claim.may_wait and is_busy), shares=is_busy)
-            if fitting is not None:
-                caps = Caps(*map(min, caps, fitting))
-            elif bound.microdollars(bound.output_tokens, bound.hosted_uses):    # else it is free
-                lacking.append(account)
-        if not lacking:
-            claim.is_open, claim.caps = True, caps
-            claim.admitted_s = max([now_s, *[account.since_s for account in claim.accounts]])
-            claim.microdollars = bound.microdollars(*caps)
-            for account in claim.accounts:
-                account.add(claim.admitted_s, reserved=claim.microdollars)
-                claim.is_limited |= account.limit is not None
-        return lacking
-
     # Settlement.
 
-    def commit(self, reservation: Reservation, actual_microdollars: int) -> None:
-        """Charge the actual cost and release the reservation. Raises ValueError if settled."""
+    def commit(self, reservation: Reservation, actual_microdollars: int,
+               row: Optional[Mapping[str, object]] = None) -> None:
+        """Charge the actual cost and release the reservation. Raises ValueError if settled.
+
+        `row` is the call's, as in the ledger, for accounts that count by model too.
+        """
         _check_amount(actual_microdollars)
         with self._lock:
-            self._release_locked(reservation, actual_microdollars)
+            if not reservation.is_open:
+                raise ValueError("this reservation is settled already")
+            reservation.is_open = False
             self._bound_exceeded += actual_microdollars > reservation.microdollars
-            self._serve_line_locked()
+        self.accounts.settle(reservation, actual_microdollars, row)
+        self._serve_line()
 
     def cancel(self, reservation: Reservation) -> None:
         """Release a reservation and charge nothing. Raises ValueError if settled."""
         self.commit(reservation, 0)
 
-    @staticmethod
-    def _release_locked(reservation: Reservation, charge: int) -> None:
-        if not reservation.is_open:
-            raise ValueError("this reservation is settled already")
-        reservation.is_open = False
-        for account in reservation.accounts:
-            account.add(reservation.admitted_s, spent=charge, reserved=-reservation.microdollars)
-
     def add_spend(self, microdollars: int) -> None:
         """Charge the proxy's scope an amount that nothing was reserved for."""
         _check_amount(microdollars)
-        with self._lock:
-            self._proxy.add(int(self._clock()), spent=microdollars)
+        self.accounts.add_spend(microdollars)
 
     # Limits.
 
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
         """Set the proxy's limit, at any time; it can block and unblock."""
-        with self._lock:
-            self._proxy.limit = limit_microdollars
-            self._serve_line_locked()
+        self.accounts.set_budget(limit_microdollars)
+        self._serve_line()
 
-    def set_limits(self, **changes: Optional[int]) -> None:
-        """Set the proxy's `limit` or `stop_at`, or both in one step; what is not named stays.
+    def set_limits(self, **changes: object) -> None:
+        """Set the proxy's `limit` or `stop_at`, or both in one step, as Accounts has it."""
+        self.accounts.set_limits(changes)
+        self._serve_line()
 
-        Raises ValueError, and changes nothing, where the stop would not be below the limit.
-        """
-        with self._lock:
-            limits = {"limit": self._proxy.limit, "stop_at": self._proxy.stop_at, **changes}
-            check_stop(**limits)
-            self._proxy.limit, self._proxy.stop_at = limits["limit"], limits["stop_at"]
-            self._serve_line_locked()
+    def set_scopes(self, rows: Sequence[Scope]) -> None:
+        """Open scopes, or change their limits and periods."""
+        self.accounts.set_scopes(rows)
+        self._serve_line()
 
     def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
-                  spent_since: Callable[[int], int], stop_at: Optional[int] = None, *,
-                  later: Optional[list[tuple]] = None) -> None:
-        """Open a scope, or change its limits and period: at once, or by change_scopes(later).
-
-        What a new one spent before is asked for, from the beginning of each period on; a scope
-        that is there knows it, also what the ledger does not hold yet.
-        """
-        now_s = int(self._clock())
-        with self._lock:
-            account = self._accounts.get(scope)
-        if account is None:
-            account = Account(scope, limit_microdollars, stop_at, period, now_s,
-                              _spent_by_day(now_s, spent_since))
-        changes = [] if later is None else later
-        changes.append((account, limit_microdollars, period, stop_at))
-        if later is None:
-            self.change_scopes(changes)
-
-    def change_scopes(self, changes: Iterable[tuple]) -> None:
-        """Make what set_scope() prepared, in one step."""
-        with self._lock:
-            for account, limit, period, stop_at in changes:
-                account.roll(int(self._clock()))
-                if account.period != period:
-                    account.begin(period)
-                account.limit, account.stop_at = limit, stop_at
-                self._accounts[account.scope] = account
-            self._serve_line_locked()
+                  spent_since: Callable[[int], int], stop_at: Optional[int] = None) -> None:
+        """Open a scope, or change its limits and period."""
+        self.set_scopes([Scope(scope, limit_microdollars, period, stop_at, spent_since)])
 
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
-        with self._lock:
-            return any(account.limit is not None for account in self._accounts_locked(scopes))
+        return any(budget.limit is not None
+                   for budget in self.accounts.known((PROXY_SCOPE, *scopes)))
 
     # What it holds.
 
     def budget(self, scope: str = PROXY_SCOPE) -> Budget:
         """A scope's amounts at one instant."""
-        with self._lock:
-            account = self._accounts[scope]
-            account.roll(int(self._clock()))
-            return account.budget()
+        return self.accounts.budgets([scope])[0]
 
     def check_budget(self) -> None:
         """Raises BudgetExceeded when spent + reserved has reached the limit, or spent the stop."""
@@ -6658,15 +6828,14 @@ class CostController:
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
         """What can still be reserved in all of the scopes, never below 0; None without a limit."""
-        with self._lock:
-            known = [account.free for account in self._accounts_locked(scopes)]
+        known = [budget.free for budget in self.accounts.known((PROXY_SCOPE, *scopes))]
         return min([max(0, free) for free in known if free is not None], default=None)
 
     def standings(self, scopes: Sequence[str] = ()) -> list[tuple[int, int, Optional[int]]]:
         """Return (spent, limit, when that begins anew) of each limit that a request is under."""
-        with self._lock:
-            return [(account.spent, account.limit, period_end(account.period, account.since_s))
-                    for account in self._accounts_locked(scopes) if account.limit is not None]
+        return [(budget.spent, budget.limit, period_end(budget.period, budget.since_s))
+                for budget in self.accounts.known((PROXY_SCOPE, *scopes))
+                if budget.limit is not None]
 
     def total_spent(self) -> int:
         return self.budget().spent
@@ -6684,8 +6853,8 @@ class CostController:
 
     def get_status(self) -> tuple[int, Optional[int]]:
         """(spent, limit) at one instant."""
-        with self._lock:
-            return self._proxy.spent, self._proxy.limit
+        budget = self.accounts.known([PROXY_SCOPE])[0]
+        return budget.spent, budget.limit
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """(spent, reserved, limit) at one instant."""
@@ -9705,15 +9874,11 @@ class Router:
 
         What can fail comes first, and then all is changed.
         """
-        changes: list[tuple] = []
-        for caller in config.callers:
-            self.controller.set_scope(
-                caller.name, caller.budget_microdollars, caller.period,
-                lambda since_s, name=caller.name: self.ledger.spent(name, since_s),
-                caller.stop_at_microdollars, later=changes)
         providers = {provider.name: provider for provider in (
             *self.settings.providers, *config.providers, ECHO_PROVIDER)}
-        self.controller.change_scopes(changes)
+        self.controller.set_scopes([Scope(
+            caller.name, caller.budget_microdollars, caller.period, caller.stop_at_microdollars,
+            functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
         self.providers, self.config, self.prices = providers, config, prices
 
     def shut_down(self) -> None:
@@ -10394,9 +10559,9 @@ class Router:
             call.charge = charge_of(call, call.prices, elapsed_ns)
         finally:
             call.charge = call.charge or Charge(reserved_in_full(call), "a fault of the proxy")
-            self.controller.commit(call.reservation, call.charge.microdollars)
             row = call.row or call.intent_row()
             complete_row(row, call, call.charge, elapsed_ns)
+            self.controller.commit(call.reservation, call.charge.microdollars, row)
             if call.row is not None:
                 self.ledger.settle(row)
             self._record(call, row)
@@ -11288,17 +11453,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise UnsupportedBody("send the new limit as application/json")
         parse_json_object(request.body)                # strict: no duplicate keys
         fields = json.loads(request.body, parse_float=exact_number)
-        flags = {"limit_usd": ("limit", self.settings.budget_microdollars),
-                 "stop_at_usd": ("stop_at", self.settings.stop_at_microdollars)}
-        if not fields or not fields.keys() <= flags.keys():
+        names = {"limit_usd": "limit", "stop_at_usd": "stop_at"}
+        if not fields or not fields.keys() <= names.keys():
             raise BadRequest("the body must be {\"limit_usd\": \"20.00\"}, with or without a "
                              "\"stop_at_usd\"", param="limit_usd")
         name = next(iter(fields))
         try:
             limits = {}
             for name, value in fields.items():
-                field, flag = flags[name]
-                limits[field] = flag if value is None else parse_usd(value)
+                limits[names[name]] = FLAGGED if value is None else parse_usd(value)
             self.router.controller.set_limits(**limits)
         except ValueError as err:
             raise BadRequest(f"{name}: {err}", param=name) from None

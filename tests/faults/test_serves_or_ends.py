@@ -218,18 +218,19 @@ def token(name, limit, **more):
 
 def limits(proxy):
     return {scope: (account.limit, account.stop_at, account.period)
-            for scope, account in proxy.router.controller._accounts.items()}
+            for scope, account in proxy.router.controller.accounts.by_scope.items()}
 
 
 def fault_of_the_second(monkeypatch, proxy):
-    set_scope, seen = proxy.router.controller.set_scope, []
+    accounts, seen = proxy.router.controller.accounts, []
+    account_of = accounts._account_of
 
-    def fail(*args, **options):
-        seen.append(args)
+    def fail(row):
+        seen.append(row)
         if len(seen) == 2:
             raise MemoryError
-        return set_scope(*args, **options)
-    monkeypatch.setattr(proxy.router.controller, "set_scope", fail)
+        return account_of(row)
+    monkeypatch.setattr(accounts, "_account_of", fail)
 
 
 def fault_of_the_ledger(monkeypatch, proxy):

@@ -100,7 +100,7 @@ def test_a_commit_adds_the_spend_before_it_releases_the_reservation():
 
     controller = ic.CostController(1_000)
     reservation = controller.reserve(600)
-    reservation.accounts[0].__class__ = Watched
+    controller.accounts.by_scope["proxy"].__class__ = Watched
 
     controller.commit(reservation, 250)
 

@@ -126,7 +126,7 @@ def test_no_interleaving_of_calls_and_reloads_loses_or_doubles_a_charge(ledger, 
             pass
     for every in ic.PERIODS:                          # and memory ends at what is on disk
         reload(controller, ledger, None, every)
-        account = controller._accounts["a"]
+        account = controller.accounts.by_scope["a"]
         assert (ledger.spent("a", account.since_s), 0) == (account.spent, account.reserved)
 
 
@@ -156,7 +156,7 @@ def test_threads_that_call_while_periods_change_end_at_what_the_ledger_holds(led
 
     for period in ic.PERIODS:
         reload(controller, ledger, None, period)
-        account = controller._accounts["a"]
+        account = controller.accounts.by_scope["a"]
         assert (ledger.spent("a", account.since_s), 0) == (account.spent, account.reserved)
 
 

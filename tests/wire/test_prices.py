@@ -294,15 +294,15 @@ def test_an_absurd_number_in_the_configuration_leaves_the_old_one(
     assert tokens_of(chat(proxy)) == cost_of(chat(proxy))
 
 
-@pytest.mark.parametrize("failing", ["load_config", "prices_under", "set_scope"])
+@pytest.mark.parametrize("failing", ["load_config", "prices_under", "set_scopes"])
 @pytest.mark.parametrize("fault", [ArithmeticError, KeyError, MemoryError, RuntimeError])
 def test_no_fault_of_a_reload_ends_the_server(mock, proxy_with, files, told, monkeypatch,
                                               failing, fault):
     def fail(*_, **__):
         raise fault("sk-canary-in-a-fault")
     proxy = proxy_with({"prices": {"gpt-6.9-sol": DOLLAR}})
-    if failing == "set_scope":
-        monkeypatch.setattr(proxy.router.controller, "set_scope", fail)
+    if failing == "set_scopes":
+        monkeypatch.setattr(proxy.router.controller, "set_scopes", fail)
     else:
         monkeypatch.setattr(program(), failing, fail)
 

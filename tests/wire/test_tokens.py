@@ -207,7 +207,7 @@ def test_a_day_budget_begins_anew_at_midnight_and_comes_back_after_a_restart(
 
     proxy = caged(alice, *flags)
     assert 402 == chat(proxy).status
-    proxy.router.controller._clock = lambda: time.time() + 86_400
+    proxy.router.controller.accounts._clock = lambda: time.time() + 86_400
     assert 200 == chat(proxy).status
 
 
