@@ -198,6 +198,212 @@ RESERVED_PROVIDERS = frozenset({
 # First match wins; a name that matches none goes to openai, as in the original.
 MODEL_PREFIXES = (("claude", "anthropic"),)
 ECHO_MODEL = "ironcage/echo"
+MODEL_APIS = ("chat", "responses", "messages")      # in which one talks with a model
+
+class Provider(NamedTuple):
+    """Where calls go, with which key, and the manners of the server there.
+
+    A cell that nobody has documented keeps its default. Each can be set in --config, by the names
+    of PROVIDER_FIELDS.
+    """
+    name: str
+    format: str                                # the dialect it speaks: a key of FORMAT_APIS
+    base_url: str            # what stands before /chat/completions, or before /v1/messages
+    key: Optional[str] = None
+    key_env: str = ""                          # the environment variable that holds the key
+    default_service_tier: str = "default"      # assumed where a request leaves it open
+    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 20
+    is_free: bool = False                      # none of its models costs anything
+    stream_usage: bool = True                  # it knows stream_options.include_usage
+    key_as: str = ""                           # a key of KEY_HEADERS; "": as its format has it
+    path: str = "/v1"                          # what a base URL without a path gets
+    anthropic_base_url: str = ""               # of its endpoint in Anthropic's format, if any
+    responses: bool = False                    # it speaks OpenAI's Responses
+    caps: tuple[str, ...] = ("max_tokens",)    # of a chat completion, honoured; the first is set
+    zero_is_a_cap: bool = False                # a cap of 0 is one, and not the same as none
+    fields: Optional[tuple[str, ...]] = ()     # it knows beside OpenAI's and COMPATIBLE_FIELDS
+    reasoning_field: str = ""                  # of a past answer that it wants its reasoning in
+    user_after_tool: bool = True               # a user's message may follow a tool's
+    one_system: bool = False                   # one system message only, at the beginning
+    call_ids: Optional[str] = None             # the form of a tool call's id; None: any text
+    sold_as: tuple[str, ...] = ()              # further names in price tables, beside its own
+    hosts: tuple[str, ...] = ()                # patterns of its further hosts
+    is_named_only: bool = False                # used only where --config names it
+
+    def __repr__(self) -> str:
+        return f"<Provider {self.name} at {self.base_url}>"                 # without its key
+
+    @property
+    def host(self) -> str:
+        """What a Host header says to it."""
+        return _host_and_region(self.base_url)[0]
+
+    @property
+    def data_residency(self) -> Optional[str]:
+        """"us", "eu" and the like for OpenAI's regional hosts, which cost more."""
+        return _host_and_region(self.base_url)[1]
+
+    @property
+    def apis(self) -> frozenset:
+        """The APIs that it speaks by itself."""
+        without = {"responses"} if self.format == "openai" and not self.responses else set()
+        return FORMAT_APIS[self.format] - without
+
+    def speaking(self, api: Optional[str]) -> Provider:
+        """This provider as it is called in an API: its other endpoint, where that speaks it."""
+        if api != "messages" or not self.anthropic_base_url or self.format == "anthropic":
+            return self
+        return self._replace(format="anthropic", base_url=self.anthropic_base_url, key_as="")
+
+    def url(self, path: str) -> str:
+        """Where a path of ours is called."""
+        if self.format != "openai":
+            return self.base_url + path
+        behind = re.sub("^/v1(?=/)", "", path)
+        return (self.base_url if behind != path else re.sub("/v1$", "", self.base_url)) + behind
+
+    def credentials(self) -> dict[str, str]:
+        """The headers that carry the key; none for a provider that needs no key."""
+        if self.key is None:
+            return {}
+        usual = "both" if self.format == "anthropic" else "bearer"
+        return {name: scheme + self.key for name, scheme in KEY_HEADERS[self.key_as or usual]}
+
+
+KEY_HEADERS = MappingProxyType({
+    "bearer": (("authorization", "Bearer "),),
+    "x-api-key": (("x-api-key", ""),),
+    "api-key": (("api-key", ""),),
+    "both": (("authorization", "Bearer "), ("x-api-key", "")),
+})
+REGIONAL_HOST = r"(?i)https?://([a-z]{2})\.api\.openai\.com(?![\w.-])"
+
+
+@functools.lru_cache(maxsize=64)
+def _host_and_region(base_url: str) -> tuple[str, Optional[str]]:
+    region = re.match(REGIONAL_HOST, base_url)
+    return urllib.parse.urlsplit(base_url).netloc, region and region[1].lower()
+
+
+ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
+# One with a key is used where its variable is set; the others, of which some are servers on this
+# machine that cost nothing, only where the configuration names them. Names are LiteLLM's, as in
+# price tables. No server was called: the rows say what was read on 2026-11-28 in the vendors' API
+# references and SDKs (mistralai 3.7, groq 1.7, cerebras-cloud-sdk 1.91, together 3.1), the sources
+# of vLLM 0.33, SGLang 0.5.23, Ollama and llama.cpp, in the clients litellm 1.110.2, pi-ai 1.6.0,
+# vercel/ai and pydantic-ai (August 2026), and in reports of refusals.
+# Caps: DeepSeek ignores max_completion_tokens (measured: 76 tokens where 5 were asked for), and so
+# does Ollama; Mistral refuses it. A cap of 0 is none to servers that cannot see it from none.
+_BOTH_CAPS = ("max_completion_tokens", "max_tokens")
+KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for row in (
+    Provider("openai", "openai", "https://api.openai.com/v1", key_env="OPENAI_API_KEY",
+             responses=True, caps=_BOTH_CAPS, zero_is_a_cap=True, fields=None,
+             sold_as=("text-completion-openai",), hosts=("*.api.openai.com",)),
+    Provider("anthropic", "anthropic", "https://api.anthropic.com", key_env="ANTHROPIC_API_KEY",
+             key_as="x-api-key", zero_is_a_cap=True),
+    Provider("azure", "openai", "", key_env="AZURE_OPENAI_API_KEY", path="/openai/v1",
+             responses=True, caps=_BOTH_CAPS, zero_is_a_cap=True, fields=None,
+             sold_as=("azure_text", "azure_ai"), hosts=("*.openai.azure.com",)),
+    Provider("cerebras", "openai", "https://api.cerebras.ai/v1", key_env="CEREBRAS_API_KEY",
+             caps=_BOTH_CAPS),
+    Provider("dashscope", "openai", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+             anthropic_base_url="https://dashscope-intl.aliyuncs.com/apps/anthropic",
+             key_env="DASHSCOPE_API_KEY", path="/compatible-mode/v1", sold_as=("qwencloud",),
+             hosts=("dashscope*.aliyuncs.com", "*.maas.aliyuncs.com")),
+    Provider("deepseek", "openai", "https://api.deepseek.com/v1", key_env="DEEPSEEK_API_KEY",
+             anthropic_base_url="https://api.deepseek.com/anthropic",
+             reasoning_field="reasoning_content"),
+    Provider("fireworks_ai", "openai", "https://api.fireworks.ai/inference/v1",
+             anthropic_base_url="https://api.fireworks.ai/inference", path="/inference/v1",
+             key_env="FIREWORKS_API_KEY", responses=True,
+             sold_as=("fireworks_ai-embedding-models",)),
+    Provider("gemini", "openai", "https://generativelanguage.googleapis.com/v1beta/openai",
+             key_env="GEMINI_API_KEY", path="/v1beta/openai"),
+    Provider("github", "openai", "https://models.github.ai/inference", key_env="GITHUB_TOKEN",
+             path="/inference", sold_as=("github_models",), is_named_only=True),
+    Provider("groq", "openai", "https://api.groq.com/openai/v1", key_env="GROQ_API_KEY",
+             path="/openai/v1", responses=True, caps=_BOTH_CAPS),
+    Provider("huggingface", "openai", "https://router.huggingface.co/v1", key_env="HF_TOKEN",
+             responses=True, is_named_only=True),
+    Provider("minimax", "openai", "https://api.minimax.io/v1", key_env="MINIMAX_API_KEY",
+             anthropic_base_url="https://api.minimax.io/anthropic", one_system=True,
+             hosts=("api.minimaxi.com",)),
+    Provider("mistral", "openai", "https://api.mistral.ai/v1", key_env="MISTRAL_API_KEY",
+             responses=True, stream_usage=False, user_after_tool=False,
+             call_ids="[A-Za-z0-9]{9}"),
+    Provider("moonshot", "openai", "https://api.moonshot.ai/v1", key_env="MOONSHOT_API_KEY",
+             anthropic_base_url="https://api.moonshot.ai/anthropic", responses=True,
+             reasoning_field="reasoning_content", hosts=("api.moonshot.cn", "api.kimi.com")),
+    Provider("nvidia_nim", "openai", "https://integrate.api.nvidia.com/v1",
+             key_env="NVIDIA_API_KEY"),
+    Provider("openrouter", "openai", "https://openrouter.ai/api/v1", key_env="OPENROUTER_API_KEY",
+             anthropic_base_url="https://openrouter.ai/api", path="/api/v1", responses=True,
+             hosts=("*.openrouter.ai",)),
+    Provider("perplexity", "openai", "https://api.perplexity.ai", key_env="PERPLEXITY_API_KEY",
+             path="", responses=True),
+    Provider("sambanova", "openai", "https://api.sambanova.ai/v1", key_env="SAMBANOVA_API_KEY"),
+    Provider("together_ai", "openai", "https://api.together.xyz/v1", key_env="TOGETHER_API_KEY",
+             hosts=("api.together.ai",)),
+    Provider("vertex", "openai", "", key_env="VERTEX_ACCESS_TOKEN", is_named_only=True,
+             sold_as=("vertex_ai", "vertex_ai-openai_models", "vertex_ai-language-models",
+                      "vertex_ai-anthropic_models", "vertex_ai-embedding-models"),
+             hosts=("*aiplatform.googleapis.com", "aiplatform.*.rep.googleapis.com")),
+    Provider("volcengine", "openai", "https://ark.cn-beijing.volces.com/api/v3",
+             key_env="ARK_API_KEY", path="/api/v3", responses=True),
+    Provider("xai", "openai", "https://api.x.ai/v1", key_env="XAI_API_KEY", responses=True),
+    Provider("zai", "openai", "https://api.z.ai/api/paas/v4", key_env="ZAI_API_KEY",
+             anthropic_base_url="https://api.z.ai/api/anthropic", path="/api/paas/v4",
+             reasoning_field="reasoning_content", hosts=("open.bigmodel.cn",),
+             sold_as=("bigmodel",)),
+    Provider("deepinfra", "openai", "https://api.deepinfra.com/v1/openai",
+             key_env="DEEPINFRA_API_KEY", path="/v1/openai"),
+    Provider("novita", "openai", "https://api.novita.ai/v3/openai", key_env="NOVITA_API_KEY",
+             anthropic_base_url="https://api.novita.ai/anthropic", path="/v3/openai"),
+    Provider("siliconflow", "openai", "https://api.siliconflow.com/v1",
+             key_env="SILICONFLOW_API_KEY"),
+    Provider("cohere", "openai", "https://api.cohere.ai/compatibility/v1", key_env="CO_API_KEY",
+             path="/compatibility/v1", stream_usage=False, sold_as=("cohere_chat",)),
+    Provider("ai21", "openai", "https://api.ai21.com/studio/v1", key_env="AI21_API_KEY",
+             path="/studio/v1"),
+    Provider("bedrock", "openai", "", sold_as=("bedrock_converse", "bedrock_mantle")),
+    Provider("llamacpp", "openai", "http://127.0.0.1:8080/v1", is_free=True, responses=True,
+             anthropic_base_url="http://127.0.0.1:8080", caps=_BOTH_CAPS, zero_is_a_cap=True,
+             sold_as=("llamafile",)),
+    Provider("lm_studio", "openai", "http://127.0.0.1:1234/v1", is_free=True, responses=True,
+             anthropic_base_url="http://127.0.0.1:1234"),
+    Provider("ollama", "openai", "http://127.0.0.1:11434/v1", is_free=True, responses=True,
+             anthropic_base_url="http://127.0.0.1:11434"),
+    Provider("sglang", "openai", "http://127.0.0.1:30000/v1", is_free=True, responses=True,
+             anthropic_base_url="http://127.0.0.1:30000", caps=_BOTH_CAPS, zero_is_a_cap=True),
+    Provider("vllm", "openai", "http://127.0.0.1:8000/v1", is_free=True, responses=True,
+             anthropic_base_url="http://127.0.0.1:8000", caps=_BOTH_CAPS, zero_is_a_cap=True,
+             sold_as=("hosted_vllm",)),
+)})
+# What else people call them.
+PROVIDER_ALIASES = MappingProxyType({
+    "azure_openai": "azure", "fireworks": "fireworks_ai", "github_models": "github",
+    "google": "gemini", "hosted_vllm": "vllm", "kimi": "moonshot", "llama_cpp": "llamacpp",
+    "lmstudio": "lm_studio", "mistralai": "mistral", "moonshotai": "moonshot",
+    "nvidia": "nvidia_nim", "qwen": "dashscope", "together": "together_ai",
+    "vertex_ai": "vertex", "x-ai": "xai", "z-ai": "zai",
+})
+
+
+def manners_of(name: str, base_url: str = "") -> Provider:
+    """Return the row of a provider: by its name, else its manners by its host, else those of a
+    server of which nothing is known."""
+    row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
+    if row is not None:
+        return row._replace(name=name)
+    host = _host_and_region(base_url)[0]
+    row = next((row for row in KNOWN_PROVIDERS.values() if host and any(
+        fnmatch.fnmatchcase(host, known) for known in (row.host, *row.hosts))), None)
+    if row is None:
+        return Provider(name, "openai", "")
+    return row._replace(name=name, base_url="", anthropic_base_url="", key_env="", is_free=False,
+                        sold_as=(row.name, *row.sold_as))
+
+
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 HOP_BY_HOP_HEADERS = frozenset({
@@ -306,6 +512,8 @@ class ThreadRefused(BadRequest):          # on which the SDKs send the whole his
     anthropic_details = MappingProxyType({"error_code": openai_code, "unsupported": ("thread",)})
 class NoProviderKey(BadRequest):
     openai_type, openai_code = "iron_cage_no_provider_key", "no_provider_key"
+class UnknownProvider(BadRequest):
+    openai_type, openai_code = "iron_cage_unknown_provider", "unknown_provider"
 class Untranslatable(BadRequest):         # the model's provider does not speak the path's dialect
     openai_code = "unsupported_dialect"
 class BudgetExceeded(BadRequest):         # nothing is left
@@ -1101,25 +1309,10 @@ ECHO_ROW = MappingProxyType({
 })
 FREE_ROW = MappingProxyType({INPUT_PRICE: 0, OUTPUT_PRICE: 0})
 
-# Our name of a provider -> further names that LiteLLM has for it, beside the same one. Prices of
-# anybody else for a model of the same name are not its prices.
-SELLERS = MappingProxyType({
-    "azure": ("azure_text",), "bedrock": ("bedrock_converse", "bedrock_mantle"),
-    "cohere": ("cohere_chat",), "fireworks_ai": ("fireworks_ai-embedding-models",),
-    "github": ("github_models",), "llamacpp": ("llamafile",), "openai": ("text-completion-openai",),
-    "vertex": ("vertex_ai", "vertex_ai-language-models", "vertex_ai-anthropic_models",
-               "vertex_ai-embedding-models"),
-    "vllm": ("hosted_vllm",),
-})
 # Endings of a name that leave the price as it is: none, a date, "latest".
 NAME_ENDINGS = ("", r"-[0-9]{4}-[0-9]{2}-[0-9]{2}|[-@][0-9]{8}|@default", "-latest")
 MONTH_AND_DAY = r"-(0[1-9]|1[0-2])([0-2][0-9]|3[01])"     # gpt-4-0613; elsewhere it is a version
 DATED_BY_MONTH = frozenset({"openai", "azure", ""})
-
-
-def sellers(provider: str) -> tuple[str, ...]:
-    """The names that price tables have for a provider."""
-    return (provider, *SELLERS.get(provider, ()))
 
 
 class PriceBook:
@@ -1129,10 +1322,10 @@ class PriceBook:
     A book does not change: with_own() makes another, and a call keeps the one it began with.
     """
 
-    def __init__(self, rows: Mapping[str, object], *, free_providers: Iterable[str] = (),
+    def __init__(self, rows: Mapping[str, object], *, providers: Iterable[Provider] = (),
                  price_as: Mapping[str, str] = MappingProxyType({})) -> None:
         self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
-        self._free_providers, self._price_as = frozenset(free_providers), price_as
+        self._providers, self._price_as = {row.name: row for row in providers}, price_as
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
         self.find = functools.lru_cache(maxsize=1024)(self._find)
 
@@ -1157,12 +1350,12 @@ class PriceBook:
             if _MAY_BE_PRICE.search(name) or name.startswith("max_")
             or name in ("alias_of", "litellm_provider", "provider_specific_entry")}
 
-    def with_own(self, rows: Mapping[str, object], *, free_providers: Iterable[str],
+    def with_own(self, rows: Mapping[str, object], *, providers: Iterable[Provider],
                  price_as: Mapping[str, str]) -> PriceBook:
         """This book with an operator's own prices: rows that replace those of the same name, the
         providers whose models all cost nothing, and the rows that stand in for models without a
         price (pattern -> row). Raises ValueError where such a row has no price itself."""
-        book = PriceBook({**self._rows, **rows}, free_providers=free_providers, price_as=price_as)
+        book = PriceBook({**self._rows, **rows}, providers=providers, price_as=price_as)
         for pattern, key in price_as.items():
             if book._row(key) is None:
                 shown = re.sub(UNPRINTABLE, "?", pattern)
@@ -1199,7 +1392,7 @@ class PriceBook:
         each less its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row
         only.
         """
-        if provider in self._free_providers:
+        if provider in self._providers and self._providers[provider].is_free:
             return price_from_row(f"{provider}/*", FREE_ROW)
         if model.startswith("ft:"):
             return self._sold(":".join(model.split(":")[:2]), provider)
@@ -1218,7 +1411,7 @@ class PriceBook:
         """The row of a name as a provider sells it: its row under provider/name; else a row under
         the name that is about this provider. One that names no seller is an operator's own, and
         about whoever serves the model."""
-        names = sellers(provider) if provider else ()
+        names = self.sellers(provider) if provider else ()
         for key in [f"{seller}/{name}" for seller in names]:
             if self._row(key) is not None:
                 return self._row(key)
@@ -1226,6 +1419,10 @@ class PriceBook:
         if price is None or not provider or price.provider in names:
             return price
         return None if price.provider else price._replace(provider=provider, known_rates={})
+
+    def sellers(self, provider: str) -> tuple[str, ...]:
+        """Return the names that price tables have for a provider."""
+        return (provider, *(self._providers.get(provider) or manners_of(provider)).sold_as)
 
     def price(self, model: str, provider: str = "") -> Price:
         """As find(), but raises UnpricedModel, naming the key to add."""
@@ -1270,7 +1467,8 @@ class PriceBook:
             if not used.keys().isdisjoint(entry_price.guessed(tier, counts.prompt_tokens)):
                 lines.doubt = f"no price is known for the tier {shown_name(str(tier))}"
         lines += _fees(price, usage, api, tool_calls or {})
-        more = _reported_picodollars(usage, provider) - sum([n * rate for _, n, rate in lines])
+        more = _reported_picodollars(usage, self.sellers(provider)) \
+            - sum([n * rate for _, n, rate in lines])
         if more > 0:
             lines.append(("reported beyond that", 1, more))
         return lines
@@ -1302,10 +1500,11 @@ def _multiplier(price: Price, usage: Mapping[str, object], api: str,
     return place * (price.fast_multiplier if usage.get("speed") == "fast" else 1)
 
 
-def _reported_picodollars(usage: Mapping[str, object], provider: str) -> Rate:
-    """What a provider says that a call cost; 0 where it says nothing that is an amount."""
-    value: object = usage if provider in REPORTED_COSTS else None
-    for name in REPORTED_COSTS.get(provider, ()):
+def _reported_picodollars(usage: Mapping[str, object], names: Iterable[str]) -> Rate:
+    """Return what a provider of these names says that a call cost; 0 where that is no amount."""
+    path = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ())
+    value: object = usage if path else None
+    for name in path:
         value = json_object(value).get(name)
     amount = exact_number(str(value))
     return _picodollars(amount) if _is_amount(amount) else 0
@@ -1472,18 +1671,6 @@ MAX_TOKENS_FIELDS = MappingProxyType({
     "messages": ("max_tokens",),
     "embeddings": (),
 })
-# The caps on a chat completion that a provider honours; the first is the one to set. Others ignore
-# max_completion_tokens (measured: DeepSeek made 76 tokens where 5 were asked for; Ollama), or
-# refuse it (Mistral). Sources: OpenAI's, Groq's and Cerebras's references; vLLM and llama.cpp,
-# their code; reports of the refusals; all read 2026-11-28.
-HONOURED_CHAT_CAPS = MappingProxyType({
-    name: ("max_completion_tokens", "max_tokens")
-    for name in ("openai", "azure", "groq", "cerebras", "vllm", "sglang", "llamacpp")})
-OTHERS_CHAT_CAPS = ("max_tokens",)
-# Providers that honour a cap of 0. To others it is no cap, as every field that is not set is 0
-# (Ollama's runner; servers that read the request into protobuf 3), or is not documented.
-ZERO_IS_A_CAP = frozenset({"openai", "azure", "anthropic", "vllm", "sglang", "llamacpp",
-                           "ironcage"})
 PLAIN_PROMPTS = MappingProxyType({"completions": "prompt", "embeddings": "input"})
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
@@ -2105,7 +2292,8 @@ def _is_plain(prompt: object) -> bool:
         else prompt is None or isinstance(prompt, (str, int))
 
 
-def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "openai",
+def check_boundable(api: str, body: JsonBody, price: Price, *,
+                    provider: Provider = KNOWN_PROVIDERS["openai"],
                     model: str = "", hatches: Hatches = Hatches()) -> list[str]:
     """Refuse what no bound covers; return the hatches that let something through. `model` is the
     name that goes upstream, which the price may not have.
@@ -2120,7 +2308,7 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     if api in PLAIN_PROMPTS and not _is_plain(body.fields.get(PLAIN_PROMPTS[api])):
         raise UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
                                "budget", param=PLAIN_PROMPTS[api])
-    if provider not in ZERO_IS_A_CAP and any(price.amounts.values()) and any(
+    if not provider.zero_is_a_cap and any(price.amounts.values()) and any(
             body.fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
         raise UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
                                "for at least 1", param=MAX_TOKENS_FIELDS[api][0])
@@ -2141,13 +2329,13 @@ def check_boundable(api: str, body: JsonBody, price: Price, *, provider: str = "
     return opened
 
 
-def _check_fields(api: str, body: JsonBody, price: Price, provider: str,
+def _check_fields(api: str, body: JsonBody, price: Price, provider: Provider,
                   hatches: Hatches) -> list[str]:
     """The fields that a hatch lets through. Raises UnboundedRequest for any other that is not
     bounded; models that are free may have fields that are not known."""
     rules = FIELD_RULES[api]
-    if provider != "openai" and api != "messages":
-        rules = {**COMPATIBLE_FIELDS, **rules}
+    if provider.fields is not None and api != "messages":
+        rules = {**COMPATIBLE_FIELDS, **_rules(" ".join(provider.fields)), **rules}
     opened = []
     for name, is_known in _unbounded_fields(rules, body.fields, price, ""):
         shown = shown_name(name)
@@ -2385,13 +2573,12 @@ def _choices(api: str, fields: Mapping[str, object]) -> int:
     return prompts * max(n, optional_count(fields, "best_of", least=1, most=128) or 1)
 
 
-def honoured_caps(api: str, provider: str) -> tuple[str, ...]:
+def honoured_caps(api: str, provider: Provider) -> tuple[str, ...]:
     """The caps on an answer that a provider honours; the first is the one to set."""
-    return HONOURED_CHAT_CAPS.get(provider, OTHERS_CHAT_CAPS) if api == "chat" \
-        else MAX_TOKENS_FIELDS[api]
+    return provider.caps if api == "chat" else MAX_TOKENS_FIELDS[api]
 
 
-def capped_output(api: str, provider: str, fields: Mapping[str, object],
+def capped_output(api: str, provider: Provider, fields: Mapping[str, object],
                   cap: Optional[int]) -> tuple[dict, frozenset]:
     """(fields to set, fields to leave out) so that a provider heeds the client's caps, and `cap`.
 
@@ -7534,75 +7721,8 @@ RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
 PROVIDER_NAME = r"[a-z0-9_-]{1,64}"
 ENVIRONMENT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 RATE_WINDOW_S = 60
-# Well-known providers: name (LiteLLM's, as in price tables), format, environment variable of the
-# key, base URL. One with a key is used where that is set; one without, a server on this machine
-# that costs nothing, only where the configuration names it.
-KNOWN_PROVIDERS = (
-    ("openai", "openai", "OPENAI_API_KEY", "https://api.openai.com"),
-    ("anthropic", "anthropic", "ANTHROPIC_API_KEY", "https://api.anthropic.com"),
-    ("cerebras", "openai", "CEREBRAS_API_KEY", "https://api.cerebras.ai"),
-    ("deepseek", "openai", "DEEPSEEK_API_KEY", "https://api.deepseek.com"),
-    ("fireworks_ai", "openai", "FIREWORKS_API_KEY", "https://api.fireworks.ai/inference"),
-    ("groq", "openai", "GROQ_API_KEY", "https://api.groq.com/openai"),
-    ("mistral", "openai", "MISTRAL_API_KEY", "https://api.mistral.ai"),
-    ("openrouter", "openai", "OPENROUTER_API_KEY", "https://openrouter.ai/api"),
-    ("together_ai", "openai", "TOGETHER_API_KEY", "https://api.together.xyz"),
-    ("xai", "openai", "XAI_API_KEY", "https://api.x.ai"),
-    ("llamacpp", "openai", "", "http://127.0.0.1:8080"),
-    ("lm_studio", "openai", "", "http://127.0.0.1:1234"),
-    ("ollama", "openai", "", "http://127.0.0.1:11434"),
-    ("vllm", "openai", "", "http://127.0.0.1:8000"),
-)
-REGIONAL_HOST = r"(?i)https?://([a-z]{2})\.api\.openai\.com(?![\w.-])"
-# They refuse an assistant's message without the reasoning that they gave with it.
-WANT_REASONING_BACK = frozenset({"deepseek"})
-
-
-class Provider(NamedTuple):
-    """Where calls go, and with which key."""
-    name: str
-    format: str                                # the dialect it speaks: a key of FORMAT_APIS
-    base_url: str                              # scheme and host, perhaps a path; no final /v1
-    key: Optional[str] = None
-    key_env: str = ""                          # the environment variable that holds the key
-    default_service_tier: str = "default"      # assumed where a request leaves it open
-    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 20
-    is_free: bool = False                      # none of its models costs anything
-    stream_usage: bool = True                  # it knows stream_options.include_usage
-    echo_reasoning: bool = False               # it wants its reasoning back, of every answer
-
-    def __repr__(self) -> str:
-        return f"<Provider {self.name} at {self.base_url}>"                 # without its key
-
-    @property
-    def host(self) -> str:
-        """What a Host header says to it."""
-        return _host_and_region(self.base_url)[0]
-
-    @property
-    def data_residency(self) -> Optional[str]:
-        """"us", "eu" and the like for OpenAI's regional hosts, which cost more."""
-        return _host_and_region(self.base_url)[1]
-
-    def credentials(self) -> dict[str, str]:
-        """The header that carries the key; none for a provider that needs no key."""
-        if self.key is None:
-            return {}
-        return {"x-api-key": self.key} if self.format == "anthropic" \
-            else {"authorization": f"Bearer {self.key}"}
-
-
-@functools.lru_cache(maxsize=64)
-def _host_and_region(base_url: str) -> tuple[str, Optional[str]]:
-    region = re.match(REGIONAL_HOST, base_url)
-    return urllib.parse.urlsplit(base_url).netloc, region and region[1].lower()
-
-
-ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
-
-
 def parse_base_url(text: str) -> str:
-    """A provider's base URL without its final slash and /v1."""
+    """Return a base URL without its final slash. Raises ValueError."""
     try:
         parts = urllib.parse.urlsplit(text)
         usable = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -7613,7 +7733,37 @@ def parse_base_url(text: str) -> str:
         raise ValueError("must be an http:// or https:// URL with a host")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must have no user name, query or fragment")
-    return re.sub(r"/v1$", "", text.rstrip("/")).rstrip("/")
+    endpoint = re.search(f"({'|'.join(METERED_APIS)})$".replace("/v1", ""), text.rstrip("/"))
+    if endpoint:
+        raise ValueError(f"must end before {endpoint[0]}: what is called is put behind it")
+    return text.rstrip("/")
+
+
+def without_v1(url: str) -> str:
+    """Return the base URL of an endpoint in Anthropic's format, whose routes begin with /v1."""
+    return re.sub("(/v1)+$", "", url)
+
+
+def at_base_url(provider: Provider, url: str) -> Provider:
+    """Return a provider at another base URL, where only one endpoint of it is known.
+
+    In OpenAI's format a URL with a path stays as it is, and a bare host gets the provider's usual
+    path.
+    """
+    if provider.format == "openai":
+        base_url = url if urllib.parse.urlsplit(url).path else url + provider.path
+    else:
+        base_url = without_v1(url)
+    return provider._replace(base_url=base_url, anthropic_base_url="")
+
+
+def check_encrypted(name: str, url: str, allow_plain_http: bool) -> None:
+    """Raises Misconfigured where a key would travel over a network as it is."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
+            and not allow_plain_http:
+        raise Misconfigured(f"the base URL of {name}: http:// would send the key in the clear; "
+                            "use https://, or say --allow-plain-http")
 
 
 def with_key(provider: Provider, environ: Mapping[str, str], *,
@@ -7622,11 +7772,8 @@ def with_key(provider: Provider, environ: Mapping[str, str], *,
     key = environ.get(provider.key_env, "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise Misconfigured(f"{provider.key_env} holds a character that a key cannot have")
-    parts = urllib.parse.urlsplit(provider.base_url)
-    if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
-            and not allow_plain_http:
-        raise Misconfigured(f"the base URL of {provider.name}: http:// would send the provider's "
-                            "key in the clear; use https://, or say --allow-plain-http")
+    for url in (provider.base_url, provider.anthropic_base_url) if provider.key_env else ():
+        check_encrypted(provider.name, url, allow_plain_http)
     return provider._replace(key=key or None)
 
 
@@ -7663,7 +7810,7 @@ class Caller(NamedTuple):
         return not self.models or any(
             fnmatch.fnmatchcase(f"{provider}/{model}", pattern)
             or (fnmatch.fnmatchcase(model, pattern)
-                and not any(pattern.startswith(f"{row[0]}/") for row in KNOWN_PROVIDERS))
+                and not any(pattern.startswith(f"{known}/") for known in KNOWN_PROVIDERS))
             for pattern in self.models)
 
 
@@ -7703,9 +7850,22 @@ def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
 _config_flag = value_like(lambda value: isinstance(value, bool), "true or false")
 _config_count = value_like(lambda value: type(value) is int and 1 <= value <= 10 ** 6,
                            "a whole number from 1 up")
+
+
+def _config_url(value: object) -> str:
+    return parse_base_url(text_like(r".{1,2048}", "a URL")(value))
+
+
 _config_patterns = value_like(
     lambda value: isinstance(value, list) and value and all(isinstance(v, str) for v in value),
     "a list of patterns, such as [\"gpt-*\"]", tuple)
+
+
+def _is_a_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and len(value) < 200 and bool(re.compile(value))
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def parse_time(value: object) -> int:
@@ -7736,13 +7896,33 @@ TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
 
 # The same for a provider.
 PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
-    "base_url": ("base_url", lambda value: parse_base_url(
-        text_like(r".{1,2048}", "a URL")(value))),
+    "base_url": ("base_url", _config_url),
+    "anthropic_base_url": ("anthropic_base_url", lambda url: without_v1(_config_url(url))),
+    "path": ("path", text_like(r"(/[!-~]+)?", "empty, or a path such as /v1")),
     "format": ("format", text_like("openai|anthropic", "openai or anthropic")),
     "key_env": ("key_env", text_like(ENVIRONMENT_NAME, "an environment variable")),
+    "key_as": ("key_as", text_like("|".join(KEY_HEADERS), " or ".join(KEY_HEADERS))),
     "free": ("is_free", _config_flag),
     "stream_usage": ("stream_usage", _config_flag),
-    "echo_reasoning": ("echo_reasoning", _config_flag),
+    "responses": ("responses", _config_flag),
+    "caps": ("caps", value_like(
+        lambda value: isinstance(value, list) and value and all(
+            isinstance(name, str) and name in MAX_TOKENS_FIELDS["chat"] for name in value),
+        f"a list of {' or '.join(MAX_TOKENS_FIELDS['chat'])}", tuple)),
+    "zero_is_a_cap": ("zero_is_a_cap", _config_flag),
+    "fields": ("fields", value_like(
+        lambda value: isinstance(value, list) and all(
+            isinstance(name, str) and re.fullmatch(r"\w{1,64}", name) for name in value),
+        "a list of names of fields that cost nothing", tuple)),
+    "echo_reasoning": ("reasoning_field", value_like(
+        lambda value: isinstance(value, bool), "true or false",
+        lambda value: "reasoning_content" if value else "")),
+    "reasoning_field": ("reasoning_field", text_like("(reasoning(_content)?)?",
+                                                     "reasoning_content, reasoning or empty")),
+    "user_after_tool": ("user_after_tool", _config_flag),
+    "one_system": ("one_system", _config_flag),
+    "call_ids": ("call_ids", value_like(_is_a_pattern, "a regular expression")),
+    "sold_as": ("sold_as", _config_patterns),
     "default_service_tier": ("default_service_tier",
                              text_like("[a-z]{1,32}", "a service tier")),
     "max_output_tokens_per_s": ("max_output_tokens_per_s", _config_count),
@@ -7788,12 +7968,16 @@ def provider_from(name: str, row: object) -> Provider:
     if not re.fullmatch(PROVIDER_NAME, name) or name in RESERVED_PROVIDERS:
         raise ValueError("must be named with a-z, 0-9, _ and -, and not as one of "
                          + ", ".join(sorted(RESERVED_PROVIDERS)))
-    known = {row[0]: {"format": row[1], "key_env": row[2], "base_url": row[3],
-                      "is_free": not row[2]} for row in KNOWN_PROVIDERS}.get(name, {})
-    values = {"format": "openai", **known, **_read_fields(row, PROVIDER_FIELDS)}
-    if "base_url" not in values:
+    values = _read_fields(row, PROVIDER_FIELDS)
+    known = manners_of(name, values.get("base_url", ""))
+    if values.get("format", known.format) != known.format:
+        known = Provider(name, values["format"], known.anthropic_base_url, key_env=known.key_env,
+                         sold_as=known.sold_as)
+    at_url = known if "base_url" not in values else at_base_url(
+        known._replace(path=values.pop("path", known.path)), values.pop("base_url"))
+    if not at_url.base_url:
         raise ValueError("needs a base_url")
-    return Provider(name=name, **values)
+    return at_url._replace(**values)
 
 
 class Config(NamedTuple):
@@ -9442,7 +9626,7 @@ class CageServer:
         self.url, self._token, self._ledger, self._take = url, token, ledger, take
         self._cache_ttl_s, self._allow_plain_http = cache_ttl_s, allow_plain_http
         # Refuses a server that would be sent its token in the clear, as a provider its key.
-        with_key(Provider("server", "openai", url), {}, allow_plain_http=allow_plain_http)
+        check_encrypted("the Iron Cage server", url, allow_plain_http)
         self._transport = KeepAliveHandler(timeouts)
         self._opener = build_opener(self._transport)
         self._turn = threading.Lock()         # one asks the server; who waits takes what comes
@@ -9499,11 +9683,12 @@ class CageServer:
 
     def _read_provider(self, body: Mapping[str, object]) -> Provider:
         name = body["provider"]
-        speaks, base_url = {row[0]: (row[1], row[3]) for row in KNOWN_PROVIDERS}[name]
+        known = KNOWN_PROVIDERS[name]
         if not isinstance(body["provider_key"], str) or not body["provider_key"].strip():
             raise ValueError("no key")
-        url = parse_base_url(body["base_url"]) if body.get("base_url") else base_url
-        return with_key(Provider(name, speaks, url, key_env="IRONCAGE_SERVER_KEY"),
+        if body.get("base_url"):
+            known = at_base_url(known, parse_base_url(body["base_url"]))
+        return with_key(known._replace(key_env="IRONCAGE_SERVER_KEY"),
                         {"IRONCAGE_SERVER_KEY": body["provider_key"]},
                         allow_plain_http=self._allow_plain_http)
 
@@ -9880,6 +10065,14 @@ class Router:
             caller.name, caller.budget_microdollars, caller.period, caller.stop_at_microdollars,
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
         self.providers, self.config, self.prices = providers, config, prices
+        for provider in self.providers.values():
+            if provider.format == "openai" and not provider.base_url.endswith("/v1") \
+                    and provider.base_url != manners_of(provider.name).base_url:
+                log.warning("this base URL is used as it stands; 0.2.3 put /v1 behind it",
+                            extra={"fields": {
+                                "provider": provider.name,
+                                "url": provider.url("/v1/chat/completions"),
+                                "before": f"{provider.base_url}/v1/chat/completions"}})
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -9915,27 +10108,47 @@ class Router:
     def _provider_in_path(self, path: str) -> tuple[Optional[Provider], str]:
         """Return the provider that a path's first segment names, and the path to call there."""
         name, behind = split_path(path)
-        if name in self.providers:
-            return self.providers[name], behind
-        return None, path if name else behind
+        provider = self._provider(name)
+        return provider, behind if provider or not name else path
+
+    def _provider(self, name: str) -> Optional[Provider]:
+        return self.providers.get(name) or self.providers.get(PROVIDER_ALIASES.get(name, ""))
+
+    def _unknown_provider(self, name: str, model: str) -> UnknownProvider:
+        """Make the error for a provider that is not set up, or that nobody knows."""
+        row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
+        if row is None:
+            return UnknownProvider(
+                f"the model {shown_name(model)} names a provider that there is not"
+                f"{did_you_mean(name, self.providers)}: before a / stands one of "
+                f"{', '.join(self.providers)}", param="model")
+        is_by_key = row.key_env and row.base_url and not row.is_named_only
+        return UnknownProvider(
+            f"the provider {row.name} is not set up: " + (
+                f"set {row.key_env} in the proxy's environment" if is_by_key
+                else "name it under providers in --config"), param="model")
 
     def _provider_of_model(self, model: str, named: Optional[Provider]) -> tuple[Provider, str]:
         """The provider of a model, and the model's name there.
 
-        provider/model names both; else an alias; else the prefix of the name.
+        provider/model names both; else an alias; else the prefix of the name. Raises
+        UnknownProvider.
         """
         if model not in self.config.aliases:
             model = LONG_WINDOW_SUFFIX.sub("", model)
         prefix, slash, rest = model.partition("/")
-        if named is None and not (slash and prefix in self.providers):
+        if named is None and not (slash and self._provider(prefix)):
             model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
             prefix, slash, rest = model.partition("/")
         if model == ECHO_MODEL:
             return ECHO_PROVIDER, model
-        if slash and prefix in self.providers and named in (None, self.providers[prefix]):
-            return self.providers[prefix], rest
+        provider = self._provider(prefix) if slash else None
+        if provider is not None and named in (None, provider):
+            return provider, rest
         if named is not None:
             return named, model
+        if slash:
+            raise self._unknown_provider(prefix, model)
         name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
         return self.providers[name], model
 
@@ -9946,14 +10159,19 @@ class Router:
 
     def resolution(self, model: str) -> str:
         """Where a model would go and at which price, in one line."""
-        provider, name = self._provider_of_model(model, None)
+        try:
+            provider, name = self._provider_of_model(model, None)
+        except UnknownProvider as err:
+            return f"{model} is refused: {err.message}"
+        urls = {api.url(path) for path, asked in METERED_APIS.items() if asked in MODEL_APIS
+                for api in [provider.speaking(asked)] if asked in api.apis}
         price = self.prices.find(name, provider.name)
         if price is None:
             told = "no price is known, so it is refused under a budget"
         else:
             told = "input {}, output {} for a million tokens".format(*price.per_million()) \
                 + (f", as {price.key} (price_as)" if price.is_stand_in else "")
-        return f"{model} -> {provider.name}/{name}, {told}"
+        return f"{model} -> {provider.name}/{name}, {told}, at {' and '.join(sorted(urls))}"
 
     def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
         speaks_anthropic = request.dialect == "anthropic" or (
@@ -10001,11 +10219,12 @@ class Router:
         if request.caller.models:
             self._check_models(request.caller, provider,
                                [upstream_model, *other_models(body.fields)])
-        provider = self._ready(provider)
+        provider = self._ready(provider.speaking(api))
         free = self.controller.available(request.caller.scopes)
         limited = free is not None
         call = Call(request, provider, api, upstream_model, body) \
-            if api in FORMAT_APIS[provider.format] \
+            if api in provider.apis or api in FORMAT_APIS[provider.format] \
+            and (api, provider.format) not in TRANSLATORS \
             else self._translated(request, provider, api, upstream_model, body, limited)
         call.added_betas += self._window_betas(model, provider)
         body, call.prices = call.body, prices
@@ -10013,7 +10232,7 @@ class Router:
         if limited:
             self._check_method_override(request)
             call.price = prices.price(upstream_model, provider.name)
-            for opened in check_boundable(call.api, body, call.price, provider=provider.name,
+            for opened in check_boundable(call.api, body, call.price, provider=provider,
                                           model=upstream_model, hatches=self.hatches):
                 self.totals.observe(("hatch", opened))
         else:
@@ -10048,7 +10267,7 @@ class Router:
         make = TRANSLATORS.get((api, provider.format))
         if make is None:
             paths = [path for path, a in METERED_APIS.items()
-                     if a in FORMAT_APIS[provider.format] or (a, provider.format) in TRANSLATORS]
+                     if a in provider.apis or (a, provider.format) in TRANSLATORS]
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
                 f"dialect; call it at {' or '.join(paths)}", param="model")
@@ -10060,8 +10279,7 @@ class Router:
             translator = make({**body.fields, "model": model}, losses,
                               most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
                               is_openai=provider.name == "openai",
-                              echoes_reasoning=provider.echo_reasoning
-                              or provider.name in WANT_REASONING_BACK,
+                              echoes_reasoning=provider.reasoning_field == "reasoning_content",
                               recall=lambda *key: self.thinking.recall(
                                   (request.caller.name, model, *key)))
         translator.asked_model = str(body.fields["model"])
@@ -10196,11 +10414,11 @@ class Router:
                 changes["stream_options"] = {**(options or {}), "include_usage": True}
         without: frozenset = frozenset()
         if call.reservation.is_limited and call.bound.output_picodollars:
-            changed, without = capped_output(call.api, call.provider.name, call.body.fields,
+            changed, without = capped_output(call.api, call.provider, call.body.fields,
                                              call.set_output_cap)
             changes.update(changed)
             for name in without:
-                call.losses.report(name, honoured_caps(call.api, call.provider.name)[0])
+                call.losses.report(name, honoured_caps(call.api, call.provider)[0])
         if call.api == "messages" and call.set_output_cap is not None:
             lowered = lowered_thinking(call.body.fields, call.set_output_cap)
             changes.update(lowered)
@@ -10239,7 +10457,7 @@ class Router:
         """One upstream call. Raises UpstreamError, ClientGone."""
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
         headers = upstream_headers(request.head, provider, len(body), translator, added_betas)
-        upstream = UpstreamRequest(provider.base_url + path + query, method=request.head.method,
+        upstream = UpstreamRequest(provider.url(path) + query, method=request.head.method,
                                    body=body, headers=headers, watched=watched,
                                    key=provider.key)
         response = self._opener.open(upstream)
@@ -10445,7 +10663,8 @@ class Router:
         body = parse_json_object(request.body)
         asked = named_model(body.fields)
         provider, model = self._provider_of_model(asked, named)
-        return (provider, request.body if model == asked else body.with_fields({"model": model}),
+        return (provider.speaking(COUNTING_ROUTES[path]),
+                request.body if model == asked else body.with_fields({"model": model}),
                 self._window_betas(asked, provider))
 
     def _passed_through(self, request: ClientRequest, named: Optional[Provider], path: str,
@@ -10476,7 +10695,7 @@ class Router:
             fields = parse_json_object(request.body).fields
             provider, _ = self._provider_of_model(named_model(fields), named)
             is_echo = provider is ECHO_PROVIDER
-            if api in FORMAT_APIS[provider.format] and not is_echo:
+            if api in provider.speaking(api).apis and not is_echo:
                 return None
             body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
                           else estimated_input_tokens(fields)}
@@ -10500,7 +10719,7 @@ class Router:
             return None
         fields = parse_json_object(request.body).fields
         provider, model = self._provider_of_model(named_model(fields), named)
-        if fields.get("max_tokens") != 0 or provider.format != "openai" \
+        if fields.get("max_tokens") != 0 or provider.speaking(api).format != "openai" \
                 or not request.caller.may_use(provider.name, model):
             return None
         message = empty_message(Began("", fields["model"]))
@@ -10527,7 +10746,7 @@ class Router:
                  if provider.key is not None or not provider.key_env
                  or (self.server is not None and name == self.server.provider_name)}
         models = {}
-        owners = {seller: name for name in ready for seller in sellers(name)}
+        owners = {seller: name for name in ready for seller in self.prices.sellers(name)}
         for key in self.prices.keys():
             price, (prefix, _, rest) = self.prices.price(key), key.partition("/")
             owner = owners.get(price.provider or prefix)
@@ -11543,8 +11762,8 @@ def read_prices(path: str) -> PriceBook:
 def prices_under(config: Config, book: PriceBook) -> PriceBook:
     """The prices that hold under a configuration. Raises Misconfigured."""
     with checking("the configuration:"):
-        return book.with_own(config.prices, price_as=config.price_as, free_providers=[
-            provider.name for provider in config.providers if provider.is_free])
+        return book.with_own(config.prices, price_as=config.price_as,
+                             providers=config.providers)
 
 
 def load_prices(settings: Settings) -> PriceBook:
@@ -11627,7 +11846,7 @@ SETTINGS = (
             text_like("measured|bytes", "measured or bytes"), metavar="RULE"),
     Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
             metavar="FILE"),
-    Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go, with or without /v1",
+    Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go; a bare host gets /v1",
             parse_base_url, "IRONCAGE_OPENAI_BASE_URL", "URL"),
     Setting("--anthropic-base-url", "anthropic_base_url", "where Anthropic calls go",
             parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
@@ -11682,7 +11901,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
                     "never lets spend pass a limit. `-- CMD ARGS` runs one command inside the "
                     "cage, and then prints the bill.",
         epilog="Provider keys come from the environment: "
-               + ", ".join(env for _, _, env, _ in KNOWN_PROVIDERS if env) + ".")
+               + ", ".join(filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
     parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
         f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
     parser.add_argument("--json", action="store_true", help="usage: print JSON")
@@ -11728,10 +11947,11 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         values = {"port": 0, "quiet": True, **values}
     allow_plain_http = bool(values.get("allow_plain_http"))
     providers = []
-    for name, speaks, env, base_url in KNOWN_PROVIDERS:
-        url = values.pop(f"{name}_base_url", base_url)
-        if name in ("openai", "anthropic") or environ.get(env):
-            providers.append(with_key(Provider(name, speaks, url, key_env=env), environ,
+    for name, provider in KNOWN_PROVIDERS.items():
+        url = values.pop(f"{name}_base_url", None)
+        if name in ("openai", "anthropic") or (
+                provider.base_url and not provider.is_named_only and environ.get(provider.key_env)):
+            providers.append(with_key(at_base_url(provider, url) if url else provider, environ,
                                       allow_plain_http=allow_plain_http))
     if given["wrapped"] is not None and (given["admin_token"] or given["server_token"]):
         raise Misconfigured("with -- CMD the admin's and the server's token come from the "
@@ -11917,7 +12137,7 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
     held = [secret for secret in (settings.admin_token, settings.server_token, *(
         provider.key for provider in server.router.providers.values())) if secret]
     hidden = {row.env for row in SETTINGS if row.env} | {
-        env for _, _, env, _ in KNOWN_PROVIDERS} | {
+        row.key_env for row in KNOWN_PROVIDERS.values() if not row.is_named_only} | {
         provider.key_env for provider in server.router.providers.values()}
     kept = {name: value for name, value in environ.items()
             if name not in hidden and not any(secret in value for secret in held)}
@@ -11986,7 +12206,8 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         for name, provider in server.router.providers.items():
             state = f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
                 if provider.key_env else "no key needed"
-            print(f"provider  {name}: {provider.base_url or 'built in'}, {state}")
+            urls = " and ".join(filter(None, (provider.base_url, provider.anthropic_base_url)))
+            print(f"provider  {name}: {urls or 'built in'}, {state}")
         print(f"prices    {len(server.router.prices.keys())} models have a price")
         for text in price_as_lines(server.router.config):
             print(f"price_as  {text}")
@@ -12417,10 +12638,9 @@ class LlmRouter:
         environ = dict(os.environ if environ is None else environ)
         name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
         if provider_key is not None:
-            for other, _, env, _ in KNOWN_PROVIDERS:
-                environ.pop(env, None)
-                if other == name:
-                    environ[env] = provider_key
+            for known in KNOWN_PROVIDERS.values():
+                environ.pop(known.key_env, None)
+            environ[KNOWN_PROVIDERS[name].key_env] = provider_key
         environ.pop("IRONCAGE_TOKEN", None)
         amounts = [f"{flag}={amount}" for flag, amount in
                    (("--budget", budget), ("--stop-at", stop_at)) if amount is not None]

@@ -39,8 +39,10 @@ def bound_of(api: str, fields: dict, row: dict = ROW, **options: object) -> ic.B
     return ic.bound_of_request(api, body_of(fields), price_of(row), **options)
 
 
-def checked(api: str, fields: dict, row: dict = None, key: str = "m", **options) -> list:
-    return ic.check_boundable(api, body_of(fields), price_of(row or ROW, key), **options)
+def checked(api: str, fields: dict, row: dict = None, key: str = "m", provider: str = "openai",
+            **options) -> list:
+    return ic.check_boundable(api, body_of(fields), price_of(row or ROW, key),
+                              provider=ic.manners_of(provider), **options)
 
 
 def chat(**fields: object) -> dict:

@@ -242,4 +242,4 @@ def test_the_sum_of_several_samplings_is_bounded_at_the_price_of_a_long_context(
     ("openai", {"max_tokens": 9, "max_completion_tokens": 5}, 7, {"max_tokens": 7}, set()),
     ("openai", {}, None, {}, set())])
 def test_a_cap_stands_where_the_provider_heeds_it(provider, fields, cap, changed, without):
-    assert (changed, without) == ic.capped_output("chat", provider, fields, cap)
+    assert (changed, without) == ic.capped_output("chat", ic.manners_of(provider), fields, cap)

@@ -154,7 +154,7 @@ def test_no_client_can_name_a_price(mock, proxy_with):
 ])
 def test_a_pattern_with_a_slash_is_about_one_provider(pattern, model, provider, found):
     book = program().PriceBook({"mine": {IN: 1, OUT: 1}}).with_own(
-        {}, free_providers=(), price_as={pattern: "mine"})
+        {}, providers=(), price_as={pattern: "mine"})
 
     price = book.find(model, provider)
 
@@ -195,8 +195,8 @@ def test_what_is_priced_as_another_is_shown(mock, proxy_with, files, capsys):
     out = capsys.readouterr().out
     assert "price_as  gpt-6.9-* as gpt-6-astra\n" in out
     assert "gpt-6.9-sol -> openai/gpt-6.9-sol, input $10.00, output $50.00 for a million tokens, " \
-        "as gpt-6-astra (price_as)\n" in out
-    assert "gpt-4o -> openai/gpt-4o, input $2.50, output $10.00 for a million tokens\n" in out
+        "as gpt-6-astra (price_as), at " in out
+    assert "gpt-4o -> openai/gpt-4o, input $2.50, output $10.00 for a million tokens, at " in out
 
 
 # Files that change while the proxy serves.

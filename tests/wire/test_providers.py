@@ -119,18 +119,20 @@ def test_a_server_of_this_machine_is_known_only_where_the_configuration_names_it
     """Else an agent could reach whatever listens there."""
     plain, named = proxy_for(), proxy_with({"providers": {"ollama": {"base_url": mock.url}}})
 
-    chat(plain, "ollama/gpt-4o-mini"), chat(named, "ollama/gpt-4o-mini")
+    refused = chat(plain, "ollama/gpt-4o-mini")
+    chat(named, "ollama/gpt-4o-mini")
 
-    assert ["ollama/gpt-4o-mini", "gpt-4o-mini"] == [seen.json["model"] for seen in mock.seen]
+    assert (400, "unknown_provider") == (refused.status, refused.json["error"]["code"])
+    assert ["gpt-4o-mini"] == [seen.json["model"] for seen in mock.seen]
     assert named.router.providers["ollama"].is_free
-    assert "http://127.0.0.1:11434" == program().provider_from("ollama", {}).base_url
+    assert "http://127.0.0.1:11434/v1" == program().provider_from("ollama", {}).base_url
 
 
 def test_a_known_host_is_there_where_its_key_is(mock, proxy_for):
     from support import proxy_environment
     with_key = proxy_for(environ={**proxy_environment(mock), "GROQ_API_KEY": "gsk_0123456789"})
 
-    assert "https://api.groq.com/openai" == with_key.router.providers["groq"].base_url
+    assert "https://api.groq.com/openai/v1" == with_key.router.providers["groq"].base_url
     assert "groq" not in proxy_for().router.providers
 
 
@@ -170,7 +172,7 @@ def test_a_tokens_model_patterns_look_at_what_an_alias_stands_for(mock, proxy_wi
     ({"providers": {"lab": {"base_url": "ftp://x"}}}, "base_url: must be an http"),
     ({"providers": {"lab": {"base_url": "https://u:p@x"}}}, "base_url: must have no user name"),
     ({"providers": {"lab": {"base_url": 7}}}, "base_url: must be a URL"),
-    ({"providers": {"lab": {"base_url": "http://lab.example"}}}, "in the clear"),
+    ({"providers": {"lab": {"base_url": "http://lab.example", "key_env": "LAB"}}}, "in the clear"),
     ({"providers": {"lab": {"base_url": "https://x", "key": "sk-1234567890"}}}, "unknown field key (did"),
     ({"providers": {"lab": {"base_url": "https://x", "format": "grpc"}}}, "format: must be openai"),
     ({"providers": {"lab": {"base_url": "https://x", "free": "yes"}}}, "free: must be true"),
@@ -192,11 +194,12 @@ def test_a_fault_in_providers_or_models_is_one_line_without_a_key(tmp_path, conf
 
 def test_plain_http_to_another_machine_can_be_allowed(tmp_path):
     path = tmp_path / "cage.json"
-    path.write_text(json.dumps({"providers": {"lab": {"base_url": "http://lab.example"}}}))
+    path.write_text(json.dumps({"providers": {"lab": {"base_url": "http://lab.example",
+                                                      "key_env": "LAB_KEY"}}}))
 
     config = program().load_config(str(path), {}, allow_plain_http=True)
 
-    assert "http://lab.example" == config.providers[0].base_url
+    assert "http://lab.example/v1" == config.providers[0].base_url
 
 
 def test_providers_and_aliases_change_while_serving(mock, proxy_with, tmp_path):
@@ -395,7 +398,8 @@ def test_a_refusal_shows_the_name_of_the_model_that_was_asked_for(proxy, model):
 
 def test_what_a_call_counts_as_is_asked_where_the_call_would_go(mock, proxy_with):
     proxy = proxy_with({"models": {"fast": "claude-haiku-4-5"}, "providers": {"lab": {
-        "base_url": mock.url, "format": "anthropic", "key_env": "ANTHROPIC_API_KEY"}}})
+        "base_url": mock.url, "format": "anthropic", "key_env": "ANTHROPIC_API_KEY",
+        "key_as": "x-api-key"}}})
 
     for model in ("fast", "lab/claude-haiku-4-5", "anthropic/claude-haiku-4-5"):
         answer = call(proxy.port, "POST", "/v1/messages/count_tokens",
