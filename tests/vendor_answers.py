@@ -77,7 +77,23 @@ def counted(parts: Sequence[Part], prompt: int, read: int = 0, written: int = 0)
 
 
 def answer_of(api: str, fields: dict, answer: Answer) -> Reply:
-    return {"messages": _messages, "responses": _responses, "chat": _chat}[api](fields, answer)
+    parts = [as_offered(api, fields, part) for part in answer.parts]
+    return {"messages": _messages, "responses": _responses, "chat": _chat}[api](
+        fields, answer._replace(parts=parts))
+
+
+def as_offered(api: str, fields: dict, part: Part) -> Part:
+    """A call as a model makes it that knows a tool by the name and kind that it was offered: in one
+    word where there are no namespaces, and with {"input": text} where it is a function."""
+    if not isinstance(part, Use) or api == "responses":
+        return part
+    offered = {(tool.get(tool["type"], tool) if api == "chat" else tool)["name"]:
+               tool.get("type", "function") for tool in fields.get("tools") or ()}
+    name = next((name for name in offered if re.sub(r"\W|_", "", name)
+                 == re.sub(r"\W|_", "", part.name)), part.name)
+    is_text = isinstance(part.arguments, str) and offered.get(name) == "custom" and api == "chat"
+    return Use(name, part.arguments if is_text or isinstance(part.arguments, dict)
+               else {"input": part.arguments})
 
 
 # Seals: what makes a thought the vendor's own.

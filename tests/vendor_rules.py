@@ -250,7 +250,7 @@ def _openai_faults(fields):
             yield "Unsupported value: 'temperature' does not support this value with this model."
         if fields.get("stop"):
             yield "Unsupported parameter: 'stop' is not supported with this model."
-    elif effort is not None:
+    elif effort is not None and re.match(r"gpt-|chatgpt", model):     # others' servers may know it
         yield "Unrecognized request argument supplied: reasoning_effort"
     if tools and effort is not None and re.match(r"gpt-5\.[2-5]", model):
         yield (f"Function tools with reasoning_effort are not supported for {model} in "

@@ -1,0 +1,407 @@
+"""Each dialect's client on each API of a provider, over real sockets: nine pairs, whole and
+streamed. The provider is a mock that judges as the vendors do and bills; what a pair cannot carry
+must be told, and is refused under strict.
+
+A cell of the table: `yes`, it travels and nothing is told · `quiet`, a hint that the provider has
+no use for · `drop:NAME` or `adj:NAME`, it is told so in the client's words, and refused under
+strict · `refuse:WORDS`, it is refused before anything is sent · `-`, the client's dialect cannot say
+it."""
+import json
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+from dialects import PATHS, Ask, Heard, heard, meant, next_turn, request_of, whole_of
+from support import (Close, Cut, Gate, RawClient, Reply, anthropic_error, call, openai_error,
+                     settled_status, sse, sse_events)
+from vendor_answers import Refuse, Say, Speaker, Think, Use
+
+# What provider and model speak which API: a server of OpenAI's format that has chat alone, Claude,
+# and a model of OpenAI's that takes tools and reasoning in Responses alone.
+MODELS = {"chat": "lab/qwen3", "messages": "claude-haiku-5-5", "responses": "gpt-6.1-sol"}
+ALL = [(client, api) for client in PATHS for api in PATHS]
+MISSING = {("chat", "responses"), ("messages", "responses"), ("responses", "chat"),
+           ("responses", "messages")}          # what is still to come
+PAIRS = [pair for pair in ALL if pair not in MISSING]
+NAMES = [f"{client}-on-{api}" for client, api in PAIRS]
+
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk" \
+    "YPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+PDF = "JVBERi0xLjQKMSAwIG9iago8PD4+CmVuZG9iagp0cmFpbGVyCjw8Pj4KJSVFT0YK"
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+          "additionalProperties": False}
+OSLO, ROME = Use("weather", {"city": "Oslo"}), Use("weather", {"city": "Röm"})
+
+
+class Case(NamedTuple):
+    """What is asked, what the model says, and what the client hears and the provider is asked."""
+    cells: str                          # of the nine pairs, client by client
+    ask: Ask = Ask()
+    says: tuple = (Say("Grüße 🐤, all is well."),)
+    heard: Heard = Heard("Grüße 🐤, all is well.")
+    meant: dict = {}                    # fields of Meant, beside the user's words
+    ending: str = "end"
+
+
+FILE = "refuse:file|document"
+CASES = {
+    #                 chat on: chat messages responses · messages on … · responses on …
+    "text": Case("yes yes yes  yes yes yes  yes yes yes",
+                 Ask(system="Be brief."), meant={"system": "Be brief.", "cap": 1_000}),
+    "an image": Case("yes yes yes  yes yes yes  yes yes yes",
+                     Ask(image=PIXEL), meant={
+                         "turns": (("image", PIXEL), ("user", "hello there"))}),
+    "an image elsewhere": Case("yes yes yes  yes yes yes  yes yes yes",
+                               Ask(image="https://cave.example/a.png"), meant={"turns": (
+                                   ("image", "https://cave.example/a.png"),
+                                   ("user", "hello there"))}),
+    "a document": Case(f"yes yes yes  {FILE} yes yes  {FILE} yes yes",
+                       Ask(document=PDF), meant={
+                           "turns": (("document", PDF), ("user", "hello there"))}),
+    "a thought": Case("yes yes yes  quiet yes yes  quiet yes yes",
+                      Ask(effort="high"), (Think("Hm, so."), Say("Yes.")),
+                      Heard("Yes.", "Hm, so."), {"effort": "high"}),
+    "two calls": Case("yes yes yes  yes yes yes  yes yes yes",
+                      Ask(tools=("weather", "clock")), (Say("I look."), OSLO, ROME),
+                      Heard("I look.", calls=(OSLO, ROME), end="calls"),
+                      {"tools": frozenset({"weather", "clock"})}),
+    "one call": Case("yes yes yes  yes yes yes  yes yes yes",
+                     Ask(tools=("weather",), parallel=False), (OSLO,),
+                     Heard(calls=(OSLO,), end="calls"), {"parallel": False}),
+    "a forced call": Case("yes yes yes  yes yes yes  yes yes yes",
+                          Ask(tools=("weather",), choice="weather"), (OSLO,),
+                          Heard(calls=(OSLO,), end="calls"), {"choice": "weather"}),
+    "some call": Case("yes yes yes  yes yes yes  yes yes yes",
+                      Ask(tools=("weather",), choice="required"), (OSLO,),
+                      Heard(calls=(OSLO,), end="calls"), {"choice": "required"}),
+    "no call": Case("yes yes yes  yes yes yes  yes yes yes",
+                    Ask(tools=("weather",), choice="none"), meant={"choice": "none"}),
+    "JSON by a schema": Case("yes yes yes  yes yes yes  yes yes yes",
+                             Ask(schema=SCHEMA), (Say('{"city": "Oslo"}'),),
+                             Heard('{"city": "Oslo"}'), {"schema": SCHEMA}),
+    "a refusal": Case("yes yes yes  yes yes yes  yes yes yes",
+                      says=(Refuse("I will not."),),
+                      heard=Heard(refusal="I will not.", end="refused")),
+    "half, then filtered": Case("yes yes yes  yes yes yes  yes yes yes",
+                                says=(Say("Take some"),), ending="filter",
+                                heard=Heard("Take some", end="refused")),
+    "the cap": Case("yes yes yes  yes yes yes  yes yes yes",
+                    Ask(cap=50), (Say("So much, and"),), Heard("So much, and", end="length"),
+                    {"cap": 50}, "length"),
+    "nothing at all": Case("yes yes yes  yes yes yes  yes yes yes", says=(), heard=Heard()),
+    "a stop": Case("yes yes drop:stop  yes yes drop:stop_sequences  - - -",
+                   Ask(stop=("END",)), heard=Heard("Grüße 🐤, all is well.", end="stop"),
+                   meant={"stop": ("END",)}, ending="stop END"),
+    "a text tool": Case("yes yes yes  - - -  yes yes yes",
+                        Ask(tools=("!patch",)), (Use("patch", "*** Begin\né"),),
+                        Heard(calls=(("patch", "*** Begin\né"),), end="calls")),
+    "a namespace": Case("- - -  - - -  yes yes yes",
+                        Ask(tools=("cave.weather", "weather")), (Use("cave.weather", {"city": "x"}),),
+                        Heard(calls=(("cave.weather", {"city": "x"}),), end="calls")),
+    "a temperature": Case("yes drop:temperature drop:temperature  yes - drop:temperature"
+                          "  yes drop:temperature -", Ask(more={"temperature": 0.5})),
+    "a seed": Case("yes drop:seed drop:seed  - - -  - - -", Ask(more={"seed": 7})),
+    "top_k": Case("- - -  drop:top_k - drop:top_k  - - -", Ask(more={"top_k": 7})),
+    "truncation": Case("- - -  - - -  drop:truncation drop:truncation yes",
+                       Ask(more={"truncation": "auto"})),
+    "many answers": Case("yes refuse:n refuse:n  - - -  - - -", Ask(more={"n": 2})),
+    "what went before": Case("- - -  - - -  refuse:previous_response_id "
+                             "refuse:previous_response_id yes",
+                             Ask(more={"previous_response_id": "resp_1", "store": True})),
+    "a conversation": Case("- - -  - - -  refuse:conversation refuse:conversation yes",
+                           Ask(more={"conversation": "conv_1", "store": True})),
+    "a stored prompt": Case("- - -  - - -  refuse:prompt refuse:prompt refuse:prompt",
+                            Ask(more={"prompt": {"id": "pmpt_1"}})),
+    "in the background": Case("- - -  - - -  refuse:background refuse:background -",
+                              Ask(more={"background": True})),
+    "servers of tools": Case("- - -  refuse:mcp_servers - refuse:mcp_servers  - - -", Ask(more={
+        "mcp_servers": [{"type": "url", "name": "x", "url": "https://cave.example"}]})),
+}
+
+
+def cells(case):
+    return dict(zip(ALL, CASES[case].cells.split()))
+
+
+@pytest.fixture
+def mock():
+    with Speaker() as provider:
+        provider.cached_tokens = 7
+        yield provider
+
+
+@pytest.fixture
+def served(mock, proxy_for, tmp_path):
+    """Start a proxy in front of the three."""
+    def start(*argv, **options):
+        path = tmp_path / "cage.json"
+        path.write_text(json.dumps({
+            "price_as": {"lab/*": "gpt-4o-mini"},
+            "providers": {"lab": {"base_url": mock.url + "/v1", "key_env": "OPENAI_API_KEY"}}}))
+        return proxy_for("--config", str(path), *(argv or ("--budget", "10")), **options)
+    return start
+
+
+def send(proxy, client, fields, *headers):
+    return call(proxy.port, "POST", PATHS[client], fields, headers)
+
+
+def told(answer):
+    """What an answer says was lost or changed: {"drop:stop"}."""
+    names = {"drop": answer.header("x-ironcage-dropped-params"),
+             "adj": answer.header("x-ironcage-adjusted")}
+    return {f"{kind}:{entry.partition('=')[0]}" for kind, value in names.items() if value
+            for entry in value.replace(" ", "").split(",")}
+
+
+def bill_is_paid(mock, proxy):
+    status = settled_status(proxy)
+    return (mock.billed_microdollars, 0) == (
+        status["spent_microdollars"], status["bound_exceeded"])
+
+
+def test_every_cell_is_filled():
+    assert {9} == {len(case.cells.split()) for case in CASES.values()}
+    kinds = {cell.partition(":")[0] for case in CASES.values() for cell in case.cells.split()}
+    assert kinds == {"yes", "quiet", "drop", "refuse", "-"}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_what_travels_between_a_client_and_an_api(mock, served, client, api, case):
+    cell, given = cells(case)[client, api], CASES[case]
+    if cell == "-":
+        return
+    proxy = served()
+    kind, _, words = cell.partition(":")
+    for stream in (False, True):
+        fields = request_of(client, given.ask, MODELS[api], stream)
+        mock.says(*given.says, ending=given.ending)
+        answer = send(proxy, client, fields)
+        if kind == "refuse":
+            assert (400, []) == (answer.status, mock.seen)
+            assert re.search(words, answer.body.decode())
+            continue
+        assert 200 == answer.status, answer.body
+        assert ({cell} - {"yes", "quiet"}) == told(answer)
+        seen = mock.seen[-1]
+        assert PATHS[api] == seen.path
+        wanted = {"turns": (("user", given.ask.words),), **(given.meant if kind == "yes" else {})}
+        asked = meant(api, seen.json)._asdict()
+        assert wanted == {name: asked[name] for name in wanted}
+        model, usage, _ = mock.bills[-1]
+        said = heard(client, whole_of(client, answer))
+        if "refused" == said.end and not given.heard.refusal:       # no words for it: any will do
+            said = said._replace(text=said.text or said.refusal, refusal="")
+        expected = given.heard._replace(
+            prompt=-(-len(seen.body) // 4), cached=7,
+            made=usage.get("output_tokens", usage.get("completion_tokens")))
+        if expected.end == "stop" and not client == api == "messages":
+            expected = expected._replace(end="end")     # the others do not tell it from an end
+        assert expected == said
+    assert bill_is_paid(mock, proxy)
+
+
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_strict_refuses_what_would_be_told_and_nothing_else(mock, served, client, api):
+    proxy = served("--budget", "10", "--strict")
+    for case, given in CASES.items():
+        kind, _, words = cells(case)[client, api].partition(":")
+        if kind in ("drop", "adj"):
+            mock.seen.clear()
+            answer = send(proxy, client, request_of(client, given.ask, MODELS[api], False))
+            assert (case, 400, []) == (case, answer.status, mock.seen)
+            assert words in answer.json["error"].get("param", answer.json["error"]["message"])
+    mock.says(Say("Yes."))
+    assert 200 == send(proxy, client, request_of(
+        client, Ask(tools=("weather",), system="Be brief.", effort="high"), MODELS[api], False)
+    ).status
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_three_turns_with_calls_results_and_thoughts(mock, served, client, api, stream):
+    """Thoughts come back to where they came from, word for word; a server that seals none gets
+    none back from another dialect."""
+    proxy = served()
+    turns = [("user", "hello there")]
+    if api != "chat" or client == "chat":
+        thoughts = [("thought", "Both, then."), ("thought", "Warm.")]
+    else:
+        thoughts = []
+    fields = request_of(client, Ask(tools=("weather",), effort="high"), MODELS[api], stream)
+
+    mock.says(Think("Both, then."), Say("I look."), OSLO, ROME)
+    first = whole_of(client, send(proxy, client, fields))
+    fields = next_turn(client, fields, first, "cold", "warm")
+    mock.says(Think("Warm."), Say("Take Röm."))
+    second = whole_of(client, send(proxy, client, fields))
+    fields = next_turn(client, fields, second, "Why?")
+    mock.says(Say("It is warm."))
+    third = send(proxy, client, fields)
+
+    assert "It is warm." == heard(client, whole_of(client, third)).text
+    turns += [*thoughts[:1], ("said", "I look."), ("call", *OSLO), ("call", *ROME),
+              ("result", 0, "cold"), ("result", 1, "warm"), *thoughts[1:],
+              ("said", "Take Röm."), ("user", "Why?")]
+    assert tuple(turns) == meant(api, mock.seen[2].json).turns
+    assert set() == told(third)
+    assert bill_is_paid(mock, proxy)
+
+
+SWITCHED = {"messages": "responses", "responses": "messages"}     # to the API of another vendor
+
+
+@pytest.mark.parametrize("client, api", [
+    (client, api) for client, api in PAIRS if api in SWITCHED
+    and (client, SWITCHED[api]) in PAIRS], ids=lambda value: value)
+def test_thoughts_of_one_vendor_never_go_to_the_other(mock, served, client, api):
+    """They are left out there, which is told; what was said and done goes on."""
+    proxy = served()
+    fields = request_of(client, Ask(tools=("weather",), effort="high"), MODELS[api], False)
+    mock.says(Think("Hm."), OSLO)
+    first = whole_of(client, send(proxy, client, fields))
+    fields = next_turn(client, fields, first, "cold")
+    mock.says(Say("Cold."))
+    mock.says(Say("Cold."))
+    elsewhere = send(proxy, client, {**fields, "model": MODELS[SWITCHED[api]]})
+    back = send(proxy, client, fields)
+
+    assert (200, 200) == (elsewhere.status, back.status), (elsewhere.body, back.body)
+    rest = (("user", "hello there"), ("call", *OSLO), ("result", 0, "cold"))
+    assert rest == meant(SWITCHED[api], mock.seen[1].json).turns
+    assert (rest[0], ("thought", "Hm."), *rest[1:]) == meant(api, mock.seen[2].json).turns
+    assert (bool(told(elsewhere)), set()) == (SWITCHED[api] != client, told(back))
+
+
+# What goes wrong.
+
+def error_of(api, status, message, headers=()):
+    """A provider's error, in its own shape."""
+    kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+             404: "not_found_error", 429: "rate_limit_error", 500: "api_error",
+             529: "overloaded_error"}
+    if api == "messages":
+        return anthropic_error(status, message, kinds[status], headers)
+    return openai_error({529: 503}.get(status, status), message, headers=headers)
+
+
+@pytest.mark.parametrize("status, kind", [
+    (400, "invalid_request_error"), (401, "authentication_error"), (403, "permission_error"),
+    (404, "not_found_error"), (429, "rate_limit_error"), (500, "api_error"),
+    (529, "overloaded_error")])
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_an_error_comes_in_the_clients_dialect_and_is_free(mock, served, client, api, status, kind):
+    proxy = served()
+    for stream in (False, True):
+        mock.script(error_of(api, status, "it went wrong", [("retry-after", "7")]))
+        answer = send(proxy, client, request_of(client, Ask(), MODELS[api], stream))
+
+        error = answer.json["error"]
+        shown = status if client == "messages" or status != 529 else 503
+        assert (shown, True) == (answer.status, "it went wrong" in error["message"])
+        assert answer.header("retry-after") == "7"
+        if client == "messages":
+            assert ("error", kind) == (answer.json["type"], error["type"])
+        else:
+            assert {"message", "type", "param", "code"} == set(error)
+        assert answer.header("request-id") or answer.header("x-request-id")
+    assert 0 == settled_status(proxy)["spent_microdollars"]
+
+
+def broken_at(mock, step, *rest):
+    """The next stream of the mock breaks off behind some steps."""
+    def reply(request):
+        whole = mock.default_reply(request)
+        return replace(whole, steps=(*whole.steps[:step], *rest))
+    mock.script(reply)
+
+
+ERROR_EVENTS = {
+    "chat": sse({"error": {"message": "busy", "type": "server_error", "param": None,
+                           "code": None}}),
+    "messages": sse({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}},
+                    "error"),
+    "responses": sse({"type": "error", "sequence_number": 6, "error": {
+        "type": "server_error", "code": "server_error", "message": "busy", "param": None}},
+        "error")}
+
+
+def ended_badly(client, answer):
+    """The error that ends a stream: the last event that a client of this dialect looks at."""
+    name, data = sse_events(answer.body)[-1]
+    last = json.loads(data)
+    if client == "responses":
+        assert ("response.failed", "failed") == (name, last["response"]["status"])
+        return last["response"]["error"]
+    assert ("error" if client == "messages" else None) == name
+    return last["error"]
+
+
+@pytest.mark.parametrize("client, api", [pair for pair in PAIRS if pair[0] != pair[1]],
+                         ids=lambda value: value)
+@pytest.mark.parametrize("end", ["error", "close", "cut"])
+def test_a_stream_that_breaks_off_ends_with_an_error_and_is_charged(mock, served, client, api, end):
+    proxy = served()
+    broken_at(mock, 6, {"error": ERROR_EVENTS[api], "close": Close(), "cut": Cut()}[end])
+
+    answer = send(proxy, client, request_of(client, Ask(), MODELS[api], True))
+
+    error = ended_badly(client, answer)
+    assert error["message"] and (end != "error" or "busy" in error["message"])
+    status = settled_status(proxy)
+    assert status["spent_microdollars"] >= mock.billed_microdollars > 0
+    if client == "responses":
+        numbers = [json.loads(data)["sequence_number"] for _, data in sse_events(answer.body)]
+        assert [*range(len(numbers))] == numbers
+
+
+@pytest.mark.parametrize("client, api", [pair for pair in PAIRS if pair[0] != pair[1]],
+                         ids=lambda value: value)
+def test_an_error_as_the_first_event_is_a_status(mock, served, client, api):
+    proxy = served()
+    mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
+                      steps=(ERROR_EVENTS[api],)))
+
+    answer = send(proxy, client, request_of(client, Ask(), MODELS[api], True))
+
+    assert answer.status >= 500 and "busy" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_a_client_that_leaves_a_stream_ends_the_call(mock, served, client, api):
+    proxy, gate = served(), Gate()
+    broken_at(mock, 7, gate)
+    with RawClient(proxy.port) as leaving:
+        leaving.request("POST", PATHS[client], json.dumps(
+            request_of(client, Ask(), MODELS[api], True)).encode())
+        leaving.read_head()
+        leaving.read_chunk()
+        leaving.leave()
+        mock.wait_for_hang_ups()
+
+    status = settled_status(proxy)
+    assert status["spent_microdollars"] >= mock.billed_microdollars > 0
+
+
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_a_cap_is_lowered_to_what_the_budget_holds(mock, served, client, api):
+    """It goes upstream in the provider's field, and the client is told what it became."""
+    usd = {"chat": "0.002", "messages": "0.002", "responses": "0.05"}[api]
+    proxy = served("--budget", usd)
+
+    answer = send(proxy, client, request_of(client, Ask(cap=60_000), MODELS[api], False))
+
+    assert 200 == answer.status, answer.body
+    cap = meant(api, mock.seen[0].json).cap
+    assert str(cap) == answer.header("x-ironcage-max-tokens") and 16 <= cap < 60_000
+    assert bill_is_paid(mock, proxy)
+
+
+@pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
+def test_a_budget_that_is_spent_is_said_in_the_clients_dialect(mock, served, client, api):
+    answer = send(served("--budget", "0"), client, request_of(client, Ask(), MODELS[api], False))
+
+    kind = "billing_error" if client == "messages" else "iron_cage_budget_exceeded"
+    assert (402, kind, []) == (answer.status, answer.json["error"]["type"], mock.seen)
