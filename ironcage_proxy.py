@@ -3434,7 +3434,7 @@ class Part:
 
     `kind`, and what counts beside it:
       text, refusal  text; citations, once it is closed
-      image          url, or media and data
+      image          url, or media and data (base64); detail, OpenAI's word
       document       text (plain), or media and data, url or file_id; name is its title
       thought        text; native, where the provider wants its own form of it back
       call           id, name, namespace; text: its arguments as JSON, or as they are (`is_text`)
@@ -3442,7 +3442,7 @@ class Part:
       search         a search of the web that the provider ran: id; text, the query; citations
       other          native, of what only the API that it came from knows
     """
-    text = id = name = namespace = media = data = url = file_id = ""
+    text = id = name = namespace = media = data = url = file_id = detail = ""
     is_text = is_error = False
     parts: Sequence[Part] = ()
     citations: Sequence[Citation] = ()
@@ -3479,8 +3479,10 @@ class Tool(NamedTuple):
     strict: bool = False                 # its input must match the schema
     namespace: str = ""
     syntax: Mapping[str, object] = MappingProxyType({})     # that the input of a text tool follows
-    native: Mapping[str, object] = MappingProxyType({})     # the client's row, verbatim
-    origin: str = ""                     # whose form `native` has
+    search: Mapping[str, object] = MappingProxyType({})     # allowed_domains, blocked_domains,
+    # user_location and max_uses, as Anthropic spells them
+    native: Mapping[str, object] = MappingProxyType({})     # what else the client wrote of it
+    origin: str = ""                     # the API whose form `native` has
 
 
 class Choice(NamedTuple):
@@ -3516,6 +3518,8 @@ class Conversation:
         self.user: Optional[str] = None
         self.tier: Optional[str] = None          # OpenAI's word: auto, default, flex, priority
         self.streams = False
+        self.changed: dict[str, str] = {}        # what the reader had to change, to be reported
+        self.names: dict[str, str] = {}          # of losses, where not the API's usual ones
         self.rest: dict[str, object] = {}        # lost, and reported, where a writer has no place
         self.hints: dict[str, object] = {}       # lost without a word: the answer is the same
 
@@ -3524,8 +3528,10 @@ class Target(NamedTuple):
     """For whom a request is written."""
     most_output_tokens: int
     is_openai: bool = False              # OpenAI itself, and not one that speaks its format
-    echoes_reasoning: bool = False       # it wants past reasoning back
-    recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []      # kept thinking
+    manners: Provider = Provider("", "openai", "")         # of the server
+    # Thinking that was kept by the call behind it and a digest of all before; and its keeper.
+    recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []
+    keep: Callable[..., None] = lambda call_id, digest, thoughts: None
 
 
 class Terms:
@@ -3539,6 +3545,12 @@ class Terms:
         self.unfences = False                    # JSON was asked for in words: it may be fenced
         self.betas: tuple[str, ...] = ()         # for the header anthropic-beta
         self.digest = ""                         # of all that the answer's thinking is bound to
+
+
+class Written(NamedTuple):
+    """A request of the provider's API, and what was arranged in it."""
+    request: dict
+    terms: Terms
 
 
 # An answer is a series of events: Began, then parts, then Ended. A part is opened, grows by More,
@@ -3749,44 +3761,6 @@ def rows_in(holder: Mapping[str, object], name: str, fault: Fault) -> list[dict]
     raise fault(name, "a list of objects")
 
 
-def apply_rules(fields: Mapping[str, object], rules: Mapping[str, tuple], losses: Losses) -> dict:
-    """Go through top-level fields by their rules; what is passed on as it is comes back.
-
-    A rule is (action, neutral values): "own" is handled elsewhere, "pass" goes on, "silent" has no
-    effect that a client could see, "drop" is told, "refuse" ends the request. Null is always
-    neutral. A field without a rule is dropped.
-    """
-    passed = {}
-    for name, value in fields.items():
-        action, *neutral = rules.get(name, ("drop",))
-        if value is None or value in neutral or action in ("own", "silent"):
-            continue
-        if action == "pass":
-            passed[name] = value
-        elif action == "refuse":
-            raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
-                             "this model's provider", param=shown_name(name))
-        else:
-            losses.drop(name)
-    return passed
-
-
-@contextlib.contextmanager
-def well_shaped(fault: IroncageError) -> Iterator[None]:
-    """What JSON of another shape than its API says does to a translator, as one error of ours.
-
-    The rules above check what matters; a wrong type anywhere else ends here.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as err:
-        raise fault from err
-
-
-REQUEST_SHAPE = "a field of the request has another type than its API says"
-ANSWER_SHAPE = "the provider's answer has another shape than its API says"
-
-
 def count_or_zero(usage: object, name: str) -> int:
     """A count in a usage object that is carried over; 0 where there is none."""
     value = json_object(usage).get(name)
@@ -3938,8 +3912,10 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
     rounds: list[tuple[list[Part], list[Turn]]] = [([], [])]
     for turn in turns:
         said, after = rounds[-1]
-        if turn.role != "assistant":
+        if turn.role == "system" or (turn.role == "user" and turn.parts):
             after.append(turn)
+        elif not turn.parts:
+            continue
         elif after or not said:
             rounds.append(([*turn.parts], []))
         else:
@@ -4035,9 +4011,39 @@ def id_stem(own: str) -> str:
     return re.sub("[^A-Za-z0-9_-]", "_", re.sub("^(msg|resp)_", "", own)) or secrets.token_hex(12)
 
 
-def call_input(call: Part) -> dict:
+def call_input(call: Part, parse: Callable[[str], object] = json.loads) -> dict:
     """Return the input of a call as an object."""
-    return {"input": call.text} if call.is_text else arguments_to_input(call.text)
+    return {"input": call.text} if call.is_text else arguments_to_input(call.text, parse)
+
+
+def lowered_cap(asked: Conversation, target: Target, losses: Losses) -> Optional[int]:
+    """Return the output cap that was asked for, or the target's where that is less."""
+    cap = asked.output_cap
+    if cap is not None and cap > target.most_output_tokens:
+        losses.adjust("output_cap", target.most_output_tokens)
+        return target.most_output_tokens
+    return cap
+
+
+def document_text(part: Part) -> str:
+    """Return a document of plain text as text."""
+    return f"<document title={part.name}>\n{part.text}\n</document>"
+
+
+def untaken(part: Part) -> BadRequest:
+    """Return the refusal of a part that a target has no place for."""
+    kind = str(part.native.get("type") or part.kind)
+    return BadRequest(f"content of the type {shown_name(kind)}, as it stands here, cannot be "
+                      "carried over to this model's provider", param="messages")
+
+
+def described(tool: Tool, losses: Losses) -> dict:
+    """Return the description of a tool that takes text, with the syntax that nobody enforces."""
+    text = tool.description
+    if tool.syntax:
+        losses.adjust("syntax", "described")
+        text = f"{text}\n{json.dumps(tool.syntax)}".strip()
+    return {"description": text} if text else {}
 
 
 # ==== 10. JSON schemas ==========================================================================
@@ -4095,6 +4101,25 @@ def claude_schema(schema: object) -> object:
     return kept
 
 
+SCHEMA_SHAPES = MappingProxyType({
+    **dict.fromkeys(("properties", "$defs", "definitions"), (dict, "an object")),
+    **dict.fromkeys(("required", "anyOf", "oneOf", "allOf", "enum"), (list, "a list")),
+    "$ref": (str, "a string")})
+
+
+def checked_schema(schema: object, fault: Fault) -> object:
+    """Return a schema in which what is looked at here has the shape that it must have."""
+    for name, value in json_object(schema).items():
+        kind, words = SCHEMA_SHAPES.get(name, (object, ""))
+        if not isinstance(value, kind):
+            raise fault(name, words)
+        if name == "required" and not all(isinstance(one, str) for one in value):
+            raise fault(name, "a list of strings")
+    for child in _inner_schemas(schema):
+        checked_schema(child, fault)
+    return schema
+
+
 def _inner_schemas(schema: object) -> Iterable[object]:
     """What stands directly inside a schema, or a list of them, and may be a schema itself."""
     if not isinstance(schema, dict):
@@ -4133,7 +4158,7 @@ def _is_object(schema: Mapping[str, object]) -> bool:
     return kind == "object" or (isinstance(kind, list) and "object" in kind)
 
 
-def _with_root(schema: object) -> object:
+def with_root(schema: object) -> object:
     """A schema whose root is a reference into itself, with what it refers to as its root."""
     fields = json_object(schema)
     if not str(fields.get("$ref")).startswith("#/"):
@@ -4197,7 +4222,13 @@ def object_schema(schema: Mapping[str, object]) -> dict:
             **({"required": required} if required else {})}
 
 
-def _is_strict(schema: object) -> bool:
+def plain_schema(schema: Mapping[str, object]) -> dict:
+    """Return a tool's schema as an object at least, without the name of its dialect."""
+    return {"type": "object", "properties": {}, **{
+        name: value for name, value in schema.items() if name != "$schema"}}
+
+
+def is_strict(schema: object) -> bool:
     """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed,
     a shape everywhere, and no keyword that it refuses."""
     if isinstance(schema, dict):
@@ -4212,13 +4243,600 @@ def _is_strict(schema: object) -> bool:
                 or not isinstance(properties, dict)
                 or set(schema.get("required") or ()) != properties.keys()):
             return False
-    return all(map(_is_strict, _inner_schemas(schema)))
+    return all(map(is_strict, _inner_schemas(schema)))
 
 
 # ==== 11. Chat completions ======================================================================
 #
 # The format of OpenAI, and of the many servers that speak it, know fewer fields, and send sloppier
 # streams.
+
+
+class Gpt(NamedTuple):
+    """What a family of OpenAI's models takes, in chat completions and, where said, in Responses."""
+    efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
+    effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
+    responses_adds: tuple[str, ...] = ()       # efforts that only Responses takes
+
+    @property
+    def responses_efforts(self) -> tuple[str, ...]:
+        """The efforts of reasoning that the Responses API takes, rising."""
+        return (*self.efforts, *self.responses_adds)
+
+
+# First match wins; newer ones are taken to be like the newest. From their 400s, as reported:
+# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 with "none" only (livekit/agents 7169,
+# 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
+# gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
+# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
+GPT_FAMILIES = (
+    (r"gpt-5-chat", Gpt()),
+    (r"o\d", Gpt(("low", "medium", "high"))),
+    (r"gpt-5\.\d+-chat", Gpt(("medium",))),
+    (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
+    (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
+    (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
+    (r"gpt-5\.([6-9]|\d\d)(-|$)",
+     Gpt(("none", "low", "medium", "high", "xhigh"), "none", ("max",))),
+    (r"gpt-([6-9]|\d\d)", Gpt(("low", "medium", "high", "xhigh"), "none", ("max",))),
+    (r"gpt-5|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
+    (r"", Gpt()),
+)
+
+
+def gpt_of(model: str) -> Gpt:
+    """The family that a model belongs to."""
+    return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
+
+
+def chosen_effort(asked: Conversation, taken: Sequence[str], losses: Losses,
+                  beside_tools: Optional[str] = "any") -> Optional[str]:
+    """Return the effort that was asked for, or the next lower that the model takes, beside tools
+    if need be. A model that does not reason has none."""
+    if not taken:
+        return None
+    effort = asked.effort
+    if beside_tools != "any":
+        effort = beside_tools
+    elif effort is not None:
+        effort = lowered_effort(effort, taken)
+    if effort is None and asked.effort not in (None, "none"):
+        losses.drop("effort")
+    elif effort not in (None, asked.effort):
+        losses.adjust("effort", effort)
+    return effort
+
+
+def kept_sampling(asked: Conversation, losses: Losses, is_taken: bool) -> dict:
+    """Return temperature and top_p where a model of OpenAI's format takes them."""
+    kept = {}
+    for name, value in asked.sampling.items():
+        if name != "top_k" and is_taken:
+            kept[name] = value
+        elif name == "top_k" or value != 1:
+            losses.drop(name)
+    return kept
+
+
+def openai_extras(asked: Conversation) -> dict:
+    """Return who asks, as a hash, and the tier, as OpenAI takes them."""
+    extras = {"safety_identifier": _hashed(asked.user, 64) if asked.user else None,
+              "service_tier": asked.tier}
+    return {name: value for name, value in extras.items() if value}
+
+
+CHAT_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature",
+        "top_p", "top_k", "stop", "tools", "functions", "tool_choice", "function_call",
+        "parallel_tool_calls", "response_format", "reasoning_effort", "user",
+        "safety_identifier", "metadata", "service_tier"), ("own",)),
+    **dict.fromkeys((
+        "stream_options", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options"), ("hint",)),
+    "n": ("refuse", 1), "audio": ("refuse",), "modalities": ("refuse", ["text"], []),
+    "store": ("rest", False), "seed": ("rest",), "frequency_penalty": ("rest", 0),
+    "presence_penalty": ("rest", 0), "logit_bias": ("rest", {}), "logprobs": ("rest", False),
+    "top_logprobs": ("rest", 0), "verbosity": ("rest",), "moderation": ("rest",),
+    "web_search_options": ("rest",),
+})
+CHAT_NAMES = MappingProxyType({
+    "output_cap": "max_tokens", "effort": "reasoning_effort", "stops": "stop",
+    "format": "response_format", "choice": "tool_choice", "strict": "tools.function.strict",
+    "schema": "tools.function.parameters", "syntax": "tools.custom.format",
+    "results": "messages.tool", "later_system": "messages.system",
+    "prefill": "messages.prefill", "thoughts": "messages.thinking", "turns": "messages",
+    "tier": "service_tier"})
+# What is carried of a tool beside its function, in Anthropic's form.
+TOOL_EXTRAS = ("cache_control", "defer_loading", "input_examples", "eager_input_streaming")
+IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
+ANTHROPIC_TOOL = r"_\d{8}$"                        # how the types of its own tools end
+
+
+def read_chat_request(fields: Mapping[str, object]) -> Conversation:
+    """Read a chat completions request. Raises BadRequest."""
+    conversation = Conversation(str(fields["model"]))
+    conversation.rest, conversation.hints = by_rules(fields, CHAT_RULES)
+    policies = object_in(object_in(fields, "moderation", in_request("moderation")), "policy",
+                         in_request("moderation")).values()
+    if any(json_object(policy).get("mode") == "block" for policy in policies):
+        raise BadRequest("moderation that blocks cannot be carried over to this model's provider",
+                         param="moderation")
+    conversation.output_cap = next((cap for cap in (
+        optional_count(fields, name, least=1) for name in ("max_completion_tokens", "max_tokens"))
+        if cap), None)
+    conversation.streams = optional_flag(fields, "stream")
+    conversation.sampling = sampling_of(fields)
+    conversation.stops = _string_list(fields.get("stop"))
+    conversation.effort = effort_of(fields.get("reasoning_effort"), "reasoning_effort")
+    conversation.tier = text_in(fields, "service_tier", in_request("service_tier")) or None
+    set_user(conversation, fields)
+    conversation.format = _format_of_chat(fields)
+    _read_tools(fields, conversation)
+    conversation.turns = [_turn_of(message) for message in messages_in(fields, "messages")]
+    return conversation
+
+
+def sampling_of(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return temperature, top_p and top_k of a request. Raises BadRequest."""
+    given = {name: fields[name] for name in ("temperature", "top_p", "top_k")
+             if fields.get(name) is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadRequest(f"{name} must be a number", param=name)
+    return given
+
+
+def effort_of(effort: object, field: str) -> Optional[str]:
+    """Return an effort of reasoning. Raises BadRequest."""
+    if effort is not None and effort not in EFFORTS:
+        raise BadRequest(f"{field} is not one of {', '.join(EFFORTS)}", param=field)
+    return effort
+
+
+def set_user(conversation: Conversation, fields: Mapping[str, object]) -> None:
+    """Read who asks, and the rest of the metadata, from a request of OpenAI's."""
+    metadata = object_in(fields, "metadata", in_request("metadata"))
+    user = fields.get("safety_identifier") or fields.get("user") or metadata.get("user_id")
+    conversation.user = user if isinstance(user, str) else None
+    others = {name: value for name, value in metadata.items() if name != "user_id"}
+    if others:
+        conversation.rest["metadata"] = others
+
+
+def messages_in(fields: Mapping[str, object], name: str) -> list[dict]:
+    """Return the messages of a request. Raises BadRequest."""
+    messages = fields.get(name)
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest(f"{name} must be a list of at least one message", param=name)
+    return rows_in(fields, name, in_request(name))
+
+
+def _format_of_chat(fields: Mapping[str, object]) -> Optional[Format]:
+    fault = in_request("response_format")
+    wanted = object_in(fields, "response_format", fault)
+    kind = wanted.get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise BadRequest("response_format has a type that is not known", param="response_format")
+    holder = object_in(wanted, "json_schema", fault)
+    return None if kind == "text" else Format(
+        checked_schema(holder.get("schema"), fault), text_in(holder, "name", fault),
+        text_in(holder, "description", fault), holder.get("strict") is True)
+
+
+def _read_tools(fields: Mapping[str, object], conversation: Conversation) -> None:
+    rows = rows_in(fields, "tools", IN_TOOLS) or [
+        {"type": "function", "function": function}
+        for function in rows_in(fields, "functions", in_request("functions"))]
+    conversation.tools = [_tool_of(row) for row in rows]
+    conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False \
+        or bool(fields.get("functions"))
+    wanted = fields.get("tool_choice", fields.get("function_call"))
+    if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
+        allowed = object_in(wanted, "allowed_tools", in_request("tool_choice"))
+        names = [json_object(row.get(str(row.get("type")))).get("name")
+                 for row in rows_in(allowed, "tools", in_request("tool_choice"))]
+        conversation.tools = [tool for tool in conversation.tools if tool.name in names]
+        wanted = allowed.get("mode", "auto")
+    if isinstance(wanted, dict):
+        inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
+        conversation.choice = Choice("tool", text_in(inner, "name", in_request("tool_choice")))
+    elif wanted in ("auto", "none", "required"):
+        conversation.choice = Choice(wanted)
+    elif wanted is not None:
+        raise BadRequest("tool_choice is not one of auto, none, required", param="tool_choice")
+
+
+def _tool_of(row: Mapping[str, object]) -> Tool:
+    kind = row.get("type", "function")
+    if "input_schema" in row or (isinstance(kind, str) and re.search(ANTHROPIC_TOOL, kind)):
+        return Tool("other", str(row.get("name") or ""), native=row, origin="messages")
+    inner = json_object(row.get(str(kind)))
+    name = inner.get("name")
+    if kind not in ("function", "custom") or not isinstance(name, str) or not name:
+        raise BadRequest("a tool must be a function or a custom tool with a name", param="tools")
+    extras = {key: holder[key] for holder in (row, inner) for key in TOOL_EXTRAS if key in holder}
+    description = text_in(inner, "description", IN_TOOLS)
+    if kind == "custom":
+        syntax = object_in(inner, "format", IN_TOOLS)
+        return Tool("text", name, description, native=extras, origin="messages",
+                    syntax=syntax if syntax.get("type") == "grammar" else {})
+    schema = checked_schema(object_in(inner, "parameters", IN_TOOLS), IN_TOOLS)
+    return Tool("function", name, description, schema,
+                bool(inner.get("strict")), native=extras, origin="messages")
+
+
+def _turn_of(message: Mapping[str, object]) -> Turn:
+    role = message.get("role")
+    if role in ("system", "developer"):
+        return Turn("system", _chat_parts(message))
+    if role == "user":
+        return Turn("user", _chat_parts(message))
+    if role == "assistant":
+        return Turn("assistant", _said_parts(message))
+    if role not in ("tool", "function"):
+        raise BadRequest("a message has a role that is not known", param="messages")
+    call_id = message.get("tool_call_id", message.get("name"))
+    return Turn("user", [Part("result", id=str(call_id or ""), parts=_chat_parts(message),
+                              mark=_mark_of(message))])
+
+
+def _said_parts(message: Mapping[str, object]) -> list[Part]:
+    """Return what the assistant said: thoughts, text, a refusal and calls, in that order."""
+    rows = rows_in(message, "tool_calls", IN_MESSAGES)
+    if message.get("function_call"):
+        function = object_in(message, "function_call", IN_MESSAGES)
+        rows = [{"id": function.get("name"), "type": "function", "function": function}]
+    calls = [_call_part(row) for row in rows]
+    own = _parts_of(message.get("x_anthropic_content"))        # what ChatWriter put there
+    if own and all(isinstance(block.get("type"), str) for block in own) \
+            and _text_of(own) == _text_of(message.get("content")) \
+            and [block.get("id") for block in own if block.get("type") == "tool_use"] \
+            == [call.id for call in calls]:
+        in_order = iter(calls)
+        return [next(in_order) if block.get("type") == "tool_use"
+                else Part("other", native=block, origin="messages") for block in own]
+    blocks = _parts_of(message.get("thinking_blocks")) \
+        or _thoughts_of(message.get("reasoning_details"))
+    said = [thought_of({name: value for name, value in block.items() if name != "index"})
+            for block in blocks if block.get("type") == "redacted_thinking"
+            or (block.get("type") == "thinking" and block.get("signature"))]
+    said += _chat_parts(message)
+    refusal = text_in(message, "refusal", IN_MESSAGES)
+    return said + ([Part("refusal", refusal)] if refusal else []) + calls
+
+
+def _thoughts_of(details: object) -> list[dict]:
+    """Return Claude's thinking blocks in OpenRouter's form, which may hold other models' too."""
+    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
+            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
+            for row in _parts_of(details) if row.get("signature") or row.get("data")
+            if str(row.get("format", "anthropic")).startswith("anthropic")]
+
+
+def _call_part(row: Mapping[str, object]) -> Part:
+    kind = row.get("type", "function")
+    inner = object_in(row, str(kind), IN_MESSAGES)
+    arguments = inner.get("input" if kind == "custom" else "arguments")
+    if isinstance(arguments, dict):                    # as some servers send them
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return Part("call", text_in({"arguments": arguments}, "arguments", IN_MESSAGES),
+                id=str(row.get("id") or ""), name=text_in(inner, "name", IN_MESSAGES),
+                is_text=kind == "custom")
+
+
+def _mark_of(holder: Mapping[str, object]) -> Optional[dict]:
+    """Return the cache mark of a part, Anthropic's or OpenAI's, as the former."""
+    mark = holder.get("cache_control")
+    if mark is None and holder.get("prompt_cache_breakpoint") is not None:
+        is_long = json_object(holder["prompt_cache_breakpoint"]).get("ttl") == "12h"
+        mark = {"type": "ephemeral", **({"ttl": "1h"} if is_long else {})}
+    return mark
+
+
+def _chat_parts(message: Mapping[str, object]) -> list[Part]:
+    parts = []
+    for row in _parts_of(_content_of(message)):
+        read = _CHAT_PARTS_READ.get(str(row.get("type")))
+        if read is None:
+            raise BadRequest(f"content of the type {shown_name(str(row.get('type')))} cannot be "
+                             "carried over to this model's provider", param="messages")
+        part = read(row)
+        part.mark = _mark_of(row)
+        if part.kind not in ("text", "refusal") or part.text:
+            parts.append(part)
+    return parts
+
+
+def _text_part(row: Mapping[str, object]) -> Part:
+    return Part("text", text_in(row, "text", IN_MESSAGES))
+
+
+def _refusal_part(row: Mapping[str, object]) -> Part:
+    return Part("refusal", text_in(row, "refusal", IN_MESSAGES))
+
+
+def _image_part(row: Mapping[str, object]) -> Part:
+    image = row.get("image_url")
+    image = {"url": image} if isinstance(image, str) else object_in(row, "image_url", IN_MESSAGES)
+    return image_at(text_in(image, "url", IN_MESSAGES), text_in(image, "detail", IN_MESSAGES))
+
+
+def image_at(url: str, detail: str = "") -> Part:
+    """Return the image at a URL, which may be its data."""
+    data = re.match(DATA_URL, url)
+    if data is None:
+        return Part("image", url=url, detail=detail)
+    return Part("image", media=data[1].lower(), data=url[data.end():], detail=detail)
+
+
+def _file_part(row: Mapping[str, object]) -> Part:
+    file = object_in(row, "file", IN_MESSAGES)
+    return document_of(*(text_in(file, name, IN_MESSAGES) for name in (
+        "file_data", "filename", "file_id")), field="messages")
+
+
+def document_of(data: str, title: str, file_id: str, *, field: str) -> Part:
+    """Return a file of OpenAI's: a PDF, or text, in base64, or its id. Raises BadRequest."""
+    header = re.match(DATA_URL, data)
+    media = header[1].lower() if header else "application/pdf"
+    encoded = data[header.end():] if header else data
+    if not data and file_id:
+        return Part("document", file_id=file_id, name=title)
+    if not encoded or (header is None and data.startswith("data:")) \
+            or not (media == "application/pdf" or media.startswith("text/")):
+        raise BadRequest("a file must be inline, and a PDF or text", param=field)
+    if media == "application/pdf":
+        return Part("document", media=media, data=encoded, name=title)
+    try:
+        return Part("document", base64.b64decode(encoded).decode("utf-8"), name=title)
+    except ValueError:
+        raise BadRequest("a text file is not base64 of UTF-8", param=field) from None
+
+
+_CHAT_PARTS_READ = MappingProxyType({"text": _text_part, "refusal": _refusal_part,
+                                     "image_url": _image_part, "file": _file_part})
+
+
+# Requests that are written for a chat server.
+
+MAX_STOPS = 4
+# Fields that OpenAI takes as they are; others know few of them.
+CHAT_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
+                        "prompt_cache_options"})
+
+
+def write_chat_request(conversation: Conversation, target: Target, losses: Losses) -> Written:
+    """Write a conversation as a chat completions request. Raises BadRequest."""
+    writer = _ChatRequest(conversation, target, losses)
+    return Written(writer.request(), writer.terms)
+
+
+class _ChatRequest:
+    """What is written for a chat server: OpenAI's own, or one that knows less."""
+
+    def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
+        self._asked, self._target, self._losses = conversation, target, losses
+        self._is_openai = target.is_openai
+        self._gpt = gpt_of(conversation.model) if target.is_openai else Gpt()
+        self._names = ToolNames(64)
+        self.terms = Terms(self._names)
+        self.terms.calls_in_order = target.is_openai
+        self.terms.stops = conversation.stops
+        self._called: dict[str, str] = {}          # id of a call in the history -> its name
+
+    def request(self) -> dict:
+        """Return the request."""
+        asked, losses = self._asked, self._losses
+        request: dict = {"model": asked.model}
+        tools = self._tools()
+        request["messages"] = self._messages()
+        cap = lowered_cap(asked, self._target, losses)
+        if cap is not None:
+            request[self._target.manners.caps[0]] = cap
+        if tools:
+            request.update(tools=tools, **self._choice(tools))
+        most_stops = 0 if self._gpt.efforts else MAX_STOPS
+        if len(asked.stops) > most_stops:
+            losses.drop("stops")
+        if asked.stops[:most_stops]:
+            request["stop"] = asked.stops[:most_stops]
+        if asked.streams:
+            request["stream"] = True
+        effort = chosen_effort(asked, self._gpt.efforts, losses,
+                               self._gpt.effort_with_tools if tools else "any")
+        if effort is not None:
+            request["reasoning_effort"] = effort
+        request.update(kept_sampling(asked, losses, not self._gpt.efforts or effort == "none"))
+        self._set_format(request)
+        if self._is_openai:
+            request.update(openai_extras(asked))
+        return {**request, **left_over(asked, CHAT_TAKES if self._is_openai else (), losses)}
+
+    def _set_format(self, request: dict) -> None:
+        wanted = self._asked.format
+        if wanted is None:
+            return
+        schema = with_root(wanted.schema)
+        if wanted.schema is None:
+            request["response_format"] = {"type": "json_object"}
+        elif self._is_openai and json_object(schema).get("type") != "object":
+            self._losses.adjust("format", "instructed")          # Anthropic takes any root
+            request["messages"].insert(0, self._system_message([
+                f"Respond with JSON and nothing else, which matches this JSON schema:\n"
+                f"{json.dumps(schema)}"]))
+        else:
+            request["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": wanted.name or "output", "schema": schema, "strict": is_strict(schema)}}
+
+    def _system_message(self, texts: list[str]) -> dict:
+        role = "developer" if self._gpt.efforts else "system"
+        content = [{"type": "text", "text": text} for text in texts] \
+            if len(texts) > 1 and self._is_openai else "\n\n".join(texts)
+        return {"role": role, "content": content}
+
+    def _tools(self) -> list[dict]:
+        """Return the functions; a request that has only tools of another vendor is refused."""
+        tools = [self._tool(tool) for tool in self._asked.tools]
+        if tools and not any(tools):
+            raise BadRequest("the tools are all of one provider's own, which this model's "
+                             "provider does not have", param="tools")
+        return [tool for tool in tools if tool is not None]
+
+    def _tool(self, tool: Tool) -> Optional[dict]:
+        if tool.kind not in ("function", "text"):
+            self._losses.drop(f"tools.{tool.native.get('type')}")
+            return None
+        is_wrapped = tool.kind == "text" and not self._is_openai
+        own = {"name": self._names.fitting(tool.name, tool.namespace, is_wrapped)}
+        if tool.description:
+            own["description"] = tool.description
+        if tool.kind == "text" and not is_wrapped:
+            syntax = {"format": tool.syntax} if tool.syntax else {}
+            return {"type": "custom", "custom": {**own, **syntax}}
+        if is_wrapped:
+            own.update(parameters=dict(TEXT_TOOL_SCHEMA), **described(tool, self._losses))
+            return {"type": "function", "function": own}
+        own["parameters"] = plain_schema(tool.schema)
+        if tool.strict and self._is_openai:
+            if is_strict(own["parameters"]):
+                own["strict"] = True
+            else:
+                self._losses.drop("strict")
+        return {"type": "function", "function": own}
+
+    def _choice(self, tools: list[dict]) -> dict:
+        choice = self._asked.choice
+        chosen: dict = {}
+        if choice is not None and choice.mode != "tool":
+            chosen["tool_choice"] = choice.mode
+        elif choice is not None:
+            name = self._names.fitting(choice.name, choice.namespace)
+            kind = next((tool["type"] for tool in tools
+                         if tool[tool["type"]]["name"] == name), None)
+            if kind is None:
+                self._losses.adjust("choice", "auto")
+            else:
+                chosen["tool_choice"] = {"type": kind, kind: {"name": name}}
+        if self._asked.one_call_at_a_time:
+            chosen["parallel_tool_calls"] = False
+        return chosen
+
+    def _messages(self) -> list[dict]:
+        ids = CallIds(self._target.manners.call_ids or "(?s).{0,40}", "call_")
+        turns = paired(self._asked.turns, ids, self._losses)
+        first = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
+        messages = self._system([part for turn in first for part in turn.parts], is_first=True)
+        for role, parts in turns[len(first):]:
+            messages += _CHAT_TURNS_WRITTEN[role](self, parts)
+        if messages and messages[-1]["role"] == "assistant":
+            self._losses.adjust("prefill", "kept")
+        return messages if self._is_openai else self._alternating(messages)
+
+    def _system(self, parts: list[Part], is_first: bool = False) -> list[dict]:
+        """Return a system message in place. Chat templates of other servers want it first, or not
+        at all; there it is said as the user."""
+        texts = [part.text for part in parts if part.text]
+        if not texts:
+            return []
+        if is_first or self._is_openai:
+            return [self._system_message(texts)]
+        self._losses.adjust("later_system", "user")
+        return [{"role": "user", "content": "\n\n".join([LATER_SYSTEM + texts[0], *texts[1:]])}]
+
+    @staticmethod
+    def _alternating(messages: list[dict]) -> list[dict]:
+        """Return runs of the user's messages as one: chat templates of local models want them to
+        alternate."""
+        merged: list[dict] = []
+        for message in messages:
+            before = merged[-1] if merged else {}
+            if message["role"] == "user" == before.get("role"):
+                both = (before["content"], message["content"])
+                content = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
+                    else [part for one in both for part in _parts_of(one)]
+                merged[-1] = {"role": "user", "content": content}
+            else:
+                merged.append(message)
+        return merged
+
+    def _assistant(self, parts: list[Part]) -> list[dict]:
+        text, thought, manners = "", "", self._target.manners
+        calls, said = [], {}
+        for part in parts:
+            if part.kind == "call":
+                calls.append(self._call(part))
+            elif part.kind in ("text", "refusal"):
+                text += part.text
+            elif part.kind == "thought":
+                thought += part.text
+                if part.origin == "chat":
+                    said.update(part.native)
+                elif part.native and not manners.reasoning_field:
+                    self._losses.adjust("thoughts", "removed")
+            else:
+                self._losses.drop(f"messages.{part.native.get('type')}")
+        if not text and not calls:
+            return []
+        if manners.reasoning_field:
+            said[manners.reasoning_field] = thought
+        if calls:
+            said["tool_calls"] = calls
+        return [{"role": "assistant", "content": text or None, **said}]
+
+    def _call(self, call: Part) -> dict:
+        is_wrapped = call.is_text and not self._is_openai
+        name = self._names.fitting(call.name, call.namespace, is_wrapped)
+        self._called[call.id] = name
+        if call.is_text and not is_wrapped:
+            return {"id": call.id, "type": "custom", "custom": {"name": name, "input": call.text}}
+        arguments = json.dumps(call_input(call), ensure_ascii=False) if is_wrapped else call.text
+        return {"id": call.id, "type": "function",
+                "function": {"name": name, "arguments": arguments}}
+
+    def _user(self, parts: list[Part]) -> list[dict]:
+        """Return a user's turn: its tool results as messages of their own, first; then the rest."""
+        results, content = [], []
+        for part in parts:
+            if part.kind != "result":
+                content.append(self._part(part))
+                continue
+            texts = []
+            for shown in map(self._part, part.parts):
+                kind = shown["type"].partition("_")[0]
+                texts.append(shown["text"] if kind == "text" else f"[{kind}]")
+                if kind != "text":                 # a tool message takes text only
+                    content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
+                                 f"{self._called.get(part.id, part.id)}:"}, shown]
+            text = "\n".join(texts)
+            if part.is_error and text != NO_RESULT and not text.startswith("Error"):
+                text = f"Error: {text}"
+            results.append({"role": "tool", "tool_call_id": part.id, "content": text})
+        if not content:
+            return results
+        if len(content) == 1 and content[0]["type"] == "text":
+            return [*results, {"role": "user", "content": content[0]["text"]}]
+        return [*results, {"role": "user", "content": content}]
+
+    def _part(self, part: Part) -> dict:
+        inline = f"data:{part.media};base64,{part.data}" if part.data else ""
+        if part.kind == "text":
+            return {"type": "text", "text": part.text}
+        if part.kind == "image" and (inline or part.url):
+            detail = {"detail": part.detail} if part.detail else {}
+            return {"type": "image_url", "image_url": {"url": inline or part.url, **detail}}
+        if part.kind == "document" and inline and self._is_openai:
+            return {"type": "file", "file": {"filename": part.name or "document.pdf",
+                                             "file_data": inline}}
+        if part.kind == "document" and part.text:
+            return {"type": "text", "text": document_text(part)}
+        raise untaken(part)
+
+
+_CHAT_TURNS_WRITTEN = MappingProxyType({
+    "system": _ChatRequest._system, "user": _ChatRequest._user,
+    "assistant": _ChatRequest._assistant})
+
 
 # Its answers: (the finish_reason of an answer, our reason), both ways.
 FINISH_REASONS = MappingProxyType({"end": "stop", "stop": "stop", "length": "length",
@@ -4325,8 +4943,7 @@ class _ChunkReader:
         part = self._said
         if part is None or part.kind != kind:
             yield from self._close_said()
-            if text.strip() or not self._calls:
-                yield from self._close_calls(whole_only=not self._terms.calls_in_order)
+            yield from self._close_calls(whole_only=not self._terms.calls_in_order)
             part = self._said = Part(kind, pieces=[])
             yield Opened(part)
         part.pieces.append(text)
@@ -4373,7 +4990,7 @@ class _ChunkReader:
         more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
         if call.is_closed and more.strip():
             raise UpstreamBroke("the provider went on with a tool call after another block")
-        if not call.is_open and call.name and (more.strip() or call.pieces):
+        if not call.is_open and call.name:
             yield from self._open_call(call)
         if more and not call.is_closed:
             call.pieces.append(more)
@@ -4389,7 +5006,7 @@ class _ChunkReader:
             yield More(call, text)
 
     def _close_calls(self, *, whole_only: bool) -> Iterator[AnswerEvent]:
-        """Close the calls that are open, and open those that waited for arguments in vain."""
+        """Close the calls that are open, and open those that waited for a name in vain."""
         for call in self._calls:
             if call.is_closed or (whole_only and not (call.is_open and _is_whole(call))):
                 continue
@@ -4620,6 +5237,690 @@ def openai_error(failure: Failure, request_id: str) -> tuple[int, dict]:
 # ==== 12. Messages ==============================================================================
 #
 # Anthropic's Messages API.
+
+
+class Claude(NamedTuple):
+    """What a family of Claude models takes."""
+    sampling: bool = False           # temperature and the like
+    prefill: bool = False            # a last message of the assistant
+    manual_thinking: bool = False    # a budget of tokens; else adaptive
+    may_not_think: bool = True       # thinking can be disabled
+    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
+    later_system: bool = True        # system messages after the first user's
+    forced_tools: bool = False       # tool_choice any or tool
+    schemas: bool = True             # structured output
+
+
+# First match wins; newer ones are taken to be like the newest.
+CLAUDE_FAMILIES = (
+    (r"claude-(3|2|instant)|claude-(opus|sonnet)-4(-0|-1|-\d{8}|$)", Claude(
+        True, True, True, efforts=(), later_system=False, forced_tools=True, schemas=False)),
+    (r"claude-opus-4-5", Claude(True, True, True, efforts=("low", "medium", "high"),
+                                later_system=False, forced_tools=True)),
+    (r"claude-(sonnet|haiku)-4-5", Claude(True, True, True, efforts=(), later_system=False,
+                                          forced_tools=True)),
+    (r"claude-(opus|sonnet)-4-6", Claude(True, efforts=("low", "medium", "high", "max"),
+                                         later_system=False, forced_tools=True)),
+    (r"claude-opus-4-7", Claude(later_system=False, forced_tools=True)),
+    (r"claude-opus-4-8|claude-(opus|sonnet)-5(-\d{8}|$)|claude-haiku-5-5",
+     Claude(forced_tools=True)),
+    (r"claude-(fable|mythos)-5(-\d{8}|$)", Claude(may_not_think=False, forced_tools=True)),
+    (r"claude-(fable|mythos)", Claude(may_not_think=False)),
+    (r"", Claude()),
+)
+SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
+    "auto": ("auto", False), "default": ("standard_only", False),
+    "flex": ("standard_only", True), "priority": ("auto", True), "fast": ("auto", True),
+    "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
+THINKING_BUDGETS = MappingProxyType({
+    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
+# Models that can be told to leave out thinking whose beginning has changed, where they would answer
+# 400. Source: Anthropic's "Preserved thinking", November 2026.
+BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
+BINDING_BETA, FILES_BETA = "thinking-binding-controls-2026-08-01", "files-api-2025-04-14"
+MAX_CACHE_MARKS = 4
+ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
+UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
+SEARCH_TOOL = MappingProxyType({"type": "web_search_20250305", "name": "web_search"})
+_EDITOR_FIELDS = {
+    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"),
+                    {"type": "string"}),
+    "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
+                                           "undo_edit"]},
+    "insert_line": {"type": "integer"},
+    "view_range": {"type": "array", "items": {"type": "integer"}},
+}
+# Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
+# function: description, schema). Source: their tool documentation and SDK's types.
+CLIENT_TOOLS = (
+    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
+        "type": "object", "properties": {"command": {"type": "string"},
+                                         "restart": {"type": "boolean"}}}),
+    ("text_editor_", "View, create and edit text files.", {
+        "type": "object", "properties": _EDITOR_FIELDS, "required": ["command", "path"]}),
+    ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
+     "rename.", {"type": "object", "properties": {
+         **_EDITOR_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"},
+         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
+                                                "delete", "rename"]}}, "required": ["command"]}),
+)
+DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here all tools are sent
+CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
+
+
+def claude_of(model: str) -> Claude:
+    """The family that a model belongs to."""
+    name = model.rpartition("/")[2]
+    return next(family for pattern, family in CLAUDE_FAMILIES if re.match(pattern, name))
+
+
+MESSAGES_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "max_tokens", "system", "messages", "tools", "tool_choice", "stop_sequences",
+        "temperature", "top_p", "top_k", "stream", "thinking", "output_config", "output_format",
+        "metadata", "service_tier", "context_management"), ("own",)),
+    "cache_control": ("hint",), "speed": ("rest", "standard"),
+    "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
+    "compaction": ("refuse",), "thread": ("refuse", NEW_THREAD),
+})
+MESSAGES_NAMES = MappingProxyType({
+    "output_cap": "max_tokens", "effort": "output_config.effort", "stops": "stop_sequences",
+    "format": "output_config.format", "choice": "tool_choice", "strict": "tools.strict",
+    "results": "messages.tool_result", "later_system": "messages.system",
+    "prefill": "messages.prefill", "thoughts": "messages.thinking", "turns": "messages",
+    "tier": "service_tier"})
+# Fields of Anthropic's that clients of other APIs may give as well.
+MESSAGES_TAKES = frozenset({
+    "thinking", "output_config", "cache_control", "speed", "inference_geo", "context_management",
+    "mcp_servers", "container"})
+THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
+ASKED_TIERS = MappingProxyType({"auto": "auto", "standard_only": "default"})
+MESSAGES_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none"})
+
+
+def read_messages_request(fields: Mapping[str, object]) -> Conversation:
+    """Read a Messages request. Raises BadRequest."""
+    conversation = Conversation(str(fields["model"]))
+    conversation.rest, conversation.hints = by_rules(fields, MESSAGES_RULES)
+    conversation.output_cap = optional_count(fields, "max_tokens", least=1)
+    if conversation.output_cap is None:
+        raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
+    conversation.streams = optional_flag(fields, "stream")
+    conversation.sampling = sampling_of(fields)
+    conversation.stops = _string_list(fields.get("stop_sequences") or [])
+    conversation.tier = ASKED_TIERS.get(str(fields.get("service_tier")))
+    _read_user(fields, conversation)
+    messages = messages_in(fields, "messages")
+    _read_output_config(fields, messages, conversation)
+    system = [part for part in _message_parts(fields.get("system"), "system")
+              if not part.text.startswith(CLAUDE_CODE_BILLING)]
+    conversation.turns = [Turn("system", system)] * bool(system)
+    added, removed = _read_messages(messages, conversation)
+    rows = [*rows_in(fields, "tools", IN_TOOLS), *added]
+    conversation.tools = [
+        _tool_of_claude(row, conversation) for row in rows
+        if row.get("name") != DEFERRED_TOOLS and str(row.get("name")) not in removed]
+    choice = object_in(fields, "tool_choice", in_request("tool_choice"))
+    if choice.get("type") == "tool":
+        conversation.choice = Choice("tool", text_in(choice, "name", in_request("tool_choice")))
+    elif str(choice.get("type")) in MESSAGES_CHOICES:
+        conversation.choice = Choice(MESSAGES_CHOICES[choice["type"]])
+    conversation.one_call_at_a_time = choice.get("disable_parallel_tool_use") is True
+    return conversation
+
+
+def _read_user(fields: Mapping[str, object], conversation: Conversation) -> None:
+    user = object_in(fields, "metadata", in_request("metadata")).get("user_id")
+    if isinstance(user, str):
+        conversation.user = user
+        session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
+        if session:
+            conversation.hints["prompt_cache_key"] = session[1]
+    edits = object_in(fields, "context_management", in_request("context_management")).get("edits")
+    if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
+        conversation.rest["context_management"] = edits
+
+
+def _read_output_config(fields: Mapping[str, object], messages: Sequence[Mapping[str, object]],
+                        conversation: Conversation) -> None:
+    """Read effort and form of the answer: the last message that says an effort counts."""
+    output = object_in(fields, "output_config", in_request("output_config"))
+    thinking = object_in(fields, "thinking", in_request("thinking"))
+    asked = output.get("effort")
+    for message in messages:
+        asked = json_object(message.get("output_config")).get("effort", asked)
+    if asked is None and thinking.get("type") not in (None, "adaptive"):
+        conversation.names["effort"] = "thinking"
+        budget = optional_count(thinking, "budget_tokens") or 0
+        asked = next((name for most, name in THINKING_EFFORTS if budget < most), "xhigh") \
+            if thinking["type"] == "enabled" else "none"
+    conversation.effort = effort_of(asked, "output_config.effort")
+    if thinking.get("display") == "summarized":
+        conversation.summary = "auto"
+    if "task_budget" in output:
+        conversation.rest["output_config.task_budget"] = output["task_budget"]
+    wanted = json_object(output.get("format") or fields.get("output_format"))
+    if wanted.get("type") == "json_schema":
+        conversation.format = Format(
+            checked_schema(wanted.get("schema"), in_request("output_config")))
+
+
+def _read_messages(messages: Sequence[Mapping[str, object]],
+                   conversation: Conversation) -> tuple[list[dict], set[str]]:
+    """Read the turns; return the tools that were added within the conversation, and the names of
+    those that were removed."""
+    last_user = max((at for at, message in enumerate(messages)
+                     if message.get("role") == "user"), default=-1)
+    added: list[dict] = []
+    removed: set[str] = set()
+    for at, message in enumerate(messages):
+        role, content = message.get("role"), _content_of(message)
+        if role not in ("user", "assistant", "system"):
+            raise BadRequest("a message has a role that is not known", param="messages")
+        if role == "system":
+            _read_tool_changes(_parts_of(content), added, removed)
+            if message.get("clear_at") == "next_user_message" and at < last_user:
+                content = None
+        parts = _message_parts(content, "messages")
+        turns = conversation.turns
+        if turns and role == "assistant" == turns[-1].role:
+            turns[-1].parts.extend(parts)          # Anthropic reads a run as one
+        else:
+            turns.append(Turn(role, parts))
+    return added, removed
+
+
+def _read_tool_changes(rows: Iterable[Mapping[str, object]], added: list[dict],
+                       removed: set[str]) -> None:
+    for row in rows:
+        changed = json_object(row.get("tool"))
+        if row.get("type") == "tool_removal":
+            removed.add(str(changed.get("name")))
+        elif row.get("type") == "tool_addition":
+            removed.discard(str(changed.get("name")))
+            if isinstance(changed.get("definition"), dict):
+                added.append(changed["definition"])
+
+
+def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> Tool:
+    kind, name = str(row.get("type") or "custom"), text_in(row, "name", IN_TOOLS)
+    if kind == "custom":
+        return Tool("function", name, text_in(row, "description", IN_TOOLS),
+                    checked_schema(object_in(row, "input_schema", IN_TOOLS), IN_TOOLS),
+                    row.get("strict") is True,
+                    native=row, origin="messages")
+    known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
+    if known is not None:
+        conversation.changed[f"tools.{kind}"] = "function"
+        return Tool("function", name, *known[1:], native=row, origin="messages")
+    return Tool("search" if kind.startswith("web_search_") else "other", name, native=row,
+                origin="messages")
+
+
+def _message_parts(content: object, field: str) -> list[Part]:
+    parts = []
+    for row in _parts_of(content):
+        kind = str(row.get("type"))
+        read = _BLOCKS_READ.get(kind)
+        read_parts = read(row) if read is not None else [
+            Part("other", native=row, origin="messages")]
+        parts += [part for part in read_parts if part.kind != "text" or part.text]
+    return parts
+
+
+def _text_blocks(row: Mapping[str, object]) -> list[Part]:
+    return [Part("text", text_in(row, "text", IN_MESSAGES), mark=row.get("cache_control"))]
+
+
+def _media_blocks(row: Mapping[str, object]) -> list[Part]:
+    """Return an image or a document: inline, of its own parts, or where it is."""
+    source = object_in(row, "source", IN_MESSAGES)
+    kind, part = source.get("type"), Part(row["type"], name=text_in(row, "title", IN_MESSAGES),
+                                          native=row, origin="messages",
+                                          mark=row.get("cache_control"))
+    if kind == "content":
+        return _message_parts(source.get("content"), "messages")
+    if kind == "base64":
+        part.media, part.data = (text_in(source, name, IN_MESSAGES)
+                                 for name in ("media_type", "data"))
+    elif kind == "text":
+        part.text = text_in(source, "data", IN_MESSAGES)
+    elif kind == "url":
+        part.url = text_in(source, "url", IN_MESSAGES)
+    return [part]
+
+
+def _search_result_blocks(row: Mapping[str, object]) -> list[Part]:
+    return [Part("text", f"{row.get('title')} ({row.get('source')})\n"
+                 + _text_of(row.get("content"), "\n"))]
+
+
+def _tool_use_blocks(row: Mapping[str, object]) -> list[Part]:
+    return [Part("call", input_to_arguments(row.get("input")), id=str(row.get("id") or ""),
+                 name=text_in(row, "name", IN_MESSAGES), mark=row.get("cache_control"))]
+
+
+def _tool_result_blocks(row: Mapping[str, object]) -> list[Part]:
+    pieces = []
+    for piece in _parts_of(_content_of(row)):
+        read = _BLOCKS_READ.get(str(piece.get("type")))
+        pieces += read(piece) if str(piece.get("type")) in RESULT_BLOCKS \
+            else [Part("text", json.dumps(piece))]
+    return [Part("result", id=str(row.get("tool_use_id") or ""), parts=pieces,
+                 is_error=row.get("is_error") is True, mark=row.get("cache_control"))]
+
+
+def _thinking_blocks(row: Mapping[str, object]) -> list[Part]:
+    return [thought_of(row)]
+
+
+def _compaction_blocks(row: Mapping[str, object]) -> list[Part]:
+    """Return the summary that stands for what was before it."""
+    return [Part("text", text_in(row, "content", IN_MESSAGES))]
+
+
+def _tool_change_blocks(row: Mapping[str, object]) -> list[Part]:
+    return []                                      # see _read_tool_changes
+
+
+_BLOCKS_READ = MappingProxyType({
+    "text": _text_blocks, "image": _media_blocks, "document": _media_blocks,
+    "search_result": _search_result_blocks, "tool_use": _tool_use_blocks,
+    "tool_result": _tool_result_blocks, "thinking": _thinking_blocks,
+    "redacted_thinking": _thinking_blocks, "compaction": _compaction_blocks,
+    "tool_addition": _tool_change_blocks, "tool_removal": _tool_change_blocks})
+RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result"})
+
+
+# Requests that are written for Claude.
+
+def write_messages_request(conversation: Conversation, target: Target,
+                           losses: Losses) -> Written:
+    """Write a conversation as a Messages request. Raises BadRequest."""
+    writer = _MessagesRequest(conversation, target, losses)
+    return Written(writer.request(), writer.terms)
+
+
+class _MessagesRequest:
+    """What is written for Claude, by the rules of the model's family."""
+
+    def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
+        self._asked, self._target, self._losses = conversation, target, losses
+        self._claude = claude_of(conversation.model)
+        self._names = ToolNames(128)
+        self.terms = Terms(self._names)
+        self.terms.stops = conversation.stops
+        self._enforced: Counter = Counter()        # of MOST_ENFORCED
+        self._system: list[dict] = []
+
+    def request(self) -> dict:
+        """Return the request."""
+        asked, target = self._asked, self._target
+        passed = left_over(asked, MESSAGES_TAKES, self._losses)
+        most = target.most_output_tokens
+        default = most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS)
+        request: dict = {"model": asked.model,
+                         "max_tokens": lowered_cap(asked, target, self._losses) or default}
+        tools = [tool for tool in map(self._tool, asked.tools) if tool is not None]
+        if "thinking" in passed:
+            request["thinking"] = passed.pop("thinking")
+        self._set_thinking(request)
+        messages = request["messages"] = self._messages(self._thinks(request))
+        self._carry_thinking(request, tools)
+        names = {block["name"] for turn in messages for block in turn["content"]
+                 if block["type"] == "tool_use"}
+        if tools:
+            request["tools"] = tools
+            self._set_tool_choice(request)
+        elif names:
+            request["tools"] = [{"name": name, "input_schema": {"type": "object"}}
+                                for name in sorted(names)]
+            request["tool_choice"] = {"type": "none"}
+        self._set_format(request)
+        self._set_sampling(request)
+        if "output_config" in passed:              # the client's own, and what was derived
+            passed["output_config"] = {**request.get("output_config", {}),
+                                       **json_object(passed["output_config"])}
+        request.update(self._optional(), **passed)
+        self._limit_cache_marks(request)
+        return request
+
+    def _optional(self) -> dict:
+        """Return the fields that go on in another form, where there are any."""
+        asked, user = self._asked, self._asked.user
+        stops = [text for text in asked.stops if text.strip()]
+        if len(stops) < len(asked.stops):
+            self._losses.drop("stops")
+        tier, changed = SERVICE_TIERS_TO_CLAUDE.get(str(asked.tier), (None, True))
+        if asked.tier is not None and changed:
+            self._losses.adjust("tier", tier or "auto")
+        optional = {
+            "system": self._system, "stop_sequences": stops, "service_tier": tier,
+            "stream": asked.streams,
+            "metadata": user and {
+                "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
+                else user}}
+        return {name: value for name, value in optional.items() if value}
+
+    @staticmethod
+    def _thinks(request: Mapping[str, object]) -> bool:
+        return json_object(request.get("thinking")).get("type") in ("enabled", "adaptive")
+
+    def _set_sampling(self, request: dict) -> None:
+        thinks = self._thinks(request)
+        for name, value in self._asked.sampling.items():
+            if value == 1 and name != "top_k" and (thinks or not self._claude.sampling):
+                continue
+            if not self._claude.sampling or thinks or (name == "top_p"
+                                                       and "temperature" in request):
+                self._losses.drop(name)
+                continue
+            if name == "temperature" and value > 1:
+                self._losses.adjust(name, 1)
+                value = 1
+            request[name] = value
+
+    def _set_thinking(self, request: dict) -> None:
+        claude, effort = self._claude, self._asked.effort
+        if effort is None:
+            return
+        if "thinking" in request:                  # the client's own counts
+            self._losses.drop("effort")
+        elif effort == "none":
+            if not claude.may_not_think:
+                self._losses.adjust("effort", "low")
+                request["output_config"] = {"effort": "low"}
+            elif not claude.manual_thinking:
+                request["thinking"] = {"type": "disabled"}
+        elif claude.manual_thinking:
+            if request["max_tokens"] <= THINKING_BUDGETS["minimal"]:
+                self._losses.drop("effort")
+                return
+            request["thinking"] = {"type": "enabled", "budget_tokens": min(
+                THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
+        else:
+            lowered = lowered_effort(effort, claude.efforts)
+            if effort not in ("minimal", lowered):
+                self._losses.adjust("effort", lowered)
+            request["thinking"] = {"type": "adaptive"}
+            request["output_config"] = {"effort": lowered}
+        if self._asked.summary and self._thinks(request):
+            request["thinking"] = {**request["thinking"], "display": "summarized"}
+
+    def _carry_thinking(self, request: dict, tools: object) -> None:
+        """Have the history's thinking as Claude takes it."""
+        asked = self._asked
+        if self._thinks(request) or not self._claude.may_not_think:
+            self._recall_thinking(request["messages"], [
+                self._system, tools, asked.choice, asked.one_call_at_a_time, asked.format])
+        self._check_thinking(request)
+        if "thinking" not in asked.rest and self._thinks(request):
+            self._loosen_binding(request)
+
+    def _recall_thinking(self, messages: list[dict], before: object) -> None:
+        """Give turns their thinking back that the client left out. Claude takes it only where
+        nothing before it has changed since, so it is looked up by a digest of that."""
+        digest = hashlib.sha256(json_bytes(before))
+        for turn in messages:
+            calls = [block for block in turn["content"] if block["type"] == "tool_use"]
+            if calls and "thinking" not in turn["content"][0]["type"]:
+                turn["content"][:0] = self._target.recall(calls[0]["id"], digest.hexdigest())
+            digest.update(json_bytes([turn["role"], *(
+                {name: value for name, value in block.items() if name != "cache_control"}
+                for block in turn["content"])]))
+        self.terms.digest = digest.hexdigest()
+
+    def _loosen_binding(self, request: dict) -> None:
+        """Have thinking that is bound to another conversation left out: clients of other APIs that
+        bring it back may change what was before it (a date, a shorter history), unaware."""
+        if re.match(BINDING_MODELS, request["model"]) and any(
+                "thinking" in block["type"] for turn in request["messages"]
+                for block in turn["content"]):
+            request["thinking"]["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+            self.terms.betas = (*self.terms.betas, BINDING_BETA)
+
+    def _check_thinking(self, request: dict) -> None:
+        """A budgeted thought goes on after a tool's result only where its beginning came along."""
+        last = next((turn["content"] for turn in reversed(request["messages"])
+                     if turn["role"] == "assistant"), [])
+        if json_object(request.get("thinking")).get("type") == "enabled" \
+                and any(block["type"] == "tool_use" for block in last) \
+                and last[0]["type"] not in ("thinking", "redacted_thinking"):
+            self._losses.drop("thinking")
+            del request["thinking"]
+
+    def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
+        """Whether the model can be held to a schema; what it adds to the request is counted."""
+        if not self._claude.schemas or not isinstance(schema, dict) or _is_unenforceable(schema) \
+                or _is_recursive(schema, schema, set(), ()):
+            return False
+        size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
+        if any(size[what] > most for what, most in MOST_ENFORCED.items()):
+            return False
+        self._enforced = size
+        return True
+
+    def _set_format(self, request: dict) -> None:
+        wanted = self._asked.format
+        if wanted is None:
+            return
+        schema = with_root(wanted.schema)
+        if isinstance(schema, dict) and wanted.description:
+            schema = {"description": wanted.description, **schema}
+        if self._can_enforce(schema):
+            request.setdefault("output_config", {})["format"] = {
+                "type": "json_schema", "schema": claude_schema(schema)}
+            return
+        if json_object(schema).get("type") == "object" and self._claude.forced_tools \
+                and "thinking" not in request and "tools" not in request:
+            self._losses.adjust("format", "tool")
+            self.terms.answers_by_tool = True
+            request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
+                                 "description": str(schema.get("description", "The answer."))}]
+            request["tool_choice"] = {"type": "tool", "name": ANSWER_TOOL,
+                                      "disable_parallel_tool_use": True}
+            return
+        self._losses.adjust("format", "instructed")
+        self.terms.unfences = True
+        text = "Respond with one JSON object and nothing else."
+        if schema is not None:
+            text += f" It must match this JSON schema:\n{json.dumps(schema)}"
+        self._system.append({"type": "text", "text": text})
+
+    def _tool(self, tool: Tool) -> Optional[dict]:
+        if tool.kind in ("other", "search"):
+            if tool.origin == "messages":
+                return dict(tool.native)
+            if tool.kind == "search":
+                return {**SEARCH_TOOL, **tool.search}
+            self._losses.drop(f"tools.{tool.native.get('type')}")
+            return None
+        is_text = tool.kind == "text"
+        given = TEXT_TOOL_SCHEMA if is_text else \
+            tool.schema or {"type": "object", "properties": {}}
+        schema = object_schema(given)
+        if schema.keys() - {"type"} != given.keys() - {"type"}:
+            self._losses.adjust("schema", "merged")
+        written = {"name": self._names.fitting(tool.name, tool.namespace, is_text),
+                   "input_schema": schema, **described(tool, self._losses)}
+        if tool.origin == "messages":
+            written.update(tool.native)
+        if tool.strict and not is_text:
+            if self._can_enforce(schema, strict_tools=1):
+                written.update(strict=True, input_schema=claude_schema(schema))
+            else:
+                self._losses.drop("strict")
+        return written
+
+    def _set_tool_choice(self, request: dict) -> None:
+        wanted, choice = self._asked.choice, {}
+        if wanted is not None:
+            choice = {"type": {"required": "any"}.get(wanted.mode, wanted.mode)}
+            if wanted.mode == "tool":
+                choice["name"] = self._names.fitting(wanted.name, wanted.namespace)
+        if self._asked.one_call_at_a_time and choice.get("type") != "none":
+            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
+        thinks_by_budget = json_object(request.get("thinking")).get("type") == "enabled"
+        if choice.get("type") in ("any", "tool") \
+                and (thinks_by_budget or not self._claude.forced_tools):
+            which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
+            self._losses.adjust("choice", "auto")
+            self._system.append({"type": "text", "text": f"Call {which} now."})
+            choice["type"] = "auto"
+        if choice:
+            request["tool_choice"] = choice
+
+    def _messages(self, thinks: bool) -> list[dict]:
+        turns: list[dict] = []
+        leading: list[dict] = []
+        later: list[dict] = []         # system messages after the first user's: behind that turn
+        ids = CallIds(r"[A-Za-z0-9_-]+", "toolu_")
+        for role, parts in paired(self._asked.turns, ids, self._losses):
+            blocks = self._blocks(parts)
+            if not blocks:
+                continue
+            if role == "assistant":
+                self._add_later_system(turns, later)
+                later = []
+            if role == "system" and not turns:
+                leading += blocks
+            elif role == "system" and self._claude.later_system:
+                later += blocks
+            elif role == "system":
+                self._say_as_user(turns, blocks)
+            elif turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+        self._add_later_system(turns, later)
+        if not turns and leading:                  # there must be one message
+            turns.append({"role": "user", "content": [leading.pop()]})
+        if not turns:
+            raise BadRequest("messages have no content", param="messages")
+        self._system = leading
+        if turns[0]["role"] == "assistant":
+            self._losses.adjust("turns", "user-first")
+            turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+        self._end_with_user(turns, thinks)
+        return turns
+
+    def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
+        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
+        if blocks and turns[-1]["role"] == "user":
+            turns.append({"role": "system", "content": blocks})
+        elif blocks:
+            self._say_as_user(turns, blocks)
+
+    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
+        self._losses.adjust("later_system", "user")
+        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
+                  if "text" in block else block for block in blocks]
+        if turns[-1]["role"] == "user":
+            turns[-1]["content"] += marked
+        else:
+            turns.append({"role": "user", "content": marked})
+
+    def _end_with_user(self, turns: list[dict], thinks: bool) -> None:
+        last = turns[-1]
+        if last["role"] != "assistant":
+            return
+        if self._claude.prefill and not thinks:
+            if last["content"][-1]["type"] == "text":
+                last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+            return
+        self._losses.adjust("prefill", "continued")
+        turns.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
+
+    @staticmethod
+    def _limit_cache_marks(request: Mapping[str, object]) -> None:
+        """Leave the last marks that Anthropic takes, in the order in which it reads a request."""
+        blocks = [*request.get("tools", ()), *request.get("system", ())]
+        for turn in request["messages"]:
+            for block in turn["content"]:
+                blocks += [*_parts_of(block.get("content")), block]
+        marked = [block for block in blocks if block.get("cache_control") is not None]
+        most = MAX_CACHE_MARKS - ("cache_control" in request)
+        for block in marked[:-most]:
+            del block["cache_control"]
+
+    def _blocks(self, parts: Iterable[Part]) -> list[dict]:
+        blocks = []
+        for part in parts:
+            block = _BLOCKS_WRITTEN[part.kind](self, part)
+            if block is not None:
+                if part.mark is not None:
+                    block["cache_control"] = part.mark
+                blocks.append(block)
+        return blocks
+
+    def _text(self, part: Part) -> Optional[dict]:
+        """Return a text block; Anthropic refuses empty text."""
+        return {"type": "text", "text": part.text} if part.text.strip() else None
+
+    def _image(self, part: Part) -> dict:
+        if part.data:
+            media = next((kind for magic, kind in IMAGE_MAGIC if part.data.startswith(magic)),
+                         part.media)
+            if media in IMAGE_MEDIA:
+                return {"type": "image", "source": {
+                    "type": "base64", "media_type": media, "data": part.data}}
+        elif part.url.startswith("https://"):
+            return {"type": "image", "source": {"type": "url", "url": part.url}}
+        raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
+                         "WebP", param="messages")
+
+    def _document(self, part: Part) -> dict:
+        if part.data:
+            source = {"type": "base64", "media_type": part.media, "data": part.data}
+        elif part.text:
+            source = {"type": "text", "media_type": "text/plain", "data": part.text}
+        elif part.url:
+            source = {"type": "url", "url": part.url}
+        elif part.file_id.startswith("file_"):
+            self.terms.betas = (FILES_BETA,)
+            source = {"type": "file", "file_id": part.file_id}
+        else:
+            raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
+        title = {"title": part.name} if part.name and not part.file_id else {}
+        return {"type": "document", **title, "source": source}
+
+    def _thought(self, part: Part) -> Optional[Mapping[str, object]]:
+        if part.origin == "messages":
+            return part.native
+        if part.native:
+            self._losses.adjust("thoughts", "removed")
+        return None
+
+    def _call(self, part: Part) -> dict:
+        return {"type": "tool_use", "id": part.id,
+                "name": self._names.fitting(part.name, part.namespace, part.is_text),
+                "input": call_input(part, _parse_strictly)}
+
+    def _result(self, part: Part) -> dict:
+        result: dict = {"type": "tool_result", "tool_use_id": part.id}
+        content = self._blocks(part.parts)
+        if content:
+            is_plain = len(content) == 1 and set(content[0]) == {"type", "text"}
+            result["content"] = content[0]["text"] if is_plain else content
+        if part.is_error:
+            result["is_error"] = True
+        return result
+
+    def _other(self, part: Part) -> Optional[dict]:
+        """Return what is Anthropic's own; the traces of another vendor's tools are left out."""
+        if part.origin == "messages":
+            return dict(part.native)
+        self._losses.drop(f"input.{part.native.get('type')}")
+        return None
+
+
+_BLOCKS_WRITTEN = MappingProxyType({
+    "text": _MessagesRequest._text, "refusal": _MessagesRequest._text,
+    "image": _MessagesRequest._image, "document": _MessagesRequest._document,
+    "thought": _MessagesRequest._thought, "call": _MessagesRequest._call,
+    "result": _MessagesRequest._result, "other": _MessagesRequest._other,
+    "search": _MessagesRequest._other})
+
 
 # Its answers: our reason for each stop_reason, and back; any other is an end.
 REASONS_OF_STOP = MappingProxyType({
@@ -4965,6 +6266,9 @@ def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
 class Dialect(NamedTuple):
     """How an API is read and written; see chapter 8."""
     path: str
+    names: Mapping[str, str]                     # words for losses -> fields of the API
+    read_request: Callable[[Mapping[str, object]], Conversation]
+    write_request: Callable[[Conversation, Target, Losses], Written]
     read_answer: Callable[[Iterable[Mapping[str, object]], Terms], Iterator[AnswerEvent]]
     stream_of: Callable[[Mapping[str, object]], Iterable[Mapping[str, object]]]
     writer: Callable[[Mapping[str, object], int], AnswerWriter]
@@ -4974,23 +6278,33 @@ class Dialect(NamedTuple):
 
 AnswerWriter = Union[ChatWriter, MessagesWriter]
 DIALECTS = MappingProxyType({
-    "chat": Dialect("/v1/chat/completions", chat_events, chat_stream_of, ChatWriter,
-                    openai_failure, openai_error),
-    "messages": Dialect("/v1/messages", messages_events, messages_stream_of, MessagesWriter,
-                        anthropic_failure, anthropic_error),
+    "chat": Dialect("/v1/chat/completions", CHAT_NAMES, read_chat_request, write_chat_request,
+                    chat_events, chat_stream_of, ChatWriter, openai_failure, openai_error),
+    "messages": Dialect("/v1/messages", MESSAGES_NAMES, read_messages_request,
+                        write_messages_request, messages_events, messages_stream_of,
+                        MessagesWriter, anthropic_failure, anthropic_error),
 })
 
 
-class Translator:
-    """Carries one call of a client's API over its provider's."""
-    client_api = api = ""
-    terms: Terms
+# (API of a client, format of the model's provider) -> the API that is called there
+TRANSLATED = MappingProxyType({("chat", "anthropic"): "messages", ("messages", "openai"): "chat"})
 
-    def __init__(self, fields: Mapping[str, object]) -> None:
-        self._client, self._provider = DIALECTS[self.client_api], DIALECTS[self.api]
+
+class Translator:
+    """Carries one call of a client's API over its provider's. Raises BadRequest."""
+
+    def __init__(self, client_api: str, api: str, fields: Mapping[str, object], losses: Losses,
+                 target: Target, asked_model: Optional[str] = None) -> None:
+        self.client_api, self.api = client_api, api
+        self._client, self._provider = DIALECTS[client_api], DIALECTS[api]
+        self._asked_model = asked_model              # what the client called the model
+        self._keep = target.keep
+        conversation = self._client.read_request(fields)
+        losses.names = {**self._client.names, **conversation.names}
+        for name, became in conversation.changed.items():
+            losses.adjust(name, became)
+        self.request, self.terms = self._provider.write_request(conversation, target, losses)
         self._writer = self._client.writer(fields, int(time.time()))
-        self.asked_model: Optional[str] = None       # what the client called the model
-        self.keep: Callable[[str, str, list], object] = lambda call_id, digest, thoughts: None
         self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
 
@@ -5028,7 +6342,7 @@ class Translator:
             elif kind is Closed:
                 yield from self._over(event.part, event.part in wrapped)
             elif kind is Began:
-                event = event._replace(model=self.asked_model or event.model)
+                event = event._replace(model=self._asked_model or event.model)
             elif kind is Ended:
                 event = self._end(event)
             yield event
@@ -5064,632 +6378,11 @@ class Translator:
         if self.terms.answers_by_tool:
             return event._replace(reason="end")
         if self.thoughts:
-            self.keep(self.first_call_id, self.terms.digest, self.thoughts)
+            self._keep(self.first_call_id, self.terms.digest, thoughts=self.thoughts)
         return event
 
 
-# OpenAI clients on Claude: chat completions carried over Anthropic's Messages.
-
-
-class Claude(NamedTuple):
-    """What a family of Claude models takes."""
-    sampling: bool = False           # temperature and the like
-    prefill: bool = False            # a last message of the assistant
-    manual_thinking: bool = False    # a budget of tokens; else adaptive
-    may_not_think: bool = True       # thinking can be disabled
-    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
-    later_system: bool = True        # system messages after the first user's
-    forced_tools: bool = False       # tool_choice any or tool
-    schemas: bool = True             # structured output
-
-
-# First match wins; newer ones are taken to be like the newest.
-CLAUDE_FAMILIES = (
-    (r"claude-(3|2|instant)|claude-(opus|sonnet)-4(-0|-1|-\d{8}|$)", Claude(
-        True, True, True, efforts=(), later_system=False, forced_tools=True, schemas=False)),
-    (r"claude-opus-4-5", Claude(True, True, True, efforts=("low", "medium", "high"),
-                                later_system=False, forced_tools=True)),
-    (r"claude-(sonnet|haiku)-4-5", Claude(True, True, True, efforts=(), later_system=False,
-                                          forced_tools=True)),
-    (r"claude-(opus|sonnet)-4-6", Claude(True, efforts=("low", "medium", "high", "max"),
-                                         later_system=False, forced_tools=True)),
-    (r"claude-opus-4-7", Claude(later_system=False, forced_tools=True)),
-    (r"claude-opus-4-8|claude-(opus|sonnet)-5(-\d{8}|$)|claude-haiku-5-5",
-     Claude(forced_tools=True)),
-    (r"claude-(fable|mythos)-5(-\d{8}|$)", Claude(may_not_think=False, forced_tools=True)),
-    (r"claude-(fable|mythos)", Claude(may_not_think=False)),
-    (r"", Claude()),
-)
-CHAT_TO_MESSAGES_RULES = MappingProxyType({
-    **dict.fromkeys((
-        "model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature",
-        "top_p", "top_k", "stop", "tools", "functions", "tool_choice", "function_call",
-        "parallel_tool_calls", "response_format", "reasoning_effort", "user",
-        "safety_identifier", "metadata", "service_tier"), ("own",)),
-    **dict.fromkeys((
-        "stream_options", "prediction", "prompt_cache_key", "prompt_cache_retention",
-        "prompt_cache_options"), ("silent",)),
-    **dict.fromkeys((
-        "thinking", "output_config", "cache_control", "speed", "inference_geo",
-        "context_management", "mcp_servers", "container"), ("pass",)),
-    "n": ("refuse", 1), "audio": ("refuse",), "modalities": ("refuse", ["text"], []),
-    "store": ("drop", False), "seed": ("drop",), "frequency_penalty": ("drop", 0),
-    "presence_penalty": ("drop", 0), "logit_bias": ("drop", {}), "logprobs": ("drop", False),
-    "top_logprobs": ("drop", 0), "verbosity": ("drop",), "moderation": ("drop",),
-    "web_search_options": ("drop",),
-})
-SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
-    "auto": ("auto", False), "default": ("standard_only", False),
-    "flex": ("standard_only", True), "priority": ("auto", True), "fast": ("auto", True),
-    "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
-THINKING_BUDGETS = MappingProxyType({
-    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
-# Models that can be told to leave out thinking whose beginning has changed, where they would answer
-# 400. Source: Anthropic's "Preserved thinking", November 2026.
-BINDING_MODELS = r"(.*/)?claude-((fable|mythos)-5-[12]|(opus|sonnet|haiku)-5-5)(-|$)"
-BINDING_BETA, FILES_BETA = "thinking-binding-controls-2026-08-01", "files-api-2025-04-14"
-MAX_CACHE_MARKS = 4
-ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
-UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
 THINKING_KEPT_BYTES, THINKING_KEPT_S = 64 * 1024 * 1024, 3600
-
-
-def claude_of(model: str) -> Claude:
-    """The family that a model belongs to."""
-    name = model.rpartition("/")[2]
-    return next(family for pattern, family in CLAUDE_FAMILIES if re.match(pattern, name))
-
-
-def _thoughts_of(details: object) -> list[dict]:
-    """Thinking blocks of Claude in OpenRouter's form, which may hold other models' as well."""
-    return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
-            if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
-            for row in _parts_of(details) if row.get("signature") or row.get("data")
-            if str(row.get("format", "anthropic")).startswith("anthropic")]
-
-
-class ChatOnClaude(Translator):
-    """A chat completions request carried over Messages. Raises BadRequest."""
-    client_api, api, path = "chat", "messages", "/v1/messages"
-    betas: tuple[str, ...] = ()                    # for the header anthropic-beta
-
-    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = False, echoes_reasoning: bool = False,
-                 recall: Callable[[str, str], list[dict]] = lambda call_id, digest: []) -> None:
-        self._losses, self._claude = losses, claude_of(str(fields.get("model")))
-        self._recall = recall                      # thinking, by the call after and all before it
-        self._names = ToolNames(128)
-        self.terms = Terms(self._names)
-        self._enforced = Counter()                 # of MOST_ENFORCED
-        self._is_legacy = bool(fields.get("functions"))
-        self._system: list[dict] = []
-        self._uses: Counter = Counter()            # of each of the client's ids
-        self._unanswered: dict[str, list[str]] = {}        # the client's id -> ids at Claude
-        self._answered: dict[str, str] = {}
-        super().__init__(fields)
-        self.request = self._request(fields, most_output_tokens)
-
-    # The request.
-
-    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
-        losses = self._losses
-        passed = apply_rules(fields, CHAT_TO_MESSAGES_RULES, losses)
-        policies = json_object(json_object(fields.get("moderation")).get("policy")).values()
-        if any(json_object(policy).get("mode") == "block" for policy in policies):
-            raise BadRequest("moderation that blocks cannot be carried over to this model's "
-                             "provider", param="moderation")
-        asked = next((cap for cap in (optional_count(fields, name, least=1) for name in
-                                      ("max_completion_tokens", "max_tokens")) if cap), None)
-        if asked is not None and asked > most_output_tokens:
-            losses.adjust("max_tokens", most_output_tokens)
-        default = most_output_tokens if optional_flag(fields, "stream") \
-            else min(most_output_tokens, UNSTREAMED_OUTPUT_TOKENS)
-        request: dict = {"model": fields["model"],
-                         "max_tokens": min(asked or default, most_output_tokens)}
-        tools = self._tools(fields)
-        if "thinking" in passed:
-            request["thinking"] = passed.pop("thinking")
-        self._set_thinking(fields.get("reasoning_effort"), request)
-        messages = request["messages"] = self._messages(fields.get("messages"),
-                                                        self._thinks(request))
-        self._carry_thinking(fields, request, tools)
-        names = {block["name"] for turn in messages for block in turn["content"]
-                 if block["type"] == "tool_use"}
-        if tools:
-            request["tools"] = tools
-            self._set_tool_choice(fields, request)
-        elif names:
-            request["tools"] = [{"name": name, "input_schema": {"type": "object"}}
-                                for name in sorted(names)]
-            request["tool_choice"] = {"type": "none"}
-        self._set_format(fields.get("response_format"), request)
-        self._set_sampling(fields, request)
-        if "output_config" in passed:              # the client's own, and what was derived
-            passed["output_config"] = {**request.get("output_config", {}),
-                                       **json_object(passed["output_config"])}
-        request.update(self._optional(fields), **passed)
-        self._limit_cache_marks(request)
-        return request
-
-    def _optional(self, fields: Mapping[str, object]) -> dict:
-        """The fields that go on under another name or in another form, where there are any."""
-        losses = self._losses
-        stops = [text for text in _string_list(fields.get("stop")) if text.strip()]
-        if len(stops) < len(_string_list(fields.get("stop"))):
-            losses.drop("stop")
-        user = fields.get("safety_identifier") or fields.get("user") \
-            or json_object(fields.get("metadata")).get("user_id")
-        if set(json_object(fields.get("metadata"))) - {"user_id"}:
-            losses.drop("metadata")
-        tier, changed = SERVICE_TIERS_TO_CLAUDE.get(str(fields.get("service_tier")), (None, True))
-        if fields.get("service_tier") is not None and changed:
-            losses.adjust("service_tier", tier or "auto")
-        optional = {
-            "system": self._system, "stop_sequences": stops, "service_tier": tier,
-            "stream": optional_flag(fields, "stream"),
-            "metadata": isinstance(user, str) and {
-                "user_id": _hashed(user, 64) if len(user) > 256 or re.search(r"@|^\+?\d{7,}$", user)
-                else user}}
-        return {name: value for name, value in optional.items() if value}
-
-    @staticmethod
-    def _thinks(request: Mapping[str, object]) -> bool:
-        return json_object(request.get("thinking")).get("type") in ("enabled", "adaptive")
-
-    def _set_sampling(self, fields: Mapping[str, object], request: dict) -> None:
-        thinks = self._thinks(request)
-        for name in ("temperature", "top_p", "top_k"):
-            value = fields.get(name)
-            if value is None or (value == 1 and name != "top_k"
-                                 and (thinks or not self._claude.sampling)):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BadRequest(f"{name} must be a number", param=name)
-            if not self._claude.sampling or thinks or (name == "top_p"
-                                                       and "temperature" in request):
-                self._losses.drop(name)
-            else:
-                if name == "temperature" and value > 1:
-                    self._losses.adjust(name, 1)
-                    value = 1
-                request[name] = value
-
-    def _set_thinking(self, effort: object, request: dict) -> None:
-        claude = self._claude
-        if effort is None:
-            return
-        if "thinking" in request:                  # the client's own counts
-            self._losses.drop("reasoning_effort")
-            return
-        if effort not in EFFORTS:
-            raise BadRequest(f"reasoning_effort is not one of {', '.join(EFFORTS)}",
-                             param="reasoning_effort")
-        if effort == "none":
-            if not claude.may_not_think:
-                self._losses.adjust("reasoning_effort", "low")
-                request.setdefault("output_config", {})["effort"] = "low"
-            elif not claude.manual_thinking:
-                request["thinking"] = {"type": "disabled"}
-        elif claude.manual_thinking:
-            if request["max_tokens"] <= THINKING_BUDGETS["minimal"]:
-                self._losses.drop("reasoning_effort")
-                return
-            request["thinking"] = {"type": "enabled", "budget_tokens": min(
-                THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
-        else:
-            lowered = lowered_effort(effort, claude.efforts)
-            if effort not in ("minimal", lowered):
-                self._losses.adjust("reasoning_effort", lowered)
-            request["thinking"] = {"type": "adaptive"}
-            request.setdefault("output_config", {})["effort"] = lowered
-
-    def _carry_thinking(self, fields: Mapping[str, object], request: dict, tools: object) -> None:
-        """Have the history's thinking as Claude takes it."""
-        if self._thinks(request) or not self._claude.may_not_think:
-            self._recall_thinking(request["messages"], [self._system, tools, *map(fields.get, (
-                "tool_choice", "function_call", "parallel_tool_calls", "response_format"))])
-        self._check_thinking(request)
-        if fields.get("thinking") is None and self._thinks(request):
-            self._loosen_binding(request)
-
-    def _recall_thinking(self, messages: list[dict], before: object) -> None:
-        """Give turns their thinking back that the client left out. Claude takes it only where
-        nothing before it has changed since, so it is looked up by a digest of that."""
-        digest = hashlib.sha256(json_bytes(before))
-        for turn in messages:
-            calls = [block for block in turn["content"] if block["type"] == "tool_use"]
-            if calls and "thinking" not in turn["content"][0]["type"]:
-                turn["content"][:0] = self._recall(calls[0]["id"], digest.hexdigest())
-            digest.update(json_bytes([turn["role"], *(
-                {name: value for name, value in block.items() if name != "cache_control"}
-                for block in turn["content"])]))
-        self.terms.digest = digest.hexdigest()
-
-    def _loosen_binding(self, request: dict) -> None:
-        """Have thinking that is bound to another conversation left out: clients of this API that
-        bring it back may change what was before it (a date, a shorter history), unaware."""
-        if re.match(BINDING_MODELS, request["model"]) and any(
-                "thinking" in block["type"] for turn in request["messages"]
-                for block in turn["content"]):
-            request["thinking"]["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
-            self.betas = (*self.betas, BINDING_BETA)
-
-    def _check_thinking(self, request: dict) -> None:
-        """A budgeted thought goes on after a tool's result only where its beginning came along."""
-        last = next((turn["content"] for turn in reversed(request["messages"])
-                     if turn["role"] == "assistant"), [])
-        if json_object(request.get("thinking")).get("type") == "enabled" \
-                and any(block["type"] == "tool_use" for block in last) \
-                and last[0]["type"] not in ("thinking", "redacted_thinking"):
-            self._losses.drop("thinking")
-            del request["thinking"]
-
-    def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
-        """Whether the model can be held to a schema; what it adds to the request is counted."""
-        if not self._claude.schemas or not isinstance(schema, dict) or _is_unenforceable(schema) \
-                or _is_recursive(schema, schema, set(), ()):
-            return False
-        size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
-        if any(size[what] > most for what, most in MOST_ENFORCED.items()):
-            return False
-        self._enforced = size
-        return True
-
-    def _set_format(self, wanted: object, request: dict) -> None:
-        kind = json_object(wanted).get("type", "text")
-        if wanted is None or kind == "text":
-            return
-        holder = json_object(json_object(wanted).get("json_schema"))
-        schema = _with_root(holder.get("schema"))
-        if isinstance(schema, dict) and holder.get("description"):
-            schema = {"description": holder["description"], **schema}
-        if kind not in ("json_schema", "json_object"):
-            raise BadRequest("response_format has a type that is not known",
-                             param="response_format")
-        if kind == "json_schema" and self._can_enforce(schema):
-            request.setdefault("output_config", {})["format"] = {
-                "type": "json_schema", "schema": claude_schema(schema)}
-            return
-        if json_object(schema).get("type") == "object" and self._claude.forced_tools \
-                and "thinking" not in request and "tools" not in request:
-            self._losses.adjust("response_format", "tool")
-            self.terms.answers_by_tool = True
-            request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
-                                 "description": str(schema.get("description", "The answer."))}]
-            request["tool_choice"] = {"type": "tool", "name": ANSWER_TOOL,
-                                      "disable_parallel_tool_use": True}
-            return
-        self._losses.adjust("response_format", "instructed")
-        self.terms.unfences = True
-        text = "Respond with one JSON object and nothing else."
-        if schema is not None:
-            text += f" It must match this JSON schema:\n{json.dumps(schema)}"
-        self._system.append({"type": "text", "text": text})
-
-    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
-        rows = fields.get("tools") or [{"type": "function", "function": function}
-                                       for function in fields.get("functions") or ()]
-        if not isinstance(rows, list):
-            raise BadRequest("tools must be a list", param="tools")
-        tools = [self._tool(json_object(row)) for row in rows]
-        choice = json_object(fields.get("tool_choice"))
-        if choice.get("type") != "allowed_tools":
-            return tools
-        allowed = {json_object(row.get(str(row.get("type")))).get("name")
-                   for row in _parts_of(json_object(choice.get("allowed_tools")).get("tools"))}
-        return [tool for tool in tools if self._names.own(tool["name"]).name in allowed]
-
-    def _tool(self, row: Mapping[str, object]) -> dict:
-        kind = row.get("type", "function")
-        if "input_schema" in row or (isinstance(kind, str) and re.search(r"_\d{8}$", kind)):
-            return dict(row)                       # one of Anthropic's own
-        inner = json_object(row.get(str(kind)))
-        name = inner.get("name")
-        if kind not in ("function", "custom") or not isinstance(name, str) or not name:
-            raise BadRequest("a tool must be a function or a custom tool with a name",
-                             param="tools")
-        schema = inner.get("parameters") or {"type": "object", "properties": {}}
-        description = inner.get("description")
-        if kind == "custom":
-            schema = {"type": "object", "properties": {"input": {"type": "string"}},
-                      "required": ["input"], "additionalProperties": False}
-            if json_object(inner.get("format")).get("type") == "grammar":
-                self._losses.adjust("tools.custom.format", "described")
-                description = f"{description or ''}\n{json.dumps(inner['format'])}".strip()
-        whole = object_schema(json_object(schema))
-        if whole.keys() - {"type"} != schema.keys() - {"type"}:
-            self._losses.adjust("tools.function.parameters", "merged")
-        schema = whole
-        tool = {"name": self._names.fitting(name, is_text=kind == "custom"), "input_schema": schema}
-        tool.update({"description": description} if description else {})
-        for holder in (row, inner):
-            tool.update({key: holder[key] for key in (
-                "cache_control", "defer_loading", "input_examples", "eager_input_streaming")
-                if key in holder})
-        if inner.get("strict") and kind == "function":
-            if self._can_enforce(schema, strict_tools=1):
-                tool.update(strict=True, input_schema=claude_schema(schema))
-            else:
-                self._losses.drop("tools.function.strict")
-        return tool
-
-    def _set_tool_choice(self, fields: Mapping[str, object], request: dict) -> None:
-        wanted = fields.get("tool_choice", fields.get("function_call"))
-        choice: dict = {}
-        if json_object(wanted).get("type") == "allowed_tools":
-            wanted = json_object(wanted["allowed_tools"]).get("mode", "auto")
-        if isinstance(wanted, str):
-            names = {"auto": "auto", "none": "none", "required": "any"}
-            if wanted not in names:
-                raise BadRequest("tool_choice is not one of auto, none, required",
-                                 param="tool_choice")
-            choice = {"type": names[wanted]}
-        elif isinstance(wanted, dict):
-            inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
-            choice = {"type": "tool", "name": self._names.fitting(str(inner.get("name")))}
-        one_at_a_time = fields.get("parallel_tool_calls") is False or self._is_legacy
-        if one_at_a_time and choice.get("type") != "none":
-            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
-        thinks_by_budget = json_object(request.get("thinking")).get("type") == "enabled"
-        if choice.get("type") in ("any", "tool") \
-                and (thinks_by_budget or not self._claude.forced_tools):
-            which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
-            self._losses.adjust("tool_choice", "auto")
-            self._system.append({"type": "text", "text": f"Call {which} now."})
-            choice["type"] = "auto"
-        if choice:
-            request["tool_choice"] = choice
-
-    # Its messages.
-
-    def _messages(self, messages: object, thinks: bool) -> list[dict]:
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("messages must be a list of at least one message", param="messages")
-        turns: list[dict] = []
-        leading: list[dict] = []
-        later: list[dict] = []         # system messages after the first user's: behind that turn
-        for message in map(json_object, messages):
-            if message.get("role") == "assistant" and turns and turns[-1]["role"] != "assistant":
-                self._unanswered.clear()           # results come before the next answer only
-            role, blocks = self._turn(message)
-            if not blocks:
-                continue
-            if role == "assistant":
-                self._add_later_system(turns, later)
-                later = []
-            if role == "system" and not turns:
-                leading += blocks
-            elif role == "system" and self._claude.later_system:
-                later += blocks
-            elif role == "system":
-                self._say_as_user(turns, blocks)
-            elif turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += blocks
-            else:
-                turns.append({"role": role, "content": blocks})
-        self._add_later_system(turns, later)
-        if not turns and leading:                  # there must be one message
-            turns.append({"role": "user", "content": [leading.pop()]})
-        if not turns:
-            raise BadRequest("messages have no content", param="messages")
-        self._system = leading + self._system
-        if turns[0]["role"] == "assistant":
-            self._losses.adjust("messages", "user-first")
-            turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
-        self._pair_tools(turns)
-        self._end_with_user(turns, thinks)
-        return turns
-
-    def _turn(self, message: Mapping[str, object]) -> tuple[str, list[dict]]:
-        role = message.get("role")
-        if role in ("system", "developer"):
-            return "system", self._blocks(_content_of(message))
-        if role == "assistant":
-            return "assistant", self._assistant_blocks(message)
-        if role in ("tool", "function"):
-            call_id = message.get("tool_call_id", message.get("name"))
-            content = self._blocks(_content_of(message))
-            result = {"type": "tool_result", "tool_use_id": self._result_id(str(call_id or ""))}
-            if content:
-                plain = len(content) == 1 and set(content[0]) == {"type", "text"}
-                result["content"] = content[0]["text"] if plain else content
-            return "user", [self._marked(result, message)]
-        if role == "user":
-            return "user", self._blocks(_content_of(message))
-        raise BadRequest("a message has a role that is not known", param="messages")
-
-    def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
-        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
-        if blocks and turns[-1]["role"] == "user":
-            turns.append({"role": "system", "content": blocks})
-        elif blocks:
-            self._say_as_user(turns, blocks)
-
-    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
-        self._losses.adjust("messages.system", "user")
-        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
-                  if "text" in block else block for block in blocks]
-        if turns[-1]["role"] == "user":
-            turns[-1]["content"] += marked
-        else:
-            turns.append({"role": "user", "content": marked})
-
-    def _assistant_blocks(self, message: Mapping[str, object]) -> list[dict]:
-        calls = message.get("tool_calls") or []
-        own = _parts_of(message.get("x_anthropic_content"))        # what answer() put there
-        if own and _text_of(own) == _text_of(message.get("content")) \
-                and [block.get("id") for block in own if block.get("type") == "tool_use"] \
-                == [call.get("id") for call in _parts_of(calls)]:
-            return own
-        blocks = [{name: value for name, value in block.items() if name != "index"}
-                  for block in _parts_of(message.get("thinking_blocks"))
-                  or _thoughts_of(message.get("reasoning_details"))
-                  if block.get("type") == "redacted_thinking"
-                  or (block.get("type") == "thinking" and block.get("signature")
-                      and not str(block["signature"]).startswith(OWN_SIGNATURE))]
-        blocks += self._blocks(_content_of(message))
-        if isinstance(message.get("refusal"), str) and message["refusal"].strip():
-            blocks.append({"type": "text", "text": message["refusal"]})
-        if message.get("function_call"):
-            function = json_object(message["function_call"])
-            calls = [{"id": function.get("name"), "type": "function", "function": function}]
-        for call in map(json_object, calls if isinstance(calls, list) else ()):
-            inner = json_object(call.get(str(call.get("type", "function"))))
-            blocks.append({
-                "type": "tool_use", "id": self._call_id(str(call.get("id") or "")),
-                "name": self._names.fitting(str(inner.get("name"))),
-                "input": {"input": inner.get("input")} if call.get("type") == "custom"
-                else arguments_to_input(inner.get("arguments"), _parse_strictly)})
-        return blocks
-
-    def _call_id(self, told: str) -> str:
-        """A tool call's id at Claude, which takes each but once; results find it in order."""
-        again = self._uses[told]
-        self._uses[told] += 1
-        is_fine = not again and re.fullmatch(r"[A-Za-z0-9_-]+", told)
-        call_id = told if is_fine else \
-            f"toolu_{_hashed(f'{told}#{again}' if again else told, 24)}"
-        self._unanswered.setdefault(told, []).append(call_id)
-        self._answered.pop(told, None)
-        return call_id
-
-    def _result_id(self, told: str) -> str:
-        """The oldest call of that id without a result; else the one that had the last."""
-        waiting = self._unanswered.get(told)
-        if waiting:
-            self._answered[told] = waiting.pop(0)
-        return self._answered.get(told, told)
-
-    def _marked(self, block: dict, holder: Mapping[str, object]) -> dict:
-        """A block with the cache mark of what it came from, if there was one."""
-        mark = holder.get("cache_control")
-        if mark is None and holder.get("prompt_cache_breakpoint") is not None:
-            long = json_object(holder["prompt_cache_breakpoint"]).get("ttl") == "12h"
-            mark = {"type": "ephemeral", **({"ttl": "1h"} if long else {})}
-        if mark is not None:
-            block["cache_control"] = mark
-        return block
-
-    @staticmethod
-    def _limit_cache_marks(request: Mapping[str, object]) -> None:
-        """Leave the last marks that Anthropic takes, in the order in which it reads a request."""
-        blocks = [*request.get("tools", ()), *request.get("system", ())]
-        for turn in request["messages"]:
-            for block in turn["content"]:
-                blocks += [*_parts_of(block.get("content")), block]
-        marked = [block for block in blocks if block.get("cache_control") is not None]
-        most = MAX_CACHE_MARKS - ("cache_control" in request)
-        for block in marked[:-most]:
-            del block["cache_control"]
-
-    def _blocks(self, content: object) -> list[dict]:
-        blocks = (self._block(part) for part in _parts_of(content))
-        return [block for block in blocks if block is not None]
-
-    def _block(self, part: Mapping[str, object]) -> Optional[dict]:
-        kind = part.get("type")
-        if kind in ("text", "refusal"):
-            text = part.get("text", part.get("refusal"))
-            if not isinstance(text, str) or not text.strip():
-                return None                        # Anthropic refuses empty text
-            return self._marked({"type": "text", "text": text}, part)
-        if kind == "image_url":
-            image = part.get("image_url")
-            url = image if isinstance(image, str) else json_object(image).get("url")
-            return self._marked({"type": "image", "source": self._image_source(url)}, part)
-        if kind == "file":
-            return self._marked(self._document(json_object(part.get("file"))), part)
-        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
-                         "to Claude", param="messages")
-
-    @staticmethod
-    def _image_source(url: object) -> dict:
-        text = url if isinstance(url, str) else ""
-        data = re.match(DATA_URL, text)
-        if data is not None:
-            encoded = text[data.end():]
-            media = next((kind for magic, kind in IMAGE_MAGIC if encoded.startswith(magic)),
-                         data[1].lower())
-            if media in IMAGE_MEDIA:
-                return {"type": "base64", "media_type": media, "data": encoded}
-        elif text.startswith("https://"):
-            return {"type": "url", "url": text}
-        raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
-                         "WebP", param="messages")
-
-    def _document(self, file: Mapping[str, object]) -> dict:
-        data, file_id = file.get("file_data"), file.get("file_id")
-        if isinstance(data, str) and (re.match(DATA_URL, data) or not data.startswith("data:")):
-            header = re.match(DATA_URL, data)
-            media = header[1].lower() if header else "application/pdf"
-            encoded = data[header.end():] if header else data
-            title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
-            if media == "application/pdf":
-                return {"type": "document", **title, "source": {
-                    "type": "base64", "media_type": media, "data": encoded}}
-            if media.startswith("text/"):
-                try:
-                    text = base64.b64decode(encoded).decode("utf-8")
-                except ValueError:
-                    raise BadRequest("a text file is not base64 of UTF-8", param="messages") \
-                        from None
-                return {"type": "document", **title, "source": {
-                    "type": "text", "media_type": "text/plain", "data": text}}
-        elif isinstance(file_id, str) and file_id.startswith("file_"):
-            self.betas = (FILES_BETA,)
-            return {"type": "document", "source": {"type": "file", "file_id": file_id}}
-        raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
-
-    def _pair_tools(self, turns: list[dict]) -> None:
-        """Every call has one result, first in the next turn, in the order of the calls."""
-        for number, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            ids = list(dict.fromkeys(
-                block["id"] for block in turn["content"] if block["type"] == "tool_use"))
-            if not ids:
-                continue
-            known = frozenset(ids)
-            if number + 1 == len(turns) or turns[number + 1]["role"] != "user":
-                turns.insert(number + 1, {"role": "user", "content": []})
-            after = turns[number + 1]
-            results = {block["tool_use_id"]: block for block in after["content"]
-                       if block["type"] == "tool_result"}
-            missing = [call_id for call_id in ids if call_id not in results]
-            if missing or len(results) < sum(b["type"] == "tool_result" for b in after["content"]):
-                self._losses.adjust("messages.tool", "paired")
-            rest = [block for block in after["content"] if block["type"] != "tool_result"
-                    or block["tool_use_id"] not in known]
-            after["content"] = [results.get(call_id) or {
-                "type": "tool_result", "tool_use_id": call_id, "is_error": True,
-                "content": "[no result provided]"} for call_id in ids] + rest
-        self._orphans_as_text(turns)
-
-    def _orphans_as_text(self, turns: list[dict]) -> None:
-        """A result without its call becomes text."""
-        known: set[str] = set()
-        for turn in turns:
-            for at, block in enumerate([*turn["content"]]):
-                if block["type"] == "tool_result" and block["tool_use_id"] not in known:
-                    self._losses.adjust("messages.tool", "text")
-                    text = f"[result of tool call {block['tool_use_id']}]\n" \
-                        + _text_of(block.get("content"))
-                    turn["content"][at] = {"type": "text", "text": text}
-                    turn["content"] += [piece for piece in _parts_of(block.get("content"))
-                                        if piece["type"] != "text"]
-            known = {block["id"] for block in turn["content"] if block["type"] == "tool_use"} \
-                if turn["role"] == "assistant" else known if turn["role"] == "system" else set()
-
-    def _end_with_user(self, turns: list[dict], thinks: bool) -> None:
-        last = turns[-1]
-        if last["role"] != "assistant":
-            return
-        if self._claude.prefill and not thinks:
-            if last["content"][-1]["type"] == "text":
-                last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
-            return
-        self._losses.adjust("messages.prefill", "continued")
-        turns.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
 
 
 class ThinkingMemory:
@@ -5721,420 +6414,6 @@ class ThinkingMemory:
         with self._lock:
             since_s, _, thoughts = self._kept.get(key, (0, 0, []))
         return thoughts if self._clock() - since_s <= THINKING_KEPT_S else []
-
-
-# Anthropic clients on OpenAI's format: Messages carried over chat completions.
-
-MESSAGES_TO_CHAT_RULES = MappingProxyType({
-    **dict.fromkeys((
-        "model", "max_tokens", "system", "messages", "tools", "tool_choice", "stop_sequences",
-        "temperature", "top_p", "stream", "thinking", "output_config", "output_format",
-        "metadata", "service_tier", "context_management"), ("own",)),
-    "cache_control": ("silent",), "top_k": ("drop",), "speed": ("drop", "standard"),
-    "mcp_servers": ("refuse", []), "container": ("refuse",), "skills": ("refuse", []),
-    "compaction": ("refuse",), "thread": ("refuse", NEW_THREAD),
-})                                                 # everything else is dropped, and told
-
-
-class Gpt(NamedTuple):
-    """What a family of OpenAI's models takes, in chat completions and, where said, in Responses."""
-    efforts: tuple[str, ...] = ()              # of reasoning, rising; (): it does not reason
-    effort_with_tools: Optional[str] = "any"   # beside function tools: any, "none" or no field
-    responses_adds: tuple[str, ...] = ()       # efforts that only Responses takes
-
-    @property
-    def responses_efforts(self) -> tuple[str, ...]:
-        """The efforts of reasoning that the Responses API takes, rising."""
-        return (*self.efforts, *self.responses_adds)
-
-
-# First match wins; newer ones are taken to be like the newest. From their 400s, as reported:
-# gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 with "none" only (livekit/agents 7169,
-# 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
-# gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
-# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
-GPT_FAMILIES = (
-    (r"gpt-5-chat", Gpt()),
-    (r"o\d", Gpt(("low", "medium", "high"))),
-    (r"gpt-5\.\d+-chat", Gpt(("medium",))),
-    (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
-    (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
-    (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
-    (r"gpt-5\.([6-9]|\d\d)(-|$)",
-     Gpt(("none", "low", "medium", "high", "xhigh"), "none", ("max",))),
-    (r"gpt-([6-9]|\d\d)", Gpt(("low", "medium", "high", "xhigh"), "none", ("max",))),
-    (r"gpt-5|codex", Gpt(("none", "low", "medium", "high", "xhigh"), "none")),
-    (r"", Gpt()),
-)
-THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
-
-
-_EDITOR_FIELDS = {
-    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"),
-                    {"type": "string"}),
-    "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
-                                           "undo_edit"]},
-    "insert_line": {"type": "integer"},
-    "view_range": {"type": "array", "items": {"type": "integer"}},
-}
-# Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
-# function: description, schema). Source: their tool documentation and SDK's types.
-CLIENT_TOOLS = (
-    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
-        "type": "object", "properties": {"command": {"type": "string"},
-                                         "restart": {"type": "boolean"}}}),
-    ("text_editor_", "View, create and edit text files.", {
-        "type": "object", "properties": _EDITOR_FIELDS, "required": ["command", "path"]}),
-    ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
-     "rename.", {"type": "object", "properties": {
-         **_EDITOR_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"},
-         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
-                                                "delete", "rename"]}}, "required": ["command"]}),
-)
-DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here all tools are sent
-CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
-MAX_STOPS = 4
-MAX_CHAT_ID = 40                                   # characters of a tool call's id
-
-
-def gpt_of(model: str) -> Gpt:
-    """The family that a model belongs to."""
-    return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
-
-
-class MessagesOnChat(Translator):
-    """A Messages request carried over chat completions. Raises BadRequest."""
-    client_api, api, path = "messages", "chat", "/v1/chat/completions"
-    betas = ()
-
-    def __init__(self, fields: Mapping[str, object], losses: Losses, *, most_output_tokens: int,
-                 is_openai: bool = True, echoes_reasoning: bool = False,
-                 recall: object = None) -> None:       # which only Claude's thinking needs
-        self._losses, self.is_openai = losses, is_openai
-        self._echoes_reasoning = echoes_reasoning
-        self._names = ToolNames(64)
-        self.terms = Terms(self._names)
-        self.terms.calls_in_order = is_openai
-        super().__init__(fields)
-        self._added_tools: list[object] = []       # within the conversation (beta)
-        self._removed_tools: set[str] = set()
-        self._called: dict[str, str] = {}          # id of a tool call in the history -> its name
-        self._gpt = gpt_of(str(fields.get("model"))) if is_openai else Gpt()
-        self.request = self._request(fields, most_output_tokens)
-
-    # The request.
-
-    def _request(self, fields: Mapping[str, object], most_output_tokens: int) -> dict:
-        losses = self._losses
-        apply_rules(fields, MESSAGES_TO_CHAT_RULES, losses)
-        cap = optional_count(fields, "max_tokens", least=1)
-        if cap is None:
-            raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
-        if cap > most_output_tokens:
-            losses.adjust("max_tokens", most_output_tokens)
-        request: dict = {"model": fields["model"],
-                         "messages": [*self._system(fields.get("system")),
-                                      *self._messages(fields.get("messages"))],
-                         "max_completion_tokens" if self.is_openai else "max_tokens":
-                             min(cap, most_output_tokens)}
-        tools = self._tools(fields)
-        if tools:
-            request["tools"] = tools
-            request.update(self._tool_choice(json_object(fields.get("tool_choice")), tools))
-        stops = self.terms.stops = _string_list(fields.get("stop_sequences") or [])
-        most_stops = 0 if self._gpt.efforts else MAX_STOPS
-        if len(stops) > most_stops:
-            losses.drop("stop_sequences")
-        if stops[:most_stops]:
-            request["stop"] = stops[:most_stops]
-        if optional_flag(fields, "stream"):
-            request["stream"] = True
-        self._set_reasoning(fields, request)
-        takes_sampling = not self._gpt.efforts or request.get("reasoning_effort") == "none"
-        for name in ("temperature", "top_p"):
-            if fields.get(name) is not None and takes_sampling:
-                request[name] = fields[name]
-            elif fields.get(name) not in (None, 1):
-                losses.drop(name)
-        self._set_rest(fields, request)
-        return request
-
-    def _set_reasoning(self, fields: Mapping[str, object], request: dict) -> None:
-        """reasoning_effort: what was asked, or the next lower that the model takes beside tools."""
-        if not self._gpt.efforts:
-            return
-        thinking, asked_by = json_object(fields.get("thinking")), "output_config.effort"
-        asked = json_object(fields.get("output_config")).get("effort")
-        for message in map(json_object, fields["messages"]):
-            asked = json_object(message.get("output_config")).get("effort", asked)
-        if asked is None and thinking.get("type") not in (None, "adaptive"):
-            budget, asked_by = optional_count(thinking, "budget_tokens") or 0, "thinking"
-            asked = next((name for most, name in THINKING_EFFORTS if budget < most), "xhigh") \
-                if thinking["type"] == "enabled" else "none"
-        effort = asked
-        if "tools" in request and self._gpt.effort_with_tools != "any":
-            effort = self._gpt.effort_with_tools
-        elif asked in EFFORTS:
-            effort = lowered_effort(asked, self._gpt.efforts)
-        if effort is not None:
-            request["reasoning_effort"] = effort
-        if effort is None and asked not in (None, "none"):
-            self._losses.drop(asked_by)
-        elif effort not in (None, asked):
-            self._losses.adjust(asked_by, effort)
-
-    def _set_rest(self, fields: Mapping[str, object], request: dict) -> None:
-        output = json_object(fields.get("output_config"))
-        if "task_budget" in output:
-            self._losses.drop("output_config.task_budget")
-        wanted = json_object(output.get("format") or fields.get("output_format"))
-        schema = _with_root(wanted.get("schema"))
-        if wanted.get("type") == "json_schema" and self.is_openai \
-                and json_object(schema).get("type") != "object":      # Anthropic takes any root
-            self._losses.adjust("output_config.format", "instructed")
-            request["messages"].insert(0, self._system_message([
-                f"Respond with JSON and nothing else, which matches this JSON schema:\n"
-                f"{json.dumps(schema)}"]))
-        elif wanted.get("type") == "json_schema":
-            request["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "output", "schema": schema, "strict": _is_strict(schema)}}
-        user = json_object(fields.get("metadata")).get("user_id")
-        if isinstance(user, str) and self.is_openai:
-            request["safety_identifier"] = _hashed(user, 64)
-            session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
-            if session:
-                request["prompt_cache_key"] = session[1]
-        tier = {"auto": "auto", "standard_only": "default"}.get(str(fields.get("service_tier")))
-        if tier and self.is_openai:
-            request["service_tier"] = tier
-        edits = json_object(fields.get("context_management")).get("edits")
-        if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
-            self._losses.drop("context_management")
-
-    def _system(self, system: object) -> list[dict]:
-        texts = [text for text in (str(part.get("text") or "") for part in _parts_of(system))
-                 if text and not text.startswith(CLAUDE_CODE_BILLING)]
-        return [self._system_message(texts)] if texts else []
-
-    def _system_message(self, texts: list[str]) -> dict:
-        role = "developer" if self._gpt.efforts else "system"
-        content = [{"type": "text", "text": text} for text in texts] \
-            if len(texts) > 1 and self.is_openai else "\n\n".join(texts)
-        return {"role": role, "content": content}
-
-    def _tools(self, fields: Mapping[str, object]) -> list[dict]:
-        """The functions; a request that has only tools which Anthropic runs is refused."""
-        rows = [json_object(row) for row in (*(fields.get("tools") or ()), *self._added_tools)]
-        tools = [self._tool(row) for row in rows if row.get("name") != DEFERRED_TOOLS
-                 and row.get("name") not in self._removed_tools]
-        if tools and not any(tools):
-            raise BadRequest("the tools are all of Anthropic's own, which this model's provider "
-                             "does not have", param="tools")
-        return [tool for tool in tools if tool is not None]
-
-    def _tool(self, row: Mapping[str, object]) -> Optional[dict]:
-        kind, description = str(row.get("type") or "custom"), row.get("description")
-        schema = row.get("input_schema")
-        if kind != "custom":
-            known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
-            if known is None:
-                self._losses.drop(f"tools.{kind}")
-                return None
-            self._losses.adjust(f"tools.{kind}", "function")
-            _, description, schema = known
-        function = {"name": self._names.fitting(str(row.get("name"))), "parameters": {
-            "type": "object", "properties": {}, **{
-                name: value for name, value in json_object(schema).items() if name != "$schema"}}}
-        if description:
-            function["description"] = description
-        if row.get("strict") is True and self.is_openai:
-            if _is_strict(function["parameters"]):
-                function["strict"] = True
-            else:
-                self._losses.drop("tools.strict")
-        return {"type": "function", "function": function}
-
-    def _tool_choice(self, choice: Mapping[str, object], tools: list[dict]) -> dict:
-        kind = choice.get("type")
-        known: dict = {"auto": "auto", "any": "required", "none": "none"}
-        chosen: dict = {"tool_choice": known[kind]} if kind in known else {}
-        if kind == "tool":
-            function = {"name": self._names.fitting(str(choice.get("name")))}
-            if any(tool["function"]["name"] == function["name"] for tool in tools):
-                chosen = {"tool_choice": {"type": "function", "function": function}}
-            else:
-                self._losses.adjust("tool_choice", "auto")
-        if choice.get("disable_parallel_tool_use") is True:
-            chosen["parallel_tool_calls"] = False
-        return chosen
-
-    # Its messages.
-
-    def _messages(self, messages: object) -> list[dict]:
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("messages must be a list of at least one message", param="messages")
-        rows: list[dict] = []
-        for message in map(json_object, messages):
-            row = {**message, "content": _parts_of(_content_of(message))}
-            if rows and row.get("role") == "assistant" == rows[-1].get("role"):
-                rows[-1]["content"] += row["content"]      # Anthropic reads a run as one
-            else:
-                rows.append(row)
-        last_user = max((at for at, row in enumerate(rows) if row.get("role") == "user"),
-                        default=-1)
-        turns: list[dict] = []
-        for at, message in enumerate(rows):
-            role, parts = message.get("role"), message["content"]
-            if role == "assistant":
-                turns += self._assistant(parts)
-            elif role == "user":
-                turns += self._user(parts)
-            elif role == "system":
-                is_over = message.get("clear_at") == "next_user_message" and at < last_user
-                turns += self._later_system([] if is_over else parts, parts)
-            else:
-                raise BadRequest("a message has a role that is not known", param="messages")
-        if turns and turns[-1]["role"] == "assistant":
-            self._losses.adjust("messages.prefill", "kept")
-        turns = self._paired(turns)
-        return turns if self.is_openai else self._alternating(turns)
-
-    def _later_system(self, shown: list[dict], parts: list[dict]) -> list[dict]:
-        """A system message in place. Chat templates of other servers want it first, or not at all;
-        there it is said as the user."""
-        for part in parts:
-            changed = json_object(part.get("tool"))
-            if part.get("type") == "tool_removal":
-                self._removed_tools.add(str(changed.get("name")))
-            elif part.get("type") == "tool_addition":
-                self._removed_tools.discard(str(changed.get("name")))
-                if "definition" in changed:
-                    self._added_tools.append(changed["definition"])
-        texts = [str(part["text"]) for part in shown if part.get("text")]
-        if not texts:
-            return []
-        if self.is_openai:
-            return [self._system_message(texts)]
-        self._losses.adjust("messages.system", "user")
-        return [{"role": "user", "content": "\n\n".join([LATER_SYSTEM + texts[0], *texts[1:]])}]
-
-    def _paired(self, turns: list[dict]) -> list[dict]:
-        """Every call's result stands right behind it; one without its call is the user's text."""
-        results: dict[int, dict[str, dict]] = {}
-        owner = -1
-        for number, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                owner = number
-            elif turn["role"] == "tool":
-                results.setdefault(owner, {})[turn["tool_call_id"]] = turn
-        paired = []
-        for number, turn in enumerate([{"role": "tool"}, *turns], -1):
-            if turn["role"] != "tool":
-                paired.append(turn)
-            own = results.get(number, {})
-            calls = [call["id"] for call in turn.get("tool_calls") or ()]
-            if own.keys() != set(calls):
-                self._losses.adjust("messages.tool_result", "paired")
-            paired += [own.pop(call_id, None) or {
-                "role": "tool", "tool_call_id": call_id, "content": "[no result provided]"}
-                for call_id in calls]
-            paired += [{"role": "user", "content":
-                        f"[result of tool call {call_id}]\n{orphan['content']}"}
-                       for call_id, orphan in own.items()]
-        return paired
-
-    @staticmethod
-    def _alternating(turns: list[dict]) -> list[dict]:
-        """Runs of the user's turns as one: chat templates of local models want them to alternate.
-        """
-        merged: list[dict] = []
-        for turn in turns:
-            before = merged[-1] if merged else {}
-            if turn["role"] == "user" == before.get("role"):
-                both = (before["content"], turn["content"])
-                content = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
-                    else [part for one in both for part in _parts_of(one)]
-                merged[-1] = {"role": "user", "content": content}
-            else:
-                merged.append(turn)
-        return merged
-
-    @staticmethod
-    def _chat_id(call_id: object) -> str:
-        text = str(call_id)
-        return text if len(text) <= MAX_CHAT_ID else f"call_{_hashed(text, 24)}"
-
-    def _assistant(self, parts: list[dict]) -> list[dict]:
-        def joined(kind: str, name: str) -> str:
-            return "".join(str(part.get(name) or "") for part in parts if part.get("type") == kind)
-
-        calls = [{"id": self._chat_id(part.get("id")), "type": "function", "function": {
-            "name": self._names.fitting(str(part.get("name"))),
-            "arguments": input_to_arguments(part.get("input"))}}
-            for part in parts if part.get("type") == "tool_use"]
-        self._called.update((call["id"], call["function"]["name"]) for call in calls)
-        text = joined("text", "text")
-        if not text and not calls:
-            return []
-        said = {"role": "assistant", "content": text or None}
-        if self._echoes_reasoning:
-            said["reasoning_content"] = joined("thinking", "thinking")
-        return [{**said, **({"tool_calls": calls} if calls else {})}]
-
-    def _user(self, parts: list[dict]) -> list[dict]:
-        """A user's turn: its tool results as messages of their own, first; then the rest."""
-        results, content = [], []
-        for part in parts:
-            if part.get("type") != "tool_result":
-                content += self._part(part)
-                continue
-            call_id = self._chat_id(part.get("tool_use_id"))
-            texts = []
-            for piece in _parts_of(_content_of(part)):
-                known = piece.get("type") in ("text", "image", "document", "search_result")
-                for told in self._part(piece) if known else [{"type": "text",
-                                                              "text": json.dumps(piece)}]:
-                    if told["type"] == "text":
-                        texts.append(told["text"])
-                        continue
-                    kind = "file" if told["type"] == "file" else "image"
-                    texts.append(f"[{kind}]")      # a tool message takes text only
-                    content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
-                                 f"{self._called.get(call_id, call_id)}:"}, told]
-            text = "\n".join(texts)
-            if part.get("is_error") is True and not text.startswith("Error"):
-                text = f"Error: {text}"
-            results.append({"role": "tool", "tool_call_id": call_id, "content": text})
-        if not content:
-            return results
-        if len(content) == 1 and content[0]["type"] == "text":
-            return [*results, {"role": "user", "content": content[0]["text"]}]
-        return [*results, {"role": "user", "content": content}]
-
-    def _part(self, part: Mapping[str, object]) -> list[dict]:
-        kind, source = part.get("type"), json_object(part.get("source"))
-        if kind == "text":
-            return [{"type": "text", "text": part["text"]}] if part.get("text") else []
-        if kind == "image" and source.get("type") == "base64":
-            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-            return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "image" and source.get("type") == "url":
-            return [{"type": "image_url", "image_url": {"url": source.get("url")}}]
-        if kind == "document" and source.get("type") == "base64" and self.is_openai:
-            return [{"type": "file", "file": {
-                "filename": part.get("title") or "document.pdf",
-                "file_data": f"data:{source.get('media_type')};base64,{source.get('data')}"}}]
-        if kind == "document" and source.get("type") == "text":
-            return [{"type": "text", "text": f"<document title={part.get('title') or ''!s}>\n"
-                     f"{source.get('data')}\n</document>"}]
-        if kind == "document" and source.get("type") == "content":
-            return [piece for inner in _parts_of(source.get("content"))
-                    for piece in self._part(inner)]
-        if kind == "search_result":
-            return [{"type": "text", "text": f"{part.get('title')} ({part.get('source')})\n"
-                     + _text_of(part.get("content"), "\n")}]
-        raise BadRequest(f"content of the type {shown_name(str(kind))} cannot be carried over "
-                         "to this model's provider", param="messages")
 
 
 def without_own_thinking(messages: object) -> object:
@@ -6180,9 +6459,6 @@ ERROR_STATUSES = MappingProxyType({
     **{kind: status for status, kind in ANTHROPIC_ERRORS.items()},
     "server_error": 500, "insufficient_quota": 429, "rate_limit_exceeded": 429, "requests": 429,
     "tokens": 429})
-# (the client's API, the format of the model's provider) -> what carries the one over the other
-TRANSLATORS = MappingProxyType({("chat", "anthropic"): ChatOnClaude,
-                                ("messages", "openai"): MessagesOnChat})
 
 
 # ==== 14. The echo model ========================================================================
@@ -10224,7 +10500,7 @@ class Router:
         limited = free is not None
         call = Call(request, provider, api, upstream_model, body) \
             if api in provider.apis or api in FORMAT_APIS[provider.format] \
-            and (api, provider.format) not in TRANSLATORS \
+            and (api, provider.format) not in TRANSLATED \
             else self._translated(request, provider, api, upstream_model, body, limited)
         call.added_betas += self._window_betas(model, provider)
         body, call.prices = call.body, prices
@@ -10264,10 +10540,10 @@ class Router:
         Under a limit a cap that the client did not set is left to the reservation.
         """
         check_thread(body.fields)
-        make = TRANSLATORS.get((api, provider.format))
-        if make is None:
+        carries = TRANSLATED.get((api, provider.format))
+        if carries is None:
             paths = [path for path, a in METERED_APIS.items()
-                     if a in provider.apis or (a, provider.format) in TRANSLATORS]
+                     if a in provider.apis or (a, provider.format) in TRANSLATED]
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
                 f"dialect; call it at {' or '.join(paths)}", param="model")
@@ -10275,21 +10551,19 @@ class Router:
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.headers.get("x-ironcage-strict") == "1")
-        with well_shaped(BadRequest(REQUEST_SHAPE)):
-            translator = make({**body.fields, "model": model}, losses,
-                              most_output_tokens=most or UNKNOWN_MAX_OUTPUT_TOKENS,
-                              is_openai=provider.name == "openai",
-                              echoes_reasoning=provider.reasoning_field == "reasoning_content",
-                              recall=lambda *key: self.thinking.recall(
-                                  (request.caller.name, model, *key)))
-        translator.asked_model = str(body.fields["model"])
-        translator.keep = lambda *kept: self.thinking.keep(
-            (request.caller.name, model, *kept[:2]), kept[2])
+        whose = (request.caller.name, model)
+        target = Target(
+            most or UNKNOWN_MAX_OUTPUT_TOKENS, provider.fields is None, provider,
+            lambda *key: self.thinking.recall((*whose, *key)),
+            lambda *key, thoughts: self.thinking.keep((*whose, *key), thoughts))
+        translator = Translator(api, carries, {**body.fields, "model": model}, losses, target,
+                                str(body.fields["model"]))
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
         call = Call(request, provider, translator.api, model, parse_json_object(json_bytes(fields)))
-        call.translator, call.losses, call.added_betas = translator, losses, translator.betas
+        call.translator, call.losses = translator, losses
+        call.added_betas = translator.terms.betas
         return call
 
     def _bound(self, call: Call, price: Price, free: Optional[int]) -> Bound:
@@ -10546,9 +10820,8 @@ class Router:
                                           body, headers)
         if not isinstance(parsed, dict):
             raise UpstreamBroke("the provider's answer is not JSON")
-        with well_shaped(UpstreamBroke(ANSWER_SHAPE)):
-            answer = translator.answer(parsed)
-        return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
+        return Answer(200, (*headers, ("content-type", "application/json")),
+                      json_bytes(translator.answer(parsed)))
 
     def _translated_error(self, call: Call, translator: Translator, status: int,
                           body: Mapping[str, object], headers: list) -> Answer:
@@ -10585,14 +10858,8 @@ class Router:
                 raise UpstreamBroke("the provider's stream ended without its last event")
             yield {"type": "done"}
 
-        events = translator.events(parsed_events())
         try:
-            while True:
-                with well_shaped(UpstreamBroke(ANSWER_SHAPE)):
-                    event = next(events, None)
-                if event is None:
-                    break
-                yield event
+            yield from translator.events(parsed_events())
         except UpstreamBroke:
             if not failure:
                 raise

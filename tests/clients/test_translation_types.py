@@ -31,12 +31,14 @@ def valid(types, request):
 
 
 def chat_on_claude(fields, model="claude-opus-5-5"):
-    return ic.ChatOnClaude({**fields, "model": model}, ic.Losses(), most_output_tokens=64_000)
+    return ic.Translator("chat", "messages", {**fields, "model": model}, ic.Losses(),
+                         ic.Target(64_000))
 
 
 def messages_on_chat(fields, is_openai=True):
-    return ic.MessagesOnChat({**fields, "model": "gpt-5.5"}, ic.Losses(),
-                             most_output_tokens=128_000, is_openai=is_openai)
+    return ic.Translator("messages", "chat", {**fields, "model": "gpt-5.5"}, ic.Losses(),
+                         ic.Target(128_000, is_openai, ic.KNOWN_PROVIDERS[
+                             "openai" if is_openai else "together_ai"]))
 
 
 @pytest.mark.parametrize("model", [

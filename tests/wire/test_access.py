@@ -645,7 +645,7 @@ def test_many_tool_results_are_paired_in_linear_time():
 
     for message in fields["messages"][2:]:
         message["tool_call_id"] = Counted(message["tool_call_id"])
-    module.ChatOnClaude(fields, module.Losses(), most_output_tokens=100)
+    module.Translator("chat", "messages", fields, module.Losses(), module.Target(100))
 
     assert len(compared) < 20 * count
 
