@@ -4,14 +4,22 @@ dialect, what an answer says to it, and what a request means to a provider. It k
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Mapping, NamedTuple, Optional, Sequence
 
-from support import RawAnswer, sse_events
+from support import MockProvider, RawAnswer, sse_events
 from translation_checker import (check_chat_stream, check_message_stream, check_response,
                                  check_response_stream)
 from vendor_answers import opened_seal
 
 PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses": "/v1/responses"}
+ALL = [(client, api) for client in PATHS for api in PATHS]
+MISSING = {("chat", "responses"), ("messages", "responses"), ("responses", "chat"),
+           ("responses", "messages")}          # what is still to come
+PAIRS = [pair for pair in ALL if pair not in MISSING]
+# A model for each API: of a server of OpenAI's format that has chat alone, Claude, and one of
+# OpenAI's that takes tools and reasoning in Responses alone.
+MODELS = {"chat": "lab/qwen3", "messages": "claude-haiku-5-5", "responses": "gpt-6.1-sol"}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
               "additionalProperties": False}
 
@@ -42,6 +50,15 @@ class Heard(NamedTuple):
     prompt: int = 0                     # cached ones among them
     cached: int = 0
     made: int = 0
+
+
+def configured(mock: MockProvider, folder: Path, **more: object) -> str:
+    """A configuration with a provider for each API, all of them the mock; its path."""
+    path = folder / "cage.json"
+    path.write_text(json.dumps({
+        "price_as": {"lab/*": "gpt-4o-mini"}, **more,
+        "providers": {"lab": {"base_url": mock.url + "/v1", "key_env": "OPENAI_API_KEY"}}}))
+    return str(path)
 
 
 # What a client sends.

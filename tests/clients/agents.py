@@ -56,6 +56,7 @@ def heard(api: str, fields: dict) -> Heard:
         inner = {f"{tool['name']}.{t['name']}": t for t in tool.get("tools", ())}
         if inner or tool.get("type") in (None, "function", "custom"):
             tools.update(inner or {tool["name"]: tool})
+    tools.update({name.replace("__", "."): tool for name, tool in tools.items() if "__" in name})
     said = [message for message in messages if message.get("role") != "system"]
     return Heard(api, fields, _text(messages), _text(said[-1:]), tuple(_results(messages)), tools,
                  *(any(str(tool.get("type")).startswith(kind) for tool in offered)

@@ -12,18 +12,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from dialects import PATHS, Ask, Heard, heard, meant, next_turn, request_of, whole_of
+from dialects import (ALL, MODELS, PAIRS, PATHS, Ask, Heard, configured, heard, meant, next_turn,
+                      request_of, whole_of)
 from support import (Close, Cut, Gate, RawClient, Reply, anthropic_error, call, openai_error,
                      settled_status, sse, sse_events)
 from vendor_answers import Refuse, Say, Speaker, Think, Use
 
-# What provider and model speak which API: a server of OpenAI's format that has chat alone, Claude,
-# and a model of OpenAI's that takes tools and reasoning in Responses alone.
-MODELS = {"chat": "lab/qwen3", "messages": "claude-haiku-5-5", "responses": "gpt-6.1-sol"}
-ALL = [(client, api) for client in PATHS for api in PATHS]
-MISSING = {("chat", "responses"), ("messages", "responses"), ("responses", "chat"),
-           ("responses", "messages")}          # what is still to come
-PAIRS = [pair for pair in ALL if pair not in MISSING]
 NAMES = [f"{client}-on-{api}" for client, api in PAIRS]
 
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk" \
@@ -135,11 +129,8 @@ def mock():
 def served(mock, proxy_for, tmp_path):
     """Start a proxy in front of the three."""
     def start(*argv, **options):
-        path = tmp_path / "cage.json"
-        path.write_text(json.dumps({
-            "price_as": {"lab/*": "gpt-4o-mini"},
-            "providers": {"lab": {"base_url": mock.url + "/v1", "key_env": "OPENAI_API_KEY"}}}))
-        return proxy_for("--config", str(path), *(argv or ("--budget", "10")), **options)
+        return proxy_for("--config", configured(mock, tmp_path), *(argv or ("--budget", "10")),
+                         **options)
     return start
 
 
