@@ -1072,6 +1072,7 @@ class Price(NamedTuple):
     max_input_tokens: Optional[int]
     max_output_tokens: Optional[int]
     known_rates: dict                         # what rates() and dearest_rates() worked out already
+    is_for_responses: bool = False            # the model is called in OpenAI's Responses only
     is_stand_in: bool = False                 # by price_as, for a model without a price of its own
 
     def _amounts(self, key: str, suffix: str, reached: Sequence[int]) -> Iterator[Optional[Rate]]:
@@ -1298,7 +1299,7 @@ def price_from_row(key: str, row: object) -> Price:
             for found in map(_RESIDENCY.fullmatch, row) if found}),
         max_input_tokens=_limit(row, "max_input_tokens"),
         max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"),
-        known_rates={})
+        known_rates={}, is_for_responses=row.get("mode") == "responses")
 
 
 # The embedded model has a price under any table, so that budgets can be tried without a provider.
@@ -3140,7 +3141,7 @@ class AnswerMeter:
     def end_body(self) -> None:
         """Note that the body ended in order: where all choices finished, no more usage is due."""
         self.body_has_ended = True
-        if self._has_finished():
+        if self.has_finished():
             self.awaits_usage = False
 
     def _parsed(self, text: bytes) -> Optional[dict]:
@@ -3228,10 +3229,11 @@ class AnswerMeter:
                 not shown and self._finished.get(index, False))
         if chunk.get("usage") is not None:
             # Running usage beside choices is not final before the end.
-            self.awaits_usage = bool(choices) or not self._has_finished()
+            self.awaits_usage = bool(choices) or not self.has_finished()
         self._read_result(chunk)
 
-    def _has_finished(self) -> bool:
+    def has_finished(self) -> bool:
+        """Whether each choice of a chat stream has its finish reason."""
         return bool(self._finished) and all(self._finished.values())
 
     def _read_responses_event(self, event: dict) -> None:
@@ -5216,7 +5218,7 @@ QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 
 def openai_failure(status: int, body: Mapping[str, object]) -> Failure:
     """Read an error of OpenAI's format."""
-    inner = body.get("error", body)
+    inner = body.get("error") or json_object(body.get("response")).get("error") or body
     message = inner if isinstance(inner, str) else json_object(inner).get("message")
     code, param = (json_object(inner).get(name) for name in ("code", "param"))
     return Failure(402 if code in QUOTA_CODES else status,
@@ -6286,8 +6288,24 @@ DIALECTS = MappingProxyType({
 })
 
 
-# (API of a client, format of the model's provider) -> the API that is called there
-TRANSLATED = MappingProxyType({("chat", "anthropic"): "messages", ("messages", "openai"): "chat"})
+def carrying_api(api: str, provider: Provider, model: str,
+                 price: Optional[Price]) -> Optional[str]:
+    """Return the API in which a model is called for a client of another: that one itself where
+    the provider speaks it; None where none carries it.
+
+    Models of OpenAI's that reason are called in Responses: chat refuses tools beside an effort.
+    """
+    spoken = provider.apis & DIALECTS.keys()
+    is_for_responses = "responses" in spoken and price is not None and price.is_for_responses
+    if api in provider.apis and not (api == "chat" and is_for_responses):
+        return api
+    if api not in DIALECTS:
+        return None
+    if "messages" in spoken:
+        return "messages"
+    if is_for_responses or ("responses" in spoken and gpt_of(model).efforts):
+        return "responses"
+    return "chat"
 
 
 class Translator:
@@ -6326,6 +6344,10 @@ class Translator:
     def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
         """Return an error, with its status."""
         return self._client.write_error(self._provider.read_error(status, body), request_id)
+
+    def failed(self, body: dict) -> Iterable[dict]:
+        """Return what ends a stream after an error in the client's words."""
+        return self._writer.failed(body)
 
     def _freed(self, events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
         """Yield an answer's events as if the request had gone as its client wrote it."""
@@ -6458,7 +6480,7 @@ def estimated_input_tokens(fields: Mapping[str, object]) -> int:
 ERROR_STATUSES = MappingProxyType({
     **{kind: status for status, kind in ANTHROPIC_ERRORS.items()},
     "server_error": 500, "insufficient_quota": 429, "rate_limit_exceeded": 429, "requests": 429,
-    "tokens": 429})
+    "tokens": 429, "invalid_prompt": 400, "context_length_exceeded": 400})
 
 
 # ==== 14. The echo model ========================================================================
@@ -9430,6 +9452,7 @@ class Call:
         self.wants_stream = optional_flag(body.fields, "stream")
         self.meter = AnswerMeter(api)
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
+        self.heard_s = time.monotonic()               # when its client last got a translated event
 
     def intent_row(self) -> dict:
         """The ledger's row as it is before the call is sent."""
@@ -10269,6 +10292,8 @@ def other_models(fields: Mapping[str, object]) -> Iterator[str]:
             yield str(value)
 
 
+NO_RESPONSES = ' (if this server has no /v1/responses, give its provider "responses": false in ' \
+               "--config, or start with --openai-chat-only where it stands in for OpenAI)"
 _CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
 NO_OUTPUT = rb'"max_tokens"\s*:\s*0\s*[,}]'
 
@@ -10498,10 +10523,10 @@ class Router:
         provider = self._ready(provider.speaking(api))
         free = self.controller.available(request.caller.scopes)
         limited = free is not None
-        call = Call(request, provider, api, upstream_model, body) \
-            if api in provider.apis or api in FORMAT_APIS[provider.format] \
-            and (api, provider.format) not in TRANSLATED \
-            else self._translated(request, provider, api, upstream_model, body, limited)
+        carrier = carrying_api(api, provider, upstream_model,
+                               prices.find(upstream_model, provider.name))
+        call = Call(request, provider, api, upstream_model, body) if carrier == api else \
+            self._translated(request, provider, (api, carrier), upstream_model, body, limited)
         call.added_betas += self._window_betas(model, provider)
         body, call.prices = call.body, prices
         asked_output_tokens(call.api, body.fields)     # a cap that is none is refused at any price
@@ -10533,17 +10558,18 @@ class Router:
             raise ModelForbidden(f"the token {caller.name} may use other models only: "
                                  f"{', '.join(caller.models)}", param="model")
 
-    def _translated(self, request: ClientRequest, provider: Provider, api: str, model: str,
-                    body: JsonBody, limited: bool) -> Call:
+    def _translated(self, request: ClientRequest, provider: Provider,
+                    apis: tuple[str, Optional[str]], model: str, body: JsonBody,
+                    limited: bool) -> Call:
         """A call in the API that its provider speaks. Raises BadRequest, Untranslatable.
 
         Under a limit a cap that the client did not set is left to the reservation.
         """
         check_thread(body.fields)
-        carries = TRANSLATED.get((api, provider.format))
-        if carries is None:
-            paths = [path for path, a in METERED_APIS.items()
-                     if a in provider.apis or (a, provider.format) in TRANSLATED]
+        api, carrier = apis
+        if carrier is None:
+            paths = [path for path, one in METERED_APIS.items()
+                     if carrying_api(one, provider, model, None)]
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
                 f"dialect; call it at {' or '.join(paths)}", param="model")
@@ -10556,7 +10582,7 @@ class Router:
             most or UNKNOWN_MAX_OUTPUT_TOKENS, provider.fields is None, provider,
             lambda *key: self.thinking.recall((*whose, *key)),
             lambda *key, thoughts: self.thinking.keep((*whose, *key), thoughts))
-        translator = Translator(api, carries, {**body.fields, "model": model}, losses, target,
+        translator = Translator(api, carrier, {**body.fields, "model": model}, losses, target,
                                 str(body.fields["model"]))
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
@@ -10812,8 +10838,8 @@ class Router:
         except (ValueError, RecursionError):
             parsed = None
         is_fine = 200 <= response.status < 300
-        if not is_fine or (isinstance(parsed, dict) and "error" in parsed
-                           and not {"choices", "content"} & parsed.keys()):
+        if not is_fine or (isinstance(parsed, dict) and parsed.get("error") is not None
+                           and not {"choices", "content", "output"} & parsed.keys()):
             body = parsed if isinstance(parsed, dict) else {
                 "error": {"message": raw[:500].decode("utf-8", "replace")}}
             return self._translated_error(call, translator, 502 if is_fine else response.status,
@@ -10826,6 +10852,8 @@ class Router:
     def _translated_error(self, call: Call, translator: Translator, status: int,
                           body: Mapping[str, object], headers: list) -> Answer:
         told, translated = translator.error(status, body, call.request.request_id)
+        if status == 404 and call.api == "responses":
+            translated["error"]["message"] += NO_RESPONSES
         no_retry = DO_NOT_RETRY if told == 402 or json_object(translated["error"]).get(
             "code") == "insufficient_quota" else ()
         return Answer(told, (*headers, *no_retry, ("content-type", "application/json")),
@@ -10836,13 +10864,14 @@ class Router:
                         ) -> Iterator[Union[dict, tuple[int, dict]]]:
         """The client's events; an error of the provider as (status, its body), the last."""
         failure: list[dict] = []
+        ping_s = self.settings.timeouts.ping_s
 
         def parsed_events() -> Iterator[dict]:
             """What the provider streams, metered, up to its end or its error."""
             encoding = content_encoding(response.headers)
             reader = StreamReader(call.meter, encoding, hides_usage=False)
-            for pieces in response.reads(self.settings.timeouts.ping_s):
-                if not pieces:
+            for pieces in response.reads(ping_s):
+                if time.monotonic() - call.heard_s >= ping_s:
                     yield {"type": "ping"}
                 for event in reader.parsed(pieces):
                     if call.meter.failure is not None:
@@ -10851,10 +10880,9 @@ class Router:
                     if call.meter.has_ended:
                         self._settle(call)         # before the client can see that it is over
                     yield event
-            has_ended = call.meter.has_ended
             reader.finish()
             self._settle(call)
-            if not has_ended:
+            if not call.meter.has_ended and not call.meter.has_finished():
                 raise UpstreamBroke("the provider's stream ended without its last event")
             yield {"type": "done"}
 
@@ -10870,25 +10898,30 @@ class Router:
 
     def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
         """Translated events as bytes; a stream that breaks ends with its dialect's error."""
-        client_api = call.translator.client_api
-        own_id = call.request.request_id
+        translator, own_id = call.translator, call.request.request_id
+        is_chat = translator.client_api == "chat"
+
+        def written(event: Mapping[str, object]) -> bytes:
+            call.heard_s = time.monotonic()
+            if event.get("type") == "ping" and translator.client_api != "messages":
+                return SSE_PING
+            return format_event(event, None if is_chat else str(event.get("type") or "error"))
+
         try:
             for event in events:
                 if isinstance(event, tuple):
-                    _, body = call.translator.error(*event, own_id)
-                    yield [format_event(body, "error" if client_api == "messages" else None)]
+                    _, body = translator.error(*event, own_id)
+                    yield [*map(written, translator.failed(body))]
                     return
-                if client_api == "messages":
-                    yield [format_event(event, event["type"])]
-                else:
-                    yield [SSE_PING if event.get("type") == "ping" else format_event(event)]
-            if client_api == "chat":
+                yield [written(event)]
+            if is_chat:
                 yield [format_event("[DONE]")]
         except UpstreamError as err:
             log.warning("stream broke", extra={"fields": {
                 "request_id": own_id, "reason": err.message}})
             self._settle(call)
-            yield [error_event(err, client_api, own_id)]
+            body = error_object(err, dialect_of(call.request.head.path), own_id)
+            yield [*map(written, translator.failed(body))]
 
     def _streamed(self, call: Call, response: Union[EchoResponse, UpstreamResponse]
                   ) -> Iterator[list[bytes]]:
@@ -12115,6 +12148,8 @@ SETTINGS = (
             metavar="FILE"),
     Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go; a bare host gets /v1",
             parse_base_url, "IRONCAGE_OPENAI_BASE_URL", "URL"),
+    Setting("--openai-chat-only", "openai_chat_only", "what answers in OpenAI's place has chat "
+            "completions only", None),
     Setting("--anthropic-base-url", "anthropic_base_url", "where Anthropic calls go",
             parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
     Setting("--allow-plain-http", "allow_plain_http", "send keys to a base URL that is neither "
@@ -12216,6 +12251,8 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
     providers = []
     for name, provider in KNOWN_PROVIDERS.items():
         url = values.pop(f"{name}_base_url", None)
+        if values.pop(f"{name}_chat_only", False):
+            provider = provider._replace(responses=False)
         if name in ("openai", "anthropic") or (
                 provider.base_url and not provider.is_named_only and environ.get(provider.key_env)):
             providers.append(with_key(at_base_url(provider, url) if url else provider, environ,

@@ -455,7 +455,7 @@ def test_a_translated_stream_is_charged_by_its_last_event_also_without_an_empty_
     answer = call(proxy.port, "POST", "/v1/messages",
                   {**APIS["messages"].fields, "model": "gpt-4o-mini", "stream": True})
 
-    assert b"without its last event" in answer.body
+    assert b"event: message_stop" in answer.body       # a finish reason and a clean end are an end
     assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"]
     assert last_row(proxy)["estimated"] is None
 
