@@ -5,6 +5,8 @@
     peers.py original URL         the Rust original, where `import iron_cage` works
     peers.py keys URL             what the original asks for a key
     peers.py load PORT CONNECTIONS REQUESTS KIND PID     loads a port; prints one JSON line
+
+KIND may be "CLIENT on API" or "CLIENT on API, streamed": one of the nine pairs of dialects.
 """
 import http.server
 import json
@@ -17,6 +19,9 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "unit")]
 
 CHUNKS = 200
 PACED_CHUNKS, PACE_S = 30, 0.1
@@ -44,6 +49,25 @@ STREAM = [event(number) for number in range(CHUNKS)] + [
     event(0, USAGE), b"e\r\ndata: [DONE]\n\n\r\n", b"0\r\n\r\n"]
 
 
+def answers():
+    """{path: (whole, streamed)} in the three APIs, of CHUNKS words, as bytes on the wire."""
+    from dialects import PATHS
+    from vendor_answers import Answer, Say, answer_of, counted
+    says = [Say("".join(f" word{number}" for number in range(CHUNKS)))]
+    made = {}
+    for api, path in PATHS.items():
+        asked = {"model": "gpt-4o-mini", "stream_options": {"include_usage": True}}
+        whole, streamed = (answer_of(api, {**asked, "stream": stream}, Answer(
+            says, counted(says, 60))) for stream in (False, True))
+        body = whole.body
+        made[path.encode()] = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+            % (len(body), body),
+            [SSE_HEAD, *(b"%x\r\n%b\r\n" % (len(step), step) for step in streamed.steps),
+             b"0\r\n\r\n"])
+    return made
+
+
 def pace(sock):
     """A stream of PACED_CHUNKS, each with the time when it was sent, PACE_S apart."""
     sock.sendall(SSE_HEAD)
@@ -57,16 +81,22 @@ def pace(sock):
 
 
 def provide(port):
+    in_dialects = answers()
+
     def serve(sock):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         reader = sock.makefile("rb")
-        while reader.readline():
-            length = 0
+        for line in iter(reader.readline, b""):
+            path, length = line.split(b" ")[1], 0
             for line in iter(reader.readline, b"\r\n"):
                 if line.lower().startswith(b"content-length:"):
                     length = int(line.split(b":")[1])
             body = reader.read(length)
-            if b'"paced"' in body:
+            whole, streamed = in_dialects.get(path, (b"", []))
+            if b"in dialects" in body:
+                for part in streamed if b'"stream": true' in body else [whole]:
+                    sock.sendall(part)
+            elif b'"paced"' in body:
                 pace(sock)
             elif b'"stream": true' in body:
                 sock.sendall(SSE_HEAD)
@@ -215,6 +245,8 @@ def load_paced(port, streams, pid):
 
 def request_of(kind):
     """The bytes of one request; a paced one is a stream."""
+    if " on " in kind:
+        return request_in_dialects(*kind.partition(", ")[0].split(" on "), "streamed" in kind)
     size = {"long": 400_000, "huge": 20_000_000}.get(kind, 900)
     fields = {"model": "gpt-4o-mini", "max_tokens": 72,
               "messages": [{"role": "user", "content": "some words " * (size // 11)}]}
@@ -224,6 +256,17 @@ def request_of(kind):
     return (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
             b"ic_bench_0123456789\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             % len(body)) + body
+
+
+def request_in_dialects(client, api, stream):
+    """What a client of one dialect asks a model behind an API."""
+    from dialects import MODELS, PATHS, Ask, request_of as asked
+    fields = asked(client, Ask(words="some words in dialects " * 40, system="Be brief.",
+                               tools=("weather", "clock"), cap=300), MODELS[api], stream)
+    body = json.dumps(fields).encode()
+    return (b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer ic_bench_0123456789\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % (PATHS[client].encode(), len(body))) + body
 
 
 def load(port, connections, requests, kind, pid):

@@ -1,6 +1,9 @@
 """Speed, as ratios against a naive proxy of the standard library in the same run.
 
-    python tests/bench/run.py [--quick]
+    python tests/bench/run.py [--quick] [--dialects]
+
+`--dialects` runs the nine pairs of dialects alone: CPU as ratios to the client's own API and, where
+IRONCAGE_BEFORE names another ironcage_proxy.py, to what that one takes.
 
 The provider, the load, the naive proxy and the proxy are processes of their own; rounds are
 interleaved and medians are taken, since machines are noisy. CPU comes from /proc, so from Linux.
@@ -17,10 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import PACE_S, memory_kb
+from peers import CHUNKS, PACE_S, memory_kb
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parents[1] / "ironcage_proxy.py"
+BEFORE = os.environ.get("IRONCAGE_BEFORE")
 PEERS = str(HERE / "peers.py")
 PROVIDER_PORT, NAIVE_PORT = 18_901, 18_902
 QUICK = "--quick" in sys.argv
@@ -45,9 +49,13 @@ VARIANTS = {
     "budget, ledger": ["--budget", "1000", "--ledger", "LEDGER"],
     **({"budget, one CPU": ["--budget", "1000"]} if shutil.which("taskset") else {}),
 }
+PAIRS = [(client, api) for client in ("chat", "messages", "responses")
+         for api in ("chat", "messages", "responses")]
 ENVIRON = {**{name: value for name, value in os.environ.items()
              if name != "PYTHONDONTWRITEBYTECODE"},
            "OPENAI_API_KEY": "sk-bench", "IRONCAGE_TOKEN": "ic_bench_0123456789",
+           "ANTHROPIC_API_KEY": "sk-ant-bench",
+           "IRONCAGE_ANTHROPIC_BASE_URL": f"http://127.0.0.1:{PROVIDER_PORT}",
            "IRONCAGE_OPENAI_BASE_URL": f"http://127.0.0.1:{PROVIDER_PORT}"}
 
 
@@ -57,7 +65,7 @@ def started(*argv, python=sys.executable):
     return process, process.stdout.readline()
 
 
-def measured(variant, load):
+def measured(variant, load, program=PROGRAM):
     """One load on one variant, in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         url = ENVIRON["IRONCAGE_OPENAI_BASE_URL"]
@@ -67,10 +75,14 @@ def measured(variant, load):
             process, line = started(PEERS, "original", url,
                                     python=os.environ["IRONCAGE_ORIGINAL"])
         else:
-            flags = [f"{folder}/cage.db" if flag == "LEDGER" else flag
-                     for flag in VARIANTS[variant]]
+            config = Path(folder, "cage.json")
+            config.write_text(json.dumps({
+                "price_as": {"lab/*": "gpt-4o-mini"},
+                "providers": {"lab": {"base_url": url + "/v1", "key_env": "OPENAI_API_KEY"}}}))
+            flags = [{"LEDGER": f"{folder}/cage.db", "CONFIG": str(config)}.get(flag, flag)
+                     for flag in VARIANTS.get(variant, ["--budget", "1000", "--config", "CONFIG"])]
             place = ["taskset", "-c", "0"] if "one CPU" in variant else []
-            python, *argv = *place, sys.executable, str(PROGRAM), "--port", "0", "--quiet", *flags
+            python, *argv = *place, sys.executable, str(program), "--port", "0", "--quiet", *flags
             process, line = started(*argv, python=python)
         found = re.search(r":(\d+)", line)
         port = int(found[1]) if found else NAIVE_PORT
@@ -127,9 +139,39 @@ def print_paced():
                   f"{row['cpu_us']:9.0f}{row['rss_mb']:9.0f}{row['faults']:8.0f}")
 
 
+def print_dialects():
+    """CPU of each pair, and the ratio to the client's own API, which is not translated."""
+    counts = {"": 300 if QUICK else 1_500, ", streamed": 10 if QUICK else 60}
+    programs = [PROGRAM, BEFORE] if BEFORE else [PROGRAM]
+    found = {(program, pair, kind): [] for pair in PAIRS for kind in counts
+             for program in programs}
+    for _ in range(ROUNDS):
+        for program, pair, kind in found:
+            found[program, pair, kind].append(measured(
+                "dialects", (1, counts[kind], " on ".join(pair) + kind), program))
+    cpu = {key: statistics.median(row["cpu_us"] or 0 for row in rows)
+           for key, rows in found.items()}
+    faults = {key: sum(row["faults"] for row in rows) for key, rows in found.items()}
+    print(f"\n{'client on API':24}" + 2 * f"{'CPU us':>10}{'ratio':>8}{'before':>8}"
+          + f"{'faults':>8}   (a request; an event of a stream)")
+    for pair in PAIRS:
+        cells = ""
+        for kind, each in (("", 1), (", streamed", CHUNKS)):
+            us = cpu[PROGRAM, pair, kind]
+            before = us / (cpu[BEFORE, pair, kind] or 1) \
+                if BEFORE and not faults[BEFORE, pair, kind] else None
+            cells += (f"{us / each:10.1f}{us / (cpu[PROGRAM, (pair[0], pair[0]), kind] or 1):8.2f}"
+                      + (f"{before:8.2f}" if before else f"{'-':>8}"))
+        print(f"{' on '.join(pair):24}{cells}"
+              f"{sum(faults[PROGRAM, pair, kind] for kind in counts):8}")
+
+
 def main():
     provider, _ = started(PEERS, "provider", str(PROVIDER_PORT))
     try:
+        print_dialects()
+        if "--dialects" in sys.argv:
+            return
         for name, load in LOADS.items():
             # The original takes no body over 10 MB, and keeps streams back to their end.
             variants = [variant for variant in VARIANTS
