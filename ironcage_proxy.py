@@ -4,12 +4,12 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 17, 18, 25
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 15, 23
-                     [ write the intent down ]                                chapter 16
-                     [ send with the provider's key ] --key--> provider       chapters 19, 23
-                     [ forward what comes back, as it comes; read its usage ] chapters 6-13, 23
-    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 15, 16, 20
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 18, 19, 26
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 16, 24
+                     [ write the intent down ]                                chapter 17
+                     [ send with the provider's key ] --key--> provider       chapters 20, 24
+                     [ forward what comes back, as it comes; read its usage ] chapters 6-14, 24
+    agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 16, 17, 21
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
     python ironcage_proxy.py --budget 2.00 -- claude -p "…"  # run one command inside the cage
@@ -23,7 +23,7 @@ is refused while a budget is set; provider keys go to their provider's host and 
 between a client and a provider of one format bytes travel unchanged, but for fields that the budget
 must set, which are spliced in.
 That a request cannot cost more than its bound rests on assumptions, which the README lists and
-which stand beside their figures in chapters 5 and 20.
+which stand beside their figures in chapters 5 and 21.
 
 Contents (each chapter uses only names of chapters above it):
 
@@ -39,26 +39,27 @@ Contents (each chapter uses only names of chapters above it):
     10. JSON schemas
     11. Chat completions
     12. Messages
-    13. Translators
-    14. The echo model
-    15. Cost controller
-    16. Ledger
-    17. Callers and configuration
-    18. HTTP on a socket
-    19. Upstream
-    20. Settlement
-    21. Events and metrics
-    22. Iron Cage server
-    23. Router
-    24. Dashboard
-    25. Server
-    26. Settings and command line
-    27. Embedding
+    13. Responses
+    14. Translators
+    15. The echo model
+    16. Cost controller
+    17. Ledger
+    18. Callers and configuration
+    19. HTTP on a socket
+    20. Upstream
+    21. Settlement
+    22. Events and metrics
+    23. Iron Cage server
+    24. Router
+    25. Dashboard
+    26. Server
+    27. Settings and command line
+    28. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 15, 16, 20 and 23; "what leaves this machine?" 19, and who calls it,
-CageServer._post in 22 and Router._send in 23; "is my message changed?" 3, without_usage in 7, 8 to
-13, Router._upstream_body in 23.
+overspend?" read 3, 4, 5, 7, 16, 17, 21 and 24; "what leaves this machine?" 20, and who calls it,
+CageServer._post in 23 and Router._send in 24; "is my message changed?" 3, without_usage in 7, 8 to
+14, Router._upstream_body in 24.
 """
 from __future__ import annotations
 
@@ -212,7 +213,7 @@ class Provider(NamedTuple):
     key: Optional[str] = None
     key_env: str = ""                          # the environment variable that holds the key
     default_service_tier: str = "default"      # assumed where a request leaves it open
-    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 20
+    max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 21
     is_free: bool = False                      # none of its models costs anything
     stream_usage: bool = True                  # it knows stream_options.include_usage
     key_as: str = ""                           # a key of KEY_HEADERS; "": as its format has it
@@ -6259,7 +6260,985 @@ def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
                     "error": {"type": kind, "message": text}}
 
 
-# ==== 13. Translators ===========================================================================
+# ==== 13. Responses =============================================================================
+#
+# OpenAI's Responses API: a conversation of items in place of messages, and a stream of numbered
+# events. Source: its API reference, the types of openai 3.57.0 and the accumulator of its stream,
+# what Codex 0.171 sends, and 127 recorded exchanges (November 2026).
+
+RESPONSES_RULES = MappingProxyType({
+    **dict.fromkeys((
+        "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
+        "max_output_tokens", "temperature", "top_p", "reasoning", "text", "user",
+        "safety_identifier", "metadata", "service_tier"), ("own",)),
+    **dict.fromkeys(("include", "stream_options", "client_metadata", "prompt_cache_key",
+                     "prompt_cache_retention", "prompt_cache_options"), ("hint",)),
+    "store": ("rest", False), "truncation": ("rest", "disabled"), "top_logprobs": ("rest", 0),
+    "context_management": ("rest", []), "background": ("refuse", False),
+    "previous_response_id": ("refuse",), "conversation": ("refuse",), "prompt": ("refuse",),
+})
+# Of what stands inside these fields, the same; Codex asks for all_turns, which is what happens.
+INNER_RULES = MappingProxyType({
+    "reasoning": {"effort": ("own",), "summary": ("own",), "generate_summary": ("own",),
+                  "context": ("rest", "auto", "all_turns"), "mode": ("rest", "standard")},
+    "text": {"format": ("own",), "verbosity": ("hint",)}})
+RESPONSES_NAMES = MappingProxyType({
+    "output_cap": "max_output_tokens", "effort": "reasoning.effort", "format": "text.format",
+    "choice": "tool_choice", "strict": "tools.strict", "schema": "tools.parameters",
+    "syntax": "tools.format", "results": "input.function_call_output",
+    "later_system": "input.system", "prefill": "input.prefill", "thoughts": "input.reasoning",
+    "turns": "input", "tier": "service_tier"})
+# What it takes under the names that other APIs have for it, too.
+RESPONSES_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
+                             "prompt_cache_options"})
+IN_INPUT = in_request("input")
+SEARCH_TYPES = r"web_search(_preview)?(_\d{4}_\d\d_\d\d)?"
+SEARCH_OPTIONS = ("allowed_domains", "blocked_domains", "user_location", "max_uses")
+TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the member with its text
+    **dict.fromkeys(("input_text", "output_text", "text"), "text"), "refusal": "refusal",
+    "encrypted_content": "encrypted_content"})     # of subagents; only OpenAI encrypts it
+MIN_RESPONSE_TOKENS = 16                           # the least max_output_tokens that it takes
+
+
+class ClientTool(NamedTuple):
+    """A tool that OpenAI has a type for, and the client runs: elsewhere it is a function."""
+    call: str                            # type of the item that calls it
+    prefix: str                          # of that item's id
+    member: str                          # of that item: what the function's arguments are
+    result: str                          # type of the item that answers
+    description: str
+    schema: Mapping[str, object]
+    blank: Mapping[str, object] = MappingProxyType({})     # of the member, where nothing is said
+    item: Mapping[str, object] = MappingProxyType({})      # what the calling item has beside it
+
+
+def _object_of(required: Sequence[str], **properties: object) -> dict:
+    return {"type": "object", "properties": properties, "required": [*required]}
+
+
+_STRINGS = {"type": "array", "items": {"type": "string"}}
+OPENAI_CLIENT_TOOLS = MappingProxyType({
+    "local_shell": ClientTool(
+        "local_shell_call", "lsh", "action", "local_shell_call_output",
+        "Run a command on the machine.",
+        _object_of(("command",), command=_STRINGS, working_directory={"type": "string"},
+                   timeout_ms={"type": "integer"}), {"type": "exec", "env": {}}),
+    "shell": ClientTool(
+        "shell_call", "sh", "action", "shell_call_output", "Run shell commands, each on its own.",
+        _object_of(("commands",), commands=_STRINGS, timeout_ms={"type": "integer"},
+                   max_output_length={"type": "integer"})),
+    "apply_patch": ClientTool(
+        "apply_patch_call", "apc", "operation", "apply_patch_call_output",
+        "Create, update or delete a file; diff is in the V4A format, and left out to delete.",
+        _object_of(("type", "path"), path={"type": "string"}, diff={"type": "string"}, type={
+            "type": "string", "enum": ["create_file", "update_file", "delete_file"]})),
+    "tool_search": ClientTool(
+        "tool_search_call", "tsc", "arguments", "tool_search_output", "Find further tools.",
+        _object_of((), query={"type": "string"}), item={"execution": "client"}),
+})
+_CLIENT_CALLS = MappingProxyType({row.call: kind for kind, row in OPENAI_CLIENT_TOOLS.items()})
+
+
+# Its requests, read.
+
+
+def read_responses_request(fields: Mapping[str, object]) -> Conversation:
+    """Read a request of Responses. Raises BadRequest."""
+    conversation = Conversation(str(fields["model"]))
+    conversation.rest, conversation.hints = by_rules(fields, RESPONSES_RULES)
+    reasoning, text = (object_in(fields, name, in_request(name)) for name in INNER_RULES)
+    for (name, rules), inner in zip(INNER_RULES.items(), (reasoning, text)):
+        rest, hints = by_rules(inner, rules)
+        conversation.rest.update((f"{name}.{key}", value) for key, value in rest.items())
+        conversation.hints.update(hints)
+    conversation.effort = effort_of(reasoning.get("effort"), "reasoning.effort")
+    conversation.summary = next((summary for summary in (
+        text_in(reasoning, name, in_request("reasoning"))
+        for name in ("summary", "generate_summary")) if summary), None)
+    conversation.format = _format_of_text(text)
+    conversation.output_cap = optional_count(fields, "max_output_tokens", least=1)
+    conversation.sampling = sampling_of(fields)
+    conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False
+    conversation.streams = optional_flag(fields, "stream")
+    conversation.tier = text_in(fields, "service_tier", in_request("service_tier")) or None
+    set_user(conversation, fields)
+    reader = _InputReader(conversation)
+    reader.add_tools(rows_in(fields, "tools", IN_TOOLS))
+    reader.read(fields)
+    _read_choice(fields.get("tool_choice"), conversation)
+    return conversation
+
+
+def _format_of_text(text: Mapping[str, object]) -> Optional[Format]:
+    fault = in_request("text.format")
+    row = object_in(text, "format", fault)
+    kind = row.get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise BadRequest("text.format has a type that is not known", param="text.format")
+    return None if kind == "text" else Format(
+        checked_schema(row.get("schema"), fault), text_in(row, "name", fault),
+        text_in(row, "description", fault), row.get("strict") is True)
+
+
+def _read_choice(wanted: object, conversation: Conversation) -> None:
+    """Read tool_choice; tools that it does not allow are left out. OpenAI's own tools are named by
+    their type. Raises BadRequest."""
+    def named(row: Mapping[str, object]) -> str:
+        kind = str(row.get("type"))
+        return str(row.get("name") or re.sub(SEARCH_TYPES, "web_search", kind))
+
+    rule = json_object(wanted)
+    if rule.get("type") == "allowed_tools":
+        names = [*map(named, rows_in(rule, "tools", in_request("tool_choice")))]
+        conversation.tools = [tool for tool in conversation.tools if tool.name in names]
+        wanted = rule.get("mode", "auto")
+    if wanted in ("auto", "none", "required"):
+        conversation.choice = Choice(str(wanted))
+    elif rule and any(tool.name == named(rule) and tool.kind != "other"
+                      for tool in conversation.tools):
+        conversation.choice = Choice("tool", named(rule), text_in(
+            rule, "namespace", in_request("tool_choice")))
+    elif wanted is not None:
+        raise BadRequest("tool_choice must be auto, none, required, or a tool of this request that "
+                         "can be carried over to this model's provider", param="tool_choice")
+
+
+class _InputReader:
+    """Makes turns of items: a run of what the assistant did is one turn, and one of results."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._run = ""                             # what the last turn is a run of
+
+    def read(self, fields: Mapping[str, object]) -> None:
+        """Read all that was said. Raises BadRequest."""
+        instructions, given = text_in(fields, "instructions", in_request("instructions")), \
+            fields.get("input")
+        self._add("system", [Part("text", instructions)] if instructions else [])
+        items = [{"role": "user", "content": given}] if isinstance(given, str) \
+            else rows_in(fields, "input", IN_INPUT)
+        for item in items:
+            kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
+            read = _ITEM_READERS.get(kind)
+            if read is not None:
+                read(self, item)
+            elif kind in _ITEM_PARTS:
+                self._add("assistant", _ITEM_PARTS[kind](item, IN_INPUT), "assistant")
+            else:                                  # what a provider's tools did, or unknown
+                self._conversation.rest[f"input.{kind}"] = item
+
+    def _add(self, role: str, parts: list[Part], run: str = "") -> None:
+        turns = self._conversation.turns
+        if run and run == self._run:
+            turns[-1].parts.extend(parts)
+        elif parts:
+            turns.append(Turn(role, parts))
+            self._run = run
+
+    def _message(self, item: Mapping[str, object]) -> None:
+        role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
+        if role not in ("system", "user", "assistant"):
+            raise BadRequest("a message has a role that is not known", param="input")
+        self._add(str(role), _content_parts(item, "content", IN_INPUT),
+                  "assistant" if role == "assistant" else "")
+
+    def _agent_message(self, item: Mapping[str, object]) -> None:
+        author = Part("text", f"[message from {item.get('author')}]")
+        self._add("user", [author, *_content_parts(item, "content", IN_INPUT)])
+
+    def _result(self, item: Mapping[str, object]) -> None:
+        output, status = item.get("output"), item.get("status")
+        if item.get("type") == "shell_call_output":
+            output = json.dumps(output)            # streams and exit codes, command by command
+        elif item.get("type") == "apply_patch_call_output":
+            output = output or status
+        self._add("user", [Part(
+            "result", id=str(item.get("call_id") or item.get("id") or ""),
+            parts=_content_parts({"output": output}, "output", IN_INPUT),
+            is_error=status == "failed")], "results")
+
+    def _tools(self, item: Mapping[str, object]) -> None:
+        names = self.add_tools(rows_in(item, "tools", IN_INPUT))
+        if item.get("type") == "tool_search_output" and item.get("call_id"):
+            self._result({"call_id": item["call_id"], "output": f"Found: {', '.join(names)}"})
+
+    def add_tools(self, rows: Iterable[Mapping[str, object]], space: str = "",
+                  about: str = "") -> list[str]:
+        """Add tools that are not known yet, and return the names of all. What is said of a
+        namespace stands before its first."""
+        tools, names = self._conversation.tools, []
+        for row in rows:
+            if row.get("type") == "namespace":
+                names += self.add_tools(rows_in(row, "tools", IN_TOOLS), text_in(
+                    row, "name", IN_TOOLS), text_in(row, "description", IN_TOOLS))
+                continue
+            tool = _tool_of_item(row, space, about)
+            names.append(tool.name)
+            if (tool.kind, tool.name, space) not in {
+                    (one.kind, one.name, one.namespace) for one in tools}:
+                tools.append(tool)
+            about = ""
+            if tool.kind == "search":
+                self._conversation.rest.update(
+                    (f"tools.web_search.{name}", value) for name, value in row.items()
+                    if value is not None and name not in ("type", "filters", *SEARCH_OPTIONS))
+        return names
+
+    def _client_call(self, item: Mapping[str, object]) -> None:
+        name = _CLIENT_CALLS[str(item["type"])]
+        arguments = item.get(OPENAI_CLIENT_TOOLS[name].member)
+        if item.get("call_id"):                    # none: it ran at OpenAI
+            self._add("assistant", [Part("call", json.dumps(arguments), name=name,
+                                         id=str(item["call_id"]))], "assistant")
+
+    def _update(self, item: Mapping[str, object]) -> None:
+        reasoning, text = (object_in(item, name, IN_INPUT) for name in INNER_RULES)
+        if "effort" in reasoning:
+            self._conversation.effort = effort_of(reasoning["effort"], "input")
+        if "format" in text:
+            self._conversation.format = _format_of_text(text)
+
+    def _refuse(self, item: Mapping[str, object]) -> None:
+        raise BadRequest(f"an item of the type {shown_name(str(item.get('type')))} refers to what "
+                         "OpenAI has stored, or would store, which this model's provider cannot "
+                         "see: send the items themselves", param="input")
+
+
+def _tool_of_item(row: Mapping[str, object], space: str, about: str) -> Tool:
+    kind, name, words = (text_in(row, key, IN_TOOLS) for key in ("type", "name", "description"))
+    known = OPENAI_CLIENT_TOOLS.get(kind)
+    words = f"{about}\n\n{words}".strip()
+    if kind in ("function", "custom") and not name:
+        raise BadRequest("a function or a custom tool must have a name", param="tools")
+    if kind == "custom":
+        syntax = object_in(row, "format", IN_TOOLS)
+        return Tool("text", name, words, namespace=space,
+                    syntax=syntax if syntax.get("type") == "grammar" else {})
+    schema = checked_schema(object_in(row, "parameters", IN_TOOLS), IN_TOOLS)
+    if kind == "function":
+        return Tool("function", name, words, schema, row.get("strict") is True, space)
+    if re.fullmatch(SEARCH_TYPES, kind):
+        options = {**row, **object_in(row, "filters", IN_TOOLS)}
+        return Tool("search", "web_search", native=row, origin="responses", search={
+            key: options[key] for key in SEARCH_OPTIONS if options.get(key)})
+    if known is None or any(kind == type_ and _member(row, where) != client
+                            for type_, where, client in CLIENT_TOOL_PLACES):
+        return Tool("other", kind, native=row, origin="responses")
+    return Tool("function", kind, words or known.description, schema or known.schema)
+
+
+def _member(row: object, path: Iterable[str]) -> object:
+    for name in path:
+        row = json_object(row).get(name)
+    return row
+
+
+_ITEM_READERS = MappingProxyType({
+    "message": _InputReader._message, "agent_message": _InputReader._agent_message,
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output",
+                     *(row.result for row in OPENAI_CLIENT_TOOLS.values())), _InputReader._result),
+    **dict.fromkeys(_CLIENT_CALLS, _InputReader._client_call),
+    **dict.fromkeys(("additional_tools", "tool_search_output"), _InputReader._tools),
+    "configuration_update": _InputReader._update,
+    **dict.fromkeys(("item_reference", "compaction_trigger"), _InputReader._refuse)})
+
+
+def _content_parts(holder: Mapping[str, object], name: str, fault: Fault) -> list[Part]:
+    value = holder.get(name)
+    if isinstance(value, str):
+        return [Part("text", value)]
+    return [_content_part(row, fault) for row in rows_in(holder, name, fault)]
+
+
+def _content_part(row: Mapping[str, object], fault: Fault) -> Part:
+    """Read a part of a message, or of a result. Raises what `fault` makes."""
+    kind = str(row.get("type"))
+    if kind not in TEXT_MEMBERS:
+        part = _media_part(kind, row, fault)
+    else:
+        part = Part("refusal" if kind == "refusal" else "text",
+                    text_in(row, TEXT_MEMBERS[kind], fault))
+        part.citations = tuple(
+            Citation(text_in(note, "url", fault), text_in(note, "title", fault), *(
+                note[name] if isinstance(note.get(name), int) else None
+                for name in ("start_index", "end_index")))
+            for note in rows_in(row, "annotations", fault) if note.get("type") == "url_citation")
+    part.mark = _mark_of(row)
+    return part
+
+
+def _media_part(kind: str, row: Mapping[str, object], fault: Fault) -> Part:
+    if fault is IN_INPUT and kind == "input_image" and not row.get("file_id"):
+        return image_at(text_in(row, "image_url", fault), text_in(row, "detail", fault))
+    if fault is IN_INPUT and kind == "input_file":
+        data, name, file_id, url = (text_in(row, key, fault) for key in (
+            "file_data", "filename", "file_id", "file_url"))
+        return Part("document", url=url, name=name) if url else document_of(
+            data, name, file_id, field="input")
+    raise fault("content", "text, an image or a file, and of a type and in a form that can be "
+                "carried over to this model's provider")
+
+
+# What its items say, in a history and in an answer.
+
+
+def _message_item_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+    return _content_parts(item, "content", fault)
+
+
+def _reasoning_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+    """Read a reasoning item: OpenAI's, or another's thought that came as one of ours."""
+    seal = text_in(item, "encrypted_content", fault)
+    texts = [text_in(row, "text", fault) for name in ("summary", "content")
+             for row in rows_in(item, name, fault)]
+    part = Part("thought", "\n\n".join(texts[:len(item.get("summary") or texts)]))
+    if seal.startswith(OWN_SIGNATURE):
+        part.origin, part.native = unsealed(seal)
+    elif seal:
+        part.origin, part.native = "responses", {
+            name: item[name] for name in ("type", "id", "summary", "content", "encrypted_content")
+            if item.get(name) is not None}
+    return [part]
+
+
+def _call_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+    is_text = item.get("type") == "custom_tool_call"
+    return [Part("call", text_in(item, "input" if is_text else "arguments", fault) or (
+        "" if is_text else "{}"), id=text_in(item, "call_id", fault) or text_in(item, "id", fault),
+        name=text_in(item, "name", fault), namespace=text_in(item, "namespace", fault),
+        is_text=is_text)]
+
+
+def _search_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+    action = object_in(item, "action", fault)
+    query = next((action[name] for name in ("query", "url", "pattern")
+                  if isinstance(action.get(name), str)), "")
+    found = tuple(Citation(text_in(row, "url", fault))
+                  for row in rows_in(action, "sources", fault))
+    return [Part("search", query, id=text_in(item, "id", fault), citations=found,
+                 native=item, origin="responses")]
+
+
+_ITEM_PARTS = MappingProxyType({
+    "message": _message_item_parts, "reasoning": _reasoning_parts, "function_call": _call_parts,
+    "custom_tool_call": _call_parts, "web_search_call": _search_parts})
+
+
+# Its answers, read.
+
+
+def responses_stream_of(answer: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
+    """Return a whole response as a stream of its last event. Raises UpstreamBroke where it
+    failed."""
+    status = answer.get("status")
+    if status in ("failed", "cancelled", "queued", "in_progress") or answer.get("error"):
+        raise UpstreamBroke("the provider's answer ended in an error of its own")
+    kind = "incomplete" if status == "incomplete" else "completed"
+    return [{"type": f"response.{kind}", "response": answer}]
+
+
+def responses_events(stream: Iterable[Mapping[str, object]],
+                     terms: Terms) -> Iterator[AnswerEvent]:
+    """Read a stream of Responses."""
+    reader = _ItemReader()
+    for event in stream:
+        kind = str(event.get("type"))
+        if kind != "ping":
+            yield from reader.begun(event)
+            read = _RESPONSE_READERS.get(kind)
+            if read is not None:
+                yield from read(reader, event)
+        elif reader.has_begun:
+            yield PING
+
+
+class _ItemReader:
+    """The state of one stream of Responses: parts are closed when their item is done."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self._open: dict[tuple[str, str], Part] = {}     # by the place of item and part
+        self._items_done = 0
+        self._kinds: set[str] = set()              # of the parts there were
+
+    def begun(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        """Return how the answer begins, at the first event."""
+        if self.has_begun:
+            return ()
+        self.has_begun = True
+        response = object_in(event, "response", IN_ANSWER)
+        return [Began(text_in(response, "id", IN_ANSWER), response.get("model"),
+                      _served_tier(response))]
+
+    def _opened(self, key: tuple[str, str], part: Part) -> Iterable[AnswerEvent]:
+        part.pieces, part.text = [], ""
+        self._open[key] = part
+        self._kinds.add(part.kind)
+        return [Opened(part)]
+
+    def _grown(self, part: Part, text: str) -> Iterable[AnswerEvent]:
+        if text:
+            part.pieces.append(text)
+            yield More(part, text)
+
+    def _begin_item(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        """Open the call that an item is; other parts are opened by what comes of them."""
+        item = object_in(event, "item", IN_ANSWER)
+        if _ITEM_PARTS.get(str(item.get("type"))) is not _call_parts:
+            return ()
+        return self._opened((str(event.get("output_index")), "0"), *_call_parts(item, IN_ANSWER))
+
+    def _grow(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        kind, place = _GROWING[str(event["type"])]
+        at = str(event.get(place) or 0)
+        key = (str(event.get("output_index")), at if kind in ("text", "refusal") else "0")
+        if key not in self._open:
+            if kind == "call":
+                return                             # without a name: its item will come whole
+            yield from self._opened(key, Part(kind))
+        part = self._open[key]
+        if part.pieces and kind == "thought" and part.at != at:
+            yield from self._grown(part, "\n\n")
+        part.at = at
+        yield from self._grown(part, text_in(event, "delta", IN_ANSWER))
+
+    def _end_item(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        self._items_done += 1
+        yield from self._whole_item(str(event.get("output_index")),
+                                    object_in(event, "item", IN_ANSWER))
+
+    def _whole_item(self, index: str, item: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        """Close the parts of an item, after what no event before has brought of them."""
+        read = _ITEM_PARTS.get(str(item.get("type")))
+        parts = [Part("other", native=item, origin="responses")] if read is None \
+            else read(item, IN_ANSWER)
+        for number, whole in enumerate(parts):
+            key, text = (index, str(number)), whole.text
+            if key not in self._open:
+                if not text and not whole.native and whole.kind in ("text", "refusal", "thought"):
+                    continue
+                yield from self._opened(key, whole)
+            part = self._open[key]
+            shown = "".join(part.pieces)
+            part.__dict__.update(whole.__dict__, pieces=part.pieces)
+            if part.kind not in _WHOLE_KINDS and text.startswith(shown):
+                yield from self._grown(part, text[len(shown):])
+            yield from self._closed(key, text)
+
+    def _closed(self, key: tuple[str, str], text: str = "") -> Iterable[AnswerEvent]:
+        part = self._open.pop(key)
+        part.text = "".join(part.pieces) or text
+        return [Closed(part)]
+
+    def _finish(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
+        response = object_in(event, "response", IN_ANSWER)
+        if not self._items_done:                   # a whole answer, or a server's that sends none
+            for index, item in enumerate(rows_in(response, "output", IN_ANSWER)):
+                yield from self._whole_item(str(index), item)
+        for key, part in [*self._open.items()]:
+            yield from self._grown(part, "{}" * (part.kind == "call" and not part.is_text
+                                                 and not part.pieces))
+            yield from self._closed(key)
+        why = object_in(response, "incomplete_details", IN_ANSWER).get("reason")
+        if why == "content_filter" or "refusal" in self._kinds:
+            reason = "refused"
+        elif event["type"] == "response.incomplete":
+            reason = "length"
+        else:
+            reason = "calls" if "call" in self._kinds else "end"
+        yield Ended(reason, responses_tokens(response.get("usage")), tier=_served_tier(response))
+
+
+_WHOLE_KINDS = frozenset({"search", "other"})
+_GROWING = MappingProxyType({
+    "response.output_text.delta": ("text", "content_index"),
+    "response.refusal.delta": ("refusal", "content_index"),
+    "response.reasoning_summary_text.delta": ("thought", "summary_index"),
+    "response.reasoning_text.delta": ("thought", "content_index"),
+    "response.function_call_arguments.delta": ("call", ""),
+    "response.custom_tool_call_input.delta": ("call", "")})
+_RESPONSE_READERS = MappingProxyType({
+    "response.output_item.added": _ItemReader._begin_item,
+    "response.output_item.done": _ItemReader._end_item,
+    **dict.fromkeys(_GROWING, _ItemReader._grow),
+    "response.completed": _ItemReader._finish, "response.incomplete": _ItemReader._finish})
+
+
+def _served_tier(response: Mapping[str, object]) -> Optional[str]:
+    tier = response.get("service_tier")
+    return tier if isinstance(tier, str) and tier != "auto" else None
+
+
+def responses_tokens(usage: object) -> Tokens:
+    """Return usage of Responses in our counting."""
+    before, after = (json_object(usage).get(f"{side}_tokens_details")
+                     for side in ("input", "output"))
+    return Tokens(count_or_zero(usage, "input_tokens"), count_or_zero(before, "cached_tokens"),
+                  count_or_zero(before, "cache_write_tokens"),
+                  count_or_zero(usage, "output_tokens"), count_or_zero(after, "reasoning_tokens"))
+
+
+def responses_usage(tokens: Tokens) -> dict:
+    """Return usage as Responses has it."""
+    return {"input_tokens": tokens.input, "output_tokens": tokens.output,
+            "input_tokens_details": {"cached_tokens": tokens.cached,
+                                     "cache_write_tokens": tokens.written},
+            "output_tokens_details": {"reasoning_tokens": tokens.thought},
+            "total_tokens": tokens.input + tokens.output}
+
+
+# Its answers, written.
+
+
+class _Shown(NamedTuple):
+    """How Responses shows a kind of part: by an item, its events, and perhaps a part inside it."""
+    item: str                            # the item's type
+    prefix: str                          # of its id
+    member: str = ""                     # that holds the whole text
+    event: str = ""                      # of which there are .delta and .done; "": none
+    notes: Mapping[str, object] = MappingProxyType({})     # what those have beside it
+    inside: str = ""                     # of which there are .added and .done
+    type: str = ""                       # of what is inside
+    index: str = ""                      # names its place there
+    blank: Mapping[str, object] = MappingProxyType({})     # what it has beside its text
+
+
+_SHOWN = MappingProxyType({
+    "text": _Shown("message", "msg", "text", "response.output_text", {"logprobs": []},
+                   "response.content_part", "output_text", "content_index",
+                   {"annotations": [], "logprobs": []}),
+    "refusal": _Shown("message", "msg", "refusal", "response.refusal", {},
+                      "response.content_part", "refusal", "content_index"),
+    "thought": _Shown("reasoning", "rs", "text", "response.reasoning_summary_text", {},
+                      "response.reasoning_summary_part", "summary_text", "summary_index"),
+    "call": _Shown("function_call", "fc", "arguments", "response.function_call_arguments"),
+    "text call": _Shown("custom_tool_call", "ctc", "input", "response.custom_tool_call_input"),
+    "search": _Shown("web_search_call", "ws"),
+    **{kind: _Shown(row.call, row.prefix) for kind, row in OPENAI_CLIENT_TOOLS.items()},
+})
+_ITEM_BLANKS = MappingProxyType({"message": {"role": "assistant", "content": []},
+                                 "reasoning": {"summary": []}})
+# Fields of the request that a response repeats -> what is said of those that were not given.
+_ECHOED = MappingProxyType({
+    "instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto", "temperature": None,
+    "top_p": None, "parallel_tool_calls": True, "max_output_tokens": None, "max_tool_calls": None,
+    "truncation": "disabled", "user": None, "safety_identifier": None, "prompt_cache_key": None})
+_INCOMPLETE = MappingProxyType({"length": "max_output_tokens", "refused": "content_filter"})
+
+
+class _Item:
+    """An item of a response: where it stands, what is inside, how many parts are open."""
+
+    def __init__(self, index: int, body: dict) -> None:
+        self.body, self.index, self.inside, self.open_parts = body, index, [], 0
+        self.where = {"item_id": body["id"], "output_index": index}
+
+
+class _Showing:
+    """A part that is open: in which item, where, and how many characters were sent."""
+
+    def __init__(self, row: _Shown, item: _Item) -> None:
+        self.row, self.item, self.where, self.sent = row, item, item.where, 0
+
+
+class ResponsesWriter:
+    """Writes an answer as a response, whole or as a stream of numbered events.
+
+    Texts that follow each other are parts of one message, which is done when another item begins.
+    """
+
+    def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
+        self._number = 0                             # of the next event
+        self._stem = ""                              # of all ids
+        self._response: dict = {
+            "object": "response", "created_at": created_at, "status": "in_progress",
+            "background": False, "error": None, "incomplete_details": None, "store": False,
+            "previous_response_id": None, "usage": None, "output": [],
+            **{name: blank if fields.get(name) is None else fields[name]
+               for name, blank in _ECHOED.items()},
+            "reasoning": {"effort": None, "summary": None, **json_object(fields.get("reasoning"))},
+            "text": {"format": {"type": "text"}, **json_object(fields.get("text"))}}
+        self._client_tools = {str(row.get("type")) for row in _parts_of(fields.get("tools"))} \
+            & OPENAI_CLIENT_TOOLS.keys()
+        self._output: list[dict] = []                # items; empty until they are done
+        self._message: Optional[_Item] = None        # that takes the next text
+        self._open: dict[Part, _Showing] = {}
+
+    def whole(self, answer: Whole) -> dict:
+        """Return an answer as a response."""
+        parts = (kind(part) for part in answer.parts for kind in (Opened, Closed))
+        *_, last = self.events(itertools.chain((answer.began,), parts, (answer.ended,)))
+        return last["response"]
+
+    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
+        """Yield an answer as the events of Responses, and pings."""
+        for event in events:
+            yield from _RESPONSE_WRITERS[type(event)](self, event)
+
+    def failed(self, body: dict) -> Iterator[dict]:
+        """Yield what ends a stream after an error: as OpenAI does, the error and its response."""
+        error = json_object(body.get("error"))
+        yield self._event("error", **body)
+        yield self._event("response.failed", response={
+            **self._response, "status": "failed", "output": [*filter(None, self._output)],
+            "error": {"code": error.get("code") or "server_error",
+                      "message": error.get("message")}})
+
+    def _event(self, kind: str, **members: object) -> dict:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **members}
+
+    def _begin(self, event: Began) -> Iterable[dict]:
+        self._stem = id_stem(event.id)[:48]          # ids have at most 64 characters
+        self._response.update(id=f"resp_{self._stem}", model=event.model,
+                              service_tier=event.tier or "default")
+        return [self._event(f"response.{kind}", response={**self._response})
+                for kind in ("created", "in_progress")]
+
+    def _begin_part(self, event: Opened) -> Iterator[dict]:
+        part = event.part
+        kind = part.kind if part.kind != "call" else part.name \
+            if part.name in self._client_tools and not part.namespace \
+            else "text call" if part.is_text else "call"
+        row = _SHOWN.get(kind)
+        if row is None:
+            return
+        item = self._message if row.item == "message" else None
+        if item is None or item.open_parts:
+            yield from self._leave_message()
+            item = self._new_item(part, row)
+            self._message = item if row.item == "message" else None
+            yield self._event("response.output_item.added", output_index=item.index,
+                              item={**item.body, "status": "in_progress"})
+        item.open_parts += 1
+        showing = self._open[part] = _Showing(row, item)
+        if row.item == "message":
+            yield self._begin_inside(showing)
+        elif part.kind == "search":
+            for step in ("in_progress", "searching"):
+                yield self._event(f"response.{row.item}.{step}", **item.where)
+
+    def _new_item(self, part: Part, row: _Shown) -> _Item:
+        index = len(self._output)
+        body = {"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item,
+                **_ITEM_BLANKS.get(row.item, {})}
+        if part.kind == "call":
+            body.update({"call_id": part.id, "name": part.name, row.member: ""} if row.member
+                        else {"call_id": part.id, **OPENAI_CLIENT_TOOLS[part.name].item})
+        if part.namespace:
+            body["namespace"] = part.namespace
+        self._output.append({})
+        return _Item(index, body)
+
+    def _begin_inside(self, showing: _Showing) -> dict:
+        row, inside = showing.row, showing.item.inside
+        showing.where = {**showing.where, row.index: len(inside)}
+        inside.append({"type": row.type, row.member: "", **row.blank})
+        return self._event(f"{row.inside}.added", **showing.where, part={**inside[-1]})
+
+    def _add(self, event: More) -> Iterator[dict]:
+        showing = self._open.get(event.part)
+        if showing is None or not showing.row.event:
+            return
+        row = showing.row
+        if row.inside and row.index not in showing.where:    # a summary, now that there is one
+            yield self._begin_inside(showing)
+        showing.sent += len(event.text)
+        yield self._event(f"{row.event}.delta", **showing.where, delta=event.text, **row.notes)
+
+    def _close(self, event: Closed) -> Iterator[dict]:
+        part = event.part
+        showing = self._open.get(part)
+        if showing is None:
+            return
+        if part.text[showing.sent:]:
+            yield from self._add(More(part, part.text[showing.sent:]))
+        del self._open[part]
+        row, item, where = showing.row, showing.item, showing.where
+        if row.event and (row.index in where or not row.inside):
+            yield from self._end_text(part, row, where)
+        if row.index in where:
+            inside = item.inside[where[row.index]]
+            inside[row.member] = part.text
+            if part.citations:
+                inside["annotations"] = _annotations_of(part)
+            yield self._event(f"{row.inside}.done", **where, part={**inside})
+        item.open_parts -= 1
+        if item is not self._message and not item.open_parts:
+            yield from self._end_item(item, part)
+
+    def _end_text(self, part: Part, row: _Shown, where: dict) -> Iterator[dict]:
+        for number, note in enumerate(_annotations_of(part)):
+            yield self._event(f"{row.event}.annotation.added", **where, annotation_index=number,
+                              annotation=note)
+        yield self._event(f"{row.event}.done", **where, **{row.member: part.text}, **row.notes)
+
+    def _leave_message(self) -> Iterable[dict]:
+        """End the message that took texts; one with a text that is open ends with that."""
+        item, self._message = self._message, None
+        return () if item is None or item.open_parts else self._end_item(item)
+
+    def _end_item(self, item: _Item, part: Part = Part("text"),
+                  status: str = "completed") -> Iterator[dict]:
+        kind = item.body["type"]
+        body = {**item.body, "status": status}
+        if kind == "message":
+            body["content"] = item.inside
+        elif kind == "reasoning":
+            body.update(summary=item.inside, encrypted_content=sealed(part.origin, part.native)
+                        if part.native else None)
+        elif kind == "web_search_call":
+            yield self._event(f"response.{kind}.completed", **item.where)
+            body["action"] = {"type": "search", "query": part.text, "sources": [
+                {"type": "url", "url": row.url} for row in part.citations]}
+        elif "name" in body:
+            body["input" if part.is_text else "arguments"] = part.text
+        else:
+            tool = OPENAI_CLIENT_TOOLS[part.name]
+            body[tool.member] = {**tool.blank, **arguments_to_input(part.text)}
+        self._output[item.index] = body
+        yield self._event("response.output_item.done", output_index=item.index, item=body)
+
+    def _end(self, event: Ended) -> Iterator[dict]:
+        why = _INCOMPLETE.get(event.reason)
+        status = "incomplete" if why else "completed"
+        if event.refusal:
+            part = Part("refusal", event.refusal)
+            yield from [*self._begin_part(Opened(part)), *self._close(Closed(part))]
+        if self._message is not None:
+            yield from self._end_item(self._message, status=status)
+        self._response.update(
+            status=status, incomplete_details={"reason": why} if why else None,
+            completed_at=None if why else int(time.time()), output=self._output,
+            usage=responses_usage(event.tokens),
+            service_tier=event.tier or self._response["service_tier"])
+        yield self._event(f"response.{status}", response={**self._response})
+
+    def _ping(self, event: Ping) -> Iterable[dict]:
+        return [{"type": "ping"}]                    # written as a comment
+
+
+_RESPONSE_WRITERS = MappingProxyType({
+    Began: ResponsesWriter._begin, Opened: ResponsesWriter._begin_part,
+    More: ResponsesWriter._add, Closed: ResponsesWriter._close, Ended: ResponsesWriter._end,
+    Ping: ResponsesWriter._ping})
+
+
+def _annotations_of(part: Part) -> list[dict]:
+    """Return a text's citations as its annotations."""
+    return [{"type": "url_citation", "url": row.url, "title": row.title,
+             "start_index": row.start or 0,
+             "end_index": len(part.text) if row.end is None else row.end}
+            for row in part.citations if part.kind == "text"]
+
+
+# Its requests, written.
+
+
+def write_responses_request(conversation: Conversation, target: Target,
+                            losses: Losses) -> Written:
+    """Write a conversation as a request of Responses: nothing of it is stored, and reasoning comes
+    back sealed. Raises BadRequest."""
+    writer = _ResponsesRequest(conversation, target, losses)
+    return Written(writer.request(), writer.terms)
+
+
+class _ResponsesRequest:
+    """What is written for OpenAI's Responses, or another server's."""
+
+    def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
+        self._asked, self._target, self._losses = conversation, target, losses
+        self._gpt = gpt_of(conversation.model) if target.is_openai else Gpt()
+        self._names = ToolNames(64)
+        self.terms = Terms(self._names)
+        self._text_calls: set[str] = set()         # ids of those whose input is text
+
+    def request(self) -> dict:
+        """Return the request."""
+        asked, losses = self._asked, self._losses
+        turns = paired(asked.turns, CallIds("(?s).{1,64}", "call_"), losses)
+        first = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
+        texts = [part.text for turn in first for part in turn.parts if part.text]
+        items = [item for turn in turns[len(first):] for item in self._items(turn)]
+        if turns and turns[-1].role == "assistant":
+            losses.adjust("prefill", "kept")
+        given = left_over(asked, RESPONSES_TAKES, losses)
+        text = {"verbosity": given.pop("verbosity", None), "format": self._format(texts, items)}
+        if not self._gpt.efforts:                  # those have one, and say so with a 400
+            del text["verbosity"]
+        if not items:                              # there must be one
+            items = [_message_item("system", [_text_row(text, "system") for text in texts])]
+            texts = []
+        cap = lowered_cap(asked, self._target, losses)
+        if cap is not None and cap < MIN_RESPONSE_TOKENS:
+            losses.adjust("output_cap", MIN_RESPONSE_TOKENS)
+            cap = MIN_RESPONSE_TOKENS
+        if asked.stops:
+            losses.drop("stops")
+        optional = {
+            "instructions": "\n\n".join(texts), "stream": asked.streams, "max_output_tokens": cap,
+            "text": {name: value for name, value in text.items() if value}, **self._tools(),
+            **self._reasoning(), **openai_extras(asked), **given}
+        return {"model": asked.model, "input": items, "store": False, **{
+            name: value for name, value in optional.items() if value not in (None, "", {})}}
+
+    def _reasoning(self) -> dict:
+        """Return how it reasons, and the sampling that goes with that."""
+        asked = self._asked
+        effort = chosen_effort(asked, self._gpt.responses_efforts, self._losses)
+        sampling = kept_sampling(asked, self._losses, not self._gpt.efforts or effort == "none")
+        if not self._gpt.efforts:
+            return sampling
+        reasoning = {"effort": effort, "summary": asked.summary}
+        return {**sampling, "include": ["reasoning.encrypted_content"], "reasoning": {
+            name: value for name, value in reasoning.items() if value}}
+
+    def _format(self, texts: list[str], items: list[dict]) -> Optional[dict]:
+        """Return the form of the text; what is not enforced is said."""
+        wanted = self._asked.format
+        if wanted is None:
+            return None
+        schema = with_root(wanted.schema)
+        if wanted.schema is None:
+            if "json" not in json.dumps(items).lower():      # OpenAI wants the word in the input
+                items.append(_message_item("system", [_text_row("Respond with JSON.", "system")]))
+            return {"type": "json_object"}
+        if json_object(schema).get("type") != "object":
+            self._losses.adjust("format", "instructed")
+            texts.append("Respond with JSON and nothing else, which matches this JSON schema:\n"
+                         f"{json.dumps(schema)}")
+            return None
+        about = {"description": wanted.description} if wanted.description else {}
+        return {"type": "json_schema", "name": wanted.name or "output", "schema": schema,
+                "strict": is_strict(schema), **about}
+
+    def _tools(self) -> dict:
+        """Return the tools, and which is to be called. Raises BadRequest where there were some,
+        and none can be carried over."""
+        asked, more = self._asked, {}
+        tools = [row for row in map(self._tool, asked.tools) if row is not None]
+        if not tools and asked.tools:
+            raise BadRequest("the tools are all of one provider's own, which this model's provider "
+                             "does not have", param="tools")
+        if not tools:
+            return {}
+        uses = next((tool.search["max_uses"] for tool in asked.tools if "max_uses" in tool.search),
+                    None)
+        if asked.one_call_at_a_time:
+            more["parallel_tool_calls"] = False
+        if asked.choice is not None:
+            more["tool_choice"] = self._choice(asked.choice, tools)
+        return {"tools": tools, "max_tool_calls": uses, **more}
+
+    def _tool(self, tool: Tool) -> Optional[dict]:
+        if tool.kind == "other":
+            self._losses.drop(f"tools.{tool.native.get('type')}")
+            return None
+        if tool.kind == "search":
+            if tool.search.get("blocked_domains"):
+                self._losses.drop("tools.web_search.blocked_domains")
+            domains, place = map(tool.search.get, ("allowed_domains", "user_location"))
+            return {"type": "web_search",
+                    **({"filters": {"allowed_domains": domains}} if domains else {}),
+                    **({"user_location": place} if place else {})}
+        row = {"type": "custom" if tool.kind == "text" else "function",
+               "name": self._names.fitting(tool.name, tool.namespace)}
+        if tool.description:
+            row["description"] = tool.description
+        if tool.kind == "text":
+            return {**row, "format": tool.syntax} if tool.syntax else row
+        schema = plain_schema(tool.schema)
+        enforced = tool.strict and is_strict(schema)
+        if tool.strict and not enforced:
+            self._losses.drop("strict")
+        return {**row, "parameters": schema, "strict": enforced}
+
+    def _choice(self, choice: Choice, tools: list[dict]) -> Union[str, dict]:
+        if choice.mode != "tool":
+            return choice.mode
+        name = self._names.fitting(choice.name, choice.namespace)
+        for row in tools:
+            if row.get("name", "web_search") == name:
+                return {key: row[key] for key in ("type", "name") if key in row}
+        self._losses.adjust("choice", "auto")
+        return "auto"
+
+    def _items(self, turn: Turn) -> list[dict]:
+        """Return the items of a turn: what follows each other in it is one message."""
+        items: list[dict] = []
+        for is_content, parts in itertools.groupby(
+                turn.parts, lambda part: part.kind in _CONTENT_KINDS):
+            if is_content:
+                rows = [self._content(part, turn.role) for part in parts]
+                items.append(_message_item(turn.role, rows))
+            else:
+                items += filter(None, [_ITEMS_WRITTEN[part.kind](self, part) for part in parts])
+        while items and items[-1]["type"] == "reasoning":    # it needs what came of it
+            self._losses.adjust("thoughts", "removed")
+            items.pop()
+        return items
+
+    def _call(self, part: Part) -> dict:
+        row = {"call_id": part.id, "name": self._names.fitting(part.name, part.namespace)}
+        if part.is_text:
+            self._text_calls.add(part.id)
+            return {"type": "custom_tool_call", **row, "input": part.text}
+        return {"type": "function_call", **row, "arguments": part.text}
+
+    def _result(self, part: Part) -> dict:
+        """Return what a tool gave: one text where it is no more than text."""
+        rows = [self._content(piece, "user") for piece in part.parts]
+        if part.is_error and part.parts[:1] != [] and not (
+                part.parts[0].text == NO_RESULT or part.parts[0].text.startswith("Error")):
+            rows.insert(0, _text_row("Error:", "user"))
+        output = "\n".join(row["text"] for row in rows) \
+            if all(row["type"] == "input_text" for row in rows) else rows
+        kind = "custom_tool_call" if part.id in self._text_calls else "function_call"
+        return {"type": f"{kind}_output", "call_id": part.id, "output": output}
+
+    def _thought(self, part: Part) -> Optional[dict]:
+        if part.origin == "responses":
+            return dict(part.native)
+        if part.native:
+            self._losses.adjust("thoughts", "removed")
+        return None
+
+    def _other(self, part: Part) -> None:
+        self._losses.drop(f"messages.{part.native.get('type')}")
+
+    def _content(self, part: Part, role: str) -> dict:
+        """Return a part of a message or of an output. Raises BadRequest for one without a place."""
+        url = part.url or (f"data:{part.media};base64,{part.data}" if part.data else "")
+        if part.kind == "refusal":
+            return {"type": "refusal", "refusal": part.text}
+        if part.kind == "text" or (part.kind == "document" and part.text):
+            return _text_row(part.text if part.kind == "text" else document_text(part), role)
+        if role == "assistant" or not url:
+            raise untaken(part)
+        if part.kind == "image":
+            return {"type": "input_image", "image_url": url, "detail": part.detail or "auto"}
+        return {"type": "input_file", "file_url": url} if part.url else {
+            "type": "input_file", "file_data": url, "filename": part.name or "document.pdf"}
+
+
+_CONTENT_KINDS = frozenset({"text", "refusal", "image", "document"})
+_ITEMS_WRITTEN = MappingProxyType({
+    "call": _ResponsesRequest._call, "result": _ResponsesRequest._result,
+    "thought": _ResponsesRequest._thought, "search": _ResponsesRequest._other,
+    "other": _ResponsesRequest._other})
+
+
+def _text_row(text: str, role: str) -> dict:
+    return {"type": "output_text", "text": text, "annotations": []} if role == "assistant" \
+        else {"type": "input_text", "text": text}
+
+
+def _message_item(role: str, content: list[dict]) -> dict:
+    return {"type": "message", "role": "developer" if role == "system" else role,
+            "content": content}
+
+
+# ==== 14. Translators ===========================================================================
 #
 # A translator is made from one request and carries it, its answer, its stream and its errors from
 # the client's API to the provider's and back. It does no I/O: dicts in, dicts out.
@@ -6278,13 +7257,16 @@ class Dialect(NamedTuple):
     write_error: Callable[[Failure, str], tuple[int, dict]]
 
 
-AnswerWriter = Union[ChatWriter, MessagesWriter]
+AnswerWriter = Union[ChatWriter, MessagesWriter, ResponsesWriter]
 DIALECTS = MappingProxyType({
     "chat": Dialect("/v1/chat/completions", CHAT_NAMES, read_chat_request, write_chat_request,
                     chat_events, chat_stream_of, ChatWriter, openai_failure, openai_error),
     "messages": Dialect("/v1/messages", MESSAGES_NAMES, read_messages_request,
                         write_messages_request, messages_events, messages_stream_of,
                         MessagesWriter, anthropic_failure, anthropic_error),
+    "responses": Dialect("/v1/responses", RESPONSES_NAMES, read_responses_request,
+                         write_responses_request, responses_events, responses_stream_of,
+                         ResponsesWriter, openai_failure, openai_error),
 })
 
 
@@ -6483,7 +7465,7 @@ ERROR_STATUSES = MappingProxyType({
     "tokens": 429, "invalid_prompt": 400, "context_length_exceeded": 400})
 
 
-# ==== 14. The echo model ========================================================================
+# ==== 15. The echo model ========================================================================
 #
 # `ironcage/echo` answers inside this process, offline, in every API that is metered: the last
 # text of the request comes back. A token is a word with the space before it. Same request, same
@@ -6741,7 +7723,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
     return {"object": "list", "data": data}
 
 
-# ==== 15. Cost controller =======================================================================
+# ==== 16. Cost controller =======================================================================
 #
 # The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
 # has set aside, in microdollars, behind one lock that is held for arithmetic only. The names and
@@ -7409,7 +8391,7 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
     return insufficient_budget(budget, bound)
 
 
-# ==== 16. Ledger ================================================================================
+# ==== 17. Ledger ================================================================================
 #
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
@@ -8009,7 +8991,7 @@ def audit_row(row: Mapping[str, object]) -> Optional[str]:
     return f"it bills other counts than its usage: {', '.join(different)}" if different else None
 
 
-# ==== 17. Callers and configuration =============================================================
+# ==== 18. Callers and configuration =============================================================
 #
 # Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
 # is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
@@ -8393,7 +9375,7 @@ class Traffic:
                 self._in_flight[caller.name] -= 1
 
 
-# ==== 18. HTTP on a socket ======================================================================
+# ==== 19. HTTP on a socket ======================================================================
 #
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
@@ -8949,7 +9931,7 @@ class Wire:
             self.sock.close()
 
 
-# ==== 19. Upstream ==============================================================================
+# ==== 20. Upstream ==============================================================================
 #
 # The one place that opens connections. An ordinary urllib opener with handlers of ours, which
 # keep connections alive: proxies from the environment and the system's CAs work as everywhere.
@@ -9402,7 +10384,7 @@ def duration_s(text: str) -> int:
     return hours * 3600 + minutes * 60 + seconds + ("." in text or match[4] is not None)
 
 
-# ==== 20. Settlement ============================================================================
+# ==== 21. Settlement ============================================================================
 #
 # What a call is charged, from how it ended: one pure function, charge_of(). A charge is a bill,
 # whose lines add up to it; the ledger keeps them, so that `audit` can add them up again. What ends
@@ -9681,7 +10663,7 @@ def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None
         provider_request_id=call.provider_request_id, first_byte_ms=call.first_byte_ms)
 
 
-# ==== 21. Events and metrics ====================================================================
+# ==== 22. Events and metrics ====================================================================
 #
 # What happened, for those who watch: values for `on_event`, counts for the status, text for
 # Prometheus. Nothing here holds a secret, a prompt or an answer. The first five are the original's.
@@ -9892,7 +10874,7 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-# ==== 22. Iron Cage server ======================================================================
+# ==== 23. Iron Cage server ======================================================================
 #
 # With --server-url the provider's key, the budget and the account of it all are another machine's:
 # an Iron Cage server, by the original's protocol. The key is fetched and kept for a while, budget
@@ -10189,7 +11171,7 @@ class CageServer:
                     "events_waiting": len(self._events), "events_dropped": self.dropped_events}
 
 
-# ==== 23. Router ================================================================================
+# ==== 24. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -11158,7 +12140,7 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 24. Dashboard =============================================================================
+# ==== 25. Dashboard =============================================================================
 #
 # One page without data and without an outside resource; it asks for a token, keeps it in the tab,
 # and shows what the status and usage routes tell. Text goes in as text only.
@@ -11297,7 +12279,7 @@ def dashboard_answer() -> Answer:
     return Answer(200, headers, body.encode("utf-8"))
 
 
-# ==== 25. Server ================================================================================
+# ==== 26. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -12080,7 +13062,7 @@ def load_prices(settings: Settings) -> PriceBook:
     return read_prices(path)
 
 
-# ==== 26. Settings and command line =============================================================
+# ==== 27. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -12917,7 +13899,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 27. Embedding =============================================================================
+# ==== 28. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.

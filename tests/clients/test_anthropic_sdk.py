@@ -368,7 +368,7 @@ class Row:
     whole: str                      # the exception's exact class, and its HTTP status
     streamed: str
     attempts: int                   # requests that the provider sees
-    charged: str                    # "nothing", or "at most": by the rule of chapter 20
+    charged: str                    # "nothing", or "at most": by the rule of chapter 21
     kind: str                       # error.type in the body
     words: str                      # in the exception's message
 

@@ -125,7 +125,7 @@ def test_no_float_arithmetic_in_money():
     annotations = {id(inner) for node in ast.walk(TREE)
                    for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
                    if part is not None for inner in ast.walk(part)}
-    for node in (inner for top in chapter_tree("4. Money") + chapter_tree("15. Cost controller")
+    for node in (inner for top in chapter_tree("4. Money") + chapter_tree("16. Cost controller")
                  for inner in ast.walk(top)):
         if isinstance(node, ast.Constant) and isinstance(node.value, float):
             floats.append(node.lineno)

@@ -1,0 +1,672 @@
+"""The chapter of Responses: goldens of what is read and written, both ways; streams against a
+checker that knows nothing of the writer; what was read, written and read again."""
+import itertools
+import json
+from random import Random
+
+import pytest
+from support import recordings
+from translation_checker import check_response, check_response_stream
+from vendor_answers import (Answer, Refuse, Say, Search, Think, Use, answer_of, counted,
+                            openai_seal)
+
+import ironcage_proxy as ic
+
+TERMS = ic.Terms(ic.ToolNames(64))
+PNG = "data:image/png;base64,iVBORw0KGgo="
+CLAUDE_THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "EqQB"}
+NOT_COMPARED = ("at", "pieces", "index")           # what readers and writers note for themselves
+
+
+def shape(part):
+    """A part as a dict of what it holds: what is empty is left out."""
+    held = {name: [shape(piece) for piece in value] if name == "parts" else value
+            for name, value in vars(part).items() if value and name not in NOT_COMPARED}
+    return {name: tuple(map(tuple, value)) if name == "citations" else value
+            for name, value in held.items()
+            if part.kind != "search" or name not in ("native", "origin")}
+
+
+def opened(kind, text="", **more):
+    return ic.Part(kind, text, **more)
+
+
+# Answers, written.
+
+def streamed(parts, ended=ic.Ended("end"), fields=None, interleaved=False, size=3):
+    """The events of an answer whose parts come in pieces; interleaved: all open side by side."""
+    events = [ic.Began("msg_1", "m")]
+    runs = []
+    for part in parts:
+        pieces = [part.text[at:at + size] for at in range(0, len(part.text), size)] \
+            if part.kind not in ("search", "other") else []
+        runs.append([ic.Opened(part), *(ic.More(part, piece) for piece in pieces), ic.PING,
+                     ic.Closed(part)])
+    turns = itertools.zip_longest(*runs) if interleaved else runs
+    events += [event for turn in turns for event in turn if event is not None]
+    written = [*ic.ResponsesWriter(fields or {}, 1).events([*events, ended])]
+    return [event for event in written if event != {"type": "ping"}]
+
+
+def items_of(response):
+    """The items of a response without what is the same in all."""
+    return [{name: value for name, value in item.items()
+             if name not in ("id", "role") and (name, value) != ("status", "completed")}
+            for item in response["output"]]
+
+
+def output_text(text, *annotations):
+    return {"type": "output_text", "text": text, "annotations": [*annotations], "logprobs": []}
+
+
+PATCH_TOOLS = {"tools": [{"type": "apply_patch"}, {"type": "tool_search", "execution": "client"},
+                         {"type": "local_shell"}, {"type": "function", "name": "shell"}]}
+WRITTEN = {
+    "a text": ([opened("text", "Hi there")], [
+        {"type": "message", "content": [output_text("Hi there")]}]),
+    "texts that follow each other are one message": (
+        [opened("text", "a"), opened("text", "b")],
+        [{"type": "message", "content": [output_text("a"), output_text("b")]}]),
+    "a text after a call is another message": (
+        [opened("text", "a"), opened("call", "{}", id="c", name="f"), opened("text", "b")],
+        [{"type": "message", "content": [output_text("a")]},
+         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+         {"type": "message", "content": [output_text("b")]}]),
+    "a text without text": ([opened("text")], [{"type": "message", "content": [output_text("")]}]),
+    "a citation": (
+        [opened("text", "Sky.", citations=(ic.Citation("https://x", "X", 0, 3),
+                                           ic.Citation("https://y")))],
+        [{"type": "message", "content": [output_text(
+            "Sky.", {"type": "url_citation", "url": "https://x", "title": "X", "start_index": 0,
+                     "end_index": 3},
+            {"type": "url_citation", "url": "https://y", "title": "", "start_index": 0,
+             "end_index": 4})]}]),
+    "a refusal": ([opened("refusal", "No.")], [
+        {"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}]),
+    "a thought that is shown, and sealed": (
+        [opened("thought", "hm", native=CLAUDE_THOUGHT, origin="messages")],
+        [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}],
+          "encrypted_content": ic.sealed("messages", CLAUDE_THOUGHT)}]),
+    "a thought that is only sealed": (
+        [opened("thought", native={"type": "redacted_thinking", "data": "x"}, origin="messages")],
+        [{"type": "reasoning", "summary": [], "encrypted_content": ic.sealed(
+            "messages", {"type": "redacted_thinking", "data": "x"})}]),
+    "a thought of a server that seals none": (
+        [opened("thought", "hm")],
+        [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}],
+          "encrypted_content": None}]),
+    "a call in a namespace": (
+        [opened("call", '{"n": 1}', id="c", name="f", namespace="ns")],
+        [{"type": "function_call", "call_id": "c", "name": "f", "namespace": "ns",
+          "arguments": '{"n": 1}'}]),
+    "a call of a custom tool": (
+        [opened("call", "ls -l", id="c", name="sh", is_text=True)],
+        [{"type": "custom_tool_call", "call_id": "c", "name": "sh", "input": "ls -l"}]),
+    "a call of a custom tool without input": (
+        [opened("call", "", id="c", name="sh", is_text=True)],
+        [{"type": "custom_tool_call", "call_id": "c", "name": "sh", "input": ""}]),
+    "a call of a tool of OpenAI's that the client runs": (
+        [opened("call", '{"type": "delete_file", "path": "a"}', id="c", name="apply_patch"),
+         opened("call", '{"query": "x"}', id="d", name="tool_search"),
+         opened("call", '{"command": ["ls"]}', id="e", name="local_shell")],
+        [{"type": "apply_patch_call", "call_id": "c",
+          "operation": {"type": "delete_file", "path": "a"}},
+         {"type": "tool_search_call", "call_id": "d", "execution": "client",
+          "arguments": {"query": "x"}},
+         {"type": "local_shell_call", "call_id": "e",
+          "action": {"type": "exec", "env": {}, "command": ["ls"]}}]),
+    "a call of a function of the same name": (
+        [opened("call", "{}", id="c", name="shell")],
+        [{"type": "function_call", "call_id": "c", "name": "shell", "arguments": "{}"}]),
+    "a search": (
+        [opened("search", "sky", id="s", citations=(ic.Citation("https://x"),))],
+        [{"type": "web_search_call", "action": {
+            "type": "search", "query": "sky", "sources": [{"type": "url", "url": "https://x"}]}}]),
+    "what only its own API knows": ([opened("other", native={"type": "x"}, origin="x")], []),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_parts_become_items(case):
+    parts, items = WRITTEN[case]
+    response = check_response_stream(streamed(parts, fields=PATCH_TOOLS))
+
+    assert items == items_of(response)
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_whole_response_is_what_its_stream_ends_with(case):
+    parts, _ = WRITTEN[case]
+    last = streamed(parts, fields=PATCH_TOOLS)[-1]["response"]
+    whole = ic.ResponsesWriter(PATCH_TOOLS, 1).whole(
+        ic.Whole(ic.Began("msg_1", "m"), parts, ic.Ended("end")))
+
+    assert {**last, "completed_at": 0} == {**check_response(whole), "completed_at": 0}
+
+
+def test_calls_that_are_open_side_by_side_fill_items_of_their_own():
+    parts = [opened("text", "Both:"), opened("call", '{"a": 1}', id="a", name="f"),
+             opened("call", '{"bb": 22}', id="b", name="g"), opened("text", "and more")]
+    response = check_response_stream(streamed(parts, interleaved=True))
+
+    assert ["message", "function_call", "function_call", "message"] == [
+        item["type"] for item in response["output"]]
+    assert ['{"a": 1}', '{"bb": 22}'] == [item["arguments"] for item in response["output"][1:3]]
+
+
+@pytest.mark.parametrize("ended, status, reason", [
+    (ic.Ended("end"), "completed", None), (ic.Ended("stop", stop="x"), "completed", None),
+    (ic.Ended("calls"), "completed", None), (ic.Ended("length"), "incomplete", "max_output_tokens"),
+    (ic.Ended("refused"), "incomplete", "content_filter")])
+def test_how_an_answer_ended(ended, status, reason):
+    response = check_response_stream(streamed([opened("text", "Hi")], ended))
+
+    assert (status, reason) == (response["status"], (response["incomplete_details"] or {}).get(
+        "reason"))
+    assert status == response["output"][-1]["status"]
+
+
+def test_a_refusal_that_was_explained_apart_is_a_part_of_the_message():
+    response = check_response_stream(streamed([opened("text", "I ")],
+                                              ic.Ended("refused", refusal="refused: bio")))
+
+    assert [output_text("I "), {"type": "refusal", "refusal": "refused: bio"}] == \
+        response["output"][0]["content"]
+
+
+def test_usage_counts_what_was_cached_inside_the_input():
+    ended = ic.Ended("end", ic.Tokens(12, 2, 3, 9, 4), tier="priority")
+    response = streamed([opened("text", "Hi")], ended)[-1]["response"]
+
+    assert {"input_tokens": 12, "output_tokens": 9, "total_tokens": 21,
+            "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 3},
+            "output_tokens_details": {"reasoning_tokens": 4}} == response["usage"]
+    assert "priority" == response["service_tier"]
+
+
+def test_a_response_repeats_what_its_request_said():
+    fields = {"instructions": "Be brief.", "metadata": {"a": "b"}, "temperature": 0.5,
+              "text": {"verbosity": "low"}, "reasoning": {"effort": "low"},
+              "tools": [{"type": "function", "name": "f"}], "max_output_tokens": 99}
+    for event in streamed([opened("text", "Hi")], fields=fields):
+        if "response" in event:
+            said = event["response"]
+            assert {**fields, "text": {"format": {"type": "text"}, "verbosity": "low"},
+                    "reasoning": {"effort": "low", "summary": None}, "store": False,
+                    "previous_response_id": None}.items() <= said.items()
+
+
+def test_a_stream_that_fails_ends_with_the_error_and_with_its_response():
+    writer, part = ic.ResponsesWriter({}, 1), opened("text", "Hi")
+    begun = [*writer.events([ic.Began("x", "m"), ic.Opened(part), ic.More(part, "Hi")])]
+    error = {"error": {"message": "overloaded", "type": "server_error", "code": None}}
+    response = check_response_stream([*begun, *writer.failed(error)])
+
+    assert {"code": "server_error", "message": "overloaded"} == response["error"]
+
+
+# Answers, read.
+
+def parts_read(events):
+    return ic.folded(ic.responses_events(events, TERMS))
+
+
+def said(*parts, fields=None, **more):
+    """The events and the whole answer in which OpenAI says some parts."""
+    fields = {"model": "gpt-6", **(fields or {})}
+    answer = Answer(parts, counted(parts, 20, 5, 3), **more)
+    [stream, whole] = [answer_of("responses", {**fields, "stream": flag}, answer)
+                       for flag in (True, False)]
+    return events_in(stream.steps), json.loads(whole.body)
+
+
+def events_in(steps, splitter=None):
+    splitter = splitter or ic.EventSplitter()
+    return [json.loads(ic.event_data(event)) for step in steps for event in splitter.feed(step)]
+
+
+SUMMARY = {"reasoning": {"summary": "auto"}}
+READ = {
+    "a text": ((Say("Hi there"),), {}, [{"kind": "text", "text": "Hi there"}], "end"),
+    "a refusal": ((Refuse("No."),), {}, [{"kind": "refusal", "text": "No."}], "refused"),
+    "a call": ((Use("f", {"n": 1}),), {}, [
+        {"kind": "call", "id": "call_0_0", "name": "f", "text": '{"n": 1}'}], "calls"),
+    "a call without arguments": ((Use("f", {}),), {}, [
+        {"kind": "call", "id": "call_0_0", "name": "f", "text": "{}"}], "calls"),
+    "a call of a custom tool": ((Use("f", "x y"),), {}, [
+        {"kind": "call", "id": "call_0_0", "name": "f", "text": "x y", "is_text": True}], "calls"),
+    "a call in a namespace": ((Use("ns.f", {}),), {}, [
+        {"kind": "call", "id": "call_0_0", "name": "f", "namespace": "ns", "text": "{}"}], "calls"),
+    "parallel calls": ((Say("Both."), Use("f", {"n": 1}), Use("f", {"n": 2})), {}, [
+        {"kind": "text", "text": "Both."},
+        {"kind": "call", "id": "call_0_1", "name": "f", "text": '{"n": 1}'},
+        {"kind": "call", "id": "call_0_2", "name": "f", "text": '{"n": 2}'}], "calls"),
+    "a search": ((Search("sky"), Say("Blue.")), {}, [
+        {"kind": "search", "id": "ws_0_0", "text": "sky"}, {"kind": "text", "text": "Blue."}],
+        "end"),
+    "an answer that was cut": ((Say("Hi"),), {"ending": "length"}, [
+        {"kind": "text", "text": "Hi"}], "length"),
+    "an answer that a filter cut": ((Say("Hi"),), {"ending": "filter"}, [
+        {"kind": "text", "text": "Hi"}], "refused"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_items_become_parts_streamed_and_whole(case):
+    parts, more, expected, reason = READ[case]
+    events, whole = said(*parts, **more)
+    for answer in (parts_read(events), parts_read(ic.responses_stream_of(whole))):
+        assert expected == [shape(part) for part in answer.parts]
+        assert reason == answer.ended.reason
+        assert ic.Tokens(20, 5, 3) == answer.ended.tokens._replace(output=0, thought=0)
+        assert ("resp_0", "gpt-6", "default") == (answer.began.id, answer.began.model,
+                                                  answer.ended.tier)
+
+
+@pytest.mark.parametrize("fields, text", [({}, ""), (SUMMARY, "hm hm")])
+def test_reasoning_is_a_thought_with_its_own_form_as_it_was_done(fields, text):
+    events, _ = said(Think("hm hm"), Say("Hi"), fields=fields)
+    thought, _ = parts_read(events).parts
+    done = next(event["item"] for event in events if event["type"] == "response.output_item.done")
+
+    assert (text, "responses", done) == (thought.text, thought.origin, thought.native)
+    assert openai_seal("hm hm") == thought.native["encrypted_content"]
+
+
+def test_summaries_are_paragraphs_of_one_thought():
+    item = {"type": "reasoning", "id": "rs_1", "encrypted_content": "gAAAAA", "summary": [
+        {"type": "summary_text", "text": "a"}, {"type": "summary_text", "text": "b"}]}
+    deltas = [{"type": "response.reasoning_summary_text.delta", "output_index": 0,
+               "summary_index": index, "delta": text} for index, text in enumerate("ab")]
+    done = {"type": "response.output_item.done", "output_index": 0, "item": item}
+    end = {"type": "response.completed", "response": {"output": [item], "status": "completed"}}
+
+    for events in ([*deltas, done, end], [done, end], [end]):
+        [thought] = parts_read(events).parts
+        assert ("a\n\nb", item) == (thought.text, thought.native)
+
+
+def test_text_of_reasoning_of_open_models_is_shown():
+    item = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [
+        {"type": "reasoning_text", "text": "hm hm"}]}
+    delta = {"type": "response.reasoning_text.delta", "output_index": 0, "content_index": 0,
+             "delta": "hm "}
+    done = {"type": "response.output_item.done", "output_index": 0, "item": item}
+    end = {"type": "response.completed", "response": {}}
+
+    for events in ([delta, done, end], [done, end]):
+        assert [{"kind": "thought", "text": "hm hm"}] == [
+            shape(part) for part in parts_read(events).parts]
+
+
+def test_a_server_that_ends_without_having_ended_its_items_is_read_whole():
+    events, whole = said(Say("Hi"), Use("f", {"n": 1}))
+    without = [event for event in events if event["type"] != "response.output_item.done"]
+    only_the_end = [{"type": "response.completed", "response": whole}]
+    deltas = [*without[:-1], {"type": "response.completed", "response": {**whole, "output": []}}]
+
+    for sent in (without, only_the_end, deltas):
+        assert [("text", "Hi"), ("call", '{"n": 1}')] == [
+            (part.kind, part.text) for part in parts_read(sent).parts]
+
+
+def test_every_part_is_opened_before_it_grows_and_grows_to_what_it_is():
+    events, _ = said(Think("hm hm"), Say("Hi there"), Use("f", {"n": 1}), Use("g", "x"),
+                     fields=SUMMARY)
+    texts, open_parts = {}, set()
+    for event in ic.responses_events(events, TERMS):
+        kind = type(event)
+        if kind is ic.Opened:
+            assert event.part not in texts
+            texts[event.part] = ""
+            open_parts.add(event.part)
+        elif kind is ic.More:
+            assert event.part in open_parts and event.text
+            texts[event.part] += event.text
+        elif kind is ic.Closed:
+            open_parts.remove(event.part)
+            assert event.part.text == texts[event.part]
+
+    assert not open_parts and 4 == len(texts)
+
+
+@pytest.mark.parametrize("answer", [
+    {"status": "failed", "error": {"code": "server_error", "message": "x"}, "output": []},
+    {"status": "cancelled", "output": []}, {"status": "in_progress", "output": []}])
+def test_a_response_that_failed_is_an_error_of_the_provider(answer):
+    with pytest.raises(ic.UpstreamBroke):
+        parts_read(ic.responses_stream_of(answer))
+
+
+@pytest.mark.parametrize("event", [
+    {"type": "response.output_item.done", "output_index": 0, "item": "x"},
+    {"type": "response.output_item.done", "output_index": 0, "item": {
+        "type": "message", "content": [7]}},
+    {"type": "response.output_item.done", "output_index": 0, "item": {
+        "type": "function_call", "name": 7}},
+    {"type": "response.output_text.delta", "output_index": 0, "delta": {"x": 1}},
+    {"type": "response.completed", "response": {"output": "x"}},
+    {"type": "response.incomplete", "response": {"incomplete_details": "x"}}])
+def test_an_answer_of_another_shape_is_named(event):
+    with pytest.raises(ic.UpstreamBroke, match="another shape than its API says: [a-z_]+ must be"):
+        [*ic.responses_events([event], TERMS)]
+
+
+def test_a_stream_cut_at_every_byte_gives_the_same_events():
+    parts = (Think("hm"), Say("Grüße 🐤"), Use("f", {"n": "é"}))
+    reply = answer_of("responses", {"model": "gpt-6", "stream": True, **SUMMARY},
+                      Answer(parts, counted(parts, 20)))
+    sent = reply.body
+    whole = events_in([sent])
+    expected = [shape(part) for part in parts_read(whole).parts]
+
+    for at in range(0, len(sent), 1 + len(sent) // 500):
+        cut = events_in([sent[:at], sent[at:]])
+        assert whole == cut
+    assert expected == [shape(part) for part in parts_read(cut).parts]
+
+
+def test_recorded_streams_are_read_like_their_whole_answers_and_written_well():
+    read = 0
+    for name, exchange in recordings():
+        if not name.startswith("openai/responses/") or "sse" not in exchange["response"]:
+            continue
+        events = events_in([exchange["response"]["sse"].encode()])
+        ends = [event["response"] for event in events if event["type"] in (
+            "response.completed", "response.incomplete")]
+        outputs = [event["output_index"] for event in events
+                   if event["type"] == "response.output_item.done"]
+        if len(ends) != 1 or len(outputs) != len(ends[0]["output"]):     # two in one, or an error
+            continue
+        answer = parts_read(events)
+        writer = ic.ResponsesWriter({}, 1)
+        check_response_stream([*writer.events(ic.responses_events(events, TERMS))])
+        whole = parts_read(ic.responses_stream_of(ends[0]))
+        assert [(part.kind, part.text, part.name) for part in whole.parts] == [
+            (part.kind, part.text, part.name) for part in answer.parts], name
+        assert whole.ended == answer.ended
+        read += 1
+    assert read > 35
+
+
+# Requests, read.
+
+def read(**fields):
+    return ic.read_responses_request({"model": "m", "input": "hi", **fields})
+
+
+def turns_of(*items, **fields):
+    return [(role, [shape(part) for part in parts])
+            for role, parts in read(input=[*items], **fields).turns]
+
+
+def message(role, *content):
+    return {"type": "message", "role": role, "content": [*content]}
+
+
+def said_text(text):
+    return {"kind": "text", "text": text}
+
+
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "id": "fc_1"}
+CALLED = {"kind": "call", "id": "c", "name": "f", "text": "{}"}
+SEALED = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}],
+          "content": None, "encrypted_content": ic.sealed("messages", CLAUDE_THOUGHT)}
+OPENAIS = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAAB"}
+ITEMS = {
+    "a message without a type": ([{"role": "user", "content": "hi"}], [("user", [said_text("hi")])]),
+    "messages of developer and system": (
+        [message("developer", {"type": "input_text", "text": "a"}), message(
+            "system", {"type": "input_text", "text": "b"})],
+        [("system", [said_text("a")]), ("system", [said_text("b")])]),
+    "an answer with its reasoning and calls is one turn, in order": (
+        [OPENAIS, message("assistant", {"type": "output_text", "text": "a", "annotations": []}),
+         CALL, {**CALL, "call_id": "d"}, message("assistant", {"type": "refusal", "refusal": "r"})],
+        [("assistant", [
+            {"kind": "thought", "native": OPENAIS, "origin": "responses"}, said_text("a"), CALLED,
+            {**CALLED, "id": "d"}, {"kind": "refusal", "text": "r"}])]),
+    "outputs that follow each other are one turn, a message is another": (
+        [CALL, {"type": "function_call_output", "call_id": "c", "output": "1"},
+         {"type": "custom_tool_call_output", "call_id": "d", "output": [
+             {"type": "input_text", "text": "2"}]}, {"role": "user", "content": "go on"}],
+        [("assistant", [CALLED]), ("user", [
+            {"kind": "result", "id": "c", "parts": [said_text("1")]},
+            {"kind": "result", "id": "d", "parts": [said_text("2")]}]),
+         ("user", [said_text("go on")])]),
+    "an image and its cache mark": (
+        [message("user", {"type": "input_image", "image_url": PNG, "detail": "auto",
+                          "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}},
+                 {"type": "input_image", "image_url": "https://x/y.png", "detail": "low"})],
+        [("user", [{"kind": "image", "media": "image/png", "data": "iVBORw0KGgo=", "detail": "auto",
+                    "mark": {"type": "ephemeral", "ttl": "1h"}},
+                   {"kind": "image", "url": "https://x/y.png", "detail": "low"}])]),
+    "files": (
+        [message("user", {"type": "input_file", "filename": "a.pdf",
+                          "file_data": "data:application/pdf;base64,JVBERi0="},
+                 {"type": "input_file", "filename": "b.txt",
+                  "file_data": "data:text/plain;base64,R3LDvMOfZQ=="},
+                 {"type": "input_file", "file_url": "https://x/c.pdf"})],
+        [("user", [{"kind": "document", "name": "a.pdf", "media": "application/pdf",
+                    "data": "JVBERi0="}, {"kind": "document", "name": "b.txt", "text": "Grüße"},
+                   {"kind": "document", "url": "https://x/c.pdf"}])]),
+    "an image that a tool gave": (
+        [CALL, {"type": "function_call_output", "call_id": "c", "output": [
+            {"type": "input_image", "image_url": "https://x/y.png", "detail": "auto"}]}],
+        [("assistant", [CALLED]), ("user", [{"kind": "result", "id": "c", "parts": [
+            {"kind": "image", "url": "https://x/y.png", "detail": "auto"}]}])]),
+    "a custom tool's call, in a namespace": (
+        [{"type": "custom_tool_call", "call_id": "c", "name": "exec", "namespace": "functions",
+          "input": "ls"}],
+        [("assistant", [{"kind": "call", "id": "c", "name": "exec", "namespace": "functions",
+                         "text": "ls", "is_text": True}])]),
+    "Claude's thought that came as ours": ([SEALED], [("assistant", [
+        {"kind": "thought", "text": "hm", "native": CLAUDE_THOUGHT, "origin": "messages"}])]),
+    "calls of tools of OpenAI's that the client runs": (
+        [{"type": "apply_patch_call", "call_id": "c", "status": "completed",
+          "operation": {"type": "delete_file", "path": "a"}},
+         {"type": "apply_patch_call_output", "call_id": "c", "status": "failed"},
+         {"type": "local_shell_call", "call_id": "d", "id": "l", "status": "completed",
+          "action": {"type": "exec", "command": ["ls"], "env": {}}},
+         {"type": "local_shell_call_output", "call_id": "d", "output": "a b"}],
+        [("assistant", [{"kind": "call", "id": "c", "name": "apply_patch",
+                         "text": '{"type": "delete_file", "path": "a"}'}]),
+         ("user", [{"kind": "result", "id": "c", "is_error": True, "parts": [
+             said_text("failed")]}]),
+         ("assistant", [{"kind": "call", "id": "d", "name": "local_shell",
+                         "text": '{"type": "exec", "command": ["ls"], "env": {}}'}]),
+         ("user", [{"kind": "result", "id": "d", "parts": [said_text("a b")]}])]),
+    "a subagent's message": (
+        [{"type": "agent_message", "author": "/root", "recipient": "/root/a", "content": [
+            {"type": "encrypted_content", "encrypted_content": "go"}]}],
+        [("user", [said_text("[message from /root]"), said_text("go")])]),
+    "a search that ran at the provider": (
+        [{"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {
+            "type": "search", "query": "sky", "sources": [{"type": "url", "url": "https://x"}]}}],
+        [("assistant", [{"kind": "search", "id": "ws_1", "text": "sky",
+                         "citations": (("https://x", "", None, None),)}])]),
+}
+
+
+@pytest.mark.parametrize("case", ITEMS)
+def test_items_become_turns(case):
+    items, turns = ITEMS[case]
+    assert turns == turns_of(*items)
+
+
+def test_instructions_are_the_first_system_turn_and_a_string_is_the_users():
+    conversation = read(instructions="Be brief.", input="hi")
+
+    assert [("system", "Be brief."), ("user", "hi")] == [
+        (role, parts[0].text) for role, parts in conversation.turns]
+
+
+def test_the_caps_and_switches_of_a_request():
+    conversation = read(
+        max_output_tokens=99, temperature=0.5, top_p=0.9, parallel_tool_calls=False, stream=True,
+        service_tier="flex", user="u", safety_identifier="s", reasoning={
+            "effort": "low", "summary": "auto"}, text={"format": {
+                "type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}})
+
+    assert (99, {"temperature": 0.5, "top_p": 0.9}, True, True, "flex", "s", "low", "auto") == (
+        conversation.output_cap, conversation.sampling, conversation.one_call_at_a_time,
+        conversation.streams, conversation.tier, conversation.user, conversation.effort,
+        conversation.summary)
+    assert ic.Format({"type": "object"}, "n", "", True) == conversation.format
+
+
+LARK = {"type": "grammar", "syntax": "lark", "definition": "start: /x/"}
+NAMESPACE = {"type": "namespace", "name": "ns", "description": "About ns.", "tools": [
+    {"type": "custom", "name": "exec", "description": "Run.", "format": LARK},
+    {"type": "function", "name": "wait", "parameters": {"type": "object"}, "strict": False}]}
+SPACED = [ic.Tool("text", "exec", "About ns.\n\nRun.", namespace="ns", syntax=LARK),
+          ic.Tool("function", "wait", schema={"type": "object"}, namespace="ns")]
+
+
+@pytest.mark.parametrize("fields", [
+    {"tools": [NAMESPACE]},
+    {"input": [{"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}]},
+    {"input": [{"type": "tool_search_output", "call_id": None, "execution": "server",
+                "tools": [NAMESPACE]}], "tools": [NAMESPACE]}])
+def test_tools_are_read_wherever_they_stand_but_once(fields):
+    assert SPACED == read(**fields).tools
+
+
+def test_a_search_is_read_with_its_options_and_other_hosted_tools_by_their_type():
+    row = {"type": "web_search", "filters": {"allowed_domains": ["x.org"]},
+           "user_location": {"type": "approximate", "city": "Oslo"}, "external_web_access": False}
+    conversation = read(tools=[row, {"type": "file_search", "vector_store_ids": ["v"]}])
+    search, other = conversation.tools
+
+    assert ("search", "web_search", {"allowed_domains": ["x.org"], "user_location": {
+        "type": "approximate", "city": "Oslo"}}) == (search.kind, search.name, search.search)
+    assert ["tools.web_search.external_web_access"] == [*conversation.rest]
+    assert ("other", "file_search") == (other.kind, other.name)
+
+
+def test_the_clients_own_typed_tools_are_functions_and_those_that_run_at_openai_are_not():
+    tools = read(tools=[{"type": "local_shell"}, {"type": "apply_patch"}, {
+        "type": "shell", "environment": {"type": "local"}}, {
+            "type": "shell", "environment": {"type": "container_auto"}}, {
+            "type": "tool_search", "execution": "client", "description": "Find.",
+            "parameters": {"type": "object"}}, {"type": "tool_search"}]).tools
+
+    assert [("function", "local_shell"), ("function", "apply_patch"), ("function", "shell"),
+            ("other", "shell"), ("function", "tool_search"), ("other", "tool_search")] == [
+                (tool.kind, tool.name) for tool in tools]
+
+
+@pytest.mark.parametrize("wanted, choice, left", [
+    ("auto", ic.Choice("auto"), 3), ("none", ic.Choice("none"), 3),
+    ("required", ic.Choice("required"), 3),
+    ({"type": "function", "name": "wait"}, ic.Choice("tool", "wait"), 3),
+    ({"type": "custom", "name": "exec", "namespace": "ns"}, ic.Choice("tool", "exec", "ns"), 3),
+    ({"type": "web_search"}, ic.Choice("tool", "web_search"), 3),
+    ({"type": "allowed_tools", "mode": "required", "tools": [
+        {"type": "function", "name": "wait"}, {"type": "web_search_preview"}]},
+     ic.Choice("required"), 2)])
+def test_the_forms_of_tool_choice(wanted, choice, left):
+    conversation = read(tools=[NAMESPACE, {"type": "web_search"}], tool_choice=wanted)
+
+    assert (choice, left) == (conversation.choice, len(conversation.tools))
+
+
+def test_a_configuration_that_changes_within_the_input_counts_from_there():
+    conversation = read(reasoning={"effort": "low"}, input=[
+        {"role": "user", "content": "hi"}, {"type": "configuration_update", "reasoning": {
+            "effort": "high"}, "text": {"format": {"type": "json_object"}}}])
+
+    assert ("high", ic.Format(None)) == (conversation.effort, conversation.format)
+
+
+@pytest.mark.parametrize("fields, rest", [
+    ({"store": True}, ["store"]), ({"store": False, "truncation": "disabled", "metadata": {}}, []),
+    ({"truncation": "auto", "max_tool_calls": 3}, ["truncation", "max_tool_calls"]),
+    ({"reasoning": {"context": "all_turns"}}, []),
+    ({"reasoning": {"context": "current_turn", "mode": "pro"}},
+     ["reasoning.context", "reasoning.mode"]),
+    ({"include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "client_metadata": {
+        "a": "b"}, "text": {"verbosity": "low"}}, []),
+    ({"surprise": 1}, ["surprise"]),
+    ({"input": [{"type": "compaction", "encrypted_content": "x"}, {"type": "mcp_call"},
+                {"type": "brand_new"}]}, ["input.compaction", "input.mcp_call",
+                                          "input.brand_new"])])
+def test_what_has_no_place_is_kept_to_be_reported(fields, rest):
+    assert rest == [*read(**fields).rest]
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ({"conversation": "conv_1"}, "conversation"), ({"prompt": {"id": "p"}}, "prompt"),
+    ({"background": True}, "background"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+    ({"input": [{"id": "msg_1"}]}, "input"), ({"input": [{"type": "compaction_trigger"}]}, "input"),
+    ({"input": [message("user", {"type": "input_audio", "input_audio": {}})]}, "input"),
+    ({"input": [message("user", {"type": "input_image", "file_id": "file_1"})]}, "input"),
+    ({"input": [message("tool", {"type": "input_text", "text": "x"})]}, "input"),
+    ({"input": 7}, "input"), ({"input": ["hi"]}, "input"),
+    ({"input": [{"role": "user", "content": 7}]}, "input"),
+    ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 7}]}]}, "input"),
+    ({"input": [{"type": "function_call", "call_id": 7, "name": "f"}]}, "input"),
+    ({"instructions": ["x"]}, "instructions"), ({"reasoning": "low"}, "reasoning"),
+    ({"text": []}, "text"), ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ({"tools": {}}, "tools"), ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "any"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+    ({"tool_choice": {"type": "file_search"}, "tools": [{"type": "file_search"}]}, "tool_choice"),
+    ({"tool_choice": 7}, "tool_choice"), ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"service_tier": 7}, "service_tier")])
+def test_what_cannot_be_carried_over_or_has_another_shape_is_refused_by_its_name(fields, param):
+    with pytest.raises(ic.BadRequest) as refused:
+        read(**fields)
+
+    assert param == refused.value.param
+
+
+def test_recorded_requests_are_read_or_refused_by_name():
+    read_ones = 0
+    for name, exchange in recordings():
+        fields = exchange["request"].get("body")
+        if not name.startswith("openai/responses/") or not fields:
+            continue
+        try:
+            ic.read_responses_request({"model": "m", **fields})
+            read_ones += 1
+        except ic.BadRequest as err:
+            assert err.param in ("previous_response_id", "conversation", "prompt", "background") \
+                or "docx" in name, name
+    assert read_ones > 70
+
+
+# There and back again.
+
+def random_parts(rng):
+    """Parts that Responses can say, with texts of all lengths."""
+    def words():
+        return "".join(rng.choice(["a", " ", "é", "\n", "🐤", '"', "\\"])
+                       for _ in range(rng.randrange(1, 12)))
+
+    kinds = [
+        lambda number: opened("text", words()), lambda number: opened("refusal", words()),
+        lambda number: opened("call", json.dumps({words(): words()}), id=f"c{number}", name="f"),
+        lambda number: opened("call", words(), id=f"c{number}", name="f", namespace="ns",
+                              is_text=True),
+        lambda number: opened("thought", words(), origin="messages", native={
+            "type": "thinking", "thinking": words(), "signature": "x"}),
+        lambda number: opened("search", words(), id=f"s{number}")]
+    return [rng.choice(kinds)(number) for number in range(rng.randrange(1, 7))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_was_written_is_read_again_as_it_was(seed):
+    rng = Random(seed)
+    parts = random_parts(rng)
+    before = [shape(part) for part in parts]
+    events = streamed(parts, size=rng.randrange(1, 5))
+    check_response_stream(events)
+
+    for sent in (events, ic.responses_stream_of(events[-1]["response"])):
+        after = [shape(part) for part in parts_read(sent).parts]
+        for part in [*before, *after]:
+            if part["kind"] == "search":
+                part.pop("id", None)
+        assert before == after
