@@ -2977,6 +2977,15 @@ def event_data(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+BLANKS = b"\xef\xbb\xbf \t\r\n"                      # what may stand before a body, a BOM too
+_EVENT_START = re.compile(rb"(data|event|id|retry)?:")
+
+
+def is_event_stream(body: bytes) -> bool:
+    """Whether a body, or its beginning, is a stream of events, whatever it is labelled."""
+    return _EVENT_START.match(body.lstrip(BLANKS)) is not None
+
+
 SSE_PING = b": ping\n\n"                           # a comment, which keeps a connection alive
 
 
@@ -3007,6 +3016,17 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 # answer itself is not touched, but for the usage chunk of a client that did not ask for one.
 # Whatever a provider sends as usage, nothing here raises: what is malformed is noted and left out.
 # Source: OpenAI and Anthropic streaming references; facts of 380 recorded exchanges.
+
+
+def usage_in(result: Mapping[str, object]) -> object:
+    """Return the usage of an answer or a chunk: where it belongs, else where some servers put it
+    (Groq in x_groq, Moonshot in its choice)."""
+    usage = result.get("usage")
+    if usage is None:
+        choices = result.get("choices")
+        for holder in (result.get("x_groq"), *(choices[:1] if isinstance(choices, list) else ())):
+            usage = usage or json_object(holder).get("usage")
+    return usage
 
 
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
@@ -3111,8 +3131,15 @@ class AnswerMeter:
         return self.usage is None and self.malformed is None and not self.output_bytes
 
     def read_answer(self, answer: bytes) -> None:
-        """Read a whole JSON answer; what is not a JSON object leaves the usage missing."""
-        self.body_has_ended, parsed = True, self._parsed(answer)
+        """Read a whole JSON answer, or one that is a stream of events; what is not a JSON object
+        leaves the usage missing."""
+        self.body_has_ended = True
+        if is_event_stream(answer):
+            self.output_bytes = 0
+            for event in EventSplitter().feed(answer + b"\n\n"):
+                self.read_event(event_data(event))
+            return self.end_body()
+        parsed = self.parsed(answer)
         if parsed is not None:
             self.output_bytes = sum([_text_bytes(parsed.get(name))
                                      for name in ("choices", "content", "output")])
@@ -3125,7 +3152,7 @@ class AnswerMeter:
         if data == b"[DONE]":
             self.has_ended, self.awaits_usage = True, False
             return None
-        parsed = self._parsed(data)
+        parsed = self.parsed(data)
         if parsed is None:
             return None
         if parsed.get("type") == "error" or isinstance(parsed.get("error"), dict):
@@ -3140,12 +3167,13 @@ class AnswerMeter:
         self.output_bytes += sum([len(piece.strip()) for piece in pieces])
 
     def end_body(self) -> None:
-        """Note that the body ended in order: where all choices finished, no more usage is due."""
+        """Note that the body ended in order: where all choices finished, the answer is whole."""
         self.body_has_ended = True
         if self.has_finished():
-            self.awaits_usage = False
+            self.has_ended, self.awaits_usage = True, False
 
-    def _parsed(self, text: bytes) -> Optional[dict]:
+    def parsed(self, text: bytes) -> Optional[dict]:
+        """Return the JSON object in a text, or None."""
         try:
             parsed = _parse_json(text.decode("utf-8"))
         except (ValueError, RecursionError):
@@ -3156,7 +3184,7 @@ class AnswerMeter:
 
     def _read_result(self, result: Mapping[str, object]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
-        self._report(result.get("usage"))
+        self._report(usage_in(result))
         if isinstance(result.get("model"), str):
             self.model = result["model"]
         if isinstance(result.get("id"), str):
@@ -3228,7 +3256,7 @@ class AnswerMeter:
             self.output_bytes += shown
             self._finished[index] = choice.get("finish_reason") is not None or (
                 not shown and self._finished.get(index, False))
-        if chunk.get("usage") is not None:
+        if usage_in(chunk) is not None:
             # Running usage beside choices is not final before the end.
             self.awaits_usage = bool(choices) or not self.has_finished()
         self._read_result(chunk)
@@ -3347,6 +3375,25 @@ def inflated(body: bytes, encoding: str) -> bytes:
         return b""
 
 
+def events_in(body: bytes) -> list[dict]:
+    """Return the JSON events of a body that is a stream, whole; none of any other."""
+    events = EventSplitter().feed(body + b"\n\n") if is_event_stream(body) else ()
+    parse = AnswerMeter("chat").parsed
+    return [event for event in map(parse, map(event_data, events)) if event is not None]
+
+
+def is_error(answer: object) -> bool:
+    """Whether an answer that came with 200 is an error."""
+    holder = json_object(answer)
+    return bool(holder.get("error")) and not {"choices", "content", "output"} & holder.keys()
+
+
+def stated_status(answer: object, otherwise: int) -> int:
+    """Return the status that an error in a 200 says, as OpenRouter's do."""
+    code = json_object(json_object(answer).get("error")).get("code")
+    return code if type(code) is int and 400 <= code < 600 else otherwise
+
+
 _USAGE_NULL = re.compile(rb',\s*"usage"\s*:\s*null')
 
 
@@ -3375,7 +3422,10 @@ USAGE_CHUNK_FIELDS = frozenset({
 
 
 class StreamReader:
-    """The side pass over a stream: meters its events, and hides usage that was not asked for."""
+    """The side pass over a stream: meters its events, and hides usage that was not asked for.
+
+    A body that is one JSON answer, though a stream was asked for, is metered at its end.
+    """
 
     def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
         self._meter = meter
@@ -3383,6 +3433,8 @@ class StreamReader:
         inflate = inflating(encoding)
         self.can_read, self._inflate = inflate is not None, inflate or bytes
         self._hides_usage = hides_usage and encoding == "identity"
+        self._has_begun = False
+        self._whole: Optional[list[bytes]] = None    # the JSON answer, if it is one
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
         """Return what to forward of one read."""
@@ -3390,7 +3442,7 @@ class StreamReader:
             events = [*self._metered(pieces)] if self.can_read else []
         except (zlib.error, OverflowError):
             self.can_read = False
-        if not self.can_read:
+        if not self.can_read or self._whole is not None:
             self._meter.output_bytes += sum(map(len, pieces))
             return pieces
         return [without_usage(*event) for event in events] if self._hides_usage else pieces
@@ -3404,17 +3456,34 @@ class StreamReader:
 
     def _metered(self, pieces: list[bytes]) -> Iterator[tuple[bytes, Optional[dict]]]:
         """Meter each event of one read, and return it with its JSON."""
-        for event in self._splitter.feed(b"".join(map(self._inflate, pieces))):
+        received = b"".join(map(self._inflate, pieces))
+        if not self._has_begun and received.strip(BLANKS):
+            self._has_begun = True
+            if received.lstrip(BLANKS)[:1] in (b"{", b"["):
+                self._whole = []
+        if self._whole is not None:
+            self._whole.append(received)
+            return
+        for event in self._splitter.feed(received):
             data = event_data(event)
             yield event, self._meter.read_event(data) if data else None
 
     def finish(self) -> bytes:
         """The end of the stream: read an event that no empty line ended, and what is held of it."""
-        rest = self._splitter.rest
-        if rest and self.can_read:
-            self._meter.read_event(event_data(rest))
+        self.finished_events()
+        return self._splitter.rest if self._hides_usage else b""
+
+    def finished_events(self) -> tuple[Optional[dict], Optional[dict]]:
+        """Read what the end of the stream completes: (an event, or else a whole answer)."""
+        event = whole = None
+        if self._whole is not None:
+            answer = b"".join(self._whole)
+            self._meter.read_answer(answer)
+            whole = self._meter.parsed(answer)
+        elif self._splitter.rest and self.can_read:
+            event = self._meter.read_event(event_data(self._splitter.rest))
         self._meter.end_body()
-        return rest if self._hides_usage else b""
+        return event, whole
 
 
 # ==== 8. The neutral form =======================================================================
@@ -3559,7 +3628,7 @@ class Written(NamedTuple):
 # An answer is a series of events: Began, then parts, then Ended. A part is opened, grows by More,
 # and is closed; then, not before, its text and all else of it are complete. Parts may be open side
 # by side: writers for an API that has one open at a time hold the others back. A whole answer is
-# the same series. PING may stand anywhere behind Began.
+# the same series. PING may stand anywhere.
 
 
 class Tokens(NamedTuple):
@@ -3638,6 +3707,56 @@ class Failure(NamedTuple):
     message: str
     code: Optional[str] = None           # OpenAI's, as context_length_exceeded
     param: Optional[str] = None
+    sizes: Optional[tuple[int, int]] = None      # of an overflow: tokens asked for, and the most
+
+
+# Where servers put the words of an error, outermost first.
+_WORDS = ("error", "response", "message", "detail", "msg", "error_message", "errors", "title",
+          "status")
+# How servers say that a prompt is longer than the context, and what the most is. Sources: their
+# code and reports (HOSTS of 28 November 2026: vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI,
+# DeepSeek, Mistral, Moonshot, MiniMax, Z.ai, xAI, Gemini, DashScope, OpenRouter, Together, GitHub).
+OVERFLOW = re.compile(
+    r"maximum context length|context_length_exceeded|exceed[^.]*context[ _-]?(length|window|size)"
+    r"|context[ _-]?(length|window|size)[^.]*exceed|prompt (is )?(too long|exceeds max length)"
+    r"|maximum prompt length|model token limit|with [\d,]+ maximum context|longer than the model"
+    r"|range of input length|input token count[^.]*exceeds|maximum allowed input length"
+    r"|tokens in request more than max tokens|request body too large for [^.]* model\. max size"
+    r"|reduce the length of the messages|`inputs` tokens \+ `max_new_tokens` must be"
+    r"|tokens to keep from the initial prompt|current length is \d+ while limit is"
+    r"|exceed_context_size|exceeded max context length|input is too long", re.IGNORECASE)
+_LIMIT = re.compile(
+    r"(?:context[ _-]?(?:length|window|size)|token limit|prompt length|tokens allowed|max\w* size"
+    r"|limit is|<=|\[1,).{0,60}?(\d[\d,]{3,})|(\d[\d,]{3,}) maximum context", re.IGNORECASE)
+
+
+def words_of(body: object, depth: int = 6) -> str:
+    """Return what an error says in words, wherever they stand in it; "" where there are none."""
+    if isinstance(body, str):
+        return body
+    if not depth or not isinstance(body, (list, dict)):
+        return ""
+    inner = body[:8] if isinstance(body, list) else [body.get(name) for name in _WORDS]
+    words = [*filter(None, (words_of(value, depth - 1) for value in inner))]
+    return "; ".join(words if isinstance(body, list) else words[:1])
+
+
+def overflow_of(failure: Failure, inner: Mapping[str, object]) -> Failure:
+    """Return a failure as that of a full context, where its words or its code say so."""
+    if failure.code != "context_length_exceeded" and (
+            failure.status not in (400, 413, 422) or not OVERFLOW.search(
+                f"{inner.get('type')} {failure.message}")):
+        return failure
+    most = _LIMIT.search(failure.message)
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{3,17}",
+                                                                    failure.message)]
+    stated = [inner.get(name) for name in ("n_prompt_tokens", "n_ctx")]      # llama.cpp's
+    if all(type(number) is int for number in stated):
+        sizes = tuple(stated)
+    else:
+        sizes = (max(numbers), int((most[1] or most[2]).replace(",", ""))) if most else (0, 0)
+    return failure._replace(status=400, code="context_length_exceeded",
+                            sizes=sizes if sizes[0] > sizes[1] else None)
 
 
 # ==== 9. Names, ids and losses ==================================================================
@@ -4844,8 +4963,18 @@ _CHAT_TURNS_WRITTEN = MappingProxyType({
 # Its answers: (the finish_reason of an answer, our reason), both ways.
 FINISH_REASONS = MappingProxyType({"end": "stop", "stop": "stop", "length": "length",
                                    "calls": "tool_calls", "refused": "content_filter"})
-REASONS_OF_FINISH = MappingProxyType({"length": "length", "tool_calls": "calls",
-                                      "function_call": "calls", "content_filter": "refused"})
+# Other servers have words of their own: Gemini, Mistral, Z.ai, Anthropic's behind gateways (their
+# SDKs and reports, November 2026). They are compared in lower case, up to a colon.
+REASONS_OF_FINISH = MappingProxyType({
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length",
+                     "model_context_window_exceeded"), "length"),
+    **dict.fromkeys(("tool_calls", "function_call", "tool_use"), "calls"),
+    **dict.fromkeys(("content_filter", "refusal", "safety", "sensitive", "recitation", "blocklist",
+                     "prohibited_content", "spii", "image_safety"), "refused"),
+    **dict.fromkeys(("stop", "end", "end_turn", "eos", "eos_token", "stop_sequence", "complete"),
+                    "end")})
+FAILED_FINISHES = frozenset({"error", "abort", "network_error", "insufficient_system_resource",
+                             "malformed_function_call", "unexpected_tool_call"})
 
 
 def chat_tokens(usage: object) -> Tokens:
@@ -4876,8 +5005,8 @@ def chat_usage(tokens: Tokens) -> dict:
 def chat_stream_of(completion: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
     """Return a whole completion as a stream. Raises UpstreamBroke where it is none."""
     choice = _first_choice(completion)
-    if not choice or choice.get("finish_reason") == "error":
-        raise UpstreamBroke("the provider's answer ended in an error of its own")
+    if not choice:
+        raise UpstreamBroke("the provider's answer has no choices")
     return (completion, {"type": "done"})
 
 
@@ -4890,7 +5019,7 @@ def chat_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Iterato
             reader.is_done = True
         elif kind != "ping":
             yield from reader.read(chunk)
-        elif reader.has_begun:
+        else:
             yield PING
     yield from reader.finish()
 
@@ -4901,12 +5030,13 @@ class _ChunkReader:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self.has_begun = self.is_done = False
+        self.has_begun = self.is_done = self._parts_seen = False
         self._said: Optional[Part] = None            # the text or thought that is open
         self._details: list[dict] = []               # reasoning_details, to be sent back
         self._calls: list[Part] = []
         self._newest: dict[object, Part] = {}        # of each index of the provider's
         self._by_id: dict[str, Part] = {}
+        self._touched: set[Part] = set()             # the calls of the delta that is read
         self._usage: object = None
         self._tier: object = None
         self._choice: dict = {}                      # what the finish said
@@ -4918,10 +5048,12 @@ class _ChunkReader:
         if not self.has_begun:
             self.has_begun = True
             yield Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier)
-        if isinstance(chunk.get("usage"), dict):
-            self._usage = chunk["usage"]
+        usage = usage_in(chunk)
+        self._usage = usage if isinstance(usage, dict) else self._usage
         choice = _first_choice(chunk)
-        delta = choice.get("delta") or choice.get("message")
+        delta = choice.get("delta")
+        if not delta and not self._parts_seen:       # else it says all once more
+            delta = choice.get("message")
         if isinstance(delta, dict):
             yield from self._read_delta(delta)
         if choice.get("finish_reason"):
@@ -4937,6 +5069,7 @@ class _ChunkReader:
                 else _text_of(delta.get(name))
             if text:
                 yield from self._say(kind, text)
+        self._touched.clear()
         for call in _parts_of(delta.get("tool_calls")):
             yield from self._read_call(call)
         if isinstance(delta.get("function_call"), dict):
@@ -4948,6 +5081,7 @@ class _ChunkReader:
             yield from self._close_said()
             yield from self._close_calls(whole_only=not self._terms.calls_in_order)
             part = self._said = Part(kind, pieces=[])
+            self._parts_seen = True
             yield Opened(part)
         part.pieces.append(text)
         self._refused |= kind == "refusal"
@@ -4962,35 +5096,44 @@ class _ChunkReader:
                 self._details = []
             yield Closed(part)
 
-    def _call_of(self, row: Mapping[str, object]) -> Part:
-        """Return the call that a delta belongs to: one with another id is another call, whatever
-        its index; without id and index, a name behind whole arguments begins another."""
-        index, call_id = row.get("index"), row.get("id")
-        index = index if isinstance(index, int) else None
-        call = self._by_id.get(str(call_id)) if call_id else None
+    def _call_of(self, call_id: str, index: Optional[int], name: str, more: str) -> Part:
+        """Return the call that a delta belongs to; servers get ids and indexes wrong.
+
+        A delta without a name goes on with the newest call of its index, whatever its id. One with
+        a name begins another call where its id is another, where the newest is whole, and behind
+        one of the same delta.
+        """
         newest = self._newest.get(index)
-        if call is None and newest is not None:
-            names = bool(json_object(row.get("function")).get("name"))
-            is_other = bool(newest.id) if call_id else \
-                index is None and names and bool(newest.pieces) and _is_whole(newest)
-            call = None if is_other else newest
+        call = newest or (self._by_id.get(call_id) if index is None or not name else None)
+        if call is not None and name:
+            is_other = call_id != call.given_id if call_id and call.given_id else \
+                call in self._touched or (_is_whole(call) and bool(more.strip()))
+            call = None if is_other else call
         if call is None:
-            call = Part("call", pieces=[], is_open=False, is_closed=False)
+            self._parts_seen = True
+            call = Part("call", pieces=[], is_open=False, is_closed=False, given_id="")
             self._calls.append(call)
-        if call_id:
-            call.id = str(call_id)
-            self._by_id[call.id] = call
+        if call_id and not call.given_id:
+            call.given_id = call_id
+            call.id = f"{call_id}_{len(self._calls)}" if call_id in self._by_id else call_id
+            self._by_id.setdefault(call_id, call)
         self._newest[index] = call
+        self._touched.add(call)
         return call
 
     def _read_call(self, row: Mapping[str, object]) -> Iterator[AnswerEvent]:
-        call = self._call_of(row)
         inner = json_object(row.get("function", row.get("custom")))
         name, more = inner.get("name"), inner.get("arguments", inner.get("input"))
-        if not call.is_open and isinstance(name, str):
+        name = name if isinstance(name, str) else ""
+        more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
+        index, call_id = row.get("index"), row.get("id")
+        call_id = "" if call_id is None else str(call_id)
+        if not (call_id or name or more):            # some send an empty call in every answer
+            return
+        call = self._call_of(call_id, index if isinstance(index, int) else None, name, more)
+        if not call.is_open and name:
             call.name = name if name.startswith(call.name) else call.name + name
             call.is_text = "input" in inner
-        more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
         if call.is_closed and more.strip():
             raise UpstreamBroke("the provider went on with a tool call after another block")
         if not call.is_open and call.name:
@@ -5026,11 +5169,12 @@ class _ChunkReader:
         finish = self._choice.get("finish_reason")
         if finish is None and not self.is_done:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
-        if finish == "error":
-            raise UpstreamBroke("the provider's stream ended in an error of its own")
+        word = str(finish or "stop").lower().partition(":")[0].strip()
+        reason, stop = REASONS_OF_FINISH.get(word, "end"), None
+        if word in FAILED_FINISHES or not (self._parts_seen or word in REASONS_OF_FINISH):
+            raise UpstreamBroke(f"the provider's answer ended in {shown_name(str(finish))}")
         yield from self._close_said()
         yield from self._close_calls(whole_only=False)
-        reason, stop = REASONS_OF_FINISH.get(str(finish), "end"), None
         if self._refused:
             reason = "refused"
         elif reason in ("end", "calls"):
@@ -5061,7 +5205,7 @@ def _reasoning_of(said: Mapping[str, object]) -> str:
     rows = [*_parts_of(said.get("reasoning_details")), *(
         inner for part in (_parts_of(content) if isinstance(content, list) else ())
         if part.get("type") == "thinking" for inner in _parts_of(part.get("thinking")))]
-    return "".join(str(row.get("text") or "") for row in rows)
+    return "".join(str(row.get("text") or row.get("summary") or "") for row in rows)
 
 
 class ChatWriter:
@@ -5217,15 +5361,18 @@ OPENAI_ERRORS = MappingProxyType({
 QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 
 
-def openai_failure(status: int, body: Mapping[str, object]) -> Failure:
-    """Read an error of OpenAI's format."""
-    inner = body.get("error") or json_object(body.get("response")).get("error") or body
-    message = inner if isinstance(inner, str) else json_object(inner).get("message")
-    code, param = (json_object(inner).get(name) for name in ("code", "param"))
-    return Failure(402 if code in QUOTA_CODES else status,
-                   str(message or f"the provider answered with the status {status}"),
-                   code if isinstance(code, str) else None,
-                   param if isinstance(param, str) else None)
+def openai_failure(status: int, body: object) -> Failure:
+    """Read an error of OpenAI's format, or of a server that has another for its errors."""
+    body = body[0] if isinstance(body, list) and body else body
+    holder = json_object(body)
+    inner = json_object(holder.get("error") or json_object(holder.get("response")).get("error")
+                        or body)
+    code, param = (value if isinstance(value, str) else None
+                   for value in (inner.get("code"), inner.get("param")))
+    if code in QUOTA_CODES:
+        status = 402
+    return overflow_of(Failure(status, words_of(body) or f"the provider answered with the status "
+                               f"{status}", code, param), inner)
 
 
 def openai_error(failure: Failure, request_id: str) -> tuple[int, dict]:
@@ -6054,7 +6201,7 @@ class _BlockReader:
         return ()
 
     def _ping(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        return [PING] if self._has_begun else ()
+        return [PING]
 
     def _finish(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
         stop = str(self._end.get("stop_reason"))
@@ -6235,15 +6382,13 @@ ANTHROPIC_ERRORS = MappingProxyType({
 })
 
 
-def anthropic_failure(status: int, body: Mapping[str, object]) -> Failure:
+def anthropic_failure(status: int, body: object) -> Failure:
     """Read an error of Anthropic's."""
-    inner = json_object(body.get("error"))
-    message = str(inner.get("message") or f"the provider answered with the status {status}")
+    inner = json_object(json_object(body).get("error"))
+    message = words_of(body) or f"the provider answered with the status {status}"
     code = json_object(inner.get("details")).get("error_code")
-    if status == 400 and re.search("prompt is too long|exceed context", message):
-        code = code or "context_length_exceeded"
-    return Failure(402 if inner.get("type") == "billing_error" else status, message,
-                   code if isinstance(code, str) else None)
+    return overflow_of(Failure(402 if inner.get("type") == "billing_error" else status, message,
+                               code if isinstance(code, str) else None), inner)
 
 
 def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
@@ -6251,8 +6396,7 @@ def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
     text = failure.message
     status = {422: 400, 502: 500, 503: 529}.get(failure.status, failure.status)
     if failure.code == "context_length_exceeded" and "prompt is too long" not in text:
-        numbers = [int(number) for number in re.findall(r"\d{4,}", text.replace(",", ""))]
-        sizes = f": {max(numbers)} tokens > {min(numbers)} maximum" if len(numbers) > 1 else ""
+        sizes = ": {} tokens > {} maximum".format(*failure.sizes) if failure.sizes else ""
         text = f"prompt is too long{sizes}. {text}"       # Claude Code compacts on these words
     kind = ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500
                                 else "invalid_request_error")
@@ -7253,7 +7397,7 @@ class Dialect(NamedTuple):
     read_answer: Callable[[Iterable[Mapping[str, object]], Terms], Iterator[AnswerEvent]]
     stream_of: Callable[[Mapping[str, object]], Iterable[Mapping[str, object]]]
     writer: Callable[[Mapping[str, object], int], AnswerWriter]
-    read_error: Callable[[int, Mapping[str, object]], Failure]
+    read_error: Callable[[int, object], Failure]
     write_error: Callable[[Failure, str], tuple[int, dict]]
 
 
@@ -7308,9 +7452,16 @@ class Translator:
         self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
 
+    def stream_of(self, body: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
+        """Return a whole answer as a stream of the provider's. Raises UpstreamBroke."""
+        return self._provider.stream_of(body)
+
     def answer(self, body: Mapping[str, object]) -> dict:
         """Return a whole answer. Raises UpstreamBroke."""
-        stream = self._provider.stream_of(body)
+        return self.answer_of(self.stream_of(body))
+
+    def answer_of(self, stream: Iterable[Mapping[str, object]]) -> dict:
+        """Return a streamed answer as a whole one. Raises UpstreamBroke."""
         whole = folded(self._freed(self._provider.read_answer(stream, self.terms)))
         texts = [part for part in whole.parts if part.kind == "text"]
         fenced = re.fullmatch(FENCED, "".join(part.text for part in texts)) \
@@ -7323,7 +7474,7 @@ class Translator:
         """Yield the events of a streamed answer. Raises UpstreamBroke."""
         return self._writer.events(self._freed(self._provider.read_answer(stream, self.terms)))
 
-    def error(self, status: int, body: Mapping[str, object], request_id: str) -> tuple[int, dict]:
+    def error(self, status: int, body: object, request_id: str) -> tuple[int, dict]:
         """Return an error, with its status."""
         return self._client.write_error(self._provider.read_error(status, body), request_id)
 
@@ -10434,7 +10585,6 @@ class Call:
         self.wants_stream = optional_flag(body.fields, "stream")
         self.meter = AnswerMeter(api)
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
-        self.heard_s = time.monotonic()               # when its client last got a translated event
 
     def intent_row(self) -> dict:
         """The ledger's row as it is before the call is sent."""
@@ -11756,12 +11906,12 @@ class Router:
                    ("x-ironcage-request-id", call.request.request_id)]
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
-        kind = media_type(response.headers)
-        is_stream = kind == "text/event-stream" or (not kind and call.wants_stream)
+        is_fine = 200 <= response.status < 300
         if call.translator is not None:
             return self._carried_back(call, call.translator, response, headers,
-                                      is_stream and 200 <= response.status < 300)
-        if is_stream and 200 <= response.status < 300:
+                                      is_fine and call.wants_stream)
+        # Some servers label their streams as something else.
+        if is_fine and (call.wants_stream or media_type(response.headers) == "text/event-stream"):
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
         body, _ = self._whole_body(call, response, headers)
         return Answer(response.status, tuple(headers), body=body)
@@ -11815,24 +11965,23 @@ class Router:
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
         _, raw = self._whole_body(call, response, headers)
+        events = events_in(raw)
         try:
-            parsed = json.loads(raw)
+            parsed = events[-1] if events else json.loads(raw)
         except (ValueError, RecursionError):
-            parsed = None
+            parsed = raw[:500].decode("utf-8", "replace")
         is_fine = 200 <= response.status < 300
-        if not is_fine or (isinstance(parsed, dict) and parsed.get("error") is not None
-                           and not {"choices", "content", "output"} & parsed.keys()):
-            body = parsed if isinstance(parsed, dict) else {
-                "error": {"message": raw[:500].decode("utf-8", "replace")}}
-            return self._translated_error(call, translator, 502 if is_fine else response.status,
-                                          body, headers)
+        if not is_fine or call.meter.failure or is_error(parsed):
+            status = stated_status(parsed, 502) if is_fine else response.status
+            return self._translated_error(call, translator, status, parsed, headers)
         if not isinstance(parsed, dict):
             raise UpstreamBroke("the provider's answer is not JSON")
-        return Answer(200, (*headers, ("content-type", "application/json")),
-                      json_bytes(translator.answer(parsed)))
+        answer = translator.answer_of((*events, {"type": "done"})) if events \
+            else translator.answer(parsed)
+        return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
 
-    def _translated_error(self, call: Call, translator: Translator, status: int,
-                          body: Mapping[str, object], headers: list) -> Answer:
+    def _translated_error(self, call: Call, translator: Translator, status: int, body: object,
+                          headers: list) -> Answer:
         told, translated = translator.error(status, body, call.request.request_id)
         if status == 404 and call.api == "responses":
             translated["error"]["message"] += NO_RESPONSES
@@ -11844,16 +11993,19 @@ class Router:
     def _carried_events(self, call: Call, translator: Translator,
                         response: Union[EchoResponse, UpstreamResponse]
                         ) -> Iterator[Union[dict, tuple[int, dict]]]:
-        """The client's events; an error of the provider as (status, its body), the last."""
+        """The client's events; an error of the provider as (status, its body), the last.
+
+        A client that has heard nothing for ping_s hears a ping, whatever the provider sends.
+        """
         failure: list[dict] = []
-        ping_s = self.settings.timeouts.ping_s
+        ping_s, heard_s = self.settings.timeouts.ping_s, time.monotonic()
 
         def parsed_events() -> Iterator[dict]:
             """What the provider streams, metered, up to its end or its error."""
             encoding = content_encoding(response.headers)
             reader = StreamReader(call.meter, encoding, hides_usage=False)
             for pieces in response.reads(ping_s):
-                if time.monotonic() - call.heard_s >= ping_s:
+                if not pieces or time.monotonic() - heard_s >= ping_s:
                     yield {"type": "ping"}
                 for event in reader.parsed(pieces):
                     if call.meter.failure is not None:
@@ -11862,21 +12014,30 @@ class Router:
                     if call.meter.has_ended:
                         self._settle(call)         # before the client can see that it is over
                     yield event
-            reader.finish()
+            last, whole = reader.finished_events()
             self._settle(call)
-            if not call.meter.has_ended and not call.meter.has_finished():
+            if call.meter.failure is not None or is_error(whole):
+                failure.append(last or whole)
+                return
+            if whole is not None:                  # one JSON answer, though a stream was asked for
+                yield from translator.stream_of(whole)
+            elif last is not None:
+                yield last
+            if not call.meter.has_ended:
                 raise UpstreamBroke("the provider's stream ended without its last event")
             yield {"type": "done"}
 
         try:
-            yield from translator.events(parsed_events())
+            for event in translator.events(parsed_events()):
+                yield event
+                heard_s = time.monotonic()
         except UpstreamBroke:
             if not failure:
                 raise
         if failure:
             self._settle(call)
             status = ERROR_STATUSES.get(str(call.meter.failure), 500)
-            yield status, failure[0]
+            yield stated_status(failure[0], status), failure[0]
 
     def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
         """Translated events as bytes; a stream that breaks ends with its dialect's error."""
@@ -11884,7 +12045,6 @@ class Router:
         is_chat = translator.client_api == "chat"
 
         def written(event: Mapping[str, object]) -> bytes:
-            call.heard_s = time.monotonic()
             if event.get("type") == "ping" and translator.client_api != "messages":
                 return SSE_PING
             return format_event(event, None if is_chat else str(event.get("type") or "error"))

@@ -619,13 +619,13 @@ def test_citations_of_the_web_are_annotations():
         delta["annotations"] for delta in deltas if "annotations" in delta]
 
 
-def test_a_ping_of_claude_is_passed_on_once_the_answer_has_begun():
+def test_a_ping_is_passed_on_also_before_the_answer_begins():
     events = list(stream_of(message(text("a"))))
     assert ["message_start", "ping"] == [event["type"] for event in events[:2]]
 
     chunks = list(to_claude({"stream": True})[0].events([{"type": "ping"}, *events]))
 
-    assert [1] == [number for number, chunk in enumerate(chunks) if chunk == {"type": "ping"}]
+    assert [0, 2] == [number for number, chunk in enumerate(chunks) if chunk == {"type": "ping"}]
 
 
 def test_at_most_four_cache_marks_travel_the_last_ones():
@@ -1174,14 +1174,14 @@ def test_arguments_that_come_after_another_block_break_the_stream():
                                          {"content": "words"}, piece(arguments=" 1}"))))
 
 
-def test_a_ping_reaches_the_client_once_the_message_has_begun():
+def test_a_ping_reaches_a_client_of_messages_also_before_the_message_begins():
     chunks = [{"type": "ping"}, *chunks_of({"content": "a"})]
     chunks.insert(2, {"type": "ping"})
 
     kinds = [event["type"] for event in to_chat({"stream": True})[0].events(chunks)]
 
-    assert ["message_start", "ping", "content_block_start", "content_block_delta", "ping",
-            "content_block_stop"] == kinds[:6]
+    assert ["ping", "message_start", "ping", "content_block_start", "content_block_delta", "ping",
+            "content_block_stop"] == kinds[:7]
 
 
 def test_a_long_tool_name_is_cut_for_openai_and_comes_back():

@@ -1,0 +1,398 @@
+"""Servers of OpenAI's format as they really stream, end and err. Each case stands for a kind that
+was reported of a server named beside it; an Anthropic client has to see a proper message."""
+import json
+from types import SimpleNamespace
+
+import pytest
+from support import Reply, call, program, proxy_environment, settled_status, sse_events
+
+ASKED = {"model": "lab/m", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}],
+         "tools": [{"name": name, "input_schema": {"type": "object"}}
+                   for name in ("get_weather", "get_time")]}
+USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+RATES = {"input_cost_per_token": 2e-6, "output_cost_per_token": 10e-6}
+COST = 100 * 2 + 50 * 10                             # microdollars of USAGE at RATES
+PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome"}'
+
+
+@pytest.fixture
+def lab(mock, proxy_for, tmp_path):
+    """A proxy with the mock as a server of OpenAI's format that nothing is known of."""
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({
+        "providers": {"lab": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}},
+        "prices": {"lab/m": RATES}}))
+    return lambda *flags: proxy_for("--config", str(path), *flags,
+                                    environ=proxy_environment(mock))
+
+
+def chunk(delta=None, finish=None, usage=None, **more):
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish,
+                                         **more.pop("choice", {})}]
+    return {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m",
+            "choices": choices, **({"usage": usage} if usage else {}), **more}
+
+
+def tool_call(name=None, arguments="", index=0, **more):
+    function = {"arguments": arguments, **({"name": name} if name is not None else {})}
+    return {"tool_calls": [{**({} if index is None else {"index": index}), "function": function,
+                            **more}]}
+
+
+TEXT = [chunk({"role": "assistant", "content": "Hel"}), chunk({"content": "lo"})]
+END = [chunk({}, "stop"), chunk(usage=USAGE), "[DONE]"]
+CALLED = [chunk({}, "tool_calls"), chunk(usage=USAGE), "[DONE]"]
+
+
+def stream_of(events, last=b"\n\n"):
+    texts = [event if isinstance(event, str) else json.dumps(event) for event in events]
+    return b"\n\n".join(b"data: " + text.encode() for text in texts) + last
+
+
+def streamed(body, kind="text/event-stream", framing="chunked"):
+    return Reply(headers=(("content-type", kind),), framing=framing, steps=(body,))
+
+
+def message_of(answer):
+    """(text, thoughts, [(name, input)], stop_reason, error) of a streamed message."""
+    text, thoughts, calls, stop, error, blocks = "", "", [], None, None, {}
+    for _, data in sse_events(answer.body):
+        event = json.loads(data)
+        if event["type"] == "content_block_start":
+            blocks[event["index"]] = [event["content_block"], ""]
+        elif event["type"] == "content_block_delta":
+            blocks[event["index"]][1] += "".join(
+                str(event["delta"].get(name, "")) for name in ("text", "thinking", "partial_json"))
+        elif event["type"] == "message_delta":
+            stop = event["delta"]["stop_reason"]
+        elif event["type"] == "error":
+            error = event["error"]["message"]
+    for block, more in blocks.values():
+        if block["type"] == "tool_use":
+            calls.append((block["name"], json.loads(more)))
+            assert block["id"], "a call needs an id"
+        text += more if block["type"] == "text" else ""
+        thoughts += more if block["type"] == "thinking" else ""
+    ids = [block["id"] for block, _ in blocks.values() if block["type"] == "tool_use"]
+    assert len(set(ids)) == len(ids), "ids of calls are unique"
+    return text, thoughts, calls, stop, error
+
+
+PARIS_CALL, ROME_CALL = ("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome"})
+TIME_CALL = ("get_time", {})
+# what a server does -> (its stream, text, thoughts, calls, stop_reason)
+STREAMS = {
+    "no [DONE]": (stream_of([*TEXT, *END[:2]]), "Hello", "", [], "end_turn"),
+    "no [DONE], usage in the last chunk": (
+        stream_of([chunk({"content": "Hello"}, "stop", USAGE)]), "Hello", "", [], "end_turn"),
+    "no empty line at the end": (stream_of([*TEXT, *END[:2]], b""), "Hello", "", [], "end_turn"),
+    "one newline behind [DONE]": (stream_of([*TEXT, *END], b"\n"), "Hello", "", [], "end_turn"),
+    "[DONE] without a finish_reason": (
+        stream_of([*TEXT, *END[1:]]), "Hello", "", [], "end_turn"),
+    "[DONE] behind calls without one": (
+        stream_of([chunk(tool_call("get_weather", PARIS, id="a")), *END[1:]]),
+        "", "", [PARIS_CALL], "tool_use"),
+    "a new id in every delta (old vLLM)": (
+        stream_of([chunk(tool_call("get_weather", "", id="a")),
+                   chunk(tool_call(None, PARIS[:6], id="b")),
+                   chunk(tool_call(None, PARIS[6:], id="c")), *CALLED]),
+        "", "", [PARIS_CALL], "tool_use"),
+    "two calls with one index and without ids": (
+        stream_of([chunk({"tool_calls": [*tool_call("get_weather", PARIS, id="")["tool_calls"],
+                                         *tool_call("get_weather", ROME, id="")["tool_calls"]]}),
+                   *CALLED]), "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "the same, a chunk each": (
+        stream_of([chunk(tool_call("get_weather", PARIS, id="")),
+                   chunk(tool_call("get_weather", ROME, id="")), *CALLED]),
+        "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "one id under two indexes": (
+        stream_of([chunk(tool_call("get_weather", PARIS, 0, id="a")),
+                   chunk(tool_call("get_time", "{}", 1, id="a")), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "two ids under one index": (
+        stream_of([chunk(tool_call("get_weather", PARIS, 0, id="a")),
+                   chunk(tool_call("get_time", "{}", 0, id="b")), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "calls without index": (
+        stream_of([chunk(tool_call("get_weather", PARIS[:5], None, id="a")),
+                   chunk(tool_call(None, PARIS[5:], None, id="a")),
+                   chunk(tool_call("get_time", "{}", None, id="b")), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "ids that are numbers": (
+        stream_of([chunk(tool_call("get_weather", PARIS, 0, id=0)),
+                   chunk(tool_call("get_time", "{}", 1, id=1)), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "an empty function_call in every answer (Snowflake)": (
+        stream_of([chunk({"content": "Hello", "function_call": {"name": "", "arguments": ""}}),
+                   *END]), "Hello", "", [], "end_turn"),
+    "a function_call of 2023": (
+        stream_of([chunk({"function_call": {"name": "get_weather", "arguments": PARIS[:4]}}),
+                   chunk({"function_call": {"arguments": PARIS[4:]}}),
+                   chunk({}, "function_call"), *END[1:]]), "", "", [PARIS_CALL], "tool_use"),
+    "arguments as an object (Ollama's early ones)": (
+        stream_of([chunk(tool_call("get_weather", {"city": "Paris"}, id="a")), *CALLED]),
+        "", "", [PARIS_CALL], "tool_use"),
+    "all once more as a message (MiniMax)": (
+        stream_of([*TEXT, chunk({}, "stop", USAGE, choice={"delta": {}, "message": {
+            "role": "assistant", "content": "Hello"}}), "[DONE]"]), "Hello", "", [], "end_turn"),
+    "a message in the only chunk": (
+        stream_of([chunk({}, "stop", USAGE, choice={"delta": None, "message": {
+            "role": "assistant", "content": "Hello"}})]), "Hello", "", [], "end_turn"),
+    "a summary of its reasoning only (OpenRouter)": (
+        stream_of([chunk({"content": "", "reasoning_details": [
+            {"type": "reasoning.summary", "summary": "Hmm."}]}), *TEXT, *END]),
+        "Hello", "Hmm.", [], "end_turn"),
+    "one JSON answer": (
+        json.dumps({"id": "c", "object": "chat.completion", "model": "m", "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "Hello"},
+             "finish_reason": "stop"}], "usage": USAGE}).encode(), "Hello", "", [], "end_turn"),
+    "one JSON answer behind empty lines": (
+        b"\n\n \n" + json.dumps({"id": "c", "choices": [
+            {"message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}],
+            "usage": USAGE}, indent=1).encode(), "Hello", "", [], "end_turn"),
+    "usage in x_groq": (
+        stream_of([*TEXT, chunk({}, "stop", x_groq={"id": "r", "usage": USAGE}), "[DONE]"]),
+        "Hello", "", [], "end_turn"),
+    "usage in its choice (Moonshot)": (
+        stream_of([*TEXT, chunk({}, "stop", choice={"usage": USAGE}), "[DONE]"]),
+        "Hello", "", [], "end_turn"),
+    "running totals in every chunk (Gemini, Perplexity)": (
+        stream_of([chunk({"content": "Hel"}, None, {**USAGE, "completion_tokens": 10}),
+                   chunk({"content": "lo"}, "stop", USAGE), "[DONE]"]),
+        "Hello", "", [], "end_turn"),
+    **{f"it finishes with {word}": (
+        stream_of([*TEXT, chunk({}, word), *END[1:]]), "Hello", "", [], stop) for word, stop in {
+            "model_length": "max_tokens", "MAX_TOKENS": "max_tokens", "eos": "end_turn",
+            "content_filter: hate": "refusal", "SAFETY": "refusal", "STOP": "end_turn",
+            "sensitive": "refusal", "model_context_window_exceeded": "max_tokens"}.items()},
+}
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json", "text/plain",
+                                  "application/octet-stream"])
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_client_of_messages_sees_a_proper_stream(mock, lab, case, kind):
+    body, *expected = STREAMS[case]
+    mock.script(streamed(body, kind))
+    proxy = lab("--budget", "1")
+
+    answer = call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": True})
+
+    assert (*expected, None) == message_of(answer)
+    assert COST == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_client_of_the_servers_own_format_gets_its_bytes_and_the_right_bill(mock, lab, case):
+    body = STREAMS[case][0]
+    mock.script(streamed(body, "text/plain"))
+    proxy = lab("--budget", "1")
+    asked = {"model": "lab/m", "max_tokens": 100, "stream": True, "messages": ASKED["messages"],
+             "stream_options": {"include_usage": True}}
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", asked)
+
+    assert body == answer.body
+    assert COST == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream", "text/plain"])
+def test_a_stream_that_nobody_asked_for_is_folded(mock, lab, kind):
+    mock.script(streamed(stream_of([*TEXT, *END]), kind))
+    proxy = lab("--budget", "1")
+
+    answer = call(proxy.port, "POST", "/v1/messages", ASKED)
+
+    assert [{"type": "text", "text": "Hello"}] == answer.json["content"]
+    assert COST == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.parametrize("finish", ["error", "insufficient_system_resource", "network_error",
+                                    "MALFORMED_FUNCTION_CALL", "abort"])
+def test_an_answer_that_failed_at_the_provider_is_an_error(mock, lab, finish):
+    body = stream_of([*TEXT, chunk({}, finish), *END[1:]])
+    mock.script(streamed(body), streamed(body))
+    proxy = lab("--budget", "1")
+
+    text, _, _, stop, error = message_of(
+        call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": True}))
+    whole = call(proxy.port, "POST", "/v1/messages", ASKED)
+
+    assert ("Hello", None) == (text, stop)
+    assert finish in error
+    assert (502 if whole.status == 502 else 500, "error") == (whole.status, whole.json["type"])
+    assert 2 * COST == settled_status(proxy)["spent_microdollars"]
+
+
+def test_an_end_that_nobody_knows_without_any_answer_is_an_error(mock, lab):
+    mock.script(streamed(stream_of([chunk({"content": ""}), chunk({}, "weather"), *END[1:]])))
+
+    _, _, _, stop, error = message_of(
+        call(lab().port, "POST", "/v1/messages", {**ASKED, "stream": True}))
+
+    assert stop is None and "weather" in error
+
+
+def test_a_stream_that_breaks_off_in_an_event_is_no_end(mock, lab):
+    mock.script(streamed(stream_of([*TEXT, chunk({}, "stop")])[:-40]))
+
+    _, _, _, stop, error = message_of(
+        call(lab().port, "POST", "/v1/messages", {**ASKED, "stream": True}))
+
+    assert stop is None and "without its last event" in error
+
+
+# words of an overflow (who says them: HOSTS of November 2026) -> (tokens asked for, the most)
+OVERFLOWS = {
+    "This model's maximum context length is 131072 tokens. However, you requested 140000 tokens "
+    "(139000 in the messages, 1000 in the completion).": (140000, 131072),
+    "This model's maximum context length is 8192 tokens. However, your prompt contains 9,000 "
+    "input tokens": (9000, 8192),
+    "Prompt too long: 32799 tokens exceeds max context window of 32768 tokens": (32799, 32768),
+    "Your request exceeded model token limit: 262144 (requested: 300000)": (300000, 262144),
+    "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).":
+        (1200000, 1048576),
+    "Range of input length should be [1, 129024]": None,
+    "Prompt contains 140000 tokens, too large for model with 131072 maximum context length":
+        (140000, 131072),
+    "This model's maximum prompt length is 131072 but the request contains 140000 tokens.":
+        (140000, 131072),
+    "The input (9000 tokens) is longer than the model's context length (8192 tokens).":
+        (9000, 8192),
+    "the request exceeds the available context size, try increasing it": None,
+    "invalid params, context window exceeds limit": None,
+    "Prompt exceeds max length": None,
+    "The number of tokens to keep from the initial prompt is greater than the context length":
+        None,
+    "The maximum context length of Meta-Llama-3.1-8B-Instruct is 16384. However, answering your "
+    "request will take 20000 tokens": (20000, 16384),
+    "Current length is 9000 while limit is 8192": (9000, 8192),
+    "Please reduce the length of the messages or completion.": None,
+}
+BODIES = {
+    "OpenAI's": lambda words: {"error": {"message": words, "type": "BadRequestError",
+                                         "code": 400}},
+    "flat": lambda words: {"object": "error", "message": words, "type": "BadRequest", "code": 400},
+    "a list": lambda words: [{"error": {"code": 400, "message": words, "status": "INVALID"}}],
+    "detail": lambda words: {"detail": words},
+    "details": lambda words: {"object": "error", "message": {"detail": [
+        {"type": "value_error", "loc": ["body"], "msg": words}]}},
+    "a text": lambda words: {"error": words},
+    "problem+json": lambda words: {"type": "about:blank", "title": "Bad Request", "status": 400,
+                                   "detail": words},
+    "Anthropic's": lambda words: {"type": "error", "error": {"type": "bad_request_error",
+                                                             "message": words}},
+}
+
+
+def refusal(body, status=400, kind="application/json"):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Reply(status=status, headers=(("content-type", kind),), steps=(body,))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("words", OVERFLOWS)
+def test_a_full_context_is_said_in_the_words_on_which_claude_code_compacts(mock, lab, words,
+                                                                           status):
+    mock.script(refusal(BODIES["OpenAI's"](words), status))
+
+    answer = call(lab().port, "POST", "/v1/messages", ASKED)
+
+    sizes = OVERFLOWS[words]
+    start = "prompt is too long" if sizes is None else \
+        "prompt is too long: {} tokens > {} maximum".format(*sizes)
+    assert (400, "invalid_request_error") == (answer.status, answer.json["error"]["type"])
+    assert answer.json["error"]["message"].startswith(start)
+    assert words in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("form", BODIES)
+def test_the_words_of_an_error_are_found_in_every_form(mock, lab, form):
+    words = "Prompt too long: 32799 tokens exceeds max context window of 32768 tokens"
+    mock.script(refusal(BODIES[form](words)), refusal(BODIES[form]("Function call is missing.")))
+    proxy = lab()
+
+    full, other = (call(proxy.port, "POST", "/v1/messages", ASKED).json["error"]
+                   for _ in range(2))
+
+    assert f"prompt is too long: 32799 tokens > 32768 maximum. {words}" == full["message"]
+    assert "Function call is missing." == other["message"]
+
+
+def test_the_numbers_of_llamacpp_stand_beside_its_words(mock, lab):
+    mock.script(refusal({"error": {"code": 400, "message": "the request exceeds it",
+                                   "type": "exceed_context_size_error",
+                                   "n_prompt_tokens": 9000, "n_ctx": 8192}}))
+
+    answer = call(lab().port, "POST", "/v1/messages", ASKED)
+
+    assert answer.json["error"]["message"].startswith(
+        "prompt is too long: 9000 tokens > 8192 maximum")
+
+
+@pytest.mark.parametrize("status, words", [
+    (429, "Request too large for model in organization on tokens per minute (TPM): Limit 6000, "
+          "Requested 7000"), (413, "Request too large: tokens per minute Limit 6000"),
+    (400, "max_tokens must be below 8192"), (400, "the context is missing"),
+    (500, "maximum context length is 8192")])
+def test_other_refusals_are_no_full_context(mock, lab, status, words):
+    mock.script(refusal(BODIES["OpenAI's"](words), status))
+
+    answer = call(lab().port, "POST", "/v1/messages", ASKED)
+
+    assert words == answer.json["error"]["message"]
+
+
+def test_a_text_that_is_no_json_keeps_its_words(mock, lab):
+    mock.script(refusal(b"upstream connect error", 503, "text/plain"))
+
+    answer = call(lab().port, "POST", "/v1/messages", ASKED)
+
+    assert (529, "upstream connect error") == (answer.status, answer.json["error"]["message"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_in_a_200_has_the_status_that_it_says(mock, lab, stream):
+    error = {"error": {"code": 429, "message": "slow down", "metadata": {}}}
+    mock.script(refusal(error, 200) if not stream else streamed(stream_of([error])),
+                refusal(error, 200))
+    proxy = lab()
+
+    for _ in range(2):
+        answer = call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": stream})
+        assert (429, "rate_limit_error", "slow down") == (
+            answer.status, answer.json["error"]["type"], answer.json["error"]["message"])
+
+
+def test_a_null_beside_an_answer_is_no_error(mock, lab):
+    whole = {"id": "c", "error": None, "usage": USAGE, "choices": [
+        {"message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}]}
+    mock.script(refusal(whole, 200))
+
+    assert 200 == call(lab().port, "POST", "/v1/messages", ASKED).status
+
+
+@pytest.mark.parametrize("noise", [
+    b": keep-alive\n\n", stream_of([chunk({"content": ""})]),
+    stream_of([chunk({"role": "assistant"})]), b": half a comment "],
+    ids=["comments", "empty deltas", "roles", "half an event"])
+def test_a_client_hears_pings_while_a_provider_sends_only_noise(monkeypatch, noise):
+    """Every 15 s since it last heard something, whatever is read meanwhile (on a clock of ours)."""
+    module, now_s = program(), [100.0]
+    call_ = SimpleNamespace(meter=module.AnswerMeter("chat"))
+    router = SimpleNamespace(settings=SimpleNamespace(timeouts=module.Timeouts()),
+                             _settle=lambda _: None)
+    response = SimpleNamespace(headers=module.Headers([]), reads=lambda tick_s: noisy())
+    translator = SimpleNamespace(events=lambda stream: (
+        event for event in stream if event.get("type") == "ping"))
+
+    def noisy():
+        for _ in range(9):
+            now_s[0] += 5
+            yield [noise]
+        yield [b"\n\n" + stream_of(END)]
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    events = module.Router._carried_events(router, call_, translator, response)
+
+    assert [115, 130, 145] == [now_s[0] for event in events]
