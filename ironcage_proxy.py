@@ -416,10 +416,8 @@ REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "host", "content-length", "content-encoding", "accept-encoding", "expect",
     "authorization", "x-api-key", "api-key", "cookie",
 }
-ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
-    "content-length", "set-cookie", "set-cookie2",
-    "x-ironcage-request-id", "x-ironcage-cost-microdollars", "x-ironcage-max-tokens",
-}
+ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {"content-length", "set-cookie", "set-cookie2"}
+OWN_HEADERS = "x-ironcage-"               # they say what we say, in either direction
 VENDOR_HEADER = re.compile(r"(anthropic|openai|x-stainless|x-claude|x-codex|x-app)(-|$)|"
                            r"content-type$")
 # Rate-limit headers: (Anthropic's, OpenAI's). A reset is a time for one, a duration for the other.
@@ -862,6 +860,11 @@ def exact_number(text: str) -> Union[Decimal, str]:
     where it is used: to compute with an exponent of many digits would take for ever."""
     is_usual = re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,80})?([eE][+-]?[0-9]{1,2})?", text)
     return Decimal(text) if is_usual else text
+
+
+def exact_integer(digits: str) -> Union[int, str]:
+    """The same for a whole number: reading one of many digits takes long, or is refused."""
+    return int(digits) if len(digits) <= 40 else digits
 
 
 def format_usd(microdollars: int) -> str:
@@ -1335,7 +1338,7 @@ class PriceBook:
     def load(cls, path: str) -> PriceBook:
         """Read a price file. Raises OSError, or ValueError where it is not a JSON object."""
         with open(path, encoding="utf-8") as file:
-            rows = json.load(file, parse_float=exact_number)
+            rows = json.load(file, parse_float=exact_number, parse_int=exact_integer)
         if not isinstance(rows, dict):
             raise ValueError("a price file is a JSON object of model names")
         rows.pop("sample_spec", None)
@@ -3349,11 +3352,13 @@ class Inflater:
         self._left -= len(inflated)
         if self._left < 0:
             raise OverflowError("the body inflates beyond its limit")
+        if self._inflate.unused_data:        # some clients would inflate that too
+            raise zlib.error("more follows the end of the compressed body")
         return inflated
 
     @property
     def is_complete(self) -> bool:
-        return self._inflate.eof and not self._inflate.unused_data
+        return self._inflate.eof
 
 
 INFLATABLE = frozenset({"gzip", "x-gzip", "deflate"})
@@ -9435,7 +9440,7 @@ def read_config(path: str) -> dict:
     """The JSON object in a configuration file. Raises Misconfigured."""
     try:
         with open(path, encoding="utf-8") as file:
-            parsed = json.load(file, parse_float=exact_number,
+            parsed = json.load(file, parse_float=exact_number, parse_int=exact_integer,
                                object_pairs_hook=_object_without_duplicates)
     except OSError as err:
         raise Misconfigured(f"the configuration {path} cannot be read: {_reason(err)}") from err
@@ -10156,8 +10161,10 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         except (TimeoutError, socket.timeout) as err:       # two classes before Python 3.10
             raise UpstreamConnectTimedOut("connecting to the provider timed out") from err
         except (OSError, http.client.HTTPException, ValueError) as err:      # not a host name
-            raise UpstreamUnreachable(
-                f"the provider cannot be reached: {_reason(err)}") from err
+            # An HTTP proxy's words are left out: they may repeat what it was sent.
+            reason = type(err).__name__ if isinstance(err, http.client.HTTPException) else \
+                re.sub(r"(?s)(Tunnel connection failed: \d+).*", r"\1", _reason(err))
+            raise UpstreamUnreachable(f"the provider cannot be reached: {reason}") from err
         return Wire(connection.sock, self._turns)
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -10239,62 +10246,120 @@ class UpstreamRequest(urllib.request.Request):
         self.headers = dict(headers)        # as they are: add_header() would capitalize each
 
 
+ESCAPED_BYTES = 16                      # one character of a key, in JSON within JSON within JSON
+OPEN_KEY_BYTES = ESCAPED_BYTES * (OPEN_KEY_CHARS + 1)
+ESCAPE_BEGUN = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
+
+
+@functools.lru_cache(maxsize=64)
+def _signs_of(key: str) -> tuple[bytes, re.Pattern]:
+    """By what a key is found fast: its longest part that nothing needs to escape, and the escapes
+    that JSON has for its characters."""
+    run = max(re.findall(r"[\w.~-]*", key), key=len)
+    codes = "|".join(sorted({f"{ord(char):02x}" for char in key}))
+    return run.encode(), re.compile(rf"\\u00((?i:{codes}))".encode())
+
+
+def _unquoted(text: bytes) -> bytes:
+    """A text without the escapes of a URL, and without the backslashes of JSON."""
+    return urllib.parse.unquote_to_bytes(text).replace(b"\\", b"")
+
+
 def is_secret(key: Optional[str]) -> bool:
     """Whether a key is one, and not a word for a server that wants none, as "ollama"."""
     return key is not None and len(key) >= LEAST_KEY_CHARS
 
 
 class KeyGuard:
-    """Keeps a provider's key out of a body that the provider sends, in which it may repeat it.
+    """Keeps a provider's key out of an answer of that provider, which may repeat it.
 
-    A read that ends in more than the key's first letters waits for the next.
+    It looks at what a client can make of the bytes: without their content-encoding, and without
+    the escapes of JSON or of a URL. Asterisks take the key's place; a compressed body that holds
+    it is refused, as is one that cannot be inflated. A read that ends in more than the key's first
+    letters, or within an escape, waits for the next.
     """
 
     def __init__(self, key: Optional[str], encoding: str) -> None:
-        self._key = key.encode() if is_secret(key) else b""
-        self._inflater = Inflater(encoding, MAX_INFLATED_BYTES) if encoding in INFLATABLE else None
-        self._passed = b""                     # the last bytes before those that come next
-        self._held: list[bytes] = []           # what waits
+        secret = key if is_secret(key) else ""
+        self._raw, self._run, self._escapes = secret.encode(), *_signs_of(secret)
+        self._key = _unquoted(self._raw)
+        self._inflate = inflating(encoding)
+        self._is_compressed = encoding != "identity"
+        self._text = b""                     # the end of the text, and all that is not passed on
+        self._passed = 0                     # bytes of it that were passed on
+        self._held: list[bytes] = []         # the others, as they came
+        if self._key and self._inflate is None:
+            raise UpstreamBroke("the provider's answer has another content-encoding than gzip or "
+                                "deflate: its key could be in it unseen, so it is not passed on")
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
-        """What may be passed on of one read: asterisks in place of the key.
-
-        Raises UpstreamBroke where it is in a compressed body.
-        """
+        """What may be passed on of one read. Raises UpstreamBroke."""
         if not self._key:
             return pieces
-        if self._inflater is not None:
-            return self._read_compressed(pieces)
-        known = len(self._passed)
-        data = b"".join([self._passed, *self._held, *pieces])
-        if self._held or self._key in data or data[-1:] in self._key:
-            data = data.replace(self._key, b"*" * len(self._key))       # as long: lengths are told
-            whole = max(known, len(data) - self._begun_at_the_end_of(data))
-            pieces, self._held, data = [data[known:whole]], [data[whole:]], data[:whole]
-        self._passed = data[-OPEN_KEY_CHARS:]
+        try:
+            text = b"".join([self._text, *map(self._inflate, pieces)])
+        except (zlib.error, OverflowError):
+            raise UpstreamBroke("the provider's answer cannot be inflated: its key could be in it "
+                                "unseen, so it is not passed on") from None
+        pieces = [*self._held, *pieces]
+        if self._is_in(text):
+            text = self._masked(text)
+            if self._is_compressed or self._is_in(text):
+                raise UpstreamBroke("the provider's answer repeats its key; it is not passed on")
+            pieces = [text[self._passed:]]
+        if self._must_wait(text):
+            self._text, self._held = text, pieces
+            return []
+        self._text, self._held = text[-OPEN_KEY_BYTES:], []
+        self._passed = len(self._text)
         return pieces
 
     def rest(self) -> list[bytes]:
         """What waits at the end of the body."""
         return self._held
 
-    def _begun_at_the_end_of(self, data: bytes) -> int:
-        """How much of the key data ends in, if more than may be known."""
-        return next((size for size in range(len(self._key) - 1, OPEN_KEY_CHARS, -1)
-                     if data.endswith(self._key[:size])), 0)
+    def kept(self, headers: Headers) -> Headers:
+        """Return the headers that may be passed on: none under a name of ours, and none that holds
+        the key, in its name either."""
+        lines = "\n".join(map(": ".join, headers))
+        if OWN_HEADERS not in lines and not self._is_in_line(lines):
+            return headers
+        return Headers(pair for pair in headers if not pair[0].startswith(OWN_HEADERS)
+                       and not self._is_in_line(": ".join(pair)))
 
-    def _read_compressed(self, pieces: list[bytes]) -> list[bytes]:
-        try:
-            plain = self._passed + b"".join(map(self._inflater.feed, pieces))
-        except (zlib.error, OverflowError):
-            self._key = b""                    # a client cannot read it either
-            return [*self._held, *pieces]
-        if self._key in plain:
-            raise UpstreamBroke("the provider's answer repeats its key; it is not passed on")
-        self._passed = plain[-len(self._key):]
-        pieces = [*self._held, *pieces]
-        self._held = pieces if self._begun_at_the_end_of(plain) else []
-        return [] if self._held else pieces
+    def _is_in_line(self, line: str) -> bool:
+        """Whether the key stands in a header, in letters of any case: names lose theirs."""
+        text = _unquoted(self._unescaped(line.encode("latin-1")))
+        return bool(self._key) and self._key.lower() in text.lower()
+
+    def _is_in(self, text: bytes) -> bool:
+        unescaped = self._unescaped(text)
+        return self._run in unescaped and (
+            self._raw in text or self._key in _unquoted(unescaped))
+
+    def _unescaped(self, text: bytes) -> bytes:
+        """A text without those escapes of JSON that can hide the key; as it is where none can."""
+        if b"\\u00" not in text:
+            return text
+        shorter = self._escapes.sub(lambda escape: bytes.fromhex(escape[1].decode()), text)
+        return text if len(shorter) == len(text) else shorter.replace(b"\\", b"")
+
+    def _masked(self, text: bytes) -> bytes:
+        """A text with asterisks in place of the key, one a byte: lengths are stated already."""
+        chars = (rb"(?:\\|(?:u00|%%)5[Cc])*(?:%b|(?:u00|%%)(?i:%02x))" % (
+            re.escape(bytes([char])), char) for char in self._key)
+        return re.sub(b"".join(chars), lambda key: b"*" * len(key[0]), text)
+
+    def _must_wait(self, text: bytes) -> bool:
+        """Whether a text ends within an escape, or in more of the key than may be known."""
+        if ESCAPE_BEGUN.search(text[-8:]):              # cut there, asterisks would break it
+            return True
+        tail = _unquoted(self._unescaped(text[-ESCAPED_BYTES * len(self._key):]))
+        if self._key[:OPEN_KEY_CHARS + 1] not in tail:
+            return False
+        tail = re.sub(rb"%.?\Z", b"", tail)
+        return any(tail.endswith(self._key[:size])
+                   for size in range(OPEN_KEY_CHARS + 1, len(self._key)))
 
 
 class UpstreamResponse:
@@ -10315,7 +10380,9 @@ class UpstreamResponse:
             raise upstream_failure(err) from err
         self._reusable &= not bodiless       # some servers send a body there, and it comes later
         self._decoder = BodyDecoder(0 if bodiless else self.stated_length)
-        self._guard = KeyGuard(request.key, content_encoding(self.headers))
+        self._guard = KeyGuard(request.key, "identity" if self._decoder.is_done
+                               else content_encoding(self.headers))
+        self.headers = self._guard.kept(self.headers)
 
     def _read_head(self) -> tuple[int, bool, Headers]:
         first_byte_by_s = min(time.monotonic() + self._timeouts.first_byte_s, self._deadline_s)
@@ -10377,11 +10444,11 @@ class UpstreamResponse:
             self._pool.give_back(self._wire, self._place, reusable=whole and self._reusable)
 
 
-def whole_body(response: UpstreamResponse,
-               see: Callable[[list[bytes]], None] = lambda read: None) -> bytes:
+def whole_body(response: UpstreamResponse, see: Callable[[list[bytes]], None] = lambda read: None,
+               *, most_bytes: int = MAX_ANSWER_BYTES) -> bytes:
     """All of an answer's body; each read is shown to `see`.
 
-    Raises UpstreamError, also beyond MAX_ANSWER_BYTES.
+    Raises UpstreamError, also beyond `most_bytes`.
     """
     pieces: list[bytes] = []
     size = 0
@@ -10389,8 +10456,8 @@ def whole_body(response: UpstreamResponse,
         see(read)
         pieces += read
         size += sum(map(len, read))
-        if size > MAX_ANSWER_BYTES:
-            raise UpstreamBroke(f"the provider's answer is longer than {MAX_ANSWER_BYTES} bytes")
+        if size > most_bytes:
+            raise UpstreamBroke(f"the provider's answer is longer than {most_bytes} bytes")
     return b"".join(pieces)
 
 
@@ -10446,7 +10513,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     for the features of Anthropic that a client of OpenAI's names.
     """
     headers = {name: value for name, value in head.headers.values.items()
-               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith("x-ironcage-")}
+               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(OWN_HEADERS)}
     for name in connection_options(head.headers):
         headers.pop(name, None)
     if translator is not None:
@@ -10464,13 +10531,11 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     return headers
 
 
-def answer_headers(headers: Headers, provider: Provider) -> list[tuple[str, str]]:
-    """The end-to-end headers of a provider's answer; none that repeats its key."""
-    named, key = connection_options(headers), provider.key
-    guards = is_secret(key)
+def answer_headers(headers: Headers) -> list[tuple[str, str]]:
+    """The end-to-end headers of an answer."""
+    named = connection_options(headers)
     return [(name, value) for name, value in headers
-            if name not in ANSWER_HEADERS_KEPT_BACK and name not in named
-            and not (guards and key in value)]
+            if name not in ANSWER_HEADERS_KEPT_BACK and name not in named]
 
 
 def translated_rate_limits(headers: Iterable[tuple[str, str]],
@@ -11037,6 +11102,7 @@ SERVER_STOP_S = 10                            # at the end, for events and for t
 SERVER_POLL_S = 0.5                           # meanwhile, between two tries
 EVENTS_EVERY_S = 30
 EVENTS_AT_ONCE = 10                           # as many waiting are sent before that
+MAX_SERVER_ANSWER_BYTES = 1024 * 1024
 MAX_EVENTS = 10_000                           # kept while the server does not take them
 MAX_EVENT_BACKOFF_S = 60
 NEVER_S = -1e9                                # before any time of the monotonic clock
@@ -11083,9 +11149,10 @@ class CageServer:
                    "authorization": f"Bearer {self._token}", "accept-encoding": "identity",
                    "content-type": "application/json", "content-length": str(len(body))}
         response = self._opener.open(UpstreamRequest(self.url + path, method="POST", body=body,
-                                                     headers=headers, watched=None))
+                                                     headers=headers, watched=None,
+                                                     key=self._token))
         try:
-            raw = whole_body(response)
+            raw = whole_body(response, most_bytes=MAX_SERVER_ANSWER_BYTES)
         finally:
             response.close()
         try:
@@ -11101,32 +11168,43 @@ class CageServer:
             if 200 <= status < 300:
                 return read(body)
         except UpstreamError as err:
-            told, status = err.message.replace("the provider", "it"), 0
+            told = err.message.replace("the provider's", "its").replace("the provider", "it")
+            status = 0
         except (ValueError, KeyError, TypeError, Misconfigured):
             told = "its answer is not what its protocol says"
         else:
-            told = str(body.get("error") or f"it answered with the status {status}")[:300]
-            told += f" ({shown_name(str(body['code']))})" if "code" in body else ""
-        failure = CageServerFailed("the Iron Cage server has not given what a call needs: "
-                                   + told.replace(self._token, "***"))
+            told = self._without_keys(body.get("error"), body) \
+                or f"it answered with the status {status}"
+            code = self._without_keys(body.get("code"), body)
+            told += f" ({shown_name(code)})" if code else ""
+        failure = CageServerFailed(f"the Iron Cage server has not given what a call needs: {told}")
         failure.is_final = 400 <= status < 500
         raise failure
+
+    def _without_keys(self, words: object, body: Mapping[str, object]) -> str:
+        """Return some words of an answer, without the keys that we hold or that it gives."""
+        text, given = "" if words is None else str(words), body.get("provider_key")
+        keys = (self._held and self._held.key, given if isinstance(given, str) else None)
+        for key in (self._token, *filter(is_secret, keys)):
+            text = text.replace(key, "***")
+        return re.sub(UNPRINTABLE, "?", text)[:300]
 
     def _read_provider(self, body: Mapping[str, object]) -> Provider:
         name = body["provider"]
         known = KNOWN_PROVIDERS[name]
         if not isinstance(body["provider_key"], str) or not body["provider_key"].strip():
             raise ValueError("no key")
-        if body.get("base_url"):
-            known = at_base_url(known, parse_base_url(body["base_url"]))
+        if body.get("base_url") not in (None, ""):
+            known = at_base_url(known, _config_url(body["base_url"]))
         return with_key(known._replace(key_env="IRONCAGE_SERVER_KEY"),
                         {"IRONCAGE_SERVER_KEY": body["provider_key"]},
                         allow_plain_http=self._allow_plain_http)
 
     def _read_lease(self, body: Mapping[str, object]) -> Lease:
         granted, lease_id = body["budget_granted"], body["lease_id"]
-        if not isinstance(granted, int) or isinstance(granted, bool) or granted < 0 \
-                or not isinstance(lease_id, str) or not lease_id:
+        if type(granted) is not int or not 0 <= granted <= MOST_USD * MICRODOLLARS_PER_USD \
+                or not re.fullmatch("[!-~]{1,256}", lease_id) \
+                or lease_id != self._without_keys(lease_id, body):
             raise ValueError("not a lease")
         return Lease(lease_id, granted, self._ledger.spent(None, 0))
 
@@ -11902,7 +11980,7 @@ class Router:
 
     def _forwarded(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> Answer:
         """The answer to send on: a stream as it arrives, anything else whole and settled."""
-        headers = [*answer_headers(response.headers, call.provider), *call.losses.headers(),
+        headers = [*answer_headers(response.headers), *call.losses.headers(),
                    ("x-ironcage-request-id", call.request.request_id)]
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
@@ -12121,7 +12199,7 @@ class Router:
             "request_id": request.request_id, "provider": provider.name,
             "path": path[:100], "status": response.status}})
         try:
-            headers = (*answer_headers(response.headers, provider),
+            headers = (*answer_headers(response.headers),
                        ("x-ironcage-request-id", request.request_id))
             yield Answer(response.status, headers, reads=response.reads(),
                          length=response.stated_length)
@@ -13328,7 +13406,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
     def error(self, message: str) -> None:             # type: ignore[override]
-        raise Misconfigured(f"{message} (--help lists what there is)")
+        raise Misconfigured(f"{message[:200]} (--help lists what there is)")
 
 
 def parse_arguments(argv: Sequence[str]) -> dict:
@@ -13766,32 +13844,43 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
     config = read_config(path) if action == "revoke" or os.path.exists(path) else {}
     tokens = config.setdefault("tokens", [])
+    name = shown_name(words[0])
     known = [row for row in tokens if isinstance(row, dict) and row.get("name") == words[0]]
     if action == "revoke":
         if not known:
-            raise Misconfigured(f"there is no token named {words[0]} in {path}")
+            raise Misconfigured(f"there is no token named {name} in {path}")
         config["tokens"] = [row for row in tokens if row not in known]
         _replace_file(path, config)
-        print(f"{words[0]} is revoked")
+        print(f"{name} is revoked")
         return 0
     if known:
-        raise Misconfigured(f"there is a token named {words[0]} in {path} already")
+        raise Misconfigured(f"there is a token named {name} in {path} already")
     if given["budget_microdollars"] is not None:
         raise Misconfigured("--budget limits the proxy, not a token; a token's own limit is a "
                             f"word: budget_usd={given['budget_microdollars']}")
     token = new_token()
     row = {"name": words[0], "sha256": token_sha256(token)}
-    for word in words[1:]:
-        name, _, value = word.partition("=")
-        row[name] = value.split(",") if name == "models" else \
-            int(value) if value.isdigit() and name.endswith("_requests") \
-            or name.startswith("requests_") else value
     with checking("the token"):
+        row.update(_fields_of_words(words[1:], known=row))
         caller_from(row)
     tokens.append(row)
     _replace_file(path, config)
-    print(f"{token}\n  is the token {words[0]}; it is not shown again")
+    print(f"{token}\n  is the token {name}; it is not shown again")
     return 0
+
+
+def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, object]:
+    """A token's fields from words like budget_usd=5.00. Raises ValueError."""
+    fields: dict[str, object] = {}
+    for word in words:
+        name, is_pair, value = word.partition("=")
+        if name in fields or name in known or not is_pair:
+            raise ValueError("is described by words like budget_usd=5.00, each field once; its "
+                             "name comes first, and what it authenticates with is made here")
+        is_count = TOKEN_FIELDS.get(name, ("", None))[1] is _config_count
+        fields[name] = list(filter(None, value.split(","))) if name == "models" else \
+            int(value) if is_count and re.fullmatch("[0-9]{1,7}", value) else value
+    return fields
 
 
 def _replace_file(path: str, config: Mapping[str, object]) -> None:
@@ -14048,7 +14137,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run, _ = COMMANDS[given["command"]]
         return (run if given["wrapped"] is None else run_wrapped)(settings, given)
     except Misconfigured as err:
-        print(f"ironcage_proxy: {err}", file=sys.stderr)
+        line = "".join(char if char.isprintable() else "?" for char in str(err))
+        print(f"ironcage_proxy: {line}", file=sys.stderr)
         return 1 if isinstance(err, CannotListen) else 2
     except BrokenPipeError:                    # `models | head`
         return 0

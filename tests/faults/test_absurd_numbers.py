@@ -88,8 +88,8 @@ def test_absurd_lengths_of_a_providers_answer_are_its_fault(served, quiet, said)
     for number in ABSURD:
         if number.strip() and number not in ("9" * 19,):
             mock.script(Reply(framing="raw", steps=(
-                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n" + said % number.encode(
-                    "utf-8", "surrogateescape"),)))
+                b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/json\r\n"
+                + said % number.encode("utf-8", "surrogateescape"),)))
 
             answer = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
 

@@ -472,7 +472,7 @@ def test_canary_keys_appear_nowhere_but_in_their_providers_auth_header(
     proxy = proxy_for("--budget", "1", "--admin-token", ADMIN_TOKEN)
     try:
         shown = b"".join(answers_of_every_kind(mock, proxy))
-        monkeypatch.setattr(module, "answer_headers", lambda headers, provider: 1 / 0)
+        monkeypatch.setattr(module, "answer_headers", lambda headers: 1 / 0)
         shown += call(proxy.port, "POST", "/v1/chat/completions", CHAT).body
     finally:
         module.log.removeHandler(handler)

@@ -58,7 +58,8 @@ def test_interim_answers_are_read_over(mock, proxy_for, way):
 
     def interim(status):
         return f"HTTP/1.1 {status} Wait\r\nx-interim: 1\r\n\r\n".encode()
-    final = b"HTTP/1.1 400 No\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+    final = b"HTTP/1.1 400 No\r\nconnection: close\r\ncontent-type: application/json\r\n" \
+            b"content-length: 2\r\n\r\n{}"
 
     mock.always = Reply(framing="raw", steps=(
         interim(100) + interim(103) * 20 + interim(199) + final,))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from random import Random
 
 import pytest
 from support import ANTHROPIC_KEY, OPENAI_KEY, TOKEN, Served, call, program, proxy_environment
@@ -508,3 +509,130 @@ def test_events_of_many_threads_arrive_once_each(mock, cage, proxy_of):
     assert 40 == len(events) == len({event["event_id"] for event in events})
     assert mock.billed_microdollars == sum(event["cost_micros"] for event in events)
     assert 0 == proxy.router.server.dropped_events
+
+
+# Whatever it answers: one clear line, no trace, and no thread that ended.
+
+KEY = "sk-held-by-the-server-0123456789"
+ODD = (None, True, False, 0, -1, 5, 10 ** 18, 10 ** 30, 1.5, 1e300, "", " ", "x", "\ud800", "a\nb",
+       "\x00", "x" * 5000, "http://[", "ftp://x", "http://10.0.0.1", "https://u:p@x", [], [1], {},
+       {"a": [{}]}, [[[[]]]], "Infinity")
+GOOD_ANSWERS = {
+    KEY_PATH: {"provider_key": KEY, "provider": "openai", "base_url": None},
+    LEASE_PATH: {"budget_granted": 500_000, "lease_id": "lease_1"}}
+BODIES = {          # what is no answer of its protocol at all
+    "empty": b"", "no JSON": b"<html>502 Bad Gateway</html>", "not UTF-8": b"\xff\xfe{",
+    "half of it": b'{"provider_key": "sk-', "null": b"null", "a list": b"[]", "a number": b"5",
+    "text": b'"x"', "many digits": b"9" * 900_000, "deep": b"[" * 900_000,
+    "NaN": b'{"budget_granted": NaN, "lease_id": Infinity}', "huge": b'{"a": "' + b"x" * 2_000_000,
+    "twice": b'{"provider": "openai", "provider": 5}'}
+
+
+@pytest.fixture
+def traces(caplog):
+    """The log holds no trace, and no line holds a secret."""
+    caplog.set_level("DEBUG", "ironcage")
+    yield
+    assert [] == [record.getMessage() for record in caplog.records if record.exc_info]
+    logged = "".join(f"{record.getMessage()} {vars(record).get('fields')}"
+                     for record in caplog.records)
+    assert KEY not in logged and SERVER_TOKEN not in logged
+
+
+def check_refused(proxy, answer):
+    assert 502 == answer.status, answer
+    message = answer.json["error"]["message"]
+    assert "iron_cage_server_failed" == answer.json["error"]["type"]
+    assert message.startswith("the Iron Cage server has not given") and len(message) < 500
+    assert message.isprintable()
+    assert KEY not in str(answer) and SERVER_TOKEN not in str(answer)
+    assert 200 == call(proxy.port, "GET", "/ironcage/status").status
+
+
+@pytest.mark.parametrize("path", GOOD_ANSWERS)
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_an_answer_that_is_no_answer_is_one_clear_line(cage, proxy_of, traces, path, body):
+    base_url = cage.answers[KEY_PATH]
+    cage.answers[path] = lambda asked: (200, body)
+    proxy = proxy_of()
+
+    check_refused(proxy, chat(proxy))
+
+    cage.answers = {**cage.answers, KEY_PATH: base_url, LEASE_PATH: cage.lease}
+    assert 200 == chat(proxy).status                   # nothing ended of it
+
+
+@pytest.mark.parametrize("path, field", [(path, field) for path, answer in GOOD_ANSWERS.items()
+                                         for field in answer])
+def test_any_value_in_any_field_is_taken_or_one_clear_line(cage, proxy_of, traces, path, field):
+    good = {**GOOD_ANSWERS[KEY_PATH], "base_url": cage.answers[KEY_PATH]({})[1]["base_url"]}
+    fields = good if path == KEY_PATH else GOOD_ANSWERS[path]
+    answers = dict(cage.answers)
+    for value in (*ODD, "absent"):
+        changed = {**fields, field: value}
+        if value == "absent":
+            del changed[field]
+        cage.answers = {**answers, KEY_PATH: lambda asked: (200, good),
+                        path: lambda asked: (200, changed)}
+        proxy = proxy_of()
+
+        answer = chat(proxy)
+
+        if answer.status == 502 and "cage_server" in str(answer.json["error"]["type"]):
+            check_refused(proxy, answer)
+        else:
+            assert (field, value) in (("base_url", None), ("base_url", ""), ("base_url", "absent")) \
+                or field in ("budget_granted", "lease_id", "provider_key"), (value, answer)
+        cage.answers = answers
+        proxy.stop()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_answers_of_any_status_end_nothing(mock, cage, proxy_of, traces, seed):
+    rng = Random(seed)
+    answers = dict(cage.answers)
+
+    def anything(path):
+        def answer(asked):
+            fields = dict(GOOD_ANSWERS.get(path, {}))
+            for name in rng.sample(["provider_key", "provider", "base_url", "budget_granted",
+                                    "lease_id", "error", "code", "x"], rng.randint(1, 4)):
+                fields[name] = rng.choice(ODD + ("openai", f"no: {KEY}", [KEY]))
+            body = rng.choice([fields, fields, [fields], b"", *BODIES.values()])
+            return rng.choice([200, 200, 201, 204, 301, 302, 400, 401, 403, 404, 429, 500, 503]), body
+        return answer
+    proxy = proxy_of()
+    chat(proxy)
+    cage.answers = {path: anything(path) for path in answers}
+    for _ in range(15):
+        answer = chat(proxy)
+        assert answer.status in (200, 401, 402, 502), answer
+        assert KEY not in str(answer)
+    assert proxy.router.server._thread.is_alive()
+    cage.answers = answers
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 500, 503])
+@pytest.mark.parametrize("words", [
+    {"error": f"key {KEY} is locked", "provider_key": KEY},
+    {"error": {"message": [KEY]}, "provider_key": KEY}, {"error": "x" * 280 + KEY},
+    {"code": KEY, "provider_key": KEY}, {"error": f"token {SERVER_TOKEN}", "code": SERVER_TOKEN},
+    json.dumps({"error": f"token {SERVER_TOKEN}"}).replace("ic_", "\\u0069\\u0063_").encode()],
+    ids=range(6))
+def test_no_secret_is_in_what_a_server_says(cage, proxy_of, traces, status, words):
+    """A key that it gave before, too."""
+    good = cage.answers[KEY_PATH]({})[1]
+    cage.answers[KEY_PATH] = lambda asked: (200, {**good, "provider_key": KEY})
+    cage.answers[LEASE_PATH] = lambda asked: (status, words)
+    proxy = proxy_of()
+
+    check_refused(proxy, chat(proxy))
+
+
+def test_a_lease_that_is_named_like_the_key_is_none(cage, proxy_of, traces):
+    good = cage.answers[KEY_PATH]({})[1]
+    cage.answers[KEY_PATH] = lambda asked: (200, {**good, "provider_key": KEY})
+    cage.answers[LEASE_PATH] = lambda asked: (200, {"budget_granted": 5, "lease_id": f"l-{KEY}"})
+    proxy = proxy_of()
+
+    check_refused(proxy, chat(proxy))

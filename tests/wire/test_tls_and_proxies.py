@@ -91,7 +91,7 @@ def test_a_certificate_that_is_not_trusted_is_an_unreachable_provider(tls_mock, 
 class ConnectProxy:
     """A proxy that opens tunnels, or refuses them; it notes what it was asked."""
 
-    def __init__(self, refuses=False):
+    def __init__(self, refuses=None):
         self.asked, self._refuses = [], refuses
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -116,8 +116,9 @@ class ConnectProxy:
         while b"\r\n\r\n" not in head:
             head += client.recv(4096)
         self.asked.append(head.decode())
-        if self._refuses:
-            client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+        if self._refuses is not None:
+            credentials = head.partition(b"Proxy-Authorization: ")[2].split(b"\r\n")[0]
+            client.sendall(self._refuses % credentials)
             client.close()
             return
         host, _, port = head.split()[1].decode().partition(":")
@@ -143,7 +144,8 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(ironcage_proxy, "LOOPBACK_HOST", ironcage_proxy.re.compile(r"127\..*"))
 
 
-@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("refuses", [
+    None, b"HTTP/1.1 407 Who is %b?\r\n\r\n", b"HTTP/1.1 what %b\r\n\r\n", b"%b\r\n\r\n"])
 def test_https_proxy_is_used_with_its_credentials_and_never_sees_the_key(
         tls_mock, trusted, elsewhere, monkeypatch, refuses):
     tunnels = ConnectProxy(refuses)
@@ -159,10 +161,11 @@ def test_https_proxy_is_used_with_its_credentials_and_never_sees_the_key(
     assert f"CONNECT localhost:{tls_mock.port} " in tunnels.asked[0]
     assert f"Basic {credentials}" in tunnels.asked[0]
     assert not [asked for asked in tunnels.asked if "sk-" in asked]
-    if refuses:
+    if refuses is not None:
         assert (502, "upstream_unreachable") == (
             answers[0].status, answers[0].json["error"]["code"])
         assert "secret" not in answers[0].body.decode()
+        assert credentials not in answers[0].body.decode()
         assert 0 == proxy.router.controller.total_spent()
     else:
         assert [200, 200] == [answer.status for answer in answers]

@@ -3,10 +3,12 @@ import base64
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import threading
 import time
+from random import Random
 
 import pytest
 from support import (ADMIN_TOKEN, TOKEN, Gate, RawClient, call, program, settled_status, status_of)
@@ -457,3 +459,103 @@ def test_every_row_of_the_ledger_adds_up_and_holds_no_text_of_prompts(mock, prox
     proxy.stop()
     stored = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"PROMPT_CANARY" not in stored and TOKEN.encode() not in stored
+
+
+WORDS = ("=", "==", ",", "-", "--x", "a", "ci", "name", "sha256", "token", "budget_usd", "stop_at_usd",
+         "period", "models", "requests_per_minute", "parallel_requests", "expires", "5", "5.00",
+         "\u00b2", "\u0663", "1e9999999999", "9" * 5000, "NaN", " ", "\n", "\x00", "\udcff", "é", "*",
+         "gpt-*", "[", "2026-12-31", "day", "add", "list", "revoke", "--budget", "--json", "--port",
+         "'", '"', "%s", "{}", "@x", "fast", "true")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tokens_with_any_words_is_done_or_one_line_and_exit_code_2(config, capsys, seed):
+    rng = Random(seed)
+    for _ in range(40):
+        config.unlink(missing_ok=True)
+        words = ["".join(rng.choices(WORDS, k=rng.randrange(4))) for _ in range(rng.randrange(5))]
+        if rng.random() < .5:
+            words = ["ci", *(f"{rng.choice(WORDS)}={rng.choice(WORDS)}" for _ in range(2))]
+
+        code, out, err = run("tokens", rng.choice(["add", "add", "list", "revoke", "x"]), *words,
+                             "--config", str(config), capsys=capsys)
+
+        assert (code, err.count("\n"), bool(out)) in ((0, 0, True), (2, 1, False)), (words, err)
+        assert "Traceback" not in err and len(err) < 700
+        if code == 0 and config.exists():
+            program().load_config(str(config), {})
+
+
+@pytest.mark.parametrize("words, fault", [
+    (["requests_per_minute=fast"], "requests_per_minute: must be a whole number"),
+    (["parallel_requests=\u00b2"], "parallel_requests: must be a whole number"),
+    (["requests_per_minute=99999999999999999999"], "requests_per_minute: must be a whole number"),
+    (["budget_usd=1", "budget_usd=2"], "each field once"), (["budget_usd"], "words like"),
+    (["name=bob"], "its name comes first"), (["sha256=" + "0" * 64], "made here"),
+    (["token=12345678"], "needs a name, and either"), (["models="], "models"),
+    (["expires=99999-01-01"], "expires: must be a date"), (["=5"], "unknown field"),
+])
+def test_a_token_that_is_described_wrongly_is_one_line(config, capsys, words, fault):
+    code, out, err = run("tokens", "add", "ci", *words, "--config", str(config), capsys=capsys)
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert fault in err
+    assert not config.exists() or "ci" not in config.read_text()
+
+
+def any_value(rng, depth=0):
+    """Any JSON, mostly not what a field wants."""
+    plain = (None, True, False, 0, -1, 5, 10 ** 30, 1.5, -1e300, "", "x", "1.00", "9" * 50, "\ud800",
+             "http://[", "https://a.example", "\n\x00", "gpt-*", "day", "2026-12-31", [[]], {"": {}})
+    if depth > 2 or rng.random() < .7:
+        return rng.choice(plain)
+    if rng.random() < .5:
+        return [any_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    return {rng.choice(["a", "name", "", "budget_usd"]): any_value(rng, depth + 1)
+            for _ in range(rng.randrange(3))}
+
+
+def any_configuration(rng):
+    """A configuration in which single values, rows or whole parts are something else."""
+    module = program()
+
+    def row(good, fields):
+        changed = {rng.choice([*fields, "zz"]): any_value(rng) for _ in range(rng.randrange(1, 3))}
+        return {**good, **changed} if rng.random() < .85 else any_value(rng)
+    price = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 9999}
+    parts = {
+        "tokens": [row({"name": f"a{n}", "token": f"abcdefgh{n}"}, module.TOKEN_FIELDS)
+                   for n in range(rng.randrange(3))],
+        "providers": {rng.choice(["ollama", "mine", "v1", "", "openai", "Ä"]): row(
+            {"base_url": "https://a.example"}, module.PROVIDER_FIELDS)},
+        "models": {rng.choice(["m*", "", "["]): rng.choice(["x/y", any_value(rng)])},
+        "prices": {rng.choice(["m", "", "a/b"]): row(price, [
+            *price, "litellm_provider", "mode", "cache_read_input_token_cost", "tiered_pricing",
+            "search_context_cost_per_query", "input_cost_per_token_above_200k_tokens"])},
+        "price_as": {rng.choice(["m*", "", "["]): rng.choice(["gpt-4o", any_value(rng)])}}
+    return {name: any_value(rng) if rng.random() < .1 else part
+            for name, part in parts.items() if rng.random() < .5}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_json_as_a_configuration_is_taken_or_one_line(config, seed):
+    module, rng = program(), Random(seed)
+    settings = module.settings_from(["--budget", "1"], {})
+    book = module.load_prices(settings)
+    for _ in range(60):
+        text = json.dumps(any_configuration(rng))
+        if rng.random() < .3:
+            text = re.sub(r"(?<=: )-?\d[\d.e+-]*", lambda number: rng.choice([
+                number[0], "1e999", "1e-999999999999", "9" * 200_000, "-0", "NaN"]), text)
+        config.write_text(text)
+        try:
+            taken = module.load_config(str(config), {"OPENAI_API_KEY": "sk-x"})
+            router = module.Router(settings, book, module.MemoryLedger())
+            router.configure(taken, module.prices_under(taken, book))
+            for model in ("gpt-4o", "m", "x"):
+                router.resolution(model)
+        except module.Misconfigured as err:
+            assert len(str(err)) < 600 and str(err).isprintable(), text[:300]
+            assert "integer string conversion" not in str(err)
+        except module.IroncageError:                   # of the resolution
+            pass
