@@ -72,6 +72,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import heapq
 import http.client
 import http.server
 import itertools
@@ -132,11 +133,14 @@ LARGE_READ_BYTES = 64 * 1024              # and where it was full, the next
 LONG_TURN_BYTES = 64 * 1024               # a larger body is worked on beside other requests
 LEAST_KEY_CHARS = 16                      # a shorter key may be a word of an answer
 OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", is no secret
-LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take beyond its first wait
+LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take or send, but for a wait
 JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up to this size
 
 MAX_CONNECTIONS = 1024                    # one thread each, and two sockets
 SPARE_FILES = 64                          # beside those, for the ledger, the log and the embedder
+STRANGERS_PART = 4                        # one in so many may have shown no token
+STRANGER_S = 1                            # how long one that is beyond that part may be silent
+LET_IN_TRIES = 20                         # more, before a 503, while others are not looked at
 LISTEN_BACKLOG = 1024                     # the default of 5 drops bursts of connections
 POOLED_CONNECTIONS_PER_HOST = 256
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
@@ -151,6 +155,7 @@ class Timeouts(NamedTuple):
     """Seconds after which a silent or slow peer is given up. No single wait is without an end."""
     head_s: float = 10          # a whole request head, from its first byte (or from connecting)
     body_s: float = 120         # a whole request body
+    body_stall_s: float = 20    # behind LEAST_BYTES_PER_S in a request body
     keep_alive_s: float = 75    # between two requests of one connection
     write_stall_s: float = 60   # no progress in writing to a peer
     connect_s: float = 10       # TCP and TLS to a provider
@@ -520,9 +525,9 @@ class BudgetExceeded(BadRequest):         # nothing is left
     anthropic_type = "billing_error"
 class ModelForbidden(BadRequest):         # the caller's token is not for this model
     status, openai_code, anthropic_type = 403, "model_not_allowed", "permission_error"
-class TooManyRequests(BadRequest):        # the caller's own limits
+class TooManyRequests(BadRequest):        # the caller's own limits; the body is not read
     status, openai_type, openai_code = 429, "rate_limit_error", "rate_limit_exceeded"
-    anthropic_type = "rate_limit_error"
+    anthropic_type, must_close = "rate_limit_error", True
 class InsufficientBudget(BudgetExceeded):     # something is left, but the worst case does not fit
     openai_type, openai_code = "iron_cage_insufficient_budget", "insufficient_budget"
 class ServerBusy(IroncageError):
@@ -9487,9 +9492,6 @@ def load_config(path: str, environ: Mapping[str, str], *,
                   prices, _names_to_names(parsed, "price_as", path))
 
 
-_NOTHING_HELD = contextlib.nullcontext()
-
-
 class Traffic:
     """How many requests each token has in flight, and has made within the last minute."""
 
@@ -9502,7 +9504,7 @@ class Traffic:
     def entered(self, caller: Caller) -> ContextManager[None]:
         """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
         if caller.requests_per_minute is None and caller.parallel_requests is None:
-            return _NOTHING_HELD
+            return contextlib.nullcontext()
         return self._counted(caller)
 
     @contextlib.contextmanager
@@ -11531,7 +11533,6 @@ class Router:
             settings.budget_microdollars, stop_at=settings.stop_at_microdollars,
             spent_microdollars=ledger.spent(None, 0))
         self.totals = Totals()
-        self.traffic = Traffic()
         self.thinking = ThinkingMemory()
         self.counts = KnownCounts()
         for row in ledger.counts():
@@ -11598,21 +11599,20 @@ class Router:
         """
         named, path = self._provider_in_path(request.head.path)
         api = METERED_APIS.get(path) if request.head.method == "POST" else None
-        with self.traffic.entered(request.caller):
-            warmed = self._warmed_answer(request, named, api)
-            if warmed is not None:
-                yield warmed
-                return
-            if api is not None:
-                call = self._admitted(request, named, api, client)
-                yield from self._carried(call, path, client)
-                return
-            self._check_unmetered(request, named, path)
-            local = self._local_answer(request, named, path)
-            if local is not None:
-                yield local
-                return
-            yield from self._passed_through(request, named, path, client)
+        warmed = self._warmed_answer(request, named, api)
+        if warmed is not None:
+            yield warmed
+            return
+        if api is not None:
+            call = self._admitted(request, named, api, client)
+            yield from self._carried(call, path, client)
+            return
+        self._check_unmetered(request, named, path)
+        local = self._local_answer(request, named, path)
+        if local is not None:
+            yield local
+            return
+        yield from self._passed_through(request, named, path, client)
 
     # Routing: which provider, under which name.
 
@@ -12532,6 +12532,35 @@ def host_name(authority: str) -> str:
     return (match[1] or match[2]).lower() if match else "?"
 
 
+IDLE, READING, SERVING, LEAVING, CLOSED = "idle", "reading", "serving", "leaving", "closed"
+
+
+class Place:
+    """A connection's place among all that there are: who holds it, and what for.
+
+    It does                         when places are short     when the proxy stops
+      IDLE     no request           it can be closed          it is closed
+      READING  a request            it can be closed          it goes on, until the cut
+      SERVING  a request            it stays                  it goes on, until after the cut
+      LEAVING  after a last answer  it is closed before all   it goes on, until the cut
+      CLOSED   nothing any more
+    """
+    __slots__ = ("does", "holder", "behind_s")
+
+    def __init__(self) -> None:
+        self.does = IDLE
+        self.holder = ""                     # the name of the token that it showed last
+        self.behind_s = time.monotonic()     # strange, silent, or slower than the least speed
+
+    def can_go(self) -> bool:
+        """Whether it can be closed without harm to a call."""
+        return self.does in (IDLE, READING, LEAVING)
+
+    def is_strange(self) -> bool:
+        """Whether no token was shown yet."""
+        return not self.holder
+
+
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, on a thread of its own."""
     server: ProxyServer
@@ -12540,6 +12569,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.wire = Wire(self.connection, self.server.turns)
+        self.place = self.server.place_of(self.connection)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
         self._is_head = False                # the current request is a HEAD: no body in its answer
@@ -12586,14 +12616,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         first = self._served == 0
         self.server.turns.take()      # if the last request left it
         deadline_s = time.monotonic() + timeouts.head_s
-        self.server.mark_idle(self.connection, True)
+        self.server.note(self.place, IDLE)
         try:
             if not self.wire.await_line(
                     deadline_s if first else time.monotonic() + timeouts.keep_alive_s):
                 return None
         except TimeoutError:
             return None
-        self.server.mark_idle(self.connection, False)
+        self.server.note(self.place, READING)
         self._served += 1
         try:
             return self.wire.read_head(
@@ -12615,20 +12645,21 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if offered_upgrades(head.headers) - IGNORED_UPGRADES:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
                                  headers=UPGRADES_SERVED)
-        body = self._read_body(head)
-        if head.path == "/":
-            return self._write_answer(greeting(request_id))
-        request = ClientRequest(head, body, request_id, caller)
-        if head.path == "/ironcage" or head.path.startswith("/ironcage/"):
-            self.server.turns.leave()
-            return self._write_own(request)
-        self._caller = caller
-        if self.server.is_stopping:
-            raise ServerBusy("the proxy is stopping")
-        if caller.name == ADMIN:
+        is_own = head.path == "/" or f"{head.path}/".startswith("/ironcage/")
+        if caller.name == ADMIN and not is_own:
             raise Forbidden("the admin's token cannot call models; use a caller's token")
-        with self.server.router.open(request, self.wire) as answer:
-            self._write_answer(answer)
+        self._caller = None if is_own else caller
+        with contextlib.nullcontext() if is_own else self.server.traffic.entered(caller):
+            self.server.take_place(self.place, caller)
+            request = ClientRequest(head, self._read_body(head), request_id, caller)
+            self.server.note(self.place, SERVING)
+            if head.path == "/":
+                return self._write_answer(greeting(request_id))
+            if is_own:
+                self.server.turns.leave()
+                return self._write_own(request)
+            with self.server.router.open(request, self.wire) as answer:
+                self._write_answer(answer)
 
     # Who may ask.
 
@@ -12702,16 +12733,19 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if 0 <= length <= len(received):     # all of it came with its head, as most do
             self.wire.received = received[length:]
             return received[:length]
-        decoder = BodyDecoder(length)
-        deadline_s = time.monotonic() + self.server.settings.timeouts.body_s
+        decoder, timeouts = BodyDecoder(length), self.server.settings.timeouts
+        began_s, size = time.monotonic(), 0
         body = bytearray()                   # not a list: a chunk can be a byte
         while not decoder.is_done:
+            by_s = min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s)
             try:
-                data = self.wire.receive(deadline_s - time.monotonic())
+                data = self.wire.receive(by_s - time.monotonic())
             except TimeoutError:
                 raise RequestTimedOut("the request's body did not arrive in time") from None
             if not data:
                 raise ClientGone
+            size += len(data)
+            self.place.behind_s = min(time.monotonic(), began_s + size / LEAST_BYTES_PER_S)
             for piece in decoder.feed(data):
                 body += piece
             if len(body) > self.server.settings.max_body_bytes:
@@ -12759,6 +12793,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ClientGone):
             self._write_answer(Answer(error.status, headers, body), must_close=error.must_close)
             if error.must_close:             # the client may still be sending its request
+                self.server.note(self.place, LEAVING)
                 self.wire.linger(self.server.settings.timeouts.linger_s)
 
     def _write_answer(self, answer: Answer, *, must_close: bool = False) -> None:
@@ -12857,9 +12892,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.most_connections = most_connections()
         self.run_id = secrets.token_hex(8)             # with a number, the id of a request
         self.request_numbers = itertools.count(1)
+        self.traffic = Traffic()
         self._lock = threading.Lock()                  # guards the next but one field
         self._changed = threading.Condition(self._lock)
-        self._idle_since: dict[socket.socket, Optional[float]] = {}    # None: serving a request
+        self._places: dict[socket.socket, Place] = {}
         try:
             family, _, _, _, address = socket.getaddrinfo(
                 settings.host, settings.port, type=socket.SOCK_STREAM,
@@ -12928,10 +12964,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._thread.join()
             self._thread = None
         self.server_close()
-        self._wait_for_connections(self.settings.timeouts.drain_s, until_signal=True)
+        self._end_connections(self.settings.timeouts.drain_s, {IDLE})
         self.router.shut_down()
-        self._wait_for_connections(CUT_JOIN_S)         # streams end with an error event
-        self._wait_for_connections(CUT_JOIN_S, cut=True)
+        self.cuts_now = False                          # streams end with an error event
+        self._end_connections(CUT_JOIN_S, {IDLE, READING, LEAVING})
+        self._end_connections(CUT_JOIN_S, {IDLE, READING, LEAVING, SERVING})
         if self.router.server is not None:
             self.router.server.stop()
         self.ledger.close()
@@ -12948,17 +12985,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_for_connections(self, most_s: float, *, cut: bool = False,
-                              until_signal: bool = False) -> None:
-        """Close idle connections, or all, until none is left, the time is up, or a second signal
-        comes."""
+    def _end_connections(self, most_s: float, ending: Container[str]) -> None:
+        """Close the connections that do one of these, until none is left at all, the time is up,
+        or a second signal comes."""
         deadline_s = time.monotonic() + most_s
-        while not (until_signal and self.cuts_now):
+        while not self.cuts_now:
             with self._changed:
-                ending = [sock for sock, since in self._idle_since.items()
-                          if cut or since is not None]
-                left = len(self._idle_since)
-            for sock in ending:
+                ended = [sock for sock, place in self._places.items() if place.does in ending]
+                left = len(self._places)
+            for sock in ended:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
             if not left or time.monotonic() >= deadline_s:
@@ -13036,33 +13071,36 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if err.errno in LISTENER_LOST:
                 raise RuntimeError("the listening socket is lost") from err
             if err.errno in OUT_OF_RESOURCES:
-                self._close_longest_idle()
+                self._close_some(1)
             if not isinstance(err, BlockingIOError):
                 time.sleep(STOP_POLL_S)
             raise
 
     def process_request(self, request: socket.socket, client_address: object) -> None:
-        """Let in a connection, and at once all who wait behind it.
+        """Let in a connection, and at once all that wait behind it.
 
         It takes its turn as the connections do: where many ask, a thread without a turn gets the
-        interpreter so rarely that the last of 256 would wait for two seconds.
+        interpreter so rarely that the last of 256 would wait for two seconds. Where no place is
+        free, those that just came in have a moment to say what they want.
         """
-        turned_away, without_thread = [], []
-        self.turns.take()
-        try:
-            for arrived in itertools.chain([(request, client_address)], self._waiting_outside()):
-                try:
-                    if not self._let_in(*arrived):
-                        turned_away.append(arrived[0])
-                except RuntimeError:                   # out of threads
-                    without_thread.append(arrived[0])
-        finally:
-            self.turns.leave()
-        for request in turned_away:
-            self._turn_away(request)
-        for request in without_thread:
-            log.error("a connection was closed, since no thread could be started for it")
-            self.shutdown_request(request)
+        arrived = deque([(request, client_address), *self._waiting_outside()])
+        for pause_s in (0, *[STOP_POLL_S] * LET_IN_TRIES):
+            time.sleep(pause_s)
+            self.turns.take()
+            try:
+                self._close_some(
+                    self._count(Place.is_strange) - self.most_connections // STRANGERS_PART,
+                    Place.is_strange, silent_s=STRANGER_S)
+                for closes in (False, True):         # once all that find a place have come in
+                    self._close_some(len(arrived) if closes else 0)
+                    for _ in range(min(len(arrived), self.most_connections - self._count())):
+                        self._let_in(*arrived.popleft())
+            finally:
+                self.turns.leave()
+            if not arrived or not self._count(lambda place: place.does != SERVING):
+                break
+        for sock, _ in arrived:
+            self._turn_away(sock)
 
     def _waiting_outside(self) -> Iterator[tuple[socket.socket, object]]:
         """The connections that can be accepted now, a backlog of them at most."""
@@ -13070,29 +13108,77 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             for _ in range(LISTEN_BACKLOG):
                 yield self.socket.accept()
 
-    def _let_in(self, request: socket.socket, client_address: object) -> bool:
-        """Start a connection's thread; False where there are too many and none is idle."""
-        with self._changed:
-            is_full = len(self._idle_since) >= self.most_connections
-        if is_full and not self._close_longest_idle():
-            return False
-        with self._changed:
-            self._idle_since[request] = time.monotonic()
-        super().process_request(request, client_address)
-        return True
+    def _let_in(self, request: socket.socket, client_address: object) -> None:
+        """Start a connection's thread."""
+        with self._lock:
+            self._places[request] = Place()
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:                           # out of threads
+            log.error("a connection was closed, since no thread could be started for it")
+            self.shutdown_request(request)
 
-    def _close_longest_idle(self) -> bool:
-        """End the connection that has had no request for longest; False where there is none."""
-        with self._changed:
-            idle = sorted((since, id(sock), sock) for sock, since in self._idle_since.items()
-                          if since is not None)
-        for _, _, sock in idle:
+    def _count(self, which: Callable[[Place], bool] = lambda place: True) -> int:
+        """How many places are taken, in all or by such."""
+        with self._lock:
+            return sum(place.does != CLOSED and which(place) for place in self._places.values())
+
+    def _close_some(self, most: int, which: Callable[[Place], bool] = lambda place: True,
+                    silent_s: float = 0) -> int:
+        """Close up to so many connections that can be spared, and return how many were closed.
+
+        First go those that have their last answer, then those that showed no token for a while,
+        then those of the token (or of none) that has most; of these the one that was silent, or too
+        slow, for longest. One that is served stays; one that has sent what was not looked at yet
+        stays, and so do all that would go after its holder's.
+        """
+        closed, now_s, stays = 0, time.monotonic(), None
+        with self._lock:
+            held = Counter(place.holder for place in self._places.values())
+            spare = [] if most <= 0 else [
+                (place.does != LEAVING, bool(place.holder) or now_s - place.behind_s < STRANGER_S,
+                 -held[place.holder], bool(place.holder), place.behind_s, id(sock), sock, place)
+                for sock, place in self._places.items()
+                if place.can_go() and place.behind_s <= now_s - silent_s and which(place)]
+        heapq.heapify(spare)                                     # few of them are wanted
+        while spare and closed < most:
+            *_, sock, place = heapq.heappop(spare)
+            if stays not in (None, place.holder):
+                break
             with contextlib.suppress(OSError, ValueError):       # it may be closed meanwhile
-                if not ready_of([sock], 0):                      # nor has it one that waits
-                    self.mark_idle(sock, False)                  # not to be chosen again
+                if place.does != LEAVING and ready_of([sock], 0):
+                    stays = place.holder
+                    continue
+                with self._lock:
+                    can_go = place.can_go()
+                    place.does = CLOSED if can_go else place.does
+                if can_go:
                     sock.shutdown(socket.SHUT_RDWR)
-                    return True
-        return False
+                    closed += 1
+        return closed
+
+    def take_place(self, place: Place, caller: Caller) -> None:
+        """Note whose token a connection showed. Raises TooManyRequests where that one has all the
+        places that a token may have, if there are others, and none of them is silent."""
+        place.holder, place.behind_s = caller.name, time.monotonic()
+        most = self.most_connections - self.most_connections // STRANGERS_PART
+        if len(self._places) <= most or len(self.callers) == 1:
+            return
+        over = self._count(lambda other: other.holder == caller.name) - most
+        if over > 0 and not self._close_some(
+                over, lambda other: other.holder == caller.name, silent_s=STRANGER_S):
+            raise TooManyRequests(f"the token {caller.name} has {most} of the proxy's "
+                                  f"{self.most_connections} connections in use",
+                                  headers=[("retry-after", "1")])
+
+    def note(self, place: Place, does: str) -> None:
+        """Note what a connection does from now on. Raises ClientGone where its place is taken."""
+        with self._lock:
+            if place.does == CLOSED:
+                raise ClientGone
+            place.does = does
+            if place.holder:
+                place.behind_s = time.monotonic()
 
     def _turn_away(self, request: socket.socket) -> None:
         error = ServerBusy(f"the proxy serves {self.most_connections} connections already")
@@ -13105,17 +13191,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             request.send(head + body)
         self.shutdown_request(request)
 
-    def mark_idle(self, connection: socket.socket, is_idle: bool) -> None:
-        """Note whether a connection waits for a request or serves one."""
+    def place_of(self, connection: socket.socket) -> Place:
+        """Return the place that a connection was let in to."""
         with self._lock:
-            if connection in self._idle_since:
-                self._idle_since[connection] = time.monotonic() if is_idle else None
+            return self._places[connection]
 
     def shutdown_request(self, request: socket.socket) -> None:
         """End a connection and forget it."""
         super().shutdown_request(request)
         with self._changed:
-            self._idle_since.pop(request, None)
+            self._places.pop(request, None)
             self._changed.notify_all()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -13129,8 +13214,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if request.caller.scopes:
             raise Forbidden("metrics are read with --token or --admin-token")
         scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
-        with self._changed:
-            in_flight = sum(since is None for since in self._idle_since.values())
+        in_flight = self._count(lambda place: place.does in (READING, SERVING))
         told = {} if self.router.server is None else self.router.server.as_json()
         return metrics_text(
             self.router.totals, [self.router.controller.budget(scope) for scope in scopes],

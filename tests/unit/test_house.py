@@ -19,7 +19,7 @@ BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {
     "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes",
-    "datetime", "decimal", "difflib", "errno", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "http.client",
+    "datetime", "decimal", "difflib", "errno", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "heapq", "http.client",
     "http.server", "itertools", "json", "logging", "msvcrt", "operator", "os", "re", "resource", "secrets",
     "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat", "struct", "subprocess", "sys",
     "tempfile", "threading",
