@@ -13,13 +13,17 @@ from translation_checker import (check_chat_stream, check_message_stream, check_
 from vendor_answers import opened_seal
 
 PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses": "/v1/responses"}
-ALL = [(client, api) for client in PATHS for api in PATHS]
-MISSING = {("chat", "responses"), ("messages", "responses"), ("responses", "chat"),
-           ("responses", "messages")}          # what is still to come
-PAIRS = [pair for pair in ALL if pair not in MISSING]
+PAIRS = [(client, api) for client in PATHS for api in PATHS]
 # A model for each API: of a server of OpenAI's format that has chat alone, Claude, and one of
-# OpenAI's that takes tools and reasoning in Responses alone.
+# OpenAI's that takes tools and reasoning in Responses alone; a client of chat completions is served
+# in its own API there, unless the model has none.
 MODELS = {"chat": "lab/qwen3", "messages": "claude-haiku-5-5", "responses": "gpt-6.1-sol"}
+
+
+def model_of(client: str, api: str) -> str:
+    return "gpt-5.3-codex" if (client, api) == ("chat", "responses") else MODELS[api]
+
+
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
               "additionalProperties": False}
 

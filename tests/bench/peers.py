@@ -260,9 +260,9 @@ def request_of(kind):
 
 def request_in_dialects(client, api, stream):
     """What a client of one dialect asks a model behind an API."""
-    from dialects import MODELS, PATHS, Ask, request_of as asked
+    from dialects import PATHS, Ask, model_of, request_of as asked
     fields = asked(client, Ask(words="some words in dialects " * 40, system="Be brief.",
-                               tools=("weather", "clock"), cap=300), MODELS[api], stream)
+                               tools=("weather", "clock"), cap=300), model_of(client, api), stream)
     body = json.dumps(fields).encode()
     return (b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer ic_bench_0123456789\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"

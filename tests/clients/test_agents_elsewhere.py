@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from agents import DONE, TASK, Model
-from dialects import MODELS, PAIRS, PATHS, configured
+from dialects import MODELS, PATHS, configured
 from support import TOKEN, kill_programs_of, settled_status
 
 HERE = Path(__file__).resolve().parent
@@ -113,8 +113,7 @@ def drill_was_done(mock, proxy, out, api):
 
 
 @pytest.mark.parametrize("agent, api", [
-    (agent, api) for agent, (dialect, _) in AGENTS.items() for api in PATHS
-    if (dialect, api) in PAIRS])
+    (agent, api) for agent in AGENTS for api in PATHS])
 def test_an_agent_does_its_drill_on_each_api(mock, proxy_for, tmp_path, agent, api):
     _, command = AGENTS[agent]
     if not command:
@@ -127,8 +126,7 @@ def test_an_agent_does_its_drill_on_each_api(mock, proxy_for, tmp_path, agent, a
 
 
 @pytest.mark.skipif(not CODEX, reason="Codex is not installed")
-@pytest.mark.parametrize("api", [api for client, api in PAIRS
-                                 if client == "responses" != api])
+@pytest.mark.parametrize("api", ["chat", "messages"])
 def test_codex_with_its_default_model_runs_on_another_vendors(mock, proxy_for, tmp_path, api):
     """Its tools come in a namespace, the shell as a tool that takes text in a grammar."""
     proxy = proxy_for("--budget", "5", "--config", configured(

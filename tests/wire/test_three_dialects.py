@@ -3,7 +3,8 @@ streamed. The provider is a mock that judges as the vendors do and bills; what a
 must be told, and is refused under strict.
 
 A cell of the table: `yes`, it travels and nothing is told · `quiet`, a hint that the provider has
-no use for · `drop:NAME` or `adj:NAME`, it is told so in the client's words, and refused under
+no use for · `sealed`, a thought that is not shown, since the dialect cannot ask for it, but comes
+back · `drop:NAME` or `adj:NAME`, it is told so in the client's words, and refused under
 strict · `refuse:WORDS`, it is refused before anything is sent · `-`, the client's dialect cannot say
 it."""
 import json
@@ -12,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from dialects import (ALL, MODELS, PAIRS, PATHS, Ask, Heard, configured, heard, meant, next_turn,
+from dialects import (PAIRS, PATHS, Ask, Heard, configured, heard, meant, model_of, next_turn,
                       request_of, whole_of)
 from support import (Close, Cut, Gate, RawClient, Reply, anthropic_error, call, openai_error,
                      settled_status, sse, sse_events)
@@ -53,7 +54,7 @@ CASES = {
     "a document": Case(f"yes yes yes  {FILE} yes yes  {FILE} yes yes",
                        Ask(document=PDF), meant={
                            "turns": (("document", PDF), ("user", "hello there"))}),
-    "a thought": Case("yes yes yes  quiet yes yes  quiet yes yes",
+    "a thought": Case("yes yes sealed  quiet yes yes  quiet yes yes",
                       Ask(effort="high"), (Think("Hm, so."), Say("Yes.")),
                       Heard("Yes.", "Hm, so."), {"effort": "high"}),
     "two calls": Case("yes yes yes  yes yes yes  yes yes yes",
@@ -115,7 +116,7 @@ CASES = {
 
 
 def cells(case):
-    return dict(zip(ALL, CASES[case].cells.split()))
+    return dict(zip(PAIRS, CASES[case].cells.split()))
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def bill_is_paid(mock, proxy):
 def test_every_cell_is_filled():
     assert {9} == {len(case.cells.split()) for case in CASES.values()}
     kinds = {cell.partition(":")[0] for case in CASES.values() for cell in case.cells.split()}
-    assert kinds == {"yes", "quiet", "drop", "refuse", "-"}
+    assert kinds == {"yes", "quiet", "sealed", "drop", "refuse", "-"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -167,7 +168,7 @@ def test_what_travels_between_a_client_and_an_api(mock, served, client, api, cas
     proxy = served()
     kind, _, words = cell.partition(":")
     for stream in (False, True):
-        fields = request_of(client, given.ask, MODELS[api], stream)
+        fields = request_of(client, given.ask, model_of(client, api), stream)
         mock.says(*given.says, ending=given.ending)
         answer = send(proxy, client, fields)
         if kind == "refuse":
@@ -175,10 +176,10 @@ def test_what_travels_between_a_client_and_an_api(mock, served, client, api, cas
             assert re.search(words, answer.body.decode())
             continue
         assert 200 == answer.status, answer.body
-        assert ({cell} - {"yes", "quiet"}) == told(answer)
+        assert ({cell} - {"yes", "quiet", "sealed"}) == told(answer)
         seen = mock.seen[-1]
         assert PATHS[api] == seen.path
-        wanted = {"turns": (("user", given.ask.words),), **(given.meant if kind == "yes" else {})}
+        wanted = {"turns": (("user", given.ask.words),), **(given.meant if kind in ("yes", "sealed") else {})}
         asked = meant(api, seen.json)._asdict()
         assert wanted == {name: asked[name] for name in wanted}
         model, usage, _ = mock.bills[-1]
@@ -188,6 +189,8 @@ def test_what_travels_between_a_client_and_an_api(mock, served, client, api, cas
         expected = given.heard._replace(
             prompt=-(-len(seen.body) // 4), cached=7,
             made=usage.get("output_tokens", usage.get("completion_tokens")))
+        if kind == "sealed":
+            expected = expected._replace(thoughts="")
         if expected.end == "stop" and not client == api == "messages":
             expected = expected._replace(end="end")     # the others do not tell it from an end
         assert expected == said
@@ -201,12 +204,12 @@ def test_strict_refuses_what_would_be_told_and_nothing_else(mock, served, client
         kind, _, words = cells(case)[client, api].partition(":")
         if kind in ("drop", "adj"):
             mock.seen.clear()
-            answer = send(proxy, client, request_of(client, given.ask, MODELS[api], False))
+            answer = send(proxy, client, request_of(client, given.ask, model_of(client, api), False))
             assert (case, 400, []) == (case, answer.status, mock.seen)
             assert words in answer.json["error"].get("param", answer.json["error"]["message"])
     mock.says(Say("Yes."))
     assert 200 == send(proxy, client, request_of(
-        client, Ask(tools=("weather",), system="Be brief.", effort="high"), MODELS[api], False)
+        client, Ask(tools=("weather",), system="Be brief.", effort="high"), model_of(client, api), False)
     ).status
 
 
@@ -221,7 +224,7 @@ def test_three_turns_with_calls_results_and_thoughts(mock, served, client, api, 
         thoughts = [("thought", "Both, then."), ("thought", "Warm.")]
     else:
         thoughts = []
-    fields = request_of(client, Ask(tools=("weather",), effort="high"), MODELS[api], stream)
+    fields = request_of(client, Ask(tools=("weather",), effort="high"), model_of(client, api), stream)
 
     mock.says(Think("Both, then."), Say("I look."), OSLO, ROME)
     first = whole_of(client, send(proxy, client, fields))
@@ -245,18 +248,17 @@ SWITCHED = {"messages": "responses", "responses": "messages"}     # to the API o
 
 
 @pytest.mark.parametrize("client, api", [
-    (client, api) for client, api in PAIRS if api in SWITCHED
-    and (client, SWITCHED[api]) in PAIRS], ids=lambda value: value)
+    pair for pair in PAIRS if pair[1] in SWITCHED], ids=lambda value: value)
 def test_thoughts_of_one_vendor_never_go_to_the_other(mock, served, client, api):
     """They are left out there, which is told; what was said and done goes on."""
     proxy = served()
-    fields = request_of(client, Ask(tools=("weather",), effort="high"), MODELS[api], False)
+    fields = request_of(client, Ask(tools=("weather",), effort="high"), model_of(client, api), False)
     mock.says(Think("Hm."), OSLO)
     first = whole_of(client, send(proxy, client, fields))
     fields = next_turn(client, fields, first, "cold")
     mock.says(Say("Cold."))
     mock.says(Say("Cold."))
-    elsewhere = send(proxy, client, {**fields, "model": MODELS[SWITCHED[api]]})
+    elsewhere = send(proxy, client, {**fields, "model": model_of(client, SWITCHED[api])})
     back = send(proxy, client, fields)
 
     assert (200, 200) == (elsewhere.status, back.status), (elsewhere.body, back.body)
@@ -287,7 +289,7 @@ def test_an_error_comes_in_the_clients_dialect_and_is_free(mock, served, client,
     proxy = served()
     for stream in (False, True):
         mock.script(error_of(api, status, "it went wrong", [("retry-after", "7")]))
-        answer = send(proxy, client, request_of(client, Ask(), MODELS[api], stream))
+        answer = send(proxy, client, request_of(client, Ask(), model_of(client, api), stream))
 
         error = answer.json["error"]
         shown = status if client == "messages" or status != 529 else 503
@@ -337,7 +339,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_and_is_charged(mock, served
     proxy = served()
     broken_at(mock, 6, {"error": ERROR_EVENTS[api], "close": Close(), "cut": Cut()}[end])
 
-    answer = send(proxy, client, request_of(client, Ask(), MODELS[api], True))
+    answer = send(proxy, client, request_of(client, Ask(), model_of(client, api), True))
 
     error = ended_badly(client, answer)
     assert error["message"] and (end != "error" or "busy" in error["message"])
@@ -355,7 +357,7 @@ def test_an_error_as_the_first_event_is_a_status(mock, served, client, api):
     mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
                       steps=(ERROR_EVENTS[api],)))
 
-    answer = send(proxy, client, request_of(client, Ask(), MODELS[api], True))
+    answer = send(proxy, client, request_of(client, Ask(), model_of(client, api), True))
 
     assert answer.status >= 500 and "busy" in answer.json["error"]["message"]
 
@@ -366,7 +368,7 @@ def test_a_client_that_leaves_a_stream_ends_the_call(mock, served, client, api):
     broken_at(mock, 7, gate)
     with RawClient(proxy.port) as leaving:
         leaving.request("POST", PATHS[client], json.dumps(
-            request_of(client, Ask(), MODELS[api], True)).encode())
+            request_of(client, Ask(), model_of(client, api), True)).encode())
         leaving.read_head()
         leaving.read_chunk()
         leaving.leave()
@@ -382,7 +384,7 @@ def test_a_cap_is_lowered_to_what_the_budget_holds(mock, served, client, api):
     usd = {"chat": "0.002", "messages": "0.002", "responses": "0.05"}[api]
     proxy = served("--budget", usd)
 
-    answer = send(proxy, client, request_of(client, Ask(cap=60_000), MODELS[api], False))
+    answer = send(proxy, client, request_of(client, Ask(cap=60_000), model_of(client, api), False))
 
     assert 200 == answer.status, answer.body
     cap = meant(api, mock.seen[0].json).cap
@@ -392,7 +394,7 @@ def test_a_cap_is_lowered_to_what_the_budget_holds(mock, served, client, api):
 
 @pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
 def test_a_budget_that_is_spent_is_said_in_the_clients_dialect(mock, served, client, api):
-    answer = send(served("--budget", "0"), client, request_of(client, Ask(), MODELS[api], False))
+    answer = send(served("--budget", "0"), client, request_of(client, Ask(), model_of(client, api), False))
 
     kind = "billing_error" if client == "messages" else "iron_cage_budget_exceeded"
     assert (402, kind, []) == (answer.status, answer.json["error"]["type"], mock.seen)
