@@ -7581,23 +7581,30 @@ class ThinkingMemory:
         return thoughts if self._clock() - since_s <= THINKING_KEPT_S else []
 
 
-def without_own_thinking(messages: object) -> object:
-    """A conversation without the thinking that an answer of ours brought from another provider:
-    Claude refuses what it has not signed itself."""
-    def is_ours(block: object) -> bool:
-        return str(json_object(block).get("signature")).startswith(OWN_SIGNATURE)
+# Where a conversation stands, the member of its rows or their content that seals a thought, and
+# what its client calls those.
+SEALS = MappingProxyType({"messages": ("messages", "signature", "messages.thinking"),
+                          "responses": ("input", "encrypted_content", "input.reasoning")})
 
-    if not isinstance(messages, list):
-        return messages
-    kept = []
-    for message in messages:
-        content = json_object(message).get("content")
+
+def without_own_thinking(api: str, fields: Mapping[str, object]) -> dict:
+    """Return what replaces a conversation with thinking that an answer of ours brought from another
+    provider: nobody takes what they have not sealed themselves."""
+    name, member, _ = SEALS[api]
+
+    def is_ours(row: object) -> bool:
+        return str(json_object(row).get(member)).startswith(OWN_SIGNATURE)
+
+    rows, kept = fields.get(name), []
+    for row in rows if isinstance(rows, list) else ():
+        content = json_object(row).get("content")
         if isinstance(content, list) and any(map(is_ours, content)):
-            message = {**message, "content": [one for one in content if not is_ours(one)]}
-            if not message["content"]:
+            row = {**row, "content": [one for one in content if not is_ours(one)]}
+            if not row["content"]:
                 continue
-        kept.append(message)
-    return kept
+        if not is_ours(row):
+            kept.append(row)
+    return {name: kept} if kept and kept != rows else {}
 
 
 # Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
@@ -11941,12 +11948,12 @@ class Router:
             without |= left_out
             for name, value in reported.items():
                 call.losses.report(name, value)
-        if call.api == "messages" and call.translator is None \
+        if call.api in SEALS and call.translator is None \
                 and OWN_SIGNATURE.encode("ascii") in call.body.raw:
-            kept = without_own_thinking(call.body.fields.get("messages"))
-            if kept != call.body.fields.get("messages"):
-                changes["messages"] = kept
-                call.losses.adjust("messages.thinking", "removed")
+            kept = without_own_thinking(call.api, call.body.fields)
+            changes.update(kept)
+            if kept:
+                call.losses.adjust(SEALS[call.api][2], "removed")
         is_same = not changes and not without and call.translator is None
         return call.request.body if is_same else call.body.with_fields(changes, without)
 

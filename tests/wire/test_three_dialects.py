@@ -265,7 +265,9 @@ def test_thoughts_of_one_vendor_never_go_to_the_other(mock, served, client, api)
     rest = (("user", "hello there"), ("call", *OSLO), ("result", 0, "cold"))
     assert rest == meant(SWITCHED[api], mock.seen[1].json).turns
     assert (rest[0], ("thought", "Hm."), *rest[1:]) == meant(api, mock.seen[2].json).turns
-    assert (bool(told(elsewhere)), set()) == (SWITCHED[api] != client, told(back))
+    assert {"adj:input.reasoning" if client == "responses" else "adj:messages.thinking"} \
+        == told(elsewhere)
+    assert set() == told(back)
 
 
 # What goes wrong.
