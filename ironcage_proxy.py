@@ -3854,6 +3854,7 @@ def left_over(conversation: Conversation, takes: Container[str], losses: Losses)
 Fault = Callable[[str, str], IroncageError]
 
 
+@functools.lru_cache(maxsize=64)
 def in_request(field: str) -> Fault:
     """Return what is raised for a wrong shape inside a field of a client's request."""
     return lambda name, kind: BadRequest(
@@ -3958,13 +3959,15 @@ def arguments_to_input(arguments: object, parse: Callable[[str], object] = json.
     return value if isinstance(value, dict) else {"__value": value}
 
 
+plain_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes one at each call
+
+
 def input_to_arguments(value: object) -> str:
     """The other way round."""
     fields = json_object(value)
-    if set(fields) == {"__raw"} and isinstance(fields["__raw"], str):
+    if fields.keys() == {"__raw"} and isinstance(fields["__raw"], str):
         return fields["__raw"]
-    return json.dumps(fields["__value"] if set(fields) == {"__value"} else fields,
-                      ensure_ascii=False)
+    return plain_json(fields["__value"] if fields.keys() == {"__value"} else fields)
 
 
 LATER_SYSTEM = "[system instruction, not from the user]\n"
@@ -4133,8 +4136,8 @@ def thinking_block(part: Part) -> Mapping[str, object]:
 def thought_of(block: Mapping[str, object]) -> Part:
     """Return what a client brings back as Claude's block: Claude's own, or what that carries."""
     signature, text = str(block.get("signature") or ""), block.get("thinking")
-    origin, native = unsealed(signature) if signature.startswith(OWN_SIGNATURE) \
-        else ("messages", block)
+    origin, native = ("messages", block) if not signature.startswith(OWN_SIGNATURE) \
+        else ("", {}) if signature == OWN_THINKING else unsealed(signature)
     return Part("thought", text if isinstance(text, str) else "", native=native, origin=origin)
 
 
@@ -4241,14 +4244,18 @@ SCHEMA_SHAPES = MappingProxyType({
 
 def checked_schema(schema: object, fault: Fault) -> object:
     """Return a schema in which what is looked at here has the shape that it must have."""
-    for name, value in json_object(schema).items():
-        kind, words = SCHEMA_SHAPES.get(name, (object, ""))
-        if not isinstance(value, kind):
-            raise fault(name, words)
-        if name == "required" and not all(isinstance(one, str) for one in value):
-            raise fault(name, "a list of strings")
-    for child in _inner_schemas(schema):
-        checked_schema(child, fault)
+    waiting = [schema]
+    for schema_part in waiting:                    # which grows as we go
+        if not isinstance(schema_part, dict):
+            waiting += _inner_schemas(schema_part)
+            continue
+        for name in SCHEMA_SHAPES.keys() & schema_part.keys():
+            kind, words = SCHEMA_SHAPES[name]
+            if not isinstance(schema_part[name], kind):
+                raise fault(name, words)
+        if not all([isinstance(name, str) for name in schema_part.get("required", ())]):
+            raise fault("required", "a list of strings")
+        waiting += _inner_schemas(schema_part)
     return schema
 
 
@@ -4651,7 +4658,7 @@ def _call_part(row: Mapping[str, object]) -> Part:
     inner = object_in(row, str(kind), IN_MESSAGES)
     arguments = inner.get("input" if kind == "custom" else "arguments")
     if isinstance(arguments, dict):                    # as some servers send them
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = plain_json(arguments)
     return Part("call", text_in({"arguments": arguments}, "arguments", IN_MESSAGES),
                 id=str(row.get("id") or ""), name=text_in(inner, "name", IN_MESSAGES),
                 is_text=kind == "custom")
@@ -4922,7 +4929,7 @@ class _ChatRequest:
         self._called[call.id] = name
         if call.is_text and not is_wrapped:
             return {"id": call.id, "type": "custom", "custom": {"name": name, "input": call.text}}
-        arguments = json.dumps(call_input(call), ensure_ascii=False) if is_wrapped else call.text
+        arguments = plain_json(call_input(call)) if is_wrapped else call.text
         return {"id": call.id, "type": "function",
                 "function": {"name": name, "arguments": arguments}}
 
@@ -6323,7 +6330,7 @@ class MessagesWriter:
         if part.kind == "thought":
             yield self._delta("signature", str(thinking_block(part).get("signature") or ""))
         elif self._json is not None:
-            yield self._delta("partial_json", json.dumps(call_input(part), ensure_ascii=False))
+            yield self._delta("partial_json", plain_json(call_input(part)))
         yield self._stopped()
 
     def _stopped(self) -> dict:
@@ -7454,7 +7461,8 @@ class Translator:
         self._asked_model = asked_model              # what the client called the model
         self._keep = target.keep
         conversation = self._client.read_request(fields)
-        losses.names = {**self._client.names, **conversation.names}
+        losses.names = {**self._client.names, **conversation.names} if conversation.names \
+            else self._client.names
         for name, became in conversation.changed.items():
             losses.adjust(name, became)
         self.request, self.terms = self._provider.write_request(conversation, target, losses)

@@ -871,6 +871,37 @@ def test_an_exception_of_our_own_settles_and_answers_500(mock, proxy, monkeypatc
     assert status["spent_microdollars"] > 0
 
 
+# What a translator does wrong, where.
+FAULTS = {"the request": ("_ChatRequest", "request", False),
+          "the whole answer": ("MessagesWriter", "whole", False),
+          "the first event of a stream": ("_ChunkReader", "read", True),
+          "an event of a stream": ("MessagesWriter", "_delta", True)}
+
+
+@pytest.mark.parametrize("where", FAULTS)
+def test_a_fault_of_a_translator_is_ours_and_not_the_clients(
+        mock, proxy, monkeypatch, caplog, where):
+    """It was a 400 that blamed the request, without a trace."""
+    name, method, streams = FAULTS[where]
+
+    def fails(*args, **named):
+        raise KeyError("tools")
+
+    monkeypatch.setattr(getattr(program(), name), method, fails)
+    fields = {**APIS["messages"].fields, "model": "gpt-4o-mini", "stream": streams}
+    if where == "an event of a stream":
+        with pytest.raises((EOFError, ConnectionError, ValueError)):       # cut: it never looks complete
+            call(proxy.port, "POST", "/v1/messages", fields)
+    else:
+        answer = call(proxy.port, "POST", "/v1/messages", fields)
+        assert (500, "api_error") == (answer.status, answer.json["error"]["type"])
+
+    status = settled_status(proxy)
+    assert [KeyError] == [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert (status["spent_microdollars"] > 0) == bool(mock.seen)
+    assert mock.billed_microdollars <= status["spent_microdollars"]
+
+
 # The client's side.
 
 def leave_in_mid_stream(proxy, mock, path, fields, steps_seen, before_leaving=lambda: None):
