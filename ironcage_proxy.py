@@ -230,7 +230,7 @@ class Provider(NamedTuple):
     fields: Optional[tuple[str, ...]] = ()     # it knows beside OpenAI's and COMPATIBLE_FIELDS
     reasoning_field: str = ""                  # of a past answer that it wants its reasoning in
     user_after_tool: bool = True               # a user's message may follow a tool's
-    one_system: bool = False                   # one system message only, at the beginning
+    cache_marks: bool = False                  # it takes Anthropic's cache_control on its parts
     call_ids: Optional[str] = None             # the form of a tool call's id; None: any text
     sold_as: tuple[str, ...] = ()              # further names in price tables, beside its own
     hosts: tuple[str, ...] = ()                # patterns of its further hosts
@@ -315,6 +315,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("dashscope", "openai", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
              anthropic_base_url="https://dashscope-intl.aliyuncs.com/apps/anthropic",
              key_env="DASHSCOPE_API_KEY", path="/compatible-mode/v1", sold_as=("qwencloud",),
+             cache_marks=True,
              hosts=("dashscope*.aliyuncs.com", "*.maas.aliyuncs.com")),
     Provider("deepseek", "openai", "https://api.deepseek.com/v1", key_env="DEEPSEEK_API_KEY",
              anthropic_base_url="https://api.deepseek.com/anthropic",
@@ -332,8 +333,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("huggingface", "openai", "https://router.huggingface.co/v1", key_env="HF_TOKEN",
              responses=True, is_named_only=True),
     Provider("minimax", "openai", "https://api.minimax.io/v1", key_env="MINIMAX_API_KEY",
-             anthropic_base_url="https://api.minimax.io/anthropic", one_system=True,
-             hosts=("api.minimaxi.com",)),
+             anthropic_base_url="https://api.minimax.io/anthropic", hosts=("api.minimaxi.com",)),
     Provider("mistral", "openai", "https://api.mistral.ai/v1", key_env="MISTRAL_API_KEY",
              responses=True, stream_usage=False, user_after_tool=False,
              call_ids="[A-Za-z0-9]{9}"),
@@ -344,7 +344,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
              key_env="NVIDIA_API_KEY"),
     Provider("openrouter", "openai", "https://openrouter.ai/api/v1", key_env="OPENROUTER_API_KEY",
              anthropic_base_url="https://openrouter.ai/api", path="/api/v1", responses=True,
-             hosts=("*.openrouter.ai",)),
+             cache_marks=True, hosts=("*.openrouter.ai",)),
     Provider("perplexity", "openai", "https://api.perplexity.ai", key_env="PERPLEXITY_API_KEY",
              path="", responses=True),
     Provider("sambanova", "openai", "https://api.sambanova.ai/v1", key_env="SAMBANOVA_API_KEY"),
@@ -3530,6 +3530,7 @@ class Part:
     citations: Sequence[Citation] = ()
     native: Mapping[str, object] = MappingProxyType({})    # verbatim, in the form of `origin`
     origin = ""                          # the API of `native`: "messages", "responses", "chat"
+    maker = ""                           # the provider of `native`, where that is known
     mark: Optional[Mapping[str, object]] = None            # Anthropic's cache_control
     index = 0                            # its place in an answer
 
@@ -4033,6 +4034,33 @@ class CallIds:
                      if self._pattern.fullmatch(fit)), own)
 
 
+LEGAL_CALL_ID = r"[A-Za-z0-9_-]{1,64}"           # for both vendors
+_CARRIED_ID = r"icid([0-9]*)_([A-Za-z0-9_-]+)"
+
+
+def carried_call_id(given: str, used: Container[str]) -> str:
+    """Return the id of a call as every client and vendor takes it, unlike the ones in use. One
+    that is changed can be had back with own_call_id()."""
+    if given not in used and re.fullmatch(LEGAL_CALL_ID, given) \
+            and not re.fullmatch(_CARRIED_ID, given):
+        return given
+    packed = base64.urlsafe_b64encode(given.encode("utf-8")).decode("ascii").rstrip("=")
+    if not given or len(packed) > 48:
+        packed = secrets.token_hex(12)
+    return next(own for own in map("icid{}_{}".format, itertools.chain(
+        ("",), itertools.count(1)), itertools.repeat(packed)) if own not in used)
+
+
+def own_call_id(carried: str) -> str:
+    """Return the id that a provider gave a call."""
+    match = re.fullmatch(_CARRIED_ID, carried)
+    try:
+        return carried if match is None else base64.b64decode(
+            match[2] + "==", b"-_", validate=False).decode("utf-8") or carried
+    except ValueError:
+        return carried
+
+
 NO_RESULT = "[no result provided]"
 
 
@@ -4099,7 +4127,8 @@ def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
         losses.adjust("results", "paired")
     front = []
     for call in calls:
-        call.id, result = ids.fitting(call.id), results.get(call)
+        call.carried_id, result = call.id, results.get(call)
+        call.id = ids.fitting(own_call_id(call.id))
         result = result or Part("result", is_error=True, parts=[Part("text", NO_RESULT)])
         result.id = call.id
         front.append(result)
@@ -4108,21 +4137,29 @@ def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
     return [Turn("user", front), *turns]
 
 
-def sealed(origin: str, native: Mapping[str, object]) -> str:
+def sealed(part: Part) -> str:
     """Return a thought in its provider's own form as a signature, for clients that bring back
     nothing else."""
-    packed = json_bytes({"from": origin, "native": native})
+    packed = json_bytes({"from": part.origin, "by": part.maker, "native": part.native})
     return OWN_SIGNATURE + base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
 
 
-def unsealed(signature: str) -> tuple[str, Mapping[str, object]]:
-    """Return what sealed() packed: where a thought came from, and its form there, or nothing."""
+def unseal(thought: Part, seal: str) -> None:
+    """Give a thought the form that sealed() packed; none where that cannot be read."""
     try:
-        packed = signature[len(OWN_SIGNATURE):] + "=="
-        told = json.loads(base64.urlsafe_b64decode(packed.encode("ascii")))
+        packed = json.loads(base64.urlsafe_b64decode(
+            (seal[len(OWN_SIGNATURE):] + "==").encode("ascii")))
     except (ValueError, RecursionError):
-        return "", {}
-    return str(json_object(told).get("from") or ""), json_object(json_object(told).get("native"))
+        packed = None
+    said = json_object(packed)
+    thought.origin, thought.maker = str(said.get("from") or ""), str(said.get("by") or "")
+    thought.native = json_object(said.get("native"))
+
+
+def goes_back(thought: Part, api: str, target: Target) -> bool:
+    """Whether a thought has its own form of the API and the provider that a call goes to."""
+    return bool(thought.native) and thought.origin == api \
+        and thought.maker in ("", target.manners.name)
 
 
 def thinking_block(part: Part) -> Mapping[str, object]:
@@ -4130,15 +4167,19 @@ def thinking_block(part: Part) -> Mapping[str, object]:
     if part.origin == "messages":
         return part.native
     return {"type": "thinking", "thinking": part.text,
-            "signature": sealed(part.origin, part.native) if part.native else OWN_THINKING}
+            "signature": sealed(part) if part.native else OWN_THINKING}
 
 
 def thought_of(block: Mapping[str, object]) -> Part:
     """Return what a client brings back as Claude's block: Claude's own, or what that carries."""
     signature, text = str(block.get("signature") or ""), block.get("thinking")
-    origin, native = ("messages", block) if not signature.startswith(OWN_SIGNATURE) \
-        else ("", {}) if signature == OWN_THINKING else unsealed(signature)
-    return Part("thought", text if isinstance(text, str) else "", native=native, origin=origin)
+    own = signature.startswith(OWN_SIGNATURE)
+    thought = Part("thought", text if isinstance(text, str) else "",
+                   origin="" if own else "messages",
+                   native={} if own else block)
+    if own and signature != OWN_THINKING:
+        unseal(thought, signature)
+    return thought
 
 
 def id_stem(own: str) -> str:
@@ -4870,7 +4911,19 @@ class _ChatRequest:
             messages += _CHAT_TURNS_WRITTEN[role](self, parts)
         if messages and messages[-1]["role"] == "assistant":
             self._losses.adjust("prefill", "kept")
-        return messages if self._is_openai else self._alternating(messages)
+        if not self._is_openai:
+            messages = self._alternating(messages)
+        return messages if self._target.manners.user_after_tool else self._bridged(messages)
+
+    def _bridged(self, messages: list[dict]) -> list[dict]:
+        """Return messages in which the assistant speaks between a tool and the user."""
+        bridged: list[dict] = []
+        for message in messages:
+            if message["role"] == "user" and bridged and bridged[-1]["role"] == "tool":
+                bridged.append({"role": "assistant", "content": "I have the results."})
+                self._losses.adjust("turns", "bridged")
+            bridged.append(message)
+        return bridged
 
     def _system(self, parts: list[Part], is_first: bool = False) -> list[dict]:
         """Return a system message in place. Chat templates of other servers want it first, or not
@@ -4878,6 +4931,8 @@ class _ChatRequest:
         texts = [part.text for part in parts if part.text]
         if not texts:
             return []
+        if self._target.manners.cache_marks and any(part.mark for part in parts):
+            return [{"role": "system", "content": [self._part(part) for part in parts]}]
         if is_first or self._is_openai:
             return [self._system_message(texts)]
         self._losses.adjust("later_system", "user")
@@ -4901,7 +4956,8 @@ class _ChatRequest:
 
     def _assistant(self, parts: list[Part]) -> list[dict]:
         text, thought, manners = "", "", self._target.manners
-        calls, said = [], {}
+        calls, said, backs = [], {}, []
+        called = [part for part in parts if part.kind == "call"]
         for part in parts:
             if part.kind == "call":
                 calls.append(self._call(part))
@@ -4909,14 +4965,21 @@ class _ChatRequest:
                 text += part.text
             elif part.kind == "thought":
                 thought += part.text
-                if part.origin == "chat":
-                    said.update(part.native)
+                if goes_back(part, "chat", self._target):
+                    backs.append(part.native)
                 elif part.native and not manners.reasoning_field:
                     self._losses.adjust("thoughts", "removed")
             else:
                 self._losses.drop(f"messages.{part.native.get('type')}")
         if not text and not calls:
             return []
+        if called and not backs:
+            backs = self._target.recall(called[0].carried_id, "")
+        for back in backs:
+            for number, extra in json_object(back.get("calls")).items():
+                if number.isdecimal() and int(number) < len(calls):
+                    calls[int(number)].update(extra)
+            said.update((name, value) for name, value in back.items() if name != "calls")
         if manners.reasoning_field:
             said[manners.reasoning_field] = thought
         if calls:
@@ -4953,14 +5016,16 @@ class _ChatRequest:
             results.append({"role": "tool", "tool_call_id": part.id, "content": text})
         if not content:
             return results
-        if len(content) == 1 and content[0]["type"] == "text":
+        if len(content) == 1 and set(content[0]) == {"type", "text"}:
             return [*results, {"role": "user", "content": content[0]["text"]}]
         return [*results, {"role": "user", "content": content}]
 
     def _part(self, part: Part) -> dict:
         inline = f"data:{part.media};base64,{part.data}" if part.data else ""
         if part.kind == "text":
-            return {"type": "text", "text": part.text}
+            marked = part.mark is not None and self._target.manners.cache_marks
+            return {"type": "text", "text": part.text,
+                    **({"cache_control": part.mark} if marked else {})}
         if part.kind == "image" and (inline or part.url):
             detail = {"detail": part.detail} if part.detail else {}
             return {"type": "image_url", "image_url": {"url": inline or part.url, **detail}}
@@ -5049,7 +5114,7 @@ class _ChunkReader:
         self._terms = terms
         self.has_begun = self.is_done = self._parts_seen = False
         self._said: Optional[Part] = None            # the text or thought that is open
-        self._details: list[dict] = []               # reasoning_details, to be sent back
+        self._back: dict[str, object] = {}           # what the server wants back, not yet carried
         self._calls: list[Part] = []
         self._newest: dict[object, Part] = {}        # of each index of the provider's
         self._by_id: dict[str, Part] = {}
@@ -5078,7 +5143,10 @@ class _ChunkReader:
 
     def _read_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
-        self._details += _parts_of(delta.get("reasoning_details"))
+        details = _parts_of(delta.get("reasoning_details"))
+        if details:
+            self._back["reasoning_details"] = self._back.get("reasoning_details", []) + details
+        self._back.update(opaque_in(delta))
         if thought:
             yield from self._say("thought", thought)
         for name, kind in (("content", "text"), ("refusal", "refusal")):
@@ -5108,9 +5176,16 @@ class _ChunkReader:
         part, self._said = self._said, None
         if part is not None:
             part.text = "".join(part.pieces)
-            if part.kind == "thought" and self._details:
-                part.native, part.origin = {"reasoning_details": self._details}, "chat"
-                self._details = []
+            if part.kind == "thought" and self._back:
+                part.native, part.origin, self._back = self._back, "chat", {}
+            yield Closed(part)
+
+    def _carry_back(self) -> Iterator[AnswerEvent]:
+        """Yield a thought without words that carries what the server wants back."""
+        if self._back:
+            part = Part("thought", native=self._back, origin="chat")
+            self._back = {}
+            yield Opened(part)
             yield Closed(part)
 
     def _call_of(self, call_id: str, index: Optional[int], name: str, more: str) -> Part:
@@ -5148,6 +5223,9 @@ class _ChunkReader:
         if not (call_id or name or more):            # some send an empty call in every answer
             return
         call = self._call_of(call_id, index if isinstance(index, int) else None, name, more)
+        if opaque_in(row):
+            number = str(self._calls.index(call))
+            self._back["calls"] = {**json_object(self._back.get("calls")), number: opaque_in(row)}
         if not call.is_open and name:
             call.name = name if name.startswith(call.name) else call.name + name
             call.is_text = "input" in inner
@@ -5163,6 +5241,7 @@ class _ChunkReader:
     def _open_call(self, call: Part) -> Iterator[AnswerEvent]:
         yield from self._close_said()
         yield from self._close_calls(whole_only=True)
+        yield from self._carry_back()
         call.is_open = True
         yield Opened(call)
         for text in call.pieces:
@@ -5192,6 +5271,7 @@ class _ChunkReader:
             raise UpstreamBroke(f"the provider's answer ended in {shown_name(str(finish))}")
         yield from self._close_said()
         yield from self._close_calls(whole_only=False)
+        yield from self._carry_back()
         if self._refused:
             reason = "refused"
         elif reason in ("end", "calls"):
@@ -5200,6 +5280,16 @@ class _ChunkReader:
             if reason == "end" and matched in self._terms.stops:
                 reason, stop = "stop", matched
         yield Ended(reason, chat_tokens(self._usage), stop, tier=self._tier)
+
+
+# What a server signs its calls and messages with, and refuses the next turn without: Gemini's
+# (ai.google.dev, thought signatures), and that of Copilot's gateway; read November 2026.
+OPAQUE_FIELDS = ("extra_content", "thought_signature", "reasoning_opaque")
+
+
+def opaque_in(holder: Mapping[str, object]) -> dict:
+    """Return what has to go back to a server as it came, with a call or a message."""
+    return {name: holder[name] for name in OPAQUE_FIELDS if holder.get(name) is not None}
 
 
 def _is_whole(call: Part) -> bool:
@@ -6754,7 +6844,7 @@ def _reasoning_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
              for row in rows_in(item, name, fault)]
     part = Part("thought", "\n\n".join(texts[:len(item.get("summary") or texts)]))
     if seal.startswith(OWN_SIGNATURE):
-        part.origin, part.native = unsealed(seal)
+        unseal(part, seal)
     elif seal:
         part.origin, part.native = "responses", {
             name: item[name] for name in ("type", "id", "summary", "content", "encrypted_content")
@@ -7146,7 +7236,7 @@ class ResponsesWriter:
         if kind == "message":
             body["content"] = item.inside
         elif kind == "reasoning":
-            body.update(summary=item.inside, encrypted_content=sealed(part.origin, part.native)
+            body.update(summary=item.inside, encrypted_content=sealed(part)
                         if part.native else None)
         elif kind == "web_search_call":
             yield self._event(f"response.{kind}.completed", **item.where)
@@ -7459,12 +7549,14 @@ class Translator:
         self.client_api, self.api = client_api, api
         self._client, self._provider = DIALECTS[client_api], DIALECTS[api]
         self._asked_model = asked_model              # what the client called the model
-        self._keep = target.keep
+        self._keep, self._maker = target.keep, target.manners.name
         conversation = self._client.read_request(fields)
         losses.names = {**self._client.names, **conversation.names} if conversation.names \
             else self._client.names
         for name, became in conversation.changed.items():
             losses.adjust(name, became)
+        self._ids_of_history = {part.id for turn in conversation.turns for part in turn.parts
+                                if part.kind == "call"}
         self.request, self.terms = self._provider.write_request(conversation, target, losses)
         self._writer = self._client.writer(fields, int(time.time()))
         self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
@@ -7503,6 +7595,7 @@ class Translator:
     def _freed(self, events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
         """Yield an answer's events as if the request had gone as its client wrote it."""
         opened, wrapped = 0, set()                   # the parts whose text is inside an object
+        self._used_ids = {*self._ids_of_history}
         for event in events:
             kind = type(event)
             if kind is More:
@@ -7526,7 +7619,8 @@ class Translator:
             call.kind = "text"
             return False
         call.name, call.namespace, is_wrapped = self.terms.names.own(call.name)
-        call.id = call.id or f"toolu_{secrets.token_hex(12)}"
+        call.id = carried_call_id(call.id or f"toolu_{secrets.token_hex(12)}", self._used_ids)
+        self._used_ids.add(call.id)
         self.first_call_id = self.first_call_id or call.id
         is_wrapped = is_wrapped and not call.is_text
         call.is_text |= is_wrapped
@@ -7538,7 +7632,12 @@ class Translator:
             given = arguments_to_input(part.text)
             part.text = str(given.get("input", given.get("__raw", "")))
             yield from [More(part, part.text)] if part.text else []
-        if part.kind == "thought" and part.origin == "messages":
+        if part.kind != "thought":
+            return
+        part.maker = self._maker
+        if part.origin == "chat" and part.native:
+            self.thoughts.append(part.native)
+        elif part.origin == "messages":
             if part.index == len(self.thoughts):
                 self.thoughts.append(part.native)
             else:                                    # what comes between would be lost
@@ -9376,7 +9475,7 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "reasoning_field": ("reasoning_field", text_like("(reasoning(_content)?)?",
                                                      "reasoning_content, reasoning or empty")),
     "user_after_tool": ("user_after_tool", _config_flag),
-    "one_system": ("one_system", _config_flag),
+    "cache_marks": ("cache_marks", _config_flag),
     "call_ids": ("call_ids", value_like(_is_a_pattern, "a regular expression")),
     "sold_as": ("sold_as", _config_patterns),
     "default_service_tier": ("default_service_tier",
@@ -11802,7 +11901,7 @@ class Router:
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.headers.get("x-ironcage-strict") == "1")
-        whose = (request.caller.name, model)
+        whose = (request.caller.name, provider.name, model)
         target = Target(
             most or UNKNOWN_MAX_OUTPUT_TOKENS, provider.fields is None, provider,
             lambda *key: self.thinking.recall((*whose, *key)),

@@ -14,6 +14,10 @@ import ironcage_proxy as ic
 
 TERMS = ic.Terms(ic.ToolNames(64))
 PNG = "data:image/png;base64,iVBORw0KGgo="
+def sealed(origin, native):
+    return ic.sealed(ic.Part("thought", origin=origin, native=native))
+
+
 CLAUDE_THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "EqQB"}
 NOT_COMPARED = ("at", "pieces", "index")           # what readers and writers note for themselves
 
@@ -86,10 +90,10 @@ WRITTEN = {
     "a thought that is shown, and sealed": (
         [opened("thought", "hm", native=CLAUDE_THOUGHT, origin="messages")],
         [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}],
-          "encrypted_content": ic.sealed("messages", CLAUDE_THOUGHT)}]),
+          "encrypted_content": sealed("messages", CLAUDE_THOUGHT)}]),
     "a thought that is only sealed": (
         [opened("thought", native={"type": "redacted_thinking", "data": "x"}, origin="messages")],
-        [{"type": "reasoning", "summary": [], "encrypted_content": ic.sealed(
+        [{"type": "reasoning", "summary": [], "encrypted_content": sealed(
             "messages", {"type": "redacted_thinking", "data": "x"})}]),
     "a thought of a server that seals none": (
         [opened("thought", "hm")],
@@ -411,7 +415,7 @@ def said_text(text):
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "id": "fc_1"}
 CALLED = {"kind": "call", "id": "c", "name": "f", "text": "{}"}
 SEALED = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}],
-          "content": None, "encrypted_content": ic.sealed("messages", CLAUDE_THOUGHT)}
+          "content": None, "encrypted_content": sealed("messages", CLAUDE_THOUGHT)}
 OPENAIS = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAAB"}
 ITEMS = {
     "a message without a type": ([{"role": "user", "content": "hi"}], [("user", [said_text("hi")])]),

@@ -172,7 +172,7 @@ def test_a_host_that_only_looks_like_a_known_one_has_no_manners():
     ("stream_usage", True, "stream_usage", True),
     ("responses", False, "responses", False),
     ("user_after_tool", True, "user_after_tool", True),
-    ("one_system", True, "one_system", True),
+    ("cache_marks", True, "cache_marks", True),
     ("call_ids", "[a-z]+", "call_ids", "[a-z]+"),
     ("reasoning_field", "reasoning", "reasoning_field", "reasoning"),
     ("echo_reasoning", True, "reasoning_field", "reasoning_content"),

@@ -1,6 +1,7 @@
 """Servers of OpenAI's format as they really stream, end and err. Each case stands for a kind that
 was reported of a server named beside it; an Anthropic client has to see a proper message."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -396,3 +397,180 @@ def test_a_client_hears_pings_while_a_provider_sends_only_noise(monkeypatch, noi
     events = module.Router._carried_events(router, call_, translator, response)
 
     assert [115, 130, 145] == [now_s[0] for event in events]
+
+
+# What a server wants back on the next turn.
+
+SIGNED = {"extra_content": {"google": {"thought_signature": "SIG=="}}}
+DETAILS = [{"type": "reasoning.encrypted", "data": "ENC==", "id": "a", "index": 0}]
+FIRST = {
+    "Gemini's signature of a call": ([chunk(tool_call("get_weather", PARIS, id="a", **SIGNED))],
+                                     {}, SIGNED),
+    "a signature that comes behind its call": (
+        [chunk(tool_call("get_weather", PARIS, id="a")), chunk(tool_call(None, "", id="a",
+                                                                         **SIGNED))], {}, SIGNED),
+    "OpenRouter's reasoning, all of it sealed": (
+        [chunk({"reasoning_details": DETAILS}), chunk(tool_call("get_weather", PARIS, id="a"))],
+        {"reasoning_details": DETAILS}, {}),
+    "both, behind words": (
+        [chunk({"reasoning": "Hmm.", "reasoning_details": DETAILS}),
+         chunk(tool_call("get_weather", PARIS, id="a", **SIGNED))],
+        {"reasoning_details": DETAILS}, SIGNED),
+}
+
+
+def whole_of(events):
+    """The same answer at once, as a server gives it where no stream is asked for."""
+    message = {"role": "assistant", "content": None}
+    for event in events:
+        delta = event["choices"][0]["delta"]
+        for row in delta.get("tool_calls", ()):
+            message.setdefault("tool_calls", [{}])[0].update(
+                {name: value for name, value in row.items() if name != "function"
+                 or value["arguments"]})
+        message.update((name, value) for name, value in delta.items() if name != "tool_calls")
+    return {"id": "c", "choices": [{"message": message, "finish_reason": "tool_calls"}],
+            "usage": USAGE}
+
+
+def said_by(answer):
+    """The content of a message, streamed or whole, as a client puts it into its history."""
+    if answer.body.startswith(b"{"):
+        return answer.json["content"]
+    blocks = {}
+    for _, data in sse_events(answer.body):
+        event = json.loads(data)
+        if event["type"] == "content_block_start":
+            blocks[event["index"]] = dict(event["content_block"])
+        elif event["type"] == "content_block_delta":
+            for name, more in event["delta"].items():
+                if name != "type":
+                    block = blocks[event["index"]]
+                    block[name] = block.get(name, "") + more
+    for block in blocks.values():
+        if "partial_json" in block:
+            block["input"] = json.loads(block.pop("partial_json"))
+    return [*blocks.values()]
+
+
+def next_turn(content):
+    calls = [block for block in content if block["type"] == "tool_use"]
+    return {**ASKED, "messages": [*ASKED["messages"], {"role": "assistant", "content": content},
+                                  {"role": "user", "content": [
+                                      {"type": "tool_result", "tool_use_id": block["id"],
+                                       "content": "R"} for block in calls]}]}
+
+
+@pytest.mark.parametrize("keeps_thoughts", [True, False], ids=["kept", "forgotten"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("case", FIRST)
+def test_what_a_server_wants_back_comes_back_also_from_clients_that_forget_it(
+        mock, lab, case, stream, keeps_thoughts):
+    events, of_message, of_call = FIRST[case]
+    mock.script(streamed(stream_of([*events, *CALLED])) if stream else refusal(whole_of(events),
+                                                                              200))
+    proxy = lab()
+
+    said = said_by(call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": stream}))
+    if not keeps_thoughts:
+        said = [block for block in said if block["type"] == "tool_use"]
+    call(proxy.port, "POST", "/v1/messages", next_turn(said))
+
+    message = next(m for m in mock.seen[1].json["messages"] if m["role"] == "assistant")
+    assert of_message == {name: message[name] for name in ("reasoning_details",) if name in message}
+    assert of_call == {name: message["tool_calls"][0][name] for name in SIGNED
+                       if name in message["tool_calls"][0]}
+
+
+def test_what_one_server_wants_back_does_not_reach_another(mock, lab, proxy_for, tmp_path):
+    events = FIRST["both, behind words"][0]
+    mock.script(streamed(stream_of([*events, *CALLED])))
+    path = tmp_path / "two.json"
+    row = {"base_url": mock.url, "key_env": "OPENAI_API_KEY", "free": True}
+    path.write_text(json.dumps({"providers": {"lab": row, "other": row}}))
+    proxy = proxy_for("--config", str(path), environ=proxy_environment(mock))
+
+    said = said_by(call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": True}))
+    answer = call(proxy.port, "POST", "/v1/messages", {**next_turn(said), "model": "other/m"})
+    refused = call(proxy.port, "POST", "/v1/messages", {**next_turn(said), "model": "other/m"},
+                   headers=[("x-ironcage-strict", "1")])
+
+    message = next(m for m in mock.seen[1].json["messages"] if m["role"] == "assistant")
+    assert {"role", "content", "tool_calls"} == set(message)
+    assert "messages.thinking=removed" in answer.header("x-ironcage-adjusted")
+    assert 400 == refused.status
+
+
+@pytest.mark.parametrize("given", ["functions.get_weather:0", "call|a b", "ü", "x" * 70, "0", "a"])
+def test_ids_are_legal_and_new_for_the_client_and_the_servers_own_on_the_way_back(
+        mock, lab, given):
+    for _ in range(2):
+        mock.script(streamed(stream_of([
+            chunk(tool_call("get_weather", PARIS, id=given)), *CALLED])))
+    proxy = lab()
+
+    first = said_by(call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": True}))
+    asked = next_turn(first)
+    second = said_by(call(proxy.port, "POST", "/v1/messages", {**asked, "stream": True}))
+
+    ids = [block["id"] for block in first + second]
+    assert 2 == len(set(ids)) and all(re.fullmatch("[A-Za-z0-9_-]{1,64}", one) for one in ids)
+    sent = mock.seen[1].json["messages"]
+    assert sent[1]["tool_calls"][0]["id"] == sent[2]["tool_call_id"]
+    if len(given) <= 40:
+        assert given == sent[2]["tool_call_id"]
+
+
+def test_mistral_gets_its_ids_its_order_of_messages_and_no_stream_options(
+        mock, proxy_for, tmp_path):
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({"providers": {"mistral": {
+        "base_url": mock.url, "key_env": "OPENAI_API_KEY"}}, "prices": {"mistral/m": RATES}}))
+    proxy = proxy_for("--config", str(path), "--budget", "1", environ=proxy_environment(mock))
+    mock.script(streamed(stream_of([*TEXT, chunk({}, "stop", USAGE), "[DONE]"])))
+    asked = next_turn([{"type": "tool_use", "id": "toolu_01", "name": "get_weather",
+                        "input": {"city": "Paris"}}])
+    asked["messages"][-1]["content"].append({"type": "text", "text": "and?"})
+
+    answer = call(proxy.port, "POST", "/v1/messages",
+                  {**asked, "model": "mistral/m", "stream": True})
+
+    sent = mock.seen[0].json
+    assert ["user", "assistant", "tool", "assistant", "user"] == [
+        message["role"] for message in sent["messages"]]
+    assert re.fullmatch("[A-Za-z0-9]{9}", sent["messages"][2]["tool_call_id"])
+    assert sent["messages"][1]["tool_calls"][0]["id"] == sent["messages"][2]["tool_call_id"]
+    assert (100, False) == (sent["max_tokens"], "stream_options" in sent)
+    assert "messages=bridged" in answer.header("x-ironcage-adjusted")
+    assert COST == settled_status(proxy)["spent_microdollars"]
+
+
+def test_cache_marks_reach_a_server_that_takes_them_at_the_price_of_a_write(
+        mock, proxy_for, tmp_path):
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({
+        "providers": {"openrouter": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}},
+        "prices": {"openrouter/m": {**RATES, "cache_creation_input_token_cost": 4e-6}}}))
+    proxy = proxy_for("--config", str(path), "--budget", "1", environ=proxy_environment(mock))
+    mark = {"cache_control": {"type": "ephemeral"}}
+    text = {"type": "text", "text": "a" * 4000, **mark}
+    mock.script(refusal(whole_of([chunk({"content": "Hello"})]), 200))
+
+    call(proxy.port, "POST", "/v1/messages", {
+        "model": "openrouter/m", "max_tokens": 10, "system": [text],
+        "messages": [{"role": "user", "content": [text]}]})
+
+    assert [[text], [text]] == [m["content"] for m in mock.seen[0].json["messages"]]
+    (row,) = proxy.ledger.recent(1)
+    assert row["bound_microdollars"] >= 8000 // 4 * 4
+
+
+def test_a_summary_of_all_before_is_carried_as_text(mock, lab):
+    asked = {**ASKED, "messages": [
+        *ASKED["messages"],
+        {"role": "assistant", "content": [{"type": "compaction", "content": "SUMMARY: Ada"}]},
+        {"role": "user", "content": "What is my name?"}]}
+
+    call(lab().port, "POST", "/v1/messages", asked, headers=[("x-ironcage-strict", "1")])
+
+    assert "SUMMARY: Ada" == mock.seen[0].json["messages"][1]["content"]
