@@ -3989,9 +3989,43 @@ class OwnName(NamedTuple):
     is_text: bool = False        # its input is text, and travels as {"input": text}
 
 
+SEARCH_OPTIONS = ("allowed_domains", "blocked_domains", "user_location", "max_uses")
 TEXT_TOOL_SCHEMA = MappingProxyType({
     "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
     "additionalProperties": False})
+
+
+TEXT_TOOL_START = r'\s*\{\s*"input"\s*:\s*"'
+# What of a JSON string can be read for sure: no half of an escape, nor of a surrogate pair.
+TEXT_TOOL_CHARS = (r'(?:[^"\\]|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+                   r'|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*')
+
+
+class TextInput:
+    """The text inside {"input": "…"}, as it comes."""
+
+    def __init__(self) -> None:
+        self._json, self._at = "", 0                 # all of it, and how much of that was read
+        self.text = ""                               # what that says
+
+    def more(self, json_text: str) -> str:
+        """Return what another piece of the object adds to the text."""
+        self._json += json_text
+        if not self._at:
+            start = re.match(TEXT_TOOL_START, self._json)
+            self._at = start.end() if start else 0
+        if not self._at:
+            return ""
+        chars = re.compile(TEXT_TOOL_CHARS).match(self._json, self._at)
+        self._at, more = chars.end(), json.loads(f'"{chars[0]}"', strict=False)
+        self.text += more
+        return more
+
+    def rest(self, whole: str) -> str:
+        """Return what the whole object says beyond the text so far."""
+        given = arguments_to_input(whole)
+        text = str(given.get("input", given.get("__raw", "")))
+        return text[len(self.text):] if text.startswith(self.text) else ""
 
 
 class ToolNames:
@@ -4448,11 +4482,16 @@ class Gpt(NamedTuple):
 # gpt-5.2 to 5.5 take tools without the field only, gpt-5.6 with "none" only (livekit/agents 7169,
 # 8 September 2026). "max" is for Responses only, from gpt-5.6 on (experiential 764, 3 September);
 # gpt-6-astra has no "none", and in chat completions takes no tools at all (genkit 6303,
-# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November).
+# 8 September; litellm-docs 1173, 3 September); gpt-6.1-sol neither (read in November). -pro by
+# their pages (opencode 3474); -codex were asked one by one on 10 July (big-AGI 1159).
 GPT_FAMILIES = (
     (r"gpt-5-chat", Gpt()),
     (r"o\d", Gpt(("low", "medium", "high"))),
     (r"gpt-5\.\d+-chat", Gpt(("medium",))),
+    (r"gpt-5-pro", Gpt(("high",))),
+    (r"gpt-5\.\d+-pro", Gpt(("medium", "high", "xhigh"))),
+    (r"gpt-5\.1-codex-max|gpt-5\.[2-5]-codex", Gpt(("low", "medium", "high", "xhigh"))),
+    (r"gpt-5\.1-codex", Gpt(("low", "medium", "high"))),
     (r"gpt-5(-mini|-nano)?(-\d{4}|$)", Gpt(("minimal", "low", "medium", "high"))),
     (r"gpt-5\.1(-|$)", Gpt(("none", "low", "medium", "high"))),
     (r"gpt-5\.[2-5](-|$)", Gpt(("none", "low", "medium", "high", "xhigh"), None)),
@@ -5711,7 +5750,8 @@ def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> To
         conversation.changed[f"tools.{kind}"] = "function"
         return Tool("function", name, *known[1:], native=row, origin="messages")
     return Tool("search" if kind.startswith("web_search_") else "other", name, native=row,
-                origin="messages")
+                origin="messages", search={
+                    key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
 
 
 def _message_parts(content: object, field: str) -> list[Part]:
@@ -6476,7 +6516,10 @@ def _answer_blocks(part: Part) -> list[dict]:
         search_id = f"srvtoolu_{id_stem(part.id)}"
         return [{"type": "server_tool_use", "id": search_id, "name": "web_search",
                  "input": {"query": part.text}},
-                {"type": "web_search_tool_result", "tool_use_id": search_id, "content": []}]
+                {"type": "web_search_tool_result", "tool_use_id": search_id, "content": [
+                    {"type": "web_search_result", "url": found.url, "encrypted_content": "",
+                     "title": found.title or found.url, "page_age": None}
+                    for found in part.citations]}]
     return []
 
 
@@ -6544,7 +6587,6 @@ RESPONSES_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "promp
                              "prompt_cache_options"})
 IN_INPUT = in_request("input")
 SEARCH_TYPES = r"web_search(_preview)?(_\d{4}_\d\d_\d\d)?"
-SEARCH_OPTIONS = ("allowed_domains", "blocked_domains", "user_location", "max_uses")
 TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the member with its text
     **dict.fromkeys(("input_text", "output_text", "text"), "text"), "refusal": "refusal",
     "encrypted_content": "encrypted_content"})     # of subagents; only OpenAI encrypts it
@@ -7338,10 +7380,11 @@ class _ResponsesRequest:
         asked = self._asked
         effort = chosen_effort(asked, self._gpt.responses_efforts, self._losses)
         sampling = kept_sampling(asked, self._losses, not self._gpt.efforts or effort == "none")
-        if not self._gpt.efforts:
-            return sampling
-        reasoning = {"effort": effort, "summary": asked.summary}
-        return {**sampling, "include": ["reasoning.encrypted_content"], "reasoning": {
+        include = ["reasoning.encrypted_content"] if self._gpt.efforts else []
+        if any(tool.kind == "search" for tool in asked.tools):
+            include.append("web_search_call.action.sources")
+        reasoning = {"effort": effort, "summary": asked.summary if self._gpt.efforts else None}
+        return {**sampling, "include": include or None, "reasoning": {
             name: value for name, value in reasoning.items() if value}}
 
     def _format(self, texts: list[str], items: list[dict]) -> Optional[dict]:
@@ -7439,9 +7482,9 @@ class _ResponsesRequest:
     def _result(self, part: Part) -> dict:
         """Return what a tool gave: one text where it is no more than text."""
         rows = [self._content(piece, "user") for piece in part.parts]
-        if part.is_error and part.parts[:1] != [] and not (
-                part.parts[0].text == NO_RESULT or part.parts[0].text.startswith("Error")):
-            rows.insert(0, _text_row("Error:", "user"))
+        text = str(rows[0].get("text", "")) if rows else ""
+        if part.is_error and text != NO_RESULT and not text.startswith("Error"):
+            rows[:bool(text)] = [_text_row(f"Error: {text}".strip(), "user")]
         output = "\n".join(row["text"] for row in rows) \
             if all(row["type"] == "input_text" for row in rows) else rows
         kind = "custom_tool_call" if part.id in self._text_calls else "function_call"
@@ -7557,7 +7600,11 @@ class Translator:
             losses.adjust(name, became)
         self._ids_of_history = {part.id for turn in conversation.turns for part in turn.parts
                                 if part.kind == "call"}
-        self.request, self.terms = self._provider.write_request(conversation, target, losses)
+        try:
+            self.request, self.terms = self._provider.write_request(conversation, target, losses)
+        except BadRequest as err:                    # writers do not know what the client calls it
+            err.param = self._client.names["turns"] if err.param == "messages" else err.param
+            raise
         self._writer = self._client.writer(fields, int(time.time()))
         self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
@@ -7594,19 +7641,22 @@ class Translator:
 
     def _freed(self, events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
         """Yield an answer's events as if the request had gone as its client wrote it."""
-        opened, wrapped = 0, set()                   # the parts whose text is inside an object
+        opened = 0
+        wrapped: dict[Part, TextInput] = {}          # the parts whose text is inside an object
         self._used_ids = {*self._ids_of_history}
         for event in events:
             kind = type(event)
             if kind is More:
                 if wrapped and event.part in wrapped:
-                    continue
+                    event = More(event.part, wrapped[event.part].more(event.text))
+                    if not event.text:
+                        continue
             elif kind is Opened:
                 event.part.index, opened = opened, opened + 1
                 if event.part.kind == "call" and self._free_call(event.part):
-                    wrapped.add(event.part)
+                    wrapped[event.part] = TextInput()
             elif kind is Closed:
-                yield from self._over(event.part, event.part in wrapped)
+                yield from self._over(event.part, wrapped.get(event.part))
             elif kind is Began:
                 event = event._replace(model=self._asked_model or event.model)
             elif kind is Ended:
@@ -7626,12 +7676,12 @@ class Translator:
         call.is_text |= is_wrapped
         return is_wrapped
 
-    def _over(self, part: Part, is_wrapped: bool) -> Iterator[AnswerEvent]:
-        """Unwrap a text at its end; and note a thought that begins the answer."""
-        if is_wrapped:
-            given = arguments_to_input(part.text)
-            part.text = str(given.get("input", given.get("__raw", "")))
-            yield from [More(part, part.text)] if part.text else []
+    def _over(self, part: Part, inside: Optional[TextInput]) -> Iterator[AnswerEvent]:
+        """Unwrap what is left of a text; and note a thought that begins the answer."""
+        if inside is not None:
+            rest = inside.rest(part.text)
+            part.text = inside.text + rest
+            yield from [More(part, rest)] if rest else []
         if part.kind != "thought":
             return
         part.maker = self._maker

@@ -9,6 +9,7 @@ from support import recordings
 from translation_checker import check_response, check_response_stream
 from vendor_answers import (Answer, Refuse, Say, Search, Think, Use, answer_of, counted,
                             openai_seal)
+from vendor_rules import refused_by_responses
 
 import ironcage_proxy as ic
 
@@ -404,6 +405,10 @@ def turns_of(*items, **fields):
             for role, parts in read(input=[*items], **fields).turns]
 
 
+def output_text_of(text):
+    return {"type": "output_text", "text": text, "annotations": []}
+
+
 def message(role, *content):
     return {"type": "message", "role": role, "content": [*content]}
 
@@ -416,7 +421,7 @@ CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}",
 CALLED = {"kind": "call", "id": "c", "name": "f", "text": "{}"}
 SEALED = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}],
           "content": None, "encrypted_content": sealed("messages", CLAUDE_THOUGHT)}
-OPENAIS = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAAB"}
+OPENAIS = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAABp"}
 ITEMS = {
     "a message without a type": ([{"role": "user", "content": "hi"}], [("user", [said_text("hi")])]),
     "messages of developer and system": (
@@ -639,6 +644,263 @@ def test_recorded_requests_are_read_or_refused_by_name():
             assert err.param in ("previous_response_id", "conversation", "prompt", "background") \
                 or "docx" in name, name
     assert read_ones > 70
+
+
+# Requests, written.
+
+def turn(role, *parts):
+    return ic.Turn(role, [ic.Part("text", part) if isinstance(part, str) else part
+                          for part in parts])
+
+
+def asked(*turns, model="gpt-6.1-sol", **more):
+    conversation = ic.Conversation(model)
+    conversation.turns = [*turns] or [turn("user", "hi")]
+    for name, value in more.items():
+        setattr(conversation, name, value)
+    return conversation
+
+
+def written(conversation, strict=False, is_openai=True, most=128_000):
+    losses = ic.Losses(strict=strict)
+    request, terms = ic.write_responses_request(
+        conversation, ic.Target(most, is_openai), losses)
+    assert not is_openai or refused_by_responses(request) is None
+    return request, losses, terms
+
+
+def input_text(text):
+    return {"type": "input_text", "text": text}
+
+
+A_CALL = {"id": "c", "name": "f"}
+WRITTEN_ITEMS = {
+    "a user's text": ([turn("user", "hi")], [message("user", input_text("hi"))]),
+    "a later system message stands where it stood": (
+        [turn("user", "hi"), turn("system", "Now French."), turn("user", "go on")],
+        [message("user", input_text("hi")), message("developer", input_text("Now French.")),
+         message("user", input_text("go on"))]),
+    "texts, calls and results, in order": (
+        [turn("user", "hi"), turn("assistant", "a", opened("call", "{}", **A_CALL), "b"),
+         turn("user", opened("result", id="c", parts=[opened("text", "r")]), "go on")],
+        [message("user", input_text("hi")), message("assistant", output_text_of("a")),
+         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+         message("assistant", output_text_of("b")),
+         {"type": "function_call_output", "call_id": "c", "output": "r"},
+         message("user", input_text("go on"))]),
+    "a custom tool's call and its result": (
+        [turn("assistant", opened("call", "ls", is_text=True, **A_CALL)),
+         turn("user", opened("result", id="c", parts=[opened("text", "a"), opened("text", "b")]))],
+        [{"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "ls"},
+         {"type": "custom_tool_call_output", "call_id": "c", "output": "a\nb"}]),
+    "a result that failed, and one with an image": (
+        [turn("assistant", opened("call", "{}", **A_CALL), opened("call", "{}", id="d", name="f")),
+         turn("user", opened("result", id="c", is_error=True, parts=[opened("text", "r")]),
+              opened("result", id="d", parts=[opened("text", "see"), opened("image", url=PNG)]))],
+        [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+         {"type": "function_call", "call_id": "d", "name": "f", "arguments": "{}"},
+         {"type": "function_call_output", "call_id": "c", "output": "Error: r"},
+         {"type": "function_call_output", "call_id": "d", "output": [
+             input_text("see"), {"type": "input_image", "image_url": PNG, "detail": "auto"}]}]),
+    "images and documents": (
+        [turn("user", opened("image", media="image/png", data="iVBORw0KGgo="),
+              opened("document", media="application/pdf", data="JVBERi0=", name="a.pdf"),
+              opened("document", url="https://x/c.pdf"), opened("document", "words", name="n"))],
+        [message("user", {"type": "input_image", "image_url": PNG, "detail": "auto"},
+                 {"type": "input_file", "filename": "a.pdf",
+                  "file_data": "data:application/pdf;base64,JVBERi0="},
+                 {"type": "input_file", "file_url": "https://x/c.pdf"},
+                 input_text("<document title=n>\nwords\n</document>"))]),
+    "reasoning of OpenAI's comes back as it was": (
+        [turn("assistant", opened("thought", native=OPENAIS, origin="responses"), "a"),
+         turn("user", "go on")],
+        [OPENAIS, message("assistant", output_text_of("a")), message("user", input_text("go on"))]),
+    "a thought that nobody sealed": (
+        [turn("assistant", opened("thought", "hm"), "a"), turn("user", "go on")],
+        [message("assistant", output_text_of("a")), message("user", input_text("go on"))]),
+    "a refusal": (
+        [turn("assistant", opened("refusal", "No.")), turn("user", "why")],
+        [message("assistant", {"type": "refusal", "refusal": "No."}),
+         message("user", input_text("why"))]),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN_ITEMS)
+def test_turns_become_items(case):
+    turns, items = WRITTEN_ITEMS[case]
+    request, losses, _ = written(asked(*turns))
+
+    assert items == request["input"]
+    assert not losses.dropped and not losses.adjusted
+
+
+def test_nothing_is_stored_and_reasoning_comes_back_sealed():
+    request, _, _ = written(asked(effort="high", summary="auto", streams=True))
+
+    assert {"model": "gpt-6.1-sol", "input": [message("user", input_text("hi"))], "store": False,
+            "stream": True, "include": ["reasoning.encrypted_content"],
+            "reasoning": {"effort": "high", "summary": "auto"}} == request
+
+
+def test_leading_system_turns_are_the_instructions_or_the_input_where_there_is_no_other():
+    both, _, _ = written(asked(turn("system", "a", "b"), turn("system", "c"), turn("user", "hi")))
+    alone, _, _ = written(asked(turn("system", "a", "b")))
+
+    assert "a\n\nb\n\nc" == both["instructions"]
+    assert [message("developer", input_text("a"), input_text("b"))] == alone["input"]
+    assert "instructions" not in alone
+
+
+STRICT = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+          "additionalProperties": False}
+FUNCTION = ic.Tool("function", "f.x", "About.", STRICT, True)
+
+
+def test_tools_and_which_is_called():
+    request, losses, terms = written(asked(
+        tools=[FUNCTION, ic.Tool("text", "exec", syntax=LARK), ic.Tool(
+            "search", "web_search", search={"allowed_domains": ["x.org"], "max_uses": 3,
+                                            "blocked_domains": ["y.org"]})],
+        choice=ic.Choice("tool", "f.x"), one_call_at_a_time=True))
+    name = request["tools"][0]["name"]
+
+    assert [{"type": "function", "name": name, "description": "About.", "parameters": STRICT,
+             "strict": True}, {"type": "custom", "name": "exec", "format": LARK},
+            {"type": "web_search", "filters": {"allowed_domains": ["x.org"]}}] == request["tools"]
+    assert ({"type": "function", "name": name}, False, 3) == (
+        request["tool_choice"], request["parallel_tool_calls"], request["max_tool_calls"])
+    assert "web_search_call.action.sources" in request["include"]
+    assert ic.OwnName("f.x") == terms.names.own(name)
+    assert ["tools.web_search.blocked_domains"] == losses.dropped
+
+
+@pytest.mark.parametrize("choice, wanted", [
+    (ic.Choice("auto"), "auto"), (ic.Choice("none"), "none"), (ic.Choice("required"), "required"),
+    (ic.Choice("tool", "web_search"), {"type": "web_search"}),
+    (ic.Choice("tool", "exec"), {"type": "custom", "name": "exec"}),
+    (ic.Choice("tool", "gone"), "auto")])
+def test_which_tool_is_to_be_called(choice, wanted):
+    request, losses, _ = written(asked(tools=[ic.Tool("text", "exec"), ic.Tool(
+        "search", "web_search")], choice=choice))
+
+    assert wanted == request["tool_choice"]
+    assert ({"choice": "auto"} if choice.name == "gone" else {}) == losses.adjusted
+
+
+def test_only_tools_of_one_vendor_are_refused_and_one_among_others_is_reported():
+    other = ic.Tool("other", "code", native={"type": "code_execution_20250825"}, origin="messages")
+    _, losses, _ = written(asked(tools=[other, FUNCTION]))
+
+    assert ["tools.code_execution_20250825"] == losses.dropped
+    with pytest.raises(ic.BadRequest) as refused:
+        written(asked(tools=[other]))
+    assert "tools" == refused.value.param
+
+
+@pytest.mark.parametrize("form, sent", [
+    (ic.Format(None), {"type": "json_object"}),
+    (ic.Format(STRICT, "n", "About."), {"type": "json_schema", "name": "n", "schema": STRICT,
+                                        "strict": True, "description": "About."}),
+    (ic.Format({"type": "object"}), {"type": "json_schema", "name": "output", "strict": False,
+                                     "schema": {"type": "object"}})])
+def test_forms_of_the_text(form, sent):
+    request, _, _ = written(asked(format=form))
+
+    assert {"format": sent} == request["text"]
+    assert ("json" in json.dumps(request["input"]).lower()) == (form.schema is None)
+
+
+def test_a_form_that_is_no_object_is_asked_for_in_words():
+    request, losses, _ = written(asked(format=ic.Format({"type": "array"})))
+
+    assert '{"type": "array"}' in request["instructions"] and "text" not in request
+    assert {"format": "instructed"} == losses.adjusted
+
+
+@pytest.mark.parametrize("model, effort, sampling, reasoning, adjusted, dropped", [
+    ("gpt-6.1-sol", None, {}, None, {}, []),
+    ("gpt-6.1-sol", "max", {}, {"effort": "max"}, {}, []),
+    ("gpt-6.1-sol", "none", {}, {"effort": "low"}, {"effort": "low"}, []),
+    ("gpt-6.1-sol", "low", {"temperature": 0.5, "top_p": 1}, {"effort": "low"}, {},
+     ["temperature"]),
+    ("gpt-5.6-terra", "none", {"temperature": 0.5}, {"effort": "none"}, {}, []),
+    ("gpt-5-pro", "low", {}, {"effort": "high"}, {"effort": "high"}, []),
+    ("gpt-5.3-codex", "max", {}, {"effort": "xhigh"}, {"effort": "xhigh"}, []),
+    ("gpt-4o", "high", {"temperature": 0.5, "top_k": 3}, None, {}, ["top_k"])])
+def test_efforts_and_sampling_by_family(model, effort, sampling, reasoning, adjusted, dropped):
+    request, losses, _ = written(asked(model=model, effort=effort, sampling=sampling))
+
+    assert (reasoning, adjusted, dropped) == (
+        request.get("reasoning"), losses.adjusted, losses.dropped)
+    assert ("temperature" in request) == ("temperature" in sampling
+                                          and "temperature" not in dropped)
+
+
+@pytest.mark.parametrize("cap, sent, told", [(99, 99, {}), (3, 16, {"output_cap": "16"}),
+                                             (10 ** 6, 64_000, {"output_cap": "64000"})])
+def test_the_cap_is_between_the_least_and_the_models_most(cap, sent, told):
+    request, losses, _ = written(asked(output_cap=cap), most=64_000)
+
+    assert (sent, told) == (request["max_output_tokens"], losses.adjusted)
+
+
+@pytest.mark.parametrize("more, dropped, adjusted", [
+    ({"stops": ["x"]}, ["stops"], {}), ({"rest": {"seed": 1, "metadata": {"a": "b"}}}, ["seed"], {}),
+    ({"turns": [turn("assistant", "a", opened("thought", native=OPENAIS, origin="responses"))]},
+     [], {"thoughts": "removed", "prefill": "kept"}),
+    ({"turns": [turn("assistant", opened("thought", native=CLAUDE_THOUGHT, origin="messages"), "a"),
+                turn("user", "b")]}, [], {"thoughts": "removed"}),
+    ({"turns": [turn("assistant", opened("other", native={"type": "mcp_tool_use"},
+                                         origin="messages"), "a"), turn("user", "b")]},
+     ["messages.mcp_tool_use"], {})])
+def test_what_is_lost_is_named_and_refused_in_strict_mode(more, dropped, adjusted):
+    _, losses, _ = written(asked(**more))
+
+    assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
+    with pytest.raises(ic.BadRequest):
+        written(asked(**more), strict=True)
+
+
+@pytest.mark.parametrize("part", [
+    opened("document", file_id="file_1"), opened("image"), opened("document")])
+def test_content_without_a_place_is_refused(part):
+    with pytest.raises(ic.BadRequest):
+        written(asked(turn("user", part)))
+
+
+def test_a_request_that_was_written_is_read_and_written_again_as_it_was():
+    conversation = asked(
+        turn("system", "Be brief."), *WRITTEN_ITEMS["texts, calls and results, in order"][0],
+        *WRITTEN_ITEMS["images and documents"][0], tools=[FUNCTION._replace(name="f")],
+        choice=ic.Choice("tool", "f"), effort="low", output_cap=99, streams=True,
+        format=ic.Format(STRICT, "n", "About.", True), tier="flex")
+    once, _, _ = written(conversation)
+    twice, _, _ = written(ic.read_responses_request(once))
+
+    assert once == twice
+
+
+# The text of text tools, from models that know objects only.
+
+@pytest.mark.parametrize("text", ["", "ls -l", 'a "b" \\ \n\t/', "Grüße 🐤 \u2028", "\\u0041 \ud83d"])
+def test_a_text_inside_an_object_is_read_as_it_comes(text):
+    for ascii_only, indent in itertools.product((True, False), (None, 1)):
+        sent = json.dumps({"input": text}, ensure_ascii=ascii_only, indent=indent)
+        for size in (1, 2, 3, 7, 100):
+            inside = ic.TextInput()
+            pieces = [inside.more(sent[at:at + size]) for at in range(0, len(sent), size)]
+
+            assert text == "".join(pieces) + inside.rest(sent)
+            assert len(text) < 5 or "\ud83d" in text or "".join(pieces) == text
+
+
+@pytest.mark.parametrize("sent, text", [
+    ("ls -l", "ls -l"), ('{"command": "ls"}', ""), ('{"input": "a', "a"), ("", ""),
+    ('{"input": 7}', "7")])
+def test_what_is_no_such_object_is_kept_as_far_as_it_goes(sent, text):
+    inside = ic.TextInput()
+
+    assert text == inside.more(sent) + inside.rest(sent)
 
 
 # There and back again.

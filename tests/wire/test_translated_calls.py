@@ -428,3 +428,16 @@ def test_thinking_behind_a_tool_call_goes_back_to_claude_though_its_client_forgo
     assert ([CALLED], False) == (other["messages"][1]["content"], "thinking" in other)
     assert (None, "thinking") == (again.header("x-ironcage-dropped-params"),
                                   elsewhere.header("x-ironcage-dropped-params"))
+
+
+@pytest.mark.parametrize("path, fields, param", [
+    ("/v1/responses", {"input": [{"role": "user", "content": [
+        {"type": "input_image", "image_url": "http://x/y.png", "detail": "auto"}]}]}, "input"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]}, "messages")])
+def test_content_that_claude_does_not_take_is_refused_by_the_clients_name_of_it(
+        mock, proxy, path, fields, param):
+    answer = call(proxy.port, "POST", path, {"model": "claude-haiku-4-5", **fields})
+
+    assert (400, param) == (answer.status, answer.json["error"]["param"])
+    assert not mock.seen
