@@ -82,5 +82,8 @@ def test_it_reaches_models_with_rules_of_their_own(mock, proxy_for, tmp_path, mo
 
     assert "PONG" in claude_code(proxy, tmp_path, "say PONG", model=model)
     assert mock.seen[0].json["tools"]
-    roles = [message["role"] for message in mock.seen[0].json["messages"]]
-    assert model != "lab/qwen3" or ["system", "user"] == roles
+    asked = mock.seen[0].json
+    if model == "lab/qwen3":
+        assert ["system", "user"] == [message["role"] for message in asked["messages"]]
+    else:
+        assert "/v1/responses" == mock.seen[0].path and asked["reasoning"]["effort"]
