@@ -11336,7 +11336,7 @@ class CageServer:
         except UpstreamError as err:
             told = err.message.replace("the provider's", "its").replace("the provider", "it")
             status = 0
-        except (ValueError, KeyError, TypeError, Misconfigured):
+        except (ValueError, Misconfigured):
             told = "its answer is not what its protocol says"
         else:
             told = self._without_keys(body.get("error"), body) \
@@ -11356,20 +11356,20 @@ class CageServer:
         return re.sub(UNPRINTABLE, "?", text)[:300]
 
     def _read_provider(self, body: Mapping[str, object]) -> Provider:
-        name = body["provider"]
-        known = KNOWN_PROVIDERS[name]
-        if not isinstance(body["provider_key"], str) or not body["provider_key"].strip():
-            raise ValueError("no key")
+        name, key = body.get("provider"), body.get("provider_key")
+        known = KNOWN_PROVIDERS.get(name) if isinstance(name, str) else None
+        if known is None or not isinstance(key, str) or not key.strip():
+            raise ValueError("not a provider with its key")
         if body.get("base_url") not in (None, ""):
             known = at_base_url(known, _config_url(body["base_url"]))
         return with_key(known._replace(key_env="IRONCAGE_SERVER_KEY"),
-                        {"IRONCAGE_SERVER_KEY": body["provider_key"]},
+                        {"IRONCAGE_SERVER_KEY": key},
                         allow_plain_http=self._allow_plain_http)
 
     def _read_lease(self, body: Mapping[str, object]) -> Lease:
-        granted, lease_id = body["budget_granted"], body["lease_id"]
+        granted, lease_id = body.get("budget_granted"), body.get("lease_id")
         if type(granted) is not int or not 0 <= granted <= MOST_USD * MICRODOLLARS_PER_USD \
-                or not re.fullmatch("[!-~]{1,256}", lease_id) \
+                or not isinstance(lease_id, str) or not re.fullmatch("[!-~]{1,256}", lease_id) \
                 or lease_id != self._without_keys(lease_id, body):
             raise ValueError("not a lease")
         return Lease(lease_id, granted, self._ledger.spent(None, 0))

@@ -192,7 +192,6 @@ def two_codings(data):
     return gzip.compress(gzip.compress(data))
 
 
-BOMB = gzip.compress(b" " * 68_000_000 + OPENAI_KEY.encode(), 1)
 CODINGS = {                      # content-encoding -> what it makes of a body
     "plain, labelled gzip": ("gzip", bytes),
     "plain, labelled deflate": ("deflate", bytes),
@@ -211,14 +210,16 @@ CODINGS = {                      # content-encoding -> what it makes of a body
     "plain behind a member": ("gzip", lambda data: gzip.compress(b'{"a": 1}') + data),
     "a plain beginning": ("gzip", lambda data: data + gzip.compress(b'{"a": 1}')),
     "cut": ("gzip", lambda data: gzip.compress(data)[:-9]),
-    "a bomb": ("gzip", lambda data: BOMB),
+    "a bomb": ("gzip", lambda data: gzip.compress(b" " * 2_000_000 + data)),
     "escaped": ("gzip", lambda data: gzip.compress(data.replace(b"sk-", b"\\u0073k\\u002D"))),
 }
 
 
 @pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("way", ["same format", "for OpenAI's clients", "unmetered", "stream"])
-def test_a_body_that_may_hold_the_key_unseen_is_not_passed_on(mock, proxy_for, told, way, coding):
+def test_a_body_that_may_hold_the_key_unseen_is_not_passed_on(
+        mock, proxy_for, told, monkeypatch, way, coding):
+    monkeypatch.setattr(ic, "MAX_INFLATED_BYTES", 1_000_000)
     method, path, fields, key = WAYS.get(way) or ("POST", "/v1/chat/completions",
                                                   {**CHAT, **STREAM}, OPENAI_KEY)
     label, encode = CODINGS[coding]
@@ -376,3 +377,10 @@ def test_reads_without_the_key_pass_as_the_same_pieces():
     guard = ic.KeyGuard(OPENAI_KEY, "identity")
     for pieces in ([b"a", b"", b"b\\u0073"], [b"sk-canar"], [b"y"] * 3, [OPENAI_KEY[9:].encode()]):
         assert pieces is guard.read(pieces) or pieces == guard.read([]) + pieces
+
+
+def test_a_key_that_cannot_be_masked_ends_the_answer(monkeypatch):
+    monkeypatch.setattr(ic.KeyGuard, "_masked", lambda guard, text: text)
+
+    with pytest.raises(ic.UpstreamBroke, match="repeats its key"):
+        ic.KeyGuard(OPENAI_KEY, "identity").read([OPENAI_KEY.encode()])
