@@ -1722,6 +1722,7 @@ TEXT_PART_TYPES = frozenset({
     "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call",
     "apply_patch_call_output", "tool_use", "tool_result", "thinking", "redacted_thinking",
     "search_result", "tool_reference", "tool_search_call", "tool_search_output",
+    "reasoning.text", "reasoning.summary", "reasoning.encrypted",       # of OpenRouter
     "additional_tools", "agent_message", "configuration_update", "compaction",
     "compaction_trigger", "encrypted_content",
     "tool_addition", "tool_removal", "fallback", "browser_state", "server_tool_use",
