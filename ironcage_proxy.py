@@ -116,8 +116,8 @@ log = logging.getLogger("ironcage")
 #
 # What bounds memory, time and threads, with the reason beside each figure, and the tables that
 # say which header, path and model goes where. A further API needs a row in METERED_APIS and
-# FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and ECHO_ANSWERS
-# (14). A pattern that few requests need is a string, which `re` compiles at its first use.
+# FORMAT_APIS here, USAGE_READERS (4), MAX_TOKENS_FIELDS (5), EVENT_READERS (7) and DIALECTS (14).
+# A pattern that few requests need is a string, which `re` compiles at its first use.
 
 MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
@@ -7765,6 +7765,18 @@ def without_own_thinking(api: str, fields: Mapping[str, object]) -> dict:
     return {name: kept} if kept and kept != rows else {}
 
 
+STREAM_ENDS = MappingProxyType(dict.fromkeys(("chat", "completions"), (b"data: [DONE]\n\n",)))
+
+
+def wire_event(api: str, event: dict) -> bytes:
+    """Return an event of a client's API as bytes; a ping is a comment where it has none."""
+    if api in STREAM_ENDS:
+        return SSE_PING if event.get("type") == "ping" else format_event(event)
+    if event["type"] == "ping" and api != "messages":
+        return SSE_PING
+    return format_event(event, event["type"])
+
+
 # Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.
 ESTIMATE_BYTES_PER_TOKEN = Fraction(36, 10)
 ESTIMATED_IMAGE_TOKENS = 1600
@@ -7834,10 +7846,16 @@ class EchoAnswer(NamedTuple):
     def text(self) -> str:
         return "".join(self.tokens)
 
-    @property
-    def openai_usage(self) -> dict:
-        return {"prompt_tokens": self.input_tokens, "completion_tokens": len(self.tokens),
-                "total_tokens": self.input_tokens + len(self.tokens)}
+    def events(self) -> Iterator[AnswerEvent]:
+        """Yield the answer, token by token."""
+        part = Part("text", self.text)
+        yield Began(self.answer_id, ECHO_MODEL)
+        yield Opened(part)
+        for token in self.tokens:
+            yield More(part, token)
+        yield Closed(part)
+        yield Ended("length" if self.is_cut else "end",
+                    Tokens(self.input_tokens, output=len(self.tokens)))
 
 
 def echo(api: str, fields: Mapping[str, object], *, answer_id: str,
@@ -7855,131 +7873,25 @@ def echo(api: str, fields: Mapping[str, object], *, answer_id: str,
                       created_at, fields)
 
 
-def _echo_chat(answer: EchoAnswer) -> dict:
-    return {"id": f"chatcmpl-{answer.answer_id}", "object": "chat.completion",
-            "created": answer.created_at, "model": ECHO_MODEL,
-            "choices": [{"index": 0, "logprobs": None,
-                         "message": {"role": "assistant", "content": answer.text,
-                                     "refusal": None},
-                         "finish_reason": "length" if answer.is_cut else "stop"}],
-            "usage": answer.openai_usage}
-
-
-def _echo_chat_events(answer: EchoAnswer) -> Iterator[bytes]:
-    asks_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
-
-    def chunk(choices: list, usage: Optional[dict] = None) -> bytes:
-        body = {"id": f"chatcmpl-{answer.answer_id}", "object": "chat.completion.chunk",
-                "created": answer.created_at, "model": ECHO_MODEL, "choices": choices}
-        return format_event({**body, "usage": usage} if asks_usage else body)
-
-    def choice(delta: dict, finish_reason: Optional[str] = None) -> list:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
-
-    yield chunk(choice({"role": "assistant", "content": ""}))
-    for token in answer.tokens:
-        yield chunk(choice({"content": token}))
-    yield chunk(choice({}, "length" if answer.is_cut else "stop"))
-    if asks_usage:
-        yield chunk([], answer.openai_usage)
-    yield format_event("[DONE]")
-
-
 def _echo_completion(answer: EchoAnswer) -> dict:
     return {"id": f"cmpl-{answer.answer_id}", "object": "text_completion",
             "created": answer.created_at, "model": ECHO_MODEL,
             "choices": [{"index": 0, "text": answer.text, "logprobs": None,
                          "finish_reason": "length" if answer.is_cut else "stop"}],
-            "usage": answer.openai_usage}
+            "usage": chat_usage(Tokens(answer.input_tokens, output=len(answer.tokens)))}
 
 
-def _echo_completion_events(answer: EchoAnswer) -> Iterator[bytes]:
+def _echo_completion_events(answer: EchoAnswer) -> Iterator[dict]:
     whole = _echo_completion(answer)
     asks_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
     base = {name: value for name, value in whole.items() if name != "usage"}
     if asks_usage:
         base["usage"] = None
     for token in answer.tokens:
-        yield format_event({**base, "choices": [{"index": 0, "text": token, "logprobs": None,
-                                                 "finish_reason": None}]})
-    yield format_event({**base, "choices": [{**whole["choices"][0], "text": ""}]})
+        yield {**base, "choices": [{**whole["choices"][0], "text": token, "finish_reason": None}]}
+    yield {**base, "choices": [{**whole["choices"][0], "text": ""}]}
     if asks_usage:
-        yield format_event({**base, "choices": [], "usage": answer.openai_usage})
-    yield format_event("[DONE]")
-
-
-def _echo_message(answer: EchoAnswer) -> dict:
-    return {"id": f"msg_{answer.answer_id}", "type": "message", "role": "assistant",
-            "model": ECHO_MODEL, "content": [{"type": "text", "text": answer.text}],
-            "stop_reason": "max_tokens" if answer.is_cut else "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": answer.input_tokens,
-                      "output_tokens": len(answer.tokens)}}
-
-
-def _echo_message_events(answer: EchoAnswer) -> Iterator[bytes]:
-    whole = _echo_message(answer)
-
-    def event(kind: str, **members: object) -> bytes:
-        return format_event({"type": kind, **members}, kind)
-
-    yield event("message_start", message={
-        **whole, "content": [], "stop_reason": None,
-        "usage": {**whole["usage"], "output_tokens": 0}})
-    yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-    for token in answer.tokens:
-        yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": token})
-    yield event("content_block_stop", index=0)
-    yield event("message_delta", delta={"stop_reason": whole["stop_reason"],
-                                        "stop_sequence": None},
-                usage={"output_tokens": len(answer.tokens)})
-    yield event("message_stop")
-
-
-def _echo_response(answer: EchoAnswer) -> dict:
-    usage = {"input_tokens": answer.input_tokens, "output_tokens": len(answer.tokens),
-             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-             "output_tokens_details": {"reasoning_tokens": 0},
-             "total_tokens": answer.input_tokens + len(answer.tokens)}
-    part = {"type": "output_text", "text": answer.text, "annotations": [], "logprobs": []}
-    fields = answer.fields
-    return {"id": f"resp_{answer.answer_id}", "object": "response",
-            "created_at": answer.created_at, "model": ECHO_MODEL,
-            "status": "incomplete" if answer.is_cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if answer.is_cut else None,
-            "error": None, "instructions": fields.get("instructions"),
-            "metadata": fields.get("metadata") or {}, "temperature": fields.get("temperature"),
-            "top_p": fields.get("top_p"), "tools": fields.get("tools") or [],
-            "tool_choice": fields.get("tool_choice") or "auto",
-            "parallel_tool_calls": fields.get("parallel_tool_calls", True),
-            "max_output_tokens": fields.get("max_output_tokens"), "usage": usage,
-            "output": [{"id": f"msg_{answer.answer_id}", "type": "message", "role": "assistant",
-                        "status": "incomplete" if answer.is_cut else "completed",
-                        "content": [part]}]}
-
-
-def _echo_response_events(answer: EchoAnswer) -> Iterator[bytes]:
-    whole = _echo_response(answer)
-    item = whole["output"][0]
-    part = item["content"][0]
-    opened = {**whole, "status": "in_progress", "incomplete_details": None, "usage": None,
-              "output": []}
-    where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-    text_done = {**where, "text": answer.text, "logprobs": []}
-    events = [
-        ("response.created", {"response": opened}),
-        ("response.in_progress", {"response": opened}),
-        ("response.output_item.added", {
-            "output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
-        ("response.content_part.added", {**where, "part": {**part, "text": ""}}),
-        *(("response.output_text.delta", {**where, "delta": token, "logprobs": []})
-          for token in answer.tokens),
-        ("response.output_text.done", text_done),
-        ("response.content_part.done", {**where, "part": part}),
-        ("response.output_item.done", {"output_index": 0, "item": item}),
-        (f"response.{whole['status']}", {"response": whole}),
-    ]
-    for number, (kind, members) in enumerate(events):
-        yield format_event({"type": kind, "sequence_number": number, **members}, kind)
+        yield {**whole, "choices": []}
 
 
 def _echo_vector(text: str, dimensions: int) -> list[float]:
@@ -8011,14 +7923,21 @@ def _echo_embeddings(answer: EchoAnswer) -> dict:
                       "total_tokens": answer.input_tokens}}
 
 
-# api -> (the whole answer, the streamed one)
-ECHO_ANSWERS = MappingProxyType({
-    "chat": (_echo_chat, _echo_chat_events),
-    "completions": (_echo_completion, _echo_completion_events),
-    "messages": (_echo_message, _echo_message_events),
-    "responses": (_echo_response, _echo_response_events),
-    "embeddings": (_echo_embeddings, None),
-})
+def echo_whole(api: str, answer: EchoAnswer) -> dict:
+    """Return the echo model's answer as a whole answer of an API."""
+    if api in DIALECTS:
+        return DIALECTS[api].writer(answer.fields, answer.created_at).whole(
+            folded(answer.events()))
+    return _echo_embeddings(answer) if api == "embeddings" else _echo_completion(answer)
+
+
+def echo_stream(api: str, answer: EchoAnswer) -> Iterator[bytes]:
+    """Yield the echo model's answer as a stream of an API."""
+    events = _echo_completion_events(answer) if api == "completions" else \
+        DIALECTS[api].writer(answer.fields, answer.created_at).events(answer.events())
+    for event in events:
+        yield wire_event(api, event)
+    yield from STREAM_ENDS.get(api, ())
 
 
 def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price]]) -> dict:
@@ -11628,10 +11547,9 @@ class EchoResponse:
     def __init__(self, api: str, body: JsonBody, request_id: str) -> None:
         answer = echo(api, body.fields, created_at=int(time.time()),
                       answer_id=hashlib.sha256(request_id.encode()).hexdigest()[:24])
-        whole, events = ECHO_ANSWERS[api]
-        streamed = events is not None and optional_flag(body.fields, "stream")
-        self._reads = ([event] for event in events(answer)) if streamed \
-            else iter([[json_bytes(whole(answer))]])
+        streamed = api != "embeddings" and optional_flag(body.fields, "stream")
+        self._reads = ([event] for event in echo_stream(api, answer)) if streamed \
+            else iter([[json_bytes(echo_whole(api, answer))]])
         self.status = 200
         kind = "text/event-stream; charset=utf-8" if streamed else "application/json"
         self.headers = Headers([("content-type", kind), ("x-request-id", request_id),
@@ -12285,13 +12203,7 @@ class Router:
     def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
         """Translated events as bytes; a stream that breaks ends with its dialect's error."""
         translator, own_id = call.translator, call.request.request_id
-        is_chat = translator.client_api == "chat"
-
-        def written(event: Mapping[str, object]) -> bytes:
-            if event.get("type") == "ping" and translator.client_api != "messages":
-                return SSE_PING
-            return format_event(event, None if is_chat else str(event.get("type") or "error"))
-
+        written = functools.partial(wire_event, translator.client_api)
         try:
             for event in events:
                 if isinstance(event, tuple):
@@ -12299,8 +12211,7 @@ class Router:
                     yield [*map(written, translator.failed(body))]
                     return
                 yield [written(event)]
-            if is_chat:
-                yield [format_event("[DONE]")]
+            yield from ([end] for end in STREAM_ENDS.get(translator.client_api, ()))
         except UpstreamError as err:
             log.warning("stream broke", extra={"fields": {
                 "request_id": own_id, "reason": err.message}})
@@ -14162,8 +14073,7 @@ class _FakeProvider(http.server.BaseHTTPRequestHandler):
         key = f"{self.headers['authorization']} {self.headers['x-api-key']}"
         type(self).seen.append((self.path, body, key))
         api, fields = METERED_APIS[self.path], json.loads(body)
-        whole, _ = ECHO_ANSWERS[api]
-        answer = whole(echo(api, fields, answer_id="1", created_at=0))
+        answer = echo_whole(api, echo(api, fields, answer_id="1", created_at=0))
         data = json_bytes({**answer, "model": fields["model"]})
         self.send_response(200)
         self.send_header("content-type", "application/json")
