@@ -4,11 +4,11 @@
 
 Agents get a token and a base URL, never the real key; what they spend can never pass a limit.
 
-    agent --token--> [ read strictly, authenticate ]                          chapters 3, 18, 19, 26
-                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 16, 24
+    agent --token--> [ read strictly, authenticate ]                          chapters 3, 18, 19, 27
+                     [ route; bound the worst case; reserve it, or refuse ]   chapters 4, 5, 16, 25
                      [ write the intent down ]                                chapter 17
-                     [ send with the provider's key ] --key--> provider       chapters 20, 24
-                     [ forward what comes back, as it comes; read its usage ] chapters 6-14, 24
+                     [ send with the provider's key ] --key--> provider       chapters 20, 25
+                     [ forward what comes back, as it comes; read its usage ] chapters 6-14, 25
     agent <--bytes-- [ settle: the exact cost, once, whatever happened ]      chapters 4, 16, 17, 21
 
     python ironcage_proxy.py --port 8787 --budget 2.00       # serve
@@ -16,12 +16,12 @@ Agents get a token and a base URL, never the real key; what they spend can never
     with LlmRouter(budget="5.00") as router: ...             # embed
 
 Promises, each with a test that attacks it: only the standard library is used; connections are
-opened to the configured providers and Iron Cage server, or to the proxy that the environment names
-for them, and to nobody else (`check` greets its own address); spent + reserved never passes the
-limit by an admission; every request settles exactly once; a model, route or price that is not known
-is refused while a budget is set; provider keys go to their provider's host and nowhere else;
-between a client and a provider of one format bytes travel unchanged, but for fields that the budget
-must set, which are spliced in.
+opened to the configured providers, Iron Cage server and engine of a shared budget, or to the proxy
+that the environment names for the first two, and to nobody else (`check` greets its own address);
+spent + reserved never passes the limit by an admission; every request settles exactly once; a
+model, route or price that is not known is refused while a budget is set; provider keys go to their
+provider's host and nowhere else; between a client and a provider of one format bytes travel
+unchanged, but for fields that the budget must set, which are spliced in.
 That a request cannot cost more than its bound rests on assumptions, which the README lists and
 which stand beside their figures in chapters 5 and 21.
 
@@ -50,16 +50,18 @@ Contents (each chapter uses only names of chapters above it):
     21. Settlement
     22. Events and metrics
     23. Iron Cage server
-    24. Router
-    25. Dashboard
-    26. Server
-    27. Settings and command line
-    28. Embedding
+    24. Shared budget
+    25. Router
+    26. Dashboard
+    27. Server
+    28. Settings and command line
+    29. Embedding
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 16, 17, 21 and 24; "what leaves this machine?" 20, and who calls it,
-CageServer._post in 23 and Router._send in 24; "is my message changed?" 3, without_usage in 7, 8 to
-14, Router._upstream_body in 24.
+overspend?" read 3, 4, 5, 7, 16, 17, 21 and 25, and 24 where many processes share a
+budget; "what leaves this machine?" 20, and who calls it, CageServer._post in 23, Router._send in
+25, and EngineLink in 24; "is my message changed?" 3, without_usage in 7, 8 to 14,
+Router._upstream_body in 25.
 """
 from __future__ import annotations
 
@@ -8084,8 +8086,8 @@ class Reservation:
 
     Guarded by its controller's lock once it is in line; before, one thread knows it.
     """
-    __slots__ = ("bound", "scopes", "microdollars", "caps", "admitted_s", "number", "is_open",
-                 "is_limited", "may_wait", "refused_by", "failure", "decided")
+    __slots__ = ("bound", "scopes", "microdollars", "caps", "admitted_s", "number", "shared",
+                 "is_open", "is_limited", "may_wait", "refused_by", "failure", "decided")
 
     def __init__(self, bound: Bound, scopes: Sequence[str], may_wait: bool) -> None:
         self.bound = bound
@@ -8094,7 +8096,8 @@ class Reservation:
         self.microdollars = 0                 # what is set aside in every scope
         self.caps = bound.asked_caps          # what it is set aside for
         self.admitted_s = 0                   # Unix seconds: what it costs belongs to that period
-        self.number = 0                       # by which accounts of several processes know it
+        self.number = 0                       # by which accounts of several processes know it,
+        self.shared: Optional[str] = None     # and all that they know, for the ledger
         self.is_open = False                  # set aside and not settled
         self.is_limited = False               # one of its scopes had a limit
         self.refused_by: Optional[Budget] = None
@@ -8222,6 +8225,15 @@ class Accounts:
             return [account.budget() for account in self._rolled_locked(scopes, now_s)]
 
     known = budgets
+
+    def start(self, on_fault: Callable[[str], None]) -> None:
+        """Nothing has to be kept up."""
+
+    def as_json(self) -> Optional[dict]:
+        """Nothing to tell beside the amounts."""
+
+    def close(self) -> None:
+        """Nothing to close."""
 
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
         """Set the proxy's limit; None is no limit."""
@@ -8470,7 +8482,7 @@ class CostController:
             for claim in self._line:
                 claim.failure = failure
                 claim.decided.set()
-            self._line = []
+            self._line, self._blocked = [], frozenset()
 
     # Settlement.
 
@@ -8527,9 +8539,16 @@ class CostController:
 
     # What it holds.
 
+    def budgets(self, scopes: Sequence[str]) -> list[Budget]:
+        """The amounts of scopes at one instant, or, where nobody can be asked, as seen last."""
+        try:
+            return self.accounts.budgets(scopes)
+        except LedgerUnavailable:
+            return self.accounts.known(scopes)
+
     def budget(self, scope: str = PROXY_SCOPE) -> Budget:
-        """A scope's amounts at one instant."""
-        return self.accounts.budgets([scope])[0]
+        """A scope's amounts."""
+        return self.budgets([scope])[0]
 
     def check_budget(self) -> None:
         """Raises BudgetExceeded when spent + reserved has reached the limit, or spent the stop."""
@@ -8675,6 +8694,9 @@ MIGRATIONS = (
     "CREATE TABLE counts (scope TEXT NOT NULL, digest BLOB NOT NULL, tokens INTEGER NOT NULL, "
     "parts BLOB NOT NULL, has_tools INTEGER NOT NULL, model TEXT NOT NULL, "
     "learned_s INTEGER NOT NULL, PRIMARY KEY (scope, digest))",
+    # Calls under a shared budget: what its engine knows them by, and whether it knows their end.
+    "CREATE TABLE shared_calls (id INTEGER PRIMARY KEY, shared TEXT NOT NULL, "
+    "is_confirmed INTEGER NOT NULL)",
 )
 LEDGER_BUSY_S = 2                             # how long to wait for another program's write
 LEDGER_WAIT_S = 30                            # and for a proxy to let go: as long as one drains
@@ -8686,6 +8708,8 @@ _INSERT = (f"INSERT INTO calls ({', '.join(LEDGER_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in LEDGER_COLUMNS)})")
 _SETTLE = (f"UPDATE calls SET {', '.join(f'{name} = :{name}' for name in _SETTLED_COLUMNS)} "
            "WHERE id = :id AND settled_ms IS NULL")
+_UNCONFIRMED = ("SELECT * FROM shared_calls JOIN calls USING (id) WHERE NOT is_confirmed "
+                "AND settled_ms IS NOT NULL ORDER BY id")
 _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdollars, estimated = "
             "'the proxy ended', lines = '[[\"reserved\",' || bound_microdollars || ',1000000]]' "
             "WHERE settled_ms IS NULL")
@@ -8725,7 +8749,7 @@ class MemoryLedger:
         self._spent: Counter = Counter()      # (token, day since 1970) -> microdollars
         self._leases: list[Lease] = []
 
-    def intent(self, row: dict) -> None:
+    def intent(self, row: dict, shared: Optional[str] = None) -> None:
         """Count a call at its bound until it settles."""
         with self._lock:
             self._spent[row["token"], row["admitted_s"] // DAY_S] += row["bound_microdollars"]
@@ -8763,6 +8787,13 @@ class MemoryLedger:
         """It was given back."""
         with self._lock:
             self._leases.remove(lease)
+
+    def unconfirmed(self) -> list[dict]:
+        """None: they are gone with the process."""
+        return []
+
+    def confirm(self, row_id: int) -> None:
+        """Nothing: see unconfirmed()."""
 
     def counts(self) -> list[CountRow]:
         """None: they are gone with the process."""
@@ -9059,13 +9090,27 @@ class SqliteLedger:
                 "fields": {"ledger": self._path, "reason": fault or "it is as it was"}})
         return OSError(fault) if fault else None
 
-    def intent(self, row: dict) -> None:
-        """Put a call on disk before it is sent. Raises LedgerUnavailable: it must not be sent."""
+    def intent(self, row: dict, shared: Optional[str] = None) -> None:
+        """Put a call on disk before it is sent, with what the engine of a shared budget knows it
+        by. Raises LedgerUnavailable: it must not be sent."""
         row["id"] = next(self._ids)
+        if shared is not None:                             # in the same transaction
+            self._queue.append(_Write("INSERT INTO shared_calls VALUES (?, ?, 0)",
+                                      (row["id"], shared), is_intent=False))
         error = self._write(_Write(_INSERT, row, is_intent=True))
         if error is not None:
             raise LedgerUnavailable("the proxy's ledger cannot be written, so that nothing is "
                                     f"sent to providers: {_reason(error)}")
+
+    def unconfirmed(self) -> list[dict]:
+        """Return settled calls whose end the engine of a shared budget may not know."""
+        with self._turn:
+            return [*map(dict, self._db.execute(_UNCONFIRMED))]
+
+    def confirm(self, row_id: int) -> None:
+        """Note with the next commit that it knows. To lose that has it told again."""
+        self._queue.append(_Write("UPDATE shared_calls SET is_confirmed = 1 WHERE id = ?",
+                                  (row_id,), is_intent=False))
 
     def settle(self, row: dict) -> None:
         """Complete a call's row. Where that fails it is kept, and goes with the next write."""
@@ -11167,6 +11212,8 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     families += [(name, "gauge", text, [_sample(name, {}, gauges[name])]) for name, text in (
         ("ironcage_in_flight", "Requests that are being served."),
         ("ironcage_bound_exceeded", "Answers that cost more than their bound."),
+        ("ironcage_shared_usable", "Whether the engine of the shared budget answers."),
+        ("ironcage_shared_unconfirmed", "Settlements that it does not know yet."),
         ("ironcage_server_events_waiting", "Events that the Iron Cage server has not got yet."),
         ("ironcage_server_events_dropped", "Events that it will never get."),
         ("ironcage_uptime_seconds", "Seconds since the start.")) if name in gauges]
@@ -11485,7 +11532,1089 @@ class CageServer:
                     "events_waiting": len(self._events), "events_dropped": self.dropped_events}
 
 
-# ==== 24. Router ================================================================================
+# ==== 24. Shared budget =========================================================================
+#
+# With --shared the money is in a Valkey or Redis server, the engine, so that many processes on many
+# machines keep one limit: the same steps as Accounts, each an atomic script there. A named cage
+# holds, for each scope, its limits and what it spent and reserved in each period; by process, the
+# open calls, and a bit for each call that has ended (its tombstone), so that whatever is sent twice
+# counts once; and the totals of each day. Numbers there stay below 2 ** 53.
+#
+# Who dies: a process whose heartbeat has not changed for DEAD_S, as seen by another that has itself
+# been heard all the while, is taken for dead, and its open calls are charged at their bounds.
+# Should it come back, its settlement corrects that, once. Who restarts: a server with another
+# run_id may have forgotten the last writes, so each process first enters again what it knows, and
+# nobody is admitted meanwhile. Who is replaced: a cage is known by a random generation.
+#
+# Sources: RESP2 (redis.io/docs/reference/protocol-spec), EVALSHA, WAITAOF; read November 2026.
+
+ENGINE_PORT = 6379
+ENGINE_DEADLINE_S = 1                         # for one exchange, also to connect
+DISK_DEADLINE_MS = 2_000                      # for --fsync, where the engine flushes each second
+HEARTBEAT_S = 5
+DEAD_S = 30
+CATCH_UP_S = 0.5                              # between two tries to tell what is to be told
+TOMBSTONE_S = DAY_S                           # at least; a later settlement is not believed
+ENGINE_CONNECTIONS_KEPT = 64
+MAX_REPLY_BYTES = 512 * 1024 * 1024           # one string; the server's own limit
+MAX_REPLY_DEPTH = 8
+CALLS_AT_ONCE = 100                           # in one script, which holds up everybody
+SCOPES_AT_ONCE = 500
+MOST_SHARED = 2 ** 53 - 1                     # microdollars
+UNNAMED_TOKEN = "default"                     # the name of --token, which has no scope of its own
+NOT_A_REPLY = "what it answers is not Redis' protocol"
+Reply = Union[None, int, bytes, list, "EngineError"]
+
+
+class EngineError(NamedTuple):
+    """An error that the engine replied."""
+    text: str
+
+
+class EngineAddress(NamedTuple):
+    """Where the engine is. Neither repr nor str shows the password."""
+    scheme: str                               # "redis", "rediss" (TLS) or "unix"
+    host: str                                 # or the path of a socket
+    port: int
+    database: int
+    user: str
+    password: str
+    is_public: bool = False                   # the password came by the command line
+
+    def __str__(self) -> str:
+        return f"unix://{self.host}" if self.scheme == "unix" \
+            else f"{self.scheme}://{self.host}:{self.port}/{self.database}"
+
+    __repr__ = __str__
+
+
+def parse_engine_url(text: str) -> EngineAddress:
+    """Where `--shared` leads. Raises ValueError, which shows nothing of it."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        user, password = (urllib.parse.unquote(part or "")
+                          for part in (parts.username, parts.password))
+        is_unix = parts.scheme == "unix"
+        host = parts.path.rstrip("/") if is_unix and not parts.hostname else \
+            None if is_unix else parts.hostname
+        database = re.fullmatch(r"/?(\d{0,4})", "" if is_unix else parts.path)
+        port = parts.port or ENGINE_PORT
+    except ValueError:
+        host = database = None
+    if not host or not database or parts.query or parts.fragment or (user and not password) \
+            or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("must be redis://[[user]:password@]host[:port][/db], the same with "
+                         "rediss://, or unix://PATH")
+    return EngineAddress(parts.scheme, host, port, int(database[1] or 0), user, password)
+
+
+# What an error of the engine means, by the word in it. The last five are of our own scripts.
+ENGINE_ERRORS = MappingProxyType({
+    "WRONGPASS": "it refuses the user name or the password",
+    "AUTH": "it has no password set, but --shared names one",
+    "NOAUTH": "it wants a password: put it into IRONCAGE_SHARED",
+    "NOPERM": "its user may not run a command, or touch a key, that is needed",
+    "READONLY": "it is a replica, which takes no writes; name the primary",
+    "MOVED": "it is a cluster, which is not supported; name a single primary",
+    "CLUSTERDOWN": "it is a cluster, which is not supported; name a single primary",
+    "OOM": "it is out of memory",
+    "LOADING": "it is still loading its data",
+    "MASTERDOWN": "it is a replica that has lost its primary; name the primary",
+    "MISCONF": "it cannot write its data to disk",
+    "BUSY": "a script of somebody else keeps it busy",
+    "NOREPLICAS": "it has fewer replicas than it wants",
+    "CAGE": "the cage is gone or was made anew; `cage new` makes one, then restart all proxies",
+    "SCOPE": "the cage has lost an account; `cage new` makes it anew",
+    "RESTARTED": "it was restarted, and what it may have forgotten is entered again",
+    "HELD": "it was restarted, and waits for all proxies to enter what it may have forgotten",
+    "CANCELLED": "the reservation was given up meanwhile",
+})
+
+
+class EngineFailed(LedgerUnavailable):
+    """The engine did not do what it was asked. `code`: the word in its error; "" where there was
+    no reply. `was_sent`: it may have done it."""
+
+    def __init__(self, reason: str, code: str = "", *, was_sent: bool = False) -> None:
+        super().__init__("the shared budget cannot be used, so that nothing is sent to providers: "
+                         + reason, headers=[("retry-after", "1")])
+        self.reason, self.code, self.was_sent = reason, code, was_sent
+
+
+@contextlib.contextmanager
+def replied() -> Iterator[None]:
+    """Read a reply, or raise EngineFailed where it is none to what was asked."""
+    try:
+        yield
+    except (AttributeError, IndexError, TypeError, ValueError) as err:
+        raise EngineFailed(NOT_A_REPLY, was_sent=True) from err
+
+
+def engine_failure(error: EngineError, secret: str) -> EngineFailed:
+    """What an error of the engine means, in one line; it may repeat what it was sent."""
+    words = re.findall(r"[A-Z]{3,}", error.text)
+    code = next((code for code in ENGINE_ERRORS if code in words), words[0] if words else "ERR")
+    said = error.text.replace(secret, "***") if secret else error.text
+    said = re.sub(UNPRINTABLE, "?", said[:100])
+    return EngineFailed(ENGINE_ERRORS.get(code, f"it says {said!r}"), code,
+                        was_sent=code not in ENGINE_ERRORS)
+
+
+# RESP2, the engine's protocol.
+
+def format_command(words: Sequence[Union[str, bytes, int]]) -> bytes:
+    """A command as the engine reads it."""
+    parts = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(
+        b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+def read_reply(line: Callable[[], bytes], exactly: Callable[[int], bytes],
+               depth: int = 0) -> Reply:
+    """One reply, from a reader of lines without their CRLF and one of so many bytes.
+
+    Raises ValueError for what is none.
+    """
+    text = line()
+    kind, rest = text[:1], text[1:]
+    if kind in (b"+", b"-"):
+        return rest if kind == b"+" else EngineError(rest.decode("utf-8", "replace"))
+    if kind not in (b":", b"$", b"*") or not re.fullmatch(rb"-?\d{1,19}", rest):
+        raise ValueError(NOT_A_REPLY)
+    size = int(rest)
+    if kind == b":":
+        return size
+    if size == -1:
+        return None
+    if not 0 <= size <= MAX_REPLY_BYTES or depth > MAX_REPLY_DEPTH:
+        raise ValueError(NOT_A_REPLY)
+    if kind == b"*":
+        return [read_reply(line, exactly, depth + 1) for _ in range(size)]
+    data = exactly(size + 2)
+    if data[-2:] != b"\r\n":
+        raise ValueError(NOT_A_REPLY)
+    return data[:-2]
+
+
+class EngineLink:
+    """One connection to the engine: connected, authenticated, and its run_id known.
+
+    Raises EngineFailed; OSError, EOFError and ValueError where an exchange breaks.
+    """
+
+    def __init__(self, address: EngineAddress, turns: Turns, deadline_s: float) -> None:
+        with turns.outside():
+            sock = self._connected(address, max(0.001, deadline_s - time.monotonic()))
+        self._wire, self._data, self._at, self._deadline_s = Wire(sock, turns), b"", 0, deadline_s
+        self._secret = address.password
+        login = [[*(("AUTH", address.user) if address.user else ("AUTH",)), address.password]] \
+            if address.password else []
+        select_database = [["SELECT", address.database]] if address.database else []
+        try:
+            *_, info = self.exchange([*login, *select_database, ["INFO", "server"]], deadline_s)
+            found = re.search(rb"run_id:(\w+)", info) if isinstance(info, bytes) else None
+            if found is None:
+                raise ValueError(NOT_A_REPLY)
+            self.run_id = found[1].decode("ascii")
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _connected(address: EngineAddress, timeout_s: float) -> socket.socket:
+        if address.scheme == "unix":
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(timeout_s)
+            sock.connect(address.host)
+            return sock
+        sock = socket.create_connection((address.host, address.port), timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock if address.scheme == "redis" else ssl.create_default_context().wrap_socket(
+            sock, server_hostname=address.host)
+
+    def exchange(self, commands: Sequence[Sequence], deadline_s: float) -> list[Reply]:
+        """Send commands in one write, and read all of their replies. Raises EngineFailed for one
+        that is an error."""
+        self._deadline_s = deadline_s
+        self._wire.send(b"".join(map(format_command, commands)), deadline_s - time.monotonic())
+        replies = [read_reply(self._line, self._exactly) for _ in commands]
+        for reply in replies:
+            if isinstance(reply, EngineError):
+                raise engine_failure(reply, self._secret)
+        return replies
+
+    def _more(self) -> None:
+        data = self._wire.receive(self._deadline_s - time.monotonic())
+        if not data:
+            raise EOFError("it closed the connection")
+        self._data, self._at = self._data[self._at:] + data, 0
+
+    def _line(self) -> bytes:
+        while True:
+            end = self._data.find(b"\r\n", self._at)
+            if end >= 0:
+                text, self._at = self._data[self._at:end], end + 2
+                return text
+            if len(self._data) - self._at > MAX_HEAD_BYTES:
+                raise ValueError(NOT_A_REPLY)
+            self._more()
+
+    def _exactly(self, size: int) -> bytes:
+        while len(self._data) - self._at < size:
+            self._more()
+        self._at += size
+        return self._data[self._at - size:self._at]
+
+    def is_usable(self) -> bool:
+        """Whether it is still open, and silent, as between two exchanges."""
+        return self._at == len(self._data) and not self._wire.is_readable()
+
+    def close(self) -> None:
+        self._wire.close()
+
+
+class Engine:
+    """The engine, over a pool of connections; none is held while a provider answers.
+
+    What is asked must be harmless to ask twice: what breaks on a connection that was idle is asked
+    again on a new one. Raises EngineFailed.
+    """
+
+    def __init__(self, address: EngineAddress, turns: Turns,
+                 deadline_s: float = ENGINE_DEADLINE_S) -> None:
+        self.address, self._turns, self._deadline_s = address, turns, deadline_s
+        self._lock = threading.Lock()              # guards the next
+        self._idle: list[EngineLink] = []
+        self.run_id = ""                           # of the server that was asked last
+
+    def ask(self, *commands: Sequence, run_id: Optional[str] = None,
+            extra_s: float = 0) -> list[Reply]:
+        """The replies to commands, by a server of that run_id, if one is named."""
+        deadline_s = time.monotonic() + self._deadline_s + extra_s
+        while True:
+            link, is_new, was_sent = self._pooled(), False, False
+            try:
+                if link is None:
+                    link, is_new = EngineLink(self.address, self._turns, deadline_s), True
+                self.run_id = link.run_id
+                if run_id not in (None, link.run_id):
+                    raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
+                was_sent = True
+                replies = link.exchange(commands, deadline_s)
+            except EngineFailed:
+                if link is not None:
+                    self._give_back(link)
+                raise
+            except (OSError, EOFError, ValueError) as err:
+                if link is not None:
+                    link.close()
+                is_late = isinstance(err, (TimeoutError, socket.timeout))    # two before 3.10
+                if link is not None and not is_new and not is_late:
+                    continue
+                reason = "it does not answer in time" if is_late else _reason(err)
+                raise EngineFailed(f"{self.address}: {reason}", was_sent=was_sent) from err
+            self._give_back(link)
+            return replies
+
+    def _pooled(self) -> Optional[EngineLink]:
+        while True:
+            with self._lock:
+                link = self._idle.pop() if self._idle else None
+            if link is None or link.is_usable():
+                return link
+            link.close()
+
+    def _give_back(self, link: EngineLink) -> None:
+        keeps = link.is_usable() and len(self._idle) < ENGINE_CONNECTIONS_KEPT
+        if keeps:
+            with self._lock:
+                self._idle.append(link)
+        else:
+            link.close()
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for link in idle:
+            link.close()
+
+
+# The scripts. Each begins with the same: the cage must be the one of its generation, known under
+# the run_id that the engine has. A call's record is "bound|admitted|scope|scope".
+
+PRELUDE = """
+local cage, clock = KEYS[1], redis.call('TIME')
+local known = redis.call('HMGET', cage, 'generation', 'run_id', 'held_until', 'seen')
+if known[1] ~= ARGV[1] then return redis.error_reply('CAGE') end
+local now = math.max(tonumber(clock[1]), tonumber(known[4] or 0))  -- going back reopens no period
+local function key(...) return table.concat({cage, ...}, ':') end
+local function start(period, at)
+  local day = math.floor(at / 86400)
+  if period == 'day' then return day * 86400 end
+  if period == 'week' then return (day - (day + 3) % 7) * 86400 end
+  if period ~= 'month' then return 0 end
+  local z = day + 719468                        -- days since March of the year 0
+  local doe = z % 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524)
+                          - math.floor(doe / 146096)) / 365)
+  local doy = doe - 365 * yoe - math.floor(yoe / 4) + math.floor(yoe / 100)
+  local month = math.floor((5 * doy + 2) / 153)
+  return (day - doy + math.floor((153 * month + 2) / 5)) * 86400
+end
+local function scope(name)                      -- its amounts, in the period of now
+  local at = key('scope', name)
+  local f = redis.call('HMGET', at, 'period', 'since', 'limit', 'stop_at', 'put_limit',
+                       'put_stop_at')
+  if not f[1] then return nil end
+  local since, before = start(f[1], now), tonumber(f[2])
+  if since > before then                        -- what is older than the last period goes
+    for _, field in ipairs(redis.call('HKEYS', at)) do
+      local of = tonumber(string.match(field, '^[sr](%d+)$'))
+      if of and of < before then redis.call('HDEL', at, field) end
+    end
+    redis.call('HSET', at, 'since', since)
+    redis.call('HSET', cage, 'seen', now)
+  end
+  local limit, stop_at = f[5] or f[3], f[6] or f[4]
+  local amounts = redis.call('HMGET', at, 's' .. since, 'r' .. since)
+  return {at = at, since = since, period = f[1], limit = limit ~= '-' and limit,
+          stop_at = stop_at ~= '-' and stop_at,
+          spent = amounts[1] or 0, reserved = amounts[2] or 0}
+end
+local function told(one)
+  return {one.limit, tonumber(one.spent), tonumber(one.reserved), one.stop_at, one.period,
+          one.since}
+end
+local function scopes(first, step)              -- those named in ARGV; nil where one is lost
+  local found, budgets = {}, {}
+  for at = first, #ARGV, step do
+    local one = scope(ARGV[at])
+    if not one then return nil end
+    one.name, found[#found + 1], budgets[#budgets + 1] = ARGV[at], one, told(one)
+  end
+  return found, budgets
+end
+local function add(record, what, amount)        -- to all scopes, in the period of its admission
+  local _, _, admitted, names = string.find(record, '^%d+|(%d+)|(.+)$')
+  for name in string.gmatch(names or '', '[^|]+') do
+    local at = key('scope', name)
+    local since = start(redis.call('HGET', at, 'period'), tonumber(admitted))
+    redis.call('HINCRBY', at, what .. since, amount)
+  end
+end
+local function bound(record) return tonumber(string.match(record, '^%d+')) end
+local function count(record, label, first)      -- into the totals of its day
+  local at = key('day', math.floor(tonumber(string.match(record, '|(%d+)|')) / 86400))
+  for i = first, #ARGV, 2 do
+    redis.call('HINCRBY', at, label .. '|' .. ARGV[i], ARGV[i + 1])
+  end
+end
+local function count_cut_off(record, sign)      -- of a dead process: nobody knows the model
+  local token = string.match(record, '^%d+|%d+|[^|]+|(.+)$') or 'default'
+  local at = key('day', math.floor(tonumber(string.match(record, '|(%d+)|')) / 86400))
+  for field, amount in pairs({requests = 1, estimated_requests = 1,
+                              cost_microdollars = bound(record)}) do
+    redis.call('HINCRBY', at, token .. '|cut off|' .. field, 0 + sign * amount)   -- there is a -0
+  end
+end
+"""
+SCRIPTS = {name: PRELUDE + ("" if name == "restarted" else """
+if known[2] ~= ARGV[2] then return redis.error_reply('RESTARTED') end
+""") + text.replace("TOMBSTONE_S", str(TOMBSTONE_S)) for name, text in {
+    # process, number, amount, then (scope, the least that must be free in it) each
+    "take": """
+if now < tonumber(known[3] or 0) then return redis.error_reply('HELD') end
+local process, number, amount = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local taken = redis.call('HGET', key('open', process), number)      -- asked for again
+local found, budgets = scopes(6, 2)
+if not found then return redis.error_reply('SCOPE') end
+if taken then return {taken, budgets} end
+if redis.call('GETBIT', key('done', process), number) == 1 then
+  return redis.error_reply('CANCELLED')
+end
+for i, one in ipairs(found) do
+  local free = one.limit and one.limit - one.spent - one.reserved
+  if one.stop_at and tonumber(one.spent) >= tonumber(one.stop_at) then free = 0 end
+  if amount > 0 and free and free < tonumber(ARGV[5 + 2 * i]) then return {false, budgets} end
+end
+local words = {ARGV[5], string.format('%d', now)}
+for _, one in ipairs(found) do words[#words + 1] = one.name end
+taken = table.concat(words, '|')
+redis.call('HSETNX', key('beats'), process, clock[1] .. '.' .. clock[2])
+redis.call('HSET', key('open', process), number, taken)
+for i, one in ipairs(found) do
+  budgets[i][3] = redis.call('HINCRBY', one.at, 'r' .. one.since, amount)
+end
+return {taken, budgets}
+""",
+    # process, number, record, cost, label, then (what, how many) each, for the totals of the day
+    "settle": """
+local process, number, record, cost = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
+local open = redis.call('HGET', key('open', process), number)
+local lost = redis.call('HGET', key('lost', process), number)
+local outcome = 'settled'
+if lost then
+  add(lost, 's', cost - bound(lost))
+  count_cut_off(lost, -1)
+  redis.call('HDEL', key('lost', process), number)
+  record, outcome = lost, 'corrected'
+elseif redis.call('GETBIT', key('done', process), number) == 1 then
+  outcome = 'known'
+elseif open then
+  add(open, 's', cost)
+  add(open, 'r', 0 - bound(open))
+  redis.call('HDEL', key('open', process), number)
+  record = open
+elseif record ~= '' then
+  if tonumber(string.match(record, '|(%d+)|')) < now - TOMBSTONE_S then return {'old', {}} end
+  add(record, 's', cost)
+end
+redis.call('SETBIT', key('done', process), number, 1)
+redis.call('EXPIRE', key('done', process), 2 * TOMBSTONE_S)
+if outcome ~= 'known' and ARGV[7] ~= '' then count(record, ARGV[7], 8) end
+local budgets = {}
+for name in string.gmatch(string.match(record, '^%d+|%d+|(.+)$') or '', '[^|]+') do
+  local one = scope(name)
+  if not one then return redis.error_reply('SCOPE') end
+  budgets[#budgets + 1] = told(one)
+end
+return {outcome, budgets}
+""",
+    # process, then (number, record) of calls that the engine may have forgotten
+    "enter": """
+for at = 4, #ARGV, 2 do
+  if redis.call('GETBIT', key('done', ARGV[3]), ARGV[at]) == 0
+      and redis.call('HSETNX', key('open', ARGV[3]), ARGV[at], ARGV[at + 1]) == 1 then
+    add(ARGV[at + 1], 'r', bound(ARGV[at + 1]))
+  end
+end
+return redis.call('HSETNX', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])
+""",
+    # process, scope to look at
+    "beat": """
+redis.call('HSET', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])
+local proxy = scope(ARGV[4])
+if not proxy then return redis.error_reply('SCOPE') end
+return {redis.call('HGETALL', key('beats')), redis.call('HKEYS', key('open', ARGV[3])),
+        {told(proxy)}}
+""",
+    # process; its last heartbeat where it is dead, else ''; how many at once; numbers of calls
+    "charge": """
+local open, numbers = key('open', ARGV[3]), {}
+if ARGV[4] ~= '' then
+  if redis.call('HGET', key('beats'), ARGV[3]) ~= ARGV[4] then return 0 end
+  local page = redis.call('HSCAN', open, 0, 'COUNT', ARGV[5])[2]
+  for i = 1, #page, 2 do numbers[#numbers + 1] = page[i] end
+else
+  for i = 6, #ARGV do numbers[#numbers + 1] = ARGV[i] end
+end
+for _, number in ipairs(numbers) do
+  local record = redis.call('HGET', open, number)
+  if record then
+    add(record, 's', bound(record))
+    add(record, 'r', 0 - bound(record))
+    redis.call('SETBIT', key('done', ARGV[3]), number, 1)
+    redis.call('HSET', key('lost', ARGV[3]), number, record)
+    redis.call('HDEL', open, number)
+    count_cut_off(record, 1)
+  end
+end
+redis.call('EXPIRE', key('done', ARGV[3]), 2 * TOMBSTONE_S)
+redis.call('EXPIRE', key('lost', ARGV[3]), 2 * TOMBSTONE_S)
+local left = redis.call('HLEN', open)
+if ARGV[4] ~= '' and left == 0 then redis.call('HDEL', key('beats'), ARGV[3]) end
+return left
+""",
+    # (scope, period, limit, stop) each; the lowest limit that was ever named holds
+    "scopes": """
+for i = 3, #ARGV, 4 do
+  local period = redis.call('HGET', key('scope', ARGV[i]), 'period')
+  if period and period ~= ARGV[i + 1] then return ARGV[i] .. '|' .. period end
+end
+for i = 3, #ARGV, 4 do
+  local at = key('scope', ARGV[i])
+  redis.call('HSETNX', at, 'period', ARGV[i + 1])
+  redis.call('HSETNX', at, 'since', start(ARGV[i + 1], now))
+  for step, name in ipairs({'limit', 'stop_at'}) do
+    local given, held = ARGV[i + 1 + step], redis.call('HGET', at, name)
+    if given ~= '' and not (held and tonumber(held) <= tonumber(given)) then
+      redis.call('HSET', at, name, given)
+    end
+  end
+end
+local _, budgets = scopes(3, 4)
+return budgets
+""",
+    # scope, then (limit or stop_at, amount) each: '-' is none, '=' what the flags say
+    "limits": """
+local at, names, values = key('scope', ARGV[3]), {'limit', 'stop_at'}, {}
+local changes, is_put = {}, false
+for i = 4, #ARGV, 2 do changes[ARGV[i]] = ARGV[i + 1] end
+for i, name in ipairs(names) do
+  local put = changes[name] or redis.call('HGET', at, 'put_' .. name) or '='
+  is_put = is_put or put ~= '='
+  values[i] = put == '=' and redis.call('HGET', at, name) or put
+  values[i] = tonumber(values[i]) and values[i]
+end
+local limit, stop_at = values[1], values[2]
+if is_put and stop_at and (not limit or tonumber(stop_at) >= tonumber(limit)) then
+  return {0, limit or false, stop_at}
+end
+for name, value in pairs(changes) do
+  if value == '=' then redis.call('HDEL', at, 'put_' .. name)
+  else redis.call('HSET', at, 'put_' .. name, value) end
+end
+return {1, told(scope(ARGV[3]))}
+""",
+    "budgets": """
+local found, budgets = scopes(3, 1)
+return budgets or redis.error_reply('SCOPE')
+""",
+    # how long nobody is admitted, in seconds
+    "restarted": """
+if known[2] ~= ARGV[2] then
+  redis.call('HSET', cage, 'run_id', ARGV[2], 'held_until', now + tonumber(ARGV[3]))
+end
+return 1
+""",
+}.items()}
+SCRIPT_DIGESTS = {name: hashlib.sha1(text.encode("ascii"), usedforsecurity=False).hexdigest()
+                  for name, text in SCRIPTS.items()}
+
+
+class Settlement(NamedTuple):
+    """What the engine is told of the end of one call; told again, it changes nothing."""
+    process: str
+    number: int
+    record: str                               # "" where the reservation may never have come there
+    microdollars: int
+    label: str = ""                           # token|model, for the totals of its day
+    counts: tuple = ()                        # (what, how many, what, ...)
+    row_id: Optional[int] = None              # in this process' own ledger
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.process, self.number
+
+
+_PUT_WORDS = {None: "-", FLAGGED: "="}
+
+
+def _limit_word(amount: Optional[int]) -> str:
+    if amount is not None and amount > MOST_SHARED:
+        raise ValueError(f"a shared limit is at most {format_usd(MOST_SHARED)}")
+    return "" if amount is None else str(amount)
+
+
+def _row_settlement(row: Mapping[str, object], process: str, number: int, record: str,
+                    ) -> Settlement:
+    """What the engine is told of a settled call, from its row in the ledger."""
+    counts = {"requests": 1, "estimated_requests": int(row["estimated"] is not None),
+              "cost_microdollars": row["cost_microdollars"],
+              **{name: row[name] or 0 for name in TOKEN_COUNTS}}
+    return Settlement(process, number, record, row["cost_microdollars"],
+                      f"{row['token']}|{row['price_key'] or 'other'}",
+                      tuple(word for pair in counts.items() if pair[1] for word in pair),
+                      row.get("id"))
+
+
+class Watch:
+    """Which processes are dead, from what this one has seen of their heartbeats. Pure.
+
+    Nobody is, before this process has itself been heard for DEAD_S without a break: whoever was
+    stopped, or was cut off, begins to watch anew. The clocks of others play no part.
+    """
+
+    def __init__(self, dead_s: float, break_s: float) -> None:
+        self._dead_s, self._break_s = dead_s, break_s
+        self._heard_s: Optional[float] = None             # when it was heard last, monotonic
+        self._seen: dict[str, tuple[str, float]] = {}     # process -> (heartbeat, since when)
+
+    def forget(self) -> None:
+        """Begin anew: the engine was restarted."""
+        self._heard_s, self._seen = None, {}
+
+    def dead(self, beats: Mapping[str, str], now_s: float) -> dict[str, str]:
+        """Return the dead, each with its last heartbeat, after one's own was heard."""
+        if self._heard_s is None or now_s - self._heard_s > self._break_s:
+            self._seen = {}
+        self._heard_s = now_s
+        seen = {process: self._seen.get(process, (beat, now_s)) for process, beat in beats.items()}
+        self._seen = {process: known if known[0] == beats[process] else (beats[process], now_s)
+                      for process, known in seen.items()}
+        return {process: beat for process, (beat, since_s) in self._seen.items()
+                if now_s - since_s >= self._dead_s}
+
+
+class SharedAccounts:
+    """Accounts in the engine, for all processes of one cage; see the head of this chapter.
+
+    Invariant: a number is in `_open` from before its reservation is sent, and in `_ending` from
+    then until the engine has confirmed its end, so that each of our calls which the engine knows
+    is in one of them. Raises Misconfigured.
+    """
+    is_shared = True
+
+    def __init__(self, engine: Engine, cage: str, ledger: Ledger, *, limit: Optional[int] = None,
+                 stop_at: Optional[int] = None, fsync: bool = False) -> None:
+        self.engine, self.cage, self._ledger = engine, cage, ledger
+        self._process, self._numbers = secrets.token_hex(8), itertools.count(1)
+        self._key = f"{{ironcage:{cage}}}"
+        self._lock = threading.Lock()              # guards the next four
+        self._open: dict[int, str] = {}            # number -> record; "": not confirmed yet
+        self._ending: dict[tuple, Settlement] = {}                # not confirmed yet
+        self._ended: deque[tuple[float, Settlement]] = deque()    # confirmed a moment ago
+        self._known: dict[str, Budget] = {}
+        self._watch = Watch(DEAD_S, 2 * HEARTBEAT_S)
+        self._wakes, self._is_stopping, self._is_closed = threading.Event(), False, False
+        self._is_entering = False                  # what a restart may have forgotten
+        self._thread: Optional[threading.Thread] = None
+        self.fault: Optional[str] = None           # why it could not be used last; None: it can
+        with self._usable():
+            self._generation, self._run_id = self._found_cage()
+            self.durability, self._waits_for_disk = self._checked_engine(fsync)
+            self._enter_again()
+            self.set_scopes([Scope(PROXY_SCOPE, limit, "total", stop_at, lambda since_s: 0)])
+            self._told_by_ledger()
+            self._beat()
+
+    # Its beginning.
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineFailed as err:
+            raise Misconfigured(f"the shared budget at {self.engine.address} cannot be used: "
+                                f"{err.reason}") from err
+
+    def _found_cage(self) -> tuple[str, str]:
+        """The cage's generation, and the run_id of the engine. Raises Misconfigured."""
+        found = self.engine.ask(["HGET", self._key, "generation"])[0]
+        if not isinstance(found, bytes):
+            raise Misconfigured(
+                f"there is no cage {self.cage} at {self.engine.address}; make it with "
+                f"`ironcage_proxy.py cage new {self.cage} --shared URL`")
+        return found.decode("ascii", "replace"), self.engine.run_id
+
+    def _checked_engine(self, fsync: bool) -> tuple[str, bool]:
+        """What a crash of the engine can forget, and whether reservations wait for its disk.
+
+        Raises Misconfigured where it may evict, or cannot give what --fsync asks for.
+        """
+        info = self.engine.ask(["INFO", "memory"])[0]
+        policy = re.search(rb"maxmemory_policy:([\w-]+)", info or b"")
+        if policy is None or policy[1] != b"noeviction":
+            raise Misconfigured(
+                f"the engine at {self.engine.address} may evict what it holds (maxmemory-policy "
+                f"{policy[1].decode('ascii') if policy else 'unknown'}); set it to noeviction")
+        setting = {}
+        for name in ("appendonly", "appendfsync"):
+            with contextlib.suppress(EngineFailed):        # often closed: then it counts as none
+                value = self.engine.ask(["CONFIG", "GET", name])[0]
+                setting[name] = value[1] if isinstance(value, list) and len(value) == 2 else b""
+        flushes = setting.get("appendfsync") if setting.get("appendonly") == b"yes" else None
+        forgets = {b"always": "nothing: it flushes each write to its disk",
+                   b"everysec": "its last second or two", b"no": "its last half minute"}.get(
+                       flushes, "all that its last snapshot does not hold" if "appendonly" in
+                       setting else "everything, for all that it lets us read")
+        if not fsync or flushes == b"always":
+            return forgets, False
+        with contextlib.suppress(EngineFailed):
+            self.engine.ask(["WAITAOF", 1, 0, DISK_DEADLINE_MS], extra_s=DISK_DEADLINE_MS // 1000)
+            return "nothing: reservations wait for its disk", True
+        raise Misconfigured(f"--fsync: the engine at {self.engine.address} does not flush to its "
+                            "disk; set appendonly yes and appendfsync always (or use one with "
+                            "WAITAOF), or leave --fsync out")
+
+    def _told_by_ledger(self) -> None:
+        """Enter what an earlier process on this ledger settled, and could not say here."""
+        strange = 0
+        for row in self._ledger.unconfirmed():
+            generation, process, number, record = row["shared"].split("/")
+            if generation != self._generation:
+                strange += 1
+            else:
+                self._tell(_row_settlement(row, process, int(number), record))
+        if strange:
+            log.warning("calls of another cage stay as they are in the ledger", extra={
+                "fields": {"cage": self.cage, "calls": strange}})
+
+    def start(self, on_fault: Callable[[str], None]) -> None:
+        """Begin to send heartbeats."""
+        self._thread = Housekeeper("ironcage-shared", self._keep_up, on_fault)
+        self._thread.start()
+
+    # Asking the engine.
+
+    def _run(self, name: str, *words: object, then: Sequence = (), extra_s: float = 0) -> list:
+        """What a script of the cage returns. Raises EngineFailed."""
+        text = SCRIPTS[name]
+        rest = (1, self._key, self._generation, self._run_id, *words)
+        try:
+            try:
+                reply = self.engine.ask(["EVALSHA", SCRIPT_DIGESTS[name], *rest], *then,
+                                        run_id=self._run_id, extra_s=extra_s)
+            except EngineFailed as err:
+                if err.code != "NOSCRIPT":
+                    raise
+                reply = self.engine.ask(["EVAL", text, *rest], *then, run_id=self._run_id,
+                                        extra_s=extra_s)
+        except EngineFailed as err:
+            if err.code == "HELD":
+                raise
+            if self.fault is None:
+                log.error("the shared budget cannot be used", extra={"fields": {
+                    "cage": self.cage, "reason": err.reason}})
+            self.fault = err.reason
+            self._wakes.set()
+            raise
+        if self.fault is not None:
+            self.fault = None
+            log.warning("the shared budget is usable again", extra={"fields": {
+                "cage": self.cage}})
+        return reply
+
+    def _learn(self, scopes: Sequence[str], told: Sequence) -> list[Budget]:
+        """Remember what the engine told of scopes. Raises ValueError and the like for nonsense."""
+        if len(told) != len(scopes):
+            raise ValueError(NOT_A_REPLY)
+        budgets = [Budget(
+            scope, None if limit is None else int(limit), int(spent), int(reserved),
+            None if stop_at is None else int(stop_at), period.decode("ascii"), int(since_s))
+            for scope, (limit, spent, reserved, stop_at, period, since_s) in zip(scopes, told)]
+        with self._lock:
+            self._known.update(zip(scopes, budgets))
+        return budgets
+
+    # What Accounts can do.
+
+    def take(self, claim: Reservation, microdollars: int,
+             least_free: Sequence[int]) -> Optional[list[Budget]]:
+        """As Accounts.take, by one exchange. One without a reply is cancelled."""
+        if self._is_entering:
+            raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
+        number = next(self._numbers)
+        with self._lock:
+            self._open[number] = ""
+        then = [["WAITAOF", 1, 0, DISK_DEADLINE_MS]] if self._waits_for_disk else []
+        try:
+            with replied():
+                reply = self._run("take", self._process, number, microdollars, *(
+                    word for pair in zip(claim.scopes, least_free) for word in pair), then=then,
+                    extra_s=DISK_DEADLINE_MS // 1000 if then else 0)
+                taken, told = reply[0]
+                budgets = self._learn(claim.scopes, told)
+                if taken is not None and then and not reply[1][0]:
+                    raise EngineFailed("its disk is too slow", was_sent=True)
+                record = "" if taken is None else taken.decode("ascii")
+                admitted_s = int(record.split("|")[1]) if record else 0
+        except EngineFailed as err:
+            self._end(Settlement(self._process, number, "", 0), is_new=err.was_sent)
+            raise
+        if not record:
+            with self._lock:
+                del self._open[number]
+            return budgets
+        with self._lock:
+            self._open[number] = record
+        claim.number, claim.microdollars, claim.admitted_s = number, microdollars, admitted_s
+        claim.is_limited |= any(budget.limit is not None for budget in budgets)
+        claim.shared = f"{self._generation}/{self._process}/{number}/{record}"
+        return None
+
+    def _end(self, settlement: Settlement, *, is_new: bool = True) -> None:
+        """A call of ours is over; it is to be told, unless it cannot be known there."""
+        with self._lock:
+            self._open.pop(settlement.number, None)
+            if is_new:
+                self._ending[settlement.key] = settlement
+
+    def settle(self, claim: Reservation, microdollars: int,
+               row: Optional[Mapping[str, object]] = None) -> None:
+        """As Accounts.settle. Where the engine is away the settlement is kept until it is back."""
+        with self._lock:
+            record = self._open.get(claim.number, "")
+        settlement = Settlement(self._process, claim.number, record, microdollars) \
+            if row is None else _row_settlement(row, self._process, claim.number, record)
+        self._end(settlement)
+        if self.fault is None:
+            with contextlib.suppress(EngineFailed):
+                self._tell(settlement)
+
+    def _tell(self, settlement: Settlement) -> None:
+        """Tell the engine of the end of a call. Raises EngineFailed."""
+        with replied():
+            outcome, told = self._run(
+                "settle", settlement.process, settlement.number, settlement.record,
+                settlement.microdollars, settlement.label, *settlement.counts)[0]
+            if outcome not in (b"settled", b"corrected", b"known", b"old"):
+                raise ValueError(NOT_A_REPLY)
+            if told:
+                self._learn(settlement.record.split("|")[2:], told)
+        if outcome in (b"old", b"corrected"):
+            log.warning("a late settlement " + ("corrects what was charged" if outcome != b"old"
+                                                else "is not charged: its bound stands"),
+                        extra={"fields": {"cage": self.cage, "process": settlement.process,
+                                          "usd": format_usd(settlement.microdollars)[1:]}})
+        now_s = time.monotonic()
+        with self._lock:
+            self._ending.pop(settlement.key, None)
+            self._ended.append((now_s, settlement))
+            while self._ended[0][0] < now_s - self._hold_s:
+                self._ended.popleft()
+        if settlement.row_id is not None:
+            self._ledger.confirm(settlement.row_id)
+
+    @property
+    def _hold_s(self) -> float:
+        """How long nobody is admitted after a restart: a heartbeat, and the time to be heard."""
+        return HEARTBEAT_S + 2 * ENGINE_DEADLINE_S
+
+    def add_spend(self, microdollars: int) -> None:
+        """Charge the proxy's scope an amount that nothing was reserved for."""
+        self._tell(Settlement(self._process, next(self._numbers),
+                              f"0|{int(time.time())}|{PROXY_SCOPE}", microdollars))
+
+    def budgets(self, scopes: Sequence[str]) -> list[Budget]:
+        """What scopes hold, all at one instant. Raises EngineFailed."""
+        if self._is_closed:
+            return self.known(scopes)
+        found: list[Budget] = []
+        for at in range(0, len(scopes), SCOPES_AT_ONCE):
+            some = scopes[at:at + SCOPES_AT_ONCE]
+            with replied():
+                found += self._learn(some, self._run("budgets", *some)[0])
+        return found
+
+    def known(self, scopes: Sequence[str]) -> list[Budget]:
+        """What was seen of scopes last, without asking."""
+        with self._lock:
+            return [self._known[scope] for scope in scopes]
+
+    def set_budget(self, limit_microdollars: Optional[int]) -> None:
+        """Set the limit of the cage, for all."""
+        self.set_limits({"limit": limit_microdollars})
+
+    def set_limits(self, changes: Mapping[str, object]) -> None:
+        """As Accounts.set_limits, for all processes."""
+        words = [word for name, amount in changes.items() for word in (
+            name, _PUT_WORDS.get(amount) or _limit_word(amount))]
+        with replied():
+            is_set, *told = self._run("limits", PROXY_SCOPE, *words)[0]
+            limits = [int(amount) if amount else None for amount in told] if not is_set else []
+            if is_set:
+                self._learn([PROXY_SCOPE], told)
+        if limits:
+            check_stop(*limits)
+
+    def set_scopes(self, rows: Sequence[Scope]) -> None:
+        """Open scopes, or lower their limits: the lowest that any process named holds.
+
+        Raises Misconfigured for a period that is another in the cage.
+        """
+        for at in range(0, len(rows), SCOPES_AT_ONCE):
+            some = rows[at:at + SCOPES_AT_ONCE]
+            with checking("--shared:"):
+                words = [word for row in some for word in (
+                    row.name, row.period, _limit_word(row.limit), _limit_word(row.stop_at))]
+            with self._usable(), replied():
+                told = self._run("scopes", *words)[0]
+                if isinstance(told, bytes):
+                    name, _, period = told.decode("ascii").partition("|")
+                    raise Misconfigured(f"the token {name} has the period {period} in the cage "
+                                        f"{self.cage}; it must be the same in every process")
+                budgets = self._learn([row.name for row in some], told)
+            for row, budget in zip(some, budgets):
+                self._log_difference(row, budget)
+
+    def _log_difference(self, row: Scope, budget: Budget) -> None:
+        shown = {"scope": row.name, "cage": self.cage, **{
+            f"{what}_usd": "none" if amount is None else format_usd(amount)[1:]
+            for what, amount in (("own", row.limit), ("cage_limit", budget.limit))}}
+        if row.limit is not None and row.limit != budget.limit:
+            log.warning("the cage has another limit, which holds", extra={"fields": shown})
+        if budget.limit is not None and budget.spent + budget.reserved > budget.limit:
+            log.warning("the limit is below what is spent and reserved", extra={"fields": shown})
+
+    # Heartbeats.
+
+    def _keep_up(self) -> None:
+        """Send heartbeats, and what could not be said at once, until the end."""
+        beat_s = 0.0
+        while not self._is_stopping:
+            now_s = time.monotonic()
+            with contextlib.suppress(EngineFailed):
+                if self.fault is not None or self._ending:
+                    self._catch_up()
+                if self.fault is not None or now_s >= beat_s:
+                    beat_s = now_s + HEARTBEAT_S
+                    self._beat()
+            is_behind = self.fault is not None or self._ending
+            self._wakes.wait(min(HEARTBEAT_S, CATCH_UP_S) if is_behind
+                             else max(0.0, beat_s - time.monotonic()))
+            self._wakes.clear()
+
+    def _catch_up(self) -> None:
+        """Enter what a restarted engine may have forgotten, and tell what it was not told."""
+        self.engine.ask(["PING"])
+        if self.engine.run_id != self._run_id:
+            self._enter_again()
+        with self._lock:
+            ending = [*self._ending.values()]
+        for settlement in ending:
+            self._tell(settlement)
+
+    def _enter_again(self) -> None:
+        """Acknowledge the engine's run_id, once it knows again all that we know."""
+        self.engine.ask(["PING"])
+        self._watch.forget()
+        run_id, self._run_id = self._run_id, self.engine.run_id
+        self._is_entering = True
+        try:
+            self._run("restarted", self._hold_s)
+            with self._lock:
+                records = [(number, record) for number, record in self._open.items() if record]
+                settlements = [settlement for _, settlement in self._ended]
+            self._enter(records)
+            for settlement in settlements:
+                self._tell(settlement)
+        except EngineFailed:
+            self._run_id = run_id
+            raise
+        finally:
+            self._is_entering = False
+
+    def _enter(self, records: Sequence[tuple[int, str]]) -> None:
+        for at in range(0, len(records), CALLS_AT_ONCE):
+            self._run("enter", self._process, *(
+                word for pair in records[at:at + CALLS_AT_ONCE] for word in pair))
+
+    def _beat(self) -> None:
+        """Say that we live, compare our open calls with the engine's, and look for the dead."""
+        with replied():
+            beats, numbers, told = self._run("beat", self._process, PROXY_SCOPE)[0]
+            self._learn([PROXY_SCOPE], told)
+            there = {*map(int, numbers)}
+            words = iter([word.decode("ascii") for word in beats])
+        with self._lock:
+            ours = dict(self._open)
+            ending = {number for process, number in self._ending if process == self._process}
+        self._enter([(number, record) for number, record in ours.items()
+                     if record and number not in there])
+        strange = sorted(there - ours.keys() - ending)
+        for at in range(0, len(strange), CALLS_AT_ONCE):
+            self._run("charge", self._process, "", 0, *strange[at:at + CALLS_AT_ONCE])
+        for process, beat in self._watch.dead(dict(zip(words, words)), time.monotonic()).items():
+            if process != self._process:
+                self._charge_dead(process, beat)
+
+    def _charge_dead(self, process: str, beat: str) -> None:
+        log.warning("a process of the cage is gone; its open calls are charged at their bounds",
+                    extra={"fields": {"cage": self.cage, "process": process}})
+        while self._run("charge", process, beat, CALLS_AT_ONCE)[0] not in (0, None):
+            pass
+
+    def as_json(self) -> dict:
+        """What /ironcage/status says of it."""
+        with self._lock:
+            return {"engine": str(self.engine.address), "cage": self.cage, "fault": self.fault,
+                    "amounts_are": "of the cage", "calls_are": "of this process",
+                    "unconfirmed_settlements": len(self._ending)}
+
+    def close(self) -> None:
+        """Tell what is left to tell, and leave the cage."""
+        self._is_stopping = True
+        self._wakes.set()
+        if self._thread is not None:
+            self._thread.join()
+        with contextlib.suppress(EngineFailed):
+            self._catch_up()
+            if not self._open:
+                self.engine.ask(["HDEL", f"{self._key}:beats", self._process])
+        if self._ending:
+            log.error("settlements are not in the shared budget", extra={"fields": {
+                "cage": self.cage, "settlements": len(self._ending)}})
+        self._is_closed = True
+        self.engine.close()
+
+
+def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[SharedAccounts]:
+    """The shared accounts that the settings name; None: this process keeps its own.
+
+    Raises Misconfigured.
+    """
+    address = settings.shared
+    if address is None:
+        return None
+    if address.is_public:
+        log.warning("the password of the shared budget is in the command line, where every "
+                    "process of this machine can read it; put the URL into IRONCAGE_SHARED")
+    if not address.password:
+        log.warning("the engine of the shared budget has no password: an agent that can reach it "
+                    "can change its budget", extra={"fields": {"engine": str(address)}})
+    return SharedAccounts(Engine(address, turns), settings.cage, ledger, fsync=settings.fsync,
+                          limit=settings.budget_microdollars,
+                          stop_at=settings.stop_at_microdollars)
+
+
+def make_cage(engine: Engine, cage: str) -> bool:
+    """Make a cage, with nothing spent and no limits; whether there was one, which is forgotten.
+
+    Processes that use it take no new calls until they are started again. Raises EngineFailed.
+    """
+    key, cursor = f"{{ironcage:{cage}}}", b"0"
+    there_was = engine.ask(["DEL", key])[0] == 1
+    while True:
+        cursor, keys = engine.ask(["SCAN", cursor, "MATCH", f"{key}:*", "COUNT", 1_000])[0]
+        if keys:
+            engine.ask(["UNLINK", *keys])
+        if cursor == b"0":
+            break
+    engine.ask(["HSET", key, "generation", secrets.token_hex(16), "run_id", engine.run_id,
+                "created", int(time.time())])
+    return there_was
+
+
+def shared_usage(engine: Engine, cage: str, since_s: int) -> dict:
+    """What a whole cage spent since a day, as usage_report() has it of a ledger.
+
+    Raises EngineFailed; Misconfigured where there is none.
+    """
+    key = f"{{ironcage:{cage}}}"
+    created_s = engine.ask(["HGET", key, "created"])[0]
+    if created_s is None:
+        raise Misconfigured(f"there is no cage {cage} at {engine.address}")
+    first, last = max(int(created_s), since_s) // DAY_S, int(time.time()) // DAY_S + 1
+    cells: dict[tuple[str, str, str], Counter] = {}       # (token, model, day) -> counts
+    for day in range(first, last + 1):
+        words = iter(engine.ask(["HGETALL", f"{key}:day:{day}"])[0])
+        shown = datetime.datetime.fromtimestamp(day * DAY_S, datetime.timezone.utc).date()
+        for field, amount in zip(words, words):
+            token, _, rest = field.decode("utf-8").partition("|")
+            model, _, what = rest.rpartition("|")
+            cells.setdefault((token, model, str(shown)), Counter())[what] += int(amount)
+    for process in engine.ask(["HKEYS", f"{key}:beats"])[0]:
+        for record in engine.ask(["HVALS", f"{key}:open:{process.decode('ascii')}"])[0]:
+            bound, admitted_s, *scopes = record.decode("ascii").split("|")
+            shown = datetime.datetime.fromtimestamp(int(admitted_s), datetime.timezone.utc).date()
+            token = scopes[-1] if len(scopes) > 1 else UNNAMED_TOKEN
+            cells.setdefault((token, "in flight", str(shown)), Counter()).update(
+                requests=1, unsettled_requests=1, cost_microdollars=int(bound))
+    names = ("requests", *TOKEN_COUNTS, "cost_microdollars", "estimated_requests",
+             "unsettled_requests")
+    report: dict = {}
+    for number, group in enumerate(("token", "model", "day")):
+        sums: dict[str, Counter] = {}
+        for cell, counts in cells.items():
+            sums.setdefault(cell[number], Counter()).update(counts)
+        report[f"by_{group}"] = [{group: name, **{what: counts[what] for what in names}}
+                                 for name, counts in sorted(sums.items())]
+    total = sum(cells.values(), Counter())
+    return {**report, "total": {what: total[what] for what in names}}
+
+
+# ==== 25. Router ================================================================================
 #
 # The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
 # record meet here only. Whatever happens to a call, it settles once, in _settle().
@@ -11517,6 +12646,8 @@ class Settings(NamedTuple):
     wait_s: int = 30                                   # in line for what calls in flight hold
     no_fit: bool = False                               # never lower a client's output cap
     strict: bool = False                               # refuse what a translation would lose
+    shared: Optional[EngineAddress] = None             # where many processes keep one budget
+    cage: str = "default"                              # under this name
     server_url: Optional[str] = None                   # of an Iron Cage server
     server_token: Optional[str] = None                 # there; None: `token`
     cache_ttl_s: int = 300                             # how long its key is kept
@@ -11614,7 +12745,8 @@ class Router:
         self.config, self.providers = Config(), {}
         self.controller = CostController(
             settings.budget_microdollars, stop_at=settings.stop_at_microdollars,
-            spent_microdollars=ledger.spent(None, 0))
+            spent_microdollars=ledger.spent(None, 0),
+            accounts=accounts_for(settings, ledger, self.turns))
         self.totals = Totals()
         self.thinking = ThinkingMemory()
         self.counts = KnownCounts()
@@ -11957,7 +13089,7 @@ class Router:
             if call.reservation.decided is not None:
                 self._check_who_waited(call.request.caller, client)
             row = call.intent_row()
-            self.ledger.intent(row)
+            self.ledger.intent(row, call.reservation.shared)
             call.row = row
             if call.provider.format == "echo":
                 response: Union[EchoResponse, UpstreamResponse] = EchoResponse(
@@ -12376,9 +13508,9 @@ class Router:
             call.charge = call.charge or Charge(reserved_in_full(call), "a fault of the proxy")
             row = call.row or call.intent_row()
             complete_row(row, call, call.charge, elapsed_ns)
-            self.controller.commit(call.reservation, call.charge.microdollars, row)
-            if call.row is not None:
+            if call.row is not None:               # first: a restart can tell others of it
                 self.ledger.settle(row)
+            self.controller.commit(call.reservation, call.charge.microdollars, call.row)
             self._record(call, row)
         for count in counts_of(call, int(time.time())):
             self.counts.learn(count)
@@ -12454,7 +13586,7 @@ class Router:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
-# ==== 25. Dashboard =============================================================================
+# ==== 26. Dashboard =============================================================================
 #
 # One page without data and without an outside resource; it asks for a token, keeps it in the tab,
 # and shows what the status and usage routes tell. Text goes in as text only.
@@ -12511,7 +13643,9 @@ const show = (status, usage) => {
   document.body.classList.toggle('over', limit !== null && spent >= limit);
   at('amounts').textContent = usd(spent) + ' spent, ' + usd(held) + ' reserved, ' + (
     limit === null ? 'no limit' : usd(status.available_microdollars) + ' free of ' + usd(limit));
-  at('facts').textContent = status.requests + ' calls, ' + status.failed_requests + ' failed, '
+  at('facts').textContent = (status.shared ? 'of the cage ' + status.shared.cage
+    + '; of this process ' : '')
+    + status.requests + ' calls, ' + status.failed_requests + ' failed, '
     + status.refused_requests + ' refused for want of budget, up ' + status.uptime_s + ' s';
   fill('models', ['model', ...counts], groups(status.by_model));
   fill('tokens', ['token', ...counts], groups(status.by_token));
@@ -12593,7 +13727,7 @@ def dashboard_answer() -> Answer:
     return Answer(200, headers, body.encode("utf-8"))
 
 
-# ==== 26. Server ================================================================================
+# ==== 27. Server ================================================================================
 #
 # The client's side: reads requests strictly and within limits, says who may do what, hands them
 # to the Router and writes what it answers. A handler knows no provider and no price.
@@ -13008,6 +14142,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._thread.start()
         if self.router.server is not None:
             self.router.server.start()
+        self.router.controller.accounts.start(self.fail)
         self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def fail(self, thread: str) -> None:
@@ -13047,6 +14182,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._end_connections(CUT_JOIN_S, {IDLE, READING, LEAVING, SERVING})
         if self.router.server is not None:
             self.router.server.stop()
+        self.router.controller.accounts.close()
         self.ledger.close()
         counts = self.router.totals.snapshot()
         self.router.emit(RouterStopped(
@@ -13292,11 +14428,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
         in_flight = self._count(lambda place: place.does in (READING, SERVING))
         told = {} if self.router.server is None else self.router.server.as_json()
+        shared = self.router.controller.accounts.as_json()
         return metrics_text(
-            self.router.totals, [self.router.controller.budget(scope) for scope in scopes],
+            self.router.totals, self.router.controller.budgets(scopes),
             {"ironcage_in_flight": in_flight,
              "ironcage_bound_exceeded": self.router.controller.bound_exceeded(),
              "ironcage_uptime_seconds": int(time.monotonic() - self.started_s),
+             **({} if shared is None else {
+                 "ironcage_shared_unconfirmed": shared["unconfirmed_settlements"],
+                 "ironcage_shared_usable": int(shared["fault"] is None)}),
              **{f"ironcage_server_{name}": count for name, count in told.items()
                 if name.startswith("events_")}})
 
@@ -13306,13 +14446,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         A token of --config sees its own part.
         """
         counts = self.router.totals.snapshot(next(iter(request.caller.scopes), None))
-        for caller in self.callers.values():
-            if caller.scopes and request.caller.scopes in ((), caller.scopes):
-                amounts = self.router.controller.budget(caller.name).as_json()
-                counts["by_token"][caller.name] = {
-                    **counts["by_token"].get(caller.name, {}), **amounts}
+        shared = self.router.controller.accounts.as_json()
+        names = [caller.name for caller in self.callers.values()
+                 if caller.scopes and request.caller.scopes in ((), caller.scopes)]
+        for budget in self.router.controller.budgets(names):
+            counts["by_token"][budget.scope] = {
+                **counts["by_token"].get(budget.scope, {}), **budget.as_json()}
         return {**self.get_budget(request), **counts,
                 **({"server": self.router.server.as_json()} if self.router.server else {}),
+                **({"shared": shared} if shared is not None else {}),
                 "bound_exceeded": self.router.controller.bound_exceeded(),
                 "hatches": {key[1]: count for key, count in self.router.totals.observed().items()
                             if key[0] == "hatch"},
@@ -13460,7 +14602,7 @@ def load_prices(settings: Settings) -> PriceBook:
     return read_prices(path)
 
 
-# ==== 27. Settings and command line =============================================================
+# ==== 28. Settings and command line =============================================================
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
@@ -13507,10 +14649,15 @@ SETTINGS = (
     Setting("--stop-at", "stop_at_microdollars", "begin no call once this much is spent, in USD; "
             "calls in flight may go on up to --budget, which must be more", parse_usd,
             "IRONCAGE_STOP_AT", "USD"),
+    Setting("--shared", "shared", "a Valkey or Redis server in which many processes keep one "
+            "budget: redis://[[user]:password@]host[:port][/db], rediss:// or unix://PATH",
+            parse_engine_url, "IRONCAGE_SHARED", "URL"),
+    Setting("--cage", "cage", "which of the budgets there (default); `cage new` makes one",
+            _parse_id, metavar="NAME"),
     Setting("--ledger", "ledger_path", "SQLite file that keeps what every call cost; without it "
             "a restart forgets", metavar="FILE"),
-    Setting("--fsync", "fsync", "let the ledger survive a loss of power too, at the price of a "
-            "disk flush for each call", None),
+    Setting("--fsync", "fsync", "let the ledger, and a shared budget, survive a loss of power too, "
+            "at the price of a disk flush for each call", None),
     Setting("--no-wait-for-ledger", "no_wait_for_ledger", "end at once where another proxy has the "
             "ledger, rather than wait 30 seconds for it", None),
     Setting("--config", "config_path", "JSON file with tokens, providers and model aliases",
@@ -13603,7 +14750,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
     if command not in COMMANDS:
         raise Misconfigured(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-    if rest and command not in ("tokens", "check"):
+    if rest and command not in ("tokens", "check", "cage"):
         raise Misconfigured(f"{command} takes no further words ({rest[0]!r})")
     return {**given, "command": command, "words": rest, "wrapped": wrapped}
 
@@ -13645,6 +14792,10 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
     if "token" in values and values["token"] == values.get("admin_token"):
         raise Misconfigured("--admin-token must differ from --token")
+    if given["shared"] is not None and values["shared"].password:
+        values["shared"] = values["shared"]._replace(is_public=True)
+    if "server_url" in values and "shared" in values:
+        raise Misconfigured("--server-url and --shared are two places for one budget; use one")
     if "server_url" in values and not {"token", "server_token"} & values.keys():
         raise Misconfigured("--server-url needs --server-token: what to authenticate with there")
     generated = {} if "token" in values else {
@@ -13730,7 +14881,8 @@ def banner(server: ProxyServer) -> str:
              if provider.key is not None]
     budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
         budget_text(settings) + (
-            " (kept in memory: a restart forgets spend)" if settings.ledger_path is None else
+            " (kept in memory: a restart forgets spend)"
+            if settings.ledger_path is None and settings.shared is None else
             f", of which {format_usd(server.router.controller.total_spent())} are spent")
     lines = [
         f"ironcage_proxy {__version__} is listening on {server.url}",
@@ -13748,6 +14900,12 @@ def banner(server: ProxyServer) -> str:
         if settings.server_token is None:
             lines.append("  warning: agents hold the token of the Iron Cage server; give the "
                          "proxy its own with --server-token")
+    shared = server.router.controller.accounts
+    if shared.is_shared:
+        limit, spent = shared.known([PROXY_SCOPE])[0][1:3]
+        lines.append(f"  shared budget:      the cage {shared.cage} at {shared.engine.address}: "
+                     f"{'no limit' if limit is None else format_usd(limit)}, "
+                     f"{format_usd(spent)} spent by all; a crash there forgets {shared.durability}")
     if isinstance(server.ledger, SqliteLedger):
         cut_off = f" ({server.ledger.recovered} calls were cut off by the last exit and are " \
             "charged at their bounds)" if server.ledger.recovered else ""
@@ -13818,7 +14976,8 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
                       command: str) -> dict[str, str]:
     """Return what a wrapped command gets: the proxy's address and token, no key that we hold."""
     settings = server.settings
-    held = [secret for secret in (settings.admin_token, settings.server_token, *(
+    password = settings.shared.password if settings.shared is not None else None
+    held = [secret for secret in (settings.admin_token, settings.server_token, password, *(
         provider.key for provider in server.router.providers.values())) if secret]
     hidden = {row.env for row in SETTINGS if row.env} | {
         row.key_env for row in KNOWN_PROVIDERS.values() if not row.is_named_only} | {
@@ -13837,11 +14996,15 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
 def bill(server: ProxyServer) -> str:
     """What a wrapped command used and cost, in a few lines."""
     counts, budget = server.router.totals.snapshot(), server.router.controller.budget()
-    total = {**counts, **counts["tokens"], "cost_microdollars": budget.spent}
+    shared = server.router.controller.accounts.as_json()
+    cost = budget.spent if shared is None else sum(
+        cell["cost_microdollars"] for cell in counts["by_model"].values())
+    total = {**counts, **counts["tokens"], "cost_microdollars": cost}
     limit = "no limit" if budget.limit is None else f"of {format_usd(budget.limit)}"
     refused = counts["refused_requests"]
     return spend_table("ironcage", "calls", [*counts["by_model"].items(), ("total", total)]) \
         + f"\nspent {format_usd(budget.spent)}, {limit}" \
+        + (f", by all of the cage {shared['cage']}" if shared is not None else "") \
         + (f"; refused for want of budget: {refused}" if refused else "")
 
 
@@ -13881,7 +15044,7 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
 
     A proxy that serves already is left alone: its port and its ledger's lock are not taken.
     """
-    trial = settings._replace(ledger_path=None)
+    trial = settings._replace(ledger_path=None, shared=None)
     is_served = _is_served(settings)
     server = ProxyServer(trial._replace(port=0) if is_served else trial)
     try:
@@ -13905,6 +15068,10 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
             print(f"model     {server.router.resolution(name)}")
         if settings.ledger_path is not None:
             print(f"ledger    {_ledger_state(settings.ledger_path)}")
+        if settings.shared is not None:
+            total = _cage_usage(settings, 0)["total"]
+            print(f"shared    the cage {settings.cage} at {settings.shared}: "
+                  f"{total['requests']} calls, {format_usd(total['cost_microdollars'])}")
     finally:
         server.server_close()
     return 0
@@ -13963,7 +15130,9 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
     """Print what was spent, by model, token and day."""
     with checking("--since:"):
         since_s = parse_time(given["since"]) if given["since"] is not None else 0
-    report = usage_report(_ledger_path(settings), since_s)
+    is_shared = settings.shared is not None and (given["shared"] or not given["ledger_path"])
+    report = _cage_usage(settings, since_s) if is_shared \
+        else usage_report(_ledger_path(settings), since_s)
     if given["json"]:
         print(json.dumps(report, indent=2))
         return 0
@@ -13972,6 +15141,41 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
         print(spend_table(group, "requests", rows) + "\n")
     print(f"{report['total']['estimated_requests']} of the costs are estimates, "
           f"{report['total']['unsettled_requests']} calls are in flight or were cut off")
+    return 0
+
+
+def _cage_usage(settings: Settings, since_s: int) -> dict:
+    """What the whole cage spent. Raises Misconfigured."""
+    with _engine(settings) as engine:
+        return shared_usage(engine, settings.cage, since_s)
+
+
+@contextlib.contextmanager
+def _engine(settings: Settings) -> Iterator[Engine]:
+    """The engine of a shared budget, for a command. Raises Misconfigured."""
+    if settings.shared is None:
+        raise Misconfigured("say where the shared budget is, with --shared URL or IRONCAGE_SHARED")
+    engine = Engine(settings.shared, Turns())
+    try:
+        yield engine
+    except EngineFailed as err:
+        raise Misconfigured(f"the shared budget at {engine.address} cannot be used: "
+                            f"{err.reason}") from err
+    finally:
+        engine.close()
+
+
+def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
+    """`cage new NAME`: make a cage in the engine of --shared, or begin it anew."""
+    action, name, *more = [*given["words"], "", ""]
+    if action != "new" or not name or any(more):
+        raise Misconfigured("cage takes: new NAME")
+    with checking("the cage's name:"):
+        _parse_id(name)
+    with _engine(settings) as engine:
+        there_was = make_cage(engine, name)
+    print(f"the cage {name} at {settings.shared} is new" + (
+        "; what it knew is forgotten, and its proxies must be started again" if there_was else ""))
     return 0
 
 
@@ -14277,7 +15481,8 @@ COMMANDS = MappingProxyType({
     "serve": (run_serve, "serve (the default)"),
     "check": (run_check, "[MODEL ...]: say what is configured, and where a model would go and at "
               "which price, without serving"),
-    "usage": (run_usage, "what was spent, by model, token and day, from --ledger"),
+    "usage": (run_usage, "what was spent, by model, token and day, from --ledger or --shared"),
+    "cage": (run_cage, "new NAME: make a budget in the engine of --shared, or begin it anew"),
     "audit": (run_audit, "recompute every row of --ledger"),
     "tokens": (run_tokens, "list | add NAME [field=value ...] | revoke NAME, in --config"),
     "selftest": (run_selftest, "try every guarantee against a fake provider inside the process"),
@@ -14308,7 +15513,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-# ==== 28. Embedding =============================================================================
+# ==== 29. Embedding =============================================================================
 #
 # The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
 # did; inside they are microdollars.
@@ -14321,12 +15526,14 @@ class LlmRouter:
     Anthropic if it starts with "sk-ant-", else to OpenAI; without one, keys come from the Iron
     Cage server at `server_url`, where `api_key` (or `server_token`) is the credential, or else
     from the environment. `budget` and `stop_at` are in USD (str, Decimal, int, or float by its
-    repr); `ledger` is a path; `on_event` gets each event. Raises Misconfigured.
+    repr); `ledger` is a path; `shared` and `cage` are as --shared and --cage;
+    `on_event` gets each event. Raises Misconfigured.
     """
 
     def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
                  cache_ttl_seconds: int = 300, budget: object = None,
                  provider_key: Optional[str] = None, *, stop_at: object = None,
+                 shared: Optional[str] = None, cage: str = "default",
                  ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
                  environ: Optional[Mapping[str, str]] = None, **more: object) -> None:
@@ -14345,6 +15552,9 @@ class LlmRouter:
             with checking("server_url:"):
                 more = {"server_url": parse_base_url(server_url),
                         "cache_ttl_s": cache_ttl_seconds, **more}
+        with checking("shared:"):
+            more = {"cage": _parse_id(cage), **more,
+                    **({} if shared is None else {"shared": parse_engine_url(shared)})}
         settings = settings_from(["--port", "0", *amounts], environ)
         self._server = ProxyServer(settings._replace(
             token=api_key or settings.token,

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # translation_checker
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engines import RealEngine  # noqa: E402
 from support import MockProvider, program, start_proxy  # noqa: E402
 
 program().STOP_POLL_S = 0.005            # thousands of proxies are stopped: 0.05 s would add up
@@ -55,3 +56,11 @@ def proxy_for(mock):
 def proxy(proxy_for):
     """A proxy with a comfortable budget of ten dollars."""
     return proxy_for("--budget", "10.00")
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """An engine of shared budgets, which all tests of a run share; each makes its own cage."""
+    started = RealEngine(tmp_path_factory.mktemp("engine"))
+    yield started
+    started.stop()

@@ -412,23 +412,68 @@ def check_line(controller, model, line):
         blocked |= lacking
 
 
+class InThisProcess:
+    """Accounts that begin, after a crash, with what the ledger says."""
+
+    def __init__(self):
+        self.clock, self.ledger = Clock(), ic.MemoryLedger()
+
+    def started(self, limits):
+        controller = ic.CostController(limits["proxy"], clock=self.clock,
+                                       spent_microdollars=self.ledger.spent(None, 0))
+        for scope in ("a", "b"):
+            controller.set_scope(scope, limits[scope], "total",
+                                 lambda since_s, scope=scope: self.ledger.spent(scope, since_s))
+        return controller
+
+    def limit(self, before, limit):
+        return limit
+
+
+class InAnEngine:
+    """Accounts in a real engine, in which another process charges what a crashed one left."""
+
+    def __init__(self, engine):
+        self.url, self.cage = ic.parse_engine_url(engine.url), engine.cage()
+        self.engine, self.accounts = engine, None
+        self.ledger = ic.MemoryLedger()
+
+    def started(self, limits):
+        dead, self.accounts = self.accounts, ic.SharedAccounts(
+            ic.Engine(self.url, ic.Turns(), 10), self.cage, self.ledger, limit=limits["proxy"])
+        if dead is not None:
+            key = "{ironcage:%s}:beats" % self.cage
+            beat = self.engine.ask("HGET", key, dead._process).decode()
+            self.accounts._charge_dead(dead._process, beat)
+            assert self.engine.ask("HGET", key, dead._process) is None
+            dead.engine.close()
+        controller = ic.CostController(accounts=self.accounts)
+        for scope in ("a", "b"):
+            controller.set_scope(scope, limits[scope], "total", lambda since_s: 0)
+        return controller
+
+    def limit(self, before, limit):
+        """The lowest that was ever configured holds."""
+        return min((amount for amount in (before, limit) if amount is not None), default=None)
+
+
 @pytest.mark.parametrize("seed", range(300))
 def test_any_schedule_keeps_every_scope_within_its_limit(seed):
+    any_schedule(seed, InThisProcess())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_schedule_keeps_every_scope_of_a_shared_budget_within_its_limit(seed, engine):
+    any_schedule(seed, InAnEngine(engine))
+
+
+def any_schedule(seed, place):
     """Thousands of steps of ask, expire, leave, commit, lower and raise, crash and restart."""
     rng = Random(seed)
     limits = {scope: rng.choice([None, 0, 900, 5_000, 40_000, 40_000]) for scope in SCOPES}
-    clock, ledger, model = Clock(), ic.MemoryLedger(), Model(limits)
+    model = Model(limits)
     line, rows = [], {}
-
-    def started():
-        controller = ic.CostController(model.limits["proxy"], clock=clock,
-                                       spent_microdollars=ledger.spent(None, 0))
-        for scope in ("a", "b"):
-            controller.set_scope(scope, model.limits[scope], "total",
-                                 lambda since_s, scope=scope: ledger.spent(scope, since_s))
-        return controller
-
-    controller = started()
+    controller = place.started(model.limits)
     for _ in range(60):
         step = rng.choice(["ask"] * 5 + ["commit"] * 4 + ["expire", "leave", "limit", "crash"])
         before = {scope: model.free(scope) for scope in SCOPES}
@@ -446,25 +491,27 @@ def test_any_schedule_keeps_every_scope_within_its_limit(seed):
             actual = rng.choice([0, claim.microdollars, rng.randrange(claim.microdollars + 1)])
             controller.commit(claim, actual)
             model.charges.append((scopes, actual))
-            ledger.settle({**row, "cost_microdollars": actual})
+            place.ledger.settle({**row, "cost_microdollars": actual})
         elif step in ("expire", "leave") and line:
             number = rng.randrange(len(line))
             claim, _ = line.pop(number) if step == "leave" else line[number]
             getattr(controller, step)(claim)
         elif step == "limit":
             scope = rng.choice(SCOPES)
-            model.limits[scope] = rng.choice([None, 0, 2_000, 50_000])
+            limit = rng.choice([None, 0, 2_000, 50_000])
             if scope == "proxy":
-                controller.set_budget(model.limits[scope])
+                model.limits[scope] = limit
+                controller.set_budget(limit)
             else:
-                controller.set_scope(scope, model.limits[scope], "total", lambda since_s: 0)
+                model.limits[scope] = place.limit(model.limits[scope], limit)
+                controller.set_scope(scope, limit, "total", lambda since_s: 0)
         elif step == "crash":
             # What was in flight is charged at its bound; who waited was never sent.
             model.charges += [(scopes, claim.microdollars)
                               for claim, scopes in model.open.items()]
             model.open.clear()
             line.clear()
-            controller = started()
+            controller = place.started(model.limits)
 
         for claim, scopes in line[:]:
             if claim.is_waiting:
@@ -475,7 +522,7 @@ def test_any_schedule_keeps_every_scope_within_its_limit(seed):
                 model.open[claim] = scopes
                 rows[claim] = {"token": scopes[-1], "admitted_s": claim.admitted_s,
                                "bound_microdollars": claim.microdollars}
-                ledger.intent(rows[claim])
+                place.ledger.intent(rows[claim])
         for scope in SCOPES:
             assert (model.limits[scope], model.spent(scope), model.reserved(scope)) \
                 == controller.budget(scope)[1:4]
