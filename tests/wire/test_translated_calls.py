@@ -305,6 +305,41 @@ def test_a_messages_client_thinks_beside_tools_on_models_whose_chat_refuses_that
     assert answer.header("x-ironcage-adjusted") is None
 
 
+RESPONSES = "/v1/responses"
+ASKED = {CHAT: {"messages": USER}, MESSAGES: {"messages": USER, "max_tokens": 50},
+         RESPONSES: {"input": "hi"}}
+
+
+@pytest.mark.parametrize("path, model, flags, called", [
+    (CHAT, "gpt-6.1-sol", (), CHAT), (RESPONSES, "gpt-4o-mini", (), RESPONSES),
+    (MESSAGES, "gpt-4o-mini", (), CHAT), (MESSAGES, "gpt-5.5", (), RESPONSES),
+    (MESSAGES, "o3", (), RESPONSES), (MESSAGES, "gpt-5.5", ("--openai-chat-only",), CHAT),
+    (RESPONSES, "gpt-5.5", ("--openai-chat-only",), CHAT),
+    (CHAT, "claude-haiku-4-5", (), MESSAGES), (RESPONSES, "claude-haiku-4-5", (), MESSAGES),
+    # Price rows say of these that they are called in Responses only.
+    (CHAT, "gpt-5-pro", (), RESPONSES), (MESSAGES, "gpt-5-pro", (), RESPONSES)])
+def test_a_model_is_called_in_an_api_that_its_provider_has_for_it(
+        mock, proxy_for, path, model, flags, called):
+    proxy = proxy_for("--budget", "100", *flags)
+
+    answer = call(proxy.port, "POST", path, {**ASKED[path], "model": model})
+
+    assert (200, [called]) == (answer.status, [request.path for request in mock.seen])
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] > 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_gateway_without_responses_is_told_by_its_404_what_to_set(mock, proxy, streams):
+    mock.script(openai_error(404, "no such route"))
+
+    answer = call(proxy.port, "POST", MESSAGES, {
+        **ASKED[MESSAGES], "model": "gpt-5.5", "stream": streams})
+
+    assert (404, "not_found_error") == (answer.status, answer.json["error"]["type"])
+    assert "--openai-chat-only" in answer.json["error"]["message"]
+    assert 0 == settled_status(proxy)["spent_microdollars"]
+
+
 def test_the_tokens_of_a_model_elsewhere_are_estimated_and_said_so(mock, proxy):
     answer = call(proxy.port, "POST", "/v1/messages/count_tokens?beta=true",
                   {"model": "gpt-4o-mini", "messages": USER})
