@@ -412,7 +412,6 @@ def manners_of(name: str, base_url: str = "") -> Provider:
                         sold_as=(row.name, *row.sold_as))
 
 
-
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 HOP_BY_HOP_HEADERS = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -3633,12 +3632,6 @@ class Terms:
         self.digest = ""                         # of all that the answer's thinking is bound to
 
 
-class Written(NamedTuple):
-    """A request of the provider's API, and what was arranged in it."""
-    request: dict
-    terms: Terms
-
-
 # An answer is a series of events: Began, then parts, then Ended. A part is opened, grows by More,
 # and is closed; then, not before, its text and all else of it are complete. Parts may be open side
 # by side: writers for an API that has one open at a time hold the others back. A whole answer is
@@ -3713,6 +3706,25 @@ def folded(events: Iterable[AnswerEvent]) -> Whole:
         elif kind is Ended:
             ended = event
     return Whole(began, parts, ended)
+
+
+class AnswerWriter:
+    """Writes an answer in a client's API, made for one request. A subclass has a method for each
+    event, and `whole`, which returns an answer at once."""
+
+    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
+        """Yield an answer as the stream's events; a ping is {"type": "ping"}."""
+        steps = {Began: self._began, Opened: self._opened, More: self._more,
+                 Closed: self._closed, Ended: self._ended, Ping: self._ping}
+        for event in events:
+            yield from steps[type(event)](event)
+
+    def failed(self, body: dict) -> Iterable[dict]:
+        """Return what ends a stream after an error, given as the client's API has it."""
+        return [body]
+
+    def _ping(self, event: Ping) -> Iterable[dict]:
+        return [{"type": "ping"}]
 
 
 class Failure(NamedTuple):
@@ -4227,6 +4239,21 @@ def id_stem(own: str) -> str:
 def call_input(call: Part, parse: Callable[[str], object] = json.loads) -> dict:
     """Return the input of a call as an object."""
     return {"input": call.text} if call.is_text else arguments_to_input(call.text, parse)
+
+
+class RequestWriter:
+    """Writes a conversation as a request of a provider's API, once. A subclass has `request`,
+    which returns it, and `_tool`, which returns a tool, or None where that has no place there."""
+    most_name_chars = 64
+
+    def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
+        self._asked, self._target, self._losses = conversation, target, losses
+        self._names = ToolNames(self.most_name_chars)
+        self.terms = Terms(self._names)
+        self.terms.stops, self.terms.calls_in_order = conversation.stops, target.is_openai
+
+    def _written_tools(self) -> list[dict]:
+        return [row for row in map(self._tool, self._asked.tools) if row is not None]
 
 
 def lowered_cap(asked: Conversation, target: Target, losses: Losses) -> Optional[int]:
@@ -4828,30 +4855,35 @@ CHAT_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cac
                         "prompt_cache_options"})
 
 
-def write_chat_request(conversation: Conversation, target: Target, losses: Losses) -> Written:
-    """Write a conversation as a chat completions request. Raises BadRequest."""
-    writer = _ChatRequest(conversation, target, losses)
-    return Written(writer.request(), writer.terms)
-
-
-class _ChatRequest:
-    """What is written for a chat server: OpenAI's own, or one that knows less."""
+class _OpenAIRequest(RequestWriter):
+    """What is written for OpenAI or a server in its place, in either of its APIs."""
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
-        self._asked, self._target, self._losses = conversation, target, losses
+        super().__init__(conversation, target, losses)
         self._is_openai = target.is_openai
         self._gpt = gpt_of(conversation.model) if target.is_openai else Gpt()
-        self._names = ToolNames(64)
-        self.terms = Terms(self._names)
-        self.terms.calls_in_order = target.is_openai
-        self.terms.stops = conversation.stops
+
+    def _all_tools(self) -> list[dict]:
+        """Return the tools; a request that has only another vendor's own is refused."""
+        tools = self._written_tools()
+        if self._asked.tools and not tools:
+            raise BadRequest("the tools are all of one provider's own, which this model's "
+                             "provider does not have", param="tools")
+        return tools
+
+
+class _ChatRequest(_OpenAIRequest):
+    """Writes chat completions requests: for OpenAI, or a server that knows less."""
+
+    def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
+        super().__init__(conversation, target, losses)
         self._called: dict[str, str] = {}          # id of a call in the history -> its name
 
     def request(self) -> dict:
         """Return the request."""
         asked, losses = self._asked, self._losses
         request: dict = {"model": asked.model}
-        tools = self._tools()
+        tools = self._all_tools()
         request["messages"] = self._messages()
         cap = lowered_cap(asked, self._target, losses)
         if cap is not None:
@@ -4896,14 +4928,6 @@ class _ChatRequest:
         content = [{"type": "text", "text": text} for text in texts] \
             if len(texts) > 1 and self._is_openai else "\n\n".join(texts)
         return {"role": role, "content": content}
-
-    def _tools(self) -> list[dict]:
-        """Return the functions; a request that has only tools of another vendor is refused."""
-        tools = [self._tool(tool) for tool in self._asked.tools]
-        if tools and not any(tools):
-            raise BadRequest("the tools are all of one provider's own, which this model's "
-                             "provider does not have", param="tools")
-        return [tool for tool in tools if tool is not None]
 
     def _tool(self, tool: Tool) -> Optional[dict]:
         if tool.kind not in ("function", "text"):
@@ -5357,7 +5381,7 @@ def _reasoning_of(said: Mapping[str, object]) -> str:
     return "".join(str(row.get("text") or row.get("summary") or "") for row in rows)
 
 
-class ChatWriter:
+class ChatWriter(AnswerWriter):
     """Writes an answer as a chat completion, whole or as chunks; [DONE] is the Router's."""
 
     def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
@@ -5407,15 +5431,6 @@ class ChatWriter:
         return "function_call" if ended.reason == "calls" and self._is_legacy \
             else FINISH_REASONS[ended.reason]
 
-    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
-        """Yield an answer as chat.completion.chunk dicts and pings."""
-        for event in events:
-            yield from _CHUNK_WRITERS[type(event)](self, event)
-
-    def failed(self, body: dict) -> Iterable[dict]:
-        """Return what ends a stream after an error."""
-        return [body]
-
     def _chunk(self, delta: dict, finish_reason: Optional[str] = None) -> dict:
         body = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
                                            "finish_reason": finish_reason}]}
@@ -5423,13 +5438,13 @@ class ChatWriter:
             body["usage"] = None
         return body
 
-    def _begin(self, event: Began) -> Iterable[dict]:
+    def _began(self, event: Began) -> Iterable[dict]:
         self._base = {"id": "chatcmpl-" + id_stem(event.id), "object": "chat.completion.chunk",
                       "created": self._created_at, "model": event.model,
                       "system_fingerprint": None}
         return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
 
-    def _open(self, event: Opened) -> Iterable[dict]:
+    def _opened(self, event: Opened) -> Iterable[dict]:
         part = event.part
         if part.kind == "text":
             self._starts[part] = self._length
@@ -5440,7 +5455,7 @@ class ChatWriter:
                 "tool_calls": [{"index": self._numbers[part], **call}]})]
         return ()
 
-    def _add(self, event: More) -> Iterable[dict]:
+    def _more(self, event: More) -> Iterable[dict]:
         part, text = event
         if part.kind == "call":
             return [self._chunk(self._arguments(part, text))]
@@ -5455,7 +5470,7 @@ class ChatWriter:
         inner = {"custom": {"input": text}} if part.is_text else {"function": {"arguments": text}}
         return {"tool_calls": [{"index": self._numbers[part], **inner}]}
 
-    def _close(self, event: Closed) -> Iterable[dict]:
+    def _closed(self, event: Closed) -> Iterable[dict]:
         part = event.part
         if part.kind == "thought":
             yield self._chunk({"thinking_blocks": [{"index": part.index, **thinking_block(part)}]})
@@ -5465,22 +5480,16 @@ class ChatWriter:
                 {"index": number, **row} for number, row in enumerate(rows, self._annotations)]})
             self._annotations += len(rows)
 
-    def _end(self, event: Ended) -> Iterable[dict]:
+    def _ended(self, event: Ended) -> Iterable[dict]:
         if event.refusal:
             yield self._chunk({"refusal": event.refusal})
         yield self._chunk({}, self._finish_reason(event))
         if self._wants_usage:
             yield {**self._base, "choices": [], "usage": chat_usage(event.tokens)}
 
-    def _ping(self, event: Ping) -> Iterable[dict]:
-        return [{"type": "ping"}]                    # written as a comment
-
 
 _CHUNK_FIELDS = MappingProxyType({
     "text": "content", "thought": "reasoning_content", "refusal": "refusal"})
-_CHUNK_WRITERS = MappingProxyType({
-    Began: ChatWriter._begin, Opened: ChatWriter._open, More: ChatWriter._add,
-    Closed: ChatWriter._close, Ended: ChatWriter._end, Ping: ChatWriter._ping})
 
 
 def _chat_call(part: Part, text: str) -> dict:
@@ -5834,22 +5843,14 @@ RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result"})
 
 # Requests that are written for Claude.
 
-def write_messages_request(conversation: Conversation, target: Target,
-                           losses: Losses) -> Written:
-    """Write a conversation as a Messages request. Raises BadRequest."""
-    writer = _MessagesRequest(conversation, target, losses)
-    return Written(writer.request(), writer.terms)
 
-
-class _MessagesRequest:
-    """What is written for Claude, by the rules of the model's family."""
+class _MessagesRequest(RequestWriter):
+    """Writes Messages requests for Claude, by the rules of the model's family."""
+    most_name_chars = 128
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
-        self._asked, self._target, self._losses = conversation, target, losses
+        super().__init__(conversation, target, losses)
         self._claude = claude_of(conversation.model)
-        self._names = ToolNames(128)
-        self.terms = Terms(self._names)
-        self.terms.stops = conversation.stops
         self._enforced: Counter = Counter()        # of MOST_ENFORCED
         self._system: list[dict] = []
 
@@ -5861,7 +5862,7 @@ class _MessagesRequest:
         default = most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS)
         request: dict = {"model": asked.model,
                          "max_tokens": lowered_cap(asked, target, self._losses) or default}
-        tools = [tool for tool in map(self._tool, asked.tools) if tool is not None]
+        tools = self._written_tools()
         if "thinking" in passed:
             request["thinking"] = passed.pop("thinking")
         self._set_thinking(request)
@@ -6374,7 +6375,7 @@ _BLOCK_READERS = MappingProxyType({
     "ping": _BlockReader._ping, "message_stop": _BlockReader._finish})
 
 
-class MessagesWriter:
+class MessagesWriter(AnswerWriter):
     """Writes an answer as a message, whole or as a stream.
 
     In a stream one block is open at a time: a part that begins while another is open is held back
@@ -6395,19 +6396,10 @@ class MessagesWriter:
         return {**empty_message(began), "content": content, **_stop_of(ended),
                 "usage": messages_usage(ended.tokens, ended.tier)}
 
-    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
-        """Yield an answer as Anthropic's events."""
-        for event in events:
-            yield from _MESSAGE_WRITERS[type(event)](self, event)
-
-    def failed(self, body: dict) -> Iterable[dict]:
-        """Return what ends a stream after an error."""
-        return [body]
-
-    def _begin(self, event: Began) -> Iterable[dict]:
+    def _began(self, event: Began) -> Iterable[dict]:
         return [{"type": "message_start", "message": empty_message(event)}, {"type": "ping"}]
 
-    def _begin_part(self, event: Opened) -> Iterable[dict]:
+    def _opened(self, event: Opened) -> Iterable[dict]:
         if self._open is None:
             return self._start(event.part)
         self._held[event.part] = []
@@ -6422,7 +6414,7 @@ class MessagesWriter:
         return [{"type": "content_block_start", "index": self._index,
                  "content_block": {**blank, **own}}]
 
-    def _add(self, event: More) -> Iterable[dict]:
+    def _more(self, event: More) -> Iterable[dict]:
         part, text = event
         if part is not self._open:
             self._held[part].append(text)
@@ -6439,7 +6431,7 @@ class MessagesWriter:
         return {"type": "content_block_delta", "index": self._index,
                 "delta": {"type": f"{_DELTA_KINDS[name]}_delta", name: text}}
 
-    def _end_part(self, event: Closed) -> Iterable[dict]:
+    def _closed(self, event: Closed) -> Iterable[dict]:
         if event.part is not self._open:
             self._over.add(event.part)
             return
@@ -6448,7 +6440,7 @@ class MessagesWriter:
             part = next(iter(self._held))
             yield from self._start(part)
             for text in self._held.pop(part):
-                yield from self._add(More(part, text))
+                yield from self._more(More(part, text))
             if part in self._over:
                 yield from self._stop(part)
 
@@ -6470,12 +6462,9 @@ class MessagesWriter:
         self._index += 1
         return {"type": "content_block_stop", "index": self._index - 1}
 
-    def _end(self, event: Ended) -> Iterable[dict]:
+    def _ended(self, event: Ended) -> Iterable[dict]:
         return [{"type": "message_delta", "delta": _stop_of(event),
                  "usage": messages_usage(event.tokens, event.tier)}, {"type": "message_stop"}]
-
-    def _ping(self, event: Ping) -> Iterable[dict]:
-        return [{"type": "ping"}]
 
 
 OBJECT_START = r'\s*\{\s*["}]'
@@ -6487,9 +6476,6 @@ _BLOCK_DELTAS = MappingProxyType({"text": "text", "refusal": "text", "thought": 
                                   "call": "partial_json"})
 _DELTA_KINDS = MappingProxyType({"text": "text", "thinking": "thinking",
                                  "partial_json": "input_json", "signature": "signature"})
-_MESSAGE_WRITERS = MappingProxyType({
-    Began: MessagesWriter._begin, Opened: MessagesWriter._begin_part, More: MessagesWriter._add,
-    Closed: MessagesWriter._end_part, Ended: MessagesWriter._end, Ping: MessagesWriter._ping})
 
 
 def empty_message(began: Began) -> dict:
@@ -7137,7 +7123,7 @@ class _Showing:
         self.row, self.item, self.where, self.sent = row, item, item.where, 0
 
 
-class ResponsesWriter:
+class ResponsesWriter(AnswerWriter):
     """Writes an answer as a response, whole or as a stream of numbered events.
 
     Texts that follow each other are parts of one message, which is done when another item begins.
@@ -7166,11 +7152,6 @@ class ResponsesWriter:
         *_, last = self.events(itertools.chain((answer.began,), parts, (answer.ended,)))
         return last["response"]
 
-    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
-        """Yield an answer as the events of Responses, and pings."""
-        for event in events:
-            yield from _RESPONSE_WRITERS[type(event)](self, event)
-
     def failed(self, body: dict) -> Iterator[dict]:
         """Yield what ends a stream after an error: as OpenAI does, the error and its response."""
         error = json_object(body.get("error"))
@@ -7184,14 +7165,14 @@ class ResponsesWriter:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **members}
 
-    def _begin(self, event: Began) -> Iterable[dict]:
+    def _began(self, event: Began) -> Iterable[dict]:
         self._stem = id_stem(event.id)[:48]          # ids have at most 64 characters
         self._response.update(id=f"resp_{self._stem}", model=event.model,
                               service_tier=event.tier or "default")
         return [self._event(f"response.{kind}", response={**self._response})
                 for kind in ("created", "in_progress")]
 
-    def _begin_part(self, event: Opened) -> Iterator[dict]:
+    def _opened(self, event: Opened) -> Iterator[dict]:
         part = event.part
         kind = part.kind if part.kind != "call" else part.name \
             if part.name in self._client_tools and not part.namespace \
@@ -7232,7 +7213,7 @@ class ResponsesWriter:
         inside.append({"type": row.type, row.member: "", **row.blank})
         return self._event(f"{row.inside}.added", **showing.where, part={**inside[-1]})
 
-    def _add(self, event: More) -> Iterator[dict]:
+    def _more(self, event: More) -> Iterator[dict]:
         showing = self._open.get(event.part)
         if showing is None or not showing.row.event:
             return
@@ -7242,13 +7223,13 @@ class ResponsesWriter:
         showing.sent += len(event.text)
         yield self._event(f"{row.event}.delta", **showing.where, delta=event.text, **row.notes)
 
-    def _close(self, event: Closed) -> Iterator[dict]:
+    def _closed(self, event: Closed) -> Iterator[dict]:
         part = event.part
         showing = self._open.get(part)
         if showing is None:
             return
         if part.text[showing.sent:]:
-            yield from self._add(More(part, part.text[showing.sent:]))
+            yield from self._more(More(part, part.text[showing.sent:]))
         del self._open[part]
         row, item, where = showing.row, showing.item, showing.where
         if row.event and (row.index in where or not row.inside):
@@ -7295,12 +7276,12 @@ class ResponsesWriter:
         self._output[item.index] = body
         yield self._event("response.output_item.done", output_index=item.index, item=body)
 
-    def _end(self, event: Ended) -> Iterator[dict]:
+    def _ended(self, event: Ended) -> Iterator[dict]:
         why = _INCOMPLETE.get(event.reason)
         status = "incomplete" if why else "completed"
         if event.refusal:
             part = Part("refusal", event.refusal)
-            yield from [*self._begin_part(Opened(part)), *self._close(Closed(part))]
+            yield from [*self._opened(Opened(part)), *self._closed(Closed(part))]
         if self._message is not None:
             yield from self._end_item(self._message, status=status)
         self._response.update(
@@ -7309,15 +7290,6 @@ class ResponsesWriter:
             usage=responses_usage(event.tokens),
             service_tier=event.tier or self._response["service_tier"])
         yield self._event(f"response.{status}", response={**self._response})
-
-    def _ping(self, event: Ping) -> Iterable[dict]:
-        return [{"type": "ping"}]                    # written as a comment
-
-
-_RESPONSE_WRITERS = MappingProxyType({
-    Began: ResponsesWriter._begin, Opened: ResponsesWriter._begin_part,
-    More: ResponsesWriter._add, Closed: ResponsesWriter._close, Ended: ResponsesWriter._end,
-    Ping: ResponsesWriter._ping})
 
 
 def _annotations_of(part: Part) -> list[dict]:
@@ -7331,22 +7303,11 @@ def _annotations_of(part: Part) -> list[dict]:
 # Its requests, written.
 
 
-def write_responses_request(conversation: Conversation, target: Target,
-                            losses: Losses) -> Written:
-    """Write a conversation as a request of Responses: nothing of it is stored, and reasoning comes
-    back sealed. Raises BadRequest."""
-    writer = _ResponsesRequest(conversation, target, losses)
-    return Written(writer.request(), writer.terms)
-
-
-class _ResponsesRequest:
-    """What is written for OpenAI's Responses, or another server's."""
+class _ResponsesRequest(_OpenAIRequest):
+    """Writes requests of Responses: nothing is stored, and reasoning comes back sealed."""
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
-        self._asked, self._target, self._losses = conversation, target, losses
-        self._gpt = gpt_of(conversation.model) if target.is_openai else Gpt()
-        self._names = ToolNames(64)
-        self.terms = Terms(self._names)
+        super().__init__(conversation, target, losses)
         self._text_calls: set[str] = set()         # ids of those whose input is text
 
     def request(self) -> dict:
@@ -7413,10 +7374,7 @@ class _ResponsesRequest:
         """Return the tools, and which is to be called. Raises BadRequest where there were some,
         and none can be carried over."""
         asked, more = self._asked, {}
-        tools = [row for row in map(self._tool, asked.tools) if row is not None]
-        if not tools and asked.tools:
-            raise BadRequest("the tools are all of one provider's own, which this model's provider "
-                             "does not have", param="tools")
+        tools = self._all_tools()
         if not tools:
             return {}
         uses = next((tool.search["max_uses"] for tool in asked.tools if "max_uses" in tool.search),
@@ -7546,7 +7504,7 @@ class Dialect(NamedTuple):
     path: str
     names: Mapping[str, str]                     # words for losses -> fields of the API
     read_request: Callable[[Mapping[str, object]], Conversation]
-    write_request: Callable[[Conversation, Target, Losses], Written]
+    request_writer: Callable[[Conversation, Target, Losses], RequestWriter]
     read_answer: Callable[[Iterable[Mapping[str, object]], Terms], Iterator[AnswerEvent]]
     stream_of: Callable[[Mapping[str, object]], Iterable[Mapping[str, object]]]
     writer: Callable[[Mapping[str, object], int], AnswerWriter]
@@ -7554,15 +7512,14 @@ class Dialect(NamedTuple):
     write_error: Callable[[Failure, str], tuple[int, dict]]
 
 
-AnswerWriter = Union[ChatWriter, MessagesWriter, ResponsesWriter]
 DIALECTS = MappingProxyType({
-    "chat": Dialect("/v1/chat/completions", CHAT_NAMES, read_chat_request, write_chat_request,
+    "chat": Dialect("/v1/chat/completions", CHAT_NAMES, read_chat_request, _ChatRequest,
                     chat_events, chat_stream_of, ChatWriter, openai_failure, openai_error),
     "messages": Dialect("/v1/messages", MESSAGES_NAMES, read_messages_request,
-                        write_messages_request, messages_events, messages_stream_of,
+                        _MessagesRequest, messages_events, messages_stream_of,
                         MessagesWriter, anthropic_failure, anthropic_error),
     "responses": Dialect("/v1/responses", RESPONSES_NAMES, read_responses_request,
-                         write_responses_request, responses_events, responses_stream_of,
+                         _ResponsesRequest, responses_events, responses_stream_of,
                          ResponsesWriter, openai_failure, openai_error),
 })
 
@@ -7604,7 +7561,8 @@ class Translator:
         self._ids_of_history = {part.id for turn in conversation.turns for part in turn.parts
                                 if part.kind == "call"}
         try:
-            self.request, self.terms = self._provider.write_request(conversation, target, losses)
+            writer = self._provider.request_writer(conversation, target, losses)
+            self.request, self.terms = writer.request(), writer.terms
         except BadRequest as err:                    # writers do not know what the client calls it
             err.param = self._client.names["turns"] if err.param == "messages" else err.param
             raise

@@ -663,10 +663,11 @@ def asked(*turns, model="gpt-6.1-sol", **more):
 
 def written(conversation, strict=False, is_openai=True, most=128_000):
     losses = ic.Losses(strict=strict)
-    request, terms = ic.write_responses_request(
+    writer = ic.DIALECTS["responses"].request_writer(
         conversation, ic.Target(most, is_openai), losses)
+    request = writer.request()
     assert not is_openai or refused_by_responses(request) is None
-    return request, losses, terms
+    return request, losses, writer.terms
 
 
 def input_text(text):
