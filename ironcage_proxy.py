@@ -112,6 +112,7 @@ __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequ
 __version__ = "0.3.0"
 
 log = logging.getLogger("ironcage")
+_T = TypeVar("_T")
 
 
 # ==== 1. Limits and tables ======================================================================
@@ -125,14 +126,19 @@ MAX_HEAD_BYTES = 64 * 1024                # request or answer line plus headers
 MAX_HEADERS = 100
 MAX_INTERIM_ANSWERS = 100                 # of status 1xx, before the answer itself
 MAX_JSON_DEPTH = 200                      # deeper bodies are attacks, not prompts
-MAX_JSON_VALUES = 2_000_000               # half a gigabyte, and 0.4 s that nobody else can run
+MAX_JSON_VALUES = 1_000_000               # more hold the interpreter for over 0.2 s
 MAX_INTEGER_DIGITS = 4300                 # as Python reads and writes; what costs has less room
 MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry megabytes in one
-MAX_ANSWER_BYTES = 256 * 1024 * 1024      # an answer that is metered whole is held in memory
+MAX_ANSWER_BYTES = 64 * 1024 * 1024       # an answer that is metered whole is held in memory
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
 READ_BYTES = 16 * 1024                    # one read from a socket: room for most messages
 LARGE_READ_BYTES = 64 * 1024              # and where it was full, the next
 LONG_TURN_BYTES = 64 * 1024               # a larger body is worked on beside other requests
+COPIES = 3                                # of a body: as it came, parsed, and while it is
+UNCOUNTED_BYTES = 16 * 1024               # of memory: MAX_CONNECTIONS times that is 16 MB
+SMALL_CLAIM_BYTES = 2 * 1024 * 1024       # a quarter of the memory is kept for these
+MEMORY_WAIT_S = 20                        # in line for it; then the client may try again
+INFLATED_AT_ONCE = 1024                   # compressed bytes, which can be a thousand times more
 LEAST_KEY_CHARS = 16                      # a shorter key may be a word of an answer
 OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", is no secret
 LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take or send, but for a wait
@@ -655,41 +661,60 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 # read differently is refused here, so that what we bound is what the provider reads.
 
 
+# A string this long of nothing but such bytes needs no parser. Images come so, in the source or
+# the URL of a part; screenshots are nearly all of what computer-using agents send at each turn.
+LEAST_DATA_BYTES = 4096
+_DATA_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_-"
+_DATA_URL_START = re.compile(rb"(data:[A-Za-z0-9/+.;=-]{1,128},)?")
+
+
 class JsonBody:
     """A JSON object as received: its bytes, its fields, and where each top-level value stands."""
 
     def __init__(self, raw: bytes, fields: Mapping[str, object],
-                 spans: Mapping[str, tuple[int, int]]) -> None:
+                 spans: Mapping[str, tuple[int, int]], text: Optional[bytes] = None,
+                 data: Mapping[int, str] = MappingProxyType({})) -> None:
         self.raw = raw                        # UTF-8
+        self.text = raw if text is None else text       # the same, with a word for each of `data`
+        self.data = data                      # its long strings of data, by their id()
         self.fields = fields
-        self.spans = spans                    # field -> (start, end) of its value in the text
+        self.spans = spans                    # field -> (start, end) of its value in the bytes
         self.parts: Optional[list[tuple[str, str, dict]]] = None     # see prompt_parts()
         self.tools: Optional[list[tuple[str, str, dict]]] = None     # see request_tools()
 
     def with_fields(self, changes: Mapping[str, object], without: frozenset = frozenset()) -> bytes:
-        """The bytes with some top-level fields set, and others left out. All else stays as it was.
+        """The bytes with some top-level fields set, and others left out."""
+        return b"".join(self.spliced(changes, without))
+
+    def spliced(self, changes: Mapping[str, object], without: frozenset) -> list[bytes]:
+        """The same in pieces. All else stays as it was, and is not copied.
 
         Where a field goes, only the white space between the others may change.
         """
-        text = self.raw.decode("utf-8")
+        raw = memoryview(self.raw)
         if without & self.spans.keys():
-            kept = {name: text[start:end] for name, (start, end) in self.spans.items()
+            kept = {name: raw[start:end] for name, (start, end) in self.spans.items()
                     if name not in without}
-            kept.update((name, json.dumps(value)) for name, value in changes.items())
-            members = ",".join(f"{json.dumps(name)}:{value}" for name, value in kept.items())
-            return f"{{{members}}}".encode("utf-8")
+            kept.update((name, _written(value)) for name, value in changes.items())
+            pieces = [piece for name, value in kept.items()
+                      for piece in (b",", _written(name), b":", value)]
+            return [b"{", *pieces[1:], b"}"]
 
         absent = {name: value for name, value in changes.items() if name not in self.spans}
-        after_brace = text.index("{") + 1
-        edits = [(after_brace, after_brace, json.dumps(absent)[1:-1] + "," * bool(self.spans))] \
+        after_brace = self.raw.index(b"{") + 1
+        edits = [(after_brace, after_brace, _written(absent)[1:-1] + b"," * bool(self.spans))] \
             if absent else []
-        edits += sorted((*self.spans[name], json.dumps(value)) for name, value in changes.items()
+        edits += sorted((*self.spans[name], _written(value)) for name, value in changes.items()
                         if name in self.spans)
         pieces, done = [], 0
         for start, end, written in edits:
-            pieces += [text[done:start], written]
+            pieces += [raw[done:start], written]
             done = end
-        return "".join([*pieces, text[done:]]).encode("utf-8")
+        return [*pieces, raw[done:]]
+
+
+def _written(value: object) -> bytes:
+    return json.dumps(value).encode("ascii")
 
 
 def _object_without_duplicates(pairs: list) -> dict:
@@ -717,24 +742,26 @@ def _no_constant(name: str) -> object:
     raise BadRequest(f"the request body contains {name}, which is not JSON")
 
 
-_STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object_without_duplicates,
-                                parse_int=_bounded_integer, parse_float=_finite_number,
-                                parse_constant=_no_constant)
-_json_value = _STRICT_JSON.scan_once            # (text, where it begins) -> (value, where it ends)
+def _decoder(hook: Callable[[list], dict]) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=hook, parse_int=_bounded_integer,
+                            parse_float=_finite_number, parse_constant=_no_constant)
+
+
+_STRICT_JSON = _decoder(_object_without_duplicates)
 _json_open, _json_colon, _json_next = (
     re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*").match for sign in (r"\{", ":", "([,}])"))
 
 
-def _members(text: str) -> tuple[dict, dict]:
+def _members(text: str, decoder: json.JSONDecoder) -> tuple[dict, dict]:
     """Fields and value spans of the one JSON object that is `text`.
 
     Raises: BadRequest; JSONDecodeError; StopIteration, the scanner's, where no value begins.
     """
     fields: dict[str, object] = {}
     spans: dict[str, tuple[int, int]] = {}
-    opened = _json_open(text)
+    opened, scan = _json_open(text), decoder.scan_once
     if opened is None:
-        _STRICT_JSON.decode(text)
+        decoder.decode(text)
         raise BadRequest("the request body must be a JSON object")
     at, sign = opened.end(), ","
     if text.startswith("}", at):
@@ -743,12 +770,12 @@ def _members(text: str) -> tuple[dict, dict]:
     while sign == ",":
         if not text.startswith('"', at):
             raise json.JSONDecodeError("Expecting property name in double quotes", text, at)
-        name, at = _json_value(text, at)
+        name, at = scan(text, at)
         colon = _json_colon(text, at)
         if colon is None:
             raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
         start = colon.end()
-        value, at = _json_value(text, start)
+        value, at = scan(text, start)
         if name in fields:
             raise BadRequest("the request body has the same key twice in one JSON object")
         fields[name], spans[name] = value, (start, at)
@@ -759,6 +786,66 @@ def _members(text: str) -> tuple[dict, dict]:
     if at != len(text):
         raise json.JSONDecodeError("Extra data", text, at)
     return fields, spans
+
+
+def _data_spans(raw: bytes) -> list[tuple[int, int]]:
+    """Where the long strings of data in a body stand, each the value of a member.
+
+    Only one byte in each LEAST_DATA_BYTES is looked at, for the quotes around it.
+    """
+    spans, at, end, view = [], LEAST_DATA_BYTES, 0, memoryview(raw)
+    while at < len(raw):
+        start, end = raw.rfind(b'"', end, at) + 1, raw.find(b'"', at)
+        if end < 0:
+            break
+        if end - start >= LEAST_DATA_BYTES and raw[start - 8:start - 1].rstrip().endswith(b":"):
+            first = _DATA_URL_START.match(raw, start).end()
+            if not any(bytes(view[first:until]).translate(None, _DATA_BYTES)
+                       for until in (first + 64, end)):
+                spans.append((start, end))
+        at = end + LEAST_DATA_BYTES
+    return spans
+
+
+class _SetAside:
+    """The data of a body, set aside while the rest is parsed: a word stands for each in the text.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self.text, self.decoder, self.data = raw, _STRICT_JSON, []
+        self._ends, self._grown = [], [0]     # of the words in the text; what is left out up to it
+        cuts = _data_spans(raw)
+        if cuts:
+            self._mark, self.decoder = secrets.token_hex(8), _decoder(self._object)
+            pieces, done, view = [], 0, memoryview(raw)
+            for number, (start, end) in enumerate(cuts):
+                word = b"%s%08x" % (self._mark.encode(), number)       # that no client can know
+                pieces += [raw[done:start], word]
+                self._ends.append(start - self._grown[-1] + len(word))
+                self._grown.append(self._grown[-1] + end - start - len(word))
+                self.data.append(str(view[start:end], "ascii"))
+                done = end
+            self.text = b"".join([*pieces, raw[done:]])
+
+    def _object(self, pairs: list) -> dict:
+        return _object_without_duplicates([(name, self.given_back(value)) for name, value in pairs])
+
+    def given_back(self, value: object) -> object:
+        """A value of an object: the data that it stands for, if it does."""
+        if self.data and type(value) is str and len(value) == 24 and value.startswith(self._mark):
+            return self.data[int(value[16:], 16)]
+        return value
+
+    def in_bytes(self, text: str, spans: Mapping[str, tuple[int, int]]) -> Mapping:
+        """Spans of the bytes, from those of the text that they were decoded to."""
+        if not self.data and len(text) == len(self.text):
+            return spans
+        at, chars, places = 0, 0, []
+        for char in itertools.chain.from_iterable(spans.values()):
+            at += len(text[chars:char].encode("utf-8"))
+            chars = char
+            places.append(at + self._grown[bisect.bisect_right(self._ends, at)])
+        return dict(zip(spans, zip(places[::2], places[1::2])))
 
 
 COUNTED_CHARS = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
@@ -775,20 +862,36 @@ def _nested_deeper_than(value: object, depth: int) -> bool:
     return True
 
 
-def parse_json_object(raw: bytes) -> JsonBody:
-    """Read a request body strictly.
+# What a parser makes of JSON, in bytes, measured with Python 3.9 to 3.13: the most for each mark of
+# its structure, also of those that stand in strings; and for each byte of text, by its widest
+# character, twice: in the text as it is decoded and in the strings.
+BYTES_OF_MARKS = ((b"[", 96), (b"{", 256), (b",", 80), (b":", 256))
+_NO_MARKS = bytes(set(range(256)) - set(b"[{,:"))
+_WIDE_STARTS = b"\xf0\xf1\xf2\xf3\xf4"
+
+
+def bytes_to_parse(text: bytes) -> int:
+    """The most memory that parsing JSON takes. Raises BadRequest beyond MAX_JSON_VALUES."""
+    marks = text.translate(None, _NO_MARKS)
+    if len(marks) - marks.count(b":") > MAX_JSON_VALUES:
+        raise BadRequest(f"the request body may hold more than {MAX_JSON_VALUES} values: so "
+                         "many commas and opening brackets are in it")
+    width = 1 if text.isascii() else 4 if any(first in text for first in _WIDE_STARTS) else 2
+    return sum(marks.count(mark) * size for mark, size in BYTES_OF_MARKS) + 2 * width * len(text)
+
+
+def parse_json_object(raw: bytes, hold: Callable[[int], None] = abs) -> JsonBody:
+    """Read a request body strictly; `hold` is called with the memory that this takes beyond it.
 
     Raises: BadRequest for what is not UTF-8, not JSON, not an object, or ambiguous (byte-order
     mark, duplicate keys at any depth, NaN, Infinity, huge integers, nesting beyond 200) or
-    would take a gigabyte of memory (more than MAX_JSON_VALUES).
+    would hold up others (more than MAX_JSON_VALUES); what `hold` raises.
     """
+    aside = _SetAside(raw)
+    hold(bytes_to_parse(aside.text) + len(raw) - len(aside.text))
     try:
-        text = raw.decode("utf-8")
-        if len(text) > MAX_JSON_VALUES and (
-                text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES):
-            raise BadRequest(f"the request body may hold more than {MAX_JSON_VALUES} values: so "
-                             "many commas and opening brackets are in it")
-        fields, spans = _members(text)
+        text = aside.text.decode("utf-8")
+        fields, spans = _members(text, aside.decoder)
     except UnicodeDecodeError as err:
         raise BadRequest(f"the request body is not UTF-8 (byte {err.start})") from None
     except RecursionError:
@@ -801,7 +904,9 @@ def parse_json_object(raw: bytes) -> JsonBody:
     if (len(text) > COUNTED_CHARS or text.count("{") + text.count("[") > MAX_JSON_DEPTH) \
             and _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
-    return JsonBody(raw, fields, spans)
+    fields = {name: aside.given_back(value) for name, value in fields.items()}
+    return JsonBody(raw, fields, aside.in_bytes(text, spans), aside.text,
+                    {id(data): data for data in aside.data})
 
 
 def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
@@ -2272,14 +2377,26 @@ def _cited_texts(body: JsonBody) -> Iterator[object]:
             and json_object(part.get("citations")).get("enabled"))
 
 
-def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
-    """The data of images that is in the request itself; all else about them is text."""
+def _inline_data(images: Iterable[Mapping[str, object]],
+                 known: Container = ()) -> Iterator[str]:
+    """The data of images that is in the request itself; all else about them is text. `known` is
+    such data, by its id()."""
     for image in images:
         url, source = image.get("image_url"), json_object(image.get("source"))
         for data in (url, json_object(url).get("url"), source.get("data")):
-            if isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS \
-                    and re.fullmatch(INLINE_DATA, data):
+            if id(data) in known or (
+                    isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS
+                    and re.fullmatch(INLINE_DATA, data)):
                 yield data
+
+
+def mapped_strings(value: object, change: Callable[[str], str]) -> object:
+    """A value with its strings changed, but for names."""
+    if isinstance(value, list):
+        return [mapped_strings(child, change) for child in value]
+    if isinstance(value, dict):
+        return {name: mapped_strings(child, change) for name, child in value.items()}
+    return change(value) if isinstance(value, str) else value
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -2434,16 +2551,20 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
         return context
-    text, utf8_bytes = body.raw, len(body.raw)
+    text, utf8_bytes = body.text, len(body.raw)
     tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
     if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
-        text = unicodedata.normalize("NFKC", json.dumps(body.fields, ensure_ascii=False)) \
+        fields = mapped_strings(body.fields, lambda text: "" if id(text) in body.data else text) \
+            if body.data else body.fields
+        text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
             .encode("utf-8", "surrogatepass")
-        utf8_bytes = max(utf8_bytes, len(text))
-    for data in _inline_data(images):
-        utf8_bytes -= len(data)             # an image's own bytes are not text; taken out once
-        text = text.replace(data.encode("utf-8"), b"", 1) if measured else text
+        utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
+    of_images = {id(data): data for data in _inline_data(images, body.data)}
+    utf8_bytes -= sum(map(len, of_images.values()))     # an image's own bytes are not text
+    if measured and not body.data.keys() <= of_images.keys():         # other data is
+        text = text + "".join(data for number, data in body.data.items()
+                              if number not in of_images).encode("ascii")
     for cited in _cited_texts(body):
         again = json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
         utf8_bytes += len(again)
@@ -2655,7 +2776,7 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
     A JSON escape can hide a word, so a body with escapes counts as having it.
     """
     def may_say(*words: bytes) -> bool:
-        return any(word in body.raw for word in (b"\\u", *words))
+        return any(word in body.text for word in (b"\\u", *words))
 
     dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
     output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
@@ -2764,6 +2885,13 @@ def without_cache_marks(value: object) -> object:
     return value
 
 
+def _with_hash(text: str, data: Container) -> str:
+    """A string for a digest: of `data` the hash, which no other string can look like."""
+    if id(text) in data:
+        return "\0" + hashlib.sha256(text.encode("ascii")).hexdigest()
+    return "\0" + text if text.startswith("\0") else text
+
+
 def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt]:
     """A request as digests; None where no count can be known. `scope` says whose it is: token,
     provider, model, and the headers that change a count."""
@@ -2772,7 +2900,7 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
     if not isinstance(messages, list) or UNSTABLE_MODEL.search(scope[2]) \
             or STORED_STATE_FIELDS & fields.keys():
         return None
-    if b"cache_control" in body.raw or b"\\u" in body.raw:
+    if b"cache_control" in body.text or b"\\u" in body.text:
         messages = without_cache_marks(messages)
     equal = {name: value for name, value in fields.items() if value is not None
              and name not in UNCOUNTED_FIELDS and name not in COUNTED_PARTS
@@ -2784,7 +2912,10 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         content = json_object(message).get("content")
         if isinstance(content, str):        # a cache mark makes it a block, and back
             message = {**message, "content": [{"type": "text", "text": content}]}
-        chain.append(_digest(chain[-1].hex(), message))
+        hashed = mapped_strings(
+            message, lambda text: _with_hash(text, body.data)) if body.data else message
+        chain.append(_digest(chain[-1].hex(), message) if hashed == message
+                     else _digest(chain[-1].hex(), "with hashes", hashed))
     declared = [(name, part) for name in COUNTED_PARTS for part in _listed(fields.get(name))]
     parts, alike = {}, Counter()
     for name, part in declared:
@@ -2826,7 +2957,7 @@ FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
 
 
 def _body_of(fields: Mapping[str, object]) -> JsonBody:
-    return JsonBody(json_bytes(fields), fields, {})
+    return parse_json_object(json_bytes(fields))
 
 
 def _known_and_more(known_tokens: int, rest: JsonBody, price: Price, window: int) -> int:
@@ -2960,17 +3091,20 @@ class EventSplitter:
     """Cuts a byte stream into events, each with the bytes that it came in."""
 
     def __init__(self) -> None:
-        self.rest = b""                   # what came after the last whole event
+        self.rest = bytearray()           # what came after the last whole event
 
     def feed(self, received: bytes) -> list[bytes]:
         """The events that `received` completes. Raises UpstreamBroke beyond MAX_EVENT_BYTES."""
-        search_from = max(0, len(self.rest) - 3)
-        buffered = self.rest + received if self.rest else received
-        events, start = [], 0
-        for end in _EVENT_END.finditer(buffered, search_from):
-            events.append(buffered[start:end.end()])
+        events, start, search_from = [], 0, max(0, len(self.rest) - 3)
+        if self.rest:
+            self.rest += received         # in place: an event of many reads is not copied at each
+            received = b""
+            if _EVENT_END.search(self.rest, search_from):
+                received, self.rest = bytes(self.rest), bytearray()
+        for end in _EVENT_END.finditer(received, search_from):
+            events.append(received[start:end.end()])
             start = end.end()
-        self.rest = buffered[start:]
+        self.rest += received[start:]
         if len(self.rest) > MAX_EVENT_BYTES:
             raise UpstreamBroke(f"the provider sent an event of more than {MAX_EVENT_BYTES} bytes")
         return events
@@ -3113,6 +3247,8 @@ class AnswerMeter:
     failure: Optional[str] = None               # the type of an error inside a stream
     body_has_ended = False                      # in order, whatever it held
     awaits_usage = True                         # the last report is not known to be the last
+    is_beyond_limits = False                    # a part that might be JSON was not parsed
+    hold: Callable[[int], None] = staticmethod(abs)       # called with the memory that it takes
     _bytes_at_usage = 0                         # `output_bytes` at the last report
     _done_bytes = 0                             # of those, what whole items of a response hold
 
@@ -3140,22 +3276,24 @@ class AnswerMeter:
         """Whether neither usage nor any output was seen."""
         return self.usage is None and self.malformed is None and not self.output_bytes
 
-    def read_answer(self, answer: bytes) -> None:
-        """Read a whole JSON answer, or one that is a stream of events; what is not a JSON object
-        leaves the usage missing."""
+    def read_answer(self, answer: bytes) -> object:
+        """Read a whole JSON answer, and return it parsed, or one that is a stream of events; what
+        is not a JSON object leaves the usage missing."""
         self.body_has_ended = True
         if is_event_stream(answer):
             self.output_bytes = 0
             for event in EventSplitter().feed(answer + b"\n\n"):
                 self.read_event(event_data(event))
             return self.end_body()
-        parsed = self.parsed(answer)
+        value = self._value(answer)
+        parsed = value if isinstance(value, dict) else None
         if parsed is not None:
             self.output_bytes = sum([_text_bytes(parsed.get(name))
                                      for name in ("choices", "content", "output")])
             self._read_result(parsed)
             self.has_ended, self.awaits_usage = True, False
             self._bytes_at_usage = self.output_bytes
+        return value
 
     def read_event(self, data: bytes) -> Optional[dict]:
         """Read the data of one streamed event, and return it parsed; None if it is no object."""
@@ -3184,13 +3322,23 @@ class AnswerMeter:
 
     def parsed(self, text: bytes) -> Optional[dict]:
         """Return the JSON object in a text, or None."""
+        value = self._value(text)
+        return value if isinstance(value, dict) else None
+
+    def _value(self, text: bytes) -> object:
+        """Return the JSON in a text that has the limits of a request's, or None."""
         try:
+            if len(text) > UNCOUNTED_BYTES:
+                self.hold(COPIES * len(text) + bytes_to_parse(text))
             parsed = _parse_json(text.decode("utf-8"))
-        except (ValueError, RecursionError):
+            if len(text) > 2 * MAX_JSON_DEPTH and _nested_deeper_than(parsed, MAX_JSON_DEPTH):
+                raise RecursionError
+        except (ValueError, RecursionError, BadRequest, ServerBusy) as err:
+            self.is_beyond_limits |= not isinstance(err, ValueError)
             if b'"usage"' in text:
                 self.malformed = self.malformed or "it cannot be read"
             return None
-        return parsed if isinstance(parsed, dict) else None
+        return parsed
 
     def _read_result(self, result: Mapping[str, object]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
@@ -3378,12 +3526,24 @@ def inflating(encoding: str) -> Optional[Callable[[bytes], bytes]]:
     return bytes if encoding == "identity" else None
 
 
-def inflated(body: bytes, encoding: str) -> bytes:
+def inflated_in_steps(body: bytes, inflate: Callable[[bytes], bytes],
+                      hold: Callable[[int], None]) -> bytearray:
+    """A body, inflated; `hold` is called with its size while it grows."""
+    plain = bytearray()
+    for at in range(0, len(body), INFLATED_AT_ONCE):
+        plain += inflate(body[at:at + INFLATED_AT_ONCE])
+        hold(len(plain))
+    return plain
+
+
+def inflated(body: bytes, encoding: str, hold: Callable[[int], None]) -> bytes:
     """A body without its content-encoding, for reading; b"" where that cannot be done."""
+    if encoding == "identity":
+        return body
     inflate = inflating(encoding)
     try:
-        return b"" if inflate is None else inflate(body)
-    except (zlib.error, OverflowError):
+        return b"" if inflate is None else inflated_in_steps(body, inflate, hold)
+    except (zlib.error, OverflowError, BadRequest, ServerBusy):
         return b""
 
 
@@ -3433,6 +3593,9 @@ USAGE_CHUNK_FIELDS = frozenset({
 })
 
 
+BEYOND_LIMITS = "the provider's answer is larger, or nested deeper, than this proxy can read"
+
+
 class StreamReader:
     """The side pass over a stream: meters its events, and hides usage that was not asked for.
 
@@ -3442,22 +3605,34 @@ class StreamReader:
     def __init__(self, meter: AnswerMeter, encoding: str, *, hides_usage: bool) -> None:
         self._meter = meter
         self._splitter = EventSplitter()
-        inflate = inflating(encoding)
-        self.can_read, self._inflate = inflate is not None, inflate or bytes
-        self._hides_usage = hides_usage and encoding == "identity"
+        self._inflate = inflating(encoding)
+        self.can_read, self._is_plain = self._inflate is not None, encoding == "identity"
+        self._hides_usage = hides_usage and self._is_plain
+        self._room = UNCOUNTED_BYTES            # for what is held of an event
         self._has_begun = False
-        self._whole: Optional[list[bytes]] = None    # the JSON answer, if it is one
+        self._whole: Optional[bytearray] = None      # the JSON answer, if it is one
+
+    @property
+    def holds_much(self) -> bool:
+        """Whether an event is long, so that to read it takes long."""
+        return len(self._splitter.rest) > LONG_TURN_BYTES
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
-        """Return what to forward of one read."""
+        """Return what to forward of one read; what is beyond the limits is not read."""
+        events: list = []
         try:
-            events = [*self._metered(pieces)] if self.can_read else []
-        except (zlib.error, OverflowError):
+            if self.can_read:
+                events += self._metered(pieces)       # those before a fault stay
+        except (zlib.error, OverflowError, UpstreamBroke):
             self.can_read = False
+            if self._hides_usage and self._whole is None:      # nothing of the last was forwarded
+                pieces, self._splitter.rest = [bytes(self._splitter.rest)], bytearray()
+            self._whole = None
         if not self.can_read or self._whole is not None:
             self._meter.output_bytes += sum(map(len, pieces))
+        if not self._hides_usage or self._whole is not None:
             return pieces
-        return [without_usage(*event) for event in events] if self._hides_usage else pieces
+        return [without_usage(*event) for event in events] + ([] if self.can_read else pieces)
 
     def parsed(self, pieces: list[bytes]) -> Iterator[dict]:
         """The JSON events of one read, metered. Raises UpstreamBroke for what cannot be read."""
@@ -3465,20 +3640,38 @@ class StreamReader:
             yield from (chunk for _, chunk in self._metered(pieces) if chunk is not None)
         except (zlib.error, OverflowError):
             raise UpstreamBroke("the provider's compressed stream is broken") from None
+        if self._meter.is_beyond_limits:
+            raise UpstreamBroke(BEYOND_LIMITS)
 
     def _metered(self, pieces: list[bytes]) -> Iterator[tuple[bytes, Optional[dict]]]:
         """Meter each event of one read, and return it with its JSON."""
-        received = b"".join(map(self._inflate, pieces))
-        if not self._has_begun and received.strip(BLANKS):
-            self._has_begun = True
-            if received.lstrip(BLANKS)[:1] in (b"{", b"["):
-                self._whole = []
-        if self._whole is not None:
-            self._whole.append(received)
-            return
-        for event in self._splitter.feed(received):
-            data = event_data(event)
-            yield event, self._meter.read_event(data) if data else None
+        received = b"".join(pieces)
+        for data in [received] if self._is_plain else map(self._inflate, (
+                received[at:at + INFLATED_AT_ONCE]
+                for at in range(0, len(received), INFLATED_AT_ONCE))):
+            if not self._has_begun and data.strip(BLANKS):
+                self._has_begun = True
+                if data.lstrip(BLANKS)[:1] in (b"{", b"["):
+                    self._whole = bytearray()
+            if self._whole is not None:
+                self._whole += data
+                self._make_room(len(self._whole))
+                continue
+            for event in self._splitter.feed(data):
+                data = event_data(event)
+                yield event, self._meter.read_event(data) if data else None
+            self._make_room(len(self._splitter.rest))
+
+    def _make_room(self, held_bytes: int) -> None:
+        """Have room for what is held, or give it back. Raises UpstreamBroke."""
+        if held_bytes > self._room or (not held_bytes and self._room > UNCOUNTED_BYTES):
+            self._room = max(UNCOUNTED_BYTES, 2 * held_bytes)
+            try:
+                self._meter.hold(COPIES * self._room if held_bytes else 0)
+            except (BadRequest, ServerBusy):
+                raise UpstreamBroke(BEYOND_LIMITS) from None
+        if held_bytes > MAX_ANSWER_BYTES:
+            raise UpstreamBroke(BEYOND_LIMITS)
 
     def finish(self) -> bytes:
         """The end of the stream: read an event that no empty line ended, and what is held of it."""
@@ -3489,9 +3682,8 @@ class StreamReader:
         """Read what the end of the stream completes: (an event, or else a whole answer)."""
         event = whole = None
         if self._whole is not None:
-            answer = b"".join(self._whole)
-            self._meter.read_answer(answer)
-            whole = self._meter.parsed(answer)
+            value = self._meter.read_answer(self._whole)
+            whole = value if isinstance(value, dict) else None
         elif self._splitter.rest and self.can_read:
             event = self._meter.read_event(event_data(self._splitter.rest))
         self._meter.end_body()
@@ -10066,11 +10258,19 @@ class Wire:
         deadline_s = time.monotonic() + timeout_s
         if not self._decrypted():
             self._wait_to_read(deadline_s, watched)
+        data = self._read(lambda: self.sock.recv(self._room), deadline_s, watched)
+        self._room = LARGE_READ_BYTES if len(data) == self._room else READ_BYTES
+        return data
+
+    def receive_into(self, place: memoryview, timeout_s: float) -> int:
+        """Read into a large place what there is, and return its size; 0 at the end. Raises as
+        receive()."""
+        return self._read(lambda: self.sock.recv_into(place), time.monotonic() + timeout_s, None)
+
+    def _read(self, read: Callable[[], _T], deadline_s: float, watched: Optional[Wire]) -> _T:
         while True:
             try:
-                data = self.sock.recv(self._room)
-                self._room = LARGE_READ_BYTES if len(data) == self._room else READ_BYTES
-                return data
+                return read()
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._wait_to_read(deadline_s, watched)
             except ssl.SSLWantWriteError:
@@ -10117,9 +10317,9 @@ class Wire:
 
         Raises: MalformedHttp beyond MAX_HEAD_BYTES; TimeoutError; OSError; EOFError inside it.
         """
-        data, self.received = self.received, b""
+        data, self.received, search_from = self.received, b"", 0
         while True:
-            end = _HEAD_END.search(data)
+            end = _HEAD_END.search(data, search_from)
             if end is not None and end[0] != b"\r\n\r\n":
                 raise MalformedHttp("a line of the head does not end in CRLF")
             if end is not None and end.start() <= MAX_HEAD_BYTES:
@@ -10130,6 +10330,7 @@ class Wire:
             more = self.receive(deadline_s - time.monotonic(), watched)
             if not more:
                 raise EOFError("the connection ended inside a head")
+            search_from = max(0, len(data) - 3)
             data += more
 
     def send(self, data: bytes, stall_s: float) -> None:
@@ -10176,6 +10377,119 @@ class Wire:
             self.sock.close()
 
 
+class Claim:
+    """What one request holds of the Memory of all. One thread uses it."""
+
+    def __init__(self, memory: Memory, owner: str) -> None:
+        self._memory, self.owner = memory, owner
+        self.parts = {"body": 0, "answer": 0}
+        self.size, self.is_small = 0, False            # these three are kept by Memory
+        self.is_under_way = False
+
+    def hold(self, size: int, part: str = "body") -> None:
+        """Hold so much for a part, waiting for it if need be. Raises BodyTooLarge, ServerBusy."""
+        self.parts[part] = size
+        self._memory.hold(self, sum(self.parts.values()))
+
+    def grow(self, size: int, part: str = "body") -> None:
+        """Hold enough for a part that grows; more than that, so that it need not do so often."""
+        if size > self.parts[part]:
+            self.hold(size * 2, part)
+
+    def give_back(self) -> None:
+        self.parts = dict.fromkeys(self.parts, 0)
+        self._memory.hold(self, 0)
+
+
+class Memory:
+    """The bytes that all bodies and answers in work may take together.
+
+    A request that is under way may take all that is free, and is let in first. Of others a small
+    one may take the part that is kept for small ones; any may take the rest, but for the last
+    quarter of that an owner who holds something there already. They wait in order of arrival, the
+    owner who holds least first: who floods us with large bodies waits behind all others.
+    """
+
+    def __init__(self, limit_bytes: int, turns: Turns) -> None:
+        self.limit_bytes, self._turns = limit_bytes, turns
+        self.small_bytes = limit_bytes // 4
+        self.common_bytes = limit_bytes - self.small_bytes
+        self._lock = threading.Lock()                  # guards the rest
+        self._used = [0, 0]                            # of the common part, and by small ones
+        self._held: Counter = Counter()                # of the common part, by owner
+        self._line: list[tuple[Claim, int, threading.Event]] = []
+
+    def hold(self, claim: Claim, size: int) -> None:
+        """Let a claim hold so much. Raises BodyTooLarge where it never can, ServerBusy."""
+        size = size if size > UNCOUNTED_BYTES else 0
+        if size > (self.limit_bytes if claim.is_under_way else self.common_bytes):
+            raise BodyTooLarge(
+                f"this would take {size} bytes of memory, with what is made of it, and the proxy "
+                f"may use {self.common_bytes} for one request; --max-memory-mb sets the limit")
+        if size == claim.size:
+            claim.is_under_way = True
+            return
+        place = claim, size, threading.Event()
+        with self._lock:
+            if size < claim.size:
+                self._set_locked(claim, size, claim.is_small)
+            else:
+                self._line.append(place)
+            self._let_in_locked()
+        if size == claim.size:
+            return
+        with self._turns.outside():
+            place[2].wait(MEMORY_WAIT_S)
+        with self._lock:
+            if not place[2].is_set():
+                self._line.remove(place)
+                self._let_in_locked()
+                raise ServerBusy("the memory for bodies is in use; try again in a moment, or start "
+                                 "the proxy with more --max-memory-mb",
+                                 headers=[("retry-after", "2")])
+
+    def _let_in_locked(self) -> None:
+        """Give room to those in line who are next and fit; small ones pass a large one."""
+        is_blocked = False
+        for place in sorted(self._line, key=lambda place: (
+                not place[0].is_under_way, self._held[place[0].owner])):
+            claim, size, has_room = place
+            is_small = self._room_locked(claim, size)
+            if is_small is None or (is_blocked and not is_small):
+                is_blocked = True
+                continue
+            self._line.remove(place)
+            self._set_locked(claim, size, is_small)
+            has_room.set()
+
+    def _room_locked(self, claim: Claim, size: int) -> Optional[bool]:
+        """Whether it is the room of the small ones that a claim fits into; None: it fits nowhere.
+        """
+        common, small = self._used
+        if common + small - claim.size + size > self.limit_bytes:
+            return None
+        if claim.is_under_way:
+            return False
+        if size <= SMALL_CLAIM_BYTES and small + size <= self.small_bytes:
+            return True
+        part = self.common_bytes * 3 // 4 if self._held[claim.owner] else self.common_bytes
+        return False if common + size <= part else None
+
+    def _set_locked(self, claim: Claim, size: int, is_small: bool) -> None:
+        self._used[claim.is_small] -= claim.size
+        self._used[is_small] += size
+        self._held[claim.owner] += size * (not is_small) - claim.size * (not claim.is_small)
+        if not self._held[claim.owner]:
+            del self._held[claim.owner]
+        claim.size, claim.is_small, claim.is_under_way = size, is_small, True
+
+    def as_json(self) -> dict:
+        """What is in use, for the status."""
+        with self._lock:
+            return {"limit_bytes": self.limit_bytes, "reserved_bytes": sum(self._used),
+                    "waiting": len(self._line)}
+
+
 # ==== 20. Upstream ==============================================================================
 #
 # The one place that opens connections. An ordinary urllib opener with handlers of ours, which
@@ -10205,7 +10519,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         headers = dict(request.header_items())
         proxy_authorization = headers.pop("Proxy-authorization", None) \
             if request._tunnel_host else None        # else it is this request's own header
-        body = request.data or b""
+        body = request.data
         head = format_head(f"{request.method} {request.selector} HTTP/1.1", headers.items())
         place = (request.type, request.host, request._tunnel_host)
         for wire in self._idle_wires(place):
@@ -10263,7 +10577,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 self._tls.set_alpn_protocols(["http/1.1"])
             return self._tls
 
-    def _exchange(self, wire: Wire, place: tuple, head: bytes, body: bytes,
+    def _exchange(self, wire: Wire, place: tuple, head: bytes, body: Sequence[bytes],
                   request: UpstreamRequest) -> Optional[UpstreamResponse]:
         """Send a request and read the head of its answer; None if no byte could be written."""
         wire.begin()
@@ -10274,8 +10588,9 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             if closed:
                 raise UpstreamUnreachable("the proxy is stopping")
             try:
-                is_small = len(head) + len(body) <= JOINED_WRITE_BYTES
-                for part in [head + body] if is_small else [head, body]:
+                parts = [head, *body]
+                is_small = sum(map(len, parts)) <= JOINED_WRITE_BYTES
+                for part in [b"".join(parts)] if is_small else parts:
                     wire.send(part, self._timeouts.write_stall_s)
             except TimeoutError as err:
                 raise UpstreamTimedOut("the provider stopped reading the request") from err
@@ -10324,10 +10639,10 @@ def _request_to(url: str) -> urllib.request.Request:
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to a provider. `watched` is the client's wire, whose hang-up ends the wait, and
-    `key` what its answer must not hold."""
+    """A request to a provider. `body` is in pieces, `watched` the client's wire, whose hang-up
+    ends the wait, and `key` what its answer must not hold."""
 
-    def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: bytes,
+    def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: Sequence[bytes],
                  watched: Optional[Wire], key: Optional[str] = None) -> None:
         vars(self).update(vars(_request_to(url)))
         self.unredirected_hdrs = {}
@@ -10533,21 +10848,27 @@ class UpstreamResponse:
             self._pool.give_back(self._wire, self._place, reusable=whole and self._reusable)
 
 
-def whole_body(response: UpstreamResponse, see: Callable[[list[bytes]], None] = lambda read: None,
-               *, most_bytes: int = MAX_ANSWER_BYTES) -> bytes:
-    """All of an answer's body; each read is shown to `see`.
+def whole_body(reads: Iterable[list[bytes]],
+               see: Callable[[list[bytes]], None] = lambda read: None,
+               grow: Callable[[int], None] = abs,
+               most_bytes: int = MAX_ANSWER_BYTES) -> tuple[bytes, bool]:
+    """Return all of an answer's body, or as much as there is room for, and whether it is all.
 
-    Raises UpstreamError, also beyond `most_bytes`.
+    Each read is shown to `see`; `grow` is called with the size while it grows. What is left can
+    still be read. Raises UpstreamError.
     """
-    pieces: list[bytes] = []
-    size = 0
-    for read in response.reads():
+    body = bytearray()
+    for read in reads:
         see(read)
-        pieces += read
-        size += sum(map(len, read))
-        if size > most_bytes:
-            raise UpstreamBroke(f"the provider's answer is longer than {most_bytes} bytes")
-    return b"".join(pieces)
+        for piece in read:
+            body += piece
+        try:
+            grow(len(body))
+        except (BadRequest, ServerBusy):
+            return body, False
+        if len(body) > most_bytes:
+            return body, False
+    return body, True
 
 
 SOCKET_FAILURES = (OSError, EOFError, MalformedHttp)          # TimeoutError is an OSError
@@ -10703,10 +11024,22 @@ class ClientRequest(NamedTuple):
     body: bytes
     request_id: str
     caller: Caller
+    memory: Claim
 
     @property
     def dialect(self) -> str:
         return dialect_of(self.head.path)
+
+    def parsed(self) -> JsonBody:
+        """Its body as JSON, with the memory that it takes held. Raises BadRequest, ServerBusy."""
+        return self.made(self.body, 0)
+
+    def made(self, raw: bytes, beside: int) -> JsonBody:
+        """A body of it as JSON, likewise, while `beside` bytes are held for others."""
+        hold = self.memory.hold
+        body = parse_json_object(raw, lambda size: hold(beside + len(raw) + size))
+        hold(max(0, self.memory.parts["body"] - len(body.text)))        # as it was decoded
+        return body
 
 
 class Call:
@@ -11169,6 +11502,7 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
             for budget in budgets if getattr(budget, amount) is not None]))
     families += [(name, "gauge", text, [_sample(name, {}, gauges[name])]) for name, text in (
         ("ironcage_in_flight", "Requests that are being served."),
+        ("ironcage_memory_reserved_bytes", "Memory held for bodies and answers in work."),
         ("ironcage_bound_exceeded", "Answers that cost more than their bound."),
         ("ironcage_shared_usable", "Whether the engine of the shared budget answers."),
         ("ironcage_shared_unconfirmed", "Settlements that it does not know yet."),
@@ -11197,7 +11531,6 @@ MAX_SERVER_ANSWER_BYTES = 1024 * 1024
 MAX_EVENTS = 10_000                           # kept while the server does not take them
 MAX_EVENT_BACKOFF_S = 60
 NEVER_S = -1e9                                # before any time of the monotonic clock
-_T = TypeVar("_T")
 
 
 class CageServer:
@@ -11239,13 +11572,15 @@ class CageServer:
         headers = {"host": urllib.parse.urlsplit(self.url).netloc,
                    "authorization": f"Bearer {self._token}", "accept-encoding": "identity",
                    "content-type": "application/json", "content-length": str(len(body))}
-        response = self._opener.open(UpstreamRequest(self.url + path, method="POST", body=body,
+        response = self._opener.open(UpstreamRequest(self.url + path, method="POST", body=[body],
                                                      headers=headers, watched=None,
                                                      key=self._token))
         try:
-            raw = whole_body(response, most_bytes=MAX_SERVER_ANSWER_BYTES)
+            raw, is_whole = whole_body(response.reads(), most_bytes=MAX_SERVER_ANSWER_BYTES)
         finally:
             response.close()
+        if not is_whole:
+            raise UpstreamBroke(f"the answer is longer than {MAX_SERVER_ANSWER_BYTES} bytes")
         try:
             return response.status, json_object(json.loads(raw))
         except (ValueError, RecursionError):
@@ -12610,6 +12945,7 @@ class Settings(NamedTuple):
     server_token: Optional[str] = None                 # there; None: `token`
     cache_ttl_s: int = 300                             # how long its key is kept
     max_body_bytes: int = 32 * 1024 * 1024
+    max_memory_bytes: int = 256 * 1024 * 1024          # half of a small container of 512 MB
     agent_id: Optional[str] = None                     # in events, instead of the token's name
     provider_id: Optional[str] = None                  # in events, instead of the provider's name
     on_event: Optional[Callable[[Event], None]] = None
@@ -12698,6 +13034,7 @@ class Router:
                  turns: Optional[Turns] = None) -> None:
         self.settings, self.prices, self.ledger = settings, prices, ledger
         self.turns = turns or Turns()
+        self.memory = Memory(settings.max_memory_bytes, self.turns)
         self.hatches = Hatches(frozenset(settings.allow_fields), frozenset(settings.allow_contents),
                                settings.bound != "bytes" and not settings.no_hosted_tools)
         self.config, self.providers = Config(), {}
@@ -12872,7 +13209,7 @@ class Router:
         self._check_method_override(request)
         method = request.head.method
         if caller.models and request.body:
-            fields = parse_json_object(request.body).fields
+            fields = request.parsed().fields
             if fields.get("model") is not None:
                 provider, model = self._provider_of_model(named_model(fields), named)
                 self._check_models(caller, provider, [model])
@@ -12897,7 +13234,7 @@ class Router:
         if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
             raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
         prices = self.prices                           # one book for all of this call
-        body = parse_json_object(request.body)
+        body = request.parsed()
         model = named_model(body.fields)
         provider, upstream_model = self._provider_of_model(model, named)
         if request.caller.models:
@@ -12960,6 +13297,8 @@ class Router:
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.headers.get("x-ironcage-strict") == "1")
+        before = request.memory.parts["body"]
+        request.memory.hold(before + COPIES * len(request.body))
         whose = (request.caller.name, provider.name, model)
         target = Target(
             most or UNKNOWN_MAX_OUTPUT_TOKENS, provider.fields is None, provider,
@@ -12970,7 +13309,8 @@ class Router:
         fields = translator.request
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
-        call = Call(request, provider, translator.api, model, parse_json_object(json_bytes(fields)))
+        call = Call(request, provider, translator.api, model,
+                    request.made(json_bytes(fields), before))
         call.translator, call.losses = translator, losses
         call.added_betas = translator.terms.betas
         return call
@@ -13043,6 +13383,7 @@ class Router:
         """Send a reserved call and yield its answer, once; the money is settled on every way out.
         """
         try:
+            call.meter.hold = functools.partial(call.request.memory.hold, part="answer")
             body = self._upstream_body(call)
             if call.reservation.decided is not None:
                 self._check_who_waited(call.request.caller, client)
@@ -13051,7 +13392,7 @@ class Router:
             call.row = row
             if call.provider.format == "echo":
                 response: Union[EchoResponse, UpstreamResponse] = EchoResponse(
-                    call.api, parse_json_object(body), call.request.request_id)
+                    call.api, parse_json_object(b"".join(body)), call.request.request_id)
                 call.was_sent = True
             else:
                 response = self._sent(call, path, body, client if call.wants_stream else None)
@@ -13082,8 +13423,8 @@ class Router:
             raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited",
                                headers=DO_NOT_RETRY)
 
-    def _upstream_body(self, call: Call) -> bytes:
-        """The client's bytes, with only the fields changed that must be."""
+    def _upstream_body(self, call: Call) -> Sequence[bytes]:
+        """The client's bytes in pieces, with only the fields changed that must be."""
         changes: dict[str, object] = {}
         if call.body.fields.get("model", "") != call.model:
             changes["model"] = call.model
@@ -13120,10 +13461,9 @@ class Router:
             changes.update(kept)
             if kept:
                 call.losses.adjust(SEALS[call.api][2], "removed")
-        is_same = not changes and not without and call.translator is None
-        return call.request.body if is_same else call.body.with_fields(changes, without)
+        return call.body.spliced(changes, without)
 
-    def _sent(self, call: Call, path: str, body: bytes,
+    def _sent(self, call: Call, path: str, body: Sequence[bytes],
               watched: Optional[Wire]) -> UpstreamResponse:
         call.was_sent, call.sent_ns = True, time.monotonic_ns()
         path = DIALECTS[call.api].path if call.translator is not None else path
@@ -13134,12 +13474,13 @@ class Router:
             call.was_sent = err.may_be_billed
             raise
 
-    def _send(self, request: ClientRequest, provider: Provider, path: str, body: bytes,
+    def _send(self, request: ClientRequest, provider: Provider, path: str, body: Sequence[bytes],
               watched: Optional[Wire], translator: Optional[Translator] = None,
               added_betas: Iterable[str] = ()) -> UpstreamResponse:
         """One upstream call. Raises UpstreamError, ClientGone."""
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
-        headers = upstream_headers(request.head, provider, len(body), translator, added_betas)
+        headers = upstream_headers(request.head, provider, sum(map(len, body)), translator,
+                                   added_betas)
         upstream = UpstreamRequest(provider.url(path) + query, method=request.head.method,
                                    body=body, headers=headers, watched=watched,
                                    key=provider.key)
@@ -13164,8 +13505,22 @@ class Router:
         # Some servers label their streams as something else.
         if is_fine and (call.wants_stream or media_type(response.headers) == "text/event-stream"):
             return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
-        body, _ = self._whole_body(call, response, headers)
+        reads = response.reads()
+        body, plain, _ = self._whole_body(call, response, reads, headers)
+        if plain is None:
+            return Answer(response.status, tuple(headers), length=response.stated_length,
+                          reads=self._unread(call, body, reads))
         return Answer(response.status, tuple(headers), body=body)
+
+    @staticmethod
+    def _unread(call: Call, begun: bytes, reads: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        """An answer that is too large to be read: forwarded as it came, and charged for it."""
+        for at in range(0, len(begun), JOINED_WRITE_BYTES):
+            yield [begun[at:at + JOINED_WRITE_BYTES]]
+        for read in reads:
+            call.meter.see(read)
+            yield read
+        call.meter.end_body()
 
     def _noticed_headers(self, call: Call, answer: Answer) -> Iterable[tuple[str, str]]:
         """Return an answer's headers, which say of a good one that a limit comes near."""
@@ -13176,16 +13531,22 @@ class Router:
                            self.controller.standings(call.request.caller.scopes))
 
     def _whole_body(self, call: Call, response: Union[EchoResponse, UpstreamResponse],
-                    headers: list) -> tuple[bytes, bytes]:
-        """Return an answer's body, as it came and inflated, once it is metered and settled; its
-        cost is added to the headers. A long one is worked on outside the turn."""
-        body = whole_body(response, call.meter.see)
+                    reads: Iterable[list[bytes]], headers: list
+                    ) -> tuple[bytes, Optional[bytes], object]:
+        """Return an answer's body as it came, inflated and as JSON, once it is metered and
+        settled; its cost is added to the headers. A long one is worked on outside the turn. Of one
+        that is too large only the beginning is read."""
+        grow = functools.partial(call.request.memory.grow, part="answer")
+        body, is_whole = whole_body(reads, call.meter.see, lambda size: grow(COPIES * size))
         if len(body) > LONG_TURN_BYTES:
             self.turns.leave()
-        plain = inflated(body, content_encoding(response.headers))
-        call.meter.read_answer(plain)
+        if not is_whole:
+            return body, None, None
+        plain = inflated(body, content_encoding(response.headers),
+                         lambda size: grow(COPIES * (len(body) + size)))
+        value = call.meter.read_answer(plain)
         headers.append(("x-ironcage-cost-microdollars", str(self._settle(call).microdollars)))
-        return body, plain
+        return body, plain, value
 
     # Carrying translated answers back.
 
@@ -13215,18 +13576,20 @@ class Router:
                 call, events if first is None else itertools.chain((first,), events))
             return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
                           reads=reads)
-        _, raw = self._whole_body(call, response, headers)
+        _, raw, parsed = self._whole_body(call, response, response.reads(), headers)
+        if raw is None:
+            raise UpstreamBroke(BEYOND_LIMITS)
         events = events_in(raw)
-        try:
-            parsed = events[-1] if events else json.loads(raw)
-        except (ValueError, RecursionError):
+        parsed = events[-1] if events else parsed
+        if parsed is None:
             parsed = raw[:500].decode("utf-8", "replace")
         is_fine = 200 <= response.status < 300
         if not is_fine or call.meter.failure or is_error(parsed):
             status = stated_status(parsed, 502) if is_fine else response.status
             return self._translated_error(call, translator, status, parsed, headers)
         if not isinstance(parsed, dict):
-            raise UpstreamBroke("the provider's answer is not JSON")
+            raise UpstreamBroke(BEYOND_LIMITS if call.meter.is_beyond_limits
+                                else "the provider's answer is not JSON")
         answer = translator.answer_of((*events, {"type": "done"})) if events \
             else translator.answer(parsed)
         return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
@@ -13339,18 +13702,18 @@ class Router:
             yield [error_event(err, call.api, call.request.request_id)]
 
     def _unmetered_call(self, request: ClientRequest, named: Optional[Provider],
-                        path: str) -> tuple[Provider, bytes, tuple[str, ...]]:
-        """Return where an unmetered call goes, its body there, and the features to ask for.
+                        path: str) -> tuple[Provider, Sequence[bytes], tuple[str, ...]]:
+        """Return where an unmetered call goes, its body in pieces, and the features to ask for.
 
         What counts the tokens of a call goes where that call would, under the same name.
         """
         if request.head.method != "POST" or path not in COUNTING_ROUTES:
-            return named or self._provider_of_path(request, path), request.body, ()
-        body = parse_json_object(request.body)
+            return named or self._provider_of_path(request, path), [request.body], ()
+        body = request.parsed()
         asked = named_model(body.fields)
         provider, model = self._provider_of_model(asked, named)
         return (provider.speaking(COUNTING_ROUTES[path]),
-                request.body if model == asked else body.with_fields({"model": model}),
+                body.spliced({} if model == asked else {"model": model}, frozenset()),
                 self._window_betas(asked, provider))
 
     def _passed_through(self, request: ClientRequest, named: Optional[Provider], path: str,
@@ -13378,7 +13741,7 @@ class Router:
         estimated: tuple = ()
         api = COUNTING_ROUTES.get(path) if request.head.method == "POST" else None
         if api is not None:
-            fields = parse_json_object(request.body).fields
+            fields = request.parsed().fields
             provider, _ = self._provider_of_model(named_model(fields), named)
             is_echo = provider is ECHO_PROVIDER
             if api in provider.speaking(api).apis and not is_echo:
@@ -13403,7 +13766,7 @@ class Router:
         there is none to warm."""
         if api != "messages" or not re.search(NO_OUTPUT, request.body):
             return None
-        fields = parse_json_object(request.body).fields
+        fields = request.parsed().fields
         provider, model = self._provider_of_model(named_model(fields), named)
         if fields.get("max_tokens") != 0 or provider.speaking(api).format != "openai" \
                 or not request.caller.may_use(provider.name, model):
@@ -13757,7 +14120,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
-        self._is_head, self._caller = False, None
+        self._is_head, self._caller, self._memory = False, None, None
         request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
         dialect = "openai"
         try:
@@ -13777,6 +14140,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                           extra={"fields": {"request_id": request_id}})
             self._refuse(_closing(IroncageError(
                 "the proxy failed on this request; its log says why")), dialect, request_id)
+        finally:
+            if self._memory is not None:
+                self._memory.give_back()
 
     def _next_head(self) -> Optional[bytes]:
         """The next request's head; None when the client has no more, or says nothing."""
@@ -13819,7 +14185,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._caller = None if is_own else caller
         with contextlib.nullcontext() if is_own else self.server.traffic.entered(caller):
             self.server.take_place(self.place, caller)
-            request = ClientRequest(head, self._read_body(head), request_id, caller)
+            self._memory = Claim(self.server.router.memory, caller.name)
+            request = ClientRequest(head, self._read_body(head, self._memory), request_id, caller,
+                                    self._memory)
             self.server.note(self.place, SERVING)
             if head.path == "/":
                 return self._write_answer(greeting(request_id))
@@ -13862,8 +14230,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # Reading the body.
 
-    def _read_body(self, head: RequestHead) -> bytes:
-        """The body, whole and without its content-encoding. Raises 400, 408, 411, 413, 415."""
+    def _read_body(self, head: RequestHead, memory: Claim) -> bytes:
+        """The body, whole and without its content-encoding, with memory held for it. Raises 400,
+        408, 411, 413, 415, 503."""
         settings = self.server.settings
         length = body_length(head.headers, otherwise=0)
         if length == 0 and head.method in ("POST", "PUT", "PATCH") \
@@ -13875,53 +14244,76 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if encoding != "identity" and encoding not in INFLATABLE:
             raise _closing(UnsupportedBody("a request body can be compressed with gzip or deflate "
                                            "only"))
+        memory.hold(COPIES * max(0, length))
         if length and (head.headers.get("expect") or "").lower() == "100-continue":
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", settings.timeouts.write_stall_s)
-        body = self._received_body(length)
+        body = self._received_body(length, memory)
         if encoding == "identity" or not body:
             return body
         self.server.turns.leave()
         inflater = Inflater(encoding, settings.max_body_bytes)
         try:
-            inflated = inflater.feed(body)
+            plain = inflated_in_steps(body, inflater.feed, lambda size: memory.grow(COPIES * size))
         except OverflowError:
             raise self._too_large() from None
         except zlib.error:
             raise BadRequest("the compressed request body is broken") from None
         if not inflater.is_complete:
             raise BadRequest("the compressed request body is incomplete")
-        return inflated
+        return plain
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the request body is larger than {self.server.settings.max_body_bytes}"
                             " bytes; --max-body-mb sets the limit")
 
-    def _received_body(self, length: int) -> bytes:
+    def _received_body(self, length: int, memory: Claim) -> bytes:
         received = self.wire.received
         if 0 <= length <= len(received):     # all of it came with its head, as most do
             self.wire.received = received[length:]
             return received[:length]
-        decoder, timeouts = BodyDecoder(length), self.server.settings.timeouts
-        began_s, size = time.monotonic(), 0
+        began_s = time.monotonic()           # it may have waited for memory until now
+        try:
+            return self._filled_body(length, began_s) if length > LONG_TURN_BYTES \
+                else self._decoded_body(length, began_s, memory)
+        except TimeoutError:
+            raise RequestTimedOut("the request's body did not arrive in time") from None
+
+    def _left_s(self, began_s: float, size: int) -> float:
+        """Return how long a body may take to its next byte, after so many."""
+        timeouts, now_s = self.server.settings.timeouts, time.monotonic()
+        self.place.behind_s = min(now_s, began_s + size / LEAST_BYTES_PER_S)
+        return min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s) - now_s
+
+    def _filled_body(self, length: int, began_s: float) -> bytes:
+        """A long body of a known length, read into its place, outside the turn."""
+        body, at = bytearray(length), len(self.wire.received)
+        body[:at], self.wire.received = self.wire.received, b""
+        self.server.turns.leave()
+        view = memoryview(body)
+        while at < length:
+            size = self.wire.receive_into(view[at:], self._left_s(began_s, at))
+            if not size:
+                raise ClientGone
+            at += size
+        return body
+
+    def _decoded_body(self, length: int, began_s: float, memory: Claim) -> bytes:
+        decoder, size = BodyDecoder(length), 0
         body = bytearray()                   # not a list: a chunk can be a byte
         while not decoder.is_done:
-            by_s = min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s)
-            try:
-                data = self.wire.receive(by_s - time.monotonic())
-            except TimeoutError:
-                raise RequestTimedOut("the request's body did not arrive in time") from None
+            data = self.wire.receive(self._left_s(began_s, size))
             if not data:
                 raise ClientGone
             size += len(data)
-            self.place.behind_s = min(time.monotonic(), began_s + size / LEAST_BYTES_PER_S)
             for piece in decoder.feed(data):
                 body += piece
             if len(body) > self.server.settings.max_body_bytes:
                 raise self._too_large()
+            memory.grow(COPIES * len(body))
             if len(body) > LONG_TURN_BYTES:
                 self.server.turns.leave()
         self.wire.received = decoder.rest
-        return bytes(body)
+        return body
 
     # Answering.
 
@@ -14390,6 +14782,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return metrics_text(
             self.router.totals, self.router.controller.budgets(scopes),
             {"ironcage_in_flight": in_flight,
+             "ironcage_memory_reserved_bytes": self.router.memory.as_json()["reserved_bytes"],
              "ironcage_bound_exceeded": self.router.controller.bound_exceeded(),
              "ironcage_uptime_seconds": int(time.monotonic() - self.started_s),
              **({} if shared is None else {
@@ -14417,6 +14810,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 "hatches": {key[1]: count for key, count in self.router.totals.observed().items()
                             if key[0] == "hatch"},
                 "priced_as": self.router.totals.observed().get(("priced_as",), 0),
+                "memory": self.router.memory.as_json(),
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
     def get_budget(self, request: ClientRequest) -> dict:
@@ -14450,7 +14844,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise Forbidden("the budget is leased from the Iron Cage server, and changed there")
         if media_type(request.head.headers) != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
-        parse_json_object(request.body)                # strict: no duplicate keys
+        request.parsed()                               # strict: no duplicate keys
         fields = json.loads(request.body, parse_float=exact_number)
         names = {"limit_usd": "limit", "stop_at_usd": "stop_at"}
         if not fields or not fields.keys() <= names.keys():
@@ -14647,6 +15041,9 @@ SETTINGS = (
             _parse_seconds, metavar="SECONDS"),
     Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
             _parse_megabytes, metavar="MB"),
+    Setting("--max-memory-mb", "max_memory_bytes", "memory for the bodies and answers in work, all "
+            "together, in megabytes (256); more of them wait", _parse_megabytes,
+            "IRONCAGE_MAX_MEMORY_MB", "MB"),
     Setting("--agent-id", "agent_id", "who asks, in events, instead of the token's name",
             _parse_id, metavar="NAME"),
     Setting("--provider-id", "provider_id", "the provider, in events, instead of its name",
@@ -15017,6 +15414,9 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         for text in price_as_lines(server.router.config):
             print(f"price_as  {text}")
         print(f"budget    {budget_text(settings)}")
+        largest = min(settings.max_body_bytes, server.router.memory.common_bytes // COPIES)
+        print(f"memory    {settings.max_memory_bytes >> 20} MB for bodies and answers in work; the "
+              f"largest body is {largest >> 20} MB")
         print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
         for what, names in hatches_of(settings):
             print(f"allowed   {what}: {names}")

@@ -23,6 +23,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "unit")]
 
+from screenshots import conversation
+
 CHUNKS = 200
 PACED_CHUNKS, PACE_S = 30, 0.1
 USAGE = {"prompt_tokens": 60, "completion_tokens": 72, "total_tokens": 132}
@@ -252,6 +254,8 @@ def request_of(kind):
               "messages": [{"role": "user", "content": "some words " * (size // 11)}]}
     if kind in ("stream", "paced"):
         fields.update(stream=True, user=kind)
+    if kind == "screens":
+        fields = conversation("chat", 20_000_000, "gpt-4o-mini")
     body = json.dumps(fields).encode()
     return (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
             b"ic_bench_0123456789\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -294,7 +298,7 @@ def load(port, connections, requests, kind, pid):
                         rest = rest[-8:] + sock.recv(65536)
                 times_s.append(time.perf_counter() - start)
 
-    run(1 if kind == "huge" else 10)
+    run(1 if kind in ("huge", "screens") else 10)
     del times_s[:]
     threads = [threading.Thread(target=run, args=(requests // connections,))
                for _ in range(connections)]

@@ -37,6 +37,7 @@ LOADS = {
     "small, 256 connections": (256, 512 if QUICK else 5_120, "small"),
     "400 KB, 1 connection": (1, 20 if QUICK else 100, "long"),
     "20 MB, 1 connection": (1, 2 if QUICK else 4, "huge"),
+    "20 MB of screenshots, 1 connection": (1, 3 if QUICK else 8, "screens"),
     "stream of 200 chunks": (1, 10 if QUICK else 60, "stream"),
 }
 STREAMS = 100 if QUICK else 500

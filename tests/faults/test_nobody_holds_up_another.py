@@ -170,11 +170,11 @@ def a_locked_ledger(mock, proxy_for, tmp_path, **_):
 def a_large_body_at_work(mock, proxy_for, monkeypatch, **_):
     begun, free, parse = threading.Event(), threading.Event(), ic.parse_json_object
 
-    def slow(raw):
+    def slow(raw, *hold):
         if len(raw) > ic.LONG_TURN_BYTES:
             begun.set()
             free.wait()
-        return parse(raw)
+        return parse(raw, *hold)
 
     monkeypatch.setattr(ic, "parse_json_object", slow)
     proxy = proxy_for("--budget", "1")

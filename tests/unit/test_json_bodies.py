@@ -200,7 +200,7 @@ def test_spans_say_where_each_value_stands():
     body = ic.parse_json_object('{ "é" : "ü" ,"b":[1, 2]}'.encode())
 
     assert {"é": '"ü"', "b": "[1, 2]"} == {
-        name: body.raw.decode()[start:end] for name, (start, end) in body.spans.items()}
+        name: body.raw[start:end].decode() for name, (start, end) in body.spans.items()}
 
 
 # Setting fields.
