@@ -396,7 +396,7 @@ def _read_responses(fields: dict) -> Meant:
     tools = frozenset(
         ".".join(filter(None, (space, tool["name"]))) for outer in fields.get("tools") or ()
         for space, inner in [(outer["name"], outer["tools"]) if outer["type"] == "namespace"
-                             else ("", [outer])] for tool in inner)
+                             else ("", [outer])] for tool in inner if "name" in tool)
     return Meant("\n\n".join(filter(None, system)), tuple(turns), tools,
                  choice["name"] if isinstance(choice, dict) else choice.replace("auto", ""),
                  fields.get("parallel_tool_calls") is not False, form.get("schema"),

@@ -5,8 +5,8 @@ must be told, and is refused under strict.
 A cell of the table: `yes`, it travels and nothing is told · `quiet`, a hint that the provider has
 no use for · `sealed`, a thought that is not shown, since the dialect cannot ask for it, but comes
 back · `drop:NAME` or `adj:NAME`, it is told so in the client's words, and refused under
-strict · `refuse:WORDS`, it is refused before anything is sent · `-`, the client's dialect cannot say
-it."""
+strict · `set:NAME`, the budget needs it, which is told · `refuse:WORDS`, it is refused before
+anything is sent · `-`, the client's dialect cannot say it."""
 import json
 import re
 from dataclasses import replace
@@ -84,6 +84,22 @@ CASES = {
     "the cap": Case("yes yes yes  yes yes yes  yes yes yes",
                     Ask(cap=50), (Say("So much, and"),), Heard("So much, and", end="length"),
                     {"cap": 50}, "length"),
+    "a cap below the least": Case("yes yes adj:max_tokens  yes yes adj:max_tokens  yes yes -",
+                                  Ask(cap=5)),
+    "JSON of any shape": Case("yes adj:response_format yes  - - -  - - -", Ask(
+        words="Say it in JSON.", more={"response_format": {"type": "json_object"}})),
+    "JSON of any shape, asked by Responses": Case(
+        "- - -  - - -  yes adj:text.format yes",
+        Ask(words="Say it in JSON.", more={"text": {"format": {"type": "json_object"}}})),
+    "a field that nobody knows": Case(
+        "refuse:shine drop:shine drop:shine  drop:shine refuse:shine drop:shine"
+        "  drop:shine drop:shine refuse:shine", Ask(more={"shine": 1})),
+    "a search": Case("- - -  - - -  refuse:tools set:tools.web_search.max_uses set:max_tool_calls",
+                     Ask(more={"tools": [{"type": "web_search"}]})),
+    "a search of Anthropic's": Case(
+        "- - -  refuse:tools yes yes  - - -",
+        Ask(more={"tools": [{"type": "web_search_20250305", "name": "web_search",
+                             "max_uses": 3}]})),
     "nothing at all": Case("yes yes yes  yes yes yes  yes yes yes", says=(), heard=Heard()),
     "a stop": Case("yes yes drop:stop  yes yes drop:stop_sequences  - - -",
                    Ask(stop=("END",)), heard=Heard("Grüße 🐤, all is well.", end="stop"),
@@ -156,7 +172,7 @@ def bill_is_paid(mock, proxy):
 def test_every_cell_is_filled():
     assert {9} == {len(case.cells.split()) for case in CASES.values()}
     kinds = {cell.partition(":")[0] for case in CASES.values() for cell in case.cells.split()}
-    assert kinds == {"yes", "quiet", "sealed", "drop", "refuse", "-"}
+    assert kinds == {"yes", "quiet", "sealed", "drop", "adj", "set", "refuse", "-"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -176,7 +192,7 @@ def test_what_travels_between_a_client_and_an_api(mock, served, client, api, cas
             assert re.search(words, answer.body.decode())
             continue
         assert 200 == answer.status, answer.body
-        assert ({cell} - {"yes", "quiet", "sealed"}) == told(answer)
+        assert ({cell.replace("set:", "adj:")} - {"yes", "quiet", "sealed"}) == told(answer)
         seen = mock.seen[-1]
         assert PATHS[api] == seen.path
         wanted = {"turns": (("user", given.ask.words),), **(given.meant if kind in ("yes", "sealed") else {})}
@@ -268,6 +284,90 @@ def test_thoughts_of_one_vendor_never_go_to_the_other(mock, served, client, api)
     assert {"adj:input.reasoning" if client == "responses" else "adj:messages.thinking"} \
         == told(elsewhere)
     assert set() == told(back)
+
+
+@pytest.mark.parametrize("client, api", [pair for pair in PAIRS if pair[0] != pair[1]],
+                         ids=lambda value: value)
+def test_a_thought_that_came_to_nothing_does_not_end_the_conversation(mock, served, client, api):
+    """Cut at the cap before a word was said: OpenAI refuses a thought that nothing follows."""
+    proxy = served()
+    fields = request_of(client, Ask(effort="high"), model_of(client, api), False)
+    mock.says(Think("So far"), ending="length")
+    first = whole_of(client, send(proxy, client, fields))
+    mock.says(Say("Further."))
+    fields = next_turn(client, fields, first, "Go on.")
+
+    assert "Further." == heard(client, whole_of(client, send(proxy, client, fields))).text
+    assert meant(api, mock.seen[1].json).turns[-1][1].endswith("Go on.")
+
+
+PICTURES = {
+    "messages": lambda call, image: {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": call, "content": [
+            {"type": "text", "text": "seen"}, {"type": "image", "source": {
+                "type": "base64", "media_type": "image/png", "data": image.partition(",")[2]}}]}]},
+    "responses": lambda call, image: {"type": "function_call_output", "call_id": call, "output": [
+        {"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": image}]}}
+
+
+@pytest.mark.parametrize("client, api", [pair for pair in PAIRS if pair[0] in PICTURES],
+                         ids=lambda value: value)
+def test_a_picture_that_a_tool_made_is_seen(mock, served, client, api):
+    """Chat has text alone in a result; the picture comes from the user behind it."""
+    proxy = served()
+    fields = request_of(client, Ask(tools=("weather",)), model_of(client, api), False)
+    mock.says(OSLO)
+    fields = next_turn(client, fields, whole_of(client, send(proxy, client, fields)), "seen")
+    held = fields["input" if client == "responses" else "messages"]
+    ids = re.findall(r'"(?:tool_use_id|call_id)": "([^"]+)"', json.dumps(held[-1]))
+    held[-1] = PICTURES[client](ids[0], PIXEL)
+    mock.says(Say("A cave."))
+
+    assert 200 == send(proxy, client, fields).status
+    sent = json.dumps(mock.seen[1].json)
+    assert 1 == sent.count(PIXEL.partition(",")[2]) and "seen" in sent
+
+
+def chunk(delta, finish=None, **more):
+    return sse({"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "qwen3",
+                "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more})
+
+
+@pytest.mark.parametrize("client", ["messages", "responses"])
+def test_calls_that_a_server_interleaves_come_whole(mock, served, client):
+    """Their events are legal all the same: the checkers see to that."""
+    def call_chunk(index, arguments, **more):
+        return chunk({"tool_calls": [{"index": index, "function": {
+            "arguments": arguments, **more}, **({"id": f"c{index}"} if more else {})}]})
+
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked", steps=(
+        chunk({"reasoning_content": "Both."}), call_chunk(0, "", name="weather"),
+        call_chunk(1, "", name="weather"), call_chunk(0, '{"city"'), call_chunk(1, '{"city": "R'),
+        call_chunk(0, ': "Oslo"}'), call_chunk(1, 'öm"}'), chunk({"content": "So."}),
+        chunk({}, "stop", usage=usage), sse("[DONE]"))))
+
+    answer = send(served(), client, request_of(client, Ask(tools=("weather",)),
+                                               model_of(client, "chat"), True))
+
+    said = heard(client, whole_of(client, answer))
+    assert ("Both.", "So.", (OSLO, ROME), "calls") == (
+        said.thoughts, said.text, said.calls, said.end)
+
+
+@pytest.mark.parametrize("client, api, path", [
+    (client, api, path) for client, path in (("messages", "/v1/messages/count_tokens"),
+                                             ("responses", "/v1/responses/input_tokens"))
+    for api in PATHS if api != client], ids=lambda value: value.split("/")[-1])
+def test_tokens_are_counted_for_a_model_of_another_api(mock, served, client, api, path):
+    fields = request_of(client, Ask(words="word " * 50), model_of(client, api), False)
+    proxy = served()
+
+    answer = call(proxy.port, "POST", path, {name: fields[name] for name in (
+        "model", "messages", "input") if name in fields})
+
+    assert 200 == answer.status and 40 < answer.json["input_tokens"] < 400, answer.body
+    assert 0 == settled_status(proxy)["spent_microdollars"]
 
 
 # What goes wrong.
