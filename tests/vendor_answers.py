@@ -421,6 +421,11 @@ class Speaker(MockProvider):
         """The next answer; `counts` replaces what its parts would count."""
         self._lines.append((parts, ending, counts))
 
+    def forget(self) -> None:
+        """Leave nothing of one test to the next: what was seen, and what was to be said."""
+        self.seen.clear()
+        self._lines.clear()
+
     def answer(self, api: str, request: SeenRequest, fields: dict) -> Reply:
         if not self._lines or api not in ("chat", "responses", "messages"):
             return super().answer(api, request, fields)
