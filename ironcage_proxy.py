@@ -12216,7 +12216,8 @@ if known[2] ~= ARGV[2] then return redis.error_reply('RESTARTED') end
 """) + text.replace("TOMBSTONE_S", str(TOMBSTONE_S)) for name, text in {
     # process, number, amount, then (scope, the least that must be free in it) each
     "take": """
-if now < tonumber(known[3] or 0) then return redis.error_reply('HELD') end
+local held_s = tonumber(known[3] or 0) - now      -- more: the clock was set back meanwhile
+if held_s > 0 and held_s < 60 then return redis.error_reply('HELD') end
 local process, number, amount = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local taken = redis.call('HGET', key('open', process), number)      -- asked for again
 local found, budgets = scopes(6, 2)
@@ -14434,8 +14435,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None else SqliteLedger(
             settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside,
             wait_s=0 if settings.no_wait_for_ledger else LEDGER_WAIT_S)
-        self.router = Router(settings, prices, self.ledger, self.turns)
-        self._take_config(config, prices)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.ledger.close)
+            self.router = Router(settings, prices, self.ledger, self.turns)
+            undo.callback(self.router.controller.accounts.close)
+            self._take_config(config, prices)
+            undo.pop_all()
         self.reload_asked = False                      # set by SIGHUP
         self._looked_s = time.monotonic()
         self.allowed_hosts = {
@@ -14463,6 +14468,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.address_family = family
             super().__init__(address[:2], ProxyHandler)
         except OSError as err:
+            self.router.controller.accounts.close()
             self.ledger.close()
             raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
                                f"{_reason(err)}; choose another with --port "

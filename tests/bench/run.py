@@ -1,9 +1,10 @@
 """Speed, as ratios against a naive proxy of the standard library in the same run.
 
-    python tests/bench/run.py [--quick] [--dialects]
+    python tests/bench/run.py [--quick] [--dialects | --shared]
 
 `--dialects` runs the nine pairs of dialects alone: CPU as ratios to the client's own API and, where
-IRONCAGE_BEFORE names another ironcage_proxy.py, to what that one takes.
+IRONCAGE_BEFORE names another ironcage_proxy.py, to what that one takes. `--shared` runs what a budget
+in an engine costs (redis-server or valkey-server on the PATH), beside one in the process, alone.
 
 The provider, the load, the naive proxy and the proxy are processes of their own; rounds are
 interleaved and medians are taken, since machines are noisy. CPU comes from /proc, so from Linux.
@@ -50,6 +51,14 @@ VARIANTS = {
     "budget, ledger": ["--budget", "1000", "--ledger", "LEDGER"],
     **({"budget, one CPU": ["--budget", "1000"]} if shutil.which("taskset") else {}),
 }
+ENGINE = shutil.which("redis-server") or shutil.which("valkey-server")
+ENGINES = {18_903: (), 18_904: ("--appendonly", "yes", "--appendfsync", "always")}
+if ENGINE:
+    VARIANTS.update({name: ["--budget", "1000", "--shared", f"redis://127.0.0.1:{port}"]
+                     for name, port in zip(("shared", "shared, on disk"), ENGINES)})
+if "--shared" in sys.argv:
+    VARIANTS = {name: VARIANTS[name] for name in ("naive", "budget", "shared", "shared, on disk")}
+    LOADS = {name: LOADS[name] for name in [*LOADS][:2]}
 PAIRS = [(client, api) for client in ("chat", "messages", "responses")
          for api in ("chat", "messages", "responses")]
 ENVIRON = {**{name: value for name, value in os.environ.items()
@@ -167,34 +176,60 @@ def print_dialects():
               f"{sum(faults[PROGRAM, pair, kind] for kind in counts):8}")
 
 
+def start_engines(folder):
+    """Engines, each with a new cage."""
+    engines = []
+    for port, flags in ENGINES.items() if ENGINE else ():
+        engines.append(subprocess.Popen(
+            [ENGINE, "--port", str(port), "--save", "", "--dir", folder, *flags,
+             "--appenddirname", f"aof-{port}"], stdout=subprocess.DEVNULL))
+        for _ in range(100):
+            done = subprocess.run([sys.executable, str(PROGRAM), "cage", "new", "default",
+                                   "--shared", f"redis://127.0.0.1:{port}"], capture_output=True)
+            if not done.returncode:
+                break
+            time.sleep(0.05)
+    return engines
+
+
 def main():
     provider, _ = started(PEERS, "provider", str(PROVIDER_PORT))
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        engines = start_engines(folder)
+        try:
+            measure_all()
+        finally:
+            for process in (provider, *engines):
+                process.kill()
+                process.wait()
+    if "--shared" not in sys.argv:
+        print_starts()
+
+
+def measure_all():
+    if "--shared" not in sys.argv:
         print_dialects()
-        if "--dialects" in sys.argv:
-            return
-        for name, load in LOADS.items():
-            # The original takes no body over 10 MB, and keeps streams back to their end.
-            variants = [variant for variant in VARIANTS
-                        if variant != "original" or load[2] in ("small", "long")]
-            results = {variant: [] for variant in variants}
-            for _ in range(ROUNDS):
-                for variant in variants:
-                    results[variant].append(measured(variant, load))
-            print(f"\n{name}\n{'':16}{'req/s':>9}{'p50 us':>9}{'p99 us':>9}{'max ms':>9}"
-                  f"{'CPU us':>9}{'CPU/naive':>11}{'MB':>6}{'most':>6}{'faults':>8}")
-            medians = {variant: {key: statistics.median(row[key] or 0 for row in rows)
-                                 for key in rows[0]} for variant, rows in results.items()}
-            for variant, row in medians.items():
-                ratio = row["cpu_us"] / (medians["naive"]["cpu_us"] or 1)
-                print(f"{variant:16}{row['per_s']:9.0f}{row['p50_us']:9.0f}{row['p99_us']:9.0f}"
-                      f"{row['max_us'] / 1000:9.0f}{row['cpu_us']:9.0f}{ratio:11.2f}"
-                      f"{row['rss_mb']:6.0f}{row['most_mb']:6.0f}{row['faults']:8.0f}")
+    if "--dialects" in sys.argv:
+        return
+    for name, load in LOADS.items():
+        # The original takes no body over 10 MB, and keeps streams back to their end.
+        variants = [variant for variant in VARIANTS
+                    if variant != "original" or load[2] in ("small", "long")]
+        results = {variant: [] for variant in variants}
+        for _ in range(ROUNDS):
+            for variant in variants:
+                results[variant].append(measured(variant, load))
+        print(f"\n{name}\n{'':16}{'req/s':>9}{'p50 us':>9}{'p99 us':>9}{'max ms':>9}"
+              f"{'CPU us':>9}{'CPU/naive':>11}{'MB':>6}{'most':>6}{'faults':>8}")
+        medians = {variant: {key: statistics.median(row[key] or 0 for row in rows)
+                             for key in rows[0]} for variant, rows in results.items()}
+        for variant, row in medians.items():
+            ratio = row["cpu_us"] / (medians["naive"]["cpu_us"] or 1)
+            print(f"{variant:16}{row['per_s']:9.0f}{row['p50_us']:9.0f}{row['p99_us']:9.0f}"
+                  f"{row['max_us'] / 1000:9.0f}{row['cpu_us']:9.0f}{ratio:11.2f}"
+                  f"{row['rss_mb']:6.0f}{row['most_mb']:6.0f}{row['faults']:8.0f}")
+    if "--shared" not in sys.argv:
         print_paced()
-    finally:
-        provider.kill()
-        provider.wait()
-    print_starts()
 
 
 if __name__ == "__main__":

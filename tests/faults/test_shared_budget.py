@@ -6,12 +6,13 @@ import itertools
 import json
 import logging
 import secrets
+import subprocess
 import threading
 import time
 from random import Random
 
 import pytest
-from engines import BUDGET, FakeEngine, RealEngine, many
+from engines import BUDGET, FakeEngine, RealEngine, free_port, many
 from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, settled_status,
                      status_of)
 
@@ -584,6 +585,17 @@ def test_a_start_on_a_restarted_engine_begins_the_wait_too(own_engine):
     shared.close()
 
 
+def test_a_clock_that_is_set_back_after_a_restart_does_not_keep_everybody_waiting(shared):
+    controller = shared.process(limit=1_000)
+    for ahead_s, is_open in ((5, False), (3_600, True)):
+        shared.ask("HSET", "", "held_until", int(time.time()) + ahead_s)
+        if is_open:
+            assert controller.ask(fixed(1)).is_open
+        else:
+            with pytest.raises(ic.EngineFailed, match="waits for all"):
+                controller.ask(fixed(1))
+
+
 def test_a_restart_is_seen_on_a_connection_that_outlives_it_nowhere(own_engine):
     """A pooled connection ends with the server: the first question meets the new one."""
     engine = own_engine("--appendonly", "yes", "--appendfsync", "always")
@@ -1028,6 +1040,30 @@ def test_an_engine_is_reached_by_a_unix_socket(engine):
     client.close()
 
 
+def test_an_engine_is_reached_by_tls_whose_certificate_is_checked(engine, tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    done = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout",
+                           key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
+                           "-addext", "subjectAltName=DNS:localhost"], capture_output=True)
+    if done.returncode:
+        pytest.skip("no openssl")
+    port = free_port()
+    (tmp_path / "tls").mkdir()
+    secure = RealEngine(tmp_path / "tls", "--tls-port", str(port), "--tls-cert-file",
+                        str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no",
+                        "--tls-ca-cert-file", str(certificate))
+    client = ic.Engine(ic.parse_engine_url(f"rediss://localhost:{port}"), ic.Turns())
+    try:
+        with pytest.raises(ic.EngineFailed, match="(?i)certificate"):
+            client.ask(["PING"])
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert [b"PONG"] == client.ask(["PING"])
+        assert [b"x" * 300_000] == client.ask(["ECHO", "x" * 300_000])
+    finally:
+        client.close()
+        secure.stop()
+
+
 def test_a_server_and_a_shared_budget_exclude_each_other():
     with pytest.raises(ic.Misconfigured, match="two places for one budget"):
         ic.settings_from(["--shared", "redis://h", "--server-url", "https://h", "--server-token",
@@ -1064,6 +1100,26 @@ def test_tokens_budgets_are_shared_by_name(mock, proxy_for, engine, tmp_path):
     config.write_text(config.read_text().replace('"day"', '"week"'))
     with pytest.raises(ic.Misconfigured, match="token ci has the period day"):
         proxy_for("--shared", engine.url, "--cage", cage, "--config", str(config))
+
+
+@pytest.mark.parametrize("fault", ["no cage", "period", "port"])
+def test_a_start_that_fails_lets_go_of_its_ledger_and_of_the_cage(proxy_for, engine, tmp_path,
+                                                                 fault):
+    shared, config = Shared(engine), tmp_path / "cage.json"
+    config.write_text(json.dumps({"tokens": [
+        {"name": "ci", "token": "tok-ci-0123456789", "period": "day"}]}))
+    flags = ["--ledger", str(tmp_path / "own.db"), "--shared", engine.url, "--config", str(config),
+             "--no-wait-for-ledger"]
+    shared.process().set_scope("ci", None, "week" if fault == "period" else "day", None)
+    taken = proxy_for()
+    bad = ["--cage", "none-such"] if fault == "no cage" else ["--cage", shared.cage]
+
+    with pytest.raises(ic.Misconfigured):
+        proxy_for(*flags, *bad, *(["--port", str(taken.port)] if fault == "port" else []))
+
+    assert 1 == len(shared.ask("HKEYS", ":beats"))           # of shared.process()
+    again = proxy_for("--ledger", str(tmp_path / "own.db"), "--no-wait-for-ledger")
+    assert 200 == call(again.port, "GET", "/").status
 
 
 # With a ledger of one's own.
