@@ -154,6 +154,7 @@ POOLED_CONNECTIONS_PER_HOST = 256
 POOL_IDLE_S = 15                          # below the 20 s and more of providers' load balancers
 STOP_POLL_S = 0.05                        # how soon serve_forever sees that it should stop
 CUT_JOIN_S = 5                            # after a cut, how long handlers may take to settle
+LAST_REQUEST_S = 1                        # at a restart, for a request that is on its way
 WAIT_POLL_S = 0.1                         # how soon a waiting request sees its client go
 CONFIG_LOOK_S = 1                         # how often configuration and ledger are looked at
 GREETING_S = 2                            # how long `check` waits for a proxy that may serve
@@ -10116,6 +10117,17 @@ class Turns:
             if had_turn:
                 self.take()
 
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Do something that no connection may do at the same time."""
+        had_turn = self._here.seat.has_turn
+        self.take()
+        try:
+            yield
+        finally:
+            if not had_turn:
+                self.leave()
+
     def wait(self, wires: Sequence[Wire], deadline_s: float) -> list[Wire]:
         """Those of one to two wires that can be read; none when a monotonic time has come."""
         seat = self._here.seat
@@ -12920,6 +12932,7 @@ class Settings(NamedTuple):
     token: str                                         # what callers authenticate with
     host: str = "127.0.0.1"
     port: int = 8787                                   # 0: any free one
+    listener: Optional[socket.socket] = None           # that another process opened for us
     budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
     stop_at_microdollars: Optional[int] = None         # once this is spent no call begins
     admin_token: Optional[str] = None
@@ -13048,6 +13061,7 @@ class Router:
         self.counts = KnownCounts()
         for row in ledger.counts():
             self.counts.learn(row)
+        self._is_cut = False
         self._thresholds_lock = threading.Lock()       # guards the next field
         self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
@@ -13099,7 +13113,13 @@ class Router:
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
+        self._is_cut = True
         self._transport.shut_down()
+
+    def _fault(self, err: UpstreamError) -> IroncageError:
+        """Return what a client reads of a call that broke: our own stop is not its provider's."""
+        return ServerBusy("the proxy was stopped before this call had ended") if self._is_cut \
+            else err
 
     @contextlib.contextmanager
     def open(self, request: ClientRequest, client: Optional[Wire] = None) -> Iterator[Answer]:
@@ -13108,6 +13128,8 @@ class Router:
         `client` is looked at while a stream is awaited, so that a call ends with its client.
         Raises: any IroncageError; ClientGone.
         """
+        if self._is_cut:
+            raise ServerBusy("the proxy is stopping")
         named, path = self._provider_in_path(request.head.path)
         api = METERED_APIS.get(path) if request.head.method == "POST" else None
         warmed = self._warmed_answer(request, named, api)
@@ -13412,6 +13434,8 @@ class Router:
         except ClientGone:
             call.client_left = True
             raise
+        except UpstreamError as err:
+            raise self._fault(err) from err
         finally:
             self._settle(call)
 
@@ -13670,7 +13694,7 @@ class Router:
             log.warning("stream broke", extra={"fields": {
                 "request_id": own_id, "reason": err.message}})
             self._settle(call)
-            body = error_object(err, dialect_of(call.request.head.path), own_id)
+            body = error_object(self._fault(err), dialect_of(call.request.head.path), own_id)
             yield [*map(written, translator.failed(body))]
 
     def _streamed(self, call: Call, response: Union[EchoResponse, UpstreamResponse]
@@ -13700,7 +13724,7 @@ class Router:
             log.warning("stream broke", extra={"fields": {
                 "request_id": call.request.request_id, "reason": err.message}})
             self._settle(call)
-            yield [error_event(err, call.api, call.request.request_id)]
+            yield [error_event(self._fault(err), call.api, call.request.request_id)]
 
     def _unmetered_call(self, request: ClientRequest, named: Optional[Provider],
                         path: str) -> tuple[Provider, Sequence[bytes], tuple[str, ...]]:
@@ -14484,12 +14508,23 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return f"http://{host}:{self.port}"
 
     def server_bind(self) -> None:
-        """Bind without http.server's reverse DNS look-up of our own name."""
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):     # Windows: nobody may take over our port
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        socketserver.TCPServer.server_bind(self)
+        """Bind without http.server's reverse DNS look-up of our own name, unless we were handed a
+        socket that listens already."""
+        if self.settings.listener is not None:
+            self.socket.close()
+            self.socket = self.settings.listener
+            self.server_address = self.socket.getsockname()
+        else:
+            if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):     # Windows: nobody may take over our port
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+            socketserver.TCPServer.server_bind(self)
         self.socket.setblocking(False)
         self.server_name, self.server_port = self.settings.host, self.server_address[1]
+
+    def server_activate(self) -> None:
+        """Listen. A socket that was handed over keeps its own backlog."""
+        if self.settings.listener is None:
+            super().server_activate()
 
     def start(self) -> None:
         """Serve, on a thread of our own, until stop()."""
@@ -14531,11 +14566,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._thread.join()
             self._thread = None
         self.server_close()
-        self._end_connections(self.settings.timeouts.drain_s, {IDLE})
+        self._end_connections(self.settings.timeouts.drain_s, lambda place: place.does == IDLE)
         self.router.shut_down()
         self.cuts_now = False                          # streams end with an error event
-        self._end_connections(CUT_JOIN_S, {IDLE, READING, LEAVING})
-        self._end_connections(CUT_JOIN_S, {IDLE, READING, LEAVING, SERVING})
+        self._end_connections(CUT_JOIN_S, Place.can_go)
+        for sock in self._connections():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._end_connections(CUT_JOIN_S, Place.can_go)
         if self.router.server is not None:
             self.router.server.stop()
         self.router.controller.accounts.close()
@@ -14553,21 +14591,20 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _end_connections(self, most_s: float, ending: Container[str]) -> None:
-        """Close the connections that do one of these, until none is left at all, the time is up,
-        or a second signal comes."""
+    def _end_connections(self, most_s: float, ending: Callable[[Place], bool]) -> None:
+        """Close such connections until none is left at all, the time is up, or a second signal
+        comes. Where another process will accept, requests on their way to us are awaited."""
         deadline_s = time.monotonic() + most_s
-        while not self.cuts_now:
-            with self._changed:
-                ended = [sock for sock, place in self._places.items() if place.does in ending]
-                left = len(self._places)
-            for sock in ended:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-            if not left or time.monotonic() >= deadline_s:
-                return
+        silent_s = 0 if self.settings.listener is None else LAST_REQUEST_S
+        while self._connections() and time.monotonic() < deadline_s and not self.cuts_now:
+            with self.turns.inside():
+                self._close_some(self.most_connections, ending, silent_s)
             with self._changed:
                 self._changed.wait(STOP_POLL_S)
+
+    def _connections(self) -> list[socket.socket]:
+        with self._lock:
+            return [*self._places]
 
     # The configuration, which may change while we serve.
 
@@ -14654,8 +14691,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         arrived = deque([(request, client_address), *self._waiting_outside()])
         for pause_s in (0, *[STOP_POLL_S] * LET_IN_TRIES):
             time.sleep(pause_s)
-            self.turns.take()
-            try:
+            with self.turns.inside():
                 self._close_some(
                     self._count(Place.is_strange) - self.most_connections // STRANGERS_PART,
                     Place.is_strange, silent_s=STRANGER_S)
@@ -14663,8 +14699,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                     self._close_some(len(arrived) if closes else 0)
                     for _ in range(min(len(arrived), self.most_connections - self._count())):
                         self._let_in(*arrived.popleft())
-            finally:
-                self.turns.leave()
             if not arrived or not self._count(lambda place: place.does != SERVING):
                 break
         for sock, _ in arrived:
@@ -15218,6 +15252,50 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+FIRST_HANDED = 3                         # the descriptor; sd_listen_fds(3), read 2026-11-28
+
+
+def handed_listener(environ: Mapping[str, str]) -> Optional[socket.socket]:
+    """Return the listening socket that a service manager opened for this process, if it did.
+
+    Raises Misconfigured for anything but one listening TCP socket.
+    """
+    count = environ.get("LISTEN_FDS", "0")
+    if environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
+        return None
+    if count != "1":
+        raise Misconfigured(f"LISTEN_FDS is {count[:20]!r}, but one socket can be served: give the "
+                            "unit one ListenStream= (a port alone takes IPv4 and IPv6)")
+    try:
+        sock = socket.socket(fileno=FIRST_HANDED)
+        is_right = sock.family in (socket.AF_INET, socket.AF_INET6) \
+            and sock.type == socket.SOCK_STREAM \
+            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        is_right = False
+    if not is_right:
+        raise Misconfigured(f"descriptor {FIRST_HANDED}, which LISTEN_FDS hands over, is not a "
+                            "TCP socket that listens: give the unit ListenStream=HOST:PORT")
+    sock.set_inheritable(False)
+    return sock
+
+
+def on_handed_listener(settings: Settings, given: Mapping[str, object]) -> Settings:
+    """Return settings that serve on the socket which was handed over, if one was; it wins over
+    --host and --port, which is logged. Raises Misconfigured."""
+    listener = handed_listener(settings.environ)
+    if listener is None:
+        return settings
+    host, port = listener.getsockname()[:2]
+    unused = [flag for flag in ("host", "port") if given[flag] is not None]
+    told = {"unused": " ".join(f"--{flag}" for flag in unused)} if unused else {}
+    log.log(logging.WARNING if unused else logging.INFO, "the socket that was handed over is used",
+            extra={"fields": {"host": host, "port": port, **told}})
+    return settings._replace(listener=listener, host=host, port=port, allow_hosts=(
+        *settings.allow_hosts, *([settings.host] if "host" in unused else [])))
+
+
 def hatches_of(settings: Settings) -> list[tuple[str, str]]:
     """What the operator lets through under a budget: (what it is, its names)."""
     rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
@@ -15292,6 +15370,7 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
     _hide_from_other_processes()
     _raise_file_limit()
+    settings = on_handed_listener(settings, given)
     server = ProxyServer(settings)
     signals: list[int] = []
     asked_to_stop = threading.Lock()       # an Event's own lock may be held as a signal comes
@@ -15340,7 +15419,7 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
     password = settings.shared.password if settings.shared is not None else None
     held = [secret for secret in (settings.admin_token, settings.server_token, password, *(
         provider.key for provider in server.router.providers.values())) if secret]
-    hidden = {row.env for row in SETTINGS if row.env} | {
+    hidden = {row.env for row in SETTINGS if row.env} | {*LISTEN_VARIABLES} | {
         row.key_env for row in KNOWN_PROVIDERS.values() if not row.is_named_only} | {
         provider.key_env for provider in server.router.providers.values()}
     kept = {name: value for name, value in environ.items()
