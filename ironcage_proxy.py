@@ -462,6 +462,7 @@ class IroncageError(Exception):
 
     `param` names the field at fault, `details` becomes `error.ironcage` in the body, `headers`
     are sent along. `must_close` says that the connection cannot be used for another request.
+    `model` is what the request asked for, once that is known.
     """
     status = 500
     openai_type = "server_error"
@@ -469,6 +470,7 @@ class IroncageError(Exception):
     anthropic_type = "api_error"
     anthropic_details: Optional[Mapping[str, object]] = None    # what their SDKs act on
     must_close = False
+    model: Optional[str] = None
 
     def __init__(self, message: str, *, param: Optional[str] = None,
                  details: Optional[Mapping[str, object]] = None,
@@ -589,6 +591,16 @@ class Housekeeper(threading.Thread):
             self._work()
         except BaseException:
             self._on_fault(self.name)
+
+
+@contextlib.contextmanager
+def about_model(model: str) -> Iterator[None]:
+    """Note in an error what model the request asked for."""
+    try:
+        yield
+    except IroncageError as err:
+        err.model = model
+        raise
 
 
 @contextlib.contextmanager
@@ -1287,11 +1299,43 @@ class Price(NamedTuple):
         known = self.residency_multipliers
         return 1 if region is None else known.get(region, max(known.values(), default=1))
 
+    def every_rate(self) -> Mapping[str, frozenset]:
+        """All picodollars that a token of a bucket, or a fee, can be billed at: in any tier, size
+        of prompt, place and speed."""
+        cases = [self._rates(suffix, self.thresholds[:passed])[0]
+                 for suffix in {*TIER_SUFFIXES.values(), UNKNOWN_TIER}
+                 for passed in range(len(self.thresholds) + 1)]
+        cases += [{**rates, "output": rates["image_output"]} for rates in cases]
+        multipliers = {1, self.us_multiplier, self.fast_multiplier,
+                       self.us_multiplier * self.fast_multiplier,
+                       *self.residency_multipliers.values()}
+        return {"web_search": frozenset({self.search_picodollars}), **{
+            bucket: frozenset({rates[bucket] * multiplier for rates in cases
+                               for multiplier in multipliers}) for bucket in PRICE_KEYS}}
+
+    def cells(self) -> str:
+        """All that it says, as JSON in which a rate that is not whole is "n/d"."""
+        return json.dumps(
+            {**self._asdict(), "known_rates": {}}, sort_keys=True,
+            default=lambda value: dict(value) if isinstance(value, Mapping) else str(value))
+
     def per_million(self) -> tuple[str, str]:
         """Input and output in USD for a million tokens, to be read by people."""
         rates = self.rates(None, 0)
         return (format_usd(microdollars_ceil(rates["input"] * 10 ** 6)),
                 format_usd(microdollars_ceil(rates["output"] * 10 ** 6)))
+
+
+def price_from_cells(text: str) -> Price:
+    """Read back what Price.cells() wrote."""
+    def exact(value: object) -> object:
+        if isinstance(value, dict):
+            return MappingProxyType({name: exact(amount) for name, amount in value.items()})
+        return Fraction(value) if isinstance(value, str) else value
+
+    cells = {name: value if name in ("key", "provider") else exact(value)
+             for name, value in json.loads(text).items()}
+    return Price(**{**cells, "thresholds": tuple(cells["thresholds"]), "known_rates": {}})
 
 
 def microdollars_ceil(picodollars: Rate) -> int:
@@ -1305,6 +1349,7 @@ BillLine = tuple[str, int, Rate]          # what was used, how many, picodollars
 class Bill(list):
     """The BillLines of one finished call; `doubt` says why they may be too high."""
     doubt: Optional[str] = None
+    price: Optional[Price] = None         # by which they were made
 
 
 def total_of(lines: Iterable[BillLine]) -> int:
@@ -1458,11 +1503,11 @@ class PriceBook:
 
     def keys(self) -> list[str]:
         """The names of all rows that price tokens, sorted."""
-        return sorted(key for key in self._rows if self._row(key) is not None)
+        return sorted(key for key in self._rows if self.row(key) is not None)
 
     def cells(self, key: str) -> dict[str, object]:
         """What a row that prices tokens says of prices and limits; nothing of another."""
-        return {} if self._row(key) is None else {
+        return {} if self.row(key) is None else {
             name: value for name, value in self._rows[key].items()
             if _MAY_BE_PRICE.search(name) or name.startswith("max_")
             or name in ("alias_of", "litellm_provider", "provider_specific_entry")}
@@ -1474,13 +1519,14 @@ class PriceBook:
         price (pattern -> row). Raises ValueError where such a row has no price itself."""
         book = PriceBook({**self._rows, **rows}, providers=providers, price_as=price_as)
         for pattern, key in price_as.items():
-            if book._row(key) is None:
+            if book.row(key) is None:
                 shown = re.sub(UNPRINTABLE, "?", pattern)
                 raise ValueError(f"price_as {shown}: there is no price for {shown_name(key)}"
                                  f"{did_you_mean(key, book._rows)}")
         return book
 
-    def _row(self, key: str) -> Optional[Price]:
+    def row(self, key: str) -> Optional[Price]:
+        """The price in the row of exactly this name; None where it has none."""
         if key in self._rows and key not in self._prices:
             row = self._rows[key]
             named = row.get("alias_of", key) if isinstance(row, Mapping) else key
@@ -1500,7 +1546,7 @@ class PriceBook:
         full_name = f"{provider}/{model}" if provider else model
         key = next((key for pattern, key in self._price_as.items()
                     if fnmatch.fnmatchcase(full_name if "/" in pattern else model, pattern)), None)
-        return None if key is None else self._row(key)._replace(is_stand_in=True)
+        return None if key is None else self.row(key)._replace(is_stand_in=True)
 
     def _own_price(self, model: str, provider: str) -> Optional[Price]:
         """The price that a model has itself, or None.
@@ -1530,9 +1576,9 @@ class PriceBook:
         about whoever serves the model."""
         names = self.sellers(provider) if provider else ()
         for key in [f"{seller}/{name}" for seller in names]:
-            if self._row(key) is not None:
-                return self._row(key)
-        price = self._row(name)
+            if self.row(key) is not None:
+                return self.row(key)
+        price = self.row(name)
         if price is None or not provider or price.provider in names:
             return price
         return None if price.provider else price._replace(provider=provider, known_rates={})
@@ -1545,7 +1591,7 @@ class PriceBook:
         """As find(), but raises UnpricedModel, naming the key to add."""
         price = self.find(model, provider)
         if price is None:
-            is_anothers = self._row(model) is not None
+            is_anothers = self.row(model) is not None
             shown = shown_name(f"{provider}/{model}" if is_anothers else model)
             raise UnpricedModel(
                 f"no price is known for the model {shown}: add the key \"{shown}\" with "
@@ -1569,7 +1615,7 @@ class PriceBook:
         Raises: UnpricedModel; MalformedUsage.
         """
         lines = Bill()
-        price = self.price(model, provider)
+        lines.price = price = self.price(model, provider)
         tier = usage.get("service_tier") if api == "messages" else None
         tier = tier if isinstance(tier, str) else service_tier
         for entry_model, entry in billed_entries(usage, model):
@@ -8411,11 +8457,19 @@ class Accounts:
         accounts, now_s = [*map(self._account_of, rows)], int(self._clock())
         with self._lock:
             for account, row in zip(accounts, rows):
+                account = self.by_scope.setdefault(row.name, account)
                 account.roll(now_s)
                 if account.period != row.period:
                     account.begin(row.period)
                 account.limit, account.stop_at = row.limit, row.stop_at
-                self.by_scope[row.name] = account
+
+    def close_scope(self, scope: str) -> bool:
+        """Forget what a scope holds, unless something is set aside: whether it is forgotten."""
+        with self._lock:
+            is_idle = not self.by_scope[scope].reserved
+            if is_idle:
+                del self.by_scope[scope]
+        return is_idle
 
     def _account_of(self, row: Scope) -> Account:
         """Return a scope's account. What a new one spent before is asked for, from the beginning
@@ -8683,6 +8737,12 @@ class CostController:
         """Open a scope, or change its limits and period."""
         self.set_scopes([Scope(scope, limit_microdollars, period, stop_at, spent_since)])
 
+    def close_scope(self, scope: str) -> bool:
+        """Forget a scope, unless a request is under way in it: whether it is forgotten."""
+        with self._lock:
+            in_line = any(scope in claim.scopes for claim in self._line)
+        return not in_line and self.accounts.close_scope(scope)
+
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
         return any(budget.limit is not None
@@ -8756,6 +8816,19 @@ def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, in
             for start_s, spent, spent_later in zip(starts, sums, [*sums[1:], 0])}
 
 
+def session_scope(token: str, session: Optional[str]) -> str:
+    """The scope of one session of a token, which is no token's name; those without one share it."""
+    return f"{token}/{session or ''}"
+
+
+def _session_advice(scope: str) -> str:
+    """What a refusal adds where the limit is that of a session."""
+    token, is_session, session = scope.partition("/")
+    which = f"the session {session}" if session else "calls that name no session"
+    return f" This is the budget of {which} under the token {token} (session_budget_usd)." \
+        if is_session else ""
+
+
 def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
     amounts = budget.as_json()
     del amounts["available_microdollars"], amounts["stop_at_microdollars"]
@@ -8771,7 +8844,7 @@ def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
     return BudgetExceeded(
         f"Iron Cage budget limit exceeded. Spent: {format_usd(budget.spent)}, "
         f"Reserved: {format_usd(budget.reserved)}, {name}: {format_usd(amount)}. "
-        f"Raise the {raised} to go on.",
+        f"Raise the {raised} to go on.{_session_advice(budget.scope)}",
         details=_refusal_details(budget, needed, 0), headers=DO_NOT_RETRY)
 
 
@@ -8794,7 +8867,7 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
     return InsufficientBudget(
         "Iron Cage budget insufficient for this request. "
         f"Available: {format_usd(max(0, free))}, Estimated max cost: {format_usd(needed)}. "
-        f"{advice}{waits}.",
+        f"{advice}{waits}.{_session_advice(budget.scope)}",
         details=_refusal_details(budget, needed, affordable), headers=DO_NOT_RETRY)
 
 
@@ -8810,8 +8883,14 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
 #
 # What every call cost, one row each. A row is written before the first byte of its call goes
 # upstream (the intent), and completed when the call settles. A row that was never settled, since
-# the process died, is charged at its bound on the next start. A ledger is five methods: intent,
-# settle, spent, recent and look, and three for leases; another engine needs no more than those.
+# the process died, is charged at its bound on the next start. What was refused is kept beside.
+#
+# Upkeep, in the order of the ids up to the first call that is in flight, and a step at a time: rows
+# are sealed, each with a digest of all that it holds and of the seal before; they are added up by
+# day (`daily`), which is all that budgets and most reports read; and with --keep-days the oldest
+# are deleted. An edit, a deletion, an insertion or a swap of sealed rows shows in `audit`, for as
+# long as nobody computes all later seals anew: there is no key. Ids have no gap, and sealing no
+# index: calls write the same pages as without it.
 #
 # A ledger must not be fooled into forgetting. It is new only where its path does not exist; it is
 # made under another name, so that a crash on the way leaves no half of one. One process at a time
@@ -8819,8 +8898,9 @@ def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
 # under the process takes no further intent. A copy is another ledger, and a lost -wal cannot be
 # seen from inside.
 
-# The intent's, and from "settled_ms" on the settlement's.
-LEDGER_COLUMNS = MappingProxyType({
+# Those of 0.2.3, which programs outside may read: the intent's, and from "settled_ms" on the
+# settlement's.
+_FIRST_COLUMNS = MappingProxyType({
     "id": "INTEGER PRIMARY KEY", "request_id": "TEXT NOT NULL",
     "admitted_s": "INTEGER NOT NULL",         # Unix seconds; decides the period
     "token": "TEXT NOT NULL", "provider": "TEXT NOT NULL", "model": "TEXT NOT NULL",
@@ -8835,11 +8915,27 @@ LEDGER_COLUMNS = MappingProxyType({
     "lines": "TEXT",                          # the bill, [[what, how many, picodollars each], ...]
     "provider_request_id": "TEXT", "latency_ms": "INTEGER", "first_byte_ms": "INTEGER",
 })
+# The client's words for who asks, which nothing vouches for; then the settlement's, and upkeep's.
+_LATER_COLUMNS = MappingProxyType({
+    "session": "TEXT", "agent": "TEXT", "parent_agent": "TEXT", "project": "TEXT",
+    "price_row": "TEXT",                      # the digest of the price that the bill was made by
+    "seal": "BLOB",
+})
+LEDGER_COLUMNS = MappingProxyType({**_FIRST_COLUMNS, **_LATER_COLUMNS})
 _NO_ROW = dict.fromkeys(LEDGER_COLUMNS)
-_SETTLED_COLUMNS = tuple(LEDGER_COLUMNS)[[*LEDGER_COLUMNS].index("settled_ms"):]
+_SETTLED_COLUMNS = (*tuple(_FIRST_COLUMNS)[[*_FIRST_COLUMNS].index("settled_ms"):],
+                    "price_row")
+TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
+_SUMS = ("requests", *TOKEN_COUNTS, "cost_microdollars", "estimated_requests")
+_ADD_UP = (
+    f"INSERT INTO daily SELECT admitted_s / {DAY_S}, token, provider, COALESCE(price_key, 'other'),"
+    " COALESCE(session, ''), COALESCE(project, ''), COUNT(*), COALESCE(SUM(input_tokens), 0), "
+    "COALESCE(SUM(cached_input_tokens), 0), COALESCE(SUM(output_tokens), 0), "
+    "COALESCE(SUM(cost_microdollars), 0), SUM(estimated IS NOT NULL) FROM calls WHERE {} "
+    "GROUP BY 1, 2, 3, 4, 5, 6")
 # Each brings a ledger one version on (PRAGMA user_version). What stands here never changes.
 MIGRATIONS = (
-    "CREATE TABLE calls (" + ", ".join(map(" ".join, LEDGER_COLUMNS.items())) + ")",
+    "CREATE TABLE calls (" + ", ".join(map(" ".join, _FIRST_COLUMNS.items())) + ")",
     "CREATE TABLE leases (lease_id TEXT PRIMARY KEY, granted INTEGER NOT NULL, "
     "spent_before INTEGER NOT NULL)",
     "CREATE TABLE counts (scope TEXT NOT NULL, digest BLOB NOT NULL, tokens INTEGER NOT NULL, "
@@ -8848,7 +8944,42 @@ MIGRATIONS = (
     # Calls under a shared budget: what its engine knows them by, and whether it knows their end.
     "CREATE TABLE shared_calls (id INTEGER PRIMARY KEY, shared TEXT NOT NULL, "
     "is_confirmed INTEGER NOT NULL)",
+    *(f"ALTER TABLE calls ADD COLUMN {name} {kind}" for name, kind in _LATER_COLUMNS.items()),
+    "CREATE INDEX calls_by_token ON calls (token, admitted_s) WHERE seal IS NOT NULL",
+    "UPDATE calls SET settled_ms = 1000 * strftime('%s', 'now'), cost_microdollars = "
+    "bound_microdollars, estimated = 'the proxy ended', lines = '[[\"reserved\",' || "
+    "bound_microdollars || ',1000000]]' WHERE settled_ms IS NULL",
+    "CREATE TABLE daily (day INTEGER NOT NULL, token TEXT NOT NULL, provider TEXT NOT NULL, "
+    "model TEXT NOT NULL, session TEXT NOT NULL, project TEXT NOT NULL, "
+    + ", ".join(f"{name} INTEGER NOT NULL" for name in _SUMS)
+    + ", PRIMARY KEY (token, session, day, model, provider, project)) WITHOUT ROWID",
+    _ADD_UP.format("id > 0"),
+    # Rows of earlier versions: how many, the last id. What is sealed, and the last seal; what was
+    # deleted of it; what `daily` holds. Whether a proxy closed it, and rows put in while it was so.
+    "CREATE TABLE chain (base INTEGER, base_id INTEGER, sealed INTEGER, sealed_id INTEGER, "
+    "seal BLOB, folded INTEGER, folded_id INTEGER, folded_seal BLOB, folded_day INTEGER, "
+    "tallied INTEGER, tallied_id INTEGER, tallied_microdollars INTEGER, closed INTEGER, "
+    "foreign_rows INTEGER)",
+    "INSERT INTO chain SELECT n, id, 0, 0, x'', 0, 0, x'', -1, n, id, cost, 0, 0 FROM (SELECT "
+    "COUNT(*) AS n, COALESCE(MAX(id), 0) AS id, COALESCE(SUM(cost_microdollars), 0) AS cost "
+    "FROM calls)",
+    "CREATE TABLE refusals (id INTEGER PRIMARY KEY, refused_ms INTEGER NOT NULL, request_id TEXT, "
+    "token TEXT NOT NULL, model TEXT, path TEXT, status INTEGER NOT NULL, reason TEXT NOT NULL, "
+    "message TEXT NOT NULL, scope TEXT, limit_microdollars INTEGER, spent_microdollars INTEGER, "
+    "reserved_microdollars INTEGER, needed_microdollars INTEGER, session TEXT, agent TEXT, "
+    "parent_agent TEXT, project TEXT)",
+    "CREATE TABLE prices (digest TEXT PRIMARY KEY, cells TEXT NOT NULL)",
 )
+REFUSAL_COLUMNS = (
+    "refused_ms", "request_id", "token", "model", "path", "status", "reason", "message", "scope",
+    "limit_microdollars", "spent_microdollars", "reserved_microdollars", "needed_microdollars",
+    "session", "agent", "parent_agent", "project")
+REFUSALS_KEPT = 100_000                       # in a ledger
+REFUSALS_WAITING = 1_000                      # in memory: all there are without a ledger
+STEP_ROWS = 200                               # in one transaction of upkeep: a few milliseconds
+STEP_PAUSE_S = 0.05                           # between two of them
+STEPS_AT_CLOSE = 500                          # a history of an earlier version is sealed later
+MOST_SECONDS = 10 ** 12                       # later than any call
 LEDGER_BUSY_S = 2                             # how long to wait for another program's write
 LEDGER_WAIT_S = 30                            # and for a proxy to let go: as long as one drains
 # An flock of the database file: elsewhere it can clash with SQLite's own locks, or is not there.
@@ -8863,7 +8994,15 @@ _UNCONFIRMED = ("SELECT * FROM shared_calls JOIN calls USING (id) WHERE NOT is_c
                 "AND settled_ms IS NOT NULL ORDER BY id")
 _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdollars, estimated = "
             "'the proxy ended', lines = '[[\"reserved\",' || bound_microdollars || ',1000000]]' "
-            "WHERE settled_ms IS NULL")
+            "WHERE id > (SELECT tallied_id FROM chain) AND settled_ms IS NULL")
+_REFUSE = (f"INSERT INTO refusals ({', '.join(REFUSAL_COLUMNS)}) "
+           f"VALUES ({', '.join(f':{name}' for name in REFUSAL_COLUMNS)})")
+_ADD_UP_MORE = _ADD_UP.format("id > ? AND id <= ?") + " ON CONFLICT DO UPDATE SET " + ", ".join(
+    f"{name} = {name} + excluded.{name}" for name in _SUMS)
+_SPENT = (                                    # what is added up, and what is not yet
+    "SELECT SUM(cost) FROM (SELECT cost_microdollars AS cost FROM daily WHERE day >= :day{0} "
+    "UNION ALL SELECT COALESCE(cost_microdollars, bound_microdollars) FROM calls "
+    "WHERE id > (SELECT tallied_id FROM chain) AND admitted_s >= :since_s{0})")
 
 
 class Lease(NamedTuple):
@@ -8891,12 +9030,34 @@ def stored_row(row: Mapping[str, object]) -> dict:
             "usage": None if row["usage"] is None else json.dumps(row["usage"])}
 
 
+def row_json(row: Mapping[str, object]) -> str:
+    """A stored row as a JSON object; its usage and its bill are JSON already."""
+    plain = {name: value.hex() if isinstance(value, bytes) else value
+             for name, value in row.items() if name not in ("usage", "lines")}
+    usage, lines = row["usage"] or "null", row["lines"] or "null"
+    return f'{json.dumps(plain)[:-1]}, "usage": {usage}, "lines": {lines}}}'
+
+
+_seal_text = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def seal_of(row: Mapping[str, object], before: bytes) -> bytes:
+    """Return the digest of a settled row and of the seal before it.
+
+    Absent values are left out, so that a further column changes no seal that was made.
+    """
+    held = {name: str(row[name]) for name in LEDGER_COLUMNS
+            if name != "seal" and row[name] is not None}
+    return hashlib.sha256(before + _seal_text(held).encode("ascii")).digest()
+
+
 class MemoryLedger:
     """The last rows, and what each token spent on each day; gone with the process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()         # guards the fields below
         self._rows: deque = deque(maxlen=MEMORY_ROWS)
+        self._refusals: deque = deque(maxlen=REFUSALS_WAITING)
         self._spent: Counter = Counter()      # (token, day since 1970) -> microdollars
         self._leases: list[Lease] = []
 
@@ -8918,11 +9079,35 @@ class MemoryLedger:
             return sum(amount for (name, day), amount in self._spent.items()
                        if token in (None, name) and day * DAY_S >= since_s)
 
-    def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
-        """The newest settled rows, of one token or of all."""
+    def spent_in_session(self, token: str, session: Optional[str]) -> int:
+        """What the kept rows of a session cost."""
+        with self._lock:
+            return sum(row["cost_microdollars"] for row in self._rows
+                       if (row["token"], row["session"]) == (token, session))
+
+    def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
+        """The newest settled rows, of one token or of all, each as `shown` makes it of columns."""
         with self._lock:
             rows = [row for row in self._rows if token in (None, row["token"])]
+        return [shown(stored_row(row)) for row in rows[:-most - 1:-1]]
+
+    def refuse(self, row: Mapping[str, object]) -> None:
+        """Keep a call that was refused here."""
+        with self._lock:
+            self._refusals.append(row)
+
+    def refusals(self, most: int, token: Optional[str] = None) -> list[dict]:
+        """The newest calls that were refused here, of one token or of all."""
+        with self._lock:
+            rows = [row for row in self._refusals if token in (None, row["token"])]
         return rows[:-most - 1:-1]
+
+    def keep_price(self, digest: str, cells: str) -> None:
+        """Nothing: there is no later."""
+
+    def tend(self) -> bool:
+        """Nothing to keep up."""
+        return False
 
     def leases(self) -> list[Lease]:
         """Those that were not given back."""
@@ -8962,10 +9147,12 @@ class MemoryLedger:
 
 class _Write:
     """One statement that waits to be committed."""
-    __slots__ = ("statement", "row", "is_intent", "error", "is_written")
+    __slots__ = ("statement", "row", "is_intent", "shared", "error", "is_written")
 
-    def __init__(self, statement: str, row: Union[dict, Sequence], is_intent: bool) -> None:
+    def __init__(self, statement: str, row: Union[dict, Sequence], is_intent: bool,
+                 shared: Optional[str] = None) -> None:
         self.statement, self.row, self.is_intent = statement, row, is_intent
+        self.shared = shared                  # what the engine of a shared budget knows a call by
         self.is_written = False
         self.error: Optional[Exception] = None
 
@@ -9157,16 +9344,21 @@ class SqliteLedger:
     `wait_s` seconds.
 
     Opening it charges what an earlier process left unsettled. A write that can take long (for
-    `fsync`, or while another program writes) is done inside the context `aside`.
-    Raises Misconfigured.
+    `fsync`, or while another program writes) is done inside the context `aside`. Whoever reads has
+    a connection of its own, and holds up no write. tend() is upkeep, in short transactions: rows
+    that were admitted more than `keep_days` days ago are folded into totals. Raises Misconfigured.
     """
 
     def __init__(self, path: str, *, fsync: bool = False, wait_s: int = 0,
+                 keep_days: Optional[int] = None,
                  aside: Callable[[], ContextManager] = contextlib.nullcontext) -> None:
         import sqlite3                        # here only: most runs do not need it
         self._errors, self._is_quick, self._aside = sqlite3.Error, not fsync, aside
         self._turn = threading.Lock()         # one transaction at a time
         self._queue: list[_Write] = []        # appended by all, emptied by who has the turn
+        self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
+        self._reading = threading.Lock()      # one query at a time on a connection of its own
+        self._keep_days = keep_days
         self._path = path = os.path.realpath(path)
         self._lock = LedgerLock(path)
         with contextlib.ExitStack() as undo:
@@ -9178,6 +9370,7 @@ class SqliteLedger:
                                            check_same_thread=False)
                 undo.callback(self._db.close)
                 self._open_database(fsync)
+                self._reader = undo.enter_context(contextlib.closing(_reading_connection(path)))
             except (OSError, sqlite3.Error) as err:
                 raise Misconfigured(f"the ledger {path} cannot be used: {_reason(err)}") from err
             undo.pop_all()
@@ -9189,10 +9382,23 @@ class SqliteLedger:
         if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise OSError("its file system cannot hold SQLite's write-ahead log")
         self._db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
-        _migrate(self._db)
-        self.recovered = self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
-        newest = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0]
-        self._ids = itertools.count(newest + 1)
+        is_new = any(row["name"] == "seal" for row in self._db.execute("PRAGMA table_info(calls)"))
+        lost = 0 if is_new else self._db.execute(
+            "SELECT COUNT(*) FROM calls WHERE settled_ms IS NULL").fetchone()[0]
+        _migrate(self._db)                    # which charges those too
+        for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
+            self._db.execute(f"SELECT * FROM {name}").fetchone()       # a broken one is found now
+        state = self._db.execute("SELECT * FROM chain").fetchone()
+        if state is None:
+            raise OSError("its table chain is empty: somebody edited it; restore a copy")
+        last_id = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0]
+        foreign = max(0, last_id - state["sealed_id"]) if state["closed"] else 0
+        self._db.execute("UPDATE chain SET closed = 0, foreign_rows = foreign_rows + ?", (foreign,))
+        if foreign:
+            log.error("rows were put into the ledger while no proxy had it", extra={
+                "fields": {"ledger": self._path, "rows": foreign}})
+        self._newest = max(last_id, state["sealed_id"])      # the id of a deleted row comes no more
+        self.recovered = lost + self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
         self._wait_for_others(0)
         beside = () if LOCKS_DATABASE else (self._path + ".lock",)
         self._watched = {name: _identity_at(name) for name in (
@@ -9244,11 +9450,7 @@ class SqliteLedger:
     def intent(self, row: dict, shared: Optional[str] = None) -> None:
         """Put a call on disk before it is sent, with what the engine of a shared budget knows it
         by. Raises LedgerUnavailable: it must not be sent."""
-        row["id"] = next(self._ids)
-        if shared is not None:                             # in the same transaction
-            self._queue.append(_Write("INSERT INTO shared_calls VALUES (?, ?, 0)",
-                                      (row["id"], shared), is_intent=False))
-        error = self._write(_Write(_INSERT, row, is_intent=True))
+        error = self._write(_Write(_INSERT, row, is_intent=True, shared=shared))
         if error is not None:
             raise LedgerUnavailable("the proxy's ledger cannot be written, so that nothing is "
                                     f"sent to providers: {_reason(error)}")
@@ -9291,16 +9493,27 @@ class SqliteLedger:
         return write.error
 
     def _commit(self, batch: Sequence[_Write]) -> Optional[Exception]:
-        """One transaction for all at the head of the queue; why not, if they stay there."""
+        """One transaction for all at the head of the queue; why not, if they stay there.
+
+        Ids are given here, and count once it is committed: so there is no gap.
+        """
+        newest = self._newest
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for write in batch:
+                if write.statement is _INSERT:
+                    newest += 1
+                    write.row["id"] = newest
                 self._db.execute(write.statement, write.row)
+                if write.shared is not None:
+                    self._db.execute("INSERT INTO shared_calls VALUES (?, ?, 0)",
+                                     (newest, write.shared))
             self._db.execute("COMMIT")
         except (self._errors, ValueError, OverflowError) as err:
             with contextlib.suppress(self._errors):
                 self._db.execute("ROLLBACK")
             return err
+        self._newest = newest
         for write in batch:
             write.error, write.is_written = None, True
         del self._queue[:len(batch)]
@@ -9323,28 +9536,155 @@ class SqliteLedger:
                 write.error = error
             self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
 
-    def spent(self, token: Optional[str], since_s: int) -> int:
-        """What one token, or None for all, spent since then; calls in flight at their bound.
+    def _read(self, query: str, values: object = ()) -> list[sqlite3.Row]:
+        """The rows of a query, read beside the writes."""
+        with self._reading:
+            return self._reader.execute(query, values).fetchall()
 
-        Raises Misconfigured.
-        """
+    def spent(self, token: Optional[str], since_s: int) -> int:
+        """What one token, or None for all, spent since a day began; calls in flight at their
+        bound. Raises Misconfigured."""
+        of_token = "" if token is None else " AND token = :token"
         try:
             with self._turn:
-                return self._db.execute(
-                    "SELECT COALESCE(SUM(COALESCE(cost_microdollars, bound_microdollars)), 0) "
-                    "FROM calls WHERE admitted_s >= ? AND (? IS NULL OR token = ?)",
-                    (since_s, token, token)).fetchone()[0]
+                return self._db.execute(_SPENT.format(of_token), {
+                    "token": token, "since_s": since_s, "day": since_s // DAY_S}).fetchone()[0] or 0
         except self._errors as err:
             raise Misconfigured(f"the ledger {self._path} cannot be read: {_reason(err)}") from err
 
-    def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
-        """The newest settled rows, of one token or of all."""
+    def spent_in_session(self, token: str, session: Optional[str]) -> int:
+        """What one session of a token, or all of its calls without one, spent.
+
+        Raises LedgerUnavailable.
+        """
+        query = _SPENT.format(" AND token = :token AND COALESCE(session, '') = :session")
+        try:
+            return self._read(query, {"token": token, "session": session or "", "since_s": 0,
+                                      "day": 0})[0][0] or 0
+        except self._errors as err:
+            raise LedgerUnavailable("the proxy's ledger cannot be read for what the session "
+                                    f"spent: {_reason(err)}") from err
+
+    def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
+        """The newest settled rows, of one token or of all, each as `shown` makes it of columns:
+        row by row, as at each the other threads have a chance."""
+        newest = "SELECT * FROM calls WHERE settled_ms IS NOT NULL"
+        with self._reading:
+            if token is None:
+                return [shown(dict(row)) for row in self._reader.execute(
+                    f"{newest} ORDER BY id DESC LIMIT ?", (most,))]
+            rows = itertools.chain(
+                self._reader.execute(f"{newest} AND id > (SELECT sealed_id FROM chain) AND token "
+                                     "= ? ORDER BY id DESC LIMIT ?", (token, most)),
+                self._reader.execute("SELECT * FROM calls WHERE seal IS NOT NULL AND token = ? "
+                                     "ORDER BY admitted_s DESC, id DESC LIMIT ?", (token, most)))
+            return [shown(dict(row)) for row in itertools.islice(rows, most)]
+
+    def refuse(self, row: Mapping[str, object]) -> None:
+        """Keep a call that was refused here: in memory, until tend() writes it.
+
+        A ledger that cannot be written keeps the last REFUSALS_WAITING; the log has them all.
+        """
+        self._refusals.append(row)
+
+    def refusals(self, most: int, token: Optional[str] = None) -> list[dict]:
+        """The newest calls that were refused here, of one token or of all."""
+        waiting = [row for row in [*self._refusals] if token in (None, row["token"])]
+        kept = [*map(dict, self._read(
+            f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE ? IN ('', token) "
+            "ORDER BY id DESC LIMIT ?", (token or "", most)))]
+        written = {row["request_id"] for row in kept}
+        return [*(row for row in waiting[::-1] if row["request_id"] not in written), *kept][:most]
+
+    def keep_price(self, digest: str, cells: str) -> None:
+        """Write what a price says with the next commit, once for each price."""
+        self._queue.append(_Write("INSERT OR IGNORE INTO prices VALUES (?, ?)", (digest, cells),
+                                  is_intent=False))
+
+    # Upkeep.
+
+    def tend(self) -> bool:
+        """Do a step of upkeep in short transactions; whether there may be more to do.
+
+        What cannot be written now is left to the next time, but for refusals that SQLite cannot
+        hold.
+        """
+        refused = [*self._refusals][:STEP_ROWS]
+        done = [self._step(work) for work in (
+            lambda state: self._keep_refused(refused), self._seal, self._add_up, self._fold)]
+        for row in refused if done[0] is not None else ():
+            if self._refusals and self._refusals[0] is row:   # else it has fallen out meanwhile
+                self._refusals.popleft()
+        return any(done)
+
+    def _step(self, work: Callable[[Mapping[str, object]], bool]) -> Optional[bool]:
+        """One transaction, and whether it did something; None: it cannot be done now."""
         with self._turn:
-            rows = self._db.execute(
-                "SELECT * FROM calls WHERE settled_ms IS NOT NULL AND (? IS NULL OR token = ?) "
-                "ORDER BY id DESC LIMIT ?", (token, token, most)).fetchall()
-        return [{**row, "usage": row["usage"] and json.loads(row["usage"]),
-                 "lines": lines_from_json(row["lines"])} for row in map(dict, rows)]
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                is_done = work(self._db.execute("SELECT * FROM chain").fetchone())
+                self._db.execute("COMMIT")
+                return is_done
+            except (self._errors, ValueError, OverflowError) as err:
+                with contextlib.suppress(self._errors):
+                    self._db.execute("ROLLBACK")
+                return None if isinstance(err, self._errors) else False
+
+    def _keep_refused(self, rows: Sequence[Mapping[str, object]]) -> bool:
+        for row in rows:
+            self._db.execute(_REFUSE, row)
+        if rows:
+            self._db.execute("DELETE FROM refusals WHERE id <= (SELECT MAX(id) FROM refusals) - ?",
+                             (REFUSALS_KEPT,))
+        return bool(rows)
+
+    def _settled_after(self, last_id: int) -> list[sqlite3.Row]:
+        """The next rows in the order of their ids, up to the first that is in flight."""
+        rows = self._db.execute("SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?",
+                                (last_id, STEP_ROWS))
+        return [*itertools.takewhile(lambda row: row["settled_ms"] is not None, rows)]
+
+    def _seal(self, state: Mapping[str, object]) -> bool:
+        """Give the next rows their seals."""
+        rows, seal = self._settled_after(state["sealed_id"]), state["seal"]
+        for row in rows:
+            seal = seal_of(row, seal)
+            self._db.execute("UPDATE calls SET seal = ? WHERE id = ?", (seal, row["id"]))
+        if rows:
+            self._db.execute("UPDATE chain SET sealed = sealed + ?, sealed_id = ?, seal = ?",
+                             (len(rows), rows[-1]["id"], seal))
+        return bool(rows)
+
+    def _add_up(self, state: Mapping[str, object]) -> bool:
+        """Add the next rows to the totals of their days."""
+        rows = self._settled_after(state["tallied_id"])
+        if len(rows) < (STEP_ROWS if self._keep_days is None else 1):
+            return False
+        ids = (state["tallied_id"], rows[-1]["id"])
+        self._db.execute(_ADD_UP_MORE, ids)
+        self._db.execute("UPDATE chain SET tallied_id = ?2, tallied = tallied + ?3, "
+                         "tallied_microdollars = tallied_microdollars + (SELECT SUM("
+                         "cost_microdollars) FROM calls WHERE id > ?1 AND id <= ?2)",
+                         (*ids, len(rows)))
+        return True
+
+    def _fold(self, state: Mapping[str, object]) -> bool:
+        """Delete the next rows, as long as they are old: the totals have them."""
+        if self._keep_days is None:
+            return False
+        end_day = int(time.time()) // DAY_S - self._keep_days
+        rows = self._db.execute(
+            f"SELECT id, seal, admitted_s / {DAY_S} AS day FROM calls WHERE id > ? AND id <= ? "
+            "ORDER BY id LIMIT ?",
+            (state["folded_id"], min(state["tallied_id"], state["sealed_id"]), STEP_ROWS))
+        old = [*itertools.takewhile(lambda row: row["day"] < end_day, rows)]
+        if old:
+            self._db.execute("DELETE FROM calls WHERE id <= ?", (old[-1]["id"],))
+            self._db.execute(
+                "UPDATE chain SET folded = folded + ?, folded_id = ?, folded_seal = ?, "
+                "folded_day = MAX(folded_day, ?)", (
+                    len(old), old[-1]["id"], old[-1]["seal"], max([row["day"] for row in old])))
+        return bool(old)
 
     def leases(self) -> list[Lease]:
         """Those that were not given back, of earlier processes too."""
@@ -9367,6 +9707,13 @@ class SqliteLedger:
         with self._turn:
             if self._queue:
                 self._commit_patiently()
+        for _ in range(STEPS_AT_CLOSE):
+            if not self.tend():
+                break
+        with self._turn, self._reading:
+            with contextlib.suppress(self._errors):
+                self._db.execute("UPDATE chain SET closed = 1 WHERE sealed_id = ?", (self._newest,))
+            self._reader.close()
             self._db.close()
         self._lock.release()
 
@@ -9376,60 +9723,256 @@ Ledger = Union[MemoryLedger, SqliteLedger]
 
 # Reading a ledger without serving: `usage` and `audit`.
 
+# What can be grouped by; a folded day has no hours, and counts as its first.
 USAGE_GROUPS = MappingProxyType({
-    "model": "COALESCE(price_key, 'other')", "token": "token",
-    "day": "date(admitted_s, 'unixepoch')",
+    **{name: name for name in ("token", "model", "provider", "session", "project")},
+    "day": "date(at_s, 'unixepoch')", "hour": "strftime('%Y-%m-%d %H:00', at_s, 'unixepoch')",
 })
+USAGE_TABLES = ("model", "token", "day")      # what is shown where nothing is said
+_SPEND = (
+    f"SELECT day * {DAY_S} AS at_s, token, provider, model, session, project, "
+    f"{', '.join(_SUMS)}, 0 AS unsettled_requests FROM daily WHERE day <= :last_day UNION ALL "
+    "SELECT admitted_s, token, provider, COALESCE(price_key, 'other'), COALESCE(session, ''), "
+    "COALESCE(project, ''), 1, COALESCE(input_tokens, 0), COALESCE(cached_input_tokens, 0), "
+    "COALESCE(output_tokens, 0), COALESCE(cost_microdollars, bound_microdollars), "
+    "estimated IS NOT NULL, settled_ms IS NULL FROM calls "
+    "WHERE id > (SELECT tallied_id FROM chain){}")
+_FINER = f" OR admitted_s >= (:last_day + 1) * {DAY_S}"
+_SPEND_SUMS = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}"
+                        for name in (*_SUMS, "unsettled_requests"))
 
 
-def ledger_rows(path: str, query: str, values: Sequence[object] = ()) -> list[dict]:
-    """The rows of a query on a ledger, which is only read. Raises Misconfigured."""
+def _reading_connection(path: str) -> sqlite3.Connection:
+    """Open a ledger to be read only. A statement waits LEDGER_BUSY_S for another program."""
+    import sqlite3
+    db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=ro", uri=True,
+                         timeout=LEDGER_BUSY_S, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    return db
+
+
+@contextlib.contextmanager
+def reading_ledger(path: str) -> Iterator[sqlite3.Connection]:
+    """Open a ledger to be read only, as it is at one moment, whatever version wrote it.
+
+    Raises Misconfigured, also for what fails inside.
+    """
     import sqlite3
     try:
         _check_ledger_file(os.path.realpath(path))
-        with contextlib.closing(sqlite3.connect(
-                f"file:{urllib.parse.quote(os.path.realpath(path))}?mode=ro", uri=True,
-                timeout=LEDGER_BUSY_S)) as db:
-            db.row_factory = sqlite3.Row
+        with contextlib.closing(_reading_connection(os.path.realpath(path))) as db:
             _check_is_ledger(db)
-            return [dict(row) for row in db.execute(query, values)]
+            db.execute("BEGIN")
+            _show_as_newest(db)
+            yield db
     except (OSError, sqlite3.Error) as err:
         raise Misconfigured(f"the ledger {path} cannot be read: {_reason(err)}") from err
 
 
-def usage_report(path: str, since_s: int) -> dict:
-    """What was spent since then: {"by_model" | "by_token" | "by_day": [...], "total": {...}}."""
-    sums = ("COUNT(*) AS requests, COALESCE(SUM(input_tokens), 0) AS input_tokens, "
-            "COALESCE(SUM(cached_input_tokens), 0) AS cached_input_tokens, "
-            "COALESCE(SUM(output_tokens), 0) AS output_tokens, "
-            "COALESCE(SUM(COALESCE(cost_microdollars, bound_microdollars)), 0) "
-            "AS cost_microdollars, COALESCE(SUM(estimated IS NOT NULL), 0) AS estimated_requests, "
-            "COALESCE(SUM(settled_ms IS NULL), 0) AS unsettled_requests "
-            "FROM calls WHERE admitted_s >= ?")
-    report: dict = {
-        f"by_{name}": ledger_rows(
-            path, f"SELECT {group} AS {name}, {sums} GROUP BY 1 ORDER BY 1", (since_s,))
-        for name, group in USAGE_GROUPS.items()}
-    return {**report, "total": ledger_rows(path, f"SELECT {sums}", (since_s,))[0]}
+def _show_as_newest(db: sqlite3.Connection) -> None:
+    """Let a ledger that an earlier version wrote read as one of ours: what it lacks is temporary.
+    """
+    there = {row["name"] for row in db.execute("PRAGMA table_info(calls)")}
+    lacking = [f"NULL AS {name}" for name in LEDGER_COLUMNS if name not in there]
+    if lacking:
+        db.execute(f"CREATE TEMP VIEW calls AS SELECT *, {', '.join(lacking)} FROM main.calls")
+    for script in MIGRATIONS[db.execute("PRAGMA user_version").fetchone()[0]:]:
+        if script.startswith(("CREATE TABLE", "INSERT INTO chain")):
+            db.execute(script.replace("CREATE TABLE", "CREATE TEMP TABLE", 1))
+    if lacking:                               # nothing is added up: some may be in flight
+        db.execute("UPDATE chain SET tallied = 0, tallied_id = 0, tallied_microdollars = 0")
 
 
-def audit_row(row: Mapping[str, object]) -> Optional[str]:
-    """What is wrong with a settled row, recomputed from what it stores; None if nothing is."""
+def ledger_rows(path: str, query: str, values: object = ()) -> list[dict]:
+    """The rows of a query on a ledger, which is only read. Raises Misconfigured."""
+    with reading_ledger(path) as db:
+        return [dict(row) for row in db.execute(query, values)]
+
+
+def usage_by(path: str, groups: Sequence[str], since_s: int = 0,
+             until_s: int = MOST_SECONDS) -> list[dict]:
+    """What was spent from one time up to another, by some of USAGE_GROUPS; by none: in all.
+
+    Calls count at the time of their admission. Whole days come from their totals; of a part of a
+    day, or by the hour, only days that are folded do, and those as if at their beginning.
+    """
+    is_whole = "hour" not in groups and since_s % DAY_S == 0 and (
+        until_s % DAY_S == 0 or until_s == MOST_SECONDS)
+    names = ", ".join(f"{USAGE_GROUPS[name]} AS {name}" for name in groups)
+    numbers = ", ".join(map(str, range(1, len(groups) + 1)))
+    by = f" GROUP BY {numbers} ORDER BY {numbers}" if groups else ""
+    with reading_ledger(path) as db:
+        folded_day = db.execute("SELECT folded_day FROM chain").fetchone()[0]
+        return [dict(row) for row in db.execute(
+            f"SELECT {names}{', ' if groups else ''}{_SPEND_SUMS} FROM "
+            f"({_SPEND.format('' if is_whole else _FINER)}) "
+            f"WHERE at_s >= :since_s AND at_s < :until_s{by}",
+            {"last_day": MOST_SECONDS if is_whole else folded_day,
+             "since_s": since_s, "until_s": until_s})]
+
+
+def usage_report(path: str, since_s: int = 0, until_s: int = MOST_SECONDS) -> dict:
+    """What was spent: {"by_model" | "by_token" | "by_day": [...], "total": {...}}."""
+    return {**{f"by_{name}": usage_by(path, [name], since_s, until_s) for name in USAGE_TABLES},
+            "total": usage_by(path, [], since_s, until_s)[0]}
+
+
+AUDIT_FAULTS = 1_000                          # of which the words are kept; all are counted
+
+
+def text_digest(text: str) -> str:
+    """A short name for a text, by which it can be known again."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+
+
+def audit_row(row: Mapping[str, object],
+              rates: Optional[Mapping[str, frozenset]] = None) -> Optional[str]:
+    """What is wrong with a settled row, recomputed from what it stores; None if nothing is.
+
+    `rates` are all that its price can bill; None: not known.
+    """
     try:
         lines = lines_from_json(row["lines"])
         if total_of(lines) != row["cost_microdollars"]:
             return f"its lines come to {total_of(lines)} microdollars"
+        columns = ("bound_microdollars", "cost_microdollars", *TOKEN_COUNTS)
+        if min([*(row.get(name) or 0 for name in columns), *(
+                amount for _, *pair in lines for amount in pair)]) < 0:
+            return "it holds a negative amount"
+        usage = {} if row["usage"] is None else json.loads(row["usage"])
+        odd = [what for what, _, rate in lines if rates is not None and "iterations" not in usage
+               and rate not in rates.get(what, (rate,))]
+        if odd:
+            return f"its price {row['price_key']} has no such rate for {', '.join(odd)}"
         if row["estimated"] is not None or row["usage"] is None:
             return None
         billed, used = Counter(), Counter()
         for what, count, _ in lines:
             billed[what] += count
-        for _, entry in billed_entries(json.loads(row["usage"]), row["model"]):
+        for _, entry in billed_entries(usage, row["model"]):
             used.update(USAGE_READERS[row["api"]](entry).buckets)
         different = [bucket for bucket, _, _ in BUCKETS if billed[bucket] != used[bucket]]
     except (ValueError, TypeError, KeyError) as err:
         return f"it cannot be read: {type(err).__name__}"
     return f"it bills other counts than its usage: {', '.join(different)}" if different else None
+
+
+class LedgerAudit:
+    """All that can be wrong with a ledger, found in one pass that holds one row at a time.
+
+    `faults` are (row, fault) of which AUDIT_FAULTS are kept, row being None for the whole.
+    """
+
+    def __init__(self, path: str, prices: Optional[PriceBook] = None) -> None:
+        self.faults: list[tuple[Optional[dict], str]] = []
+        self.fault_count = self.rows = self.cost_microdollars = self.estimated = self.open = 0
+        self.unsealed = self.unchecked = 0             # rows; the latter without known rates
+        self.total_microdollars = 0                    # of these rows, and of what was folded
+        self._prices = prices
+        self._days: dict[int, list[int]] = {}          # (calls, cost) of the rows, by day
+        self._rates: dict[object, Optional[Mapping[str, frozenset]]] = {}
+        with reading_ledger(path) as db:
+            found = db.execute("SELECT * FROM chain").fetchone()
+            self.state: Mapping[str, object] = dict(found or {})
+            if found is None:
+                return self.fault(None, "its table chain is empty: somebody edited it")
+            for digest, cells in db.execute("SELECT digest, cells FROM prices"):
+                if digest != text_digest(cells):
+                    self.fault(None, f"the price {shown_name(digest)} is not as it was kept")
+                else:
+                    self._rates[digest] = price_from_cells(cells).every_rate()
+            self._walk(db)
+            self._check_sums(db)
+            self._check_ids(db)
+
+    def fault(self, row: Optional[Mapping[str, object]], text: str) -> None:
+        self.fault_count += 1
+        if len(self.faults) < AUDIT_FAULTS:
+            self.faults.append((row, text))
+
+    def _walk(self, db: sqlite3.Connection) -> None:
+        """Look at each settled row, and at the seals of those that have one by now."""
+        state = self.state
+        last_id, seal = state["folded_id"], state["folded_seal"]
+        for row in map(dict, db.execute("SELECT * FROM calls WHERE settled_ms IS NOT NULL "
+                                        "ORDER BY id")):
+            self._check(row)
+            if row["id"] > state["sealed_id"]:
+                self.unsealed += 1
+                continue
+            if last_id < row["id"] and seal_of(row, seal) == row["seal"]:
+                pass
+            elif row["id"] > last_id + 1 and row["seal"] is not None:
+                self.fault(None, f"{row['id'] - last_id - 1} rows before row {row['id']} are gone")
+            else:
+                self.fault(row, "it is not as it was sealed, or was put in")
+            last_id, seal = row["id"], row["seal"] or b""
+        if last_id < state["sealed_id"]:
+            self.fault(None, f"{state['sealed_id'] - last_id} rows at the end are gone")
+        elif seal != state["seal"]:
+            self.fault(None, "the last seal is not what it was")
+        if state["closed"] and self.unsealed:
+            self.fault(None, f"{self.unsealed} rows were put in after the proxy had stopped")
+        if state["foreign_rows"]:
+            self.fault(None, f"{state['foreign_rows']} rows were put in while no proxy had it")
+
+    def _check(self, row: dict) -> None:
+        """Look at one row by itself, and count it."""
+        cost = row["cost_microdollars"] if isinstance(row["cost_microdollars"], int) else 0
+        self.rows += 1
+        self.cost_microdollars += cost
+        self.estimated += row["estimated"] is not None
+        if row["id"] <= self.state["tallied_id"]:
+            day = self._days.setdefault(row["admitted_s"] // DAY_S, [0, 0])
+            day[0] += 1
+            day[1] += cost
+        rates = self._rates_of(row)
+        self.unchecked += rates is None
+        fault = audit_row(row, rates)
+        if fault is not None:
+            self.fault(row, fault)
+
+    def _rates_of(self, row: Mapping[str, object]) -> Optional[Mapping[str, frozenset]]:
+        """All rates of the price that a row was billed by: as it is kept, else as it is today."""
+        digest, key = row["price_row"], row["price_key"]
+        if digest is not None or key is None or self._prices is None:
+            return self._rates.get(digest)
+        if key not in self._rates:
+            price = self._prices.row(key)
+            self._rates[key] = None if price is None else price.every_rate()
+        return self._rates[key]
+
+    def _check_sums(self, db: sqlite3.Connection) -> None:
+        """Compare the totals by day with the rows of the days that are not folded."""
+        total, tallied = [0, 0], sum(cost for _, cost in self._days.values())
+        for day, *sums in db.execute("SELECT day, SUM(requests), SUM(cost_microdollars) "
+                                     "FROM daily GROUP BY day"):
+            total = [*map(operator.add, total, sums)]
+            rows = self._days.pop(day, [0, 0])
+            if rows != sums if day > self.state["folded_day"] else rows[0] > sums[0]:
+                self._differ(time.strftime("%Y-%m-%d", time.gmtime(day * DAY_S)), sums, rows)
+        for day, rows in self._days.items():
+            self._differ(f"day {day}", [0, 0], rows)
+        state = self.state
+        self.total_microdollars = self.cost_microdollars + total[1] - tallied
+        if total != [state["tallied"], state["tallied_microdollars"]]:
+            self._differ("all days", total, [state["tallied"], state["tallied_microdollars"]])
+
+    def _differ(self, of: str, sums: Sequence[int], rows: Sequence[int]) -> None:
+        self.fault(None, f"the totals of {of} say {sums[0]} calls, {format_usd(sums[1])}; they "
+                          f"should say {rows[0]} calls, {format_usd(rows[1])}")
+
+    def _check_ids(self, db: sqlite3.Connection) -> None:
+        """Ids are given one by one, so that a gap is a row that vanished."""
+        state, old_gaps = self.state, self.state["base_id"] - self.state["base"]
+        last, there = db.execute("SELECT COALESCE(MAX(id), 0), COUNT(*) FROM calls").fetchone()
+        self.open = there - self.rows
+        gaps = max(last, state["sealed_id"]) - old_gaps - state["folded"] - there
+        if gaps:
+            self.fault(None, f"{abs(gaps)} ids are {'missing' if gaps > 0 else 'too many'}")
+        if old_gaps:
+            self.fault(None, f"{old_gaps} ids were missing when this version first had it: rows "
+                             "that vanished, or calls that could not be written down then")
 
 
 # ==== 18. Callers and configuration =============================================================
@@ -9509,6 +10052,7 @@ class Caller(NamedTuple):
     parallel_requests: Optional[int] = None
     expires_s: Optional[int] = None                # Unix seconds
     stop_at_microdollars: Optional[int] = None     # once this is spent no call begins
+    session_budget_microdollars: Optional[int] = None      # of each session; advisory
 
     def __repr__(self) -> str:
         return f"<Caller {self.name}>"                                      # without its token
@@ -9533,6 +10077,27 @@ class Caller(NamedTuple):
             or (fnmatch.fnmatchcase(model, pattern)
                 and not any(pattern.startswith(f"{known}/") for known in KNOWN_PROVIDERS))
             for pattern in self.models)
+
+
+# Column of the ledger -> the headers in which clients say it, the first that is there. They are
+# their words only: of bounded length, printable, and never a metric's label. Sources: Claude Code
+# 2.1.332 and Codex 0.171, seen in November 2026.
+ATTRIBUTION_HEADERS = MappingProxyType({
+    "session": ("x-ironcage-session", "x-claude-code-session-id", "session-id"),
+    "agent": ("x-claude-code-agent-id", "thread-id"),
+    "parent_agent": ("x-claude-code-parent-agent-id",),
+    "project": ("x-ironcage-project",),
+})
+MOST_ATTRIBUTION_CHARS = 128
+
+
+def attribution_of(headers: Headers) -> dict[str, Optional[str]]:
+    """Return what a request says of who asks and what for, by ledger column; None: nothing."""
+    found = {}
+    for column, names in ATTRIBUTION_HEADERS.items():
+        said = next(filter(None, map(headers.get, names)), None)
+        found[column] = said and re.sub(UNPRINTABLE, "?", said)[:MOST_ATTRIBUTION_CHARS]
+    return found
 
 
 # Claude Code heeds our warnings (NOTICES) from a bearer of three parts only, the second of which
@@ -9607,6 +10172,7 @@ TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "sha256": ("sha256", text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
     "budget_usd": ("budget_microdollars", parse_usd),
     "stop_at_usd": ("stop_at_microdollars", parse_usd),
+    "session_budget_usd": ("session_budget_microdollars", parse_usd),
     "period": ("period", text_like("|".join(PERIODS), " or ".join(PERIODS))),
     "models": ("models", _config_patterns),
     "requests_per_minute": ("requests_per_minute", _config_count),
@@ -11053,6 +11619,10 @@ class ClientRequest(NamedTuple):
         hold(max(0, self.memory.parts["body"] - len(body.text)))        # as it was decoded
         return body
 
+    @property
+    def attribution(self) -> dict[str, Optional[str]]:
+        return attribution_of(self.head.headers)
+
 
 class Call:
     """One metered call from its admission to its settlement. One thread uses it."""
@@ -11061,6 +11631,7 @@ class Call:
     price: Optional[Price] = None                     # None: unpriced, and no budget is set
     bound: Optional[Bound] = None                     # None: it has no bound, and no budget is set
     translator: Optional[Translator] = None           # where the provider speaks another API
+    scopes: tuple[str, ...] = ()                      # that it was admitted in
     reservation: Optional[Reservation] = None         # set by its admission
     set_output_cap: Optional[int] = None              # the cap that we put into the request
     set_hosted_uses: Optional[int] = None             # likewise
@@ -11087,7 +11658,7 @@ class Call:
 
     def intent_row(self) -> dict:
         """The ledger's row as it is before the call is sent."""
-        return {**_NO_ROW, "request_id": self.request.request_id,
+        return {**_NO_ROW, **self.request.attribution, "request_id": self.request.request_id,
                 "admitted_s": self.reservation.admitted_s, "token": self.request.caller.name,
                 "provider": self.provider.name, "model": ascii(self.model[:256])[1:-1],
                 "price_key": self.price.key if self.price is not None else None,
@@ -11293,9 +11864,6 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
     return [CountRow(scope, digest, known, meter.model, now_s) for digest, known in learned]
 
 
-TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
-
-
 def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None:
     """Fill the settlement's columns of a ledger row."""
     counts: Sequence = (None, None, None)
@@ -11370,7 +11938,6 @@ class RouterStopped(NamedTuple):
 Event = Union[LlmRequestCompleted, LlmRequestFailed, BudgetThresholdReached, RouterStarted,
               RouterStopped]
 BUDGET_THRESHOLDS = (50, 80, 90, 100)
-REFUSALS_KEPT = 200
 # Upper bounds of the histograms' buckets, in milliseconds.
 HISTOGRAM_MS = (10, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 300_000)
 HISTOGRAM_BOUNDS = (*(f"{most / 1000:g}" for most in HISTOGRAM_MS), "+Inf")       # in seconds
@@ -11408,7 +11975,6 @@ class Totals:
         self._lock = threading.Lock()                 # guards the fields below
         self._cells: dict[tuple[str, str, str], Counts] = {}      # (token, provider, model)
         self._seen: Counter = Counter()               # (metric, label, label) for metrics()
-        self._refusals: deque = deque(maxlen=REFUSALS_KEPT)
 
     def add(self, names: tuple[str, str, str], counts: Counts,
             observed: Iterable[tuple] = ()) -> None:
@@ -11424,16 +11990,6 @@ class Totals:
         """Count one (metric, label, ...) once, for metrics()."""
         with self._lock:
             self._seen[observation] += 1
-
-    def refuse(self, refusal: Mapping[str, object]) -> None:
-        """Keep a call that was refused here, for those who look on."""
-        with self._lock:
-            self._refusals.append(refusal)
-
-    def refusals(self, token: Optional[str] = None) -> list[Mapping[str, object]]:
-        """The newest calls that were refused here, of one token or of all."""
-        with self._lock:
-            return [row for row in reversed(self._refusals) if token in (None, row["token"])]
 
     def observed(self) -> dict:
         """How often each observation was made."""
@@ -11507,6 +12063,14 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
         ("ironcage_first_byte_seconds", "histogram", "From sending a call to its answer's head.",
          _histogram("ironcage_first_byte_seconds", observed, "first_byte")),
     ]
+    families.append(("ironcage_token_refusals_total", "counter", "Refusals by token and reason.", [
+        _sample("ironcage_token_refusals_total", {"token": key[1], "reason": key[2]}, count)
+        for key, count in sorted(observed.items()) if key[0] == "token_refusal"]))
+    for field, text in (("requests", "Calls"), ("cost_microdollars", "Cost in microdollars")):
+        name = f"ironcage_token_{field}_total"
+        families.append((name, "counter", f"{text} by token.", [
+            _sample(name, {"token": token}, cell[field])
+            for token, cell in counts["by_token"].items()]))
     for amount in ("limit", "spent", "reserved"):
         name = f"ironcage_{amount}_microdollars"
         families.append((name, "gauge", f"What is {amount}, by scope, in microdollars.", [
@@ -12942,6 +13506,7 @@ class Settings(NamedTuple):
     allow_plain_http: bool = False
     ledger_path: Optional[str] = None                  # None: in memory
     fsync: bool = False                                # the ledger survives a loss of power
+    keep_days: Optional[int] = None                    # then rows become totals; None: never
     no_wait_for_ledger: bool = False                   # refuse at once one that is in use
     pricing_path: Optional[str] = None                 # None: pricing.json beside this file
     allow_hosts: tuple[str, ...] = ()
@@ -12978,6 +13543,9 @@ class Answer(NamedTuple):
     body: Optional[bytes] = None
     reads: Optional[Iterator[list[bytes]]] = None
     length: int = UNTIL_CLOSE                  # bytes in `reads`, where known
+
+
+MOST_SESSIONS = 10_000                     # whose budgets are known at a time; clients name them
 
 
 class EchoResponse:
@@ -13034,8 +13602,10 @@ NO_OUTPUT = rb'"max_tokens"\s*:\s*0\s*[,}]'
 
 def _row_told(row: Mapping[str, object]) -> dict:
     """What the log says of a settled call, in the original's words."""
-    told = {"request_id": row["request_id"], "model": row["price_key"] or "other",
-            "provider": row["provider"], "status": row["status"],
+    said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
+    told = {"request_id": row["request_id"], "token": row["token"], **said,
+            "model": row["price_key"] or "other", "provider": row["provider"],
+            "status": row["status"],
             "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
             "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
     return told if row["estimated"] is None else {**told, "estimated": row["estimated"]}
@@ -13062,6 +13632,8 @@ class Router:
         for row in ledger.counts():
             self.counts.learn(row)
         self._is_cut = False
+        self._sessions_lock = threading.Lock()         # guards the next field
+        self._sessions: dict[str, int] = {}            # scope -> limit, the last used last
         self._thresholds_lock = threading.Lock()       # guards the next field
         self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
@@ -13098,6 +13670,10 @@ class Router:
         """
         providers = {provider.name: provider for provider in (
             *self.settings.providers, *config.providers, ECHO_PROVIDER)}
+        for caller in config.callers if self.controller.accounts.is_shared else ():
+            if caller.session_budget_microdollars is not None:
+                raise Misconfigured(f"the token {caller.name} has a session_budget_usd, which is "
+                                    "not held with --shared; leave one of them out")
         self.controller.set_scopes([Scope(
             caller.name, caller.budget_microdollars, caller.period, caller.stop_at_microdollars,
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
@@ -13110,6 +13686,29 @@ class Router:
                                 "provider": provider.name,
                                 "url": provider.url("/v1/chat/completions"),
                                 "before": f"{provider.base_url}/v1/chat/completions"}})
+
+    def _scopes(self, request: ClientRequest) -> tuple[str, ...]:
+        """The scopes of a request beside the proxy's: its token's, and its session's where the
+        token caps each; MOST_SESSIONS of these are kept. Raises LedgerUnavailable."""
+        caller, session = request.caller, request.attribution["session"]
+        if caller.session_budget_microdollars is None:
+            return caller.scopes
+        scope, limit = session_scope(caller.name, session), caller.session_budget_microdollars
+        if self._sessions.get(scope) != limit:         # which is set once the scope is there
+            self.controller.set_scope(
+                scope, limit, "total", lambda since_s: 0 if since_s else
+                self.ledger.spent_in_session(caller.name, session))
+        oldest, oldest_limit = None, 0
+        with self._sessions_lock:
+            self._sessions.pop(scope, None)
+            self._sessions[scope] = limit
+            if len(self._sessions) > MOST_SESSIONS:
+                oldest = next(iter(self._sessions))
+                oldest_limit = self._sessions.pop(oldest)
+        if oldest is not None and not self.controller.close_scope(oldest):
+            with self._sessions_lock:                  # in use: it is looked at again next time
+                self._sessions.setdefault(oldest, oldest_limit)
+        return (*caller.scopes, scope)
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -13138,7 +13737,8 @@ class Router:
             return
         if api is not None:
             call = self._admitted(request, named, api, client)
-            yield from self._carried(call, path, client)
+            with about_model(call.asked_model):
+                yield from self._carried(call, path, client)
             return
         self._check_unmetered(request, named, path)
         local = self._local_answer(request, named, path)
@@ -13227,7 +13827,7 @@ class Router:
                          path: str) -> None:
         """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
         caller = request.caller
-        if not caller.models and not self.controller.is_limited(caller.scopes):
+        if not caller.models and not self.controller.is_limited(self._scopes(request)):
             return
         self._check_method_override(request)
         method = request.head.method
@@ -13256,15 +13856,20 @@ class Router:
         charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
         if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
             raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
-        prices = self.prices                           # one book for all of this call
         body = request.parsed()
         model = named_model(body.fields)
+        with about_model(model):
+            return self._admitted_model(request, named, api, client, body, model)
+
+    def _admitted_model(self, request: ClientRequest, named: Optional[Provider], api: str,
+                        client: Optional[Wire], body: JsonBody, model: str) -> Call:
+        prices = self.prices                           # one book for all of this call
         provider, upstream_model = self._provider_of_model(model, named)
         if request.caller.models:
             self._check_models(request.caller, provider,
                                [upstream_model, *other_models(body.fields)])
         provider = self._ready(provider.speaking(api))
-        free = self.controller.available(request.caller.scopes)
+        free = self.controller.available(self._scopes(request))
         limited = free is not None
         carrier = carrying_api(api, provider, upstream_model,
                                prices.find(upstream_model, provider.name))
@@ -13382,9 +13987,10 @@ class Router:
         does. Raises BudgetExceeded, InsufficientBudget; ServerBusy; ClientGone.
         """
         bound = call.bound or fixed_bound(0)
+        call.scopes = self._scopes(call.request)
         try:
             claim = self.controller.admit(
-                bound, call.request.caller.scopes, wait_s=self.settings.wait_s,
+                bound, call.scopes, wait_s=self.settings.wait_s,
                 has_left=lambda: client is not None and bool(has_hung_up(client.sock)),
                 waiting=self.turns.outside)
         except BudgetExceeded:
@@ -13553,7 +14159,7 @@ class Router:
             return answer.headers
         client_api = call.translator.client_api if call.translator is not None else call.api
         return with_notice(answer.headers, client_api,
-                           self.controller.standings(call.request.caller.scopes))
+                           self.controller.standings(call.scopes))
 
     def _whole_body(self, call: Call, response: Union[EchoResponse, UpstreamResponse],
                     reads: Iterable[list[bytes]], headers: list
@@ -13750,8 +14356,8 @@ class Router:
         self.totals.add((request.caller.name, provider.name, ""), Counts(
             requests=1, failed_requests=int(response.status >= 400)))
         log.info("request passed through unmetered", extra={"fields": {
-            "request_id": request.request_id, "provider": provider.name,
-            "path": path[:100], "status": response.status}})
+            "request_id": request.request_id, "token": request.caller.name,
+            "provider": provider.name, "path": path[:100], "status": response.status}})
         try:
             headers = (*answer_headers(response.headers),
                        ("x-ironcage-request-id", request.request_id))
@@ -13854,6 +14460,7 @@ class Router:
             call.charge = call.charge or Charge(reserved_in_full(call), "a fault of the proxy")
             row = call.row or call.intent_row()
             complete_row(row, call, call.charge, elapsed_ns)
+            row["price_row"] = self._kept_price(call.charge.lines)
             if call.row is not None:               # first: a restart can tell others of it
                 self.ledger.settle(row)
             self.controller.commit(call.reservation, call.charge.microdollars, call.row)
@@ -13862,6 +14469,17 @@ class Router:
             self.counts.learn(count)
             self.ledger.keep_count(count)
         return call.charge
+
+    def _kept_price(self, lines: Sequence[BillLine]) -> Optional[str]:
+        """Return the name of the price that a bill was made by, which the ledger keeps with it."""
+        price = getattr(lines, "price", None)
+        if price is None:
+            return None
+        if "digest" not in price.known_rates:
+            cells = price.cells()
+            price.known_rates["digest"] = text_digest(cells)
+            self.ledger.keep_price(price.known_rates["digest"], cells)
+        return price.known_rates["digest"]
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:
         """Count a settled call, log it, and tell of it."""
@@ -14080,6 +14698,7 @@ def dashboard_answer() -> Answer:
 
 
 CALLER, ADMIN = "default", "admin"           # the names of the two tokens of the command line
+MOST_REFUSAL_CHARS = 1_000                   # of each text that is kept of a refusal
 
 
 def host_name(authority: str) -> str:
@@ -14145,13 +14764,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
-        self._is_head, self._caller, self._memory = False, None, None
+        self._is_head, self._caller, self._asked, self._memory = False, None, None, None
         request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
         dialect = "openai"
         try:
             raw_head = self._next_head()
             if raw_head is not None:
-                head = parse_request_head(raw_head)
+                head = self._asked = parse_request_head(raw_head)
                 dialect = dialect_of(head.path)
                 self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
                 self._takes_chunks = head.minor_version == 1
@@ -14246,6 +14865,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             # Looked up by its hash, so that the time says nothing of how much of it was right.
             caller = self.server.callers.get(token_sha256(credential))
             if caller is not None and caller.has_expired():
+                self._caller = caller                  # whom the refusal is about
                 raise Unauthorized(f"the token {caller.name} has expired", headers=DO_NOT_RETRY)
             if caller is not None:
                 return caller
@@ -14365,21 +14985,26 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                    ("x-request-id", request_id), ("x-ironcage-request-id", request_id),
                    *error.headers)
         body = json_bytes(error_object(error, dialect, request_id))
-        reason = error.openai_code or error.openai_type
-        totals = self.server.router.totals
-        totals.observe(("refusal", reason))
-        if self._caller is not None:
-            totals.refuse({"refused_ms": time.time_ns() // 10 ** 6, "request_id": request_id,
-                           "token": self._caller.name, "status": error.status, "reason": reason,
-                           "message": error.message})
-        log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused",
-                extra={"fields": {"request_id": request_id, "status": error.status,
-                                  "reason": reason}})
+        self._note_refusal(error, request_id)
         with contextlib.suppress(ClientGone):
             self._write_answer(Answer(error.status, headers, body), must_close=error.must_close)
             if error.must_close:             # the client may still be sending its request
                 self.server.note(self.place, LEAVING)
                 self.wire.linger(self.server.settings.timeouts.linger_s)
+
+    def _note_refusal(self, error: IroncageError, request_id: str) -> None:
+        """Count and log a refusal; one of a known token is kept as well."""
+        token = self._caller.name if self._caller is not None else ""
+        row = refusal_row(error, request_id, token, self._asked)
+        totals = self.server.router.totals
+        totals.observe(("refusal", row["reason"]))
+        if token:
+            totals.observe(("token_refusal", token, row["reason"]))
+            self.server.ledger.refuse(row)
+            self.server.has_refused.set()
+        log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused", extra={
+            "fields": {name: row[name] for name in REFUSAL_COLUMNS[1:]
+                       if row[name] not in (None, "")}})
 
     def _write_answer(self, answer: Answer, *, must_close: bool = False) -> None:
         """Write an answer, whole or as it arrives. Raises ClientGone, UpstreamError."""
@@ -14410,6 +15035,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.wire.send(data, self.server.settings.timeouts.write_stall_s)
         except OSError:
             raise ClientGone from None
+
+
+def refusal_row(error: IroncageError, request_id: str, token: str,
+                head: Optional[RequestHead]) -> dict:
+    """What the ledger and the log say of a refusal: text that can be stored, of bounded length."""
+    told = {"request_id": request_id, "token": token, "model": error.model,
+            "path": head and head.path, "reason": error.openai_code or error.openai_type,
+            "message": error.message, **(attribution_of(head.headers) if head else {})}
+    amounts = {name: (error.details or {}).get(name) for name in REFUSAL_COLUMNS}
+    texts = {name: text and re.sub(UNPRINTABLE, "?", text[:MOST_REFUSAL_CHARS].encode(
+        "ascii", "backslashreplace").decode("ascii")) for name, text in told.items()}
+    return {**amounts, **texts, "status": error.status, "refused_ms": time.time_ns() // 10 ** 6}
 
 
 def greeting(request_id: str) -> Answer:
@@ -14458,6 +15095,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.turns = Turns()                           # of the threads that serve connections
         self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None else SqliteLedger(
             settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside,
+            keep_days=settings.keep_days,
             wait_s=0 if settings.no_wait_for_ledger else LEDGER_WAIT_S)
         with contextlib.ExitStack() as undo:
             undo.callback(self.ledger.close)
@@ -14478,6 +15116,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.turns.on_fault = self.fail
         self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
+        self._tending: Optional[threading.Thread] = None
+        self._is_over = threading.Event()              # nothing is tended any more
+        self.has_refused = threading.Event()           # there is a refusal to write down
         self.most_connections = most_connections()
         self.run_id = secrets.token_hex(8)             # with a number, the id of a request
         self.request_numbers = itertools.count(1)
@@ -14531,6 +15172,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._thread = Housekeeper("ironcage-accept", lambda: self.serve_forever(STOP_POLL_S),
                                    self.fail)
         self._thread.start()
+        if isinstance(self.ledger, SqliteLedger):
+            self._tending = Housekeeper("ironcage-ledger", self._tend_ledger, self.fail)
+            self._tending.start()
         if self.router.server is not None:
             self.router.server.start()
         self.router.controller.accounts.start(self.fail)
@@ -14577,6 +15221,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self.router.server is not None:
             self.router.server.stop()
         self.router.controller.accounts.close()
+        self._is_over.set()
+        self.has_refused.set()
+        if self._tending is not None:
+            self._tending.join()
+            self._tending = None
         self.ledger.close()
         counts = self.router.totals.snapshot()
         self.router.emit(RouterStopped(
@@ -14662,6 +15311,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._take_config(config, prices_under(config, prices[0]))
         self._table, self._table_seen = prices
         log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
+
+    def _tend_ledger(self) -> None:
+        """Keep the ledger up: each second, as soon as something was refused, and step by step as
+        long as there is more. Each step is in turn with the connections, as a thread without a
+        turn could be left waiting while it holds the ledger; but for one that waits for a disk."""
+        is_more = True
+        while not self._is_over.wait(STEP_PAUSE_S):
+            if not is_more:
+                self.has_refused.wait(CONFIG_LOOK_S)
+            self.has_refused.clear()
+            with contextlib.nullcontext() if self.settings.fsync else self.turns.inside():
+                is_more = self.ledger.tend()
 
     # Connections: one thread each, and a bound on them.
 
@@ -14858,17 +15519,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         scope = next(iter(request.caller.scopes), PROXY_SCOPE)
         return self.router.controller.budget(scope).as_json()
 
-    def usage(self, request: ClientRequest) -> dict:
+    def usage(self, request: ClientRequest) -> bytes:
         """The newest rows of the ledger, `?limit=` of them, and as many calls that were refused
-        here since the start: all, or those of one's own token."""
+        here: all, or those of one's own token."""
         asked = urllib.parse.parse_qs(request.head.query or "").get("limit", ["100"])[-1]
         if not re.fullmatch(r"\d{1,4}", asked, re.ASCII):
             raise BadRequest("limit must be a number of rows from 0 to 9999", param="limit")
         token = next(iter(request.caller.scopes), None)
-        rows = self.ledger.recent(int(asked), token)
-        return {"rows": [{**row, "lines": json.loads(lines_to_json(row["lines"]))}
-                         for row in rows],
-                "refused": self.router.totals.refusals(token)[:int(asked)]}
+        rows = ", ".join(self.ledger.recent(int(asked), token, row_json))
+        refused = ", ".join(map(json.dumps, self.ledger.refusals(int(asked), token)))
+        return f'{{"rows": [{rows}], "refused": [{refused}]}}'.encode("utf-8")
 
     def put_budget(self, request: ClientRequest) -> dict:
         """Set the limit, the stop or both: the admin's token only, until a restart.
@@ -14912,7 +15572,8 @@ def _as_json(action: Callable) -> Callable[..., tuple[str, bytes]]:
 # path -> method -> what makes the (content type, body) of the answer
 OWN_ROUTES = MappingProxyType({
     "/ironcage/status": {"GET": _as_json(ProxyServer.status)},
-    "/ironcage/usage": {"GET": _as_json(ProxyServer.usage)},
+    "/ironcage/usage": {"GET": lambda server, request: (
+        "application/json", server.usage(request))},
     "/ironcage/budget": {"GET": _as_json(ProxyServer.get_budget),
                          "PUT": _as_json(ProxyServer.put_budget)},
     "/ironcage/metrics": {"GET": lambda server, request: (
@@ -15009,6 +15670,7 @@ def _number_like(meaning: str, least: int, most: int, unit: int = 1) -> Callable
 
 _parse_port = _number_like("a port number from 0 to 65535", 0, 65535)
 _parse_seconds = _number_like("a whole number of seconds", 0, 99_999)
+_parse_days = _number_like("a whole number of days from 1 up", 1, 99_999)
 _parse_megabytes = _number_like("a whole number of megabytes from 1 up", 1, 999_999, 1024 * 1024)
 _parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
 _parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
@@ -15050,6 +15712,9 @@ SETTINGS = (
             "a restart forgets", metavar="FILE"),
     Setting("--fsync", "fsync", "let the ledger, and a shared budget, survive a loss of power too, "
             "at the price of a disk flush for each call", None),
+    Setting("--keep-days", "keep_days", "fold what is older in the ledger into totals by day, "
+            "token, model, session and project; without it every row is kept", _parse_days,
+            metavar="DAYS"),
     Setting("--no-wait-for-ledger", "no_wait_for_ledger", "end at once where another proxy has the "
             "ledger, rather than wait 30 seconds for it", None),
     Setting("--config", "config_path", "JSON file with tokens, providers and model aliases",
@@ -15128,10 +15793,18 @@ def parse_arguments(argv: Sequence[str]) -> dict:
                + ", ".join(filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
     parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
         f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
-    parser.add_argument("--json", action="store_true", help="usage: print JSON")
+    parser.add_argument("--json", action="store_true",
+                        help="usage, audit, tokens list: print JSON")
+    parser.add_argument("--csv", action="store_true", help="usage: print CSV")
     parser.add_argument("--compare", metavar="FILE",
                         help="models: print what another price table would change")
-    parser.add_argument("--since", metavar="DATE", help="usage: from this day or time on (UTC)")
+    parser.add_argument("--since", metavar="WHEN", help="usage: from this time on (UTC): a date, "
+                        "with a time or not, a month (2026-11), today, yesterday, 7d, 24h")
+    parser.add_argument("--until", metavar="WHEN", help="usage: up to this time, which is the "
+                        "beginning of a date or month")
+    parser.add_argument("--by", metavar="NAMES", help="usage: one table by one or several, joined "
+                        f"by commas, of {', '.join(USAGE_GROUPS)}")
+    parser.add_argument("--refused", action="store_true", help="usage: what was refused, and why")
     for row in SETTINGS:
         if row.parse is None:
             parser.add_argument(row.flag, dest=row.field, action="store_true", help=row.help)
@@ -15437,14 +16110,17 @@ def bill(server: ProxyServer) -> str:
     """What a wrapped command used and cost, in a few lines."""
     counts, budget = server.router.totals.snapshot(), server.router.controller.budget()
     shared = server.router.controller.accounts.as_json()
-    cost = budget.spent if shared is None else sum(
-        cell["cost_microdollars"] for cell in counts["by_model"].values())
-    total = {**counts, **counts["tokens"], "cost_microdollars": cost}
+    cost = sum([cell["cost_microdollars"] for cell in counts["by_token"].values()])
+    rows = [*counts["by_model"].items(),
+            ("total", {**counts, **counts["tokens"], "cost_microdollars": cost})]
     limit = "no limit" if budget.limit is None else f"of {format_usd(budget.limit)}"
+    held = budget.spent - cost
+    before = f"; {format_usd(budget.spent)} by all of the cage {shared['cage']}" \
+        if shared is not None else \
+        f"; the ledger held {format_usd(held)} before" if held > 0 else ""
     refused = counts["refused_requests"]
-    return spend_table("ironcage", "calls", [*counts["by_model"].items(), ("total", total)]) \
-        + f"\nspent {format_usd(budget.spent)}, {limit}" \
-        + (f", by all of the cage {shared['cage']}" if shared is not None else "") \
+    return spend_table(["ironcage"], "calls", [([name], row) for name, row in rows]) \
+        + f"\nspent {format_usd(cost)}, {limit}{before}" \
         + (f"; refused for want of budget: {refused}" if refused else "")
 
 
@@ -15562,26 +16238,87 @@ def table(rows: Sequence[Sequence[object]]) -> str:
         for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in cells)
 
 
-def spend_table(group: str, calls: str, rows: Iterable[tuple[str, Mapping]]) -> str:
-    """Rows of (name, counts) as text, under the names of the group and of its calls."""
-    return table([(group, calls, "input", "cached", "output", "cost"), *(
-        (name, *map(counts.get, ("requests", *TOKEN_COUNTS)),
-         format_usd(counts["cost_microdollars"])) for name, counts in rows)])
+def spend_table(groups: Sequence[str], calls: str,
+                rows: Iterable[tuple[Sequence[object], Mapping]]) -> str:
+    """Rows of (names, counts) as text, under the names of the groups and of their calls."""
+    return table([(*groups, calls, "input", "cached", "output", "cost"), *(
+        (*(name or "-" for name in names), *map(counts.get, ("requests", *TOKEN_COUNTS)),
+         format_usd(counts["cost_microdollars"])) for names, counts in rows)])
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows as CSV (RFC 4180). What a spreadsheet would take for a formula begins with a quote."""
+    def cell(value: object) -> str:
+        text = re.sub(r"^(?=[=+@\t\r]|-(?!\d+$))", "'", "" if value is None else str(value))
+        return '"' + text.replace('"', '""') + '"' if re.search('[",\\r\\n]', text) else text
+
+    return "\r\n".join([",".join(columns), *(
+        ",".join(cell(row[column]) for column in columns) for row in rows)])
+
+
+def parse_moment(text: str, now_s: int) -> int:
+    """Unix seconds of what --since and --until take; a day or a month is its beginning, in UTC."""
+    today_s = period_start("day", now_s)
+    span = re.fullmatch(r"([0-9]{1,5})([dh])", text)
+    if span is not None:
+        return today_s - int(span[1]) * DAY_S if span[2] == "d" else now_s - int(span[1]) * 3600
+    if text in ("today", "yesterday"):
+        return today_s - DAY_S * (text == "yesterday")
+    with contextlib.suppress(ValueError):
+        return parse_time(f"{text}-01" if re.fullmatch("[0-9]{4}-[0-9]{2}", text) else text)
+    raise ValueError("must be a date such as 2026-12-31 or 2026-12-31T23:59:59Z, a month such as "
+                     "2026-12, today, yesterday, or a time back from now such as 7d or 24h")
+
+
+def _moments(given: Mapping[str, object]) -> tuple[int, int]:
+    """What --since and --until say. Raises Misconfigured."""
+    moments = []
+    for name, otherwise in (("since", 0), ("until", MOST_SECONDS)):
+        with checking(f"--{name}:"):
+            moments.append(otherwise if given[name] is None
+                           else parse_moment(given[name], int(time.time())))
+    return moments[0], moments[1]
 
 
 def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
-    """Print what was spent, by model, token and day."""
-    with checking("--since:"):
-        since_s = parse_time(given["since"]) if given["since"] is not None else 0
-    is_shared = settings.shared is not None and (given["shared"] or not given["ledger_path"])
-    report = _cage_usage(settings, since_s) if is_shared \
-        else usage_report(_ledger_path(settings), since_s)
+    """Print what was spent, by model, token and day or by what --by says; or what was refused."""
+    since_s, until_s = _moments(given)
+    if settings.shared is not None and (given["shared"] or not given["ledger_path"]):
+        if any(given[flag] for flag in ("by", "csv", "refused", "until")):
+            raise Misconfigured("of a shared budget there is no --by, --until, --csv or --refused: "
+                                "ask a ledger, with --ledger and without --shared")
+        return _print_overview(_cage_usage(settings, since_s), given)
+    path = _ledger_path(settings)
+    if given["refused"]:
+        return _print_refused(path, since_s, until_s, given)
+    groups = given["by"].split(",") if given["by"] is not None else \
+        ["day", "token", "model"] if given["csv"] else []
+    for group in groups:
+        if group not in USAGE_GROUPS or groups.count(group) > 1:
+            raise Misconfigured(f"--by: {shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, "
+                                "each once" + did_you_mean(group, USAGE_GROUPS))
+    if not groups:
+        return _print_overview(usage_report(path, since_s, until_s), given)
+    rows, [total] = usage_by(path, groups, since_s, until_s), usage_by(path, [], since_s, until_s)
+    if given["json"]:
+        print(json.dumps({"rows": rows, "total": total}, indent=2))
+    elif given["csv"]:
+        print(csv_text([*groups, *total], rows))
+    else:
+        print(spend_table(groups, "requests", [
+            *(([row[group] for group in groups], row) for row in rows),
+            (["total", *[" "] * (len(groups) - 1)], total)]))
+    return 0
+
+
+def _print_overview(report: Mapping[str, object], given: Mapping[str, object]) -> int:
     if given["json"]:
         print(json.dumps(report, indent=2))
         return 0
-    for group in USAGE_GROUPS:
-        rows = [*((row[group], row) for row in report[f"by_{group}"]), ("total", report["total"])]
-        print(spend_table(group, "requests", rows) + "\n")
+    for group in USAGE_TABLES:
+        rows = [*(([row[group]], row) for row in report[f"by_{group}"]),
+                (["total"], report["total"])]
+        print(spend_table([group], "requests", rows) + "\n")
     print(f"{report['total']['estimated_requests']} of the costs are estimates, "
           f"{report['total']['unsettled_requests']} calls are in flight or were cut off")
     return 0
@@ -15622,18 +16359,102 @@ def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
     return 0
 
 
+def _print_refused(path: str, since_s: int, until_s: int, given: Mapping[str, object]) -> int:
+    """Print what was refused, the newest last; times are in UTC."""
+    rows = ledger_rows(path, f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE refused_ms "
+                       ">= ? AND refused_ms < ? ORDER BY id", (since_s * 1000, until_s * 1000))
+    if given["json"]:
+        print(json.dumps({"refused": rows}, indent=2))
+    elif given["csv"]:
+        print(csv_text(REFUSAL_COLUMNS, rows))
+    else:
+        print("\n".join(re.sub(UNPRINTABLE, "?", "  ".join((
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["refused_ms"] // 1000)),
+            row["token"], str(row["status"]), row["reason"], row["model"] or "-",
+            row["path"] or "-", row["message"]))) for row in rows) or "nothing was refused")
+    return 0
+
+
+def _prices_of(settings: Settings) -> PriceBook:
+    config = Config() if settings.config_path is None else load_config(
+        settings.config_path, settings.environ, allow_plain_http=settings.allow_plain_http)
+    return prices_under(config, load_prices(settings))
+
+
 def run_audit(settings: Settings, given: Mapping[str, object]) -> int:
-    """Recompute every row of a ledger; 1 where any differs."""
-    rows = ledger_rows(_ledger_path(settings),
-                       "SELECT * FROM calls WHERE settled_ms IS NOT NULL ORDER BY id")
-    wrong = [(row, fault) for row in rows for fault in [audit_row(row)] if fault is not None]
-    for row, fault in wrong:
-        print(f"row {row['id']} ({re.sub(UNPRINTABLE, '?', str(row['request_id']))}): {fault}")
-    total = sum(row["cost_microdollars"] for row in rows)
-    estimated = sum(row["estimated"] is not None for row in rows)
-    print(f"{len(rows)} rows, {format_usd(total)}, {estimated} of them estimated; "
-          f"{len(wrong)} do not add up")
-    return 1 if wrong else 0
+    """Look at every row of a ledger, its chain and its totals; 1 where anything is not right."""
+    path = _ledger_path(settings)
+    audit = LedgerAudit(path, _prices_of(settings))
+    verdict = audit_verdict(audit)
+    if given["json"]:
+        print(json.dumps({"ledger": path, **verdict}, indent=2))
+        return 1 if audit.fault_count else 0
+    for row, fault in audit.faults:
+        print(fault if row is None else f"row {row['id']} "
+              f"({re.sub(UNPRINTABLE, '?', str(row['request_id']))}): {fault}")
+    print(f"{audit.rows} rows, {format_usd(audit.cost_microdollars)}, {audit.estimated} of them "
+          f"estimated; {audit.fault_count} faults")
+    for name, value in verdict.items():
+        if name not in ("faults", "rows", "cost_microdollars"):
+            print(f"  {name.replace('_', ' ') + ':':28} {value}")
+    return 1 if audit.fault_count else 0
+
+
+def audit_verdict(audit: LedgerAudit) -> dict:
+    """Return what can be filed of an audit."""
+    state = audit.state
+    return {
+        "verdict": "not sound" if audit.fault_count else "sound",
+        "audited_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rows": audit.rows, "cost_microdollars": audit.cost_microdollars,
+        "estimated_rows": audit.estimated, "open_rows": audit.open,
+        "folded_rows": state.get("folded", 0), "folded_until": None if state.get(
+            "folded_day", -1) < 0 else time.strftime("%Y-%m-%d", time.gmtime(
+                (state["folded_day"] + 1) * DAY_S)),
+        "total_microdollars": audit.total_microdollars,
+        "sealed_rows": state.get("sealed", 0), "unsealed_rows": audit.unsealed,
+        "last_seal": (state.get("seal") or b"").hex(),
+        "seals": "keyless: they show edits, but for those of somebody who computes all later seals "
+                 "anew; keep last_seal elsewhere, and it shows these too",
+        "rows_with_unknown_rates": audit.unchecked, "fault_count": audit.fault_count,
+        "faults": [{"row": row and row["id"], "request_id": row and row["request_id"],
+                    "fault": fault} for row, fault in audit.faults]}
+
+
+def token_standing(caller: Caller, ledger_path: Optional[str], now_s: int) -> dict:
+    """A token's limits, and, where a ledger is given, what it spent and has left; times in UTC."""
+    since_s = period_start(caller.period, now_s)
+    spent = None
+    if ledger_path is not None:
+        spent = 0 if not os.path.exists(ledger_path) else sum(
+            row["cost_microdollars"] for row in usage_by(ledger_path, ["token"], since_s)
+            if row["token"] == caller.name)
+    limit, end_s = caller.budget_microdollars, period_end(caller.period, since_s)
+    shown = {name: at and time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+             for name, at in (("resets", end_s), ("expires", caller.expires_s))}
+    return {"name": caller.name, "limit_microdollars": limit,
+            "stop_at_microdollars": caller.stop_at_microdollars, "period": caller.period,
+            "spent_microdollars": spent, "left_microdollars": None if None in (limit, spent)
+            else max(0, limit - spent), "resets": shown["resets"],
+            "session_limit_microdollars": caller.session_budget_microdollars,
+            "expires": shown["expires"], "has_expired": caller.has_expired(),
+            "requests_per_minute": caller.requests_per_minute,
+            "parallel_requests": caller.parallel_requests, "models": [*caller.models]}
+
+
+def tokens_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Tokens as text; "-" where there is no limit, or no ledger to look into."""
+    def usd(amount: Optional[int]) -> str:
+        return "-" if amount is None else format_usd(amount)
+
+    return table([("name", "budget", "stop", "period", "spent", "left", "resets", "session",
+                   "a minute", "at once", "expires", "models"), *(
+        (row["name"], usd(row["limit_microdollars"]), usd(row["stop_at_microdollars"]),
+         row["period"], usd(row["spent_microdollars"]), usd(row["left_microdollars"]),
+         row["resets"] or "-", usd(row["session_limit_microdollars"]),
+         row["requests_per_minute"] or "-", row["parallel_requests"] or "-",
+         f"{row['expires'] or '-'}{' (over)' if row['has_expired'] else ''}",
+         ",".join(row["models"]) or "any") for row in rows)])
 
 
 def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
@@ -15642,10 +16463,9 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
     if path is None:
         raise Misconfigured("say which configuration holds the tokens, with --config FILE")
     if action == "list" and not words:
-        rows = [(caller.name, "any" if caller.budget_microdollars is None
-                 else format_usd(caller.budget_microdollars), caller.period,
-                 ",".join(caller.models) or "any") for caller in load_config(path, {}).callers]
-        print(table([("name", "budget", "period", "models"), *rows]))
+        rows = [token_standing(caller, settings.ledger_path, int(time.time()))
+                for caller in load_config(path, {}).callers]
+        print(json.dumps({"tokens": rows}, indent=2) if given["json"] else tokens_table(rows))
         return 0
     if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):
         raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
@@ -15896,9 +16716,7 @@ def price_changes(old: PriceBook, new: PriceBook) -> Iterator[tuple[str, str]]:
 
 def run_models(settings: Settings, given: Mapping[str, object]) -> int:
     """List what is priced, in USD for a million tokens; or what another table would change."""
-    config = Config() if settings.config_path is None else load_config(
-        settings.config_path, settings.environ, allow_plain_http=settings.allow_plain_http)
-    prices = prices_under(config, load_prices(settings))
+    prices = _prices_of(settings)
     if given["compare"] is not None:
         kinds: Counter = Counter()
         for kind, line in price_changes(prices, read_prices(given["compare"])):

@@ -102,7 +102,7 @@ def test_claude_code_asks_once_and_shows_the_whole_refusal(mock, proxy_for, clau
 
     assert "Iron Cage budget limit exceeded. Spent: $100.00" in screen
     assert [] == mock.seen
-    refused = [row["status"] for row in proxy.router.totals.refusals(None)]
+    refused = [row["status"] for row in proxy.ledger.refusals(100)]
     assert 1 == refused.count(402) and {402, 400} >= {*refused}     # 400: see `safeguards`, README
 
 

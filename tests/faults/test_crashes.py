@@ -88,6 +88,7 @@ def rounds_of_kill_9(tmp_path, rounds, limit="0.03"):
         assert in_ledger > limit_microdollars // 4, "the load was too light"
     rows = program().ledger_rows(path, "SELECT * FROM calls")
     assert [] == [row["id"] for row in rows if program().audit_row(row) is not None]
+    assert [] == program().LedgerAudit(path).faults
     cut_off = sum(row["estimated"] == "the proxy ended" for row in rows)
     print(f"{rounds} rounds, {len(rows)} calls, {cut_off} cut off; billed {bill}, in the ledger "
           f"{in_ledger} of {limit_microdollars}; recovery at most {max(recoveries_ms):.1f} ms")

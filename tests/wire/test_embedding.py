@@ -231,6 +231,9 @@ def test_metrics_say_what_happened_in_prometheus_text(mock, proxy_for):
     assert "1" == samples['ironcage_refusals_total{reason="unpriced_model"}']
     assert str(mock.billed_microdollars) == samples[
         'ironcage_cost_microdollars_total{model="gpt-4o-mini"}']
+    assert ("2", "1") == tuple(samples[f"ironcage_token_{what}"] for what in (
+        'requests_total{token="default"}',
+        'refusals_total{token="default",reason="unpriced_model"}'))
     assert "1000000" == samples['ironcage_limit_microdollars{scope="proxy"}']
     assert "2" == samples['ironcage_request_seconds_bucket{provider="openai",le="+Inf"}']
     assert "2" == samples['ironcage_request_seconds_count{provider="openai"}']
