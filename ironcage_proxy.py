@@ -5435,9 +5435,10 @@ class _ChunkReader:
         if not self.has_begun:
             self.has_begun = True
             yield Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier)
-        usage = usage_in(chunk)
-        self._usage = usage if isinstance(usage, dict) else self._usage
         choice = _first_choice(chunk)
+        if chunk.get("usage") or "x_groq" in chunk or "usage" in choice:
+            usage = usage_in(chunk)
+            self._usage = usage if isinstance(usage, dict) else self._usage
         delta = choice.get("delta")
         if not delta and not self._parts_seen:       # else it says all once more
             delta = choice.get("message")
@@ -5446,17 +5447,23 @@ class _ChunkReader:
         if choice.get("finish_reason"):
             self._choice = choice
 
-    def _read_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _read_delta(self, delta: Mapping[str, object]) -> Iterable[AnswerEvent]:
+        text = delta.get("content")
+        if len(delta) == 1 and isinstance(text, str):          # as nearly all are
+            return self._say("text", text) if text else ()
+        return self._read_any_delta(delta)
+
+    def _read_any_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
-        details = _parts_of(delta.get("reasoning_details"))
-        if details:
-            self._back["reasoning_details"] = self._back.get("reasoning_details", []) + details
+        if delta.get("reasoning_details"):
+            self._back["reasoning_details"] = [*self._back.get("reasoning_details", ()),
+                                               *_parts_of(delta["reasoning_details"])]
         self._back.update(opaque_in(delta))
         if thought:
             yield from self._say("thought", thought)
         for name, kind in (("content", "text"), ("refusal", "refusal")):
-            text = delta.get(name) if isinstance(delta.get(name), str) \
-                else _text_of(delta.get(name))
+            text = delta.get(name)
+            text = text if text is None or isinstance(text, str) else _text_of(text)
             if text:
                 yield from self._say(kind, text)
         self._touched.clear()
@@ -5465,17 +5472,17 @@ class _ChunkReader:
         if isinstance(delta.get("function_call"), dict):
             yield from self._read_call({"index": 0, "function": delta["function_call"]})
 
-    def _say(self, kind: str, text: str) -> Iterator[AnswerEvent]:
-        part = self._said
+    def _say(self, kind: str, text: str) -> Iterable[AnswerEvent]:
+        part, before = self._said, ()
         if part is None or part.kind != kind:
-            yield from self._close_said()
-            yield from self._close_calls(whole_only=not self._terms.calls_in_order)
+            before = [*self._close_said(),
+                      *self._close_calls(whole_only=not self._terms.calls_in_order)]
             part = self._said = Part(kind, pieces=[])
             self._parts_seen = True
-            yield Opened(part)
+            self._refused |= kind == "refusal"
+            before.append(Opened(part))
         part.pieces.append(text)
-        self._refused |= kind == "refusal"
-        yield More(part, text)
+        return (*before, More(part, text))
 
     def _close_said(self) -> Iterator[AnswerEvent]:
         part, self._said = self._said, None
@@ -5589,12 +5596,13 @@ class _ChunkReader:
 
 # What a server signs its calls and messages with, and refuses the next turn without: Gemini's
 # (ai.google.dev, thought signatures), and that of Copilot's gateway; read November 2026.
-OPAQUE_FIELDS = ("extra_content", "thought_signature", "reasoning_opaque")
+OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaque"})
 
 
 def opaque_in(holder: Mapping[str, object]) -> dict:
     """Return what has to go back to a server as it came, with a call or a message."""
-    return {name: holder[name] for name in OPAQUE_FIELDS if holder.get(name) is not None}
+    return {} if OPAQUE_FIELDS.isdisjoint(holder) else {
+        name: value for name, value in holder.items() if name in OPAQUE_FIELDS and value is not None}
 
 
 def _is_whole(call: Part) -> bool:
@@ -5604,16 +5612,24 @@ def _is_whole(call: Part) -> bool:
 
 
 def _first_choice(body: Mapping[str, object]) -> dict:
-    return next((choice for choice in _parts_of(body.get("choices"))
-                 if choice.get("index") in (0, None)), {})
+    choices = body.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("index") in (0, None):
+            return choice
+    return {}
+
+
+REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
 
 
 def _reasoning_of(said: Mapping[str, object]) -> str:
     """Return the reasoning that compatible servers show, under any of its names."""
+    content = said.get("content")
+    if REASONING_FIELDS.isdisjoint(said) and not isinstance(content, list):
+        return ""
     for name in ("reasoning_content", "reasoning"):
         if isinstance(said.get(name), str) and said[name]:
             return said[name]
-    content = said.get("content")
     rows = [*_parts_of(said.get("reasoning_details")), *(
         inner for part in (_parts_of(content) if isinstance(content, list) else ())
         if part.get("type") == "thinking" for inner in _parts_of(part.get("thinking")))]
