@@ -75,8 +75,8 @@ CODEX_DEFAULT = "gpt-6.2-sol"
 
 
 @pytest.fixture
-def mock():
-    with Model("two tools") as provider:
+def mock(request):
+    with Model(getattr(request, "param", "two tools")) as provider:
         yield provider
 
 
@@ -137,3 +137,23 @@ def test_codex_with_its_default_model_runs_on_another_vendors(mock, proxy_for, t
     drill_was_done(mock, proxy, out, api)
     asked = [json.loads(line) for line in [seen.body for seen in mock.seen] if line]
     assert all("exec" in json.dumps(fields["tools"]) for fields in asked[:1])
+
+
+@pytest.mark.parametrize("mock", ["web search"], indirect=True)
+@pytest.mark.parametrize("agent, api, kind", [
+    ("Claude Code", "responses", "web_search"), ("Codex", "messages", "web_search_20250305")])
+def test_an_agents_search_of_the_web_runs_at_the_other_vendor(mock, proxy_for, tmp_path, agent,
+                                                             api, kind):
+    _, command = AGENTS[agent]
+    if not command:
+        pytest.skip("it is not installed")
+    proxy = proxy_for("--budget", "5", "--config", configured(mock, tmp_path))
+    *line, _ = command(MODELS[api]) if agent == "Codex" else [
+        CLAUDE_CODE, "--model", MODELS[api], "--allowedTools", "WebSearch", "-p", PROMPT]
+
+    out = ran(proxy, tmp_path, [*line, f"{TASK}: web search"])
+
+    assert DONE in out and not mock.lacks_what_it_needs
+    offered = [json.loads(seen.body).get("tools") or [] for seen in mock.seen if seen.body]
+    assert any(tool.get("type") == kind for tools in offered for tool in tools)
+    assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] > 0
