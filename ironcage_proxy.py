@@ -12551,7 +12551,7 @@ def format_command(words: Sequence[Union[str, bytes, int]]) -> bytes:
     """A command as the engine reads it."""
     parts = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
     return b"*%d\r\n" % len(parts) + b"".join(
-        b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+        [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
 def read_reply(line: Callable[[], bytes], exactly: Callable[[int], bytes],
@@ -12561,10 +12561,10 @@ def read_reply(line: Callable[[], bytes], exactly: Callable[[int], bytes],
     Raises ValueError for what is none.
     """
     text = line()
-    kind, rest = text[:1], text[1:]
+    kind, rest, digits = text[:1], text[1:], text[1:].lstrip(b"-")
     if kind in (b"+", b"-"):
         return rest if kind == b"+" else EngineError(rest.decode("utf-8", "replace"))
-    if kind not in (b":", b"$", b"*") or not re.fullmatch(rb"-?\d{1,19}", rest):
+    if kind not in (b":", b"$", b"*") or not digits.isdigit() or len(digits) > 19:
         raise ValueError(NOT_A_REPLY)
     size = int(rest)
     if kind == b":":
@@ -12650,9 +12650,14 @@ class EngineLink:
         self._at += size
         return self._data[self._at - size:self._at]
 
+    @property
+    def has_ended_well(self) -> bool:
+        """Whether all that came was asked for."""
+        return self._at == len(self._data)
+
     def is_usable(self) -> bool:
         """Whether it is still open, and silent, as between two exchanges."""
-        return self._at == len(self._data) and not self._wire.is_readable()
+        return not self._wire.is_readable()
 
     def close(self) -> None:
         self._wire.close()
@@ -12710,7 +12715,7 @@ class Engine:
             link.close()
 
     def _give_back(self, link: EngineLink) -> None:
-        keeps = link.is_usable() and len(self._idle) < ENGINE_CONNECTIONS_KEPT
+        keeps = link.has_ended_well and len(self._idle) < ENGINE_CONNECTIONS_KEPT
         if keeps:
             with self._lock:
                 self._idle.append(link)
@@ -12766,9 +12771,9 @@ local function scope(name)                      -- its amounts, in the period of
           stop_at = stop_at ~= '-' and stop_at,
           spent = amounts[1] or 0, reserved = amounts[2] or 0}
 end
-local function told(one)
-  return {one.limit, tonumber(one.spent), tonumber(one.reserved), one.stop_at, one.period,
-          one.since}
+local function told(one)                        -- as "limit|spent|reserved|stop|period|since"
+  return string.format('%s|%d|%d|%s|%s|%d', one.limit or '', one.spent, one.reserved,
+                       one.stop_at or '', one.period, one.since)
 end
 local function scopes(first, step)              -- those named in ARGV; nil where one is lost
   local found, budgets = {}, {}
@@ -12829,7 +12834,8 @@ taken = table.concat(words, '|')
 redis.call('HSETNX', key('beats'), process, clock[1] .. '.' .. clock[2])
 redis.call('HSET', key('open', process), number, taken)
 for i, one in ipairs(found) do
-  budgets[i][3] = redis.call('HINCRBY', one.at, 'r' .. one.since, amount)
+  one.reserved = redis.call('HINCRBY', one.at, 'r' .. one.since, amount)
+  budgets[i] = told(one)
 end
 return {taken, budgets}
 """,
@@ -13053,7 +13059,7 @@ class SharedAccounts:
         self._known: dict[str, Budget] = {}
         self._watch = Watch(DEAD_S, 2 * HEARTBEAT_S)
         self._wakes, self._is_stopping, self._is_closed = threading.Event(), False, False
-        self._is_entering = False                  # what a restart may have forgotten
+        self._is_entering = True                   # what a restart may have forgotten
         self._thread: Optional[threading.Thread] = None
         self.fault: Optional[str] = None           # why it could not be used last; None: it can
         with self._usable():
@@ -13149,6 +13155,7 @@ class SharedAccounts:
         except EngineFailed as err:
             if err.code == "HELD":
                 raise
+            self._is_entering |= err.code == "RESTARTED"
             if self.fault is None:
                 log.error("the shared budget cannot be used", extra={"fields": {
                     "cage": self.cage, "reason": err.reason}})
@@ -13166,9 +13173,10 @@ class SharedAccounts:
         if len(told) != len(scopes):
             raise ValueError(NOT_A_REPLY)
         budgets = [Budget(
-            scope, None if limit is None else int(limit), int(spent), int(reserved),
-            None if stop_at is None else int(stop_at), period.decode("ascii"), int(since_s))
-            for scope, (limit, spent, reserved, stop_at, period, since_s) in zip(scopes, told)]
+            scope, int(limit) if limit else None, int(spent), int(reserved),
+            int(stop_at) if stop_at else None, period.decode("ascii"), int(since_s))
+            for scope, words in zip(scopes, told)
+            for limit, spent, reserved, stop_at, period, since_s in [words.split(b"|")]]
         with self._lock:
             self._known.update(zip(scopes, budgets))
         return budgets
@@ -13343,8 +13351,7 @@ class SharedAccounts:
 
     def _catch_up(self) -> None:
         """Enter what a restarted engine may have forgotten, and tell what it was not told."""
-        self.engine.ask(["PING"])
-        if self.engine.run_id != self._run_id:
+        if self._is_entering:
             self._enter_again()
         with self._lock:
             ending = [*self._ending.values()]
@@ -13356,7 +13363,6 @@ class SharedAccounts:
         self.engine.ask(["PING"])
         self._watch.forget()
         run_id, self._run_id = self._run_id, self.engine.run_id
-        self._is_entering = True
         try:
             self._run("restarted", self._hold_s)
             with self._lock:
@@ -13368,8 +13374,7 @@ class SharedAccounts:
         except EngineFailed:
             self._run_id = run_id
             raise
-        finally:
-            self._is_entering = False
+        self._is_entering = False
 
     def _enter(self, records: Sequence[tuple[int, str]]) -> None:
         for at in range(0, len(records), CALLS_AT_ONCE):

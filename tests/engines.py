@@ -153,7 +153,7 @@ class FakeEngine:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-BUDGET = b"*6\r\n$8\r\n10000000\r\n:0\r\n:0\r\n$-1\r\n$5\r\ntotal\r\n:0\r\n"
+BUDGET = b"$21\r\n10000000|0|0||total|0\r\n"        # limit, spent, reserved, stop, period, since
 
 
 def many(*replies: bytes) -> bytes:

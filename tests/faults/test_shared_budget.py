@@ -139,6 +139,47 @@ def test_a_stop_that_is_not_below_its_budget_changes_nothing(shared, changes):
     assert (900, 400) == controller.budget()[1::3][:2]
 
 
+def test_at_the_stop_no_process_begins_a_call_and_calls_in_flight_go_on(shared):
+    one, other = shared.process(limit=1_000, stop_at=100), shared.process()
+    held, late = one.ask(fixed(200)), one.ask(fixed(300))
+    one.commit(held, 100)
+
+    refused = other.ask(fixed(1), may_wait=True)
+
+    assert ("stop_at", 100) == (refused.refused_by.ended_by, refused.refused_by.stop_at)
+    one.commit(late, 300)
+    assert (400, 0) == shared.amounts()
+
+
+def test_what_was_to_be_half_of_what_is_free_is_not_taken_of_less(shared):
+    """Decided on amounts that another process has changed meanwhile."""
+    controller = shared.process(limit=1_000)
+    claim = ic.Reservation(fixed(400), ("proxy",), False)
+
+    budgets = controller.accounts.take(claim, 400, [1_001])
+
+    assert [("proxy", 1_000, 0, 0)] == [budget[:4] for budget in budgets]
+    assert (0, 0) == shared.amounts()
+    assert controller.accounts.take(claim, 400, [1_000]) is None
+    assert (0, 400) == shared.amounts()
+
+
+def test_after_an_exchange_that_failed_those_who_come_next_do_not_wait_for_nothing(
+        shared, monkeypatch):
+    controller = shared.process(limit=1_000)
+    controller.ask(fixed(900))
+    waiting = controller.ask(fixed(800), may_wait=True)
+    with monkeypatch.context() as patches:
+        def fail(*_):
+            raise ic.EngineFailed("away")
+        patches.setattr(controller.accounts, "budgets", fail)
+        controller.expire(waiting)
+
+    with pytest.raises(ic.EngineFailed, match="away"):
+        raise waiting.failure
+    assert not waiting.is_waiting and controller.ask(fixed(100)).is_open
+
+
 def test_a_limit_below_what_is_spent_and_reserved_is_logged(shared, caplog):
     held = shared.process(limit=900).ask(fixed(800))
 
@@ -425,6 +466,17 @@ def test_a_heartbeat_enters_again_what_the_engine_lost_of_us(shared):
     assert (50, 0) == shared.amounts()
 
 
+def test_a_call_that_has_ended_is_not_entered_again(shared):
+    controller = shared.process(limit=1_000)
+    held = controller.ask(fixed(600))
+    record = held.shared.split("/")[3]
+    controller.commit(held, 5)
+
+    controller.accounts._enter([(held.number, record)])
+
+    assert (5, 0) == shared.amounts()
+
+
 def test_a_call_that_is_being_taken_is_not_entered_by_force(shared):
     controller = shared.process(limit=1_000)
     controller.accounts._open[77] = ""                       # sent, and not answered yet
@@ -561,6 +613,8 @@ def test_after_a_restart_nobody_is_admitted_before_all_could_enter_what_was_forg
     other.accounts._catch_up()
     with pytest.raises(ic.EngineFailed, match="waits for all"):
         other.ask(fixed(900))
+    with pytest.raises(ic.EngineFailed, match="restarted"):
+        one.accounts._beat()
     one.accounts._catch_up()
 
     assert (200, 500) == shared.amounts()
@@ -582,6 +636,25 @@ def test_a_start_on_a_restarted_engine_begins_the_wait_too(own_engine):
 
     with pytest.raises(ic.EngineFailed, match="waits for all"):
         late.ask(fixed(1))
+    shared.close()
+
+
+def test_older_data_under_the_same_server_is_a_restart_too(own_engine, quick):
+    """As by a restore: the run_id in the cage is not the server's."""
+    engine = own_engine()
+    shared = Shared(engine)
+    controller = shared.process(limit=1_000, runs=True)
+    held = controller.ask(fixed(600))
+    shared.ask("HSET", "", "run_id", "b" * 40)
+    shared.ask("DEL", f":open:{controller.accounts._process}")
+    shared.ask("HSET", ":scope:proxy", "r0", 0)
+
+    with pytest.raises(ic.EngineFailed, match="restarted"):
+        controller.ask(fixed(900))
+    until(lambda: shared.amounts() == (0, 600), "what it forgot is entered again")
+
+    controller.commit(held, 7)
+    assert (7, 0) == shared.amounts()
     shared.close()
 
 
@@ -657,7 +730,7 @@ def test_a_dead_process_is_charged_by_one_that_watched_it_long_enough(own_engine
 def test_an_engine_that_stalls_makes_nobody_dead(own_engine, quick):
     engine = own_engine()
     shared = Shared(engine)
-    processes = [shared.process(limit=10_000, runs=True, deadline_s=0.1) for _ in range(3)]
+    processes = [shared.process(limit=10_000, runs=True, deadline_s=1) for _ in range(3)]
     for process in processes:
         process.ask(fixed(100))
     engine.pause()
@@ -723,16 +796,23 @@ HOSTILE = {
 
 @pytest.fixture
 def soon(monkeypatch):
-    """An engine has a fifth of a second to answer."""
-    monkeypatch.setattr(ic.Engine.__init__, "__defaults__", (0.2,))
+    """What was not told is told soon, and an engine has time enough for a busy machine."""
+    monkeypatch.setattr(ic.Engine.__init__, "__defaults__", (PATIENCE_S,))
     monkeypatch.setattr(ic, "CATCH_UP_S", 0.05)
+
+
+def answering(proxy, fake, script, answer):
+    """From now on a script gets this answer; where there is none, that is seen soon."""
+    fake.answers[script] = answer
+    if answer is None:
+        proxy.router.controller.accounts.engine._deadline_s = 0.3
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: str(answer)[:30])
 def test_whatever_a_hostile_engine_says_to_a_reservation_is_503_and_nothing_is_sent(
         mock, proxy_for, fake, soon, caplog, answer):
     proxy = proxy_for("--shared", fake.url)
-    fake.answers["take"] = answer
+    answering(proxy, fake, "take", answer)
 
     refused = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
 
@@ -740,6 +820,7 @@ def test_whatever_a_hostile_engine_says_to_a_reservation_is_503_and_nothing_is_s
     assert HOSTILE[answer] in refused.json["error"]["message"]
     assert "1" == refused.header("retry-after") and [] == mock.seen
     del fake.answers["take"]
+    proxy.router.controller.accounts.engine._deadline_s = PATIENCE_S
     until(lambda: proxy.router.controller.accounts.fault is None, "it is back")
     assert 200 == call(proxy.port, "POST", "/v1/chat/completions", CHAT).status
 
@@ -748,19 +829,23 @@ def test_whatever_a_hostile_engine_says_to_a_reservation_is_503_and_nothing_is_s
 def test_whatever_a_hostile_engine_says_to_a_settlement_the_answer_goes_out_and_it_is_told_later(
         mock, proxy_for, fake, soon, answer):
     proxy = proxy_for("--shared", fake.url)
-    fake.answers["settle"] = answer
+    answering(proxy, fake, "settle", answer)
 
     answered = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
 
     assert 200 == answered.status
     assert 1 == status_of(proxy)["shared"]["unconfirmed_settlements"]
     del fake.answers["settle"]
+    proxy.router.controller.accounts.engine._deadline_s = PATIENCE_S
     until(lambda: not status_of(proxy)["shared"]["unconfirmed_settlements"], "it is told")
 
 
 @pytest.mark.parametrize("command", ["INFO", "HGET", "scopes", "beat"])
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: str(answer)[:30])
-def test_a_start_on_a_hostile_engine_is_one_line(fake, soon, capsys, command, answer):
+def test_a_start_on_a_hostile_engine_is_one_line(fake, soon, capsys, monkeypatch, command,
+                                                 answer):
+    if answer is None:
+        monkeypatch.setattr(ic.Engine.__init__, "__defaults__", (0.3,))
     fake.answers[command] = answer
 
     code = ic.main(["serve", "--port", "0", "--shared", fake.url.replace("//", "//:s3cr3t-word@"),
