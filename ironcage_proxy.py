@@ -4332,7 +4332,8 @@ def carried_call_id(given: str, used: Container[str]) -> str:
     if given not in used and re.fullmatch(LEGAL_CALL_ID, given) \
             and not re.fullmatch(_CARRIED_ID, given):
         return given
-    packed = base64.urlsafe_b64encode(given.encode("utf-8")).decode("ascii").rstrip("=")
+    packed = base64.urlsafe_b64encode(given.encode("utf-8", "surrogatepass")).decode("ascii")
+    packed = packed.rstrip("=")
     if not given or len(packed) > 48:
         packed = secrets.token_hex(12)
     return next(own for own in map("icid{}_{}".format, itertools.chain(
@@ -4344,7 +4345,7 @@ def own_call_id(carried: str) -> str:
     match = re.fullmatch(_CARRIED_ID, carried)
     try:
         return carried if match is None else base64.b64decode(
-            match[2] + "==", b"-_", validate=False).decode("utf-8") or carried
+            match[2] + "==", b"-_").decode("utf-8", "surrogatepass") or carried
     except ValueError:
         return carried
 
