@@ -145,6 +145,7 @@ LEAST_BYTES_PER_S = 8192           # of a body, that a peer must take or send, b
 JOINED_WRITE_BYTES = 256 * 1024           # head and body go out in one write up to this size
 
 MAX_CONNECTIONS = 1024                    # one thread each, and two sockets
+THREAD_STACK_BYTES = 2 * 1024 * 1024      # JSON nested too deep ends Python 3.13 with half of that
 SPARE_FILES = 64                          # beside those, for the ledger, the log and the embedder
 STRANGERS_PART = 4                        # one in so many may have shown no token
 STRANGER_S = 1                            # how long one that is beyond that part may be silent
@@ -890,7 +891,8 @@ def bytes_to_parse(text: bytes) -> int:
         raise BadRequest(f"the request body may hold more than {MAX_JSON_VALUES} values: so "
                          "many commas and opening brackets are in it")
     width = 1 if text.isascii() else 4 if any(first in text for first in _WIDE_STARTS) else 2
-    return sum(marks.count(mark) * size for mark, size in BYTES_OF_MARKS) + 2 * width * len(text)
+    return 2 * width * len(text) + len(marks) * 64 * (width > 1) \
+        + sum(marks.count(mark) * size for mark, size in BYTES_OF_MARKS)
 
 
 def parse_json_object(raw: bytes, hold: Callable[[int], None] = abs) -> JsonBody:
@@ -10996,6 +10998,12 @@ class Claim:
         self._memory.hold(self, 0)
 
 
+def out_of_memory() -> ServerBusy:
+    """Return the error of who finds no room."""
+    return ServerBusy("the memory for bodies is in use; try again in a moment, or start the proxy "
+                      "with more --max-memory-mb", headers=[("retry-after", "2")])
+
+
 class Memory:
     """The bytes that all bodies and answers in work may take together.
 
@@ -11039,9 +11047,7 @@ class Memory:
             if not place[2].is_set():
                 self._line.remove(place)
                 self._let_in_locked()
-                raise ServerBusy("the memory for bodies is in use; try again in a moment, or start "
-                                 "the proxy with more --max-memory-mb",
-                                 headers=[("retry-after", "2")])
+                raise out_of_memory()
 
     def _let_in_locked(self) -> None:
         """Give room to those in line who are next and fit; small ones pass a large one."""
@@ -14272,6 +14278,8 @@ class Router:
             encoding = content_encoding(response.headers)
             reader = StreamReader(call.meter, encoding, hides_usage=False)
             for pieces in response.reads(ping_s):
+                if reader.holds_much:
+                    self.turns.leave()
                 if not pieces or time.monotonic() - heard_s >= ping_s:
                     yield {"type": "ping"}
                 for event in reader.parsed(pieces):
@@ -14336,6 +14344,8 @@ class Router:
         try:
             for pieces in response.reads():
                 pieces = reader.read(pieces)
+                if reader.holds_much:
+                    self.turns.leave()
                 if call.meter.has_ended:
                     self._settle(call)          # before the client can see that it is over
                 if any(pieces):
@@ -14801,6 +14811,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._refuse(err, dialect, request_id)
         except (ClientGone, OSError, EOFError):
             self.close_connection = True
+        except MemoryError:                  # of what others of this machine left us
+            self._refuse(out_of_memory(), dialect, request_id)
         except Exception:
             log.exception("a request failed by a fault of the proxy",
                           extra={"fields": {"request_id": request_id}})
@@ -15935,6 +15947,18 @@ def _hide_from_other_processes() -> None:
     ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
 
 
+def _bound_memory_of_threads() -> None:
+    """Let a thread for each connection take less address space: 8 MB of stack is the default, and
+    glibc keeps up to 128 MB apart for each of its arenas, which only one thread can use at a time.
+    """
+    threading.stack_size(THREAD_STACK_BYTES)
+    if sys.platform == "linux":
+        import ctypes            # here only: see above
+        m_arena_max = -8         # malloc.h
+        with contextlib.suppress(AttributeError):      # a C library without it
+            ctypes.CDLL(None).mallopt(m_arena_max, 1)
+
+
 def _raise_file_limit() -> None:
     """On POSIX, allow two sockets for each connection; the usual limit of 1,024 files is less."""
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -16063,6 +16087,7 @@ def price_as_lines(config: Config) -> list[str]:
 
 def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
+    _bound_memory_of_threads()
     _hide_from_other_processes()
     _raise_file_limit()
     settings = on_handed_listener(settings, given)

@@ -1,13 +1,18 @@
 """Bodies and answers share one budget of memory: who finds none waits, or tries again; what is too
 large to be read is forwarded or refused; and whatever happens, nothing stays reserved."""
+import contextlib
 import gzip
 import json
+import sys
 import threading
 import time
 
 import pytest
-from support import (OPENAI_KEY, ROOT, TOKEN, Close, Gate, MockProvider, RawClient, Reply, Served,
-                     call, program, settled_status, sse, status_of)
+from support import (ROOT, TOKEN, Close, Gate, RawClient, Reply, Served, call, program,
+                     proxy_environment, settled_status, sse, status_of)
+
+sys.path.append(str(ROOT / "tests" / "bench"))
+from screenshots import conversation  # noqa: E402
 
 MB = 1024 * 1024
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -216,8 +221,10 @@ def send_until_served(port, body, token=TOKEN):
     statuses = []
     while not statuses or (statuses[-1] == 503 and len(statuses) < 100):
         with RawClient(port) as client:
-            client.sock.settimeout(120)
-            client.send(head_of(len(body), token) + body)
+            client.sock.settimeout(300)
+            with contextlib.suppress(OSError):         # it may be refused before it is sent
+                client.send(head_of(len(body), token))
+                client.send(body)
             answer = client.read_answer()
         statuses.append(answer.status)
         if answer.status == 503:
@@ -245,6 +252,26 @@ def test_of_many_large_bodies_at_once_none_is_lost(proxy_for, monkeypatch):
     assert [200] * 10 == [statuses[-1] for statuses in results]
     assert {200, 503} >= {status for statuses in results for status in statuses}
     until(lambda: not reserved(proxy), "nothing is reserved")
+
+
+def one_gigabyte():
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 ** 30, 2 ** 30))
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited there only")
+def test_200_bodies_of_30_mb_at_once_fit_into_a_gigabyte_of_address_space(mock):
+    body = json.dumps(conversation("chat", 30_000_000, "gpt-4o-mini")).encode()
+    environ = {**proxy_environment(mock), "IRONCAGE_TOKEN": TOKEN}
+    with Served("--budget", "100000", "--quiet", environ=environ,
+                preexec_fn=one_gigabyte) as served:
+        results = run_many(200, served.port, body)
+
+        assert [200] * 200 == [statuses[-1] for statuses in results]
+        assert {200, 503} >= {status for statuses in results for status in statuses}
+        until(lambda: not reserved(served), "nothing is reserved")
+        assert 0 == settled_status(served)["reserved_microdollars"]
 
 
 # Answers have the limits that requests have.

@@ -1,12 +1,20 @@
 """Chapter 18: what bodies and answers in work may take of memory, all together."""
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 import threading
+import tracemalloc
 from random import Random
 
 import pytest
+from support import ROOT
 
 import ironcage_proxy as ic
+
+sys.path.append(str(ROOT / "tests" / "bench"))
+from screenshots import conversation  # noqa: E402
 
 MB = 1024 * 1024
 
@@ -196,3 +204,112 @@ def test_whatever_many_do_at_once_the_limit_holds_and_all_is_given_back(seed, mo
     assert max(most) <= 64 * MB
     assert {"limit_bytes": 64 * MB, "reserved_bytes": 0, "waiting": 0} == memory.as_json()
     assert not memory._held
+
+
+# What a body takes.
+
+SHAPES = {
+    "empty lists": lambda n: b",".join([b"[]"] * n),
+    "nested lists": lambda n: b",".join([b"[[[[[]]]]]"] * (n // 5)),
+    "empty objects": lambda n: b",".join([b"{}"] * n),
+    "objects of one": lambda n: b",".join(b'{"%x":0}' % i for i in range(n)),
+    "one object": lambda n: b"{" + b",".join(b'"%d":"%d"' % (i, i) for i in range(n)) + b"}",
+    "numbers": lambda n: b",".join(b"%d" % (i + 10 ** 9) for i in range(n)),
+    "strings": lambda n: b",".join(b'"%d"' % i for i in range(n)),
+    "wide strings": lambda n: b",".join(b'"\xf0\x9f\x98\x80%d"' % i for i in range(n)),
+    "text": lambda n: b'"' + b"some words, " * n + b'"',
+}
+
+
+def peak_of(work):
+    tracemalloc.start()
+    try:
+        kept = work()
+        return tracemalloc.get_traced_memory()[1], kept
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_to_parse_a_body_takes_no_more_than_is_held_for_it(shape):
+    raw, held = b'{"a":[' + shape(20_000) + b"]}", []
+
+    peak, _ = peak_of(lambda: ic.parse_json_object(raw, held.append))
+
+    assert peak <= held[0] + 20_000
+
+
+@pytest.mark.parametrize("api", ["chat", "responses", "messages"])
+def test_a_body_of_screenshots_takes_at_most_three_times_its_size(api):
+    raw = bytearray(json.dumps(conversation(api, 6_000_000, "m"), ensure_ascii=False).encode())
+
+    def work():
+        body = ic.parse_json_object(raw)
+        ic.prompt_of(api, body, ("token", "provider", "model"))
+        return body, body.spliced({"max_tokens": 7, "stream": True}, frozenset())
+
+    peak, (body, pieces) = peak_of(work)
+
+    assert peak + len(raw) <= 3 * len(raw)
+    assert {**json.loads(raw), "max_tokens": 7, "stream": True} == json.loads(b"".join(pieces))
+    assert json.loads(raw) == body.fields
+    assert 8 == len(body.data)
+    assert len(body.text) < 50_000
+
+
+def test_known_counts_tell_data_from_a_text_that_looks_like_its_hash():
+    data = "A" * 5_000
+    forged = "\0" + hashlib.sha256(data.encode()).hexdigest()
+
+    def digest(text):
+        body = ic.parse_json_object(json.dumps({"model": "m", "messages": [
+            {"role": "user", "content": [{"type": "text", "text": text}]},
+            {"role": "user", "content": [{"type": "text", "text": "B" * 5_000}]}]}).encode())
+        return ic.prompt_of("chat", body, ("token", "provider", "model")).chain[0]
+
+    assert 3 == len({digest(data), digest(forged), digest("\0" + forged)})
+
+
+def test_data_in_a_text_is_counted_as_text_and_an_images_is_not():
+    price = ic.PriceBook.load(str(ROOT / "pricing.json")).price("gpt-5.5", "openai")
+
+    def bound(part):
+        body = ic.parse_json_object(json.dumps({"model": "gpt-5.5", "messages": [
+            {"role": "user", "content": [part]}]}).encode())
+        return ic.input_tokens_bound(body, price, measured=True)
+
+    data = "abcdefgh" * 50_000
+
+    assert bound({"type": "text", "text": data}) > 100_000
+    assert bound({"type": "image_url", "image_url": {
+        "url": "data:image/png;base64," + data}}) < 26_000
+
+
+class CountedEnds:
+    """The pattern of an event's end, which counts the bytes that it is asked to search."""
+    searched = 0
+    pattern = ic._EVENT_END
+
+    def search(self, data, at=0):
+        self.searched += len(data) - at
+        return self.pattern.search(data, at)
+
+    def finditer(self, data, at=0):
+        self.searched += len(data) - at
+        return self.pattern.finditer(data, at)
+
+
+def test_one_event_of_many_reads_is_searched_and_joined_once(monkeypatch):
+    ends = CountedEnds()
+    monkeypatch.setattr(ic, "_EVENT_END", ends)
+    event = b"data: " + b"x" * 4_000_000 + b"\n\n"
+    splitter, events = ic.EventSplitter(), []
+    splitter.feed(event[:1_000])
+    buffer = splitter.rest
+
+    for at in range(1_000, len(event), 1_000):
+        events += splitter.feed(event[at:at + 1_000])
+        assert splitter.rest is buffer or events       # it grows in place
+
+    assert [event] == events
+    assert ends.searched < 2 * len(event)
