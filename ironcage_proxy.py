@@ -3964,6 +3964,11 @@ class AnswerWriter:
         """Return what ends a stream after an error, given as the client's API has it."""
         return [body]
 
+    end_of_ids = ""                      # servers may give each answer the same id: what tells them
+
+    def keep(self, item: Mapping[str, object]) -> None:
+        """Take an item that its client may name by its id alone; Translator says where to."""
+
     def _ping(self, event: Ping) -> Iterable[dict]:
         return [{"type": "ping"}]
 
@@ -6909,6 +6914,20 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     return conversation
 
 
+def with_kept_items(fields: Mapping[str, object], recall: Callable[[str, str], list[dict]]
+                    ) -> Mapping[str, object]:
+    """Return a request with the items of answers of ours that it names by their ids alone, as
+    clients do that take them to be stored; what is not kept stays named."""
+    def kept(item: object) -> list:
+        row = json_object(item)
+        is_name = row.get("type") == "item_reference" or (row and row.keys() <= {"id"})
+        return (recall(str(row.get("id")), KEPT_ITEM) if is_name else []) or [item]
+
+    given = fields.get("input")
+    return fields if not isinstance(given, list) else {
+        **fields, "input": [one for item in given for one in kept(item)]}
+
+
 def _format_of_text(text: Mapping[str, object]) -> Optional[Format]:
     fault = in_request("text.format")
     row = object_in(text, "format", fault)
@@ -7381,6 +7400,9 @@ class _Showing:
         self.row, self.item, self.where, self.sent = row, item, item.where, 0
 
 
+KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
+
+
 class ResponsesWriter(AnswerWriter):
     """Writes an answer as a response, whole or as a stream of numbered events.
 
@@ -7389,7 +7411,8 @@ class ResponsesWriter(AnswerWriter):
 
     def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
         self._number = 0                             # of the next event
-        self._stem = ""                              # of all ids
+        self._stem = ""                              # of the items' ids
+        self._may_be_named = fields.get("store") is not False
         self._response: dict = {
             "object": "response", "created_at": created_at, "status": "in_progress",
             "background": False, "error": None, "incomplete_details": None, "store": False,
@@ -7424,8 +7447,9 @@ class ResponsesWriter(AnswerWriter):
         return {"type": kind, "sequence_number": self._number - 1, **members}
 
     def _began(self, event: Began) -> Iterable[dict]:
-        self._stem = id_stem(event.id)[:48]          # ids have at most 64 characters
-        self._response.update(id=f"resp_{self._stem}", model=event.model,
+        own = id_stem(event.id)[:40]                 # ids have at most 64 characters
+        self._stem = own + self.end_of_ids
+        self._response.update(id=f"resp_{own}", model=event.model,
                               service_tier=event.tier or "default")
         return [self._event(f"response.{kind}", response={**self._response})
                 for kind in ("created", "in_progress")]
@@ -7532,6 +7556,8 @@ class ResponsesWriter(AnswerWriter):
             tool = OPENAI_CLIENT_TOOLS[part.name]
             body[tool.member] = {**tool.blank, **arguments_to_input(part.text)}
         self._output[item.index] = body
+        if self._may_be_named:
+            self.keep(body)
         yield self._event("response.output_item.done", output_index=item.index, item=body)
 
     def _ended(self, event: Ended) -> Iterator[dict]:
@@ -7811,7 +7837,7 @@ class Translator:
         self._client, self._provider = DIALECTS[client_api], DIALECTS[api]
         self._asked_model = asked_model              # what the client called the model
         self._keep, self._maker = target.keep, target.manners.name
-        conversation = self._client.read_request(fields)
+        conversation = self._client.read_request(with_kept_items(fields, target.recall))
         losses.names = {**self._client.names, **conversation.names} if conversation.names \
             else self._client.names
         for name, became in conversation.changed.items():
@@ -7825,6 +7851,8 @@ class Translator:
             err.param = self._client.names["turns"] if err.param == "messages" else err.param
             raise
         self._writer = self._client.writer(fields, int(time.time()))
+        self._writer.end_of_ids = f"_{secrets.token_hex(4)}"
+        self._writer.keep = lambda item: target.keep(item["id"], KEPT_ITEM, thoughts=[item])
         self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
 
@@ -7927,8 +7955,9 @@ THINKING_KEPT_BYTES, THINKING_KEPT_S = 64 * 1024 * 1024, 3600
 
 
 class ThinkingMemory:
-    """The thinking behind tool calls, for the many clients that do not send it back: Claude wants
-    it again, as it was signed. In memory only.
+    """What clients leave to their provider to remember: the thinking behind tool calls, that Claude
+    wants again as it was signed, and items of Responses that are named by their ids alone. In
+    memory only.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -415,7 +415,7 @@ class Speaker(MockProvider):
     def __init__(self) -> None:
         super().__init__()
         self._lines: deque[tuple] = deque()
-        self.cached_tokens = 0
+        self.id_of_answers = ""                      # some servers give each answer the same
 
     def says(self, *parts: Part, ending: str = "end", **counts: int) -> None:
         """The next answer; `counts` replaces what its parts would count."""
@@ -425,6 +425,7 @@ class Speaker(MockProvider):
         """Leave nothing of one test to the next: what was seen, and what was to be said."""
         self.seen.clear()
         self._lines.clear()
+        self.id_of_answers = ""
 
     def answer(self, api: str, request: SeenRequest, fields: dict) -> Reply:
         if not self._lines or api not in ("chat", "responses", "messages"):
@@ -435,7 +436,8 @@ class Speaker(MockProvider):
         parts, ending, counts = self._lines.popleft()
         prompt = -(-len(request.body) // 4)
         made = {**counted(parts, prompt, min(self.cached_tokens, prompt)), **counts}
-        return answer_of(api, fields, Answer(parts, made, str(len(self.seen)), ending))
+        return answer_of(api, fields, Answer(
+            parts, made, self.id_of_answers or str(len(self.seen)), ending))
 
 
 def broken_seal(api: str, fields: dict) -> Optional[str]:

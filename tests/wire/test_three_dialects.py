@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from dialects import (PAIRS, PATHS, Ask, Heard, configured, heard, meant, model_of, next_turn,
-                      request_of, whole_of)
-from support import (Close, Cut, Gate, RawClient, Reply, anthropic_error, call, openai_error,
-                     settled_status, sse, sse_events, start_proxy)
+from dialects import (MODELS, PAIRS, PATHS, Ask, Heard, configured, heard, meant, model_of,
+                      next_turn, request_of, whole_of)
+from support import (TOKEN, Close, Cut, Gate, RawClient, Reply, anthropic_error, call,
+                     openai_error, settled_status, sse, sse_events, start_proxy)
 from vendor_answers import Refuse, Say, Speaker, Think, Use
 
 NAMES = [f"{client}-on-{api}" for client, api in PAIRS]
@@ -145,9 +145,9 @@ def mock():
 @pytest.fixture
 def served(mock, proxy_for, tmp_path):
     """Start a proxy in front of the three."""
-    def start(*argv, **options):
-        return proxy_for("--config", configured(mock, tmp_path), *(argv or ("--budget", "10")),
-                         **options)
+    def start(*argv, **more):
+        return proxy_for("--config", configured(mock, tmp_path, **more),
+                         *(argv or ("--budget", "10")))
     return start
 
 
@@ -316,6 +316,52 @@ def test_a_thought_that_came_to_nothing_does_not_end_the_conversation(stage, cli
 
     assert "Further." == heard(client, whole_of(client, send(proxy, client, fields))).text
     assert meant(api, mock.seen[1].json).turns[-1][1].endswith("Go on.")
+
+
+def named(items):
+    """Items of an answer as a client sends them back that takes them to be stored."""
+    return [{"type": "item_reference", "id": item["id"]} if item["type"] != "function_call" else item
+            for item in items]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("api", ["chat", "messages"])
+def test_items_that_a_client_names_by_their_ids_are_found_again(stage, api, stream):
+    """Vercel's openai() does so unless it is told store: false. Whatever ids a server gives."""
+    mock, proxy = stage
+    mock.id_of_answers = "always-this"
+    fields = request_of("responses", Ask(tools=("weather",), effort="high"), MODELS[api], stream)
+    del fields["store"]
+    mock.says(Think("Hm."), Say("I look."), OSLO)
+    first = whole_of("responses", send(proxy, "responses", fields))
+    mock.says(Think("Well."), Say("I look elsewhere."), ROME)
+    assert 200 == send(proxy, "responses", fields).status
+    mock.says(Say("Cold."))
+    second = send(proxy, "responses", next_turn(
+        "responses", fields, {"output": named(first["output"])}, "cold"))
+
+    assert "Cold." == heard("responses", whole_of("responses", second)).text
+    thought = [("thought", "Hm.")] if api == "messages" else []
+    assert (("user", "hello there"), *thought, ("said", "I look."), ("call", *OSLO),
+            ("result", 0, "cold")) == meant(api, mock.seen[-1].json).turns
+
+
+@pytest.mark.parametrize("asked, store", [("its own", False), ("another caller", True),
+                                          ("an id of its own making", True)])
+def test_items_that_are_not_kept_for_a_client_are_refused(mock, served, tmp_path, asked, store):
+    other = ("authorization", "Bearer ic_another_0123456789")
+    proxy = served("--budget", "1", tokens=[{"name": "other", "token": other[1][7:]}])
+    fields = {**request_of("responses", Ask(), MODELS["messages"], False), "store": store}
+    mock.says(Say("A secret."))
+    [item] = whole_of("responses", send(proxy, "responses", fields))["output"]
+    name = {"type": "item_reference", "id": "msg_1" if "making" in asked else item["id"]}
+
+    answer = call(proxy.port, "POST", PATHS["responses"], {**fields, "input": [
+        name, *fields["input"]]}, [other] if "caller" in asked else [],
+        token=None if "caller" in asked else TOKEN)
+
+    assert (400, "input", 1) == (answer.status, answer.json["error"]["param"], len(mock.seen))
+    assert "send the items themselves" in answer.json["error"]["message"]
 
 
 PICTURES = {
