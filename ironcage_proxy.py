@@ -5609,8 +5609,9 @@ OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaq
 
 def opaque_in(holder: Mapping[str, object]) -> dict:
     """Return what has to go back to a server as it came, with a call or a message."""
-    return {} if OPAQUE_FIELDS.isdisjoint(holder) else {
-        name: value for name, value in holder.items() if name in OPAQUE_FIELDS and value is not None}
+    if OPAQUE_FIELDS.isdisjoint(holder):
+        return {}
+    return {name: holder[name] for name in OPAQUE_FIELDS if holder.get(name) is not None}
 
 
 def _is_whole(call: Part) -> bool:
