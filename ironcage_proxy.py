@@ -4524,6 +4524,12 @@ def untaken(part: Part) -> BadRequest:
                       "carried over to this model's provider", param="messages")
 
 
+def drop_part(part: Part, losses: Losses) -> None:
+    """Report a part that only the API knows that it came from."""
+    field = "input" if part.origin == "responses" else "messages"
+    losses.drop(f"{field}.{part.native.get('type')}")
+
+
 def described(tool: Tool, losses: Losses) -> dict:
     """Return the description of a tool that takes text, with the syntax that nobody enforces."""
     text = tool.description
@@ -4858,9 +4864,10 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     if any(json_object(policy).get("mode") == "block" for policy in policies):
         raise BadRequest("moderation that blocks cannot be carried over to this model's provider",
                          param="moderation")
-    conversation.output_cap = next((cap for cap in (
-        optional_count(fields, name, least=1) for name in ("max_completion_tokens", "max_tokens"))
-        if cap), None)
+    for name in ("max_tokens", "max_completion_tokens"):      # the latter counts
+        cap = optional_count(fields, name, least=1)
+        if cap:
+            conversation.output_cap, conversation.names["output_cap"] = cap, name
     conversation.streams = optional_flag(fields, "stream")
     conversation.sampling = sampling_of(fields)
     conversation.stops = _string_list(fields.get("stop"))
@@ -5222,7 +5229,9 @@ class _ChatRequest(_OpenAIRequest):
         messages = self._system([part for turn in first for part in turn.parts], is_first=True)
         for role, parts in turns[len(first):]:
             messages += _CHAT_TURNS_WRITTEN[role](self, parts)
-        if messages and messages[-1]["role"] == "assistant":
+        if not messages:
+            raise BadRequest("messages have no content", param="messages")
+        if messages[-1]["role"] == "assistant":
             self._losses.adjust("prefill", "kept")
         if not self._is_openai:
             messages = self._alternating(messages)
@@ -5283,7 +5292,7 @@ class _ChatRequest(_OpenAIRequest):
                 elif part.native and not manners.reasoning_field:
                     self._losses.adjust("thoughts", "removed")
             else:
-                self._losses.drop(f"messages.{part.native.get('type')}")
+                drop_part(part, self._losses)
         if not text and not calls:
             return []
         if called and not backs:
@@ -6475,7 +6484,7 @@ class _MessagesRequest(RequestWriter):
         """Return what is Anthropic's own; the traces of another vendor's tools are left out."""
         if part.origin == "messages":
             return dict(part.native)
-        self._losses.drop(f"input.{part.native.get('type')}")
+        drop_part(part, self._losses)
         return None
 
 
@@ -6817,7 +6826,7 @@ RESPONSES_RULES = MappingProxyType({
     **dict.fromkeys((
         "model", "input", "instructions", "stream", "tools", "tool_choice", "parallel_tool_calls",
         "max_output_tokens", "temperature", "top_p", "reasoning", "text", "user",
-        "safety_identifier", "metadata", "service_tier"), ("own",)),
+        "safety_identifier", "metadata", "service_tier", "max_tool_calls"), ("own",)),
     **dict.fromkeys(("include", "stream_options", "client_metadata", "prompt_cache_key",
                      "prompt_cache_retention", "prompt_cache_options"), ("hint",)),
     "store": ("rest", False), "truncation": ("rest", "disabled"), "top_logprobs": ("rest", 0),
@@ -6834,7 +6843,7 @@ RESPONSES_NAMES = MappingProxyType({
     "choice": "tool_choice", "strict": "tools.strict", "schema": "tools.parameters",
     "syntax": "tools.format", "results": "input.function_call_output",
     "later_system": "input.system", "prefill": "input.prefill", "thoughts": "input.reasoning",
-    "turns": "input", "tier": "service_tier"})
+    "thinking": "reasoning", "turns": "input", "tier": "service_tier"})
 # What it takes under the names that other APIs have for it, too.
 RESPONSES_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
                              "prompt_cache_options"})
@@ -6911,6 +6920,7 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     reader = _InputReader(conversation)
     reader.add_tools(rows_in(fields, "tools", IN_TOOLS))
     reader.read(fields)
+    _limit_searches(optional_count(fields, "max_tool_calls"), conversation)
     _read_choice(fields.get("tool_choice"), conversation)
     return conversation
 
@@ -6927,6 +6937,16 @@ def with_kept_items(fields: Mapping[str, object], recall: Callable[[str, str], l
     given = fields.get("input")
     return fields if not isinstance(given, list) else {
         **fields, "input": [one for item in given for one in kept(item)]}
+
+
+def _limit_searches(most: Optional[int], conversation: Conversation) -> None:
+    """Have a cap of the calls of OpenAI's own tools as one of the searches: others are not
+    carried over."""
+    if most is not None:
+        conversation.tools = [
+            tool if tool.kind != "search" else tool._replace(search={**tool.search,
+                                                                     "max_uses": most})
+            for tool in conversation.tools if most or tool.kind != "search"]
 
 
 def _format_of_text(text: Mapping[str, object]) -> Optional[Format]:
@@ -7081,16 +7101,9 @@ def _tool_of_item(row: Mapping[str, object], space: str, about: str) -> Tool:
         options = {**row, **object_in(row, "filters", IN_TOOLS)}
         return Tool("search", "web_search", native=row, origin="responses", search={
             key: options[key] for key in SEARCH_OPTIONS if options.get(key)})
-    if known is None or any(kind == type_ and _member(row, where) != client
-                            for type_, where, client in CLIENT_TOOL_PLACES):
+    if known is None or not _runs_at_client(kind, row):
         return Tool("other", kind, native=row, origin="responses")
     return Tool("function", kind, words or known.description, schema or known.schema)
-
-
-def _member(row: object, path: Iterable[str]) -> object:
-    for name in path:
-        row = json_object(row).get(name)
-    return row
 
 
 _ITEM_READERS = MappingProxyType({
@@ -7608,9 +7621,11 @@ class _ResponsesRequest(_OpenAIRequest):
         text = {"verbosity": given.pop("verbosity", None), "format": self._format(texts, items)}
         if not self._gpt.efforts:                  # those have one, and say so with a 400
             del text["verbosity"]
-        if not items:                              # there must be one
+        if not items and texts:                    # there must be one
             items = [_message_item("system", [_text_row(text, "system") for text in texts])]
             texts = []
+        if not items:
+            raise BadRequest("messages have no content", param="messages")
         cap = lowered_cap(asked, self._target, losses)
         if cap is not None and cap < MIN_RESPONSE_TOKENS:
             losses.adjust("output_cap", MIN_RESPONSE_TOKENS)
@@ -7744,7 +7759,7 @@ class _ResponsesRequest(_OpenAIRequest):
         return None
 
     def _other(self, part: Part) -> None:
-        self._losses.drop(f"messages.{part.native.get('type')}")
+        drop_part(part, self._losses)
 
     def _content(self, part: Part, role: str) -> dict:
         """Return a part of a message or of an output. Raises BadRequest for one without a place."""

@@ -552,6 +552,15 @@ def test_a_search_is_read_with_its_options_and_other_hosted_tools_by_their_type(
     assert ("other", "file_search") == (other.kind, other.name)
 
 
+@pytest.mark.parametrize("most, uses", [(3, [3]), (0, []), (None, [None])])
+def test_a_cap_of_openais_own_calls_is_one_of_searches(most, uses):
+    tools = read(tools=[{"type": "web_search"}, {"type": "function", "name": "f"}],
+                 max_tool_calls=most).tools
+
+    assert uses == [tool.search.get("max_uses") for tool in tools if tool.kind == "search"]
+    assert "f" == tools[-1].name
+
+
 def test_the_clients_own_typed_tools_are_functions_and_those_that_run_at_openai_are_not():
     tools = read(tools=[{"type": "local_shell"}, {"type": "apply_patch"}, {
         "type": "shell", "environment": {"type": "local"}}, {
@@ -589,7 +598,7 @@ def test_a_configuration_that_changes_within_the_input_counts_from_there():
 
 @pytest.mark.parametrize("fields, rest", [
     ({"store": True}, ["store"]), ({"store": False, "truncation": "disabled", "metadata": {}}, []),
-    ({"truncation": "auto", "max_tool_calls": 3}, ["truncation", "max_tool_calls"]),
+    ({"truncation": "auto", "max_tool_calls": 3}, ["truncation"]),
     ({"reasoning": {"context": "all_turns"}}, []),
     ({"reasoning": {"context": "current_turn", "mode": "pro"}},
      ["reasoning.context", "reasoning.mode"]),
@@ -860,6 +869,12 @@ def test_what_is_lost_is_named_and_refused_in_strict_mode(more, dropped, adjuste
     assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
     with pytest.raises(ic.BadRequest):
         written(asked(**more), strict=True)
+
+
+@pytest.mark.parametrize("turns", [[turn("user")], [turn("system", "")]])
+def test_a_request_without_content_is_refused(turns):
+    with pytest.raises(ic.BadRequest):
+        written(asked(*turns))
 
 
 @pytest.mark.parametrize("part", [
