@@ -1,0 +1,144 @@
+"""Mutation testing of the file, chapter by chapter: `python tests/bench/mutants.py --help`.
+
+A mutant differs from the file in one place: a comparison, a condition, a sign, a bound by one, or
+a safety branch (an `if` that raises, returns or continues) that is taken out. It is killed where a
+test of its chapter fails. Never part of the default run; figures of the last run: tests/README.md.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+HERE = Path(__file__).resolve().parents[2]
+FILE = "ironcage_proxy.py"
+# Title of a chapter -> the tests that are to kill its mutants, quickest first.
+TESTS = {
+    "JSON bodies": "unit/test_json_bodies.py unit/test_regressions.py",
+    "Money": "unit/test_money.py",
+    "Bounds": "unit/test_bounds.py unit/test_hosted_tools.py unit/test_known_counts.py",
+    "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
+    "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
+                        "faults/test_every_way_to_end.py",
+    "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py",
+    "Ledger": "unit/test_ledger.py faults/test_one_ledger_one_server.py faults/test_crashes.py",
+    "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",
+    "Settlement": "unit/test_settlement.py faults/test_every_way_to_end.py",
+    "Router": "wire/test_the_cage.py wire/test_waiting.py wire/test_providers.py "
+              "wire/test_money_attacks.py faults/test_every_way_to_end.py",
+}
+SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+           ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn,
+           ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.And: ast.Or, ast.Or: ast.And}
+LEAVES = (ast.Raise, ast.Return, ast.Continue, ast.Break)
+
+
+class Mutant(NamedTuple):
+    line: int
+    what: str
+    source: str
+
+
+def chapters(source: str) -> dict[str, range]:
+    """Title -> lines of each chapter."""
+    starts = [(number, match[1]) for number, line in enumerate(source.splitlines(), 1)
+              for match in [re.match(r"# ==== \d+\. (.*?) =+$", line)] if match]
+    ends = [number for number, _ in starts[1:]] + [source.count("\n") + 1]
+    return {title: range(number, end) for (number, title), end in zip(starts, ends)}
+
+
+def mutants(source: str, lines: range) -> Iterator[Mutant]:
+    """All mutants of some lines."""
+    rows, tree = source.splitlines(keepends=True), ast.parse(source)
+    docs = {id(node.body[0].value) for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and node.body
+            and isinstance(node.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if getattr(node, "lineno", 0) not in lines or id(node) in docs:
+            continue
+        if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], LEAVES):
+            yield _with(rows, node.test, "False", "safety branch")
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 \
+                and type(node.ops[0]) in SWAPPED:
+            swapped = ast.Compare(node.left, [SWAPPED[type(node.ops[0])]()], node.comparators)
+            yield _with(rows, node, f"({ast.unparse(swapped)})", "comparison")
+        elif isinstance(node, ast.BoolOp):
+            swapped = ast.BoolOp(SWAPPED[type(node.op)](), node.values)
+            yield _with(rows, node, f"({ast.unparse(swapped)})", "condition")
+        elif isinstance(node, ast.BinOp) and type(node.op) in SWAPPED:
+            swapped = ast.BinOp(node.left, SWAPPED[type(node.op)](), node.right)
+            yield _with(rows, node, f"({ast.unparse(swapped)})", "sign")
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield _with(rows, node, f"({ast.unparse(node.operand)})", "not")
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("min", "max"):
+            other = "max" if node.func.id == "min" else "min"
+            yield _with(rows, node.func, other, "bound")
+
+
+def _with(rows: list[str], node: ast.expr, text: str, what: str) -> Mutant:
+    """The source with a node in other words."""
+    first, last = node.lineno - 1, node.end_lineno - 1
+    before = rows[first].encode()[:node.col_offset].decode()
+    after = rows[last].encode()[node.end_col_offset:].decode()
+    more = "\n" * (last - first)            # so that lines keep their numbers
+    flat = " ".join(text.split())
+    changed = before + flat + after.rstrip("\n") + "\n" + more
+    return Mutant(node.lineno, f"{what}: {flat[:60]}",
+                  "".join([*rows[:first], changed, *rows[last + 1:]]))
+
+
+def survives(folder: Path, mutant: Mutant, tests: list[str], patience_s: int) -> bool:
+    """Whether no test fails. One that hangs, or does not compile, counts as killed."""
+    try:
+        compile(mutant.source, FILE, "exec")
+    except SyntaxError:
+        return False
+    (folder / FILE).write_text(mutant.source, encoding="utf-8")
+    try:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                               *tests], cwd=folder, capture_output=True, timeout=patience_s,
+                              env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("titles", nargs="*", metavar="CHAPTER", help="titles; all of TESTS if none")
+    parser.add_argument("--sample", type=int, default=40, help="mutants a chapter (0: all)")
+    parser.add_argument("--only", default="", help="kinds that begin so, as 'safety'")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--patience", type=int, default=300, help="seconds for one mutant's tests")
+    asked = parser.parse_args()
+    source = (HERE / FILE).read_text(encoding="utf-8")
+    places = chapters(source)
+    for title in asked.titles or TESTS:
+        found = [one for one in mutants(source, places[title]) if one.what.startswith(asked.only)]
+        chosen = random.Random(asked.seed).sample(found, min(asked.sample or len(found),
+                                                            len(found)))
+        tests = [f"tests/{name}" for name in TESTS[title].split()]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "project"
+            shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".git", "*.pyc", ".venv"))
+            began, alive = time.monotonic(), []
+            for mutant in sorted(chosen):
+                if survives(folder, mutant, tests, asked.patience):
+                    alive.append(mutant)
+                    print(f"   survived, line {mutant.line}, {mutant.what}", flush=True)
+        print(f"{title}: {len(chosen) - len(alive)} of {len(chosen)} killed (of {len(found)} "
+              f"possible), {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
