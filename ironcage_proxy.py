@@ -8246,6 +8246,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 PROXY_SCOPE = "proxy"
 PERIODS = ("total", "day", "week", "month")
 DAY_S = 86_400
+MOST_TAKES = 100                              # tries of one reservation, while others are quicker
 FLAGGED = object()                            # a limit as the flag or the configuration has it
 # The SDKs honour it, and Claude Code, which otherwise repeats a 401 for three minutes.
 DO_NOT_RETRY = (("x-should-retry", "false"),)
@@ -8622,7 +8623,9 @@ class CostController:
         if budgets is None:
             least_free = microdollars if bound.takes_what_it_asks else 2 * microdollars
             budgets = self.accounts.take(claim, microdollars, [least_free] * len(claim.scopes))
-        while budgets is not None:
+        for _ in range(MOST_TAKES):
+            if budgets is None:
+                return ()
             decision = decided(bound, budgets, may_wait=claim.may_wait, blocked=blocked)
             if decision.caps is None:
                 claim.refused_by = decision.refused_by
@@ -8632,7 +8635,8 @@ class CostController:
             budgets = self.accounts.take(claim, microdollars, [
                 2 * microdollars if budget.free is None or 2 * microdollars <= budget.free
                 else microdollars for budget in budgets])        # what was half of it stays that
-        return ()
+        raise LedgerUnavailable("the amounts of the budget change faster than a reservation can "
+                                "be made; try again", headers=[("retry-after", "1")])
 
     def admit(self, bound: Bound, scopes: Sequence[str] = (), *, wait_s: int = 0,
               has_left: Callable[[], bool] = lambda: False,
@@ -13114,7 +13118,7 @@ class SharedAccounts:
         self._is_entering = True                   # what a restart may have forgotten
         self._thread: Optional[threading.Thread] = None
         self.fault: Optional[str] = None           # why it could not be used last; None: it can
-        with self._usable():
+        with self._usable(), replied():
             self._generation, self._run_id = self._found_cage()
             self.durability, self._waits_for_disk = self._checked_engine(fsync)
             self._enter_again()
@@ -13348,11 +13352,11 @@ class SharedAccounts:
             name, _PUT_WORDS.get(amount) or _limit_word(amount))]
         with replied():
             is_set, *told = self._run("limits", PROXY_SCOPE, *words)[0]
-            limits = [int(amount) if amount else None for amount in told] if not is_set else []
             if is_set:
                 self._learn([PROXY_SCOPE], told)
-        if limits:
-            check_stop(*limits)
+                return
+            limit, stop_at = (int(amount) if amount else None for amount in told)
+        check_stop(limit, stop_at)
 
     def set_scopes(self, rows: Sequence[Scope]) -> None:
         """Open scopes, or lower their limits: the lowest that any process named holds.
@@ -13550,7 +13554,8 @@ def shared_usage(engine: Engine, cage: str, since_s: int) -> dict:
     for number, group in enumerate(("token", "model", "day")):
         sums: dict[str, Counter] = {}
         for cell, counts in cells.items():
-            sums.setdefault(cell[number], Counter()).update(counts)
+            if any(counts.values()):                       # else it was corrected away
+                sums.setdefault(cell[number], Counter()).update(counts)
         report[f"by_{group}"] = [{group: name, **{what: counts[what] for what in names}}
                                  for name, counts in sorted(sums.items())]
     total = sum(cells.values(), Counter())
@@ -16418,7 +16423,7 @@ def _print_overview(report: Mapping[str, object], given: Mapping[str, object]) -
 
 def _cage_usage(settings: Settings, since_s: int) -> dict:
     """What the whole cage spent. Raises Misconfigured."""
-    with _engine(settings) as engine:
+    with _engine(settings) as engine, replied():
         return shared_usage(engine, settings.cage, since_s)
 
 
@@ -16444,7 +16449,7 @@ def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
         raise Misconfigured("cage takes: new NAME")
     with checking("the cage's name:"):
         _parse_id(name)
-    with _engine(settings) as engine:
+    with _engine(settings) as engine, replied():
         there_was = make_cage(engine, name)
     print(f"the cage {name} at {settings.shared} is new" + (
         "; what it knew is forgotten, and its proxies must be started again" if there_was else ""))

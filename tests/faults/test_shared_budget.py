@@ -857,6 +857,46 @@ def test_a_start_on_a_hostile_engine_is_one_line(fake, soon, capsys, monkeypatch
     assert "Traceback" not in err and "s3cr3t" not in err + out
 
 
+def test_an_engine_that_offers_money_and_never_gives_it_is_not_asked_for_ever(fake, mock,
+                                                                             proxy_for, soon):
+    proxy = proxy_for("--shared", fake.url)
+    fake.answers["take"] = many(b"$-1\r\n", many(BUDGET))
+
+    refused = call(proxy.port, "POST", "/v1/chat/completions", CHAT)
+
+    assert (503, []) == (refused.status, mock.seen)
+    assert "change faster" in refused.json["error"]["message"]
+
+
+@pytest.mark.parametrize("words", [["usage"], ["cage", "new", "x"]], ids=repr)
+@pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: str(answer)[:30])
+def test_a_command_to_a_hostile_engine_ends_in_one_line(fake, capsys, monkeypatch, words, answer):
+    monkeypatch.setattr(ic.Engine.__init__, "__defaults__",
+                        (0.3 if answer is None else PATIENCE_S,))
+    fake.answers.update({"HGET": answer, "DEL": answer})
+
+    code = ic.main([*words, "--shared", fake.url])
+    _, err = capsys.readouterr()
+
+    assert (2, 1) == (code, err.count("ironcage_proxy: ")) and "Traceback" not in err
+
+
+def test_what_was_corrected_leaves_no_row_in_the_usage(shared):
+    dead, judge = shared.process(limit=1_000), shared.process(limit=1_000)
+    held = dead.ask(fixed(600))
+    charge(judge, dead)
+
+    def models():
+        report = ic.shared_usage(judge.accounts.engine, shared.cage, 0)
+        return {row["model"]: row["cost_microdollars"] for row in report["by_model"]}
+    assert {"cut off": 600} == models()
+    dead.commit(held, 50, {"estimated": None, "cost_microdollars": 50, "input_tokens": 5,
+                           "cached_input_tokens": None, "output_tokens": 7, "token": "ci",
+                           "price_key": "a|b"})
+
+    assert {"a|b": 50} == models()
+
+
 def test_a_reply_that_never_comes_is_cancelled_by_its_number(shared, monkeypatch):
     """The reservation was made, its reply was lost twice: the money is not held for ever."""
     controller = shared.process(limit=1_000, runs=True)
