@@ -3511,8 +3511,9 @@ class AnswerMeter:
                 self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
 
     def _fail(self, error: Mapping[str, object]) -> None:
-        kind = error.get("type") or error.get("code")
-        self.failure = kind if isinstance(kind, str) else "error"
+        """Note an error's type; Responses has "error" there, as an event, and then a code."""
+        self.failure = next((error[name] for name in ("type", "code") if isinstance(
+            error.get(name), str) and error[name] not in ("", "error")), "error")
         self.has_ended = True
 
 
@@ -7435,8 +7436,9 @@ class ResponsesWriter(AnswerWriter):
                for name, blank in _ECHOED.items()},
             "reasoning": {"effort": None, "summary": None, **json_object(fields.get("reasoning"))},
             "text": {"format": {"type": "text"}, **json_object(fields.get("text"))}}
-        self._client_tools = {str(row.get("type")) for row in _parts_of(fields.get("tools"))} \
-            & OPENAI_CLIENT_TOOLS.keys()
+        self._client_tools = OPENAI_CLIENT_TOOLS.keys() & {
+            str(row.get("type")) for holder in (fields, *_parts_of(fields.get("input")))
+            for row in _parts_of(holder.get("tools"))}
         self._output: list[dict] = []                # items; empty until they are done
         self._message: Optional[_Item] = None        # that takes the next text
         self._open: dict[Part, _Showing] = {}

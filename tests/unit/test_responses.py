@@ -1,11 +1,13 @@
 """The chapter of Responses: goldens of what is read and written, both ways; streams against a
 checker that knows nothing of the writer; what was read, written and read again."""
+import contextlib
 import itertools
 import json
 from random import Random
 
 import pytest
 from support import recordings
+from test_translation_fuzz import mutated
 from translation_checker import check_response, check_response_stream
 from vendor_answers import (Answer, Refuse, Say, Search, Think, Use, answer_of, counted,
                             openai_seal)
@@ -147,6 +149,15 @@ def test_a_whole_response_is_what_its_stream_ends_with(case):
         ic.Whole(ic.Began("msg_1", "m"), parts, ic.Ended("end")))
 
     assert {**last, "completed_at": 0} == {**check_response(whole), "completed_at": 0}
+
+
+def test_typed_tools_that_come_within_the_input_have_their_typed_calls():
+    parts = [opened("call", '{"type": "delete_file", "path": "a"}', id="c", name="apply_patch")]
+    fields = {"input": [{"role": "user", "content": "hi"}, {
+        "type": "additional_tools", "role": "developer", "tools": [{"type": "apply_patch"}]}]}
+
+    assert ["apply_patch_call"] == [item["type"] for item in streamed(
+        parts, fields=fields)[-1]["response"]["output"]]
 
 
 def test_calls_that_are_open_side_by_side_fill_items_of_their_own():
@@ -952,3 +963,36 @@ def test_what_was_written_is_read_again_as_it_was(seed):
             if part["kind"] == "search":
                 part.pop("id", None)
         assert before == after
+
+
+# Hostile requests and broken answers.
+
+HOSTILE = [{"model": "m", "input": items, "tools": [NAMESPACE, {"type": "web_search", "filters": {
+    "allowed_domains": ["x"]}}, {"type": "shell", "environment": {"type": "local"}}],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [
+        {"type": "function", "name": "wait"}]}, "reasoning": {"effort": "low"},
+    "text": {"format": {"type": "json_schema", "name": "n", "schema": STRICT}}}
+    for items, _ in ITEMS.values()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_mutilated_request_is_carried_or_refused(seed):
+    rng = Random(seed)
+    for _ in range(40):
+        fields = {**mutated(rng, rng.choice(HOSTILE)), "model": "claude-haiku-4-5"}
+        with contextlib.suppress(ic.BadRequest):
+            ic.Translator("responses", rng.choice(["messages", "chat"]), fields, ic.Losses(),
+                          ic.Target(64_000))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_mutilated_answer_is_read_or_breaks_the_stream(seed):
+    rng = Random(seed)
+    streams = [said(*parts, fields=SUMMARY, **more)[0] for parts, more, _, _ in READ.values()]
+    for _ in range(20):
+        events = [mutated(rng, event) if rng.random() < 0.3 else event
+                  for event in rng.choice(streams)]
+        with contextlib.suppress(ic.UpstreamBroke):
+            for writer in (ic.MessagesWriter, ic.ChatWriter, ic.ResponsesWriter):
+                [*writer({}, 1).events(ic.responses_events(
+                    [event for event in events if isinstance(event, dict)], TERMS))]

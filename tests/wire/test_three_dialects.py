@@ -526,6 +526,19 @@ def test_an_error_as_the_first_event_is_a_status(mock, served, client, api):
     assert answer.status >= 500 and "busy" in answer.json["error"]["message"]
 
 
+def test_an_error_event_of_responses_as_its_sdk_types_it_has_the_status_of_its_code(mock, served):
+    proxy = served()
+    event = {"type": "error", "code": "rate_limit_exceeded", "message": "slow down", "param": None,
+             "sequence_number": 0}
+    mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
+                      steps=(sse(event, "error"),)))
+
+    answer = send(proxy, "messages", request_of("messages", Ask(), MODELS["responses"], True))
+
+    assert (429, "rate_limit_error") == (answer.status, answer.json["error"]["type"])
+    assert "slow down" in answer.json["error"]["message"]
+
+
 @pytest.mark.parametrize("client, api", PAIRS, ids=NAMES)
 def test_a_client_that_leaves_a_stream_ends_the_call(mock, served, client, api):
     proxy, gate = served(), Gate()
