@@ -4163,6 +4163,14 @@ def count_or_zero(usage: object, name: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
+def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
+    """Return a string, or a list of them, among a request's fields. Raises BadRequest."""
+    value = fields.get(name)
+    if value is not None and _string_list(value) != (value if isinstance(value, list) else [value]):
+        raise BadRequest(f"{name} must be a list of strings", param=name)
+    return [] if value is None else _string_list(value)
+
+
 def _string_list(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
@@ -4871,11 +4879,12 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
             conversation.output_cap, conversation.names["output_cap"] = cap, name
     conversation.streams = optional_flag(fields, "stream")
     conversation.sampling = sampling_of(fields)
-    conversation.stops = _string_list(fields.get("stop"))
+    conversation.stops = texts_in(fields, "stop")
     conversation.effort = effort_of(fields.get("reasoning_effort"), "reasoning_effort")
     conversation.tier = text_in(fields, "service_tier", in_request("service_tier")) or None
     set_user(conversation, fields)
-    conversation.format = _format_of_chat(fields)
+    conversation.format = format_of(object_in(
+        fields, "response_format", in_request("response_format")), "response_format", "json_schema")
     _read_tools(fields, conversation)
     conversation.turns = [_turn_of(message) for message in messages_in(fields, "messages")]
     return conversation
@@ -4916,13 +4925,13 @@ def messages_in(fields: Mapping[str, object], name: str) -> list[dict]:
     return rows_in(fields, name, in_request(name))
 
 
-def _format_of_chat(fields: Mapping[str, object]) -> Optional[Format]:
-    fault = in_request("response_format")
-    wanted = object_in(fields, "response_format", fault)
-    kind = wanted.get("type", "text")
+def format_of(row: Mapping[str, object], field: str, inside: str = "") -> Optional[Format]:
+    """Return the form of the text that OpenAI's `field` asks for; a schema may stand `inside`.
+    Raises BadRequest."""
+    fault, kind = in_request(field), row.get("type", "text")
     if kind not in ("text", "json_object", "json_schema"):
-        raise BadRequest("response_format has a type that is not known", param="response_format")
-    holder = object_in(wanted, "json_schema", fault)
+        raise BadRequest(f"{field} has a type that is not known", param=field)
+    holder = object_in(row, inside, fault) if inside else row
     return None if kind == "text" else Format(
         checked_schema(holder.get("schema"), fault), text_in(holder, "name", fault),
         text_in(holder, "description", fault), holder.get("strict") is True)
@@ -5126,6 +5135,32 @@ class _OpenAIRequest(RequestWriter):
                              "provider does not have", param="tools")
         return tools
 
+    def _turns(self, ids: CallIds) -> tuple[list[Part], list[Turn]]:
+        """Return the system prompt, and the turns behind it."""
+        turns = paired(self._asked.turns, ids, self._losses)
+        first = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
+        return [part for turn in first for part in turn.parts], turns[len(first):]
+
+    def _schema(self, tool: Tool) -> tuple[dict, bool]:
+        """Return the schema of a function, and whether its input is held to that."""
+        schema = plain_schema(tool.schema)
+        enforced = tool.strict and is_strict(schema)
+        if tool.strict and not enforced:
+            self._losses.drop("strict")
+        return schema, enforced
+
+    def _json_format(self, wanted: Format) -> tuple[dict, str]:
+        """Return the form of JSON that the text must have; or words that ask for it, where a
+        schema is of no object, which OpenAI does not take."""
+        schema = with_root(wanted.schema)
+        if self._is_openai and json_object(schema).get("type") != "object":
+            self._losses.adjust("format", "instructed")
+            return {}, "Respond with JSON and nothing else, which matches this JSON schema:\n" \
+                + json.dumps(schema)
+        about = {"description": wanted.description} if wanted.description else {}
+        return {"name": wanted.name or "output", "schema": schema, "strict": is_strict(schema),
+                **about}, ""
+
 
 class _ChatRequest(_OpenAIRequest):
     """Writes chat completions requests: for OpenAI, or a server that knows less."""
@@ -5166,17 +5201,14 @@ class _ChatRequest(_OpenAIRequest):
         wanted = self._asked.format
         if wanted is None:
             return
-        schema = with_root(wanted.schema)
         if wanted.schema is None:
             request["response_format"] = {"type": "json_object"}
-        elif self._is_openai and json_object(schema).get("type") != "object":
-            self._losses.adjust("format", "instructed")          # Anthropic takes any root
-            request["messages"].insert(0, self._system_message([
-                f"Respond with JSON and nothing else, which matches this JSON schema:\n"
-                f"{json.dumps(schema)}"]))
+            return
+        row, words = self._json_format(wanted)
+        if words:
+            request["messages"].insert(0, self._system_message([words]))
         else:
-            request["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": wanted.name or "output", "schema": schema, "strict": is_strict(schema)}}
+            request["response_format"] = {"type": "json_schema", "json_schema": row}
 
     def _system_message(self, texts: list[str]) -> dict:
         role = "developer" if self._gpt.efforts else "system"
@@ -5198,13 +5230,11 @@ class _ChatRequest(_OpenAIRequest):
         if is_wrapped:
             own.update(parameters=dict(TEXT_TOOL_SCHEMA), **described(tool, self._losses))
             return {"type": "function", "function": own}
-        own["parameters"] = plain_schema(tool.schema)
-        if tool.strict and self._is_openai:
-            if is_strict(own["parameters"]):
-                own["strict"] = True
-            else:
-                self._losses.drop("strict")
-        return {"type": "function", "function": own}
+        if not self._is_openai:
+            own["parameters"], enforced = plain_schema(tool.schema), False
+        else:
+            own["parameters"], enforced = self._schema(tool)
+        return {"type": "function", "function": {**own, "strict": True} if enforced else own}
 
     def _choice(self, tools: list[dict]) -> dict:
         choice = self._asked.choice
@@ -5225,10 +5255,9 @@ class _ChatRequest(_OpenAIRequest):
 
     def _messages(self) -> list[dict]:
         ids = CallIds(self._target.manners.call_ids or "(?s).{0,40}", "call_")
-        turns = paired(self._asked.turns, ids, self._losses)
-        first = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
-        messages = self._system([part for turn in first for part in turn.parts], is_first=True)
-        for role, parts in turns[len(first):]:
+        system, turns = self._turns(ids)
+        messages = self._system(system, is_first=True)
+        for role, parts in turns:
             messages += _CHAT_TURNS_WRITTEN[role](self, parts)
         if not messages:
             raise BadRequest("messages have no content", param="messages")
@@ -5929,7 +5958,7 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
         raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
     conversation.streams = optional_flag(fields, "stream")
     conversation.sampling = sampling_of(fields)
-    conversation.stops = _string_list(fields.get("stop_sequences") or [])
+    conversation.stops = texts_in(fields, "stop_sequences")
     conversation.tier = ASKED_TIERS.get(str(fields.get("service_tier")))
     _read_user(fields, conversation)
     messages = messages_in(fields, "messages")
@@ -5947,6 +5976,8 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
         conversation.choice = Choice("tool", text_in(choice, "name", in_request("tool_choice")))
     elif str(choice.get("type")) in MESSAGES_CHOICES:
         conversation.choice = Choice(MESSAGES_CHOICES[choice["type"]])
+    elif choice:
+        raise BadRequest("tool_choice is not one of auto, any, tool, none", param="tool_choice")
     conversation.one_call_at_a_time = choice.get("disable_parallel_tool_use") is True
     return conversation
 
@@ -6911,7 +6942,8 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     conversation.summary = next((summary for summary in (
         text_in(reasoning, name, in_request("reasoning"))
         for name in ("summary", "generate_summary")) if summary), None)
-    conversation.format = _format_of_text(text)
+    conversation.format = format_of(object_in(text, "format", in_request("text.format")),
+                                    "text.format")
     conversation.output_cap = optional_count(fields, "max_output_tokens", least=1)
     conversation.sampling = sampling_of(fields)
     conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False
@@ -6948,17 +6980,6 @@ def _limit_searches(most: Optional[int], conversation: Conversation) -> None:
             tool if tool.kind != "search" else tool._replace(search={**tool.search,
                                                                      "max_uses": most})
             for tool in conversation.tools if most or tool.kind != "search"]
-
-
-def _format_of_text(text: Mapping[str, object]) -> Optional[Format]:
-    fault = in_request("text.format")
-    row = object_in(text, "format", fault)
-    kind = row.get("type", "text")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise BadRequest("text.format has a type that is not known", param="text.format")
-    return None if kind == "text" else Format(
-        checked_schema(row.get("schema"), fault), text_in(row, "name", fault),
-        text_in(row, "description", fault), row.get("strict") is True)
 
 
 def _read_choice(wanted: object, conversation: Conversation) -> None:
@@ -7077,7 +7098,7 @@ class _InputReader:
         if "effort" in reasoning:
             self._conversation.effort = effort_of(reasoning["effort"], "input")
         if "format" in text:
-            self._conversation.format = _format_of_text(text)
+            self._conversation.format = format_of(object_in(text, "format", IN_INPUT), "input")
 
     def _refuse(self, item: Mapping[str, object]) -> None:
         raise BadRequest(f"an item of the type {shown_name(str(item.get('type')))} refers to what "
@@ -7613,10 +7634,9 @@ class _ResponsesRequest(_OpenAIRequest):
     def request(self) -> dict:
         """Return the request."""
         asked, losses = self._asked, self._losses
-        turns = paired(asked.turns, CallIds("(?s).{1,64}", "call_"), losses)
-        first = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
-        texts = [part.text for turn in first for part in turn.parts if part.text]
-        items = [item for turn in turns[len(first):] for item in self._items(turn)]
+        system, turns = self._turns(CallIds("(?s).{1,64}", "call_"))
+        texts = [part.text for part in system if part.text]
+        items = [item for turn in turns for item in self._items(turn)]
         if turns and turns[-1].role == "assistant":
             losses.adjust("prefill", "kept")
         given = left_over(asked, RESPONSES_TAKES, losses)
@@ -7658,19 +7678,14 @@ class _ResponsesRequest(_OpenAIRequest):
         wanted = self._asked.format
         if wanted is None:
             return None
-        schema = with_root(wanted.schema)
         if wanted.schema is None:
             if "json" not in json.dumps(items).lower():      # OpenAI wants the word in the input
                 items.append(_message_item("system", [_text_row("Respond with JSON.", "system")]))
             return {"type": "json_object"}
-        if json_object(schema).get("type") != "object":
-            self._losses.adjust("format", "instructed")
-            texts.append("Respond with JSON and nothing else, which matches this JSON schema:\n"
-                         f"{json.dumps(schema)}")
-            return None
-        about = {"description": wanted.description} if wanted.description else {}
-        return {"type": "json_schema", "name": wanted.name or "output", "schema": schema,
-                "strict": is_strict(schema), **about}
+        row, words = self._json_format(wanted)
+        if words:
+            texts.append(words)
+        return {"type": "json_schema", **row} if row else None
 
     def _tools(self) -> dict:
         """Return the tools, and which is to be called. Raises BadRequest where there were some,
@@ -7704,10 +7719,7 @@ class _ResponsesRequest(_OpenAIRequest):
             row["description"] = tool.description
         if tool.kind == "text":
             return {**row, "format": tool.syntax} if tool.syntax else row
-        schema = plain_schema(tool.schema)
-        enforced = tool.strict and is_strict(schema)
-        if tool.strict and not enforced:
-            self._losses.drop("strict")
+        schema, enforced = self._schema(tool)
         return {**row, "parameters": schema, "strict": enforced}
 
     def _choice(self, choice: Choice, tools: list[dict]) -> Union[str, dict]:
