@@ -8502,8 +8502,12 @@ class Accounts:
 
     known = budgets
 
-    def start(self, on_fault: Callable[[str], None]) -> None:
+    def start(self, on_fault: Callable[[str], None],
+              learn: Callable[[CountRow], None]) -> None:
         """Nothing has to be kept up."""
+
+    def keep_count(self, row: CountRow) -> None:
+        """Nobody else is to know it."""
 
     def as_json(self) -> Optional[dict]:
         """Nothing to tell beside the amounts."""
@@ -12513,6 +12517,9 @@ TOMBSTONE_S = DAY_S                           # at least; a later settlement is 
 ENGINE_CONNECTIONS_KEPT = 64
 MAX_REPLY_BYTES = 512 * 1024 * 1024           # one string; the server's own limit
 MAX_REPLY_DEPTH = 8
+COUNTS_AT_ONCE = 500                          # what providers have counted, kept to be shared
+MOST_SHARED_COUNTS = 4_000
+MAX_COUNT_BYTES = 64 * 1024
 CALLS_AT_ONCE = 100                           # in one script, which holds up everybody
 SCOPES_AT_ONCE = 500
 MOST_SHARED = 2 ** 53 - 1                     # microdollars
@@ -12880,7 +12887,8 @@ end
 """
 SCRIPTS = {name: PRELUDE + ("" if name == "restarted" else """
 if known[2] ~= ARGV[2] then return redis.error_reply('RESTARTED') end
-""") + text.replace("TOMBSTONE_S", str(TOMBSTONE_S)) for name, text in {
+""") + text.replace("TOMBSTONE_S", str(TOMBSTONE_S)).replace(
+    "MOST_SHARED_COUNTS", str(MOST_SHARED_COUNTS)) for name, text in {
     # process, number, amount, then (scope, the least that must be free in it) each
     "take": """
 local held_s = tonumber(known[3] or 0) - now      -- more: the clock was set back meanwhile
@@ -13032,6 +13040,16 @@ return {1, told(scope(ARGV[3]))}
 local found, budgets = scopes(3, 1)
 return budgets or redis.error_reply('SCOPE')
 """,
+    # the number of the last count that was seen, then new ones
+    "counts": """
+for i = 4, #ARGV do
+  local number = redis.call('HINCRBY', cage, 'counts', 1)
+  redis.call('ZADD', key('counts'), number, string.format('%d', number) .. '|' .. ARGV[i])
+end
+redis.call('ZREMRANGEBYRANK', key('counts'), 0, -MOST_SHARED_COUNTS - 1)
+redis.call('EXPIRE', key('counts'), TOMBSTONE_S)
+return redis.call('ZRANGEBYSCORE', key('counts'), '(' .. ARGV[3], '+inf', 'LIMIT', 0, 100)
+""",
     # how long nobody is admitted, in seconds
     "restarted": """
 if known[2] ~= ARGV[2] then
@@ -13078,6 +13096,22 @@ def _row_settlement(row: Mapping[str, object], process: str, number: int, record
                       f"{row['token']}|{row['price_key'] or 'other'}",
                       tuple(word for pair in counts.items() if pair[1] for word in pair),
                       row.get("id"))
+
+
+def count_to_json(row: CountRow) -> str:
+    """A count as the engine keeps it; digests in hexadecimal."""
+    counted = row.counted
+    return json.dumps([row.scope, row.digest.hex(), counted.tokens,
+                       b"".join(sorted(counted.parts)).hex(), counted.has_tools, row.model,
+                       row.learned_s])
+
+
+def count_from_json(text: bytes) -> CountRow:
+    """A count that another process kept. Raises ValueError, TypeError."""
+    scope, digest, tokens, parts, has_tools, model, learned_s = json.loads(text)
+    return CountRow(str(scope), bytes.fromhex(digest),
+                    Counted(int(tokens), _cut_digests(bytes.fromhex(parts)), bool(has_tools)),
+                    str(model), int(learned_s))
 
 
 class Watch:
@@ -13128,6 +13162,9 @@ class SharedAccounts:
         self._ended: deque[tuple[float, Settlement]] = deque()    # confirmed a moment ago
         self._known: dict[str, Budget] = {}
         self._watch = Watch(DEAD_S, 2 * HEARTBEAT_S)
+        self._learn_count: Optional[Callable[[CountRow], None]] = None
+        self._counted: deque[CountRow] = deque(maxlen=COUNTS_AT_ONCE)     # to be shared
+        self._counts_seen = 0                      # the number of the last that was learned
         self._wakes, self._is_stopping, self._is_closed = threading.Event(), False, False
         self._is_entering = True                   # what a restart may have forgotten
         self._thread: Optional[threading.Thread] = None
@@ -13202,8 +13239,10 @@ class SharedAccounts:
             log.warning("calls of another cage stay as they are in the ledger", extra={
                 "fields": {"cage": self.cage, "calls": strange}})
 
-    def start(self, on_fault: Callable[[str], None]) -> None:
-        """Begin to send heartbeats."""
+    def start(self, on_fault: Callable[[str], None],
+              learn: Callable[[CountRow], None]) -> None:
+        """Begin to send heartbeats, and to `learn` what providers have counted for others."""
+        self._learn_count = learn
         self._thread = Housekeeper("ironcage-shared", self._keep_up, on_fault)
         self._thread.start()
 
@@ -13414,6 +13453,7 @@ class SharedAccounts:
                 if self.fault is not None or now_s >= beat_s:
                     beat_s = now_s + HEARTBEAT_S
                     self._beat()
+                    self._share_counts()
             is_behind = self.fault is not None or self._ending
             self._wakes.wait(min(HEARTBEAT_S, CATCH_UP_S) if is_behind
                              else max(0.0, beat_s - time.monotonic()))
@@ -13475,6 +13515,26 @@ class SharedAccounts:
                     extra={"fields": {"cage": self.cage, "process": process}})
         while self._run("charge", process, beat, CALLS_AT_ONCE)[0] not in (0, None):
             pass
+
+    def keep_count(self, row: CountRow) -> None:
+        """Have the others know it by the heartbeat after the next."""
+        self._counted.append(row)
+
+    def _share_counts(self) -> None:
+        """Show the others what providers counted for us, and learn what they did for them."""
+        mine = [text for text in (count_to_json(self._counted.popleft())
+                                  for _ in range(len(self._counted)))
+                if len(text) <= MAX_COUNT_BYTES]
+        while self._learn_count is not None:
+            with replied():
+                found = self._run("counts", self._counts_seen, *mine)[0]
+                for member in found:
+                    number, _, text = member.partition(b"|")
+                    self._counts_seen = int(number)        # first: a broken one is met once
+                    self._learn_count(count_from_json(text))
+            mine = []
+            if not found:
+                break
 
     def as_json(self) -> dict:
         """What /ironcage/status says of it."""
@@ -14564,6 +14624,7 @@ class Router:
         for count in counts_of(call, int(time.time())):
             self.counts.learn(count)
             self.ledger.keep_count(count)
+            self.controller.accounts.keep_count(count)
         return call.charge
 
     def _kept_price(self, lines: Sequence[BillLine]) -> Optional[str]:
@@ -15275,7 +15336,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._tending.start()
         if self.router.server is not None:
             self.router.server.start()
-        self.router.controller.accounts.start(self.fail)
+        self.router.controller.accounts.start(self.fail, self.router.counts.learn)
         self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def fail(self, thread: str) -> None:

@@ -139,6 +139,7 @@ class FakeEngine:
         return {
             "INFO": b"$%d\r\n%b\r\n" % (len(INFO), INFO), "HGET": b"$1\r\ng\r\n",
             "PING": b"+PONG\r\n", "CONFIG": b"*0\r\n", "restarted": b":1\r\n",
+            "counts": b"*0\r\n",
             "beat": b"*3\r\n*0\r\n*0\r\n" + many(BUDGET), "enter": b":1\r\n", "HDEL": b":1\r\n",
             "scopes": many(BUDGET), "budgets": many(BUDGET),
             "take": b"*2\r\n$15\r\n9|1795996800|proxy\r\n".replace(b"$15", b"$18") + many(BUDGET),

@@ -55,7 +55,7 @@ class Shared:
             ledger or ic.MemoryLedger(), **options)
         self.all.append(accounts)
         if runs:
-            accounts.start(lambda name: pytest.fail(name))
+            accounts.start(lambda name: pytest.fail(name), lambda row: None)
         return ic.CostController(accounts=accounts)
 
     def ask(self, command, key, *words):
@@ -484,6 +484,7 @@ def test_a_call_that_is_being_taken_is_not_entered_by_force(shared):
     controller.accounts._beat()
 
     assert (0, 0) == shared.amounts()
+    assert 0 == shared.ask("HEXISTS", f":open:{controller.accounts._process}", 77)
 
 
 # Threads, processes, and the limit at every instant.
@@ -1150,6 +1151,20 @@ def test_a_password_is_used_and_never_shown(own_engine, caplog, capsys, proxy_fo
     assert secret not in json.dumps(environment) and "HOME" in environment
 
 
+def test_an_error_that_repeats_the_password_does_not_show_it(fake, capsys):
+    fake.answers["AUTH"] = lambda words: b"-ERR unknown command 'AUTH', with args: '%b'\r\n" \
+        % words[-1]
+
+    assert 2 == ic.main(["usage", "--shared", fake.url.replace("//", "//:s3cr3t-word@")])
+
+    err = capsys.readouterr().err
+    assert "s3cr3t" not in err and "has no password set" in err
+    fake.answers["AUTH"] = lambda words: b"-ERR what is '%b'\r\n" % words[-1]
+    assert 2 == ic.main(["usage", "--shared", fake.url.replace("//", "//me:s3cr3t-word@")])
+    assert "what is '***'" in capsys.readouterr().err
+    assert [b"AUTH", b"me", b"s3cr3t-word"] in fake.seen
+
+
 def test_an_engine_without_a_password_is_warned_about(two, caplog, engine, proxy_for):
     caplog.clear()
     proxy_for("--shared", engine.url, "--cage", two[2])
@@ -1245,6 +1260,65 @@ def test_a_start_that_fails_lets_go_of_its_ledger_and_of_the_cage(proxy_for, eng
     assert 1 == len(shared.ask("HKEYS", ":beats"))           # of shared.process()
     again = proxy_for("--ledger", str(tmp_path / "own.db"), "--no-wait-for-ledger")
     assert 200 == call(again.port, "GET", "/").status
+
+
+# What providers have counted.
+
+def count(number, parts=3):
+    return ic.CountRow('["ci", "openai", "gpt-5.5"]', bytes([number % 256]) * 16, ic.Counted(
+        1_000 + number, frozenset(part.to_bytes(2, "big") * 8 for part in range(parts)), True),
+        "gpt-5.5", int(time.time()))
+
+
+def test_a_count_is_the_same_after_it_was_kept():
+    for row in (count(1), count(2, 0)):
+        assert row == ic.count_from_json(ic.count_to_json(row).encode())
+
+
+def test_what_a_provider_counted_for_one_process_all_others_know_and_those_that_come_later(shared):
+    learned = [[], [], []]
+    one, other, late = (shared.process().accounts for _ in range(3))
+    for accounts, rows in zip((one, other, late), learned):
+        accounts._learn_count = rows.append
+    for number in range(250):
+        one.keep_count(count(number))
+    one._share_counts()
+    other._share_counts()
+    other.keep_count(count(999))
+    other._share_counts()
+
+    late._share_counts()
+    one._share_counts()
+
+    assert [*map(count, range(250))] == learned[1][:250]
+    assert 251 == len(learned[2]) == len(learned[0]) and count(999) == learned[0][-1]
+    one._share_counts()
+    assert 251 == len(learned[0])                            # each once
+
+
+def test_counts_are_bounded_in_number_and_size(shared, monkeypatch):
+    monkeypatch.setitem(ic.SCRIPTS, "counts", ic.SCRIPTS["counts"].replace("-4000", "-20"))
+    monkeypatch.setitem(ic.SCRIPT_DIGESTS, "counts", "0" * 40)
+    accounts, learned = shared.process().accounts, []
+    accounts._learn_count = learned.append
+    for number in range(50):
+        accounts.keep_count(count(number))
+    accounts.keep_count(count(50, 3_000))
+    accounts._share_counts()
+
+    assert 20 == shared.ask("ZCARD", ":counts")
+    assert [*map(count, range(30, 50))] == learned
+
+
+def test_a_replica_bounds_by_what_another_has_counted(mock, proxy_for, engine, quick):
+    cage, text = engine.cage(), "Long enough to be worth it: " + "word after word, " * 400
+    one, other = (proxy_for("--shared", engine.url, "--cage", cage, "--budget", "1")
+                  for _ in range(2))
+    call(one.port, "POST", "/v1/chat/completions", {**CHAT, "messages": [
+        {"role": "user", "content": text}]})
+
+    until(lambda: other.router.counts._counts, "the other knows the count")
+    assert one.router.counts._counts.keys() == other.router.counts._counts.keys()
 
 
 # With a ledger of one's own.
