@@ -10,8 +10,10 @@ import json
 import re
 from typing import Callable, NamedTuple, Optional, Union
 
-from support import WRITES_COST, MockProvider, Reply, SeenRequest, anthropic_error
-from vendor_answers import Answer, Find, Say, Search, Use, answer_of
+from support import (WRITES_COST, MockProvider, Reply, SeenRequest, anthropic_error,
+                     openai_error)
+from vendor_answers import Answer, Find, Say, Search, Think, Use, answer_of, broken_seal
+from vendor_rules import GPT_REASONS
 
 TASK = "cage-drill"                     # in the prompt that a test gives to an agent
 SUBTASK = "errand for the other agent"  # in the prompt that the model gives to a subagent
@@ -20,6 +22,7 @@ SUMMARY = "What happened so far: the drill began."
 ASKS_FOR_SUMMARY = re.compile(r"Respond with TEXT ONLY|CONTEXT CHECKPOINT COMPACTION"
                               r"|[Cc]reate a (new )?(anchored )?summary|context-summary")
 SEARCH_RESULT_TOKENS = 3_000            # what one search adds to what is read again
+THOUGHT = "What is there to run?"       # before its first calls
 TWO_COMMANDS = ("echo first of two", "echo second of two")
 
 
@@ -103,7 +106,7 @@ def two_tools(asked: Heard) -> Line:
         return None
     if asked.fields.get("parallel_tool_calls") is False:
         calls = calls[len(asked.results):][:1]
-    return [Say(DONE)] if len(asked.results) >= 2 else calls
+    return [Say(DONE)] if len(asked.results) >= 2 else [Say("I run them."), *calls]
 
 
 def web_search(asked: Heard) -> Line:
@@ -166,6 +169,15 @@ SCENARIOS: dict[str, Callable[[Heard], Line]] = {
     "subagent": subagent}
 
 
+def thinks(asked: Heard) -> bool:
+    """Whether the model brings thoughts: Claude if asked to, OpenAI's if they reason, and those of
+    other servers' that chat."""
+    if asked.api == "messages":
+        return (asked.fields.get("thinking") or {}).get("type") in ("enabled", "adaptive")
+    reasons = bool(GPT_REASONS.match(asked.fields["model"]))
+    return reasons == (asked.api == "responses")
+
+
 class Model(MockProvider):
     """A mock provider whose models act out one scenario."""
 
@@ -186,9 +198,14 @@ class Model(MockProvider):
         if api not in ("messages", "responses", "chat"):
             return super().answer(api, request, fields)
         asked = heard(api, fields)
+        broken = broken_seal(api, fields)
+        if broken is not None:
+            return (anthropic_error if api == "messages" else openai_error)(400, broken)
         parts = self._parts(asked)
         if isinstance(parts, Reply):
             return parts
+        if thinks(asked) and any(isinstance(part, Use) for part in parts):
+            parts = [Think(THOUGHT), *parts]
         self.asked.append(asked)
         return answer_of(api, fields, Answer(
             parts, self._usage(asked, request, parts), str(len(asked.results))))

@@ -12,9 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from agents import DONE, TASK, Model
+from agents import DONE, TASK, THOUGHT, Model
 from dialects import MODELS, PATHS, configured
 from support import TOKEN, kill_programs_of, settled_status
+from vendor_answers import claude_seal, openai_seal
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 120
@@ -112,6 +113,16 @@ def drill_was_done(mock, proxy, out, api):
     assert mock.billed_microdollars == settled_status(proxy)["spent_microdollars"] > 0
 
 
+# Asked for, and sent back. Codex asks for no effort of a model that it does not know.
+BRINGS_THOUGHTS = {("Claude Code", "messages"), ("Claude Code", "responses"), ("Codex", "responses")}
+
+
+def a_thought_came_back(mock):
+    """In its vendor's seal, as it was given out."""
+    seals = [claude_seal(THOUGHT), openai_seal(THOUGHT), openai_seal(THOUGHT, "final")]
+    return any(seal in seen.body.decode() for seal in seals for seen in mock.seen)
+
+
 @pytest.mark.parametrize("agent, api", [
     (agent, api) for agent in AGENTS for api in PATHS])
 def test_an_agent_does_its_drill_on_each_api(mock, proxy_for, tmp_path, agent, api):
@@ -123,6 +134,8 @@ def test_an_agent_does_its_drill_on_each_api(mock, proxy_for, tmp_path, agent, a
     out = ran(proxy, tmp_path, command(MODELS[api]))
 
     drill_was_done(mock, proxy, out, api)
+    if (agent, api) in BRINGS_THOUGHTS:
+        assert a_thought_came_back(mock)
 
 
 @pytest.mark.skipif(not CODEX, reason="Codex is not installed")
@@ -135,6 +148,7 @@ def test_codex_with_its_default_model_runs_on_another_vendors(mock, proxy_for, t
     out = ran(proxy, tmp_path, codex(""))
 
     drill_was_done(mock, proxy, out, api)
+    assert api == "chat" or a_thought_came_back(mock)
     asked = [json.loads(line) for line in [seen.body for seen in mock.seen] if line]
     assert all("exec" in json.dumps(fields["tools"]) for fields in asked[:1])
 
