@@ -5126,6 +5126,8 @@ class _OpenAIRequest(RequestWriter):
         super().__init__(conversation, target, losses)
         self._is_openai = target.is_openai
         self._gpt = gpt_of(conversation.model) if target.is_openai else Gpt()
+        # Models that do not reason have one verbosity, and refuse all others.
+        self._untaken = frozenset() if self._gpt.efforts else {"verbosity"}
 
     def _all_tools(self) -> list[dict]:
         """Return the tools; a request that has only another vendor's own is refused."""
@@ -5195,7 +5197,8 @@ class _ChatRequest(_OpenAIRequest):
         self._set_format(request)
         if self._is_openai:
             request.update(openai_extras(asked))
-        return {**request, **left_over(asked, CHAT_TAKES if self._is_openai else (), losses)}
+        takes = CHAT_TAKES - self._untaken if self._is_openai else ()
+        return {**request, **left_over(asked, takes, losses)}
 
     def _set_format(self, request: dict) -> None:
         wanted = self._asked.format
@@ -7639,10 +7642,8 @@ class _ResponsesRequest(_OpenAIRequest):
         items = [item for turn in turns for item in self._items(turn)]
         if turns and turns[-1].role == "assistant":
             losses.adjust("prefill", "kept")
-        given = left_over(asked, RESPONSES_TAKES, losses)
+        given = left_over(asked, RESPONSES_TAKES - self._untaken, losses)
         text = {"verbosity": given.pop("verbosity", None), "format": self._format(texts, items)}
-        if not self._gpt.efforts:                  # those have one, and say so with a 400
-            del text["verbosity"]
         if not items and texts:                    # there must be one
             items = [_message_item("system", [_text_row(text, "system") for text in texts])]
             texts = []

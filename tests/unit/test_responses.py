@@ -857,6 +857,18 @@ def test_efforts_and_sampling_by_family(model, effort, sampling, reasoning, adju
                                           and "temperature" not in dropped)
 
 
+@pytest.mark.parametrize("model, sent", [("gpt-6.1-sol", {"verbosity": "low"}), ("gpt-4o", None)])
+def test_models_that_do_not_reason_get_no_verbosity(model, sent):
+    as_hint, hinted, _ = written(asked(model=model, hints={"verbosity": "low"}))
+    _, asked_for, _ = written(asked(model=model, rest={"verbosity": "low"}))
+    chat = ic.DIALECTS["chat"].request_writer(asked(model=model, hints={"verbosity": "low"}),
+                                              ic.Target(64_000, True), ic.Losses()).request()
+
+    assert (sent, []) == (as_hint.get("text"), hinted.dropped)
+    assert ([] if sent else ["verbosity"]) == asked_for.dropped
+    assert (sent or {}).get("verbosity") == chat.get("verbosity")
+
+
 @pytest.mark.parametrize("cap, sent, told", [(99, 99, {}), (3, 16, {"output_cap": "16"}),
                                              (10 ** 6, 64_000, {"output_cap": "64000"})])
 def test_the_cap_is_between_the_least_and_the_models_most(cap, sent, told):
