@@ -13269,8 +13269,8 @@ class SharedAccounts:
             if self.fault is None:
                 log.error("the shared budget cannot be used", extra={"fields": {
                     "cage": self.cage, "reason": err.reason}})
+                self._wakes.set()
             self.fault = err.reason
-            self._wakes.set()
             raise
         if self.fault is not None:
             self.fault = None
@@ -13451,6 +13451,7 @@ class SharedAccounts:
             with contextlib.suppress(EngineFailed):
                 if self.fault is not None or self._ending:
                     self._catch_up()
+            with contextlib.suppress(EngineFailed):        # also where something cannot be told
                 if self.fault is not None or now_s >= beat_s:
                     beat_s = now_s + HEARTBEAT_S
                     self._beat()
@@ -13467,7 +13468,11 @@ class SharedAccounts:
         with self._lock:
             ending = [*self._ending.values()]
         for settlement in ending:
-            self._tell(settlement)
+            try:
+                self._tell(settlement)
+            except EngineFailed as err:
+                if not err.code:                           # else it is about this one, perhaps
+                    raise
 
     def _enter_again(self) -> None:
         """Acknowledge the engine's run_id, once it knows again all that we know."""

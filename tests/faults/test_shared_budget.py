@@ -898,6 +898,45 @@ def test_what_was_corrected_leaves_no_row_in_the_usage(shared):
     assert {"a|b": 50} == models()
 
 
+def test_an_engine_that_is_away_is_asked_now_and_then_and_not_in_a_tight_loop(own_engine,
+                                                                              monkeypatch):
+    engine = own_engine()
+    shared, asked = Shared(engine), []
+    controller = shared.process(limit=1_000, runs=True)
+    engine.kill()
+    with pytest.raises(ic.EngineFailed):
+        controller.ask(fixed(1))
+    ask = ic.Engine.ask
+    monkeypatch.setattr(ic.Engine, "ask", lambda *args, **more: (asked.append(1), ask(
+        *args, **more))[1])
+
+    until(lambda: asked, "it is asked again")
+    threading.Event().wait(2 * ic.CATCH_UP_S)
+
+    assert len(asked) <= 20
+    shared.close()
+
+
+def test_one_settlement_that_cannot_be_told_holds_up_neither_the_others_nor_the_heartbeat(
+        own_engine, quick):
+    engine = own_engine()
+    shared = Shared(engine)
+    controller = shared.process(limit=1_000, runs=True)
+    controller.set_scope("odd", None, "total", None)
+    bad, good = controller.ask(fixed(10), ["odd"]), controller.ask(fixed(20))
+    shared.ask("HSET", ":scope:odd", "s0", "not a number")
+    before = shared.ask("HGET", ":beats", controller.accounts._process)
+
+    controller.commit(bad, 1)
+    controller.commit(good, 2)
+    until(lambda: controller.accounts.as_json()["unconfirmed_settlements"] == 1, "one is told")
+    until(lambda: shared.ask("HGET", ":beats", controller.accounts._process) != before, "a beat")
+
+    shared.ask("HSET", ":scope:odd", "s0", 0)
+    until(lambda: not controller.accounts.as_json()["unconfirmed_settlements"], "both are")
+    shared.close()
+
+
 def test_a_reply_that_never_comes_is_cancelled_by_its_number(shared, monkeypatch):
     """The reservation was made, its reply was lost twice: the money is not held for ever."""
     controller = shared.process(limit=1_000, runs=True)
