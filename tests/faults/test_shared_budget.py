@@ -1306,7 +1306,7 @@ def test_a_start_that_fails_lets_go_of_its_ledger_and_of_the_cage(proxy_for, eng
 def count(number, parts=3):
     return ic.CountRow('["ci", "openai", "gpt-5.5"]', bytes([number % 256]) * 16, ic.Counted(
         1_000 + number, frozenset(part.to_bytes(2, "big") * 8 for part in range(parts)), True),
-        "gpt-5.5", int(time.time()))
+        "gpt-5.5", 1_795_996_800)
 
 
 def test_a_count_is_the_same_after_it_was_kept():
