@@ -4795,6 +4795,7 @@ GPT_FAMILIES = (
 )
 
 
+@functools.lru_cache(maxsize=64)
 def gpt_of(model: str) -> Gpt:
     """The family that a model belongs to."""
     return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
@@ -5922,6 +5923,7 @@ DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here a
 CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
 
 
+@functools.lru_cache(maxsize=64)
 def claude_of(model: str) -> Claude:
     """The family that a model belongs to."""
     name = model.rpartition("/")[2]
