@@ -3351,6 +3351,8 @@ class AnswerMeter:
             return None
         parsed = self.parsed(data)
         if parsed is None:
+            if self.is_beyond_limits:                # all of it may be output
+                self.output_bytes += len(data)
             return None
         if parsed.get("type") == "error" or isinstance(parsed.get("error"), dict):
             self._report(parsed.get("usage"))

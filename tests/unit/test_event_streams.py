@@ -417,7 +417,7 @@ def test_an_error_event_ends_a_stream_as_a_failure(api, event, failure):
 
 
 GARBAGE = (b"", b"{", b"null", b"5", b"[]", b'"x"', b"true", b"[DONE", b"\xff\xfe", b"{}", b"NaN",
-           b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b'{"type":null,"choices":null}',
+           b"1" * 10_000, b'{"type":null,"choices":null}',
            b'{"type":[],"choices":{},"usage":5,"model":7,"service_tier":[],"delta":7}',
            b'{"choices":[null,5,"x",[],{},{"delta":null},{"delta":5},{"text":{}}]}')
 
@@ -430,6 +430,14 @@ def test_data_that_says_nothing_is_ignored(api, data):
     assert (None, False, None, None, False, None, 0) == (
         meter.usage, meter.usage_is_final, meter.model, meter.service_tier, meter.has_ended,
         meter.failure, meter.output_bytes)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000], ids=["lists", "objects"])
+def test_an_event_that_is_too_deep_to_be_read_may_be_output(api, data):
+    meter = metered(api, data)
+
+    assert (None, False, len(data)) == (meter.usage, meter.has_ended, meter.output_bytes)
 
 
 @pytest.mark.parametrize("data, parsed", [
