@@ -404,7 +404,7 @@ def test_a_messages_stream_ends_in_message_stop():
     ("chat", {"error": {"code": "overloaded"}}, "overloaded"), ("chat", {"error": {}}, "error"),
     ("chat", {"error": {"code": 500}}, "error"),
     ("completions", {"error": {"type": "x"}}, "x"),
-    ("responses", {"type": "error", "code": "rate_limit", "message": "x"}, "error"),
+    ("responses", {"type": "error", "code": "rate_limit", "message": "x"}, "rate_limit"),
     ("responses", {"type": "error", "error": {"type": "server_error"}}, "server_error"),
     ("messages", {"type": "error", "error": {"type": "overloaded_error"}}, "overloaded_error"),
     ("messages", {"type": "error"}, "error"), ("messages", {"type": "error", "error": None},
