@@ -63,7 +63,7 @@ budget; "what leaves this machine?" 20, and who calls it, CageServer._post in 23
 25, and EngineLink in 24; "is my message changed?" 3, without_usage in 7, 8 to 14,
 Router._upstream_body in 25.
 """
-from __future__ import annotations
+from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
 import argparse
 import base64
@@ -111,6 +111,9 @@ __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequ
            "settings_from"]
 __version__ = "0.3.0"
 
+if sys.version_info < (3, 9):
+    sys.exit("ironcage_proxy needs Python 3.9 or newer; this is "
+             + sys.version.split()[0])
 log = logging.getLogger("ironcage")
 _T = TypeVar("_T")
 
@@ -227,6 +230,7 @@ class Provider(NamedTuple):
     base_url: str            # what stands before /chat/completions, or before /v1/messages
     key: Optional[str] = None
     key_env: str = ""                          # the environment variable that holds the key
+    key_file: str = ""                         # the file that does, instead
     default_service_tier: str = "default"      # assumed where a request leaves it open
     max_output_tokens_per_s: Optional[int] = None      # None: by the tables of chapter 21
     is_free: bool = False                      # none of its models costs anything
@@ -430,7 +434,8 @@ REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "host", "content-length", "content-encoding", "accept-encoding", "expect",
     "authorization", "x-api-key", "api-key", "cookie",
 }
-ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {"content-length", "set-cookie", "set-cookie2"}
+ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
+    "content-length", "set-cookie", "set-cookie2", "x-accel-buffering"}
 OWN_HEADERS = "x-ironcage-"               # they say what we say, in either direction
 VENDOR_HEADER = re.compile(r"(anthropic|openai|x-stainless|x-claude|x-codex|x-app)(-|$)|"
                            r"content-type$")
@@ -9200,6 +9205,9 @@ class MemoryLedger:
         """Nothing to keep up."""
         return False
 
+    def try_to_write(self) -> None:
+        """Nothing can be in the way."""
+
     def leases(self) -> list[Lease]:
         """Those that were not given back."""
         with self._lock:
@@ -9496,6 +9504,7 @@ class SqliteLedger:
             self._path, self._path + "-wal", self._path + "-shm", *beside)}
         self._watched[self._path] = self._lock.identity or self._watched[self._path]
         self._least_bytes, self._was_cut, self._fault = 1, False, ""
+        self._has_failed = False                # to write, the last time
         if self.look() is not None:
             raise OSError(self._fault)
 
@@ -9604,11 +9613,19 @@ class SqliteLedger:
             with contextlib.suppress(self._errors):
                 self._db.execute("ROLLBACK")
             return err
-        self._newest = newest
+        self._newest, self._has_failed = newest, False
         for write in batch:
             write.error, write.is_written = None, True
         del self._queue[:len(batch)]
         return None
+
+    def is_failing(self) -> bool:
+        """Whether the last write failed, or the files are not as we left them."""
+        return self._has_failed or bool(self._fault)
+
+    def try_to_write(self) -> Optional[Exception]:
+        """Why nothing can be written now; None: it can be, and what waited is."""
+        return self._write(_Write("UPDATE chain SET closed = 0", (), is_intent=True))
 
     def _wait_for_others(self, most_s: int) -> None:
         """From now on, how long a statement waits for another program."""
@@ -9622,6 +9639,7 @@ class SqliteLedger:
         self._wait_for_others(LEDGER_BUSY_S)
         error = self._commit(batch)
         self._wait_for_others(0)
+        self._has_failed = error is not None
         if error is not None:
             for write in batch:
                 write.error = error
@@ -10076,8 +10094,10 @@ RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
 PROVIDER_NAME = r"[a-z0-9_-]{1,64}"
 ENVIRONMENT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 RATE_WINDOW_S = 60
-def parse_base_url(text: str) -> str:
-    """Return a base URL without its final slash. Raises ValueError."""
+MAX_SECRET_BYTES = 16 * 1024
+
+
+def _url_parts(text: str) -> urllib.parse.SplitResult:
     try:
         parts = urllib.parse.urlsplit(text)
         usable = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -10086,6 +10106,20 @@ def parse_base_url(text: str) -> str:
         usable = False
     if not usable:
         raise ValueError("must be an http:// or https:// URL with a host")
+    return parts
+
+
+def parse_alert_url(text: str) -> str:
+    """Return a URL that takes alerts, which may hold a secret anywhere. Raises ValueError."""
+    parts = _url_parts(text)
+    if parts.username is not None or parts.fragment:
+        raise ValueError("must have no user name and no fragment")
+    return text
+
+
+def parse_base_url(text: str) -> str:
+    """Return a base URL without its final slash. Raises ValueError."""
+    parts = _url_parts(text)
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must have no user name, query or fragment")
     endpoint = re.search(f"({'|'.join(METERED_APIS)})$".replace("/v1", ""), text.rstrip("/"))
@@ -10117,19 +10151,70 @@ def check_encrypted(name: str, url: str, allow_plain_http: bool) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
             and not allow_plain_http:
-        raise Misconfigured(f"the base URL of {name}: http:// would send the key in the clear; "
+        raise Misconfigured(f"the URL of {name}: http:// would send the key in the clear; "
                             "use https://, or say --allow-plain-http")
 
 
-def with_key(provider: Provider, environ: Mapping[str, str], *,
-             allow_plain_http: bool = False) -> Provider:
-    """A provider with its key from the environment, if that is there. Raises Misconfigured."""
-    key = environ.get(provider.key_env, "").strip()
+def check_unquoted(text: str) -> None:
+    """Raises ValueError for a value with the quotes that a shell would have taken off."""
+    if re.match("[\"']|.*[\"']$", text):
+        raise ValueError("holds quotes, which only a shell takes off: leave them out")
+
+
+def check_can_be_reread(path: Optional[str]) -> None:
+    """Raises Misconfigured for a pipe, which would hold up whoever opens it."""
+    if path is not None and os.path.exists(path) and not os.path.isfile(path):
+        raise Misconfigured(f"{path} is not a file, and can be read at the start only")
+
+
+def named_file(name: str, environ: Mapping[str, str]) -> str:
+    """The file that holds a secret, as a variable names it for another; "" where none does."""
+    path = environ.get(f"{name}_FILE", "") if name else ""
+    if path and environ.get(name):
+        raise Misconfigured(f"both {name} and {name}_FILE are set: leave one out")
+    return path
+
+
+def secret_in(path: str, held: Mapping[str, str],
+              read: Callable[[str], str] = lambda text: text) -> str:
+    """The secret that a file holds, on its one line. A fault says nothing of what it is.
+
+    `held`: what files held before, by their paths: one that is broken now changes nothing, which
+    is logged. Raises Misconfigured.
+    """
+    try:
+        if path in held:
+            check_can_be_reread(path)
+        with open(path, "rb") as file:
+            line = re.fullmatch(rb"(?:\xef\xbb\xbf)?\s*([!-~]+)\s*", file.read(MAX_SECRET_BYTES))
+        with checking(f"the file {path}"):
+            if line is None:
+                raise ValueError("must hold one line of printable characters without spaces")
+            check_unquoted(line[1].decode())
+            return read(line[1].decode())
+    except OSError as err:
+        failure = Misconfigured(f"the file {path} cannot be read: {_reason(err)}")
+    except Misconfigured as err:
+        failure = err
+    if path not in held:
+        raise failure
+    log.error("a secret stays as it was", extra={"fields": {"reason": str(failure)}})
+    return held[path]
+
+
+def with_key(provider: Provider, environ: Mapping[str, str], *, allow_plain_http: bool = False,
+             held: Mapping[str, str] = MappingProxyType({})) -> Provider:
+    """A provider with its key, if there is one: from its file, or from its variable or the file
+    that this names. `held` is as for secret_in(). Raises Misconfigured."""
+    name, path = provider.key_env, provider.key_file or named_file(provider.key_env, environ)
+    key = secret_in(path, held) if path else environ.get(name, "").strip()
+    with checking(name):
+        check_unquoted(key)
     if not re.fullmatch(r"[!-~]*", key):
-        raise Misconfigured(f"{provider.key_env} holds a character that a key cannot have")
-    for url in (provider.base_url, provider.anthropic_base_url) if provider.key_env else ():
+        raise Misconfigured(f"{name} holds a character that a key cannot have")
+    for url in (provider.base_url, provider.anthropic_base_url) if name or path else ():
         check_encrypted(provider.name, url, allow_plain_http)
-    return provider._replace(key=key or None)
+    return provider._replace(key=key or None, key_file=path)
 
 
 class Caller(NamedTuple):
@@ -10224,6 +10309,7 @@ def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
                       meaning)
 
 
+parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
 _config_flag = value_like(lambda value: isinstance(value, bool), "true or false")
 _config_count = value_like(lambda value: type(value) is int and 1 <= value <= 10 ** 6,
                            "a whole number from 1 up")
@@ -10258,8 +10344,7 @@ def parse_time(value: object) -> int:
 # Field of a token in the file -> (field of Caller, how it is read).
 TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "name": ("name", text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")),
-    "token": ("sha256", lambda value: token_sha256(
-        text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters")(value))),
+    "token": ("sha256", lambda value: token_sha256(parse_token(value))),
     "sha256": ("sha256", text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
     "budget_usd": ("budget_microdollars", parse_usd),
     "stop_at_usd": ("stop_at_microdollars", parse_usd),
@@ -10279,6 +10364,7 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "path": ("path", text_like(r"(/[!-~]+)?", "empty, or a path such as /v1")),
     "format": ("format", text_like("openai|anthropic", "openai or anthropic")),
     "key_env": ("key_env", text_like(ENVIRONMENT_NAME, "an environment variable")),
+    "key_file": ("key_file", text_like(r"[^\0]{1,4096}", "the path of a file")),
     "key_as": ("key_as", text_like("|".join(KEY_HEADERS), " or ".join(KEY_HEADERS))),
     "free": ("is_free", _config_flag),
     "stream_usage": ("stream_usage", _config_flag),
@@ -10406,9 +10492,10 @@ def _names_to_names(parsed: Mapping[str, object], field: str, path: str) -> Mapp
     return names
 
 
-def load_config(path: str, environ: Mapping[str, str], *,
-                allow_plain_http: bool = False) -> Config:
-    """A configuration file. Raises Misconfigured, naming what is wrong in one line."""
+def load_config(path: str, environ: Mapping[str, str], *, allow_plain_http: bool = False,
+                held: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """A configuration file, with keys as with_key() has them. Raises Misconfigured, naming what is
+    wrong in one line."""
     parsed = read_config(path)
     callers, providers = [], []
     for number, row in enumerate(parsed.get("tokens", []), 1):
@@ -10416,7 +10503,7 @@ def load_config(path: str, environ: Mapping[str, str], *,
             callers.append(caller_from(row))
     for name, row in parsed.get("providers", {}).items():
         with checking(f"the provider {shown_name(name)} in {path}"):
-            providers.append(with_key(provider_from(name, row), environ,
+            providers.append(with_key(provider_from(name, row), environ, held=held,
                                       allow_plain_http=allow_plain_http))
     for what in ("name", "sha256"):
         if len({getattr(caller, what) for caller in callers}) != len(callers):
@@ -12185,6 +12272,126 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
+class Thresholds:
+    """How many of BUDGET_THRESHOLDS each scope has passed: each is reported once, in a period and
+    of a limit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()                 # guards the next field
+        self._passed: dict[str, tuple[int, dict]] = {}     # scope -> (its period's start, by limit)
+
+    def begin(self, budgets: Iterable[Budget]) -> None:
+        """Note what scopes that are new here have passed, which was reported before."""
+        for budget in budgets:
+            if budget.scope not in self._passed:
+                self.passed(budget)
+
+    def passed(self, budget: Budget) -> Sequence[int]:
+        """Return the percentages that were passed since the last look."""
+        limit = budget.limit
+        count = 0 if limit is None else bisect.bisect_right(
+            BUDGET_THRESHOLDS, budget.spent * 100 // limit if limit else 100)
+        with self._lock:
+            since_s, by_limit = self._passed.get(budget.scope, (None, {}))
+            by_limit = by_limit if since_s == budget.since_s else {}
+            before = by_limit.get(limit, 0)
+            by_limit[limit] = max(before, count)
+            self._passed[budget.scope] = (budget.since_s, by_limit)
+        return BUDGET_THRESHOLDS[before:count]
+
+
+ALERT_TIMEOUTS = Timeouts(connect_s=5, first_byte_s=10, between_bytes_s=10, call_s=15)
+MAX_ALERTS = 100                              # kept while the receiver does not take them
+MAX_ALERT_BACKOFF_S = 60
+ALERT_STOP_S = 2                              # at the end, for those that wait
+
+
+class Alerts:
+    """POSTs to a URL what an operator should know, on a thread of its own: nothing waits for it.
+
+    What is not taken is sent again, less and less often; a 4xx or a redirect is a no. Where too
+    many wait, the oldest is dropped. The URL is a secret, of which only the host is logged;
+    `secrets` are what no alert may hold.
+    """
+
+    def __init__(self, url: str, secrets: Callable[[], Iterable[Optional[str]]],
+                 on_fault: Callable[[str], None]) -> None:
+        self.url, self._secrets = url, secrets
+        self._transport = KeepAliveHandler(ALERT_TIMEOUTS)
+        self._opener = build_opener(self._transport)
+        self._changed = threading.Condition()         # guards the fields below
+        self._waiting: deque = deque()
+        self._is_stopping = False
+        self._thread = Housekeeper("ironcage-alerts", self._send_all, on_fault)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def tell(self, event: str, text: str, fields: Mapping[str, object]) -> None:
+        """Queue an alert; `text` is what chat programs show."""
+        alert = {"text": f"ironcage: {text}", "event": event, **fields, "version": __version__,
+                 "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        with self._changed:
+            is_full = len(self._waiting) >= MAX_ALERTS
+            if is_full:
+                self._waiting.popleft()
+            self._waiting.append(alert)
+            self._changed.notify_all()
+        if is_full:
+            log.warning("an alert was dropped, since too many wait")
+
+    def stop(self) -> None:
+        """Send what waits, for at most ALERT_STOP_S."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        for end in (self._transport.shut_down, lambda: None):
+            if self._thread.is_alive():
+                self._thread.join(ALERT_STOP_S)
+            end()
+
+    def _send_all(self) -> None:
+        """Send alerts, oldest first, until the end; then each is tried once more."""
+        backoff_s = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_stopping or (self._waiting and not backoff_s),
+                    backoff_s or None)
+                is_last, alert = self._is_stopping, self._waiting[0] if self._waiting else None
+            if alert is None:
+                return
+            is_done = self._is_done(alert, is_first=not backoff_s)
+            with self._changed:
+                if is_done and self._waiting and self._waiting[0] is alert:
+                    self._waiting.popleft()
+            backoff_s = 0 if is_done else min(MAX_ALERT_BACKOFF_S, 2 * backoff_s or 1)
+            if is_last and not is_done:
+                return
+
+    def _is_done(self, alert: Mapping[str, object], is_first: bool) -> bool:
+        """Whether the receiver took an alert, or never will."""
+        body, url = json_bytes(alert), self.url
+        for secret in filter(is_secret, (url, *self._secrets())):
+            body = body.replace(json_bytes(secret)[1:-1], b"***")
+        host = urllib.parse.urlsplit(url).netloc
+        headers = {"host": host, "content-type": "application/json",
+                   "content-length": str(len(body)), "accept-encoding": "identity",
+                   "user-agent": f"ironcage_proxy/{__version__}"}
+        try:
+            response = self._opener.open(UpstreamRequest(url, method="POST", body=[body],
+                                                         headers=headers, watched=None))
+            response.close()
+            status, reason = response.status, f"it answered with the status {response.status}"
+        except UpstreamError as err:
+            status, reason = 0, re.sub("the provider('s)?", "it", err.message)
+        is_final = 300 <= status < 500 and status not in (408, 429)
+        if not 200 <= status < 300 and (is_first or is_final):
+            log.warning("an alert was refused" if is_final else "an alert is not delivered yet",
+                        extra={"fields": {"event": alert["event"], "host": host, "reason": reason}})
+        return is_final or 200 <= status < 300
+
+
 # ==== 23. Iron Cage server ======================================================================
 #
 # With --server-url the provider's key, the budget and the account of it all are another machine's:
@@ -12215,7 +12422,7 @@ class CageServer:
                  cache_ttl_s: int = 300, allow_plain_http: bool = False,
                  timeouts: Timeouts = SERVER_TIMEOUTS,
                  on_fault: Callable[[str], None] = lambda name: None) -> None:
-        self.url, self._token, self._ledger, self._take = url, token, ledger, take
+        self.url, self.token, self._ledger, self._take = url, token, ledger, take
         self._cache_ttl_s, self._allow_plain_http = cache_ttl_s, allow_plain_http
         # Refuses a server that would be sent its token in the clear, as a provider its key.
         check_encrypted("the Iron Cage server", url, allow_plain_http)
@@ -12241,11 +12448,11 @@ class CageServer:
         """(status, body) of one call. Raises UpstreamError."""
         body = json_bytes(fields)
         headers = {"host": urllib.parse.urlsplit(self.url).netloc,
-                   "authorization": f"Bearer {self._token}", "accept-encoding": "identity",
+                   "authorization": f"Bearer {self.token}", "accept-encoding": "identity",
                    "content-type": "application/json", "content-length": str(len(body))}
         response = self._opener.open(UpstreamRequest(self.url + path, method="POST", body=[body],
                                                      headers=headers, watched=None,
-                                                     key=self._token))
+                                                     key=self.token))
         try:
             raw, is_whole = whole_body(response.reads(), most_bytes=MAX_SERVER_ANSWER_BYTES)
         finally:
@@ -12282,7 +12489,7 @@ class CageServer:
         """Return some words of an answer, without the keys that we hold or that it gives."""
         text, given = "" if words is None else str(words), body.get("provider_key")
         keys = (self._held and self._held.key, given if isinstance(given, str) else None)
-        for key in (self._token, *filter(is_secret, keys)):
+        for key in (self.token, *filter(is_secret, keys)):
             text = text.replace(key, "***")
         return re.sub(UNPRINTABLE, "?", text)[:300]
 
@@ -12332,7 +12539,7 @@ class CageServer:
             return held
         self._raise_recent_failure()
         try:
-            fetched = self._ask("/api/v1/agents/provider-key", {"ic_token": self._token},
+            fetched = self._ask("/api/v1/agents/provider-key", {"ic_token": self.token},
                                 self._read_provider)
         except CageServerFailed as err:
             if held is None or err.is_final:
@@ -12371,7 +12578,7 @@ class CageServer:
             self._raise_recent_failure()
             try:
                 lease = self._ask("/api/v1/budget/handshake",
-                                  {"ic_token": self._token, "provider": name}, self._read_lease)
+                                  {"ic_token": self.token, "provider": name}, self._read_lease)
             except CageServerFailed as err:
                 self._remember(err)
                 raise
@@ -12475,7 +12682,7 @@ class CageServer:
     def _send_oldest_event(self) -> bool:
         """Whether the server took it, or will never: what it answers 4xx to is dropped."""
         try:
-            self._ask("/api/v1/analytics/events", {**self._events[0], "ic_token": self._token},
+            self._ask("/api/v1/analytics/events", {**self._events[0], "ic_token": self.token},
                       lambda body: None)
         except CageServerFailed as err:
             if not err.is_final:
@@ -13665,6 +13872,7 @@ class Settings(NamedTuple):
     token_is_generated: bool = False
     config_path: Optional[str] = None                  # tokens, providers and aliases
     environ: Mapping[str, str] = MappingProxyType({})  # for its keys
+    secret_files: Mapping[str, str] = MappingProxyType({})       # field below -> where it is from
     allow_plain_http: bool = False
     ledger_path: Optional[str] = None                  # None: in memory
     fsync: bool = False                                # the ledger survives a loss of power
@@ -13690,6 +13898,7 @@ class Settings(NamedTuple):
     agent_id: Optional[str] = None                     # in events, instead of the token's name
     provider_id: Optional[str] = None                  # in events, instead of the provider's name
     on_event: Optional[Callable[[Event], None]] = None
+    alert_url: Optional[str] = None                    # a secret: who has it can post there
     log_format: str = "text"
     quiet: bool = False
     timeouts: Timeouts = Timeouts()
@@ -13796,8 +14005,11 @@ class Router:
         self._is_cut = False
         self._sessions_lock = threading.Lock()         # guards the next field
         self._sessions: dict[str, int] = {}            # scope -> limit, the last used last
-        self._thresholds_lock = threading.Lock()       # guards the next field
-        self._thresholds_told = 0                      # how many of BUDGET_THRESHOLDS
+        self.thresholds = Thresholds()
+        self.alerts: Optional[Alerts] = None
+        if settings.alert_url is not None:
+            self.alerts = Alerts(settings.alert_url, self._secrets,
+                                 lambda name: self.turns.on_fault(name))
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
         self._opener = build_opener(self._transport)
         self.server: Optional[CageServer] = None
@@ -13808,6 +14020,16 @@ class Router:
                 self._take_lease, cache_ttl_s=settings.cache_ttl_s,
                 allow_plain_http=settings.allow_plain_http,
                 on_fault=lambda name: self.turns.on_fault(name))
+
+    def _secrets(self) -> Iterator[Optional[str]]:
+        """Yield all that must leave this machine towards its owner only."""
+        yield from (self.settings.token, self.settings.admin_token, self.settings.server_token)
+        yield from (provider.key for provider in self.providers.values())
+
+    def alert(self, event: str, text: str, **fields: object) -> None:
+        """Report to --alert-url, if there is one."""
+        if self.alerts is not None:
+            self.alerts.tell(event, text, fields)
 
     def _take_lease(self, lease: Lease) -> None:
         """What a lease allows to be spent, which --budget can lower."""
@@ -13825,13 +14047,18 @@ class Router:
         check_key(provider)
         return provider
 
-    def configure(self, config: Config, prices: PriceBook) -> None:
-        """Take a configuration: the scopes of its tokens, its providers, aliases and prices.
+    def configure(self, config: Config, prices: PriceBook,
+                  settings: Optional[Settings] = None) -> None:
+        """Take a configuration: the scopes of its tokens, its providers, aliases and prices; and
+        the secrets of settings. What is in flight keeps what it has.
 
         What can fail comes first, and then all is changed.
         """
+        settings = settings or self.settings
+        if settings.alert_url is not None:
+            check_encrypted("the alerts", settings.alert_url, settings.allow_plain_http)
         providers = {provider.name: provider for provider in (
-            *self.settings.providers, *config.providers, ECHO_PROVIDER)}
+            *settings.providers, *config.providers, ECHO_PROVIDER)}
         for caller in config.callers if self.controller.accounts.is_shared else ():
             if caller.session_budget_microdollars is not None:
                 raise Misconfigured(f"the token {caller.name} has a session_budget_usd, which is "
@@ -13839,7 +14066,18 @@ class Router:
         self.controller.set_scopes([Scope(
             caller.name, caller.budget_microdollars, caller.period, caller.stop_at_microdollars,
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
+        self.thresholds.begin(self.controller.accounts.known(
+            (PROXY_SCOPE, *(caller.name for caller in config.callers))))
+        for name in providers.keys() & self.providers.keys():
+            if providers[name].key != self.providers[name].key:
+                log.warning("the key of a provider was changed", extra={"fields": {
+                    "provider": name}})
         self.providers, self.config, self.prices = providers, config, prices
+        self.settings = settings
+        if self.server is not None:
+            self.server.token = settings.server_token or settings.token
+        if self.alerts is not None:
+            self.alerts.url = settings.alert_url
         for provider in self.providers.values():
             if provider.format == "openai" and not provider.base_url.endswith("/v1") \
                     and provider.base_url != manners_of(provider.name).base_url:
@@ -13977,7 +14215,23 @@ class Router:
         else:
             told = "input {}, output {} for a million tokens".format(*price.per_million()) \
                 + (f", as {price.key} (price_as)" if price.is_stand_in else "")
-        return f"{model} -> {provider.name}/{name}, {told}, at {' and '.join(sorted(urls))}"
+        return f"{model} -> {provider.name}/{name}, {told}, at {' and '.join(sorted(urls))}" \
+            + self._small_bound(provider, name, price)
+
+    def _small_bound(self, provider: Provider, model: str, price: Optional[Price]) -> str:
+        """What a small request would reserve, in words; "" where none is bounded."""
+        if price is None:
+            return ""
+        api = "messages" if provider.format == "anthropic" else "chat"
+        body = parse_json_object(json_bytes({
+            "model": model, "messages": [{"role": "user", "content": "x" * 1000}]}))
+        with contextlib.suppress(BadRequest):
+            bound = bound_of_request(
+                api, body, price, default_tier=provider.default_service_tier,
+                data_residency=provider.data_residency, measured=self.settings.bound != "bytes")
+            return "; 1,000 bytes with max_tokens 1000 reserve " \
+                + format_usd(bound.microdollars(1000))
+        return ""
 
     def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
         speaks_anthropic = request.dialect == "anthropic" or (
@@ -14667,7 +14921,12 @@ class Router:
         if cost > row["bound_microdollars"] and call.bound is not None:
             log.warning("bound exceeded", extra={"fields": {
                 **_row_told(row), "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
-        self._tell_thresholds()
+            self.alert("bound_exceeded", f"a call to {model} cost {format_usd(cost)}, more than "
+                       f"its bound of {format_usd(row['bound_microdollars'])}; the limit may be "
+                       "passed", scope=PROXY_SCOPE, token=row["token"], model=model,
+                       request_id=row["request_id"], cost_microdollars=cost,
+                       bound_microdollars=row["bound_microdollars"])
+        self._report_thresholds(call.request.caller.scopes)
         if self.settings.on_event is not None or self.server is not None:
             self.emit(self._event_of(call, row))
 
@@ -14686,22 +14945,21 @@ class Router:
             input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
             is_estimated=row["estimated"] is not None, **common)
 
-    def _tell_thresholds(self) -> None:
-        """Tell once of each part of the limit that spend has passed; again after a raise."""
-        spent, limit = self.controller.get_status()
-        if limit is None:
-            return
-        passed = bisect.bisect_right(BUDGET_THRESHOLDS, spent * 100 // limit if limit else 100)
-        if passed == self._thresholds_told:
-            return
-        with self._thresholds_lock:
-            fresh = BUDGET_THRESHOLDS[self._thresholds_told:passed]
-            self._thresholds_told = passed
-        for percent in fresh:
-            log.warning("budget threshold reached", extra={"fields": {
-                "percent": percent, "spent_usd": format_usd(spent)[1:],
-                "limit_usd": format_usd(limit)[1:]}})
-            self.emit(BudgetThresholdReached(percent, spent, limit))
+    def _report_thresholds(self, scopes: Sequence[str]) -> None:
+        """Report each part of a limit that the proxy's spend, or that of scopes, has passed."""
+        for budget in self.controller.accounts.known((PROXY_SCOPE, *scopes)):
+            for percent in self.thresholds.passed(budget):
+                spent, limit = format_usd(budget.spent), format_usd(budget.limit)
+                log.warning("budget threshold reached", extra={"fields": {
+                    "scope": budget.scope, "percent": percent, "spent_usd": spent[1:],
+                    "limit_usd": limit[1:]}})
+                whose = "the proxy" if budget.scope == PROXY_SCOPE else f"the token {budget.scope}"
+                self.alert("budget_threshold", f"{whose} has spent {spent} of {limit} "
+                           f"({percent} % reached)", scope=budget.scope, percent=percent,
+                           period=budget.period, spent_microdollars=budget.spent,
+                           limit_microdollars=budget.limit)
+                if budget.scope == PROXY_SCOPE:
+                    self.emit(BudgetThresholdReached(percent, budget.spent, budget.limit))
 
     def emit(self, event: Event) -> None:
         """Hand an event to `on_event`, whose faults are logged and end nothing, and to the server.
@@ -14982,12 +15240,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Steps of every request: method, host, who asks, what for."""
         if head.method not in METHODS:
             raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
-        self._check_host(head)
-        if head.path in ("/", "/ironcage/dashboard") and head.method in ("GET", "HEAD"):
+        is_open = head.path in OPEN_ROUTES and head.method in ("GET", "HEAD")
+        if not is_open or head.path not in PROBES:     # which come by any name, and learn nothing
+            self._check_host(head)
+        if is_open:
             # A body stays unread: nobody vouches for it.
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
-            return self._write_answer(
-                greeting(request_id) if head.path == "/" else dashboard_answer())
+            return self._write_answer(OPEN_ROUTES[head.path](self.server, request_id))
         caller = self._authenticated(head)
         if offered_upgrades(head.headers) - IGNORED_UPGRADES:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
@@ -15188,6 +15447,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         framing = [("transfer-encoding", "chunked")] if chunked else \
             [("content-length", str(length))] if length >= 0 and has_length else []
         framing += [("connection", "close")] if must_close else []
+        if answer.reads is not None and length < 0:    # nginx would gather a stream's events
+            framing.append(("x-accel-buffering", "no"))
         reason = http.client.responses.get(answer.status, "")
         head = format_head(f"HTTP/1.1 {answer.status} {reason}", (*answer.headers, *framing))
         self._write(head if bodiless else head + (answer.body or b""))
@@ -15224,6 +15485,23 @@ def greeting(request_id: str) -> Answer:
                         ("x-ironcage-request-id", request_id)), b"LlmRouter OK")
 
 
+def probe_answer(server: ProxyServer, request_id: str, fault: Optional[str]) -> Answer:
+    """Return what an orchestrator asks: a 200, or a 503 that says why not."""
+    return Answer(503 if fault else 200, (
+        ("content-type", "text/plain; charset=utf-8"), ("cache-control", "no-store"),
+        ("x-ironcage-request-id", request_id)), (fault or "ok").encode() + b"\n")
+
+
+PROBES = frozenset({"/healthz", "/readyz"})
+# path -> what makes the answer, without a token, to a GET or a HEAD
+OPEN_ROUTES: Mapping[str, Callable[[ProxyServer, str], Answer]] = MappingProxyType({
+    "/": lambda server, request_id: greeting(request_id),
+    "/ironcage/dashboard": lambda server, request_id: dashboard_answer(),
+    "/healthz": lambda server, request_id: probe_answer(server, request_id, None),
+    "/readyz": lambda server, request_id: probe_answer(server, request_id, server.unreadiness()),
+})
+
+
 def _closing(error: IroncageError) -> IroncageError:
     """An error after which the connection's next bytes cannot be trusted."""
     error.must_close = True
@@ -15257,8 +15535,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.callers: Mapping[str, Caller] = {}        # by the SHA-256 of their tokens
-        self._files_seen = self._file_states()
-        self._table, self._table_seen = load_prices(settings), self._files_seen[1]
+        self._files_seen = {path: _file_state(path) for path in (
+            settings.config_path, prices_path(settings), *_secret_paths(settings)) if path}
+        self._files_warned_of: set[str] = set()
+        self._table, self._table_seen = load_prices(settings), self._files_seen[
+            prices_path(settings)]
         config = self._read_config()
         prices = prices_under(config, self._table)
         self.turns = Turns()                           # of the threads that serve connections
@@ -15278,6 +15559,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
             for name in (settings.host, *settings.allow_hosts)}
         self.started_s = time.monotonic()
+        self._unready, self._tried_s = None, NEVER_S  # what unreadiness() found, and when
         self.is_stopping = False
         self.cuts_now = False                          # a second signal: do not wait
         self.failure: Optional[str] = None             # the thread that failed: nothing is served
@@ -15296,16 +15578,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition(self._lock)
         self._places: dict[socket.socket, Place] = {}
         try:
+            if not 0 <= settings.port <= 65535:        # or getaddrinfo takes its last 16 bits
+                raise OverflowError("there is no such port")
             family, _, _, _, address = socket.getaddrinfo(
                 settings.host, settings.port, type=socket.SOCK_STREAM,
                 flags=socket.AI_PASSIVE)[0]
             self.address_family = family
             super().__init__(address[:2], ProxyHandler)
-        except OSError as err:
+        except (OSError, OverflowError, ValueError, TypeError) as err:      # of an embedder's port
             self.router.controller.accounts.close()
             self.ledger.close()
             raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
-                               f"{_reason(err)}; choose another with --port "
+                               f"{_reason(err)}; choose another with --port, from 0 to 65535 "
                                "(8787 is the default of other gateways too)") from err
 
     @property
@@ -15347,6 +15631,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self.router.server is not None:
             self.router.server.start()
         self.router.controller.accounts.start(self.fail, self.router.counts.learn)
+        if self.router.alerts is not None:
+            self.router.alerts.start()
         self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def fail(self, thread: str) -> None:
@@ -15395,6 +15681,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self._tending is not None:
             self._tending.join()
             self._tending = None
+        if self.router.alerts is not None:
+            self.router.alerts.stop()
         self.ledger.close()
         counts = self.router.totals.snapshot()
         self.router.emit(RouterStopped(
@@ -15426,29 +15714,38 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     # The configuration, which may change while we serve.
 
-    def _own_callers(self) -> list[Caller]:
-        """The callers of the two tokens of the command line."""
-        return [Caller(name, token_sha256(token)) for name, token in
-                ((CALLER, self.settings.token), (ADMIN, self.settings.admin_token))
-                if token is not None]
-
-    def _read_config(self) -> Config:
+    def _read_config(self, held: Mapping[str, str] = MappingProxyType({})) -> Config:
+        """The configuration; read once more where it names files that were not watched before,
+        whose states are to be those before they are read."""
         settings = self.settings
-        if settings.config_path is None:
-            return Config()
-        config = load_config(settings.config_path, settings.environ,
-                             allow_plain_http=settings.allow_plain_http)
-        if {c.sha256 for c in self._own_callers()} & {c.sha256 for c in config.callers}:
-            raise Misconfigured("a token of --config is the same as --token or --admin-token")
-        return config
+        for _ in range(2 if settings.config_path is not None else 0):
+            config = load_config(settings.config_path, settings.environ, held=held,
+                                 allow_plain_http=settings.allow_plain_http)
+            fresh = [path for path in _secret_paths(config) if path not in self._files_seen]
+            self._files_seen.update({path: _file_state(path) for path in fresh})
+            if not fresh:
+                return config
+        return Config() if settings.config_path is None else config
 
-    def _take_config(self, config: Config, prices: PriceBook) -> None:
-        callers = {caller.sha256: caller for caller in (*self._own_callers(), *config.callers)}
-        self.router.configure(config, prices)
-        self.callers = callers
-
-    def _file_states(self) -> tuple:
-        return _file_state(self.settings.config_path), _file_state(prices_path(self.settings))
+    def _take_config(self, config: Config, prices: PriceBook,
+                     settings: Optional[Settings] = None) -> None:
+        """Serve by these from now on. Raises Misconfigured, and changes nothing."""
+        settings = settings or self.settings
+        known = [*(Caller(name, token_sha256(token)) for name, token in
+                   ((CALLER, settings.token), (ADMIN, settings.admin_token)) if token is not None),
+                 *config.callers]
+        callers = {caller.sha256: caller for caller in known}
+        if len(callers) != len(known):
+            raise Misconfigured("a token of --config is the same as --token or --admin-token, or "
+                                "those two are")
+        self.router.configure(config, prices, settings)
+        self.settings, self.callers = settings, callers
+        for path in {*_secret_paths(settings), *_secret_paths(config)} - self._files_warned_of:
+            found = self._files_seen.get(path)
+            if os.name == "posix" and found is not None and found.mode & stat.S_IROTH:
+                self._files_warned_of.add(path)
+                log.warning("a file with a secret can be read by others: chmod o-r", extra={
+                    "fields": {"file": path}})
 
     def service_actions(self) -> None:
         """What serve_forever calls in each round: look whether a file was changed, and read it;
@@ -15459,39 +15756,75 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with _old_stays("what is known of the ledger"):
             self.ledger.look()
         with _old_stays("the configuration"):
-            states = self._file_states()
+            states = {path: _file_state(path) for path in self._files_seen}
             if states != self._files_seen or self.reload_asked:
                 is_asked, self.reload_asked, self._files_seen = self.reload_asked, False, states
-                self._reload(is_asked or states[1] != self._table_seen)
+                self._reload(is_asked or states[prices_path(self.settings)] != self._table_seen)
 
     def _reload(self, reads_table: bool) -> None:
-        """Read the configuration, and the price table if need be.
+        """Read the files of secrets, the configuration, and the price table if need be.
 
-        One that is broken changes nothing, and holds up no change of the other.
+        One that is broken changes nothing, and holds up no change of the others.
         """
+        held = {**{provider.key_file: provider.key for provider in self.router.providers.values()
+                   if provider.key_file},
+                **{path: getattr(self.settings, name)
+                   for name, path in self.settings.secret_files.items()}}
+        settings = with_secrets_of_files(self.settings, held)
         config, prices = self.router.config, (self._table, self._table_seen)
         with _old_stays("the configuration"):
-            _check_can_be_reread(self.settings.config_path)
-            config = self._read_config()
+            check_can_be_reread(settings.config_path)
+            config = self._read_config(held)
         if reads_table:
             with _old_stays("the price table"):
-                _check_can_be_reread(prices_path(self.settings))
-                prices = read_prices(prices_path(self.settings)), self._files_seen[1]
-        self._take_config(config, prices_under(config, prices[0]))
+                path = prices_path(settings)
+                check_can_be_reread(path)
+                prices = read_prices(path), self._files_seen[path]
+        self._take_config(config, prices_under(config, prices[0]), settings)
         self._table, self._table_seen = prices
         log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
+
+    def unreadiness(self) -> Optional[str]:
+        """Why no call can be admitted, which is tried once a second at most; None: one can be."""
+        if self.is_stopping:
+            return "the proxy is stopping"
+        if time.monotonic() - self._tried_s >= CONFIG_LOOK_S:
+            self._tried_s = time.monotonic()
+            with self.turns.outside():
+                self._unready = self._tried()
+        return self._unready
+
+    def _tried(self) -> Optional[str]:
+        try:
+            self.router.controller.budget()        # which asks the engine of a shared budget
+        except IroncageError:
+            return "the shared budget cannot be asked"
+        return "the ledger cannot be written" if self.ledger.try_to_write() else None
 
     def _tend_ledger(self) -> None:
         """Keep the ledger up: each second, as soon as something was refused, and step by step as
         long as there is more. Each step is in turn with the connections, as a thread without a
         turn could be left waiting while it holds the ledger; but for one that waits for a disk."""
-        is_more = True
+        is_more, is_lost, tried_s = True, False, NEVER_S
         while not self._is_over.wait(STEP_PAUSE_S):
             if not is_more:
                 self.has_refused.wait(CONFIG_LOOK_S)
             self.has_refused.clear()
             with contextlib.nullcontext() if self.settings.fsync else self.turns.inside():
                 is_more = self.ledger.tend()
+            if self.ledger.is_failing() and time.monotonic() - tried_s >= CONFIG_LOOK_S:
+                tried_s = time.monotonic()
+                with self.turns.inside():
+                    fault = self.ledger.try_to_write()
+                if fault is not None and not is_lost:
+                    is_lost = True
+                    self.router.alert("ledger_unavailable", "the ledger cannot be written "
+                                      f"({_reason(fault)}): no call is admitted until it can be",
+                                      scope=PROXY_SCOPE)
+            if is_lost and not self.ledger.is_failing():
+                is_lost = False
+                self.router.alert("ledger_available", "the ledger can be written again",
+                                  scope=PROXY_SCOPE)
 
     # Connections: one thread each, and a bound on them.
 
@@ -15754,16 +16087,40 @@ class CannotListen(Misconfigured):
     """The address cannot be listened on."""
 
 
-def _file_state(path: Optional[str]) -> Optional[tuple]:
-    """Return what changes when a file is written or replaced; None where there is none."""
-    found = None if path is None else _state_at(path)
-    return found and (found.st_mtime_ns, found.st_size, found.st_ino)
+class FileState(NamedTuple):
+    """What changes when a file is written, replaced, or opened to others."""
+    mtime_ns: int
+    size: int
+    inode: int
+    mode: int
 
 
-def _check_can_be_reread(path: Optional[str]) -> None:
-    """Raises Misconfigured for a pipe, which would hold up whoever opens it."""
-    if path is not None and os.path.exists(path) and not os.path.isfile(path):
-        raise Misconfigured(f"{path} is not a file, and can be read at the start only")
+def _file_state(path: str) -> Optional[FileState]:
+    """Return the state of a file; None where there is none."""
+    found = _state_at(path)
+    return found and FileState(found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
+
+
+# The settings that a file can hold, and how they are read from it, as by secret_in().
+SECRETS: Mapping[str, Callable] = MappingProxyType({
+    name: functools.partial(secret_in, read=read) for name, read in (
+        ("token", parse_token), ("admin_token", parse_token), ("server_token", parse_token),
+        ("alert_url", parse_alert_url), ("shared", parse_engine_url))})
+
+
+def _secret_paths(named: Union[Settings, Config]) -> set[str]:
+    """The files that hold secrets of settings or of a configuration."""
+    return {*(provider.key_file for provider in named.providers if provider.key_file),
+            *getattr(named, "secret_files", {}).values()}
+
+
+def with_secrets_of_files(settings: Settings, held: Mapping[str, str]) -> Settings:
+    """Settings with what their files hold now; one that is broken changes nothing."""
+    return settings._replace(
+        providers=tuple(provider if not provider.key_file else with_key(
+            provider, settings.environ, held=held, allow_plain_http=settings.allow_plain_http)
+            for provider in settings.providers),
+        **{name: SECRETS[name](path, held) for name, path in settings.secret_files.items()})
 
 
 @contextlib.contextmanager
@@ -15841,7 +16198,6 @@ _parse_port = _number_like("a port number from 0 to 65535", 0, 65535)
 _parse_seconds = _number_like("a whole number of seconds", 0, 99_999)
 _parse_days = _number_like("a whole number of days from 1 up", 1, 99_999)
 _parse_megabytes = _number_like("a whole number of megabytes from 1 up", 1, 999_999, 1024 * 1024)
-_parse_token = text_like(r"[!-~]{8,512}", "8 to 512 printable ASCII characters without spaces")
 _parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
 _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
 _parse_field = text_like(r"[A-Za-z0-9_.-]{1,64}", "the name of a field, such as top_k or a.b")
@@ -15853,9 +16209,14 @@ class Setting(NamedTuple):
     field: str
     help: str
     parse: Optional[Callable[[str], object]] = str        # None: a switch, without a value
-    env: str = ""
     metavar: str = ""
     repeats: bool = False                                 # may be given several times
+    commands: str = "serve check"                         # that use it
+
+    @property
+    def env(self) -> str:
+        """Its environment variable."""
+        return "IRONCAGE_" + self.flag[2:].replace("-", "_").upper()
 
 
 SETTINGS = (
@@ -15864,21 +16225,20 @@ SETTINGS = (
     Setting("--port", "port", "port to listen on (8787); 0 takes any free one", _parse_port,
             metavar="PORT"),
     Setting("--token", "token", "what agents authenticate with; without it one is made and shown",
-            _parse_token, "IRONCAGE_TOKEN", "TOKEN"),
+            parse_token, "TOKEN"),
     Setting("--admin-token", "admin_token", "what PUT /ironcage/budget needs; without it that "
-            "route is closed", _parse_token, "IRONCAGE_ADMIN_TOKEN", "TOKEN"),
+            "route is closed", parse_token, "TOKEN"),
     Setting("--budget", "budget_microdollars", "the most to spend, in USD, exact; without it "
-            "spend is only counted", parse_usd, "IRONCAGE_BUDGET", "USD"),
+            "spend is only counted", parse_usd, "USD"),
     Setting("--stop-at", "stop_at_microdollars", "begin no call once this much is spent, in USD; "
-            "calls in flight may go on up to --budget, which must be more", parse_usd,
-            "IRONCAGE_STOP_AT", "USD"),
+            "calls in flight may go on up to --budget, which must be more", parse_usd, "USD"),
     Setting("--shared", "shared", "a Valkey or Redis server in which many processes keep one "
             "budget: redis://[[user]:password@]host[:port][/db], rediss:// or unix://PATH",
-            parse_engine_url, "IRONCAGE_SHARED", "URL"),
+            parse_engine_url, "URL", commands="serve check usage cage"),
     Setting("--cage", "cage", "which of the budgets there (default); `cage new` makes one",
-            _parse_id, metavar="NAME"),
+            _parse_id, metavar="NAME", commands="serve check usage"),
     Setting("--ledger", "ledger_path", "SQLite file that keeps what every call cost; without it "
-            "a restart forgets", metavar="FILE"),
+            "a restart forgets", metavar="FILE", commands="serve check usage audit tokens"),
     Setting("--fsync", "fsync", "let the ledger, and a shared budget, survive a loss of power too, "
             "at the price of a disk flush for each call", None),
     Setting("--keep-days", "keep_days", "fold what is older in the ledger into totals by day, "
@@ -15887,7 +16247,7 @@ SETTINGS = (
     Setting("--no-wait-for-ledger", "no_wait_for_ledger", "end at once where another proxy has the "
             "ledger, rather than wait 30 seconds for it", None),
     Setting("--config", "config_path", "JSON file with tokens, providers and model aliases",
-            metavar="FILE"),
+            metavar="FILE", commands="serve check tokens models audit"),
     Setting("--wait", "wait_s", "seconds that a request may wait for money that calls in flight "
             "hold (30)", _parse_seconds, metavar="SECONDS"),
     Setting("--no-fit", "no_fit", "refuse a request whose max_tokens does not fit, rather than "
@@ -15898,19 +16258,19 @@ SETTINGS = (
             "do not beat; or bytes, a token a byte, which is a proof",
             text_like("measured|bytes", "measured or bytes"), metavar="RULE"),
     Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
-            metavar="FILE"),
+            metavar="FILE", commands="serve check models audit"),
     Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go; a bare host gets /v1",
-            parse_base_url, "IRONCAGE_OPENAI_BASE_URL", "URL"),
+            parse_base_url, "URL"),
     Setting("--openai-chat-only", "openai_chat_only", "what answers in OpenAI's place has chat "
             "completions only", None),
     Setting("--anthropic-base-url", "anthropic_base_url", "where Anthropic calls go",
-            parse_base_url, "IRONCAGE_ANTHROPIC_BASE_URL", "URL"),
+            parse_base_url, "URL"),
     Setting("--allow-plain-http", "allow_plain_http", "send keys to a base URL that is neither "
-            "https nor on this machine", None),
+            "https nor on this machine", None, commands="serve check models audit"),
     Setting("--server-url", "server_url", "an Iron Cage server, which knows the provider's key and "
             "lends budget", parse_base_url, metavar="URL"),
     Setting("--server-token", "server_token", "what the proxy authenticates with there; without it "
-            "--token is used", _parse_token, "IRONCAGE_SERVER_TOKEN", "TOKEN"),
+            "--token is used", parse_token, "TOKEN"),
     Setting("--cache-ttl", "cache_ttl_s", "seconds that a key from there is kept (300)",
             _parse_seconds, metavar="SECONDS"),
     Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
@@ -15933,16 +16293,87 @@ SETTINGS = (
             repeats=True),
     Setting("--no-hosted-tools", "no_hosted_tools", "refuse under a budget the searches that a "
             "provider runs, rather than cap them", None),
+    Setting("--alert-url", "alert_url", "POST alerts there as JSON: at 50, 80, 90 and 100 % of a "
+            "budget, when a bound was exceeded, and when the ledger cannot be written",
+            parse_alert_url, metavar="URL"),
     Setting("--log-format", "log_format", "text or json", text_like("text|json", "text or json"),
             metavar="FORMAT"),
     Setting("--quiet", "quiet", "no banner and no line for each request", None),
 )
+# Flags of one command or the other, which no variable sets.
+OPTIONS = (
+    Setting("--json", "json", "print JSON", None, commands="usage audit tokens"),
+    Setting("--csv", "csv", "print CSV", None, commands="usage"),
+    Setting("--compare", "compare", "print what another price table would change",
+            metavar="FILE", commands="models"),
+    Setting("--since", "since", "from this time on (UTC): a date, with a time or not, a month "
+            "(2026-11), today, yesterday, 7d, 24h", metavar="WHEN", commands="usage"),
+    Setting("--until", "until", "up to this time, which is the beginning of a date or month",
+            metavar="WHEN", commands="usage"),
+    Setting("--by", "by", f"one table by one or several, joined by commas, of "
+            f"{', '.join(USAGE_GROUPS)}", metavar="NAMES", commands="usage"),
+    Setting("--refused", "refused", "what was refused, and why", None, commands="usage"),
+    Setting("--help", "help", "what a command does and takes", None),
+    Setting("--version", "version", "print the version", None),
+)
+
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
     def error(self, message: str) -> None:             # type: ignore[override]
         raise Misconfigured(f"{message[:200]} (--help lists what there is)")
+
+
+def _parser(rows: Iterable[Setting], **words: object) -> argparse.ArgumentParser:
+    """Make a parser of flags."""
+    parser = _Parser(allow_abbrev=False, add_help=False, **words)
+    for row in rows:
+        names = [row.flag, "-h"] if row.flag == "--help" else [row.flag]
+        kind = {"action": "store_true"} if row.parse is None else {
+            "action": "append" if row.repeats else "store", "metavar": row.metavar}
+        parser.add_argument(*names, dest=row.field, help=row.help.replace("%", "%%"), **kind)
+    return parser
+
+
+def help_text(name: str, is_named: bool) -> str:
+    """What --help prints: of a command, or of the program, which serves where none is named."""
+    command = COMMANDS[name]
+    usage = f"ironcage_proxy.py {name if is_named else '[COMMAND]'} {command.words}".rstrip()
+    about = command.about if is_named else (
+        "A proxy between AI agents and model providers that holds the keys and never lets spend "
+        "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n"
+        + table([(f"  {name}", one.about) for name, one in COMMANDS.items()], lefts=2))
+    variables = "" if name not in SERVING else (
+        "\n\nEach setting has a variable, IRONCAGE_BUDGET for --budget and so on (1 for a switch, "
+        "commas\nbetween several values); a flag goes first. IRONCAGE_TOKEN_FILE names a file that "
+        "holds the value.\nProvider keys come from the environment, or from the file that "
+        "OPENAI_API_KEY_FILE and so on name:\n" + ", ".join(
+            filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
+    rows = [row for row in (*SETTINGS, *OPTIONS)
+            if name in row.commands.split() or row.field == "help"]
+    return _parser(rows, usage=f"{usage} [FLAG ...]" if rows[1:] else usage, description=about,
+                   formatter_class=argparse.RawDescriptionHelpFormatter,
+                   epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}"
+                   ).format_help()
+
+
+def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
+    """Make the error for a flag that a command, or all of them, has no use for."""
+    shown = flag if re.fullmatch("--?[a-z-]{1,32}", flag) else "?"
+    name = flag[2:].replace("-", "_")
+    field = next((field for field in (name, f"{name}_usd")
+                  if field in TOKEN_FIELDS.keys() - {"name", "token", "sha256"}), None)
+    if command == "tokens" and field is not None:
+        value = value if re.fullmatch(r"[0-9.]{1,20}", value) else "..."
+        return Misconfigured(f"{shown} limits the proxy, not a token; a token's own limit is a "
+                             f"word: {field}={value}")
+    users = [name for row in (*SETTINGS, *OPTIONS) if row.flag == flag
+             for name in row.commands.split()]
+    flags = [row.flag for row in (*SETTINGS, *OPTIONS) if command in row.commands.split()]
+    hint = f"; it is for {', '.join(users)}" if users else did_you_mean(flag, flags)
+    return Misconfigured(f"{command} takes no flag {shown}{hint} ({command} --help lists what "
+                         "it takes)")
 
 
 def parse_arguments(argv: Sequence[str]) -> dict:
@@ -15953,78 +16384,88 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     argv = list(argv)
     own, wrapped = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv \
         else (argv, None)
-    parser = _Parser(
-        prog="ironcage_proxy.py", allow_abbrev=False,
-        description="A proxy between AI agents and model providers that holds the keys and "
-                    "never lets spend pass a limit. `-- CMD ARGS` runs one command inside the "
-                    "cage, and then prints the bill.",
-        epilog="Provider keys come from the environment: "
-               + ", ".join(filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
-    parser.add_argument("command", nargs="*", default=["serve"], help="; ".join(
-        f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
-    parser.add_argument("--json", action="store_true",
-                        help="usage, audit, tokens list: print JSON")
-    parser.add_argument("--csv", action="store_true", help="usage: print CSV")
-    parser.add_argument("--compare", metavar="FILE",
-                        help="models: print what another price table would change")
-    parser.add_argument("--since", metavar="WHEN", help="usage: from this time on (UTC): a date, "
-                        "with a time or not, a month (2026-11), today, yesterday, 7d, 24h")
-    parser.add_argument("--until", metavar="WHEN", help="usage: up to this time, which is the "
-                        "beginning of a date or month")
-    parser.add_argument("--by", metavar="NAMES", help="usage: one table by one or several, joined "
-                        f"by commas, of {', '.join(USAGE_GROUPS)}")
-    parser.add_argument("--refused", action="store_true", help="usage: what was refused, and why")
-    for row in SETTINGS:
-        if row.parse is None:
-            parser.add_argument(row.flag, dest=row.field, action="store_true", help=row.help)
-        else:
-            env = f" (environment: {row.env})" if row.env else ""
-            parser.add_argument(row.flag, metavar=row.metavar, dest=row.field, help=row.help + env,
-                                action="append" if row.repeats else "store")
-    given = vars(parser.parse_intermixed_args(own))
-    command, *rest = given["command"] or ["serve"]
+    parser = _parser((*SETTINGS, *OPTIONS))
+    parser.add_argument("words", nargs="*")
+    found, unknown = parser.parse_known_intermixed_args(own)
+    given = vars(found)
+    if given["words"][:1] == ["help"]:
+        given = {**given, "words": given["words"][1:], "help": True}
+    command, *rest = given["words"] or ["serve"]
+    if command not in COMMANDS and not (unknown and own.index(unknown[0]) < own.index(command)):
+        raise Misconfigured(
+            f"there is no command {shown_name(command)}{did_you_mean(command, COMMANDS)}; there "
+            f"are {', '.join(COMMANDS)}. To run a program inside the cage, put -- before it: "
+            f"ironcage_proxy.py [FLAG ...] -- {shown_name(command)} ...")
+    if unknown:
+        raise _unknown_flag(command if command in COMMANDS else "serve",
+                            unknown[0].partition("=")[0])
+    given = {**given, "command": command, "is_named": bool(given["words"]), "words": rest,
+             "wrapped": wrapped}
+    if given["help"] or given["version"]:
+        return given
     if wrapped is not None and (command != "serve" or rest or not wrapped):
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
-    if command not in COMMANDS:
-        raise Misconfigured(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-    if rest and command not in ("tokens", "check", "cage"):
-        raise Misconfigured(f"{command} takes no further words ({rest[0]!r})")
-    return {**given, "command": command, "words": rest, "wrapped": wrapped}
+    for row in (*SETTINGS, *OPTIONS):
+        if given[row.field] and command not in row.commands.split():
+            raise _unknown_flag(command, row.flag, str(given[row.field]))
+    if rest and (command == "serve" or not COMMANDS[command].words):
+        raise Misconfigured(f"{command} takes no further words ({shown_name(rest[0])})")
+    return given
+
+
+SWITCH_VALUES = MappingProxyType({"1": True, "true": True, "yes": True, "on": True,
+                                  "0": None, "false": None, "no": None, "off": None})
 
 
 def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
     """One setting's value, or None. Raises Misconfigured, naming where the bad value came from."""
-    source = row.flag
-    if given is None and row.env and environ.get(row.env):
-        given, source = environ[row.env], row.env
-    if given is None or row.parse is None:
-        return given or None
-    with checking(f"{source}:"):
-        return tuple(map(row.parse, given)) if row.repeats else row.parse(given)
+    if given:
+        with checking(f"{row.flag}:"):
+            return True if row.parse is None else \
+                tuple(map(row.parse, given)) if row.repeats else row.parse(given)
+    text = environ.get(row.env, "")
+    if not text or (row.flag == "--port" and text.startswith("tcp://")):    # Kubernetes sets that
+        return None                                                # for a service named ironcage
+    with checking(f"{row.env}:"):
+        check_unquoted(text)
+        if row.parse is None:
+            return value_like(SWITCH_VALUES.__contains__, "1 or 0", SWITCH_VALUES.get)(text.lower())
+        return tuple(map(row.parse, filter(None, map(str.strip, text.split(","))))) or None \
+            if row.repeats else row.parse(text)
 
 
 def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
-    """Settings from command-line arguments and the environment. Raises Misconfigured."""
+    """Settings from command-line arguments and the environment: those that the command uses.
+
+    Raises Misconfigured.
+    """
     environ = os.environ if environ is None else environ
     given = parse_arguments(argv)
-    told = {row.field: _setting_value(row, given[row.field], environ) for row in SETTINGS}
-    values = {name: value for name, value in told.items() if value is not None}
+    used = [row for row in SETTINGS if given["command"] in row.commands.split()]
+    files = {row.field: path for row in used if row.field in SECRETS and not given[row.field]
+             for path in [named_file(row.env, environ)] if path}
+    found = {row.field: SECRETS[row.field](files[row.field], {}) if row.field in files
+             else _setting_value(row, given[row.field], environ) for row in used}
+    values = {name: value for name, value in found.items() if value is not None}
     if given["wrapped"] is not None:
         values = {"port": 0, "quiet": True, **values}
+    environ = environ if given["command"] in SERVING else {}         # others need no key
     allow_plain_http = bool(values.get("allow_plain_http"))
     providers = []
     for name, provider in KNOWN_PROVIDERS.items():
         url = values.pop(f"{name}_base_url", None)
         if values.pop(f"{name}_chat_only", False):
             provider = provider._replace(responses=False)
-        if name in ("openai", "anthropic") or (
-                provider.base_url and not provider.is_named_only and environ.get(provider.key_env)):
+        is_set = provider.base_url and not provider.is_named_only and (
+            environ.get(provider.key_env) or named_file(provider.key_env, environ))
+        if name in ("openai", "anthropic") or is_set:
             providers.append(with_key(at_base_url(provider, url) if url else provider, environ,
                                       allow_plain_http=allow_plain_http))
-    if given["wrapped"] is not None and (given["admin_token"] or given["server_token"]):
-        raise Misconfigured("with -- CMD the admin's and the server's token come from the "
-                            "environment (IRONCAGE_ADMIN_TOKEN, IRONCAGE_SERVER_TOKEN): the "
-                            "command could read them on our command line")
+    on_line = [row.env for row in used if row.field in SECRETS.keys() - {"token", "shared"}
+               and given[row.field]]
+    if given["wrapped"] is not None and on_line:
+        raise Misconfigured(f"with -- CMD set {' and '.join(on_line)} in the environment: the "
+                            "command could read it on our command line")
     with checking("--stop-at:"):
         check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
     if "token" in values and values["token"] == values.get("admin_token"):
@@ -16037,7 +16478,8 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         raise Misconfigured("--server-url needs --server-token: what to authenticate with there")
     generated = {} if "token" in values else {
         "token": new_token(), "token_is_generated": True}
-    return Settings(providers=tuple(providers), environ=environ, **generated, **values)
+    return Settings(providers=tuple(providers), environ=environ, secret_files=files, **generated,
+                    **values)
 
 
 class LogFormatter(logging.Formatter):
@@ -16170,8 +16612,8 @@ def banner(server: ProxyServer) -> str:
     """What a person needs to know at the start, and to paste into a shell."""
     settings = server.settings
     token = settings.token if settings.token_is_generated else "<the token you chose>"
-    found = [provider.key_env for provider in server.router.providers.values()
-             if provider.key is not None]
+    found = [provider.key_file or provider.key_env
+             for provider in server.router.providers.values() if provider.key is not None]
     budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
         budget_text(settings) + (
             " (kept in memory: a restart forgets spend)"
@@ -16272,13 +16714,15 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
     """Return what a wrapped command gets: the proxy's address and token, no key that we hold."""
     settings = server.settings
     password = settings.shared.password if settings.shared is not None else None
-    held = [secret for secret in (settings.admin_token, settings.server_token, password, *(
-        provider.key for provider in server.router.providers.values())) if secret]
-    hidden = {row.env for row in SETTINGS if row.env} | {*LISTEN_VARIABLES} | {
+    held = [secret for secret in (
+        settings.admin_token, settings.server_token, settings.alert_url, password, *(
+            provider.key for provider in server.router.providers.values())) if secret]
+    hidden = {row.env for row in SETTINGS} | {*LISTEN_VARIABLES} | {
         row.key_env for row in KNOWN_PROVIDERS.values() if not row.is_named_only} | {
         provider.key_env for provider in server.router.providers.values()}
     kept = {name: value for name, value in environ.items()
-            if name not in hidden and not any(secret in value for secret in held)}
+            if re.sub("_FILE$", "", name) not in hidden and name not in hidden
+            and not any(secret in value for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))
     tokens = ANTHROPIC_TOKENS[:1] if ONE_TOKEN_COMMANDS.fullmatch(command) else ANTHROPIC_TOKENS
@@ -16349,7 +16793,8 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         print(f"address   {settings.host} port {settings.port} is served by a proxy now"
               if is_served else f"address   {server.url} is free")
         for name, provider in server.router.providers.items():
-            state = f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
+            state = f"key from {provider.key_file}" if provider.key_file else \
+                f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
                 if provider.key_env else "no key needed"
             urls = " and ".join(filter(None, (provider.base_url, provider.anthropic_base_url)))
             print(f"provider  {name}: {urls or 'built in'}, {state}")
@@ -16363,6 +16808,8 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
         for what, names in hatches_of(settings):
             print(f"allowed   {what}: {names}")
+        if settings.alert_url is not None:
+            print(f"alerts    go to {urllib.parse.urlsplit(settings.alert_url).netloc}")
         if settings.server_url is not None:
             print(f"server    {settings.server_url} is asked for the key and for budget")
         for name in given["words"] or server.router.config.aliases:
@@ -16411,12 +16858,12 @@ def _ledger_path(settings: Settings) -> str:
     return settings.ledger_path
 
 
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as text in columns, the first to the left and the others to the right."""
+def table(rows: Sequence[Sequence[object]], lefts: int = 1) -> str:
+    """Rows as text in columns, so many of them to the left and the others to the right."""
     cells = [[re.sub(UNPRINTABLE, "?", str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(
-        value.ljust(width) if number == 0 else value.rjust(width)
+        value.ljust(width) if number < lefts else value.rjust(width)
         for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in cells)
 
 
@@ -16664,9 +17111,6 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         return 0
     if known:
         raise Misconfigured(f"there is a token named {name} in {path} already")
-    if given["budget_microdollars"] is not None:
-        raise Misconfigured("--budget limits the proxy, not a token; a token's own limit is a "
-                            f"word: budget_usd={given['budget_microdollars']}")
     token = new_token()
     row = {"name": words[0], "sha256": token_sha256(token)}
     with checking("the token"):
@@ -16920,18 +17364,34 @@ def run_version(settings: Settings, given: Mapping[str, object]) -> int:
     return 0
 
 
+class Command(NamedTuple):
+    """What a word of the command line does."""
+    run: Callable[[Settings, Mapping[str, object]], int]
+    about: str
+    words: str = ""                           # what may follow it
+    example: str = ""
+
+
+SERVING = ("serve", "check")                  # they use the settings of a server, and keys
 COMMANDS = MappingProxyType({
-    "serve": (run_serve, "serve (the default)"),
-    "check": (run_check, "[MODEL ...]: say what is configured, and where a model would go and at "
-              "which price, without serving"),
-    "usage": (run_usage, "what was spent, by model, token and day, from --ledger or --shared"),
-    "cage": (run_cage, "new NAME: make a budget in the engine of --shared, or begin it anew"),
-    "audit": (run_audit, "recompute every row of --ledger"),
-    "tokens": (run_tokens, "list | add NAME [field=value ...] | revoke NAME, in --config"),
-    "selftest": (run_selftest, "try every guarantee against a fake provider inside the process"),
-    "models": (run_models, "list what is priced, and how; with --compare FILE, what another price "
-               "table would change"),
-    "version": (run_version, "print the version"),
+    "serve": Command(run_serve, "serve (the default); with -- CMD run one command in the cage",
+                     "[-- CMD ...]", "--budget 2 -- claude -p \"fix the failing test\""),
+    "check": Command(run_check, "what is configured, and what would happen to a model",
+                     "[MODEL ...]", "check --config cage.json gpt-4o-mini"),
+    "usage": Command(run_usage, "what was spent, or refused, from --ledger or --shared", "",
+                     "usage --ledger cage.db --since 7d --by token,day"),
+    "cage": Command(run_cage, "make a budget in the engine of --shared, or begin it anew",
+                    "new NAME", "cage new team --shared redis://10.0.0.5"),
+    "audit": Command(run_audit, "look at every row of --ledger, its chain and its totals", "",
+                     "audit --ledger cage.db"),
+    "tokens": Command(run_tokens, "the tokens of --config: who may ask, and for how much",
+                      "list | add NAME [FIELD=VALUE ...] | revoke NAME",
+                      "tokens add alice budget_usd=5 period=day --config cage.json"),
+    "selftest": Command(run_selftest, "try every guarantee against a fake provider in the process",
+                        "", "selftest"),
+    "models": Command(run_models, "what is priced, and how", "",
+                      "models --compare newer_prices.json"),
+    "version": Command(run_version, "print the version", "", "version"),
 })
 
 
@@ -16939,9 +17399,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the exit code: 0 fine, 1 runtime failure, 2 usage."""
     try:
         argv = sys.argv[1:] if argv is None else argv
-        settings, given = settings_from(argv), parse_arguments(argv)
+        given = parse_arguments(argv)
+        if given["help"]:
+            print(help_text(given["command"], given["is_named"]), end="")
+            return 0
+        if given["version"]:
+            return COMMANDS["version"].run(None, given)
+        settings = settings_from(argv)
         _set_up_logging(settings)
-        run, _ = COMMANDS[given["command"]]
+        run = COMMANDS[given["command"]].run
         return (run if given["wrapped"] is None else run_wrapped)(settings, given)
     except Misconfigured as err:
         line = "".join(char if char.isprintable() else "?" for char in str(err))
@@ -16985,8 +17451,10 @@ class LlmRouter:
         if provider_key is not None:
             for known in KNOWN_PROVIDERS.values():
                 environ.pop(known.key_env, None)
+                environ.pop(f"{known.key_env}_FILE", None)
             environ[KNOWN_PROVIDERS[name].key_env] = provider_key
-        environ.pop("IRONCAGE_TOKEN", None)
+        for variable in ("IRONCAGE_TOKEN", "IRONCAGE_TOKEN_FILE"):
+            environ.pop(variable, None)
         amounts = [f"{flag}={amount}" for flag, amount in
                    (("--budget", budget), ("--stop-at", stop_at)) if amount is not None]
         if server_url is not None and provider_key is None:
@@ -16995,6 +17463,9 @@ class LlmRouter:
             with checking("server_url:"):
                 more = {"server_url": parse_base_url(server_url),
                         "cache_ttl_s": cache_ttl_seconds, **more}
+        for field in more.keys() - {*Settings._fields}:
+            raise Misconfigured(f"LlmRouter has no {shown_name(field)}"
+                                f"{did_you_mean(field, Settings._fields)}")
         with checking("shared:"):
             more = {"cage": _parse_id(cage), **more,
                     **({} if shared is None else {"shared": parse_engine_url(shared)})}

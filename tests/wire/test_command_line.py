@@ -6,6 +6,7 @@ traceback. Stopping drains and settles.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, proxy_environment)
+                     call, program, proxy_environment)
 
 PROGRAM = str(ROOT / "ironcage_proxy.py")
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
@@ -325,3 +326,107 @@ def test_a_signal_stops_it_at_whatever_moment_it_comes():
         served.process.send_signal(signal.SIGTERM)
 
         assert 0 == served.process.wait(PATIENCE_S * 3)
+
+
+# What a command takes.
+
+def said(capsys, *argv):
+    """(exit code, stdout, stderr) of a command, in this process."""
+    code = program().main([*argv])
+    return (code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["serve", "check", "usage", "audit", "tokens", "selftest", "models",
+                                  "version", "cage"])
+def test_the_help_of_a_command_has_its_own_flags_and_an_example(capsys, name):
+    module = program()
+    code, out, err = said(capsys, name, "--help")
+
+    flags = set(re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE))
+    used = {row.flag for row in (*module.SETTINGS, *module.OPTIONS) if name in row.commands.split()}
+    assert (0, "") == (code, err)
+    assert used | {"--help"} == flags
+    assert f"usage: ironcage_proxy.py {name}" in out
+    assert "example:\n  ironcage_proxy.py " in out
+    assert said(capsys, "help", name)[1] == out
+
+
+def test_an_example_of_the_help_is_a_use_that_parses():
+    module = program()
+    for command in module.COMMANDS.values():
+        words = shlex.split(command.example)
+        assert module.parse_arguments(words)["command"] in module.COMMANDS, words
+
+
+@pytest.mark.parametrize("argv, fault", [
+    (["usage", "--budget", "5"], "usage takes no flag --budget; it is for serve, check"),
+    (["selftest", "--ledger", "x"], "selftest takes no flag --ledger"),
+    (["serve", "--since", "7d"], "serve takes no flag --since; it is for usage"),
+    (["tokens", "add", "alice", "--budget", "5"], "budget_usd=5"),
+    (["tokens", "add", "alice", "--models", "gpt-*"], "models=..."),
+    (["tokens", "add", "alice", "--token", "ic_s3cret_token"], "takes no flag --token"),
+    (["--buget", "5"], "did you mean --budget?"), (["usag"], "did you mean usage?"),
+    (["usage", "--ledgr=x"], "did you mean --ledger?"),
+    (["--sk-s3cret-0123", "5"], "takes no flag ?"),
+    (["claude", "-p", "fix it"], "ironcage_proxy.py [FLAG ...] -- claude ..."),
+    (["--budget", "2", "codex", "exec", "--full-auto"], "-- codex ..."),
+    (["version", "now"], "takes no further words")])
+def test_a_flag_or_word_that_is_out_of_place_is_one_sentence(capsys, argv, fault):
+    code, out, err = said(capsys, *argv)
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert fault in err and "s3cret" not in err
+
+
+def test_the_version_is_a_flag_and_a_command(capsys):
+    assert said(capsys, "--version") == said(capsys, "version") == (
+        0, f"ironcage_proxy {program().__version__}\n", "")
+
+
+def test_check_says_what_a_small_request_reserves(capsys):
+    _, out, _ = said(capsys, "check", "--port", "0", "--bound", "bytes", "gpt-4o-mini")
+
+    body = b'{"model":"gpt-4o-mini","messages":[{"role":"user","content":"' + b"x" * 1000 + b'"}]}'
+    input_tokens = len(body) + 64                      # a little more, for what frames a message
+    reserved = re.search(r"1,000 bytes with max_tokens 1000 reserve \$(\d\.\d+)", out)
+    assert 600 + .15 * 1000 < float(reserved[1]) * 1e6 < 600 + .15 * (input_tokens + 100)
+    assert "https://api.openai.com/v1/chat/completions" in out
+
+
+def test_check_works_beside_a_proxy_that_serves_with_the_same_settings(tmp_path):
+    ledger = str(tmp_path / "cage.db")
+    with Served("--token", TOKEN, "--ledger", ledger) as served:
+        code, out, err = run("check", "--port", str(served.port), "--ledger", ledger, "gpt-4o-mini")
+
+    assert (0, "") == (code, err)
+    assert "is served by a proxy now" in out and "0 calls" in out and "gpt-4o-mini ->" in out
+
+
+def test_a_bad_variable_of_a_server_is_nothing_to_a_command_that_does_not_use_it(tmp_path):
+    environ = {"IRONCAGE_BUDGET": "ten", "OPENAI_API_KEY": '"quoted"'}
+
+    assert 0 == run("version", environ=environ)[0]
+    assert 0 == run("models", environ=environ)[0]
+    assert 2 == run("check", environ=environ)[0]
+
+
+@pytest.mark.parametrize("port", [99999, -1, 2 ** 70])
+def test_an_embedders_port_that_is_none_is_one_clear_error(port):
+    with pytest.raises(program().Misconfigured, match="cannot listen on 127.0.0.1 port"):
+        program().LlmRouter(port=port, environ={})
+
+
+def test_an_embedders_setting_that_there_is_not_is_named():
+    with pytest.raises(program().Misconfigured, match="did you mean wait_s"):
+        program().LlmRouter(waits=3, environ={})
+
+
+@pytest.mark.parametrize("version", ["3.7", "3.8"])
+def test_an_old_python_gets_one_line(version):
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"there is no Python {version}")
+    done = subprocess.run([python, PROGRAM, "--version"], capture_output=True, text=True)
+
+    assert (1, 1, "") == (done.returncode, done.stderr.count("\n"), done.stdout)
+    assert "needs Python 3.9 or newer" in done.stderr
