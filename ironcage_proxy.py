@@ -16318,6 +16318,9 @@ OPTIONS = (
 )
 
 
+GIVEN_FIELDS = ("name", "token", "sha256")     # of a token: none is a word of `tokens add`
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
@@ -16363,7 +16366,7 @@ def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
     shown = flag if re.fullmatch("--?[a-z-]{1,32}", flag) else "?"
     name = flag[2:].replace("-", "_")
     field = next((field for field in (name, f"{name}_usd")
-                  if field in TOKEN_FIELDS.keys() - {"name", "token", "sha256"}), None)
+                  if field in TOKEN_FIELDS and field not in GIVEN_FIELDS), None)
     if command == "tokens" and field is not None:
         value = value if re.fullmatch(r"[0-9.]{1,20}", value) else "..."
         return Misconfigured(f"{shown} limits the proxy, not a token; a token's own limit is a "
@@ -17384,7 +17387,8 @@ COMMANDS = MappingProxyType({
                     "new NAME", "cage new team --shared redis://10.0.0.5"),
     "audit": Command(run_audit, "look at every row of --ledger, its chain and its totals", "",
                      "audit --ledger cage.db"),
-    "tokens": Command(run_tokens, "the tokens of --config: who may ask, and for how much",
+    "tokens": Command(run_tokens, "the tokens of --config; fields: "
+                      + ", ".join(field for field in TOKEN_FIELDS if field not in GIVEN_FIELDS),
                       "list | add NAME [FIELD=VALUE ...] | revoke NAME",
                       "tokens add alice budget_usd=5 period=day --config cage.json"),
     "selftest": Command(run_selftest, "try every guarantee against a fake provider in the process",

@@ -107,6 +107,18 @@ def test_each_threshold_of_the_proxy_and_of_a_token_is_posted_once(mock, proxy_f
                body["at"].endswith("Z") and body["version"] for body in posted)
 
 
+def test_a_threshold_comes_once_in_a_period_and_of_a_limit_in_whatever_order_it_is_seen():
+    thresholds, budget = program().Thresholds(), program().Budget("a", 100, 0, 0, None, "day", 7)
+
+    seen = [[*thresholds.passed(budget._replace(**amounts))] for amounts in (
+        {"spent": 85}, {"spent": 40}, {"spent": 85},               # the second was read before
+        {"spent": 85, "limit": 200}, {"spent": 120, "limit": 200}, {"spent": 85},
+        {"spent": 60, "since_s": 8}, {"spent": 0, "limit": 0, "since_s": 8},
+        {"spent": 9, "limit": None, "since_s": 8})]
+
+    assert [[50, 80], [], [], [], [50], [], [50], [50, 80, 90, 100], []] == seen
+
+
 def test_a_restart_repeats_no_threshold_that_was_passed(mock, proxy_for, receiver_of, tmp_path):
     receiver = receiver_of()
     flags = ["--budget", "0.0002", "--alert-url", receiver.url, "--ledger", str(tmp_path / "c.db")]
