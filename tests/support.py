@@ -5,12 +5,16 @@ wrong keys and wrong types), counts what it would bill, and misbehaves on reques
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import http.client
 import json
 import os
+import py_compile
 import queue
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -962,14 +966,24 @@ def start_proxy(mock: Optional[MockProvider], *argv: str, environ: Optional[dict
     return server
 
 
+@functools.lru_cache(maxsize=None)
+def compiled_program() -> str:
+    """The program as Python compiles it, with its prices beside it: it starts in half the time."""
+    folder = Path(tempfile.mkdtemp(prefix="ironcage-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copy(ROOT / "pricing.json", folder)
+    return py_compile.compile(str(ROOT / "ironcage_proxy.py"), doraise=True,
+                              cfile=str(folder / "ironcage_proxy.pyc"))
+
+
 class Served:
     """The program, serving: its process, port and the first lines that it printed."""
 
-    def __init__(self, *argv, environ=None, cwd=None, program=str(ROOT / "ironcage_proxy.py"),
-                 python=(sys.executable,), **options):
+    def __init__(self, *argv, environ=None, cwd=None, program=None, python=(sys.executable,),
+                 **options):
         self._log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [*python, program, "--port", "0", *argv], text=True, cwd=cwd,
+            [*python, program or compiled_program(), "--port", "0", *argv], text=True, cwd=cwd,
             stdout=subprocess.PIPE, stderr=self._log,
             env={"PATH": os.environ["PATH"], **(environ or {})}, **options)
         self.first_line = self.process.stdout.readline()

@@ -29,7 +29,8 @@ TESTS = {
     "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
     "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
                         "faults/test_every_way_to_end.py",
-    "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py",
+    "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py "
+                       "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py faults/test_one_ledger_one_server.py faults/test_crashes.py",
     "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",
     "Settlement": "unit/test_settlement.py faults/test_every_way_to_end.py",

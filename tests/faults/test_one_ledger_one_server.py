@@ -9,8 +9,8 @@ import sys
 import threading
 
 import pytest
-from support import (PATIENCE_S, ROOT, TOKEN, MockProvider, Served, call, program,
-                     proxy_environment)
+from support import (PATIENCE_S, ROOT, TOKEN, MockProvider, Served, call, compiled_program,
+                     program, proxy_environment)
 
 ic = program()
 PROGRAM = str(ROOT / "ironcage_proxy.py")
@@ -53,7 +53,7 @@ def spent(server):
 
 
 def run(*argv, cwd=None):
-    return subprocess.run([sys.executable, PROGRAM, *argv], capture_output=True, text=True,
+    return subprocess.run([sys.executable, compiled_program(), *argv], capture_output=True, text=True,
                           cwd=cwd, env={"PATH": os.environ["PATH"]}, timeout=PATIENCE_S * 3)
 
 
@@ -149,7 +149,7 @@ def test_a_second_server_waits_for_the_first_and_knows_what_it_spent(path, way):
     with serving(path) as first:
         chat(first)
         second = subprocess.Popen(
-            [sys.executable, PROGRAM, "--port", "0", "--token", TOKEN, "--ledger", way(path),
+            [sys.executable, compiled_program(), "--port", "0", "--token", TOKEN, "--ledger", way(path),
              "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={"PATH": os.environ["PATH"]})
         try:
@@ -182,7 +182,7 @@ def test_a_wait_ends(path):
 @posix
 def test_of_many_that_start_at_once_on_a_new_ledger_one_serves(path):
     started = [subprocess.Popen(
-        [sys.executable, PROGRAM, "--port", "0", "--token", TOKEN, "--ledger", path, "--quiet",
+        [sys.executable, compiled_program(), "--port", "0", "--token", TOKEN, "--ledger", path, "--quiet",
          "--no-wait-for-ledger"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={"PATH": os.environ["PATH"]}) for _ in range(6)]
     try:
@@ -321,8 +321,9 @@ def test_a_ledger_can_be_opened_again_and_again_with_one_descriptor(path):
 def test_check_usage_and_audit_work_beside_a_running_proxy_and_leave_it_alone(path):
     with serving(path) as server:
         chat(server)
-        flags = ("--ledger", path, "--port", str(server.port))
-        done = [run(command, *flags) for command in ("check", "usage", "audit")]
+        flags = ("--ledger", path)
+        done = [run("check", *flags, "--port", str(server.port)), run("usage", *flags),
+                run("audit", *flags)]
         assert [0, 0, 0] == [one.returncode for one in done], [one.stderr for one in done]
         check, usage, audit = (one.stdout for one in done)
 

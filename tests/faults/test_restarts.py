@@ -12,8 +12,8 @@ import sys
 import threading
 
 import pytest
-from support import (PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, call, program,
-                     proxy_environment, sse, sse_events, start_proxy)
+from support import (PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, call,
+                     compiled_program, program, proxy_environment, sse, sse_events, start_proxy)
 
 ic = program()
 posix = pytest.mark.skipif(os.name != "posix", reason="sockets are handed over on POSIX")
@@ -40,9 +40,10 @@ CALLS = [                               # path, fields: translated or not, strea
 class Handed:
     """The program on a socket that this process holds, as a service manager starts it."""
 
-    def __init__(self, listener, *argv, count="1", environ=None, program=PROGRAM):
+    def __init__(self, listener, *argv, count="1", environ=None, program=None):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HAND_OVER, str(listener.fileno()), count, program, *argv],
+            [sys.executable, "-c", HAND_OVER, str(listener.fileno()), count,
+             program or compiled_program(), *argv],
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             pass_fds=[listener.fileno()], env={"PATH": os.environ["PATH"], **(environ or {})})
         self.errors = []
@@ -333,7 +334,7 @@ def check_restarts(mock, listener, ledger, rounds, threads, cuts):
                   or row["estimated"] == "the proxy ended"]
     assert len(mock.seen) <= len(rows) == len({row["request_id"] for row in rows}) <= len(outcomes)
     assert sum(row["cost_microdollars"] for row in rows) >= mock.billed_microdollars
-    audit = subprocess.run([sys.executable, PROGRAM, "audit", "--ledger", ledger],
+    audit = subprocess.run([sys.executable, compiled_program(), "audit", "--ledger", ledger],
                            capture_output=True, text=True)
     assert 0 == audit.returncode, audit.stdout
     print({kind: outcomes.count(kind) for kind in set(outcomes)})

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from support import (ADMIN_TOKEN, ROOT, TOKEN, Gate, RawClient, Served, call, program,
-                     settled_status, status_of)
+from support import (ADMIN_TOKEN, ROOT, TOKEN, Gate, RawClient, Served, call, compiled_program,
+                     program, settled_status, status_of)
 
 ALICE, BOB = "ic_alice_canary_0123456789", "ic_bob_canary_0123456789"
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -44,7 +44,7 @@ def chat(proxy, headers=(), token=ALICE, fields=CHAT, path="/v1/chat/completions
 
 
 def run(*argv):
-    done = subprocess.run([sys.executable, str(ROOT / "ironcage_proxy.py"), *argv],
+    done = subprocess.run([sys.executable, compiled_program(), *argv],
                           capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 

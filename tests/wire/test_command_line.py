@@ -17,7 +17,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, program, proxy_environment)
+                     call, compiled_program, program, proxy_environment)
 
 PROGRAM = str(ROOT / "ironcage_proxy.py")
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
@@ -26,9 +26,9 @@ ECHO = {"model": "ironcage/echo", "max_tokens": 9,
         "messages": [{"role": "user", "content": "one two"}]}
 
 
-def run(*argv, environ=None, cwd=None, program=PROGRAM):
+def run(*argv, environ=None, cwd=None, program=None):
     """A finished run: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, program, *argv], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, program or compiled_program(), *argv], capture_output=True, text=True,
                           cwd=cwd, env={"PATH": os.environ["PATH"], **(environ or {})},
                           timeout=PATIENCE_S * 3)
     return done.returncode, done.stdout, done.stderr

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, ANTHROPIC_KEY, OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, call,
-                     openai_error, program, proxy_environment, settled_status)
+                     compiled_program, openai_error, program, proxy_environment, settled_status)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -276,7 +276,7 @@ def test_metrics_parse_with_prometheus_own_parser(mock, proxy):
 
 def wrapped(mock, *argv, environ=None, **options):
     return subprocess.run(
-        [sys.executable, str(ROOT / "ironcage_proxy.py"), *argv], capture_output=True, text=True,
+        [sys.executable, compiled_program(), *argv], capture_output=True, text=True,
         timeout=PATIENCE_S * 3, env={**os.environ, **proxy_environment(mock), **(environ or {})},
         **options)
 
@@ -410,7 +410,7 @@ def test_the_selftest_holds_every_guarantee_in_an_empty_environment(tmp_path):
     ("fail closed", lambda ic, patch: patch.setattr(
         ic.Router, "_check_unmetered", lambda *_: None)),
     ("transparent", lambda ic, patch: patch.setattr(
-        ic.Router, "_upstream_body", lambda self, call: call.request.body + b" ")),
+        ic.Router, "_upstream_body", lambda self, call: [call.request.body, b" "])),
 ])
 def test_the_selftest_sees_a_guarantee_that_is_broken(monkeypatch, tmp_path, name, break_it):
     module = program()
