@@ -9042,9 +9042,6 @@ MIGRATIONS = (
     "is_confirmed INTEGER NOT NULL)",
     *(f"ALTER TABLE calls ADD COLUMN {name} {kind}" for name, kind in _LATER_COLUMNS.items()),
     "CREATE INDEX calls_by_token ON calls (token, admitted_s) WHERE seal IS NOT NULL",
-    "UPDATE calls SET settled_ms = 1000 * strftime('%s', 'now'), cost_microdollars = "
-    "bound_microdollars, estimated = 'the proxy ended', lines = '[[\"reserved\",' || "
-    "bound_microdollars || ',1000000]]' WHERE settled_ms IS NULL",
     "CREATE TABLE daily (day INTEGER NOT NULL, token TEXT NOT NULL, provider TEXT NOT NULL, "
     "model TEXT NOT NULL, session TEXT NOT NULL, project TEXT NOT NULL, "
     + ", ".join(f"{name} INTEGER NOT NULL" for name in _SUMS)
@@ -9090,7 +9087,7 @@ _UNCONFIRMED = ("SELECT * FROM shared_calls JOIN calls USING (id) WHERE NOT is_c
                 "AND settled_ms IS NOT NULL ORDER BY id")
 _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdollars, estimated = "
             "'the proxy ended', lines = '[[\"reserved\",' || bound_microdollars || ',1000000]]' "
-            "WHERE id > (SELECT tallied_id FROM chain) AND settled_ms IS NULL")
+            "WHERE id > ? AND settled_ms IS NULL")
 _REFUSE = (f"INSERT INTO refusals ({', '.join(REFUSAL_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in REFUSAL_COLUMNS)})")
 _ADD_UP_MORE = _ADD_UP.format("id > ? AND id <= ?") + " ON CONFLICT DO UPDATE SET " + ", ".join(
@@ -9386,11 +9383,11 @@ def _migrate(db: sqlite3.Connection) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise OSError("it was written by a newer version of this program")
-    for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        db.execute("BEGIN IMMEDIATE")
+    db.execute("BEGIN IMMEDIATE")             # all or none: who reads sees no half of a history
+    for script in MIGRATIONS[version:]:
         db.execute(script)
-        db.execute(f"PRAGMA user_version = {number}")
-        db.execute("COMMIT")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute("COMMIT")
 
 
 BEGIN_ANEW = "put the right one back, or name a path that does not exist to begin at 0"
@@ -9481,10 +9478,9 @@ class SqliteLedger:
         if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise OSError("its file system cannot hold SQLite's write-ahead log")
         self._db.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
-        is_new = any(row["name"] == "seal" for row in self._db.execute("PRAGMA table_info(calls)"))
-        lost = 0 if is_new else self._db.execute(
-            "SELECT COUNT(*) FROM calls WHERE settled_ms IS NULL").fetchone()[0]
-        _migrate(self._db)                    # which charges those too
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        self.recovered = self._recover(0) if version < len(MIGRATIONS) else 0
+        _migrate(self._db)                    # which adds up all that there is
         for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
             self._db.execute(f"SELECT * FROM {name}").fetchone()       # a broken one is found now
         state = self._db.execute("SELECT * FROM chain").fetchone()
@@ -9497,7 +9493,7 @@ class SqliteLedger:
             log.error("rows were put into the ledger while no proxy had it", extra={
                 "fields": {"ledger": self._path, "rows": foreign}})
         self._newest = max(last_id, state["sealed_id"])      # the id of a deleted row comes no more
-        self.recovered = lost + self._db.execute(_RECOVER, [time.time_ns() // 10 ** 6]).rowcount
+        self.recovered += self._recover(state["tallied_id"])
         self._wait_for_others(0)
         beside = () if LOCKS_DATABASE else (self._path + ".lock",)
         self._watched = {name: _identity_at(name) for name in (
@@ -9507,6 +9503,10 @@ class SqliteLedger:
         self._has_failed = False                # to write, the last time
         if self.look() is not None:
             raise OSError(self._fault)
+
+    def _recover(self, after_id: int) -> int:
+        """Charge the calls that an earlier process left unsettled at their bounds; how many."""
+        return self._db.execute(_RECOVER, (time.time_ns() // 10 ** 6, after_id)).rowcount
 
     def counts(self) -> list[CountRow]:
         """What providers have counted within COUNTS_KEPT_S, the oldest first."""
@@ -9645,19 +9645,18 @@ class SqliteLedger:
                 write.error = error
             self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
 
-    def _read(self, query: str, values: object = ()) -> list[sqlite3.Row]:
-        """The rows of a query, read beside the writes."""
-        with self._reading:
-            return self._reader.execute(query, values).fetchall()
+    def _sum(self, which: str, since_s: int, **values: Optional[str]) -> int:
+        """What some rows cost. On the connection that writes: who reads at leisure is not in the
+        way of a call that asks."""
+        values = {**values, "since_s": since_s, "day": since_s // DAY_S}
+        with self._aside(), self._turn:
+            return self._db.execute(_SPENT.format(which), values).fetchone()[0] or 0
 
     def spent(self, token: Optional[str], since_s: int) -> int:
         """What one token, or None for all, spent since a day began; calls in flight at their
         bound. Raises Misconfigured."""
-        of_token = "" if token is None else " AND token = :token"
         try:
-            with self._turn:
-                return self._db.execute(_SPENT.format(of_token), {
-                    "token": token, "since_s": since_s, "day": since_s // DAY_S}).fetchone()[0] or 0
+            return self._sum("" if token is None else " AND token = :token", since_s, token=token)
         except self._errors as err:
             raise Misconfigured(f"the ledger {self._path} cannot be read: {_reason(err)}") from err
 
@@ -9666,10 +9665,9 @@ class SqliteLedger:
 
         Raises LedgerUnavailable.
         """
-        query = _SPENT.format(" AND token = :token AND COALESCE(session, '') = :session")
         try:
-            return self._read(query, {"token": token, "session": session or "", "since_s": 0,
-                                      "day": 0})[0][0] or 0
+            return self._sum(" AND token = :token AND COALESCE(session, '') = :session", 0,
+                             token=token, session=session or "")
         except self._errors as err:
             raise LedgerUnavailable("the proxy's ledger cannot be read for what the session "
                                     f"spent: {_reason(err)}") from err
@@ -9699,9 +9697,10 @@ class SqliteLedger:
     def refusals(self, most: int, token: Optional[str] = None) -> list[dict]:
         """The newest calls that were refused here, of one token or of all."""
         waiting = [row for row in [*self._refusals] if token in (None, row["token"])]
-        kept = [*map(dict, self._read(
-            f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE ? IN ('', token) "
-            "ORDER BY id DESC LIMIT ?", (token or "", most)))]
+        with self._reading:
+            kept = [*map(dict, self._reader.execute(
+                f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE ? IN ('', token) "
+                "ORDER BY id DESC LIMIT ?", (token or "", most)))]
         written = {row["request_id"] for row in kept}
         return [*(row for row in waiting[::-1] if row["request_id"] not in written), *kept][:most]
 
@@ -9715,8 +9714,7 @@ class SqliteLedger:
     def tend(self) -> bool:
         """Do a step of upkeep in short transactions; whether there may be more to do.
 
-        What cannot be written now is left to the next time, but for refusals that SQLite cannot
-        hold.
+        What cannot be written now is left to the next time.
         """
         refused = [*self._refusals][:STEP_ROWS]
         done = [self._step(work) for work in (
@@ -9734,14 +9732,15 @@ class SqliteLedger:
                 is_done = work(self._db.execute("SELECT * FROM chain").fetchone())
                 self._db.execute("COMMIT")
                 return is_done
-            except (self._errors, ValueError, OverflowError) as err:
+            except (self._errors, ValueError, OverflowError):
                 with contextlib.suppress(self._errors):
                     self._db.execute("ROLLBACK")
-                return None if isinstance(err, self._errors) else False
+                return None
 
     def _keep_refused(self, rows: Sequence[Mapping[str, object]]) -> bool:
         for row in rows:
-            self._db.execute(_REFUSE, row)
+            with contextlib.suppress(ValueError, OverflowError):   # one that SQLite cannot hold
+                self._db.execute(_REFUSE, row)
         if rows:
             self._db.execute("DELETE FROM refusals WHERE id <= (SELECT MAX(id) FROM refusals) - ?",
                              (REFUSALS_KEPT,))
@@ -9783,10 +9782,11 @@ class SqliteLedger:
             return False
         end_day = int(time.time()) // DAY_S - self._keep_days
         rows = self._db.execute(
-            f"SELECT id, seal, admitted_s / {DAY_S} AS day FROM calls WHERE id > ? AND id <= ? "
+            f"SELECT id, seal, admitted_s / {DAY_S} AS day, id IN (SELECT id FROM shared_calls "
+            "WHERE NOT is_confirmed) AS is_owed FROM calls WHERE id > ? AND id <= ? "
             "ORDER BY id LIMIT ?",
             (state["folded_id"], min(state["tallied_id"], state["sealed_id"]), STEP_ROWS))
-        old = [*itertools.takewhile(lambda row: row["day"] < end_day, rows)]
+        old = [*itertools.takewhile(lambda row: row["day"] < end_day and not row["is_owed"], rows)]
         if old:
             self._db.execute("DELETE FROM calls WHERE id <= ?", (old[-1]["id"],))
             self._db.execute(
@@ -9847,14 +9847,19 @@ _SPEND = (
     "estimated IS NOT NULL, settled_ms IS NULL FROM calls "
     "WHERE id > (SELECT tallied_id FROM chain){}")
 _FINER = f" OR admitted_s >= (:last_day + 1) * {DAY_S}"
-_SPEND_SUMS = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}"
-                        for name in (*_SUMS, "unsettled_requests"))
+SPEND_COUNTS = (*_SUMS, "unsettled_requests")
+_SPEND_SUMS = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in SPEND_COUNTS)
 
 
 def _reading_connection(path: str) -> sqlite3.Connection:
-    """Open a ledger to be read only. A statement waits LEDGER_BUSY_S for another program."""
+    """Open a ledger to be read only. A statement waits LEDGER_BUSY_S for another program.
+
+    Where its folder is read-only too and there is no log, nobody writes, and nothing is locked.
+    """
     import sqlite3
-    db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=ro", uri=True,
+    is_still = not (os.access(os.path.dirname(path), os.W_OK) or os.path.exists(path + "-wal"))
+    db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=ro&immutable={int(is_still)}",
+                         uri=True,
                          timeout=LEDGER_BUSY_S, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     return db
@@ -9920,10 +9925,30 @@ def usage_by(path: str, groups: Sequence[str], since_s: int = 0,
              "since_s": since_s, "until_s": until_s})]
 
 
+def total_spend(rows: Iterable[Mapping]) -> dict[str, int]:
+    """Return the sums of all counts of rows."""
+    sums = Counter(dict.fromkeys(SPEND_COUNTS, 0))
+    for row in rows:
+        sums.update({name: row[name] for name in SPEND_COUNTS})
+    return dict(sums)
+
+
+def overview_of(rows: Sequence[Mapping]) -> dict:
+    """Add rows by model, token and day up: {"by_model" | "by_token" | "by_day": [...],
+    "total": {...}}."""
+    report: dict = {}
+    for group in USAGE_TABLES:
+        groups: dict[str, list] = {}
+        for row in rows:
+            groups.setdefault(row[group], []).append(row)
+        report[f"by_{group}"] = [{group: name, **total_spend(groups[name])}
+                                 for name in sorted(groups)]
+    return {**report, "total": total_spend(rows)}
+
+
 def usage_report(path: str, since_s: int = 0, until_s: int = MOST_SECONDS) -> dict:
-    """What was spent: {"by_model" | "by_token" | "by_day": [...], "total": {...}}."""
-    return {**{f"by_{name}": usage_by(path, [name], since_s, until_s) for name in USAGE_TABLES},
-            "total": usage_by(path, [], since_s, until_s)[0]}
+    """What was spent, as overview_of() has it."""
+    return overview_of(usage_by(path, USAGE_TABLES, since_s, until_s))
 
 
 AUDIT_FAULTS = 1_000                          # of which the words are kept; all are counted
@@ -9961,7 +9986,7 @@ def audit_row(row: Mapping[str, object],
         for _, entry in billed_entries(usage, row["model"]):
             used.update(USAGE_READERS[row["api"]](entry).buckets)
         different = [bucket for bucket, _, _ in BUCKETS if billed[bucket] != used[bucket]]
-    except (ValueError, TypeError, KeyError) as err:
+    except (ValueError, TypeError, LookupError, AttributeError) as err:
         return f"it cannot be read: {type(err).__name__}"
     return f"it bills other counts than its usage: {', '.join(different)}" if different else None
 
@@ -9969,35 +9994,44 @@ def audit_row(row: Mapping[str, object],
 class LedgerAudit:
     """All that can be wrong with a ledger, found in one pass that holds one row at a time.
 
-    `faults` are (row, fault) of which AUDIT_FAULTS are kept, row being None for the whole.
+    `faults` are (row, fault) of which AUDIT_FAULTS are kept, row being None for the whole. What
+    an earlier version left open is no fault: `doubts` say what cannot be told of it.
     """
 
     def __init__(self, path: str, prices: Optional[PriceBook] = None) -> None:
         self.faults: list[tuple[Optional[dict], str]] = []
         self.fault_count = self.rows = self.cost_microdollars = self.estimated = self.open = 0
         self.unsealed = self.unchecked = 0             # rows; the latter without known rates
+        self.repriced = 0                              # rows at rates that today's table has not
+        self.doubts: list[str] = []
         self.total_microdollars = 0                    # of these rows, and of what was folded
         self._prices = prices
         self._days: dict[int, list[int]] = {}          # (calls, cost) of the rows, by day
         self._rates: dict[object, Optional[Mapping[str, frozenset]]] = {}
         with reading_ledger(path) as db:
-            found = db.execute("SELECT * FROM chain").fetchone()
-            self.state: Mapping[str, object] = dict(found or {})
-            if found is None:
-                return self.fault(None, "its table chain is empty: somebody edited it")
-            for digest, cells in db.execute("SELECT digest, cells FROM prices"):
-                if digest != text_digest(cells):
-                    self.fault(None, f"the price {shown_name(digest)} is not as it was kept")
-                else:
-                    self._rates[digest] = price_from_cells(cells).every_rate()
-            self._walk(db)
-            self._check_sums(db)
-            self._check_ids(db)
+            self.state = dict(db.execute("SELECT * FROM chain").fetchone() or {})
+            if not self.state or any(type(value) is not (bytes if name.endswith("seal") else int)
+                                     for name, value in self.state.items()):
+                self.state = {}
+                return self.fault(None, "its table chain is not as a proxy leaves it")
+            for look in (self._read_prices, self._walk, self._check_sums, self._check_ids):
+                try:
+                    look(db)
+                except (TypeError, ValueError, LookupError, OverflowError) as err:
+                    self.fault(None, "it holds what no proxy wrote: "
+                               f"{look.__name__.strip('_')}: {type(err).__name__}")
 
     def fault(self, row: Optional[Mapping[str, object]], text: str) -> None:
         self.fault_count += 1
         if len(self.faults) < AUDIT_FAULTS:
             self.faults.append((row, text))
+
+    def _read_prices(self, db: sqlite3.Connection) -> None:
+        for digest, cells in db.execute("SELECT digest, cells FROM prices"):
+            if digest != text_digest(cells):
+                self.fault(None, f"the price {shown_name(digest)} is not as it was kept")
+            else:
+                self._rates[digest] = price_from_cells(cells).every_rate()
 
     def _walk(self, db: sqlite3.Connection) -> None:
         """Look at each settled row, and at the seals of those that have one by now."""
@@ -10038,7 +10072,9 @@ class LedgerAudit:
         rates = self._rates_of(row)
         self.unchecked += rates is None
         fault = audit_row(row, rates)
-        if fault is not None:
+        if fault is not None and row["price_row"] is None and audit_row(row) is None:
+            self.repriced += 1                # its own price is not known: today's may be another
+        elif fault is not None:
             self.fault(row, fault)
 
     def _rates_of(self, row: Mapping[str, object]) -> Optional[Mapping[str, frozenset]]:
@@ -10068,8 +10104,8 @@ class LedgerAudit:
             self._differ("all days", total, [state["tallied"], state["tallied_microdollars"]])
 
     def _differ(self, of: str, sums: Sequence[int], rows: Sequence[int]) -> None:
-        self.fault(None, f"the totals of {of} say {sums[0]} calls, {format_usd(sums[1])}; they "
-                          f"should say {rows[0]} calls, {format_usd(rows[1])}")
+        self.fault(None, "the totals of {} say {} calls, {} microdollars; they should say {} "
+                         "calls, {} microdollars".format(of, *sums, *rows))
 
     def _check_ids(self, db: sqlite3.Connection) -> None:
         """Ids are given one by one, so that a gap is a row that vanished."""
@@ -10080,8 +10116,11 @@ class LedgerAudit:
         if gaps:
             self.fault(None, f"{abs(gaps)} ids are {'missing' if gaps > 0 else 'too many'}")
         if old_gaps:
-            self.fault(None, f"{old_gaps} ids were missing when this version first had it: rows "
-                             "that vanished, or calls that could not be written down then")
+            self.doubts.append(f"{old_gaps} ids were missing when this version first had it: calls "
+                               "that a full disk kept out, or rows that vanished before")
+        if self.repriced:
+            self.doubts.append(f"{self.repriced} rows that name no kept price have rates that "
+                               "today's table lacks: an earlier price, or an edit before a seal")
 
 
 # ==== 18. Callers and configuration =============================================================
@@ -13839,18 +13878,10 @@ def shared_usage(engine: Engine, cage: str, since_s: int) -> dict:
             token = scopes[-1] if len(scopes) > 1 else UNNAMED_TOKEN
             cells.setdefault((token, "in flight", str(shown)), Counter()).update(
                 requests=1, unsettled_requests=1, cost_microdollars=int(bound))
-    names = ("requests", *TOKEN_COUNTS, "cost_microdollars", "estimated_requests",
-             "unsettled_requests")
-    report: dict = {}
-    for number, group in enumerate(("token", "model", "day")):
-        sums: dict[str, Counter] = {}
-        for cell, counts in cells.items():
-            if any(counts.values()):                       # else it was corrected away
-                sums.setdefault(cell[number], Counter()).update(counts)
-        report[f"by_{group}"] = [{group: name, **{what: counts[what] for what in names}}
-                                 for name, counts in sorted(sums.items())]
-    total = sum(cells.values(), Counter())
-    return {**report, "total": {what: total[what] for what in names}}
+    return overview_of([{"token": token, "model": model, "day": day,
+                         **{what: counts[what] for what in SPEND_COUNTS}}
+                        for (token, model, day), counts in cells.items()
+                        if any(counts.values())])          # else it was corrected away
 
 
 # ==== 25. Router ================================================================================
@@ -16844,7 +16875,7 @@ def _is_served(settings: Settings) -> bool:
 def _ledger_state(path: str) -> str:
     """What a ledger holds, which is only read. Raises Misconfigured where it cannot be one."""
     if os.path.exists(path):
-        total = usage_report(path, 0)["total"]
+        [total] = usage_by(path, [])
         return f"{total['requests']} calls, {format_usd(total['cost_microdollars'])}"
     folder = os.path.dirname(os.path.realpath(path))
     if not os.access(folder, os.W_OK):
@@ -16879,10 +16910,11 @@ def spend_table(groups: Sequence[str], calls: str,
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows as CSV (RFC 4180). What a spreadsheet would take for a formula begins with a quote."""
+    """Rows as CSV (RFC 4180), for spreadsheets that divide by ";" too. What one would take for a
+    formula begins with a quote."""
     def cell(value: object) -> str:
         text = re.sub(r"^(?=[=+@\t\r]|-(?!\d+$))", "'", "" if value is None else str(value))
-        return '"' + text.replace('"', '""') + '"' if re.search('[",\\r\\n]', text) else text
+        return '"' + text.replace('"', '""') + '"' if re.search('[",;\\r\\n]', text) else text
 
     return "\r\n".join([",".join(columns), *(
         ",".join(cell(row[column]) for column in columns) for row in rows)])
@@ -16909,6 +16941,8 @@ def _moments(given: Mapping[str, object]) -> tuple[int, int]:
         with checking(f"--{name}:"):
             moments.append(otherwise if given[name] is None
                            else parse_moment(given[name], int(time.time())))
+    if moments[0] >= moments[1]:
+        raise Misconfigured("--until must be later than --since")
     return moments[0], moments[1]
 
 
@@ -16931,7 +16965,8 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
                                 "each once" + did_you_mean(group, USAGE_GROUPS))
     if not groups:
         return _print_overview(usage_report(path, since_s, until_s), given)
-    rows, [total] = usage_by(path, groups, since_s, until_s), usage_by(path, [], since_s, until_s)
+    rows = usage_by(path, groups, since_s, until_s)
+    total = total_spend(rows)
     if given["json"]:
         print(json.dumps({"rows": rows, "total": total}, indent=2))
     elif given["csv"]:
@@ -17024,10 +17059,12 @@ def run_audit(settings: Settings, given: Mapping[str, object]) -> int:
     for row, fault in audit.faults:
         print(fault if row is None else f"row {row['id']} "
               f"({re.sub(UNPRINTABLE, '?', str(row['request_id']))}): {fault}")
+    for doubt in audit.doubts:
+        print(f"cannot be told: {doubt}")
     print(f"{audit.rows} rows, {format_usd(audit.cost_microdollars)}, {audit.estimated} of them "
           f"estimated; {audit.fault_count} faults")
     for name, value in verdict.items():
-        if name not in ("faults", "rows", "cost_microdollars"):
+        if name not in ("faults", "cannot_be_told", "rows", "cost_microdollars"):
             print(f"  {name.replace('_', ' ') + ':':28} {value}")
     return 1 if audit.fault_count else 0
 
@@ -17048,7 +17085,8 @@ def audit_verdict(audit: LedgerAudit) -> dict:
         "last_seal": (state.get("seal") or b"").hex(),
         "seals": "keyless: they show edits, but for those of somebody who computes all later seals "
                  "anew; keep last_seal elsewhere, and it shows these too",
-        "rows_with_unknown_rates": audit.unchecked, "fault_count": audit.fault_count,
+        "rows_with_unknown_rates": audit.unchecked, "cannot_be_told": audit.doubts,
+        "fault_count": audit.fault_count,
         "faults": [{"row": row and row["id"], "request_id": row and row["request_id"],
                     "fault": fault} for row, fault in audit.faults]}
 

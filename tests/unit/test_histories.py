@@ -113,6 +113,12 @@ TAMPERED = {
     "the chain": ["DELETE FROM chain"],
     "the chain's end": ["UPDATE chain SET seal = x'00'"],
     "a price": ["INSERT INTO prices VALUES ('ab', '{}')"],
+    "a price that no proxy wrote": [
+        f"INSERT INTO prices VALUES ('{ic.text_digest('{}')}', '{{}}')"],
+    "a time that is a word": ["UPDATE calls SET admitted_s = 'x' WHERE id = 5"],
+    "a usage that is a list": ["UPDATE calls SET usage = '[1]' WHERE id = 5"],
+    "a chain of words": ["UPDATE chain SET folded_day = 'x', seal = 1"],
+    "a chain without a sum": ["UPDATE chain SET tallied_microdollars = NULL"],
     "a negative cost": ["UPDATE calls SET cost_microdollars = -60, usage = NULL, lines = "
                         "'[[\"output\",-100,600000]]' WHERE id = 5"],
 }
@@ -126,6 +132,7 @@ def test_what_was_tampered_with_shows(path, statements):
     edit(path, *statements)
 
     assert [] != faults(path)
+    assert "not sound" == json.loads(json.dumps(ic.audit_verdict(ic.LedgerAudit(path))))["verdict"]
 
 
 @pytest.mark.parametrize("statements", [TAMPERED[name] for name in (
@@ -237,15 +244,45 @@ def test_a_ledger_of_an_earlier_version_is_read_as_it_is_and_sealed_by_the_next_
     assert any("not as it was sealed" in fault for fault in faults(path))
 
 
-def test_gaps_and_odd_rates_of_an_earlier_version_show(path):
+@pytest.mark.parametrize("is_upgraded", [False, True])
+def test_gaps_and_odd_rates_of_an_earlier_version_are_shown_and_are_no_faults(path, is_upgraded):
+    """A full disk left gaps then, and the prices of then are not known: it may be in order."""
     make_old_ledger(path, 20)
     edit(path, "DELETE FROM calls WHERE id = 7",
          "UPDATE calls SET lines = '[[\"input\",100,1]]', usage = NULL, cost_microdollars = 1 "
          "WHERE id = 9")
+    if is_upgraded:
+        filled(path)
 
-    found = faults(path, BOOK)
-    assert 2 == len(found)
-    assert "no such rate for input" in found[0] and "1 ids were missing" in found[1]
+    audit = ic.LedgerAudit(path, BOOK)
+    verdict = ic.audit_verdict(audit)
+    assert ([], "sound") == (audit.faults, verdict["verdict"])
+    gaps, rates = verdict["cannot_be_told"]
+    assert gaps.startswith("1 ids were missing") and rates.startswith("1 rows that name no kept")
+    if is_upgraded:
+        edit(path, "DELETE FROM calls WHERE id = 22")
+        assert "1 ids are missing" in faults(path, BOOK)
+
+
+def test_rates_of_a_kept_price_are_faults_and_other_faults_of_old_rows_are_no_doubts(path):
+    make_old_ledger(path, 3)
+    edit(path, "UPDATE calls SET lines = '[[\"input\",100,1]]', cost_microdollars = 1 WHERE id = 2")
+    assert ["it bills other counts than its usage: input, output"] \
+        == [fault.replace("has no such rate", "") for fault in faults(path)]
+    assert 1 == len(faults(path, BOOK))
+
+
+def test_a_process_that_dies_while_it_brings_an_old_ledger_up_to_date_leaves_the_old_one(
+        path, monkeypatch):
+    """Else `usage` would take half of the new tables for all."""
+    make_old_ledger(path, 300)
+    for number in range(4, len(ic.MIGRATIONS)):
+        with monkeypatch.context() as dying:
+            dying.setattr(ic, "MIGRATIONS", (*ic.MIGRATIONS[:number], "no SQL: here it dies"))
+            with pytest.raises(ic.Misconfigured):
+                ic.SqliteLedger(path)
+        assert 300 == ic.usage_report(path)["total"]["requests"]
+        assert ([], 300) == (ic.LedgerAudit(path, BOOK).faults, ic.LedgerAudit(path).rows)
 
 
 # Adding up and folding.
@@ -316,6 +353,10 @@ def test_totals_of_folded_days_cannot_be_edited_unseen(path, monkeypatch):
     edit(path, "UPDATE daily SET cost_microdollars = cost_microdollars - 1")
 
     assert any("the totals of all days" in fault for fault in faults(path))
+    for word in ("cost_microdollars", "day"):
+        edit(path, f"UPDATE daily SET {word} = 'x'")
+        assert any("it holds what no proxy wrote" in fault or "'x'" in fault or "0.0" in fault
+                   for fault in faults(path))
 
 
 def test_a_part_of_a_day_and_hours_come_from_rows_and_of_folded_days_from_their_totals(
@@ -389,12 +430,12 @@ def test_refusals_that_cannot_be_written_wait_in_memory_the_last_thousand_of_the
     assert not ledger.tend()
     other.execute("COMMIT")
     other.close()
-    ledger.refuse(refusal(1_500, message=2 ** 70))        # SQLite cannot hold it: that is dropped
+    ledger.refuse(refusal(1_500, message=2 ** 70))    # SQLite cannot hold it: that one is dropped
     tend(ledger)
     ledger.close()
 
     kept = ic.ledger_rows(path, "SELECT request_id FROM refusals ORDER BY id")
-    assert ("req_501", 800 <= len(kept) < 1_000) == (kept[0]["request_id"], True)
+    assert ("req_501", 999) == (kept[0]["request_id"], len(kept))
 
 
 # Moments.
