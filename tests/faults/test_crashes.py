@@ -153,7 +153,7 @@ def test_a_full_disk_refuses_new_calls_and_loses_none(tmp_path):
         import resource
         import signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (256 * 1024, 256 * 1024))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512 * 1024, 512 * 1024))
 
     with MockProvider() as mock:
         with served(mock, path, "--budget", "10", preexec_fn=small_files) as server:

@@ -4,6 +4,7 @@ Days and hours are UTC's everywhere. `make_old_ledger` of the benchmark writes l
 """
 import csv
 import json
+import os
 import random
 import sqlite3
 import sys
@@ -359,6 +360,46 @@ def test_totals_of_folded_days_cannot_be_edited_unseen(path, monkeypatch):
                    for fault in faults(path))
 
 
+def test_a_row_whose_end_a_shared_budget_does_not_know_is_not_folded(path, monkeypatch):
+    monkeypatch.setattr(ic.time, "time", lambda: NOW + 90 * DAY)
+    ledger = ic.SqliteLedger(path, keep_days=1)
+    for number in range(3):
+        call = row(request_id=f"req_{number}", admitted_s=NOW)
+        ledger.intent(call, shared=f"call {number}")
+        ledger.settle(settled(call))
+    for row_id in (1, 3):
+        ledger.confirm(row_id)
+    spend(ledger, 4, admitted_s=NOW)
+    tend(ledger)
+    assert [2] == [owed["id"] for owed in ledger.unconfirmed()]
+
+    ledger.confirm(2)
+    spend(ledger, 5, admitted_s=NOW + 90 * DAY)
+    tend(ledger)
+    assert [5] == [r["id"] for r in ledger.recent(9)]
+    ledger.close()
+    assert [] == faults(path)
+
+
+def test_a_session_is_opened_while_others_read_the_ledger(path):
+    ledger = ic.SqliteLedger(path)
+    spend(ledger, 1, session="s")
+    cost = ic.usage_by(path, [])[0]["cost_microdollars"]
+    with ledger._reading:
+        assert cost == ledger.spent_in_session("default", "s") > 0
+    ledger.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_ledger_in_a_folder_that_is_read_only_can_be_read(path):
+    filled(path)
+    os.chmod(os.path.dirname(path), 0o555)
+    try:
+        assert ([], 10) == (faults(path), ic.usage_by(path, [])[0]["requests"])
+    finally:
+        os.chmod(os.path.dirname(path), 0o755)
+
+
 def test_a_part_of_a_day_and_hours_come_from_rows_and_of_folded_days_from_their_totals(
         path, monkeypatch):
     monkeypatch.setattr(ic.time, "time", lambda: NOW)
@@ -461,6 +502,7 @@ def test_what_is_no_moment_is_refused(text):
 def test_csv_can_be_read_back_and_holds_no_formula():
     rows = [{"a": text, "b": number} for number, text in enumerate(
         ["plain", 'a "b", c', "two\nlines", "=1+1", "+x", "-x", "-5", "@x", "\tx", None])]
+    assert '"x;=1+1"' == ic.csv_text(["a"], [{"a": "x;=1+1"}]).split("\r\n")[1]
 
     read = [*csv.reader(ic.csv_text(["a", "b"], rows).splitlines(keepends=True))]
 
