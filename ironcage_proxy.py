@@ -3553,10 +3553,15 @@ def _text_bytes(value: object) -> int:
 class Inflater:
     """Inflates a gzip or deflate body piece by piece, up to a size."""
 
-    def __init__(self, encoding: str, most_bytes: int) -> None:
-        # 47: zlib or gzip, told by the header; raw deflate is what some call "deflate".
-        self._inflate = zlib.decompressobj(47 if encoding in ("gzip", "x-gzip", "deflate") else 0)
+    def __init__(self, most_bytes: int) -> None:
+        self._inflate = zlib.decompressobj(47)         # zlib or gzip, as its header says
         self._left = most_bytes
+
+    def steps(self, data: bytes) -> Iterator[bytes]:
+        """Inflate a piece by little and little, as it may become a thousand times as large.
+        Raises as feed()."""
+        return map(self.feed, (data[at:at + INFLATED_AT_ONCE]
+                               for at in range(0, len(data), INFLATED_AT_ONCE)))
 
     def feed(self, data: bytes) -> bytes:
         """Raises zlib.error for broken data, OverflowError beyond the size."""
@@ -3576,19 +3581,19 @@ class Inflater:
 INFLATABLE = frozenset({"gzip", "x-gzip", "deflate"})
 
 
-def inflating(encoding: str) -> Optional[Callable[[bytes], bytes]]:
-    """Return what takes a content-encoding off a body's pieces; None for one that is not known."""
+def inflating(encoding: str) -> Optional[Callable[[bytes], Iterable[bytes]]]:
+    """Return what takes a content-encoding off a piece of a body, in steps; None for one that is
+    not known."""
     if encoding in INFLATABLE:
-        return Inflater(encoding, MAX_INFLATED_BYTES).feed
-    return bytes if encoding == "identity" else None
+        return Inflater(MAX_INFLATED_BYTES).steps
+    return (lambda data: (data,)) if encoding == "identity" else None
 
 
-def inflated_in_steps(body: bytes, inflate: Callable[[bytes], bytes],
-                      hold: Callable[[int], None]) -> bytearray:
-    """A body, inflated; `hold` is called with its size while it grows."""
+def gathered(steps: Iterable[bytes], hold: Callable[[int], None]) -> bytearray:
+    """All steps in one; `hold` is called with its size while it grows."""
     plain = bytearray()
-    for at in range(0, len(body), INFLATED_AT_ONCE):
-        plain += inflate(body[at:at + INFLATED_AT_ONCE])
+    for step in steps:
+        plain += step
         hold(len(plain))
     return plain
 
@@ -3599,7 +3604,7 @@ def inflated(body: bytes, encoding: str, hold: Callable[[int], None]) -> bytes:
         return body
     inflate = inflating(encoding)
     try:
-        return b"" if inflate is None else inflated_in_steps(body, inflate, hold)
+        return b"" if inflate is None else gathered(inflate(body), hold)
     except (zlib.error, OverflowError, BadRequest, ServerBusy):
         return b""
 
@@ -3663,8 +3668,8 @@ class StreamReader:
         self._meter = meter
         self._splitter = EventSplitter()
         self._inflate = inflating(encoding)
-        self.can_read, self._is_plain = self._inflate is not None, encoding == "identity"
-        self._hides_usage = hides_usage and self._is_plain
+        self.can_read = self._inflate is not None
+        self._hides_usage = hides_usage and encoding == "identity"
         self._room = UNCOUNTED_BYTES            # for what is held of an event
         self._has_begun = False
         self._whole: Optional[bytearray] = None      # the JSON answer, if it is one
@@ -3702,10 +3707,7 @@ class StreamReader:
 
     def _metered(self, pieces: list[bytes]) -> Iterator[tuple[bytes, Optional[dict]]]:
         """Meter each event of one read, and return it with its JSON."""
-        received = b"".join(pieces)
-        for data in [received] if self._is_plain else map(self._inflate, (
-                received[at:at + INFLATED_AT_ONCE]
-                for at in range(0, len(received), INFLATED_AT_ONCE))):
+        for data in self._inflate(b"".join(pieces)):
             if not self._has_begun and data.strip(BLANKS):
                 self._has_begun = True
                 if data.lstrip(BLANKS)[:1] in (b"{", b"["):
@@ -11488,7 +11490,7 @@ class KeyGuard:
         self._key = _unquoted(self._raw)
         self._inflate = inflating(encoding)
         self._is_compressed = encoding != "identity"
-        self._text = b""                     # the end of the text, and all that is not passed on
+        self._text = b""                     # the end of the text, and what is not passed on
         self._passed = 0                     # bytes of it that were passed on
         self._held: list[bytes] = []         # the others, as they came
         if self._key and self._inflate is None:
@@ -11499,23 +11501,29 @@ class KeyGuard:
         """What may be passed on of one read. Raises UpstreamBroke."""
         if not self._key:
             return pieces
+        self._held += pieces
         try:
-            text = b"".join([self._text, *map(self._inflate, pieces)])
+            for step in self._inflate(b"".join(pieces)):
+                self._see(self._text + step)
         except (zlib.error, OverflowError):
             raise UpstreamBroke("the provider's answer cannot be inflated: its key could be in it "
                                 "unseen, so it is not passed on") from None
-        pieces = [*self._held, *pieces]
+        if self._must_wait(self._text):
+            return []
+        self._text = self._text[-OPEN_KEY_BYTES:]
+        self._passed = len(self._text)
+        passed, self._held = self._held, []
+        return passed
+
+    def _see(self, text: bytes) -> None:
+        """Put asterisks in place of the key in a text. Raises UpstreamBroke where that cannot be.
+        """
         if self._is_in(text):
             text = self._masked(text)
             if self._is_compressed or self._is_in(text):
                 raise UpstreamBroke("the provider's answer repeats its key; it is not passed on")
-            pieces = [text[self._passed:]]
-        if self._must_wait(text):
-            self._text, self._held = text, pieces
-            return []
-        self._text, self._held = text[-OPEN_KEY_BYTES:], []
-        self._passed = len(self._text)
-        return pieces
+            self._held = [text[self._passed:]]
+        self._text = text[-ESCAPED_BYTES * len(self._key):] if self._is_compressed else text
 
     def rest(self) -> list[bytes]:
         """What waits at the end of the body."""
@@ -15355,9 +15363,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if encoding == "identity" or not body:
             return body
         self.server.turns.leave()
-        inflater = Inflater(encoding, settings.max_body_bytes)
+        inflater = Inflater(settings.max_body_bytes)
         try:
-            plain = inflated_in_steps(body, inflater.feed, lambda size: memory.grow(COPIES * size))
+            plain = gathered(inflater.steps(body), lambda size: memory.grow(COPIES * size))
         except OverflowError:
             raise self._too_large() from None
         except zlib.error:

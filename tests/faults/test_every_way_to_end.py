@@ -197,7 +197,7 @@ STREAM_ENDS = {
                            reason="malformed usage"),
     "usage not an object": End(edited(lambda usage: "many"), "at most", reason="malformed usage"),
     "unknown encoding": End(replied(headers=(*SSE, ("content-encoding", "br"))), "at most",
-                            reason="no usage in the answer"),
+                            reason="no answer"),
     "refused": End(replied(status=529, **REFUSAL), "nothing"),
 }
 WHOLE_ENDS = {
@@ -221,7 +221,7 @@ WHOLE_ENDS = {
                            reason="malformed usage"),
     "usage not an object": End(edited(lambda usage: [1]), "at most", reason="malformed usage"),
     "unknown encoding": End(replied(headers=(*JSON, ("content-encoding", "br"))), "at most",
-                            reason="no usage in the answer"),
+                            reason="no answer"),
     "refused": End(replied(status=500, **REFUSAL), "nothing"),
 }
 CELLS = [(api, is_stream, name)
@@ -234,8 +234,8 @@ def output_seen(api, reply):
     body = b"".join(step for step in reply.steps if isinstance(step, bytes))
     if reply.status != 200:
         return 0
-    if ("content-encoding", "br") in reply.headers:
-        return len(body)
+    if ("content-encoding", "br") in reply.headers:        # the guard lets nothing of it pass
+        return 0
     if reply.framing == "length" or not body.startswith((b"data", b"event")):
         try:
             whole = json.loads(body)
