@@ -141,6 +141,7 @@ COPIES = 3                                # of a body: as it came, parsed, and w
 UNCOUNTED_BYTES = 16 * 1024               # of memory: MAX_CONNECTIONS times that is 16 MB
 SMALL_CLAIM_BYTES = 2 * 1024 * 1024       # a quarter of the memory is kept for these
 MEMORY_WAIT_S = 20                        # in line for it; then the client may try again
+MEMORY_LINE = 64                          # of one token's requests; each is a thread that waits
 INFLATED_AT_ONCE = 1024                   # compressed bytes, which can be a thousand times more
 LEAST_KEY_CHARS = 16                      # a shorter key may be a word of an answer
 OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", is no secret
@@ -3676,8 +3677,8 @@ class StreamReader:
 
     @property
     def holds_much(self) -> bool:
-        """Whether an event is long, so that to read it takes long."""
-        return len(self._splitter.rest) > LONG_TURN_BYTES
+        """Whether an event, or an answer, is long, so that to read it takes long."""
+        return len(self._splitter.rest if self._whole is None else self._whole) > LONG_TURN_BYTES
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
         """Return what to forward of one read; what is beyond the limits is not read."""
@@ -11239,10 +11240,11 @@ class Memory:
             else:
                 self._line.append(place)
             self._let_in_locked()
+            is_full = sum(other.owner == claim.owner for other, *_ in self._line) > MEMORY_LINE
         if size == claim.size:
             return
         with self._turns.outside():
-            place[2].wait(MEMORY_WAIT_S)
+            place[2].wait(MEMORY_WAIT_S if claim.is_under_way or not is_full else 0)
         with self._lock:
             if not place[2].is_set():
                 self._line.remove(place)

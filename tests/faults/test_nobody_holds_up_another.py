@@ -1,13 +1,14 @@
 """Requests run in turns (Turns), so that what is slow must not be done in one: each hold-up here
 lasts until the test ends it, and meanwhile another caller is served."""
 import contextlib
+import gzip
 import json
 import socket
 import sqlite3
 import threading
 
 import pytest
-from support import (OPENAI_KEY, TOKEN, Gate, RawClient, Reply, call, program,
+from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Gate, RawClient, Reply, call, program,
                      proxy_environment)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -152,7 +153,7 @@ def a_locked_ledger(mock, proxy_for, tmp_path, **_):
     path, begun = tmp_path / "cage.db", threading.Event()
     proxy = proxy_for("--budget", "1", "--ledger", str(path))
     intent = proxy.ledger.intent
-    proxy.ledger.intent = lambda row: (begun.set(), intent(row))
+    proxy.ledger.intent = lambda *args: (begun.set(), intent(*args))
     other = sqlite3.connect(path)
     other.execute("BEGIN IMMEDIATE")
     thread = asking(proxy)
@@ -166,49 +167,54 @@ def a_locked_ledger(mock, proxy_for, tmp_path, **_):
         thread.join()
 
 
-@contextlib.contextmanager
-def a_large_body_at_work(mock, proxy_for, monkeypatch, **_):
-    begun, free, parse = threading.Event(), threading.Event(), ic.parse_json_object
+LARGE = b" " * (2 * ic.LONG_TURN_BYTES)
+SSE = (("content-type", "text/event-stream"),)
+# What is long at work: (the function's home, its name, what is asked, what a provider answers).
+LONG_WORK = {
+    "a body is parsed": (ic, "parse_json_object", LARGE_CHAT, None),
+    "a body is inflated": (ic.Inflater, "feed", gzip.compress(json.dumps(LARGE_CHAT).encode()), None),
+    "its input is bounded": (ic, "bound_of_request", LARGE_CHAT, None),
+    "its input is measured": (ic, "prompt_of", LARGE_CHAT, None),
+    "it is translated": (ic, "Translator", {**LARGE_CHAT, "model": "claude-haiku-4-5"}, None),
+    "an answer is read": (ic.AnswerMeter, "read_answer", CHAT, Reply(steps=(LARGE,))),
+    "an answer is one JSON, though a stream was asked for": (
+        ic.AnswerMeter, "read_answer", {**CHAT, "stream": True},
+        Reply(headers=SSE, steps=(b"{" + LARGE + b"}",))),
+    "likewise, translated": (
+        ic.AnswerMeter, "read_answer", {**CHAT, "model": "claude-haiku-4-5", "stream": True},
+        Reply(headers=SSE, steps=(b"{" + LARGE + b"}",))),
+    "an event is read": (ic.AnswerMeter, "read_event", {**CHAT, "stream": True},
+                         Reply(headers=SSE, steps=(b"data: {" + LARGE + b"}\n\n",))),
+}
 
-    def slow(raw, *hold):
-        if len(raw) > ic.LONG_TURN_BYTES:
-            begun.set()
-            free.wait()
-        return parse(raw, *hold)
 
-    monkeypatch.setattr(ic, "parse_json_object", slow)
-    proxy = proxy_for("--budget", "1")
-    thread = asking(proxy, LARGE_CHAT)
-    begun.wait()
-    try:
-        yield proxy
-        assert thread.is_alive()
-    finally:
-        free.set()
-        thread.join()
+def large_work(home, name, asked, reply):
+    @contextlib.contextmanager
+    def at_work(mock, proxy_for, monkeypatch, **_):
+        begun, free, work = threading.Event(), threading.Event(), getattr(home, name)
 
+        def slow(*args, **options):
+            if not begun.is_set():
+                begun.set()
+                free.wait()
+            return work(*args, **options)
 
-@contextlib.contextmanager
-def a_large_answer_at_work(mock, proxy_for, monkeypatch, **_):
-    begun, free, read = threading.Event(), threading.Event(), ic.AnswerMeter.read_answer
-
-    def slow(meter, raw):
-        if len(raw) > ic.LONG_TURN_BYTES:
-            begun.set()
-            free.wait()
-        return read(meter, raw)
-
-    monkeypatch.setattr(ic.AnswerMeter, "read_answer", slow)
-    proxy = proxy_for("--budget", "1")
-    mock.script(Reply(steps=(b" " * (ic.LONG_TURN_BYTES + 1),)))
-    thread = asking(proxy)
-    begun.wait()
-    try:
-        yield proxy
-        assert thread.is_alive()
-    finally:
-        free.set()
-        thread.join()
+        proxy = proxy_for("--budget", "0.02")          # too little for a bound by bytes
+        monkeypatch.setattr(home, name, slow)
+        if reply is not None:
+            mock.script(reply)
+        thread = threading.Thread(target=lambda: call(
+            proxy.port, "POST", "/v1/chat/completions", asked,
+            headers=[("content-encoding", "gzip")] if isinstance(asked, bytes) else []))
+        thread.start()
+        assert begun.wait(PATIENCE_S)
+        try:
+            yield proxy
+            assert thread.is_alive()
+        finally:
+            free.set()
+            thread.join()
+    return at_work
 
 
 @contextlib.contextmanager
@@ -230,11 +236,11 @@ def a_long_look_at_the_usage(mock, proxy_for, monkeypatch, **_):
 
 HOLD_UPS = [a_silent_provider, a_provider_that_accepts_no_connection, code_of_the_embedder,
             a_client_that_does_not_read, a_client_that_stops_in_its_body, a_wait_for_budget,
-            a_locked_ledger, a_large_body_at_work, a_large_answer_at_work,
-            a_long_look_at_the_usage]
+            a_locked_ledger, a_long_look_at_the_usage]
 
 
-@pytest.mark.parametrize("hold_up", HOLD_UPS, ids=lambda hold_up: hold_up.__name__)
+@pytest.mark.parametrize("hold_up", [*HOLD_UPS, *(large_work(*row) for row in LONG_WORK.values())],
+                         ids=[*(hold_up.__name__ for hold_up in HOLD_UPS), *LONG_WORK])
 def test_another_caller_is_served_meanwhile(mock, proxy_for, tmp_path, monkeypatch, hold_up):
     with hold_up(mock=mock, proxy_for=proxy_for, tmp_path=tmp_path,
                  monkeypatch=monkeypatch) as proxy:

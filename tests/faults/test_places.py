@@ -258,6 +258,24 @@ def test_who_has_a_last_answer_and_goes_on_sending_is_the_first_to_go(mock, prox
         assert not is_closed(stranger.sock)
 
 
+def test_it_goes_though_it_has_sent_what_nobody_has_looked_at(mock, proxy_of):
+    proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
+    with RawClient(proxy.port) as wrong, RawClient(proxy.port) as stranger:
+        stranger.send(b"POST")
+        reads(proxy, 1)
+        wrong.send(HALVES["wrong tokens with bodies pending"])
+        assert 401 == wrong.read_answer().status
+        until(lambda: doing(proxy, ic.LEAVING) == 1)
+        left = next(sock for sock, place in proxy._places.items() if place.does == ic.LEAVING)
+        with turn_of(proxy.turns):
+            wrong.send(b"more of the body")
+            until(lambda: ic.ready_of([left], 0), "it has come")
+
+            assert 1 == proxy._close_some(1)
+
+        assert not is_closed(stranger.sock)
+
+
 def test_a_stranger_that_came_just_now_does_not_go_before_what_one_token_holds(mock, proxy_of):
     proxy = proxy_of(4)
     with contextlib.ExitStack() as stack:

@@ -79,6 +79,23 @@ def test_a_wait_for_room_has_an_end(memory, monkeypatch):
     assert {"limit_bytes": 64 * MB, "reserved_bytes": 48 * MB, "waiting": 0} == memory.as_json()
 
 
+def test_no_more_than_so_many_of_one_owner_wait(memory, monkeypatch):
+    """Each is a thread and a connection; nobody else is refused for them."""
+    monkeypatch.setattr(ic, "MEMORY_LINE", 2)
+    first, done = claim(memory, "alice", 48), []
+    threads = [waiting(memory, claim(memory, owner), 10, done) for owner in ("alice", "alice", "bob")]
+
+    with pytest.raises(ic.ServerBusy):
+        claim(memory, "alice").hold(10 * MB)
+
+    assert (3, []) == (memory.as_json()["waiting"], done)
+    first.hold(49 * MB)                                # what is under way is let in all the same
+    first.give_back()
+    for thread in threads:
+        thread.join()
+    assert ["alice", "alice", "bob"] == sorted(done)
+
+
 def test_who_gives_up_lets_those_behind_go_on(memory, monkeypatch):
     claim(memory, "alice", 40)
     done = []
