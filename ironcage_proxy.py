@@ -10894,25 +10894,18 @@ class Turns:
         return had_turn
 
     @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        """Do something that can block or takes long."""
-        had_turn = self.leave()
-        try:
-            yield
-        finally:
-            if had_turn:
-                self.take()
-
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """Do something that no connection may do at the same time."""
+    def outside(self, is_inside: bool = False) -> Iterator[None]:
+        """Do something that can block or takes long; beside which others run."""
         had_turn = self._here.seat.has_turn
-        self.take()
+        (self.take if is_inside else self.leave)()
         try:
             yield
         finally:
-            if not had_turn:
-                self.leave()
+            (self.take if had_turn else self.leave)()
+
+    def inside(self) -> ContextManager[None]:
+        """Do something that no connection may do at the same time."""
+        return self.outside(is_inside=True)
 
     def wait(self, wires: Sequence[Wire], deadline_s: float) -> list[Wire]:
         """Those of one to two wires that can be read; none when a monotonic time has come."""
@@ -15174,6 +15167,7 @@ def host_name(authority: str) -> str:
 
 
 IDLE, READING, SERVING, LEAVING, CLOSED = "idle", "reading", "serving", "leaving", "closed"
+CAN_GO = frozenset({IDLE, READING, LEAVING})       # closed without harm to a call
 
 
 class Place:
@@ -15192,14 +15186,6 @@ class Place:
         self.does = IDLE
         self.holder = ""                     # the name of the token that it showed last
         self.behind_s = time.monotonic()     # strange, silent, or slower than the least speed
-
-    def can_go(self) -> bool:
-        """Whether it can be closed without harm to a call."""
-        return self.does in (IDLE, READING, LEAVING)
-
-    def is_strange(self) -> bool:
-        """Whether no token was shown yet."""
-        return not self.holder
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
@@ -15709,11 +15695,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._end_connections(self.settings.timeouts.drain_s, lambda place: place.does == IDLE)
         self.router.shut_down()
         self.cuts_now = False                          # streams end with an error event
-        self._end_connections(CUT_JOIN_S, Place.can_go)
+        self._end_connections(CUT_JOIN_S)
         for sock in self._connections():
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        self._end_connections(CUT_JOIN_S, Place.can_go)
+        self._end_connections(CUT_JOIN_S)
         if self.router.server is not None:
             self.router.server.stop()
         self.router.controller.accounts.close()
@@ -15738,7 +15724,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _end_connections(self, most_s: float, ending: Callable[[Place], bool]) -> None:
+    def _end_connections(self, most_s: float,
+                         ending: Callable[[Place], bool] = lambda place: True) -> None:
         """Close such connections until none is left at all, the time is up, or a second signal
         comes. Where another process will accept, requests on their way to us are awaited."""
         deadline_s = time.monotonic() + most_s
@@ -15897,8 +15884,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             time.sleep(pause_s)
             with self.turns.inside():
                 self._close_some(
-                    self._count(Place.is_strange) - self.most_connections // STRANGERS_PART,
-                    Place.is_strange, silent_s=STRANGER_S)
+                    self._count(lambda place: not place.holder)
+                    - self.most_connections // STRANGERS_PART,
+                    lambda place: not place.holder, silent_s=STRANGER_S)
                 for closes in (False, True):         # once all that find a place have come in
                     self._close_some(len(arrived) if closes else 0)
                     for _ in range(min(len(arrived), self.most_connections - self._count())):
@@ -15945,7 +15933,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 (place.does != LEAVING, bool(place.holder) or now_s - place.behind_s < STRANGER_S,
                  -held[place.holder], bool(place.holder), place.behind_s, id(sock), sock, place)
                 for sock, place in self._places.items()
-                if place.can_go() and place.behind_s <= now_s - silent_s and which(place)]
+                if place.does in CAN_GO and place.behind_s <= now_s - silent_s and which(place)]
         heapq.heapify(spare)                                     # few of them are wanted
         while spare and closed < most:
             *_, sock, place = heapq.heappop(spare)
@@ -15956,7 +15944,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                     stays = place.holder
                     continue
                 with self._lock:
-                    can_go = place.can_go()
+                    can_go = place.does in CAN_GO
                     place.does = CLOSED if can_go else place.does
                 if can_go:
                     sock.shutdown(socket.SHUT_RDWR)
