@@ -410,6 +410,7 @@ PROVIDER_ALIASES = MappingProxyType({
 })
 
 
+@functools.lru_cache(maxsize=256)
 def manners_of(name: str, base_url: str = "") -> Provider:
     """Return the row of a provider: by its name, else its manners by its host, else those of a
     server of which nothing is known."""
@@ -10306,12 +10307,15 @@ ATTRIBUTION_HEADERS = MappingProxyType({
     "parent_agent": ("x-claude-code-parent-agent-id",),
     "project": ("x-ironcage-project",),
 })
+_ATTRIBUTING = frozenset(itertools.chain(*ATTRIBUTION_HEADERS.values()))
 MOST_ATTRIBUTION_CHARS = 128
 
 
 def attribution_of(headers: Headers) -> dict[str, Optional[str]]:
     """Return what a request says of who asks and what for, by ledger column; None: nothing."""
-    found = {}
+    found = dict.fromkeys(ATTRIBUTION_HEADERS)
+    if _ATTRIBUTING.isdisjoint(headers.values):
+        return found                                 # at a third of the time
     for column, names in ATTRIBUTION_HEADERS.items():
         said = next(filter(None, map(headers.get, names)), None)
         found[column] = said and re.sub(UNPRINTABLE, "?", said)[:MOST_ATTRIBUTION_CHARS]
@@ -14124,9 +14128,10 @@ class Router:
     def _scopes(self, request: ClientRequest) -> tuple[str, ...]:
         """The scopes of a request beside the proxy's: its token's, and its session's where the
         token caps each; MOST_SESSIONS of these are kept. Raises LedgerUnavailable."""
-        caller, session = request.caller, request.attribution["session"]
+        caller = request.caller
         if caller.session_budget_microdollars is None:
             return caller.scopes
+        session = request.attribution["session"]
         scope, limit = session_scope(caller.name, session), caller.session_budget_microdollars
         if self._sessions.get(scope) != limit:         # which is set once the scope is there
             self.controller.set_scope(
