@@ -3141,6 +3141,7 @@ class KnownCounts:
 _LINE_END = rb"(?:\r\n|\n|\r(?=[^\n]))"      # a CR at the end of what came may yet be a CRLF
 _EVENT_END = re.compile(_LINE_END + _LINE_END)
 _ANY_LINE_END = re.compile(rb"\r\n|\n|\r")
+BOM = b"\xef\xbb\xbf"
 
 
 class EventSplitter:
@@ -3171,19 +3172,19 @@ def event_data(event: bytes) -> bytes:
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return event[6:-2]                   # the usual event, at a third of the time
     lines = []
-    for line in _ANY_LINE_END.split(event):
+    for line in _ANY_LINE_END.split(event.lstrip(BOM)):
         if line.startswith(b"data:"):
             lines.append(line[6:] if line[5:6] == b" " else line[5:])
     return b"\n".join(lines)
 
 
-BLANKS = b"\xef\xbb\xbf \t\r\n"                      # what may stand before a body, a BOM too
-_EVENT_START = re.compile(rb"(data|event|id|retry)?:")
+BLANKS = BOM + b" \t\r\n"                      # what may stand before a body
+_EVENT_START = re.compile(rb"[%b]*(data|event|id|retry)?:" % BLANKS)
 
 
 def is_event_stream(body: bytes) -> bool:
     """Whether a body, or its beginning, is a stream of events, whatever it is labelled."""
-    return _EVENT_START.match(body.lstrip(BLANKS)) is not None
+    return _EVENT_START.match(body) is not None
 
 
 SSE_PING = b": ping\n\n"                           # a comment, which keeps a connection alive
@@ -3341,7 +3342,7 @@ class AnswerMeter:
             for event in EventSplitter().feed(answer + b"\n\n"):
                 self.read_event(event_data(event))
             return self.end_body()
-        value = self._value(answer)
+        value = self._value(answer[3:] if answer.startswith(BOM) else answer)
         parsed = value if isinstance(value, dict) else None
         if parsed is not None:
             self.output_bytes = sum([_text_bytes(parsed.get(name))
@@ -3396,7 +3397,8 @@ class AnswerMeter:
             if b'"usage"' in text:
                 self.malformed = self.malformed or "it cannot be read"
             return None
-        return parsed
+        first = parsed[0] if isinstance(parsed, list) and parsed else None
+        return first if "error" in json_object(first) else parsed        # as Gemini sends errors
 
     def _read_result(self, result: Mapping[str, object]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
@@ -3992,55 +3994,91 @@ class Failure(NamedTuple):
     code: Optional[str] = None           # OpenAI's, as context_length_exceeded
     param: Optional[str] = None
     sizes: Optional[tuple[int, int]] = None      # of an overflow: tokens asked for, and the most
+    cap: int = 0                         # the output among those that were asked for
 
 
-# Where servers put the words of an error, outermost first.
+# Where servers put the words of an error, outermost first. What stands behind `raw` is the error of
+# another server, as text (OpenRouter's metadata).
 _WORDS = ("error", "response", "message", "detail", "msg", "error_message", "errors", "title",
-          "status")
+          "status", "metadata", "raw")
+MAX_ERROR_CHARS = 8192                   # of words that are looked through; vendors' are shorter
 # How servers say that a prompt is longer than the context, and what the most is. Sources: their
 # code and reports (HOSTS of 28 November 2026: vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI,
-# DeepSeek, Mistral, Moonshot, MiniMax, Z.ai, xAI, Gemini, DashScope, OpenRouter, Together, GitHub).
+# DeepSeek, Mistral, Moonshot, MiniMax, Z.ai, xAI, Gemini, DashScope, OpenRouter, Together, GitHub,
+# Vertex, Bedrock, Cohere).
 OVERFLOW = re.compile(
-    r"maximum context length|context_length_exceeded|exceed[^.]*context[ _-]?(length|window|size)"
-    r"|context[ _-]?(length|window|size)[^.]*exceed|prompt (is )?(too long|exceeds max length)"
-    r"|maximum prompt length|model token limit|with [\d,]+ maximum context|longer than the model"
-    r"|range of input length|input token count[^.]*exceeds|maximum allowed input length"
+    r"maximum context length|context_length_exceeded"
+    r"|exceed[^.]{0,200}context[ _-]?(length|window|size|limit)"
+    r"|context[ _-]?(length|window|size)[^.]{0,200}exceed|prompt (is )?(too long|exceeds max length)"
+    r"|maximum (prompt|input|model) length|model token limit|with [\d,]+ maximum context"
+    r"|longer than the model|too many (input )?tokens\b[.:]|tokens exceeds maximum length"
+    r"|range of input length|input token count[^.]{0,200}(exceeds|only supports up to)"
+    r"|maximum allowed input length"
     r"|tokens in request more than max tokens|request body too large for [^.]* model\. max size"
     r"|reduce the length of the messages|`inputs` tokens \+ `max_new_tokens` must be"
     r"|tokens to keep from the initial prompt|current length is \d+ while limit is"
     r"|exceed_context_size|exceeded max context length|input is too long", re.IGNORECASE)
 _LIMIT = re.compile(
-    r"(?:context[ _-]?(?:length|window|size)|token limit|prompt length|tokens allowed|max\w* size"
-    r"|limit is|<=|\[1,).{0,60}?(\d[\d,]{3,})|(\d[\d,]{3,}) maximum context", re.IGNORECASE)
+    r"(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit"
+    r"|maximum (?:prompt|model|input) length|tokens allowed|max\w* size|limit is|<=|\[1,|input tokens:|supports up to|cannot exceed)"
+    r".{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context", re.IGNORECASE)
+# How they say which part of it is the cap, and which the prompt.
+_CAP = re.compile(r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for the completion"
+                  r"|output tokens|`max_new_tokens`)|is too large: (\d{1,9})"
+                  r"|exceed context limit: \d{1,9} \+ (\d{1,9})")
+_PROMPT = re.compile(r"(\d{1,9}) (?:input|`inputs`) tokens|limit: (\d{1,9}) \+|(\d{1,9}) `inputs`")
 
 
-def words_of(body: object, depth: int = 6) -> str:
+def words_of(body: object, depth: int = 8) -> str:
     """Return what an error says in words, wherever they stand in it; "" where there are none."""
     if isinstance(body, str):
-        return body
+        return words_of(_parsed_error(body), depth - 1) or body
     if not depth or not isinstance(body, (list, dict)):
         return ""
-    inner = body[:8] if isinstance(body, list) else [body.get(name) for name in _WORDS]
-    words = [*filter(None, (words_of(value, depth - 1) for value in inner))]
-    return "; ".join(words if isinstance(body, list) else words[:1])
+    if isinstance(body, list):
+        return "; ".join(filter(None, (words_of(value, depth - 1) for value in body[:8])))
+    words = next(filter(None, (words_of(body.get(name), depth - 1) for name in _WORDS)), "")
+    other = words_of(json_object(body.get("metadata")).get("raw"), depth - 1)
+    return f"{words}: {other}" if other and other != words else words
+
+
+def _parsed_error(text: str) -> object:
+    """Return the error that a text holds as JSON, for some pass on that of another server so."""
+    if not 2 < len(text) <= MAX_ERROR_CHARS or text[0] not in "[{":
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def overflow_of(failure: Failure, inner: Mapping[str, object]) -> Failure:
     """Return a failure as that of a full context, where its words or its code say so."""
+    words = failure.message[:MAX_ERROR_CHARS]
     if failure.code != "context_length_exceeded" and (
-            failure.status not in (400, 413, 422) or not OVERFLOW.search(
-                f"{inner.get('type')} {failure.message}")):
+            failure.status not in (400, 413, 422)
+            or not OVERFLOW.search(f"{inner.get('type')} {words}")):
         return failure
-    most = _LIMIT.search(failure.message)
-    numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{3,17}",
-                                                                    failure.message)]
+    asked, most, cap = _sizes_in(words)
     stated = [inner.get(name) for name in ("n_prompt_tokens", "n_ctx")]      # llama.cpp's
     if all(type(number) is int for number in stated):
-        sizes = tuple(stated)
-    else:
-        sizes = (max(numbers), int((most[1] or most[2]).replace(",", ""))) if most else (0, 0)
-    return failure._replace(status=400, code="context_length_exceeded",
-                            sizes=sizes if sizes[0] > sizes[1] else None)
+        asked, most = stated
+    return failure._replace(status=400, code="context_length_exceeded", cap=cap,
+                            sizes=(asked, most) if asked > most else None)
+
+
+def _sizes_in(words: str) -> tuple[int, int, int]:
+    """Return what the words of an overflow say: (tokens asked for, the most, the cap among the
+    first); 0 for what they do not."""
+    def number(match: Optional[re.Match]) -> int:
+        return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
+
+    most, cap, prompt = (number(how.search(words)) for how in (_LIMIT, _CAP, _PROMPT))
+    asked = max([int(digits.replace(",", "")) for digits in re.findall(r"\d[\d,]{3,17}", words)
+                 ], default=0)
+    if asked <= most and cap and prompt:
+        asked = prompt + cap
+    return (asked, most, cap if asked > cap else 0) if most else (0, 0, 0)
 
 
 # ==== 9. Names, ids and losses ==================================================================
@@ -5383,8 +5421,9 @@ class _ChatRequest(_OpenAIRequest):
             results.append({"role": "tool", "tool_call_id": part.id, "content": text})
         if not content:
             return results
-        if len(content) == 1 and set(content[0]) == {"type", "text"}:
-            return [*results, {"role": "user", "content": content[0]["text"]}]
+        is_plain = all(set(part) == {"type", "text"} for part in content)
+        if is_plain and not (len(content) > 1 and self._is_openai):   # others may take no list
+            content = "\n\n".join([part["text"] for part in content])
         return [*results, {"role": "user", "content": content}]
 
     def _part(self, part: Part) -> dict:
@@ -5562,19 +5601,21 @@ class _ChunkReader:
             yield Opened(part)
             yield Closed(part)
 
-    def _call_of(self, call_id: str, index: Optional[int], name: str, more: str) -> Part:
+    def _call_of(self, call_id: str, index: object, name: str, more: str) -> Part:
         """Return the call that a delta belongs to; servers get ids and indexes wrong.
 
-        A delta without a name goes on with the newest call of its index, whatever its id. One with
-        a name begins another call where its id is another, where the newest is whole, and behind
-        one of the same delta.
+        A delta goes on with the newest call of its index, or with that of its id where the newest
+        has another. One with a name begins another call where its id is new, where the call is
+        whole, and behind one of the same delta.
         """
-        newest = self._newest.get(index)
-        call = newest or (self._by_id.get(call_id) if index is None or not name else None)
+        call, known = self._newest.get(index), self._by_id.get(call_id)
+        if known is not None and (call.given_id != call_id if call is not None
+                                  else index is None or not name):
+            call = known
         if call is not None and name:
             is_other = call_id != call.given_id if call_id and call.given_id else \
-                call in self._touched or (_is_whole(call) and bool(more.strip()))
-            call = None if is_other else call
+                call in self._touched
+            call = None if is_other or (more.strip() and _is_whole(call)) else call
         if call is None:
             self._parts_seen = True
             call = Part("call", pieces=[], is_open=False, is_closed=False, given_id="")
@@ -5594,9 +5635,13 @@ class _ChunkReader:
         more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
         index, call_id = row.get("index"), row.get("id")
         call_id = "" if call_id is None else str(call_id)
-        if not (call_id or name or more):            # some send an empty call in every answer
+        index = index if isinstance(index, (int, str)) else None
+        said = self._newest.get(index) if call_id and name and more else None
+        if not (call_id or name or more) or (       # some send an empty call in every answer
+                said is not None and (said.given_id, said.name, "".join(said.pieces))
+                == (call_id, name, more)):          # or a whole call once more at its end
             return
-        call = self._call_of(call_id, index if isinstance(index, int) else None, name, more)
+        call = self._call_of(call_id, index, name, more)
         if opaque_in(row):
             number = str(self._calls.index(call))
             self._back["calls"] = {**json_object(self._back.get("calls")), number: opaque_in(row)}
@@ -5639,10 +5684,12 @@ class _ChunkReader:
         finish = self._choice.get("finish_reason")
         if finish is None and not self.is_done:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
-        word = str(finish or "stop").lower().partition(":")[0].strip()
+        word, *more = (word.strip() for word in str(finish or "stop").lower().split(":"))
         reason, stop = REASONS_OF_FINISH.get(word, "end"), None
-        if word in FAILED_FINISHES or not (self._parts_seen or word in REASONS_OF_FINISH):
-            raise UpstreamBroke(f"the provider's answer ended in {shown_name(str(finish))}")
+        if not FAILED_FINISHES.isdisjoint((word, *more)) \
+                or not (self._parts_seen or word in REASONS_OF_FINISH):
+            raise UpstreamBroke("the provider's answer ended in "
+                                + shown_name(str(finish).replace(" ", "")))
         yield from self._close_said()
         yield from self._close_calls(whole_only=False)
         yield from self._carry_back()
@@ -5670,8 +5717,8 @@ def opaque_in(holder: Mapping[str, object]) -> dict:
 
 def _is_whole(call: Part) -> bool:
     """Whether a call's arguments so far are JSON, so that no more can come."""
-    text = "".join(call.pieces)
-    return bool(text.strip()) and "__raw" not in arguments_to_input(text)
+    last = next(filter(str.strip, reversed(call.pieces)), "").rstrip()
+    return last.endswith("}") and "__raw" not in arguments_to_input("".join(call.pieces))
 
 
 def _first_choice(body: Mapping[str, object]) -> dict:
@@ -6856,8 +6903,12 @@ def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
     text = failure.message
     status = {422: 400, 502: 500, 503: 529}.get(failure.status, failure.status)
     if failure.code == "context_length_exceeded" and "prompt is too long" not in text:
-        sizes = ": {} tokens > {} maximum".format(*failure.sizes) if failure.sizes else ""
-        text = f"prompt is too long{sizes}. {text}"       # Claude Code compacts on these words
+        asked, most = failure.sizes or (0, 0)
+        sizes = f": {asked} tokens > {most} maximum" if asked else ""
+        smaller = "" if not (asked and failure.cap) else (      # with which it tries again, first
+            f" input length and `max_tokens` exceed context limit: {asked - failure.cap} + "
+            f"{failure.cap} > {most}.")
+        text = f"prompt is too long{sizes}.{smaller} {text}"   # Claude Code compacts on these words
     kind = ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500
                                 else "invalid_request_error")
     return status, {"type": "error", "request_id": request_id,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
-from support import Reply, SeenRequest
+from support import MockProvider, Reply, SeenRequest, proxy_environment
 
 KEY = "host-canary-0123456789"
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
+RATES = {"input_cost_per_token": 2e-6, "output_cost_per_token": 10e-6}
+COST = USAGE["prompt_tokens"] * 2 + USAGE["completion_tokens"] * 10       # microdollars a turn
 REASONING, SIGNATURE = "I think so.", "c2lnbmF0dXJl"
 Rule = Callable[[dict], Optional[str]]               # the body -> why it is refused
 
@@ -200,8 +203,28 @@ HOSTS = {
 }
 
 
+def configured(mock: MockProvider, folder: Path, name: str, **row: object) -> dict:
+    """What starts a proxy that has the mock as one known provider, at another host."""
+    path = folder / "cage.json"
+    path.write_text(json.dumps({
+        "providers": {name: {"base_url": mock.url, "key_env": "HOST_KEY", "free": False,
+                             "responses": False, **row}},
+        "prices": {f"{name}/m": {**RATES, "litellm_provider": name}}}))
+    return {"argv": ("--config", str(path)),
+            "environ": {**proxy_environment(mock), "HOST_KEY": KEY}}
+
+
+def called(body: dict, turn: int) -> dict:
+    """What is called of what a client offers: its shell, which can do no harm here, or the first."""
+    names = [tool["function"]["name"] for tool in body["tools"]]
+    if "Bash" in names:
+        return {"name": "Bash", "arguments": json.dumps({
+            "command": f"echo result {turn}", "description": "say it"})}
+    return {"name": names[0], "arguments": json.dumps({"n": turn})}
+
+
 def host_reply(host: Host, request: SeenRequest) -> Reply:
-    """What a host answers: a call of the only tool until two results are there, then text."""
+    """What a host answers: a call of a tool until two results are there, then text."""
     body = request.json
     refused = refusal_of(host, request, body)
     if refused:
@@ -213,8 +236,7 @@ def host_reply(host: Host, request: SeenRequest) -> Reply:
     if host.shows_details:
         message["reasoning_details"] = details()
     if turn < 2:
-        call = {"id": host.call_id(turn + 1), "type": "function", "function": {
-            "name": body["tools"][0]["function"]["name"], "arguments": json.dumps({"n": turn})}}
+        call = {"id": host.call_id(turn + 1), "type": "function", "function": called(body, turn)}
         if host.signs_calls:
             call["extra_content"] = {"google": {"thought_signature": SIGNATURE}}
         message["tool_calls"] = [call]
@@ -276,3 +298,101 @@ def stream_of(host: Host, message: dict, finish: str, asks_usage: bool) -> Itera
         yield chunk(None, usage=USAGE)
     if host.done:
         yield b"data: [DONE]\n\n"
+
+
+class MessagesHost(NamedTuple):
+    """An endpoint in Anthropic's format, which reads its key in one place alone."""
+    path: str                                         # before /v1/messages
+    key_header: str
+    counts: bool = True                               # it has count_tokens
+
+
+BEARER, X_API_KEY = "authorization", "x-api-key"
+MESSAGES_HOSTS = {
+    # developersdigest.tech, api-compatibility (ANTHROPIC_AUTH_TOKEN), November 2026
+    "zai": MessagesHost("/api/anthropic", BEARER, counts=False),
+    "openrouter": MessagesHost("/api", BEARER, counts=False),
+    # NousResearch/hermes-agent#4028, anomalyco/models.dev#1398: 401 without Bearer
+    "minimax": MessagesHost("/anthropic", BEARER, counts=False),
+    # novita.ai/docs llm-anthropic-compatibility, 2026-08-10
+    "novita": MessagesHost("/anthropic", BEARER, counts=False),
+    # what pi-ai 1.6.0 and alibabacloud.com's guide of 2026-03-15 send
+    "deepseek": MessagesHost("/anthropic", X_API_KEY, counts=False),
+    "fireworks_ai": MessagesHost("/inference", X_API_KEY, counts=False),
+    "moonshot": MessagesHost("/anthropic", X_API_KEY),
+    "dashscope": MessagesHost("/apps/anthropic", X_API_KEY),
+    # sources of vllm 0.33.0, sglang 0.5.23, llama.cpp
+    "vllm": MessagesHost("", BEARER), "sglang": MessagesHost("", BEARER),
+    "llamacpp": MessagesHost("", X_API_KEY)}
+MESSAGES_USAGE = {"input_tokens": 1000, "output_tokens": 50}
+THINKING = {"type": "thinking", "thinking": REASONING, "signature": SIGNATURE}
+
+
+def messages_reply(host: MessagesHost, request: SeenRequest) -> Reply:
+    """What it answers: thoughts, and a call of a tool until two results are there, then text."""
+    body = request.json
+    refused = messages_refusal_of(host, request, body)
+    if refused:
+        return Reply(status=401 if refused == "no key" else 400, steps=(json.dumps(
+            {"type": "error", "error": {"type": "invalid_request_error",
+                                        "message": refused}}).encode(),))
+    if request.path.endswith("/count_tokens"):
+        return Reply(steps=(b'{"input_tokens": 1000}',))
+    turn = sum(map(len, results_in(body)))
+    blocks: list[dict] = [THINKING] if "thinking" in body else []
+    if turn < 2:
+        call = called({"tools": [{"function": tool} for tool in body["tools"]]}, turn)
+        blocks.append({"type": "tool_use", "id": f"toolu_{turn}", "name": call["name"],
+                       "input": json.loads(call["arguments"])})
+    else:
+        blocks.append({"type": "text", "text": "All done."})
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"],
+               "content": blocks, "stop_reason": "tool_use" if turn < 2 else "end_turn",
+               "stop_sequence": None, "usage": MESSAGES_USAGE}
+    if not body.get("stream"):
+        return Reply(steps=(json.dumps(message).encode(),))
+    return Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
+                 steps=(b"".join(message_events(message)),))
+
+
+def results_in(body: dict) -> list[list[dict]]:
+    return [[block for block in message["content"] if block["type"] == "tool_result"]
+            for message in body["messages"] if isinstance(message["content"], list)]
+
+
+def messages_refusal_of(host: MessagesHost, request: SeenRequest, body: dict) -> Optional[str]:
+    routes = ("/v1/messages", *(("/v1/messages/count_tokens",) if host.counts else ()))
+    if request.path not in [host.path + route for route in routes]:
+        return f"no route {request.path}"
+    if request.header(host.key_header) != ("Bearer " * (host.key_header == BEARER)) + KEY:
+        return "no key"
+    if request.header("anthropic-version") is None:
+        return "anthropic-version is required"
+    said = [message["content"] for message in body["messages"] if message["role"] == "assistant"]
+    if "thinking" in body and any(content[:1] != [THINKING] for content in said):
+        return "thinking blocks cannot be modified"
+    return None
+
+
+def message_events(message: dict) -> Iterator[bytes]:
+    def event(kind: str, **fields: object) -> bytes:
+        return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+    begun = {"content": [], "stop_reason": None, "usage": {**MESSAGES_USAGE, "output_tokens": 1}}
+    yield event("message_start", message={**message, **begun})
+    for index, block in enumerate(message["content"]):
+        empty, deltas = {
+            "thinking": ({"thinking": "", "signature": ""}, [
+                {"type": "thinking_delta", "thinking": block.get("thinking")},
+                {"type": "signature_delta", "signature": block.get("signature")}]),
+            "text": ({"text": ""}, [{"type": "text_delta", "text": block.get("text")}]),
+            "tool_use": ({"input": {}}, [{"type": "input_json_delta",
+                                          "partial_json": json.dumps(block.get("input"))}]),
+        }[block["type"]]
+        yield event("content_block_start", index=index, content_block={**block, **empty})
+        for delta in deltas:
+            yield event("content_block_delta", index=index, delta=delta)
+        yield event("content_block_stop", index=index)
+    yield event("message_delta", delta={"stop_reason": message["stop_reason"],
+                                        "stop_sequence": None}, usage=MESSAGES_USAGE)
+    yield event("message_stop")

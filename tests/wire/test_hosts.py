@@ -1,14 +1,11 @@
 """A tool loop of three turns, through the mock of each known server, by clients of every dialect:
 nothing that the server refuses is sent, and what it used is charged."""
-import json
-
 import dialects
 import pytest
-from hosts import HOSTS, KEY, REASONING, USAGE, host_reply
-from support import call, program, proxy_environment, settled_status
+from hosts import (COST, HOSTS, MESSAGES_HOSTS, REASONING, THINKING, configured, host_reply,
+                   messages_reply)
+from support import call, program, settled_status
 
-RATES = {"input_cost_per_token": 2e-6, "output_cost_per_token": 10e-6}
-COST = USAGE["prompt_tokens"] * 2 + USAGE["completion_tokens"] * 10       # microdollars a turn
 TOOL = {"name": "count", "description": "counts", "parameters": {
     "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}
 ROUTES = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses": "/v1/responses"}
@@ -16,17 +13,10 @@ ROUTES = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses
 
 @pytest.fixture
 def proxy_of(mock, proxy_for, tmp_path):
-    """A proxy that has the mock as one known provider, at another host."""
     def start(name, *flags):
-        row = program().KNOWN_PROVIDERS[name]
-        path = tmp_path / "cage.json"
-        path.write_text(json.dumps({
-            "providers": {name: {"base_url": mock.url, "key_env": "HOST_KEY", "free": False,
-                                 "responses": False}},
-            "prices": {f"{name}/m": {**RATES, "litellm_provider": name}}}))
-        assert row.name == name
-        return proxy_for("--config", str(path), *flags,
-                         environ={**proxy_environment(mock), "HOST_KEY": KEY})
+        assert name == program().KNOWN_PROVIDERS[name].name
+        ways = configured(mock, tmp_path, name)
+        return proxy_for(*ways["argv"], *flags, environ=ways["environ"])
     return start
 
 
@@ -83,3 +73,63 @@ def test_a_client_of_the_servers_own_format_has_its_cap_moved_where_that_counts(
 
     assert 200 == answer.status, answer.body
     assert COST == settled_status(proxy)["spent_microdollars"]
+
+
+# Endpoints in Anthropic's format, which a client of Messages reaches untranslated.
+
+@pytest.fixture
+def endpoint_of(mock, proxy_for, tmp_path):
+    """A proxy that has the mock as the Anthropic-format endpoint of a known provider."""
+    def start(name, *flags):
+        mock.always = lambda request: messages_reply(MESSAGES_HOSTS[name], request)
+        ways = configured(mock, tmp_path, name,
+                          anthropic_base_url=mock.url + MESSAGES_HOSTS[name].path)
+        return proxy_for(*ways["argv"], *flags, environ=ways["environ"])
+    return start
+
+
+@pytest.mark.parametrize("flags", [("--budget", "1"), ()], ids=["a budget", "no budget"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("name", MESSAGES_HOSTS)
+def test_a_tool_loop_with_thoughts_passes_untranslated(mock, endpoint_of, name, stream, flags):
+    proxy = endpoint_of(name, *flags)
+    asked = {**first_request("messages", f"{name}/m", stream), "max_tokens": 2000,
+             "thinking": {"type": "enabled", "budget_tokens": 1024}, "metadata": {"user_id": "u"}}
+
+    for turn in range(3):
+        answer = call(proxy.port, "POST", "/v1/messages", asked)
+        assert 200 == answer.status, answer.body
+        assert {**asked, "model": "m"} == mock.seen[-1].json
+        assert answer.body == mock.always(mock.seen[-1]).body
+        whole = dialects.whole_of("messages", answer)
+        assert THINKING == whole["content"][0]
+        if turn < 2:
+            asked = dialects.next_turn("messages", asked, whole, f"result {turn}")
+
+    assert "All done." == whole["content"][1]["text"]
+    assert 3 * COST == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.parametrize("name", MESSAGES_HOSTS)
+def test_tokens_are_counted_where_the_message_would_go(mock, endpoint_of, name):
+    answer = call(endpoint_of(name, "--budget", "1").port, "POST", "/v1/messages/count_tokens",
+                  {"model": f"{name}/m", "messages": [{"role": "user", "content": "hello"}]})
+
+    assert [MESSAGES_HOSTS[name].path + "/v1/messages/count_tokens"] == [
+        seen.target for seen in mock.seen]
+    if MESSAGES_HOSTS[name].counts:
+        assert (200, {"input_tokens": 1000}) == (answer.status, answer.json)
+
+
+@pytest.mark.parametrize("name", MESSAGES_HOSTS)
+def test_a_cap_beyond_the_budget_is_lowered_at_the_price_of_the_seller(mock, endpoint_of, name):
+    proxy = endpoint_of(name, "--budget", "0.05")
+    asked = {**first_request("messages", f"{name}/m", False), "max_tokens": 64_000}
+
+    answer = call(proxy.port, "POST", "/v1/messages", asked)
+
+    assert 200 == answer.status, answer.body
+    sent = mock.seen[0].json
+    assert {**asked, "model": "m", "max_tokens": sent["max_tokens"]} == sent
+    assert 0 < sent["max_tokens"] <= 50_000 // 10
+    assert str(COST) == answer.header("x-ironcage-cost-microdollars")

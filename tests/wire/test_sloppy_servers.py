@@ -79,6 +79,7 @@ def message_of(answer):
     return text, thoughts, calls, stop, error
 
 
+LONDON = '{"city": "Lon\\"d{o}n"}'
 PARIS_CALL, ROME_CALL = ("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome"})
 TIME_CALL = ("get_time", {})
 # what a server does -> (its stream, text, thoughts, calls, stop_reason)
@@ -119,6 +120,87 @@ STREAMS = {
                    chunk(tool_call(None, PARIS[5:], None, id="a")),
                    chunk(tool_call("get_time", "{}", None, id="b")), *CALLED]),
         "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "calls that interleave, a character each": (
+        stream_of([chunk(tool_call("get_weather", "", 0, id="a")),
+                   chunk(tool_call("get_weather", "", 1, id="b")),
+                   *(chunk(tool_call(None, text[at], index)) for at in range(len(PARIS))
+                     for index, text in enumerate((PARIS, ROME + " ")) if at < len(text)),
+                   *CALLED]), "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "the same, by ids alone": (
+        stream_of([chunk(tool_call("get_weather", "", None, id="a")),
+                   chunk(tool_call("get_weather", "", None, id="b")),
+                   *(chunk(tool_call(None, text[at], None, id=own)) for at in range(len(PARIS))
+                     for own, text in (("a", PARIS), ("b", ROME)) if at < len(text)),
+                   *CALLED]), "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "the same, with the name in every delta": (
+        stream_of([*(chunk(tool_call("get_weather", text[at], index, id=own))
+                     for at in range(len(PARIS))
+                     for index, own, text in ((0, "a", PARIS), (1, "b", ROME))
+                     if at < len(text)), *CALLED]),
+        "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "the name in every delta, without ids": (
+        stream_of([*(chunk(tool_call("get_weather", one, 0)) for one in LONDON), *CALLED]),
+        "", "", [("get_weather", {"city": 'Lon"d{o}n'})], "tool_use"),
+    "a name that is null or empty in later deltas": (
+        stream_of([chunk(tool_call("get_weather", "", id="a")),
+                   chunk({"tool_calls": [{"index": 0, "id": None, "type": "function", "function": {
+                       "name": None, "arguments": PARIS[:3]}}]}),
+                   chunk(tool_call("", PARIS[3:], id="")), *CALLED]),
+        "", "", [PARIS_CALL], "tool_use"),
+    "a call begun behind another without a new index": (
+        stream_of([chunk(tool_call("get_weather", PARIS, 0, id="a")),
+                   chunk(tool_call("get_time", "", 0, id="b")),
+                   chunk(tool_call(None, "{", 0)), chunk(tool_call(None, "}", 0)), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "indexes that begin at 1, and are texts": (
+        stream_of([chunk(tool_call("get_weather", PARIS[:4], "1", id="a")),
+                   chunk(tool_call(None, PARIS[4:], "1")),
+                   chunk(tool_call("get_time", "{}", "2", id="b")), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "all indexes 0, interleaved by id": (
+        stream_of([chunk(tool_call("get_weather", PARIS[:4], 0, id="a")),
+                   chunk(tool_call("get_weather", ROME[:4], 0, id="b")),
+                   chunk(tool_call(None, PARIS[4:], 0, id="a")),
+                   chunk(tool_call(None, ROME[4:], 0, id="b")), *CALLED]),
+        "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "two calls with one id and one index (TGI)": (
+        stream_of([chunk(tool_call("get_weather", PARIS, 0, id="0")),
+                   chunk(tool_call("get_weather", ROME, 0, id="0")), *CALLED]),
+        "", "", [PARIS_CALL, ROME_CALL], "tool_use"),
+    "the whole call once more at the end": (
+        stream_of([chunk(tool_call("get_weather", PARIS[:4], 0, id="a")),
+                   chunk(tool_call(None, PARIS[4:], 0)),
+                   chunk({"tool_calls": [{"index": 0, "id": "a", "type": "function", "function": {
+                       "name": "get_weather", "arguments": PARIS}}]}, "tool_calls"),
+                   *CALLED[1:]]), "", "", [PARIS_CALL], "tool_use"),
+    "ids with quotes and line ends": (
+        stream_of([chunk(tool_call("get_weather", PARIS, 0, id='a"\\\n')),
+                   chunk(tool_call("get_time", "{}", 1, id="a'<b>")), *CALLED]),
+        "", "", [PARIS_CALL, TIME_CALL], "tool_use"),
+    "a call in the only chunk, as a message": (
+        stream_of([chunk({}, "tool_calls", USAGE, choice={"delta": None, "message": {
+            "role": "assistant", "content": None, "tool_calls": [
+                {"id": "a", "type": "function", "function": {
+                    "name": "get_weather", "arguments": PARIS}}]}})]),
+        "", "", [PARIS_CALL], "tool_use"),
+    "arguments that are null": (
+        stream_of([chunk({"tool_calls": [{"index": 0, "id": "a", "function": {
+            "name": "get_time", "arguments": None}}]}), *CALLED]),
+        "", "", [TIME_CALL], "tool_use"),
+    "lines that end in CRLF": (
+        stream_of([*TEXT, *END]).replace(b"\n", b"\r\n"), "Hello", "", [], "end_turn"),
+    "a BOM before it": (
+        b"\xef\xbb\xbf" + stream_of([*TEXT, *END]), "Hello", "", [], "end_turn"),
+    "a BOM and the whole answer in one event": (
+        b"\xef\xbb\xbf" + stream_of([chunk({"content": "Hello"}, "stop", USAGE)]),
+        "Hello", "", [], "end_turn"),
+    "a BOM before one JSON answer": (
+        b"\xef\xbb\xbf" + json.dumps({"id": "c", "choices": [
+            {"message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}],
+            "usage": USAGE}).encode(), "Hello", "", [], "end_turn"),
+    "no space behind data:, ids and retries": (
+        b"retry: 5000\n\nid: 1\n" + stream_of([*TEXT, *END]).replace(b"data: ", b"data:"),
+        "Hello", "", [], "end_turn"),
     "ids that are numbers": (
         stream_of([chunk(tool_call("get_weather", PARIS, 0, id=0)),
                    chunk(tool_call("get_time", "{}", 1, id=1)), *CALLED]),
@@ -209,7 +291,8 @@ def test_a_stream_that_nobody_asked_for_is_folded(mock, lab, kind):
 
 
 @pytest.mark.parametrize("finish", ["error", "insufficient_system_resource", "network_error",
-                                    "MALFORMED_FUNCTION_CALL", "abort"])
+                                    "MALFORMED_FUNCTION_CALL", "abort",
+                                    "function_call_filter: MALFORMED_FUNCTION_CALL"])
 def test_an_answer_that_failed_at_the_provider_is_an_error(mock, lab, finish):
     body = stream_of([*TEXT, chunk({}, finish), *END[1:]])
     mock.script(streamed(body), streamed(body))
@@ -220,7 +303,7 @@ def test_an_answer_that_failed_at_the_provider_is_an_error(mock, lab, finish):
     whole = call(proxy.port, "POST", "/v1/messages", ASKED)
 
     assert ("Hello", None) == (text, stop)
-    assert finish in error
+    assert finish.replace(" ", "") in error
     assert (502 if whole.status == 502 else 500, "error") == (whole.status, whole.json["type"])
     assert 2 * COST == settled_status(proxy)["spent_microdollars"]
 
@@ -269,6 +352,50 @@ OVERFLOWS = {
     "request will take 20000 tokens": (20000, 16384),
     "Current length is 9000 while limit is 8192": (9000, 8192),
     "Please reduce the length of the messages or completion.": None,
+    # cline/cline#13194, 2026-08-12
+    "This model's maximum context length is 262144 tokens. However, your messages resulted in "
+    "262897 tokens. Please reduce the length of the messages.": (262897, 262144),
+    # vllm 0.33.0, and before
+    "The decoder prompt (length 9000) is longer than the maximum model length of 8192. Make sure "
+    "that `max_model_len` is no smaller than the number of text tokens.": (9000, 8192),
+    # Vertex, Bedrock (Nova, and Claude there), Cohere, Anthropic behind a gateway
+    "Unable to submit request because the input token count is 1100000 but the model only "
+    "supports up to 1048576. Reduce the input token count and try again.": (1100000, 1048576),
+    "Input Tokens Exceeded: Number of input tokens exceeds maximum length.": None,
+    "Too many input tokens. Max input tokens: 131072, request input token count: 140000":
+        (140000, 131072),
+    "too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 6000.":
+        (6000, 4081),
+    "Input is too long for requested model.": None,
+    "Your input exceeds the context window of this model. Please adjust your input and try again.":
+        None,
+    "input length and `max_tokens` exceed context limit: 190000 + 32000 > 200000, decrease input "
+    "length or `max_tokens` and try again": (222000, 200000),
+    "litellm.ContextWindowExceededError: litellm.BadRequestError: too much": None,
+    "Requested input length 140000 exceeds maximum input length 131072": (140000, 131072),
+}
+# Of those: words from which it can be seen that a smaller cap would do -> Anthropic's sums of them.
+CAPS = {
+    "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens (8000 "
+    "in the messages, 1000 in the completion). Please reduce the length.": (8000, 1000, 8192),
+    # earendil-works/pi#6378, 2026-07-06 (OpenRouter)
+    "This endpoint's maximum context length is 262000 tokens. However, you requested about 263390 "
+    "tokens (658 of text input, 732 of tool input, 262000 in the output).": (1390, 262000, 262000),
+    # anomalyco/opencode#36481, 2026-07-12 (vLLM)
+    "This model's maximum context length is 262144 tokens. However, you requested 32000 output "
+    "tokens and your prompt contains at least 230145 input tokens, for a total of at least 262145 "
+    "tokens.": (230145, 32000, 262144),
+    # musistudio/claude-code-router#1799, 2026-09-15 (SGLang)
+    "Requested token count exceeds the model's maximum context length of 262144 tokens. You "
+    "requested a total of 262462 tokens: 230462 tokens from the input messages and 32000 tokens "
+    "for the completion.": (230462, 32000, 262144),
+    # canfieldjuan/finetunelab.ai, 2025-11-30 (vLLM)
+    "'max_tokens' or 'max_completion_tokens' is too large: 2000. This model's maximum context "
+    "length is 4096 tokens and your request has 2104 input tokens (2000 > 4096 - 2104).":
+        (2104, 2000, 4096),
+    # TGI
+    "`inputs` tokens + `max_new_tokens` must be <= 8193. Given: 8000 `inputs` tokens and 1000 "
+    "`max_new_tokens`": (8000, 1000, 8193),
 }
 BODIES = {
     "OpenAI's": lambda words: {"error": {"message": words, "type": "BadRequestError",
@@ -283,6 +410,16 @@ BODIES = {
                                    "detail": words},
     "Anthropic's": lambda words: {"type": "error", "error": {"type": "bad_request_error",
                                                              "message": words}},
+    "errors": lambda words: {"errors": [{"message": words}]},
+    # openrouter.ai/docs, errors; cline/cline#13194
+    "another server's, as a text in OpenRouter's": lambda words: {"error": {
+        "message": "Provider returned error", "code": 400, "metadata": {
+            "raw": json.dumps({"error": {"message": words, "code": 400}}),
+            "provider_name": "Nvidia"}}},
+    "another server's, as words in OpenRouter's": lambda words: {"error": {
+        "message": "Provider returned error", "code": 400, "metadata": {"raw": words}}},
+    "another server's, as a text in a text": lambda words: {"error": {
+        "message": json.dumps({"error": {"message": words}}), "code": 400}},
 }
 
 
@@ -316,8 +453,49 @@ def test_the_words_of_an_error_are_found_in_every_form(mock, lab, form):
     full, other = (call(proxy.port, "POST", "/v1/messages", ASKED).json["error"]
                    for _ in range(2))
 
-    assert f"prompt is too long: 32799 tokens > 32768 maximum. {words}" == full["message"]
-    assert "Function call is missing." == other["message"]
+    said = "Provider returned error: " if "OpenRouter" in form else ""
+    assert f"prompt is too long: 32799 tokens > 32768 maximum. {said}{words}" == full["message"]
+    assert f"{said}Function call is missing." == other["message"]
+
+
+@pytest.mark.parametrize("words", CAPS)
+def test_a_cap_that_does_not_fit_is_said_in_the_words_on_which_claude_code_lowers_it(mock, lab,
+                                                                                     words):
+    """It sends the same again with C - A - 1000; it compacts where that is too little."""
+    mock.script(refusal(BODIES["OpenAI's"](words)))
+
+    said = call(lab().port, "POST", "/v1/messages", ASKED).json["error"]["message"]
+
+    asked, cap, most = CAPS[words]
+    assert said.startswith(f"prompt is too long: {asked + cap} tokens > {most} maximum. input "
+                           f"length and `max_tokens` exceed context limit: {asked} + {cap} > "
+                           f"{most}. ")
+    assert said.endswith(words)
+
+
+@pytest.mark.parametrize("words", [
+    "exceed " * 150_000, "context size " * 80_000, "context length " + "9" * 5000,
+    "maximum context length is " + "1," * 5000, "[1," * 300_000, "x" * 1_000_000,
+    "prompt is too long: 1 tokens > " + "8" * 4400])
+def test_an_error_of_any_length_keeps_its_words(words):
+    """None is looked through for longer than it takes to read."""
+    failure = program().openai_failure(400, BODIES["OpenAI's"](words))
+
+    assert program().anthropic_error(failure, "req_1")[1]["error"]["message"].endswith(words)
+
+
+@pytest.mark.parametrize("client", ["/v1/messages", "/v1/responses"])
+def test_the_page_of_a_proxy_before_a_server_is_an_error_of_its_status(mock, lab, client):
+    page = b"<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>" * 9000
+    asked = ASKED if client == "/v1/messages" else {"model": "lab/m", "input": "hi"}
+    mock.script(refusal(page, 502, "text/html"), refusal(page, 200, "text/html"),
+                refusal(page, 200, "text/html"))
+    proxy = lab("--budget", "1")
+
+    for stream in (False, False, True):
+        answer = call(proxy.port, "POST", client, {**asked, "stream": stream})
+        assert 500 <= answer.status < 600 and len(answer.body) < 2000, answer.body[:3000]
+        assert answer.json["error"]["message"]
 
 
 def test_the_numbers_of_llamacpp_stand_beside_its_words(mock, lab):
@@ -352,14 +530,17 @@ def test_a_text_that_is_no_json_keeps_its_words(mock, lab):
     assert (529, "upstream connect error") == (answer.status, answer.json["error"]["message"])
 
 
+@pytest.mark.parametrize("form", [lambda error: error, lambda error: [error]],
+                         ids=["an object", "a list"])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream", "text/plain",
+                                  "text/html; charset=utf-8", ""])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_error_in_a_200_has_the_status_that_it_says(mock, lab, stream):
-    error = {"error": {"code": 429, "message": "slow down", "metadata": {}}}
-    mock.script(refusal(error, 200) if not stream else streamed(stream_of([error])),
-                refusal(error, 200))
+def test_an_error_in_a_200_has_the_status_that_it_says(mock, lab, stream, kind, form):
+    error = form({"error": {"code": 429, "message": "slow down", "metadata": {}}})
     proxy = lab()
 
-    for _ in range(2):
+    for reply in (refusal(error, 200, kind), streamed(stream_of([error]), kind)):
+        mock.script(reply)
         answer = call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": stream})
         assert (429, "rate_limit_error", "slow down") == (
             answer.status, answer.json["error"]["type"], answer.json["error"]["message"])
