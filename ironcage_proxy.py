@@ -4009,7 +4009,8 @@ MAX_ERROR_CHARS = 8192                   # of words that are looked through; ven
 OVERFLOW = re.compile(
     r"maximum context length|context_length_exceeded"
     r"|exceed[^.]{0,200}context[ _-]?(length|window|size|limit)"
-    r"|context[ _-]?(length|window|size)[^.]{0,200}exceed|prompt (is )?(too long|exceeds max length)"
+    r"|context[ _-]?(length|window|size)[^.]{0,200}exceed"
+    r"|prompt (is )?(too long|exceeds max length)"
     r"|maximum (prompt|input|model) length|model token limit|with [\d,]+ maximum context"
     r"|longer than the model|too many (input )?tokens\b[.:]|tokens exceeds maximum length"
     r"|range of input length|input token count[^.]{0,200}(exceeds|only supports up to)"
@@ -4020,7 +4021,8 @@ OVERFLOW = re.compile(
     r"|exceed_context_size|exceeded max context length|input is too long", re.IGNORECASE)
 _LIMIT = re.compile(
     r"(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit"
-    r"|maximum (?:prompt|model|input) length|tokens allowed|max\w* size|limit is|<=|\[1,|input tokens:|supports up to|cannot exceed)"
+    r"|maximum (?:prompt|model|input) length|tokens allowed|max\w* size|limit is|<=|\[1,"
+    r"|input tokens:|supports up to|cannot exceed)"
     r".{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context", re.IGNORECASE)
 # How they say which part of it is the cap, and which the prompt.
 _CAP = re.compile(r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for the completion"
@@ -5115,6 +5117,10 @@ def _text_part(row: Mapping[str, object]) -> Part:
     return Part("text", text_in(row, "text", IN_MESSAGES))
 
 
+def _thinking_part(row: Mapping[str, object]) -> Part:
+    return Part("thought", _reasoning_of({"content": [row]}), native={})         # Mistral's
+
+
 def _refusal_part(row: Mapping[str, object]) -> Part:
     return Part("refusal", text_in(row, "refusal", IN_MESSAGES))
 
@@ -5157,8 +5163,9 @@ def document_of(data: str, title: str, file_id: str, *, field: str) -> Part:
         raise BadRequest("a text file is not base64 of UTF-8", param=field) from None
 
 
-_CHAT_PARTS_READ = MappingProxyType({"text": _text_part, "refusal": _refusal_part,
-                                     "image_url": _image_part, "file": _file_part})
+_CHAT_PARTS_READ = MappingProxyType({
+    "text": _text_part, "refusal": _refusal_part, "thinking": _thinking_part,
+    "image_url": _image_part, "file": _file_part})
 
 
 # Requests that are written for a chat server.
@@ -6231,9 +6238,7 @@ class _MessagesRequest(RequestWriter):
         request: dict = {"model": asked.model,
                          "max_tokens": lowered_cap(asked, target, self._losses) or default}
         tools = self._written_tools()
-        if "thinking" in passed:
-            request["thinking"] = passed.pop("thinking")
-        self._set_thinking(request)
+        self._set_thinking(request, passed.pop("thinking", None))
         messages = request["messages"] = self._messages(self._thinks(request))
         self._carry_thinking(request, tools)
         names = {block["name"] for turn in messages for block in turn["content"]
@@ -6289,8 +6294,17 @@ class _MessagesRequest(RequestWriter):
                 value = 1
             request[name] = value
 
-    def _set_thinking(self, request: dict) -> None:
+    def _set_thinking(self, request: dict, own: object) -> None:
+        """Set what a client says in Claude's own field, else its effort. A field as other servers
+        have it, without a budget, is an effort too."""
         claude, effort = self._claude, self._asked.effort
+        kind, budget = map(json_object(own).get, ("type", "budget_tokens"))
+        if kind == "disabled" or (type(budget) is int if kind == "enabled"
+                                  else kind == "adaptive" and not claude.manual_thinking):
+            request["thinking"] = own
+        elif own is not None:
+            effort = effort or ("medium" if own else "none")
+            self._losses.adjust("thinking", effort)
         if effort is None:
             return
         if "thinking" in request:                  # the client's own counts
@@ -15398,8 +15412,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise self._too_large()
         encoding = content_encoding(head.headers)
         if encoding != "identity" and encoding not in INFLATABLE:
-            raise _closing(UnsupportedBody("a request body can be compressed with gzip or deflate "
-                                           "only"))
+            raise _closing(UnsupportedBody(f"a request body in {shown_name(encoding)} cannot be "
+                                           "read: send it as it is, or with gzip or deflate"))
         memory.hold(COPIES * max(0, length))
         if length and (head.headers.get("expect") or "").lower() == "100-continue":
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", settings.timeouts.write_stall_s)

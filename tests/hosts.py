@@ -215,7 +215,7 @@ def configured(mock: MockProvider, folder: Path, name: str, **row: object) -> di
 
 
 def called(body: dict, turn: int) -> dict:
-    """What is called of what a client offers: its shell, which can do no harm here, or the first."""
+    """What is called of what a client offers: its shell, to say something, or else the first."""
     names = [tool["function"]["name"] for tool in body["tools"]]
     if "Bash" in names:
         return {"name": "Bash", "arguments": json.dumps({

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from hosts import COST, HOSTS, REASONING, configured, host_reply
-from support import PATIENCE_S, TOKEN, settled_status
+from support import PATIENCE_S, TOKEN, Reply, settled_status
 from test_claude_code import CLAUDE, claude_code
 
 TOOL = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -16,7 +16,7 @@ TASK = "Count to two."
 
 @pytest.fixture
 def host(mock, proxy_for, tmp_path):
-    """Start a proxy that has the mock as a known server; every answer of that goes into `mock.said`."""
+    """Start a proxy that has the mock as a known server; its answers go into `mock.said`."""
     def start(name, *flags):
         mock.said = []
 
@@ -152,3 +152,25 @@ def test_claude_code_has_its_tool_loop(mock, host, tmp_path, name):
     assert ["result 0", "result 1"] == results
     assert 3 == len(mock.seen)
     assert 3 * COST == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.skipif(CLAUDE is None, reason="Claude Code is not installed")
+def test_claude_code_lowers_a_cap_that_does_not_fit_into_what_is_left(mock, host, tmp_path):
+    """As musistudio/claude-code-router#1799 has it: 230,462 tokens of prompt, 262,144 in all."""
+    def answer(request):
+        cap = request.json["max_tokens"]
+        return host_reply(HOSTS["together_ai"], request) if cap + 230_462 <= 262_144 else Reply(
+            400, steps=(json.dumps({
+                "object": "error", "type": "BadRequestError", "code": 400,
+                "message": "Requested token count exceeds the model's maximum context length of "
+                f"262144 tokens. You requested a total of {cap + 230462} tokens: 230462 tokens "
+                f"from the input messages and {cap} tokens for the completion."}).encode(),))
+
+    proxy = host("together_ai", "--budget", "5")
+    mock.always = answer
+
+    said = claude_code(proxy, tmp_path, TASK, "--allowedTools", "Bash", model="together_ai/m")
+
+    assert "All done." in said
+    first, second = [seen.json["max_tokens"] for seen in mock.seen][:2]
+    assert first > 31_682 and second == 262_144 - 230_462 - 1000

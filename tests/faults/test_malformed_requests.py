@@ -204,6 +204,7 @@ OTHER_REFUSALS = {
     "chunked body over the limit": (413, POST + b"Transfer-Encoding: chunked\r\n\r\n" + (
         b"40000\r\n" + b"x" * 0x40000 + b"\r\n") * 5),
     "brotli": (415, POST + b"Content-Encoding: br\r\n" + LENGTH + b"\r\n" + CHAT),
+    "zstd": (415, POST + b"Content-Encoding: zstd\r\n" + LENGTH + b"\r\n" + CHAT),
     "unknown method": (405, GET.replace(b"GET", b"BREW") + b"\r\n"),
     "lower-case method": (405, GET.replace(b"GET", b"get") + b"\r\n"),
     "TRACE": (405, GET.replace(b"GET", b"TRACE") + b"\r\n"),

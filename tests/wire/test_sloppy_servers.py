@@ -5,7 +5,8 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from support import Reply, call, program, proxy_environment, settled_status, sse_events
+from support import (Gate, RawClient, Reply, call, program, proxy_environment, settled_status,
+                     sse_events)
 
 ASKED = {"model": "lab/m", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}],
          "tools": [{"name": name, "input_schema": {"type": "object"}}
@@ -724,6 +725,40 @@ def test_mistral_gets_its_ids_its_order_of_messages_and_no_stream_options(
     assert (100, False) == (sent["max_tokens"], "stream_options" in sent)
     assert "messages=bridged" in answer.header("x-ironcage-adjusted")
     assert COST == settled_status(proxy)["spent_microdollars"]
+
+
+@pytest.mark.parametrize("model", ["lab/m", "claude-haiku-4-5", "gpt-5.3-codex"])
+def test_mistrals_thoughts_in_a_history_hold_up_no_other_model(mock, lab, model):
+    asked = {"model": model, "messages": [
+        ASKED["messages"][0], {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "Hmm."}]},
+            {"type": "text", "text": "Hello"}]}, {"role": "user", "content": "again"}]}
+    mock.models.add("m")
+
+    answer = call(lab().port, "POST", "/v1/chat/completions", asked)
+
+    assert 200 == answer.status, answer.body
+    assert "Hello" in mock.seen[0].body.decode()
+    assert (model == "lab/m") == ("Hmm." in mock.seen[0].body.decode())
+
+
+def test_a_client_hears_of_its_stream_though_its_provider_sends_only_comments(mock, proxy_for,
+                                                                              tmp_path):
+    path, gate = tmp_path / "cage.json", Gate()
+    path.write_text(json.dumps({"providers": {"lab": {"base_url": mock.url, "free": True}}}))
+    mock.script(Reply(headers=(("content-type", "text/event-stream"),), framing="chunked",
+                      steps=(b": keep-alive\n\n", gate, stream_of([*TEXT, *END]))))
+    proxy = proxy_for("--config", str(path), environ=proxy_environment(mock),
+                      timeouts={"ping_s": 0.05})
+
+    with RawClient(proxy.port) as client:
+        client.request("POST", "/v1/messages", json.dumps({**ASKED, "stream": True}).encode())
+        client.read_head()
+        pinged = client.read_chunk()
+        gate.event.set()
+        rest = b"".join(iter(client.read_chunk, b""))
+
+    assert b"event: ping" in pinged and b"message_stop" in rest
 
 
 def test_cache_marks_reach_a_server_that_takes_them_at_the_price_of_a_write(

@@ -275,6 +275,28 @@ def test_a_call_for_no_output_is_answered_here(mock, proxy, stream):
     assert ([], 0) == (mock.seen, settled_status(proxy)["spent_microdollars"])
 
 
+@pytest.mark.parametrize("thinking, effort, sent, adjusted", [
+    ({"type": "enabled"}, None, {"type": "enabled", "budget_tokens": 3999}, "thinking=medium"),
+    ({"type": "enabled", "budget_tokens": None}, "minimal",
+     {"type": "enabled", "budget_tokens": 1024}, "thinking=minimal"),
+    ({"type": "adaptive"}, None, {"type": "enabled", "budget_tokens": 3999}, "thinking=medium"),
+    (True, None, {"type": "enabled", "budget_tokens": 3999}, "thinking=medium"),
+    (False, None, None, "thinking=none"),
+    ({"type": "disabled"}, None, {"type": "disabled"}, None),
+    ({"type": "enabled", "budget_tokens": 2000}, None,
+     {"type": "enabled", "budget_tokens": 2000}, None)])
+def test_thinking_without_a_budget_as_other_servers_have_it_is_an_effort(
+        mock, proxy, thinking, effort, sent, adjusted):
+    asked = {**ON_CLAUDE, "max_completion_tokens": 4000, "thinking": thinking,
+             **({"reasoning_effort": effort} if effort else {})}
+
+    answer = call(proxy.port, "POST", CHAT, asked)
+
+    assert 200 == answer.status, answer.body
+    assert (sent, adjusted) == (mock.seen[0].json.get("thinking"),
+                                answer.header("x-ironcage-adjusted"))
+
+
 def test_a_chat_client_can_name_features_of_anthropic(mock, proxy_for):
     """With the header of their SDK, as with extra_body; a file of theirs brings its own."""
     proxy, named = proxy_for(), [("anthropic-beta", "x-2026-01-01")]
