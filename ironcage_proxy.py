@@ -417,7 +417,8 @@ def manners_of(name: str, base_url: str = "") -> Provider:
     row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
     if row is not None:
         return row._replace(name=name)
-    host = _host_and_region(base_url)[0]
+    host = re.sub(r"\.?(:443)?$", "", _host_and_region(base_url)[0].lower())
+    host = re.sub(r"^(localhost|\[::1\])(?=:)", "127.0.0.1", host)
     row = next((row for row in KNOWN_PROVIDERS.values() if host and any(
         fnmatch.fnmatchcase(host, known) for known in (row.host, *row.hosts))), None)
     if row is None:
@@ -3999,8 +4000,8 @@ class Failure(NamedTuple):
 
 # Where servers put the words of an error, outermost first. What stands behind `raw` is the error of
 # another server, as text (OpenRouter's metadata).
-_WORDS = ("error", "response", "message", "detail", "msg", "error_message", "errors", "title",
-          "status", "metadata", "raw")
+_WORDS = ("error", "response", "message", "detail", "error_description", "msg", "error_message",
+          "errors", "title", "status", "metadata", "raw")
 MAX_ERROR_CHARS = 8192                   # of words that are looked through; vendors' are shorter
 # How servers say that a prompt is longer than the context, and what the most is. Sources: their
 # code and reports (HOSTS of 28 November 2026: vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI,
@@ -4039,9 +4040,17 @@ def words_of(body: object, depth: int = 8) -> str:
         return ""
     if isinstance(body, list):
         return "; ".join(filter(None, (words_of(value, depth - 1) for value in body[:8])))
-    words = next(filter(None, (words_of(body.get(name), depth - 1) for name in _WORDS)), "")
-    other = words_of(json_object(body.get("metadata")).get("raw"), depth - 1)
-    return f"{words}: {other}" if other and other != words else words
+    said = [words_of(body.get(name), depth - 1) for name in _WORDS]
+    words = next(filter(None, said), "")
+    more = next(filter(None, said[2:5]), "") if isinstance(body.get("error"), str) else \
+        words_of(json_object(body.get("metadata")).get("raw"), depth - 1)
+    return f"{words}: {more}" if more and more != words else words
+
+
+def message_of(status: int, body: object) -> str:
+    """Return what an error says, in words or else as it came."""
+    said = words_of(body) or (json.dumps(body, ensure_ascii=False)[:500] if body else "")
+    return said or f"the provider answered with the status {status}"
 
 
 def _parsed_error(text: str) -> object:
@@ -5901,8 +5910,7 @@ def openai_failure(status: int, body: object) -> Failure:
                    for value in (inner.get("code"), inner.get("param")))
     if code in QUOTA_CODES:
         status = 402
-    return overflow_of(Failure(status, words_of(body) or f"the provider answered with the status "
-                               f"{status}", code, param), inner)
+    return overflow_of(Failure(status, message_of(status, body), code, param), inner)
 
 
 def openai_error(failure: Failure, request_id: str) -> tuple[int, dict]:
@@ -6906,7 +6914,7 @@ ANTHROPIC_ERRORS = MappingProxyType({
 def anthropic_failure(status: int, body: object) -> Failure:
     """Read an error of Anthropic's."""
     inner = json_object(json_object(body).get("error"))
-    message = words_of(body) or f"the provider answered with the status {status}"
+    message = message_of(status, body)
     code = json_object(inner.get("details")).get("error_code")
     return overflow_of(Failure(402 if inner.get("type") == "billing_error" else status, message,
                                code if isinstance(code, str) else None), inner)

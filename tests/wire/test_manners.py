@@ -152,6 +152,10 @@ def test_a_known_provider_at_another_host_loses_the_endpoint_that_is_known_at_it
     ("https://eu.openrouter.ai/api/v1", {"caps": ("max_tokens",)}, "openrouter"),
     ("https://api.moonshot.cn/v1", {"reasoning_field": "reasoning_content"}, "moonshot"),
     ("https://mine.openai.azure.com/openai/v1", {"zero_is_a_cap": True}, "azure"),
+    ("https://API.Mistral.ai:443/v1", {"stream_usage": False}, "mistral"),
+    ("https://api.mistral.ai./v1", {"stream_usage": False}, "mistral"),
+    ("http://localhost:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
+    ("http://[::1]:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
     ("http://127.0.0.1:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
 ])
 def test_a_provider_of_another_name_has_the_manners_of_its_host(url, manners, seller):

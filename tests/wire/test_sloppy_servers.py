@@ -412,6 +412,8 @@ BODIES = {
     "Anthropic's": lambda words: {"type": "error", "error": {"type": "bad_request_error",
                                                              "message": words}},
     "errors": lambda words: {"errors": [{"message": words}]},
+    "MiniMax's own": lambda words: {"base_resp": {"status_code": 1004, "status_msg": words}},
+    "a gateway's": lambda words: {"fault": {"faultstring": words}},
     # openrouter.ai/docs, errors; cline/cline#13194
     "another server's, as a text in OpenRouter's": lambda words: {"error": {
         "message": "Provider returned error", "code": 400, "metadata": {
@@ -455,8 +457,19 @@ def test_the_words_of_an_error_are_found_in_every_form(mock, lab, form):
                    for _ in range(2))
 
     said = "Provider returned error: " if "OpenRouter" in form else ""
-    assert f"prompt is too long: 32799 tokens > 32768 maximum. {said}{words}" == full["message"]
-    assert f"{said}Function call is missing." == other["message"]
+    whole = form in ("MiniMax's own", "a gateway's")            # no name for it is known: as it came
+    assert full["message"] == "prompt is too long: 32799 tokens > 32768 maximum. " + (
+        json.dumps(BODIES[form](words)) if whole else said + words)
+    assert "Function call is missing." in other["message"]
+    assert whole or f"{said}Function call is missing." == other["message"]
+
+
+@pytest.mark.parametrize("body", [
+    {"error": "Bad Request", "message": "it is wrong", "statusCode": 400},
+    {"error": "Bad Request", "detail": [{"msg": "it is wrong", "loc": ["body"]}]},
+    {"error": "Bad Request", "error_description": "it is wrong"}])
+def test_a_text_that_only_names_an_error_does_not_hide_its_words(body):
+    assert "Bad Request: it is wrong" == program().openai_failure(400, body).message
 
 
 @pytest.mark.parametrize("words", CAPS)
