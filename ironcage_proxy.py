@@ -8412,6 +8412,11 @@ class Budget(NamedTuple):
                 "spent_microdollars": self.spent, "reserved_microdollars": self.reserved,
                 "available_microdollars": None if free is None else max(0, free)}
 
+    def standing(self) -> dict:
+        """Return the amounts with their scope and period, which ends at these Unix seconds."""
+        return {**self.as_json(), "scope": self.scope, "period": self.period,
+                "resets_s": period_end(self.period, self.since_s)}
+
 
 class Decision(NamedTuple):
     """What is to become of a request: one of the three."""
@@ -14027,6 +14032,7 @@ class Answer(NamedTuple):
     length: int = UNTIL_CLOSE                  # bytes in `reads`, where known
 
 
+SESSIONS_SHOWN = 50                        # of those with a budget of their own
 MOST_SESSIONS = 10_000                     # whose budgets are known at a time; clients name them
 
 
@@ -14221,6 +14227,13 @@ class Router:
             with self._sessions_lock:                  # in use: it is looked at again next time
                 self._sessions.setdefault(oldest, oldest_limit)
         return (*caller.scopes, scope)
+
+    def session_budgets(self, tokens: Container[str]) -> list[Budget]:
+        """Return the amounts of these tokens' capped sessions: the SESSIONS_SHOWN last used."""
+        with self._sessions_lock:                      # a scope leaves the dict before it closes
+            scopes = [scope for scope in reversed(self._sessions)
+                      if scope.partition("/")[0] in tokens]
+            return self.controller.accounts.known(scopes[:SESSIONS_SHOWN])
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -15090,84 +15103,133 @@ class Router:
 # ==== 26. Dashboard =============================================================================
 #
 # One page without data and without an outside resource; it asks for a token, keeps it in the tab,
-# and shows what the status and usage routes tell. Text goes in as text only.
+# and shows what the status and usage routes say. Text goes in as text only. A scope is red where
+# its limit is spent, or where a call that was refused in the last day would be refused again; it
+# is amber from three quarters of its limit on.
 
 DASHBOARD_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --spent: #2a78d6; --held: #e0a030; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
-h1 { font-size: 1.2rem; } h2 { font-size: 1rem; margin-top: 1.6rem; }
-#gauge { display: flex; height: 1.4rem; border: 1px solid var(--line); border-radius: .4rem;
-         overflow: hidden; }
-#spent { background: var(--spent); } #held { background: var(--held); }
-.over #spent { background: #d03b3b; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-         white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
-#rows th:last-child, #rows td:last-child { text-align: left; white-space: normal;
-                                           min-width: 16rem; }
-.bars { display: flex; align-items: flex-end; gap: 2px; height: 5rem;
-        border-bottom: 1px solid var(--line); }
-.bars div { flex: 1; background: var(--spent); }
+:root { color-scheme: light dark; --line: #8886; --tone: #2a78d6; }
+.near { --tone: #c77700; } .red { --tone: #d03b3b; } span.red { color: var(--tone); }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem;
+       overflow-wrap: anywhere; }
+h1 { font-size: 1.2rem; } h2 { font-size: 1rem; margin-top: 1.6rem; } #note { min-height: 1.5em; }
+.gauge { display: flex; height: .8rem; border: 1px solid var(--line); overflow: hidden; }
+.gauge div, #bars div { background: var(--tone); } .gauge .reserved { opacity: .4; }
+#state div { border-left: .4rem solid var(--tone); padding: .2rem .6rem; margin: .3rem 0; }
+table { border-collapse: collapse; width: 100%; } tr { border-bottom: 1px solid var(--line); }
+th, td { padding: .25rem .5rem; text-align: right; font-variant-numeric: tabular-nums; }
+:is(th, td):is(:first-child, .model, .token, .limit, .note) { text-align: left; }
+th, .cost, .time { white-space: nowrap; } .model, .token { min-width: 7rem; }
+#chart { display: grid; grid-template-columns: auto 1fr; gap: 0 .5rem; font-size: .85rem; }
+#x, #y, #bars { display: flex; justify-content: space-between; } #x { grid-column: 2; }
+#y { flex-direction: column; } #bars div { flex: 1; }
+#bars { align-items: flex-end; gap: 2px; height: 5rem; border-bottom: 1px solid var(--line); }
 input, button { font: inherit; padding: .3rem .6rem; } [hidden] { display: none; }
-#note { min-height: 1.5em; }
+pre { white-space: pre-wrap; }
+@media (max-width: 50rem) {
+  tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0; }
+  th, td:empty { display: none; } td { padding: 0; } .limit, .note { flex-basis: 100%; }
+  td + td:not(.model, .token, .limit, .note)::before { content: attr(data-head) ' '; opacity: .6; }
+}
 """
 DASHBOARD_SCRIPT = """
 const at = id => document.getElementById(id);
+const made = (kind, name = '', text = '') => {
+  const box = document.createElement(kind);
+  box.className = name;
+  box.textContent = text;
+  return box;
+};
 const usd = n => '$' + (n / 1e6).toLocaleString('en', {minimumFractionDigits: 2,
                                                       maximumFractionDigits: 6});
-const row = (cells, kind = 'td') => {
-  const line = document.createElement('tr');
-  for (const cell of cells) {
-    const box = document.createElement(kind);
-    box.textContent = cell ?? '';
-    line.append(box);
-  }
+const when = ms => new Date(ms).toLocaleString([], {dateStyle: 'short', timeStyle: 'medium'});
+const fill = (id, head, rows) => at(id).replaceChildren(...[head, ...rows].map((cells, y) => {
+  const line = made('tr');
+  cells.forEach((cell, x) => {
+    const box = line.appendChild(made(y ? 'td' : 'th', head[x], cell instanceof Node ? '' : cell));
+    if (cell instanceof Node) box.append(cell);
+    box.dataset.head = head[x];
+  });
   return line;
-};
-const fill = (id, head, rows) => at(id).replaceChildren(row(head, 'th'), ...rows.map(r => row(r)));
+}));
 const get = async path => {
-  const answer = await fetch(path, {headers: {
-    authorization: 'Bearer ' + sessionStorage.getItem('token')}});
+  const headers = {authorization: 'Bearer ' + sessionStorage.getItem('token')};
+  const answer = await fetch(path, {headers});
   if (!answer.ok) throw answer.status;
   return answer.json();
 };
-const counts = ['requests', 'input', 'cached', 'output', 'cost'];
-const groups = named => Object.entries(named).map(([name, c]) => [
-  name, c.requests, c.input_tokens, c.cached_input_tokens, c.output_tokens,
-  usd(c.cost_microdollars ?? 0)]);
+const counts = ['calls', 'input', 'cached', 'output'];
+const counted = c => [c.requests, c.input_tokens, c.cached_input_tokens, c.output_tokens];
+const end = a => Math.min(a.limit_microdollars ?? Infinity, a.stop_at_microdollars ?? Infinity);
+const standing = a => {
+  const box = made('div', '', usd(a.spent_microdollars) + ' spent, ' + usd(a.reserved_microdollars)
+    + ' reserved, ' + (a.limit_microdollars === null ? 'no limit'
+      : usd(a.available_microdollars) + ' free of ' + usd(a.limit_microdollars))
+    + (a.stop_at_microdollars == null ? '' : ', stop at ' + usd(a.stop_at_microdollars))
+    + (a.resets_s == null ? '' : ', until ' + when(1e3 * a.resets_s)));
+  const bar = made('div', 'gauge ' + a.tone);
+  const whole = Math.max(end(a), a.spent_microdollars + a.reserved_microdollars, 1);
+  for (const name of ['spent', 'reserved'])
+    bar.appendChild(made('div', name)).style.width = 100 * a[name + '_microdollars'] / whole + '%';
+  box.prepend(bar);
+  return box;
+};
+const judged = (a, refusals) => {
+  const share = a.spent_microdollars / Math.max(end(a), 1), isOver = a.spent_microdollars >= end(a);
+  const again = refusals.filter(r => r.scope === a.scope
+    && r.needed_microdollars > (a.available_microdollars ?? Infinity));
+  a.tone = isOver || again.length ? 'red' : share >= .75 ? 'near' : '';
+  return !a.tone ? '' : made('div', a.tone, a.scope + ': ' + (isOver ? 'calls are refused, ' : '')
+    + Math.floor(100 * share) + ' % of ' + usd(end(a)) + ' is spent' + (again.length ? '; '
+      + again.length + ' refused for want of budget in the last day. The last: '
+      + again[0].message : ''));
+};
+const draw = rows => {
+  const times = rows.map(r => r.settled_ms), ends = [Math.min(...times), Math.max(...times)];
+  const step = Math.max((ends[1] - ends[0]) / 39, 1), sums = Array(40).fill(0);
+  for (const r of rows) sums[Math.floor((r.settled_ms - ends[0]) / step)] += r.cost_microdollars;
+  const most = Math.max(...sums, 1), words = texts => texts.map(text => made('span', '', text));
+  at('bars').replaceChildren(...sums.map(() => made('div')));
+  sums.forEach((sum, n) => at('bars').children[n].style.height = 100 * sum / most + '%');
+  at('y').replaceChildren(...words([usd(most), '$0']));
+  at('x').replaceChildren(...words(rows.length ? [
+    when(ends[0]), 'a bar: ' + Number((step / 1e3).toPrecision(3)) + ' s', when(ends[1])] : []));
+};
 const show = (status, usage) => {
-  const limit = status.limit_microdollars, spent = status.spent_microdollars;
-  const held = status.reserved_microdollars, whole = Math.max(limit ?? 0, spent + held, 1);
-  at('spent').style.width = 100 * spent / whole + '%';
-  at('held').style.width = 100 * held / whole + '%';
-  document.body.classList.toggle('over', limit !== null && spent >= limit);
-  at('amounts').textContent = usd(spent) + ' spent, ' + usd(held) + ' reserved, ' + (
-    limit === null ? 'no limit' : usd(status.available_microdollars) + ' free of ' + usd(limit));
-  at('facts').textContent = (status.shared ? 'of the cage ' + status.shared.cage
-    + '; of this process ' : '')
-    + status.requests + ' calls, ' + status.failed_requests + ' failed, '
-    + status.refused_requests + ' refused for want of budget, up ' + status.uptime_s + ' s';
-  fill('models', ['model', ...counts], groups(status.by_model));
-  fill('tokens', ['token', ...counts], groups(status.by_token));
-  const lines = [...usage.rows.map(r => [r.settled_ms, r.token, r.model,
-      r.status ?? 'none', r.input_tokens, r.output_tokens, usd(r.cost_microdollars),
+  const refusals = usage.refused.filter(r => r.status === 402 && r.refused_ms > Date.now() - 864e5);
+  const scopes = {[status.scope]: status, ...status.by_token, ...status.by_session};
+  for (const r of refusals) scopes[r.scope] ??= {...r, available_microdollars: Math.max(0,
+    r.limit_microdollars - r.spent_microdollars - r.reserved_microdollars)};
+  at('state').replaceChildren(...Object.values(scopes).map(a => judged(a, refusals)),
+    status.shared?.fault ? made('div', 'red', 'shared budget: ' + status.shared.fault) : '');
+  at('amounts').replaceChildren(standing(scopes[status.scope]));
+  at('facts').textContent = (status.shared ? 'Money of the shared cage ' + status.shared.cage
+    + ', calls of this process. ' : '') + 'Since ' + when(Date.now() - 1e3 * status.uptime_s)
+    + ': calls ' + status.requests + ', failed ' + status.failed_requests
+    + ', refused for want of budget ' + status.refused_requests;
+  at('first').hidden = usage.rows.length + usage.refused.length + status.requests > 0;
+  at('called').hidden = !at('first').hidden;
+  draw(usage.rows);
+  fill('tokens', ['token', 'cost', 'limit', 'refused', ...counts],
+    Object.entries(status.by_token).map(([name, c]) => [name, usd(c.cost_microdollars ?? 0),
+      c.scope && standing(scopes[name]), c.refused_requests, ...counted(c)]));
+  const sessions = {};
+  for (const name in status.by_session) sessions[name] = [0, 0];
+  for (const r of usage.rows.filter(r => r.session !== null)) {
+    const [cost, calls] = sessions[r.token + '/' + r.session] ?? [0, 0];
+    sessions[r.token + '/' + r.session] = [cost + r.cost_microdollars, calls + 1];
+  }
+  fill('sessions', ['session', 'cost', 'limit', 'calls'], Object.entries(sessions).map(
+    ([name, [cost, calls]]) => [name, usd(cost), scopes[name] && standing(scopes[name]), calls]));
+  fill('models', ['model', 'cost', ...counts], Object.entries(status.by_model).map(
+    ([name, c]) => [name, usd(c.cost_microdollars), ...counted(c)]));
+  const lines = [...usage.rows.map(r => [r.settled_ms, usd(r.cost_microdollars), r.model, r.token,
+      r.status ?? 'none', r.input_tokens, r.output_tokens,
       r.estimated && 'estimated: ' + r.estimated]),
-    ...usage.refused.map(r => [r.refused_ms, r.token, '', r.status, '', '', '',
-      'refused: ' + r.message])].sort((a, b) => b[0] - a[0]);
-  fill('rows', ['time', 'token', 'model', 'status', 'input', 'output', 'cost', 'note'],
-    lines.map(([ms, ...rest]) => [new Date(ms).toLocaleTimeString(), ...rest]));
-  const times = usage.rows.map(r => r.settled_ms), first = Math.min(...times);
-  const step = Math.max((Math.max(...times) - first) / 39, 1), sums = Array(40).fill(0);
-  for (const r of usage.rows) sums[Math.floor((r.settled_ms - first) / step)]
-    += r.cost_microdollars;
-  const most = Math.max(...sums, 1);
-  at('bars').replaceChildren(...sums.map(sum => {
-    const bar = document.createElement('div');
-    bar.style.height = 100 * sum / most + '%';
-    bar.title = usd(sum);
-    return bar;
-  }));
+    ...usage.refused.map(r => [r.refused_ms, '', r.model, r.token, r.status, '', '',
+      made('span', 'red', 'refused: ' + r.message)])].sort((a, b) => b[0] - a[0]);
+  fill('rows', ['time', 'cost', 'model', 'token', 'status', 'input', 'output', 'note'],
+    lines.map(([ms, ...rest]) => [when(ms), ...rest]));
 };
 const tick = async () => {
   const known = sessionStorage.getItem('token') !== null;
@@ -15178,10 +15240,11 @@ const tick = async () => {
     show(await get('status'), await get('usage?limit=200'));
     at('note').textContent = '';
   } catch (fault) {
-    if (fault === 401) sessionStorage.removeItem('token');
     at('note').textContent = fault === 401 ? 'That token is not known here.'
       : 'The proxy does not answer.';
-    if (fault === 401) { at('ask').hidden = false; at('page').hidden = true; }
+    if (fault !== 401) return;
+    sessionStorage.removeItem('token');
+    at('page').hidden = !(at('ask').hidden = false);
   }
 };
 at('ask').addEventListener('submit', event => {
@@ -15190,22 +15253,27 @@ at('ask').addEventListener('submit', event => {
   at('token').value = '';
   tick();
 });
+const base = location.href.split('/ironcage/')[0];
+at('paste').textContent = 'export OPENAI_BASE_URL=' + base + '/v1 OPENAI_API_KEY=ic_...\\n'
+  + 'export ANTHROPIC_BASE_URL=' + base + ' ANTHROPIC_AUTH_TOKEN=ic_...';
 tick();
 setInterval(tick, 2000);
 """
 DASHBOARD_BODY = """
-<h1>ironcage</h1>
-<p id="note" role="status"></p>
-<form id="ask"><label>Token <input id="token" type="password" autocomplete="off"></label>
+<h1>ironcage</h1><p id="note" role="status"></p>
+<form id="ask"><p>The token that the proxy printed at its start, or one of its configuration:</p>
+<label>Token <input id="token" type="password" autocomplete="off"></label>
 <button>Show</button></form>
-<main id="page" hidden>
-<div id="gauge"><div id="spent"></div><div id="held"></div></div>
-<p id="amounts"></p><p id="facts"></p>
-<h2>Spend over the last calls</h2><div class="bars" id="bars"></div>
-<h2>By model</h2><div class="scroll"><table id="models"></table></div>
-<h2>By token</h2><div class="scroll"><table id="tokens"></table></div>
-<h2>Last calls</h2><div class="scroll"><table id="rows"></table></div>
-</main>
+<main id="page" hidden><div id="state"></div><div id="amounts"></div><p id="facts"></p>
+<div id="first" hidden><h2>Nothing was called yet</h2>
+<p>Paste the line of your client into the shell that starts the agent, with your token in place of
+ic_...:</p><pre id="paste"></pre></div><div id="called"><h2>Spend of the last calls</h2>
+<div id="chart"><div id="y"></div><div id="bars"></div><div id="x"></div></div>
+<h2>By token</h2><table id="tokens"></table>
+<h2>By session, of the last 200 calls or capped</h2><table id="sessions"></table>
+<h2>By model</h2><table id="models"></table>
+<h2>Last calls and refusals</h2><table id="rows"></table>
+</div></main>
 """
 
 
@@ -16106,14 +16174,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
         A token of --config sees its own part.
         """
-        counts = self.router.totals.snapshot(next(iter(request.caller.scopes), None))
+        token = next(iter(request.caller.scopes), None)
+        counts = self.router.totals.snapshot(token)
         shared = self.router.controller.accounts.as_json()
         names = [caller.name for caller in self.callers.values()
-                 if caller.scopes and request.caller.scopes in ((), caller.scopes)]
-        for budget in self.router.controller.budgets(names):
+                 if caller.scopes and token in (None, caller.name)]
+        own, *budgets = self.router.controller.budgets([token or PROXY_SCOPE, *names])
+        for budget in budgets:
             counts["by_token"][budget.scope] = {
-                **counts["by_token"].get(budget.scope, {}), **budget.as_json()}
-        return {**self.get_budget(request), **counts,
+                **counts["by_token"].get(budget.scope, {}), **budget.standing()}
+        return {**own.standing(), **counts,
+                "by_session": {budget.scope: budget.standing()
+                               for budget in self.router.session_budgets(names)},
                 **({"server": self.router.server.as_json()} if self.router.server else {}),
                 **({"shared": shared} if shared is not None else {}),
                 "bound_exceeded": self.router.controller.bound_exceeded(),
