@@ -3793,8 +3793,8 @@ class Part:
     index = 0                            # its place in an answer
 
     def __init__(self, kind: str, text: str = "", **more: object) -> None:
+        self.__dict__ = more
         self.kind, self.text = kind, text
-        self.__dict__.update(more)
 
 
 class Citation(NamedTuple):
@@ -3843,22 +3843,21 @@ class Format(NamedTuple):
 
 class Conversation:
     """A request. What has no place here is in `rest` under the client's name of the field."""
+    choice: Optional[Choice] = None
+    one_call_at_a_time = streams = False
+    format: Optional[Format] = None
+    effort: Optional[str] = None                 # one of EFFORTS, as asked
+    summary: Optional[str] = None                # of thoughts: auto, concise or detailed
+    output_cap: Optional[int] = None
+    sampling: Mapping[str, object] = MappingProxyType({})    # temperature, top_p and top_k
+    stops: Sequence[str] = ()
+    user: Optional[str] = None
+    tier: Optional[str] = None                   # OpenAI's word: auto, default, flex, priority
 
     def __init__(self, model: str) -> None:
         self.model = model                       # as the provider names it
         self.turns: list[Turn] = []              # each message, in order; a system prompt is first
         self.tools: list[Tool] = []              # those that are allowed
-        self.choice: Optional[Choice] = None
-        self.one_call_at_a_time = False
-        self.format: Optional[Format] = None
-        self.effort: object = None               # one of EFFORTS, as asked
-        self.summary: Optional[str] = None       # of thoughts: auto, concise or detailed
-        self.output_cap: Optional[int] = None
-        self.sampling: dict[str, object] = {}    # temperature, top_p and top_k
-        self.stops: list[str] = []
-        self.user: Optional[str] = None
-        self.tier: Optional[str] = None          # OpenAI's word: auto, default, flex, priority
-        self.streams = False
         self.changed: dict[str, str] = {}        # what the reader had to change, to be reported
         self.names: dict[str, str] = {}          # of losses, where not the API's usual ones
         self.rest: dict[str, object] = {}        # lost, and reported, where a writer has no place
@@ -3878,14 +3877,15 @@ class Target(NamedTuple):
 class Terms:
     """What a writer arranged in a request, and its answer has to be freed of."""
 
+    stops: Sequence[str] = ()                    # as the client gave them
+    calls_in_order = False                       # the provider never goes back to a call
+    answers_by_tool = False                      # the answer comes as the input of ANSWER_TOOL
+    unfences = False                             # JSON was asked for in words: it may be fenced
+    betas: tuple[str, ...] = ()                  # for the header anthropic-beta
+    digest = ""                                  # of all that the answer's thinking is bound to
+
     def __init__(self, names: ToolNames) -> None:
         self.names = names                       # of tools, as the provider knows them
-        self.stops: Sequence[str] = ()           # as the client gave them
-        self.calls_in_order = False              # the provider never goes back to a call
-        self.answers_by_tool = False             # the answer comes as the input of ANSWER_TOOL
-        self.unfences = False                    # JSON was asked for in words: it may be fenced
-        self.betas: tuple[str, ...] = ()         # for the header anthropic-beta
-        self.digest = ""                         # of all that the answer's thinking is bound to
 
 
 # An answer is a series of events: Began, then parts, then Ended. A part is opened, grows by More,
@@ -3952,16 +3952,12 @@ class Whole(NamedTuple):
 
 def folded(events: Iterable[AnswerEvent]) -> Whole:
     """Return an answer at once. Its parts are in the order in which they were opened."""
-    began, ended, parts = Began("", None), Ended("end"), []
+    newest, parts = {Began: Began("", None), Ended: Ended("end")}, []
     for event in events:
-        kind = type(event)
-        if kind is Opened:
+        newest[type(event)] = event
+        if type(event) is Opened:
             parts.append(event.part)
-        elif kind is Began:
-            began = event
-        elif kind is Ended:
-            ended = event
-    return Whole(began, parts, ended)
+    return Whole(newest[Began], parts, newest[Ended])
 
 
 class AnswerWriter:
@@ -4154,8 +4150,9 @@ def by_rules(fields: Mapping[str, object],
     """
     kept: dict[str, dict[str, object]] = {"rest": {}, "hint": {}}
     for name, value in fields.items():
-        action, *neutral = rules.get(name, ("rest",))
-        if value is None or value in neutral or action == "own":
+        rule = rules.get(name, ("rest",))
+        action = rule[0]
+        if action == "own" or value is None or value in rule[1:]:
             continue
         if action == "refuse":
             raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
@@ -4166,11 +4163,13 @@ def by_rules(fields: Mapping[str, object],
 
 def left_over(conversation: Conversation, takes: Container[str], losses: Losses) -> dict:
     """Return what a target takes under the client's name; the rest of it is reported as lost."""
-    for name in conversation.rest:
-        if name not in takes:
+    taken = {name: value for name, value in conversation.hints.items() if name in takes}
+    for name, value in conversation.rest.items():
+        if name in takes:
+            taken[name] = value
+        else:
             losses.drop(name)
-    return {name: value for name, value in {**conversation.hints, **conversation.rest}.items()
-            if name in takes}
+    return taken
 
 
 # What a value of the wrong shape raises: made from the name of a field, and what it must be.
@@ -4191,30 +4190,31 @@ def IN_ANSWER(name: str, kind: str) -> IroncageError:
                          f"{shown_name(name)} must be {kind}")
 
 
-def text_in(holder: Mapping[str, object], name: str, fault: Fault) -> str:
-    """Return a string among fields; absent and null are "". Raises what `fault` makes."""
+def text_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> str:
+    """Return a string among fields; absent and null are "". Raises what `fault` makes, which is
+    in_request(name) unless that is given."""
     value = holder.get(name)
     if value is None or isinstance(value, str):
         return value or ""
-    raise fault(name, "a string")
+    raise (fault or in_request(name))(name, "a string")
 
 
-def object_in(holder: Mapping[str, object], name: str, fault: Fault) -> dict:
+def object_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> dict:
     """Return an object among fields; absent and null are empty."""
     value = holder.get(name)
     if value is None or isinstance(value, dict):
         return value or {}
-    raise fault(name, "an object")
+    raise (fault or in_request(name))(name, "an object")
 
 
-def rows_in(holder: Mapping[str, object], name: str, fault: Fault) -> list[dict]:
+def rows_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> list[dict]:
     """Return a list of objects among fields; absent and null are empty."""
     value = holder.get(name)
     if value is None:
         return []
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         return value
-    raise fault(name, "a list of objects")
+    raise (fault or in_request(name))(name, "a list of objects")
 
 
 def count_or_zero(usage: object, name: str) -> int:
@@ -4238,8 +4238,10 @@ def _string_list(value: object) -> list[str]:
 
 def _parts_of(content: object) -> list[dict]:
     """A message's content as a list of parts; a string is a text part, null is none."""
-    return [{"type": "text", "text": part} if isinstance(part, str) else part
-            for part in (content if isinstance(content, list) else [content])
+    if content is None:
+        return []
+    return [part if isinstance(part, dict) else {"type": "text", "text": part}
+            for part in (content if isinstance(content, list) else (content,))
             if isinstance(part, (dict, str))]
 
 
@@ -4296,9 +4298,11 @@ plain_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes 
 def input_to_arguments(value: object) -> str:
     """The other way round."""
     fields = json_object(value)
-    if fields.keys() == {"__raw"} and isinstance(fields["__raw"], str):
-        return fields["__raw"]
-    return plain_json(fields["__value"] if fields.keys() == {"__value"} else fields)
+    if len(fields) == 1:
+        if isinstance(fields.get("__raw"), str):
+            return fields["__raw"]
+        fields = fields.get("__value", fields)
+    return plain_json(fields)
 
 
 LATER_SYSTEM = "[system instruction, not from the user]\n"
@@ -4364,14 +4368,19 @@ class ToolNames:
     def __init__(self, most_chars: int) -> None:
         self._most = most_chars
         self._own: dict[str, OwnName] = {}         # name at the provider -> the client's
+        self._fitting: dict[tuple[str, str], str] = {}     # and back
 
     def fitting(self, name: str, namespace: str = "", is_text: bool = False) -> str:
         """Return a name as the provider takes it; a changed one ends in a hash, so that none
         collide."""
+        fitting = self._fitting.get((name, namespace))
+        if fitting is not None:
+            return fitting
         own = f"{namespace}__{name}" if namespace else name
         clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
         fits = clean == own and len(own) <= self._most
         fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
+        self._fitting[name, namespace] = fitting
         self._own.setdefault(fitting, OwnName(name, namespace, is_text))
         return fitting
 
@@ -4385,12 +4394,12 @@ class CallIds:
 
     def __init__(self, pattern: str, prefix: str) -> None:
         self._pattern, self._prefix = re.compile(pattern), prefix
-        self._uses: Counter = Counter()            # of each of the client's ids
+        self._uses: dict[str, int] = {}            # of each of the client's ids
 
     def fitting(self, own: str) -> str:
         """Return the id of one call; a changed one depends on the client's alone."""
-        again = self._uses[own]
-        self._uses[own] += 1
+        again = self._uses.get(own, 0)
+        self._uses[own] = again + 1
         if not again and self._pattern.fullmatch(own):
             return own
         hashed = _hashed(f"{own}#{again}" if again else own, 24)
@@ -4405,8 +4414,7 @@ _CARRIED_ID = r"icid([0-9]*)_([A-Za-z0-9_-]+)"
 def carried_call_id(given: str, used: Container[str]) -> str:
     """Return the id of a call as every client and vendor takes it, unlike the ones in use. One
     that is changed can be had back with own_call_id()."""
-    if given not in used and re.fullmatch(LEGAL_CALL_ID, given) \
-            and not re.fullmatch(_CARRIED_ID, given):
+    if given not in used and not given.startswith("icid") and re.fullmatch(LEGAL_CALL_ID, given):
         return given
     packed = base64.urlsafe_b64encode(given.encode("utf-8", "surrogatepass")).decode("ascii")
     packed = packed.rstrip("=")
@@ -4418,7 +4426,7 @@ def carried_call_id(given: str, used: Container[str]) -> str:
 
 def own_call_id(carried: str) -> str:
     """Return the id that a provider gave a call."""
-    match = re.fullmatch(_CARRIED_ID, carried)
+    match = re.fullmatch(_CARRIED_ID, carried) if carried.startswith("icid") else None
     try:
         return carried if match is None else base64.b64decode(
             match[2] + "==", b"-_").decode("utf-8", "surrogatepass") or carried
@@ -4459,10 +4467,9 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
 def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
               losses: Losses) -> list[Turn]:
     """Return the turns behind a turn of the assistant, with the results of its calls in front."""
-    waiting: dict[str, deque] = {}                 # id -> calls without a result, oldest first
-    last: dict[str, Part] = {}                     # id -> the call that had a result last
-    for call in calls:
-        waiting.setdefault(call.id, deque()).append(call)
+    waiting: dict[str, list[Part]] = {}            # id -> its calls: the last, and, before it,
+    for call in calls:                             # those without a result
+        waiting.setdefault(call.id, []).append(call)
     results: dict[Part, Part] = {}
     turns = []
     for role, parts in after:
@@ -4473,14 +4480,14 @@ def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
                 rest.append(part)
                 continue
             queue = waiting.get(part.id)
-            call = last[part.id] = queue.popleft() if queue else last.get(part.id)
-            if call is None:
+            if queue is None:
                 losses.adjust("results", "text")
                 text = f"[result of tool call {part.id}]\n" + "".join(
                     piece.text for piece in part.parts if piece.kind == "text")
                 rest.append(Part("text", text))
                 behind += [piece for piece in part.parts if piece.kind != "text"]
             else:
+                call = queue.pop(0) if len(queue) > 1 else queue[0]
                 if call in results:
                     losses.adjust("results", "paired")
                 results[call] = part
@@ -4618,6 +4625,7 @@ MOST_ENFORCED = MappingProxyType({"strict tools": 20, "optional properties": 24,
 SCHEMA_KEYWORDS = frozenset({"$defs", "$ref", "type", "enum", "const", "anyOf", "allOf", "default",
                              "properties", "required", "items", "title", "description"})
 SCHEMA_MAPS = ("properties", "$defs", "definitions")        # name -> schema
+SCHEMA_VALUES = ("enum", "const", "default")                # no schema stands in them
 SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "uri",
                             "ipv4", "ipv6", "uuid"})
 UNTAKEN_PATTERN = r"\(\?[^:]|\\[bB1-9]"           # look-around, references back, word boundaries
@@ -4672,17 +4680,20 @@ SCHEMA_SHAPES = MappingProxyType({
 def checked_schema(schema: object, fault: Fault) -> object:
     """Return a schema in which what is looked at here has the shape that it must have."""
     waiting = [schema]
-    for schema_part in waiting:                    # which grows as we go
-        if not isinstance(schema_part, dict):
-            waiting += _inner_schemas(schema_part)
-            continue
-        for name in SCHEMA_SHAPES.keys() & schema_part.keys():
-            kind, words = SCHEMA_SHAPES[name]
-            if not isinstance(schema_part[name], kind):
-                raise fault(name, words)
-        if not all([isinstance(name, str) for name in schema_part.get("required", ())]):
-            raise fault("required", "a list of strings")
-        waiting += _inner_schemas(schema_part)
+    for inner in waiting:                          # which grows as we go
+        if isinstance(inner, list):
+            waiting += inner
+        elif isinstance(inner, dict):
+            for name, value in inner.items():
+                kind, words = SCHEMA_SHAPES.get(name, (object, ""))
+                if not isinstance(value, kind):
+                    raise fault(name, words)
+                if name in SCHEMA_MAPS:
+                    waiting += value.values()
+                elif name not in SCHEMA_VALUES and isinstance(value, (dict, list)):
+                    waiting.append(value)
+            if not all([isinstance(name, str) for name in inner.get("required", ())]):
+                raise fault("required", "a list of strings")
     return schema
 
 
@@ -4690,7 +4701,7 @@ def _inner_schemas(schema: object) -> Iterable[object]:
     """What stands directly inside a schema, or a list of them, and may be a schema itself."""
     if not isinstance(schema, dict):
         return schema if isinstance(schema, list) else ()
-    return [child for name, value in schema.items() if name not in ("enum", "const", "default")
+    return [child for name, value in schema.items() if name not in SCHEMA_VALUES
             for child in (json_object(value).values() if name in SCHEMA_MAPS else (value,))]
 
 
@@ -4929,7 +4940,7 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     """Read a chat completions request. Raises BadRequest."""
     conversation = Conversation(str(fields["model"]))
     conversation.rest, conversation.hints = by_rules(fields, CHAT_RULES)
-    policies = object_in(object_in(fields, "moderation", in_request("moderation")), "policy",
+    policies = object_in(object_in(fields, "moderation"), "policy",
                          in_request("moderation")).values()
     if any(json_object(policy).get("mode") == "block" for policy in policies):
         raise BadRequest("moderation that blocks cannot be carried over to this model's provider",
@@ -4944,8 +4955,8 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     conversation.effort = effort_of(fields.get("reasoning_effort"), "reasoning_effort")
     conversation.tier = text_in(fields, "service_tier", in_request("service_tier")) or None
     set_user(conversation, fields)
-    conversation.format = format_of(object_in(
-        fields, "response_format", in_request("response_format")), "response_format", "json_schema")
+    conversation.format = format_of(object_in(fields, "response_format"), "response_format",
+                                    "json_schema")
     _read_tools(fields, conversation)
     conversation.turns = [_turn_of(message) for message in messages_in(fields, "messages")]
     return conversation
@@ -4970,7 +4981,7 @@ def effort_of(effort: object, field: str) -> Optional[str]:
 
 def set_user(conversation: Conversation, fields: Mapping[str, object]) -> None:
     """Read who asks, and the rest of the metadata, from a request of OpenAI's."""
-    metadata = object_in(fields, "metadata", in_request("metadata"))
+    metadata = object_in(fields, "metadata")
     user = fields.get("safety_identifier") or fields.get("user") or metadata.get("user_id")
     conversation.user = user if isinstance(user, str) else None
     others = {name: value for name, value in metadata.items() if name != "user_id"}
@@ -4983,7 +4994,7 @@ def messages_in(fields: Mapping[str, object], name: str) -> list[dict]:
     messages = fields.get(name)
     if not isinstance(messages, list) or not messages:
         raise BadRequest(f"{name} must be a list of at least one message", param=name)
-    return rows_in(fields, name, in_request(name))
+    return rows_in(fields, name)
 
 
 def format_of(row: Mapping[str, object], field: str, inside: str = "") -> Optional[Format]:
@@ -5000,8 +5011,7 @@ def format_of(row: Mapping[str, object], field: str, inside: str = "") -> Option
 
 def _read_tools(fields: Mapping[str, object], conversation: Conversation) -> None:
     rows = rows_in(fields, "tools", IN_TOOLS) or [
-        {"type": "function", "function": function}
-        for function in rows_in(fields, "functions", in_request("functions"))]
+        {"type": "function", "function": function} for function in rows_in(fields, "functions")]
     conversation.tools = [_tool_of(row) for row in rows]
     conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False \
         or bool(fields.get("functions"))
@@ -5109,8 +5119,10 @@ def _mark_of(holder: Mapping[str, object]) -> Optional[dict]:
 
 
 def _chat_parts(message: Mapping[str, object]) -> list[Part]:
-    parts = []
-    for row in _parts_of(_content_of(message)):
+    content, parts = _content_of(message), []
+    if isinstance(content, str):
+        return [Part("text", content)] if content else []
+    for row in _parts_of(content):
         read = _CHAT_PARTS_READ.get(str(row.get("type")))
         if read is None:
             raise BadRequest(f"content of the type {shown_name(str(row.get('type')))} cannot be "
@@ -6049,7 +6061,7 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
     conversation.tools = [
         _tool_of_claude(row, conversation) for row in rows
         if row.get("name") != DEFERRED_TOOLS and str(row.get("name")) not in removed]
-    choice = object_in(fields, "tool_choice", in_request("tool_choice"))
+    choice = object_in(fields, "tool_choice")
     if choice.get("type") == "tool":
         conversation.choice = Choice("tool", text_in(choice, "name", in_request("tool_choice")))
     elif str(choice.get("type")) in MESSAGES_CHOICES:
@@ -6061,13 +6073,13 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
 
 
 def _read_user(fields: Mapping[str, object], conversation: Conversation) -> None:
-    user = object_in(fields, "metadata", in_request("metadata")).get("user_id")
+    user = object_in(fields, "metadata").get("user_id")
     if isinstance(user, str):
         conversation.user = user
         session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
         if session:
             conversation.hints["prompt_cache_key"] = session[1]
-    edits = object_in(fields, "context_management", in_request("context_management")).get("edits")
+    edits = object_in(fields, "context_management").get("edits")
     if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
         conversation.rest["context_management"] = edits
 
@@ -6075,11 +6087,11 @@ def _read_user(fields: Mapping[str, object], conversation: Conversation) -> None
 def _read_output_config(fields: Mapping[str, object], messages: Sequence[Mapping[str, object]],
                         conversation: Conversation) -> None:
     """Read effort and form of the answer: the last message that says an effort counts."""
-    output = object_in(fields, "output_config", in_request("output_config"))
-    thinking = object_in(fields, "thinking", in_request("thinking"))
+    output, thinking = object_in(fields, "output_config"), object_in(fields, "thinking")
     asked = output.get("effort")
     for message in messages:
-        asked = json_object(message.get("output_config")).get("effort", asked)
+        if "output_config" in message:
+            asked = json_object(message["output_config"]).get("effort", asked)
     if asked is None and thinking.get("type") not in (None, "adaptive"):
         conversation.names["effort"] = "thinking"
         budget = optional_count(thinking, "budget_tokens") or 0
@@ -6100,8 +6112,8 @@ def _read_messages(messages: Sequence[Mapping[str, object]],
                    conversation: Conversation) -> tuple[list[dict], set[str]]:
     """Read the turns; return the tools that were added within the conversation, and the names of
     those that were removed."""
-    last_user = max((at for at, message in enumerate(messages)
-                     if message.get("role") == "user"), default=-1)
+    last_user = next((at for at in reversed(range(len(messages)))
+                      if messages[at].get("role") == "user"), -1)
     added: list[dict] = []
     removed: set[str] = set()
     for at, message in enumerate(messages):
@@ -6152,16 +6164,14 @@ def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> To
 def _message_parts(content: object, field: str) -> list[Part]:
     parts = []
     for row in _parts_of(content):
-        kind = str(row.get("type"))
-        read = _BLOCKS_READ.get(kind)
-        read_parts = read(row) if read is not None else [
-            Part("other", native=row, origin="messages")]
-        parts += [part for part in read_parts if part.kind != "text" or part.text]
+        read = _BLOCKS_READ.get(str(row.get("type")))
+        parts += [Part("other", native=row, origin="messages")] if read is None else read(row)
     return parts
 
 
 def _text_blocks(row: Mapping[str, object]) -> list[Part]:
-    return [Part("text", text_in(row, "text", IN_MESSAGES), mark=row.get("cache_control"))]
+    text = text_in(row, "text", IN_MESSAGES)
+    return [Part("text", text, mark=row.get("cache_control"))] if text else []
 
 
 def _media_blocks(row: Mapping[str, object]) -> list[Part]:
@@ -6195,8 +6205,8 @@ def _tool_use_blocks(row: Mapping[str, object]) -> list[Part]:
 def _tool_result_blocks(row: Mapping[str, object]) -> list[Part]:
     pieces = []
     for piece in _parts_of(_content_of(row)):
-        read = _BLOCKS_READ.get(str(piece.get("type")))
-        pieces += read(piece) if str(piece.get("type")) in RESULT_BLOCKS \
+        kind = str(piece.get("type"))
+        pieces += _BLOCKS_READ[kind](piece) if kind in RESULT_BLOCKS \
             else [Part("text", json.dumps(piece))]
     return [Part("result", id=str(row.get("tool_use_id") or ""), parts=pieces,
                  is_error=row.get("is_error") is True, mark=row.get("cache_control"))]
@@ -6208,7 +6218,7 @@ def _thinking_blocks(row: Mapping[str, object]) -> list[Part]:
 
 def _compaction_blocks(row: Mapping[str, object]) -> list[Part]:
     """Return the summary that stands for what was before it."""
-    return [Part("text", text_in(row, "content", IN_MESSAGES))]
+    return _text_blocks({"text": row.get("content")})
 
 
 def _tool_change_blocks(row: Mapping[str, object]) -> list[Part]:
@@ -6249,15 +6259,15 @@ class _MessagesRequest(RequestWriter):
         self._set_thinking(request, passed.pop("thinking", None))
         messages = request["messages"] = self._messages(self._thinks(request))
         self._carry_thinking(request, tools)
-        names = {block["name"] for turn in messages for block in turn["content"]
-                 if block["type"] == "tool_use"}
         if tools:
             request["tools"] = tools
             self._set_tool_choice(request)
-        elif names:
-            request["tools"] = [{"name": name, "input_schema": {"type": "object"}}
-                                for name in sorted(names)]
-            request["tool_choice"] = {"type": "none"}
+        else:
+            names = {block["name"] for turn in messages for block in turn["content"]
+                     if block["type"] == "tool_use"}
+            if names:
+                request.update(tool_choice={"type": "none"}, tools=[
+                    {"name": name, "input_schema": {"type": "object"}} for name in sorted(names)])
         self._set_format(request)
         self._set_sampling(request)
         if "output_config" in passed:              # the client's own, and what was derived
@@ -6286,7 +6296,8 @@ class _MessagesRequest(RequestWriter):
 
     @staticmethod
     def _thinks(request: Mapping[str, object]) -> bool:
-        return json_object(request.get("thinking")).get("type") in ("enabled", "adaptive")
+        return "thinking" in request \
+            and json_object(request["thinking"]).get("type") in ("enabled", "adaptive")
 
     def _set_sampling(self, request: dict) -> None:
         thinks = self._thinks(request)
@@ -6372,10 +6383,11 @@ class _MessagesRequest(RequestWriter):
 
     def _check_thinking(self, request: dict) -> None:
         """A budgeted thought goes on after a tool's result only where its beginning came along."""
+        if json_object(request.get("thinking")).get("type") != "enabled":
+            return
         last = next((turn["content"] for turn in reversed(request["messages"])
                      if turn["role"] == "assistant"), [])
-        if json_object(request.get("thinking")).get("type") == "enabled" \
-                and any(block["type"] == "tool_use" for block in last) \
+        if any(block["type"] == "tool_use" for block in last) \
                 and last[0]["type"] not in ("thinking", "redacted_thinking"):
             self._losses.drop("thinking")
             del request["thinking"]
@@ -6528,7 +6540,8 @@ class _MessagesRequest(RequestWriter):
         blocks = [*request.get("tools", ()), *request.get("system", ())]
         for turn in request["messages"]:
             for block in turn["content"]:
-                blocks += [*_parts_of(block.get("content")), block]
+                inner = block.get("content")
+                blocks += [*inner, block] if isinstance(inner, list) else [block]
         marked = [block for block in blocks if block.get("cache_control") is not None]
         most = MAX_CACHE_MARKS - ("cache_control" in request)
         for block in marked[:-most]:
@@ -7022,7 +7035,7 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     """Read a request of Responses. Raises BadRequest."""
     conversation = Conversation(str(fields["model"]))
     conversation.rest, conversation.hints = by_rules(fields, RESPONSES_RULES)
-    reasoning, text = (object_in(fields, name, in_request(name)) for name in INNER_RULES)
+    reasoning, text = (object_in(fields, name) for name in INNER_RULES)
     for (name, rules), inner in zip(INNER_RULES.items(), (reasoning, text)):
         rest, hints = by_rules(inner, rules)
         conversation.rest.update((f"{name}.{key}", value) for key, value in rest.items())
@@ -7103,8 +7116,7 @@ class _InputReader:
 
     def read(self, fields: Mapping[str, object]) -> None:
         """Read all that was said. Raises BadRequest."""
-        instructions, given = text_in(fields, "instructions", in_request("instructions")), \
-            fields.get("input")
+        instructions, given = text_in(fields, "instructions"), fields.get("input")
         self._add("system", [Part("text", instructions)] if instructions else [])
         items = [{"role": "user", "content": given}] if isinstance(given, str) \
             else rows_in(fields, "input", IN_INPUT)
