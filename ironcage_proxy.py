@@ -4161,6 +4161,19 @@ def by_rules(fields: Mapping[str, object],
     return kept["rest"], kept["hint"]
 
 
+def begun(fields: Mapping[str, object], rules: Mapping[str, tuple]) -> Conversation:
+    """Return a conversation with what all APIs have under the same names. Raises BadRequest."""
+    conversation = Conversation(str(fields["model"]))
+    conversation.rest, conversation.hints = by_rules(fields, rules)
+    conversation.streams = optional_flag(fields, "stream")
+    conversation.sampling = {name: fields[name] for name in ("temperature", "top_p", "top_k")
+                             if fields.get(name) is not None}
+    for name, value in conversation.sampling.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadRequest(f"{name} must be a number", param=name)
+    return conversation
+
+
 def left_over(conversation: Conversation, takes: Container[str], losses: Losses) -> dict:
     """Return what a target takes under the client's name; the rest of it is reported as lost."""
     taken = {name: value for name, value in conversation.hints.items() if name in takes}
@@ -4393,18 +4406,18 @@ class CallIds:
     """Ids of calls as a provider takes them, each but once."""
 
     def __init__(self, pattern: str, prefix: str) -> None:
-        self._pattern, self._prefix = re.compile(pattern), prefix
+        self._pattern, self._prefix = pattern, prefix
         self._uses: dict[str, int] = {}            # of each of the client's ids
 
     def fitting(self, own: str) -> str:
         """Return the id of one call; a changed one depends on the client's alone."""
         again = self._uses.get(own, 0)
         self._uses[own] = again + 1
-        if not again and self._pattern.fullmatch(own):
+        if not again and re.fullmatch(self._pattern, own):
             return own
         hashed = _hashed(f"{own}#{again}" if again else own, 24)
         return next((fit for fit in (self._prefix + hashed, hashed[:9])
-                     if self._pattern.fullmatch(fit)), own)
+                     if re.fullmatch(self._pattern, fit)), own)
 
 
 LEGAL_CALL_ID = r"[A-Za-z0-9_-]{1,64}"           # for both vendors
@@ -4528,12 +4541,6 @@ def unseal(thought: Part, seal: str) -> None:
     thought.native = json_object(said.get("native"))
 
 
-def goes_back(thought: Part, api: str, target: Target) -> bool:
-    """Whether a thought has its own form of the API and the provider that a call goes to."""
-    return bool(thought.native) and thought.origin == api \
-        and thought.maker in ("", target.manners.name)
-
-
 def thinking_block(part: Part) -> Mapping[str, object]:
     """Return a thought as Claude's block; another's carries its own form as the signature."""
     if part.origin == "messages":
@@ -4567,7 +4574,7 @@ def call_input(call: Part, parse: Callable[[str], object] = json.loads) -> dict:
 class RequestWriter:
     """Writes a conversation as a request of a provider's API, once. A subclass has `request`,
     which returns it, and `_tool`, which returns a tool, or None where that has no place there."""
-    most_name_chars = 64
+    api, most_name_chars = "", 64
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         self._asked, self._target, self._losses = conversation, target, losses
@@ -4577,6 +4584,19 @@ class RequestWriter:
 
     def _written_tools(self) -> list[dict]:
         return [row for row in map(self._tool, self._asked.tools) if row is not None]
+
+    def _thought(self, part: Part) -> Optional[Mapping[str, object]]:
+        if part.native and part.origin != self.api:
+            self._losses.adjust("thoughts", "removed")
+        return part.native if part.origin == self.api else None
+
+    def _other(self, part: Part) -> Optional[dict]:
+        """Return what is the API's own; the traces of another vendor's tools are left out."""
+        if part.origin == self.api:
+            return dict(part.native)
+        self._losses.drop(f"{'input' if part.origin == 'responses' else 'messages'}."
+                          f"{part.native.get('type')}")
+        return None
 
 
 def lowered_cap(asked: Conversation, target: Target, losses: Losses) -> Optional[int]:
@@ -4598,12 +4618,6 @@ def untaken(part: Part) -> BadRequest:
     kind = str(part.native.get("type") or part.kind)
     return BadRequest(f"content of the type {shown_name(kind)}, as it stands here, cannot be "
                       "carried over to this model's provider", param="messages")
-
-
-def drop_part(part: Part, losses: Losses) -> None:
-    """Report a part that only the API knows that it came from."""
-    field = "input" if part.origin == "responses" else "messages"
-    losses.drop(f"{field}.{part.native.get('type')}")
 
 
 def described(tool: Tool, losses: Losses) -> dict:
@@ -4933,13 +4947,13 @@ CHAT_NAMES = MappingProxyType({
 # What is carried of a tool beside its function, in Anthropic's form.
 TOOL_EXTRAS = ("cache_control", "defer_loading", "input_examples", "eager_input_streaming")
 IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
+SEARCH_TYPES = r"web_search(_preview)?(_\d{4}_\d\d_\d\d)?"
 ANTHROPIC_TOOL = r"_\d{8}$"                        # how the types of its own tools end
 
 
 def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     """Read a chat completions request. Raises BadRequest."""
-    conversation = Conversation(str(fields["model"]))
-    conversation.rest, conversation.hints = by_rules(fields, CHAT_RULES)
+    conversation = begun(fields, CHAT_RULES)
     policies = object_in(object_in(fields, "moderation"), "policy",
                          in_request("moderation")).values()
     if any(json_object(policy).get("mode") == "block" for policy in policies):
@@ -4949,27 +4963,14 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
         cap = optional_count(fields, name, least=1)
         if cap:
             conversation.output_cap, conversation.names["output_cap"] = cap, name
-    conversation.streams = optional_flag(fields, "stream")
-    conversation.sampling = sampling_of(fields)
     conversation.stops = texts_in(fields, "stop")
     conversation.effort = effort_of(fields.get("reasoning_effort"), "reasoning_effort")
-    conversation.tier = text_in(fields, "service_tier", in_request("service_tier")) or None
     set_user(conversation, fields)
     conversation.format = format_of(object_in(fields, "response_format"), "response_format",
                                     "json_schema")
     _read_tools(fields, conversation)
     conversation.turns = [_turn_of(message) for message in messages_in(fields, "messages")]
     return conversation
-
-
-def sampling_of(fields: Mapping[str, object]) -> dict[str, object]:
-    """Return temperature, top_p and top_k of a request. Raises BadRequest."""
-    given = {name: fields[name] for name in ("temperature", "top_p", "top_k")
-             if fields.get(name) is not None}
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BadRequest(f"{name} must be a number", param=name)
-    return given
 
 
 def effort_of(effort: object, field: str) -> Optional[str]:
@@ -4980,7 +4981,8 @@ def effort_of(effort: object, field: str) -> Optional[str]:
 
 
 def set_user(conversation: Conversation, fields: Mapping[str, object]) -> None:
-    """Read who asks, and the rest of the metadata, from a request of OpenAI's."""
+    """Read who asks, in which tier, and the rest of the metadata, from a request of OpenAI's."""
+    conversation.tier = text_in(fields, "service_tier") or None
     metadata = object_in(fields, "metadata")
     user = fields.get("safety_identifier") or fields.get("user") or metadata.get("user_id")
     conversation.user = user if isinstance(user, str) else None
@@ -5015,20 +5017,31 @@ def _read_tools(fields: Mapping[str, object], conversation: Conversation) -> Non
     conversation.tools = [_tool_of(row) for row in rows]
     conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False \
         or bool(fields.get("functions"))
-    wanted = fields.get("tool_choice", fields.get("function_call"))
-    if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
-        allowed = object_in(wanted, "allowed_tools", in_request("tool_choice"))
-        names = [json_object(row.get(str(row.get("type")))).get("name")
-                 for row in rows_in(allowed, "tools", in_request("tool_choice"))]
+    read_choice(fields.get("tool_choice", fields.get("function_call")), conversation)
+
+
+def read_choice(wanted: object, conversation: Conversation) -> None:
+    """Read tool_choice of either of OpenAI's APIs; tools that it does not allow are left out. What
+    is a tool's stands inside its type in one; its own are named by their type. Raises
+    BadRequest."""
+    def named(row: Mapping[str, object]) -> str:
+        kind = str(row.get("type"))
+        return text_in(json_object(row.get(kind)) or row, "name", fault) \
+            or re.sub(SEARCH_TYPES, "web_search", kind)
+
+    rule, fault = json_object(wanted), in_request("tool_choice")
+    if rule.get("type") == "allowed_tools":
+        rule = object_in(rule, "allowed_tools", fault) or rule
+        names = [*map(named, rows_in(rule, "tools", fault))]
         conversation.tools = [tool for tool in conversation.tools if tool.name in names]
-        wanted = allowed.get("mode", "auto")
-    if isinstance(wanted, dict):
-        inner = json_object(wanted.get(str(wanted.get("type")))) or wanted
-        conversation.choice = Choice("tool", text_in(inner, "name", in_request("tool_choice")))
-    elif wanted in ("auto", "none", "required"):
-        conversation.choice = Choice(wanted)
+        wanted = rule.get("mode", "auto")
+    if wanted in ("auto", "none", "required"):
+        conversation.choice = Choice(str(wanted))
+    elif isinstance(wanted, dict):
+        conversation.choice = Choice("tool", named(wanted), text_in(wanted, "namespace", fault))
     elif wanted is not None:
-        raise BadRequest("tool_choice is not one of auto, none, required", param="tool_choice")
+        raise BadRequest("tool_choice is not one of auto, none, required, or a tool",
+                         param="tool_choice")
 
 
 def _tool_of(row: Mapping[str, object]) -> Tool:
@@ -5134,18 +5147,6 @@ def _chat_parts(message: Mapping[str, object]) -> list[Part]:
     return parts
 
 
-def _text_part(row: Mapping[str, object]) -> Part:
-    return Part("text", text_in(row, "text", IN_MESSAGES))
-
-
-def _thinking_part(row: Mapping[str, object]) -> Part:
-    return Part("thought", _reasoning_of({"content": [row]}), native={})         # Mistral's
-
-
-def _refusal_part(row: Mapping[str, object]) -> Part:
-    return Part("refusal", text_in(row, "refusal", IN_MESSAGES))
-
-
 def _image_part(row: Mapping[str, object]) -> Part:
     image = row.get("image_url")
     image = {"url": image} if isinstance(image, str) else object_in(row, "image_url", IN_MESSAGES)
@@ -5185,7 +5186,10 @@ def document_of(data: str, title: str, file_id: str, *, field: str) -> Part:
 
 
 _CHAT_PARTS_READ = MappingProxyType({
-    "text": _text_part, "refusal": _refusal_part, "thinking": _thinking_part,
+    "text": lambda row: Part("text", text_in(row, "text", IN_MESSAGES)),
+    "refusal": lambda row: Part("refusal", text_in(row, "refusal", IN_MESSAGES)),
+    "thinking": lambda row: Part("thought", _reasoning_of({"content": [row]}),     # Mistral's
+                                 native={}),
     "image_url": _image_part, "file": _file_part})
 
 
@@ -5199,6 +5203,7 @@ CHAT_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cac
 
 class _OpenAIRequest(RequestWriter):
     """What is written for OpenAI or a server in its place, in either of its APIs."""
+    open_choice: Optional[str] = None              # tool_choice where any tool may be called
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
@@ -5207,13 +5212,33 @@ class _OpenAIRequest(RequestWriter):
         # Models that do not reason have one verbosity, and refuse all others.
         self._untaken = frozenset() if self._gpt.efforts else {"verbosity"}
 
-    def _all_tools(self) -> list[dict]:
-        """Return the tools; a request that has only another vendor's own is refused."""
-        tools = self._written_tools()
-        if self._asked.tools and not tools:
+    def _tool_fields(self) -> dict:
+        """Return the tools, and how they are called; a request that has only another vendor's own
+        is refused."""
+        asked, tools = self._asked, self._written_tools()
+        if not tools and asked.tools:
             raise BadRequest("the tools are all of one provider's own, which this model's "
                              "provider does not have", param="tools")
-        return tools
+        if not tools:
+            return {}
+        fields = {"tools": tools, "tool_choice": self._choice(tools),
+                  "parallel_tool_calls": False if asked.one_call_at_a_time else None}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _choice(self, tools: list[dict]) -> object:
+        """Return the row of the tool that must be called, or a word; None where all is open."""
+        choice = self._asked.choice
+        if choice is None or choice.mode != "tool":
+            return choice and choice.mode
+        name = self._names.fitting(choice.name, choice.namespace)
+        for row in tools:
+            kind = row["type"]
+            own = row.get(kind, row)               # chat completions have it inside
+            if own.get("name", "web_search") == name:
+                named = {"name": name} if "name" in own else {}
+                return {"type": kind, **(named if own is row else {kind: named})}
+        self._losses.adjust("choice", "auto")
+        return self.open_choice
 
     def _turns(self, ids: CallIds) -> tuple[list[Part], list[Turn]]:
         """Return the system prompt, and the turns behind it."""
@@ -5244,6 +5269,7 @@ class _OpenAIRequest(RequestWriter):
 
 class _ChatRequest(_OpenAIRequest):
     """Writes chat completions requests: for OpenAI, or a server that knows less."""
+    api = "chat"
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
@@ -5253,13 +5279,12 @@ class _ChatRequest(_OpenAIRequest):
         """Return the request."""
         asked, losses = self._asked, self._losses
         request: dict = {"model": asked.model}
-        tools = self._all_tools()
+        tools = self._tool_fields()
         request["messages"] = self._messages()
         cap = lowered_cap(asked, self._target, losses)
         if cap is not None:
             request[self._target.manners.caps[0]] = cap
-        if tools:
-            request.update(tools=tools, **self._choice(tools))
+        request.update(tools)
         most_stops = 0 if self._gpt.efforts else MAX_STOPS
         if len(asked.stops) > most_stops:
             losses.drop("stops")
@@ -5301,38 +5326,20 @@ class _ChatRequest(_OpenAIRequest):
         if tool.kind not in ("function", "text"):
             self._losses.drop(f"tools.{tool.native.get('type')}")
             return None
-        is_wrapped = tool.kind == "text" and not self._is_openai
-        own = {"name": self._names.fitting(tool.name, tool.namespace, is_wrapped)}
-        if tool.description:
-            own["description"] = tool.description
-        if tool.kind == "text" and not is_wrapped:
-            syntax = {"format": tool.syntax} if tool.syntax else {}
-            return {"type": "custom", "custom": {**own, **syntax}}
-        if is_wrapped:
-            own.update(parameters=dict(TEXT_TOOL_SCHEMA), **described(tool, self._losses))
-            return {"type": "function", "function": own}
-        if not self._is_openai:
-            own["parameters"], enforced = plain_schema(tool.schema), False
+        is_text = tool.kind == "text"
+        own: dict = {"name": self._names.fitting(tool.name, tool.namespace,
+                                                 is_text and not self._is_openai)}
+        if is_text and self._is_openai:
+            about = {"description": tool.description, "format": tool.syntax}
+            return {"type": "custom", "custom": {**own, **{
+                name: value for name, value in about.items() if value}}}
+        own.update(described(tool, self._losses))
+        if is_text or not self._is_openai:
+            own["parameters"] = plain_schema(TEXT_TOOL_SCHEMA if is_text else tool.schema)
         else:
             own["parameters"], enforced = self._schema(tool)
-        return {"type": "function", "function": {**own, "strict": True} if enforced else own}
-
-    def _choice(self, tools: list[dict]) -> dict:
-        choice = self._asked.choice
-        chosen: dict = {}
-        if choice is not None and choice.mode != "tool":
-            chosen["tool_choice"] = choice.mode
-        elif choice is not None:
-            name = self._names.fitting(choice.name, choice.namespace)
-            kind = next((tool["type"] for tool in tools
-                         if tool[tool["type"]]["name"] == name), None)
-            if kind is None:
-                self._losses.adjust("choice", "auto")
-            else:
-                chosen["tool_choice"] = {"type": kind, kind: {"name": name}}
-        if self._asked.one_call_at_a_time:
-            chosen["parallel_tool_calls"] = False
-        return chosen
+            own.update({"strict": True} if enforced else {})
+        return {"type": "function", "function": own}
 
     def _messages(self) -> list[dict]:
         ids = CallIds(self._target.manners.call_ids or "(?s).{0,40}", "call_")
@@ -5398,12 +5405,12 @@ class _ChatRequest(_OpenAIRequest):
                 text += part.text
             elif part.kind == "thought":
                 thought += part.text
-                if goes_back(part, "chat", self._target):
+                if part.native and part.origin == "chat" and part.maker in ("", manners.name):
                     backs.append(part.native)
                 elif part.native and not manners.reasoning_field:
                     self._losses.adjust("thoughts", "removed")
             else:
-                drop_part(part, self._losses)
+                self._other(part)
         if not text and not calls:
             return []
         if called and not backs:
@@ -5793,7 +5800,7 @@ class ChatWriter(AnswerWriter):
         refusal = ended.refusal
         for part in parts:
             if part.kind == "text":
-                annotations += _annotations(part, sum(map(len, texts)))
+                annotations += annotations_of(part, sum(map(len, texts)))
                 texts.append(part.text)
             elif part.kind == "call":
                 calls.append(_chat_call(part, part.text))
@@ -5804,7 +5811,8 @@ class ChatWriter(AnswerWriter):
         said = {"role": "assistant", "refusal": refusal,
                 "content": "".join(texts) if texts or not calls else None}
         if annotations:
-            said["annotations"] = annotations
+            said["annotations"] = [{"type": "url_citation", "url_citation": row}
+                                   for row in annotations]
         if calls:
             said.update({"function_call": calls[0]["function"]} if self._is_legacy
                         else {"tool_calls": calls})
@@ -5867,10 +5875,11 @@ class ChatWriter(AnswerWriter):
         part = event.part
         if part.kind == "thought":
             yield self._chunk({"thinking_blocks": [{"index": part.index, **thinking_block(part)}]})
-        rows = _annotations(part, self._starts.get(part, 0))
+        rows = annotations_of(part, self._starts.get(part, 0))
         if rows:
             yield self._chunk({"annotations": [
-                {"index": number, **row} for number, row in enumerate(rows, self._annotations)]})
+                {"index": number, "type": "url_citation", "url_citation": row}
+                for number, row in enumerate(rows, self._annotations)]})
             self._annotations += len(rows)
 
     def _ended(self, event: Ended) -> Iterable[dict]:
@@ -5891,12 +5900,11 @@ def _chat_call(part: Part, text: str) -> dict:
     return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": text}}
 
 
-def _annotations(part: Part, at: int) -> list[dict]:
-    """Return a text's citations as annotations of all the text, in which it begins at `at`."""
-    return [{"type": "url_citation", "url_citation": {
-        "url": row.url, "title": row.title, "start_index": at + (row.start or 0),
-        "end_index": at + (len(part.text) if row.end is None else row.end)}}
-        for row in part.citations]
+def annotations_of(part: Part, at: int = 0) -> list[dict]:
+    """Return the citations of a text as OpenAI has them, where it begins at `at`."""
+    return [{"url": row.url, "title": row.title, "start_index": at + (row.start or 0),
+             "end_index": at + (len(part.text) if row.end is None else row.end)}
+            for row in part.citations if part.kind == "text"]
 
 
 # Status -> (type, code) in OpenAI's words.
@@ -6041,13 +6049,10 @@ MESSAGES_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": 
 
 def read_messages_request(fields: Mapping[str, object]) -> Conversation:
     """Read a Messages request. Raises BadRequest."""
-    conversation = Conversation(str(fields["model"]))
-    conversation.rest, conversation.hints = by_rules(fields, MESSAGES_RULES)
+    conversation = begun(fields, MESSAGES_RULES)
     conversation.output_cap = optional_count(fields, "max_tokens", least=1)
     if conversation.output_cap is None:
         raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
-    conversation.streams = optional_flag(fields, "stream")
-    conversation.sampling = sampling_of(fields)
     conversation.stops = texts_in(fields, "stop_sequences")
     conversation.tier = ASKED_TIERS.get(str(fields.get("service_tier")))
     _read_user(fields, conversation)
@@ -6212,25 +6217,13 @@ def _tool_result_blocks(row: Mapping[str, object]) -> list[Part]:
                  is_error=row.get("is_error") is True, mark=row.get("cache_control"))]
 
 
-def _thinking_blocks(row: Mapping[str, object]) -> list[Part]:
-    return [thought_of(row)]
-
-
-def _compaction_blocks(row: Mapping[str, object]) -> list[Part]:
-    """Return the summary that stands for what was before it."""
-    return _text_blocks({"text": row.get("content")})
-
-
-def _tool_change_blocks(row: Mapping[str, object]) -> list[Part]:
-    return []                                      # see _read_tool_changes
-
-
 _BLOCKS_READ = MappingProxyType({
     "text": _text_blocks, "image": _media_blocks, "document": _media_blocks,
     "search_result": _search_result_blocks, "tool_use": _tool_use_blocks,
-    "tool_result": _tool_result_blocks, "thinking": _thinking_blocks,
-    "redacted_thinking": _thinking_blocks, "compaction": _compaction_blocks,
-    "tool_addition": _tool_change_blocks, "tool_removal": _tool_change_blocks})
+    "tool_result": _tool_result_blocks,
+    "compaction": lambda row: _text_blocks({"text": row.get("content")}),   # of all before it
+    **dict.fromkeys(("thinking", "redacted_thinking"), lambda row: [thought_of(row)]),
+    **dict.fromkeys(("tool_addition", "tool_removal"), lambda row: [])})    # _read_tool_changes()
 RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result"})
 
 
@@ -6239,7 +6232,7 @@ RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result"})
 
 class _MessagesRequest(RequestWriter):
     """Writes Messages requests for Claude, by the rules of the model's family."""
-    most_name_chars = 128
+    api, most_name_chars = "messages", 128
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
@@ -6588,13 +6581,6 @@ class _MessagesRequest(RequestWriter):
         title = {"title": part.name} if part.name and not part.file_id else {}
         return {"type": "document", **title, "source": source}
 
-    def _thought(self, part: Part) -> Optional[Mapping[str, object]]:
-        if part.origin == "messages":
-            return part.native
-        if part.native:
-            self._losses.adjust("thoughts", "removed")
-        return None
-
     def _call(self, part: Part) -> dict:
         return {"type": "tool_use", "id": part.id,
                 "name": self._names.fitting(part.name, part.namespace, part.is_text),
@@ -6609,13 +6595,6 @@ class _MessagesRequest(RequestWriter):
         if part.is_error:
             result["is_error"] = True
         return result
-
-    def _other(self, part: Part) -> Optional[dict]:
-        """Return what is Anthropic's own; the traces of another vendor's tools are left out."""
-        if part.origin == "messages":
-            return dict(part.native)
-        drop_part(part, self._losses)
-        return None
 
 
 _BLOCKS_WRITTEN = MappingProxyType({
@@ -6982,7 +6961,6 @@ RESPONSES_NAMES = MappingProxyType({
 RESPONSES_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
                              "prompt_cache_options"})
 IN_INPUT = in_request("input")
-SEARCH_TYPES = r"web_search(_preview)?(_\d{4}_\d\d_\d\d)?"
 TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the member with its text
     **dict.fromkeys(("input_text", "output_text", "text"), "text"), "refusal": "refusal",
     "encrypted_content": "encrypted_content"})     # of subagents; only OpenAI encrypts it
@@ -7033,8 +7011,7 @@ _CLIENT_CALLS = MappingProxyType({row.call: kind for kind, row in OPENAI_CLIENT_
 
 def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     """Read a request of Responses. Raises BadRequest."""
-    conversation = Conversation(str(fields["model"]))
-    conversation.rest, conversation.hints = by_rules(fields, RESPONSES_RULES)
+    conversation = begun(fields, RESPONSES_RULES)
     reasoning, text = (object_in(fields, name) for name in INNER_RULES)
     for (name, rules), inner in zip(INNER_RULES.items(), (reasoning, text)):
         rest, hints = by_rules(inner, rules)
@@ -7047,16 +7024,18 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     conversation.format = format_of(object_in(text, "format", in_request("text.format")),
                                     "text.format")
     conversation.output_cap = optional_count(fields, "max_output_tokens", least=1)
-    conversation.sampling = sampling_of(fields)
     conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False
-    conversation.streams = optional_flag(fields, "stream")
-    conversation.tier = text_in(fields, "service_tier", in_request("service_tier")) or None
     set_user(conversation, fields)
     reader = _InputReader(conversation)
     reader.add_tools(rows_in(fields, "tools", IN_TOOLS))
     reader.read(fields)
     _limit_searches(optional_count(fields, "max_tool_calls"), conversation)
-    _read_choice(fields.get("tool_choice"), conversation)
+    read_choice(fields.get("tool_choice"), conversation)
+    chosen = conversation.choice
+    if chosen and chosen.mode == "tool" and all(
+            tool.name != chosen.name or tool.kind == "other" for tool in conversation.tools):
+        raise BadRequest("tool_choice must be auto, none, required, or a tool of this request that "
+                         "can be carried over to this model's provider", param="tool_choice")
     return conversation
 
 
@@ -7082,29 +7061,6 @@ def _limit_searches(most: Optional[int], conversation: Conversation) -> None:
             tool if tool.kind != "search" else tool._replace(search={**tool.search,
                                                                      "max_uses": most})
             for tool in conversation.tools if most or tool.kind != "search"]
-
-
-def _read_choice(wanted: object, conversation: Conversation) -> None:
-    """Read tool_choice; tools that it does not allow are left out. OpenAI's own tools are named by
-    their type. Raises BadRequest."""
-    def named(row: Mapping[str, object]) -> str:
-        kind = str(row.get("type"))
-        return str(row.get("name") or re.sub(SEARCH_TYPES, "web_search", kind))
-
-    rule = json_object(wanted)
-    if rule.get("type") == "allowed_tools":
-        names = [*map(named, rows_in(rule, "tools", in_request("tool_choice")))]
-        conversation.tools = [tool for tool in conversation.tools if tool.name in names]
-        wanted = rule.get("mode", "auto")
-    if wanted in ("auto", "none", "required"):
-        conversation.choice = Choice(str(wanted))
-    elif rule and any(tool.name == named(rule) and tool.kind != "other"
-                      for tool in conversation.tools):
-        conversation.choice = Choice("tool", named(rule), text_in(
-            rule, "namespace", in_request("tool_choice")))
-    elif wanted is not None:
-        raise BadRequest("tool_choice must be auto, none, required, or a tool of this request that "
-                         "can be carried over to this model's provider", param="tool_choice")
 
 
 class _InputReader:
@@ -7142,12 +7098,12 @@ class _InputReader:
         role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
         if role not in ("system", "user", "assistant"):
             raise BadRequest("a message has a role that is not known", param="input")
-        self._add(str(role), _content_parts(item, "content", IN_INPUT),
+        self._add(str(role), _content_parts(item, IN_INPUT),
                   "assistant" if role == "assistant" else "")
 
     def _agent_message(self, item: Mapping[str, object]) -> None:
         author = Part("text", f"[message from {item.get('author')}]")
-        self._add("user", [author, *_content_parts(item, "content", IN_INPUT)])
+        self._add("user", [author, *_content_parts(item, IN_INPUT)])
 
     def _result(self, item: Mapping[str, object]) -> None:
         output, status = item.get("output"), item.get("status")
@@ -7157,7 +7113,7 @@ class _InputReader:
             output = output or status
         self._add("user", [Part(
             "result", id=str(item.get("call_id") or item.get("id") or ""),
-            parts=_content_parts({"output": output}, "output", IN_INPUT),
+            parts=_content_parts({"output": output}, IN_INPUT, "output"),
             is_error=status == "failed")], "results")
 
     def _tools(self, item: Mapping[str, object]) -> None:
@@ -7239,7 +7195,8 @@ _ITEM_READERS = MappingProxyType({
     **dict.fromkeys(("item_reference", "compaction_trigger"), _InputReader._refuse)})
 
 
-def _content_parts(holder: Mapping[str, object], name: str, fault: Fault) -> list[Part]:
+def _content_parts(holder: Mapping[str, object], fault: Fault,
+                   name: str = "content") -> list[Part]:
     value = holder.get(name)
     if isinstance(value, str):
         return [Part("text", value)]
@@ -7278,10 +7235,6 @@ def _media_part(kind: str, row: Mapping[str, object], fault: Fault) -> Part:
 # What its items say, in a history and in an answer.
 
 
-def _message_item_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
-    return _content_parts(item, "content", fault)
-
-
 def _reasoning_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
     """Read a reasoning item: OpenAI's, or another's thought that came as one of ours."""
     seal = text_in(item, "encrypted_content", fault)
@@ -7316,7 +7269,7 @@ def _search_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
 
 
 _ITEM_PARTS = MappingProxyType({
-    "message": _message_item_parts, "reasoning": _reasoning_parts, "function_call": _call_parts,
+    "message": _content_parts, "reasoning": _reasoning_parts, "function_call": _call_parts,
     "custom_tool_call": _call_parts, "web_search_call": _search_parts})
 
 
@@ -7652,23 +7605,21 @@ class ResponsesWriter(AnswerWriter):
             yield from self._more(More(part, part.text[showing.sent:]))
         del self._open[part]
         row, item, where = showing.row, showing.item, showing.where
+        notes = [{"type": "url_citation", **note} for note in annotations_of(part)]
         if row.event and (row.index in where or not row.inside):
-            yield from self._end_text(part, row, where)
+            for number, note in enumerate(notes):
+                yield self._event(f"{row.event}.annotation.added", **where,
+                                  annotation_index=number, annotation=note)
+            yield self._event(f"{row.event}.done", **where, **{row.member: part.text}, **row.notes)
         if row.index in where:
             inside = item.inside[where[row.index]]
             inside[row.member] = part.text
             if part.citations:
-                inside["annotations"] = _annotations_of(part)
+                inside["annotations"] = notes
             yield self._event(f"{row.inside}.done", **where, part={**inside})
         item.open_parts -= 1
         if item is not self._message and not item.open_parts:
             yield from self._end_item(item, part)
-
-    def _end_text(self, part: Part, row: _Shown, where: dict) -> Iterator[dict]:
-        for number, note in enumerate(_annotations_of(part)):
-            yield self._event(f"{row.event}.annotation.added", **where, annotation_index=number,
-                              annotation=note)
-        yield self._event(f"{row.event}.done", **where, **{row.member: part.text}, **row.notes)
 
     def _leave_message(self) -> Iterable[dict]:
         """End the message that took texts; one with a text that is open ends with that."""
@@ -7714,19 +7665,12 @@ class ResponsesWriter(AnswerWriter):
         yield self._event(f"response.{status}", response={**self._response})
 
 
-def _annotations_of(part: Part) -> list[dict]:
-    """Return a text's citations as its annotations."""
-    return [{"type": "url_citation", "url": row.url, "title": row.title,
-             "start_index": row.start or 0,
-             "end_index": len(part.text) if row.end is None else row.end}
-            for row in part.citations if part.kind == "text"]
-
-
 # Its requests, written.
 
 
 class _ResponsesRequest(_OpenAIRequest):
     """Writes requests of Responses: nothing is stored, and reasoning comes back sealed."""
+    api, open_choice = "responses", "auto"
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
@@ -7755,7 +7699,7 @@ class _ResponsesRequest(_OpenAIRequest):
             losses.drop("stops")
         optional = {
             "instructions": "\n\n".join(texts), "stream": asked.streams, "max_output_tokens": cap,
-            "text": {name: value for name, value in text.items() if value}, **self._tools(),
+            "text": {name: value for name, value in text.items() if value}, **self._tool_fields(),
             **self._reasoning(), **openai_extras(asked), **given}
         return {"model": asked.model, "input": items, "store": False, **{
             name: value for name, value in optional.items() if value not in (None, "", {})}}
@@ -7786,20 +7730,9 @@ class _ResponsesRequest(_OpenAIRequest):
             texts.append(words)
         return {"type": "json_schema", **row} if row else None
 
-    def _tools(self) -> dict:
-        """Return the tools, and which is to be called. Raises BadRequest where there were some,
-        and none can be carried over."""
-        asked, more = self._asked, {}
-        tools = self._all_tools()
-        if not tools:
-            return {}
-        uses = next((tool.search["max_uses"] for tool in asked.tools if "max_uses" in tool.search),
-                    None)
-        if asked.one_call_at_a_time:
-            more["parallel_tool_calls"] = False
-        if asked.choice is not None:
-            more["tool_choice"] = self._choice(asked.choice, tools)
-        return {"tools": tools, "max_tool_calls": uses, **more}
+    def _tool_fields(self) -> dict:
+        uses = (tool.search["max_uses"] for tool in self._asked.tools if "max_uses" in tool.search)
+        return {**super()._tool_fields(), "max_tool_calls": next(uses, None)}
 
     def _tool(self, tool: Tool) -> Optional[dict]:
         if tool.kind == "other":
@@ -7820,16 +7753,6 @@ class _ResponsesRequest(_OpenAIRequest):
             return {**row, "format": tool.syntax} if tool.syntax else row
         schema, enforced = self._schema(tool)
         return {**row, "parameters": schema, "strict": enforced}
-
-    def _choice(self, choice: Choice, tools: list[dict]) -> Union[str, dict]:
-        if choice.mode != "tool":
-            return choice.mode
-        name = self._names.fitting(choice.name, choice.namespace)
-        for row in tools:
-            if row.get("name", "web_search") == name:
-                return {key: row[key] for key in ("type", "name") if key in row}
-        self._losses.adjust("choice", "auto")
-        return "auto"
 
     def _items(self, turn: Turn) -> list[dict]:
         """Return the items of a turn: what follows each other in it is one message."""
@@ -7863,16 +7786,6 @@ class _ResponsesRequest(_OpenAIRequest):
             if all(row["type"] == "input_text" for row in rows) else rows
         kind = "custom_tool_call" if part.id in self._text_calls else "function_call"
         return {"type": f"{kind}_output", "call_id": part.id, "output": output}
-
-    def _thought(self, part: Part) -> Optional[dict]:
-        if part.origin == "responses":
-            return dict(part.native)
-        if part.native:
-            self._losses.adjust("thoughts", "removed")
-        return None
-
-    def _other(self, part: Part) -> None:
-        drop_part(part, self._losses)
 
     def _content(self, part: Part, role: str) -> dict:
         """Return a part of a message or of an output. Raises BadRequest for one without a place."""
