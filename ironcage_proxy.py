@@ -3967,7 +3967,7 @@ class AnswerWriter:
     def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
         """Yield an answer as the stream's events; a ping is {"type": "ping"}."""
         steps = {Began: self._began, Opened: self._opened, More: self._more,
-                 Closed: self._closed, Ended: self._ended, Ping: self._ping}
+                 Closed: self._closed, Ended: self._ended, Ping: lambda ping: ({"type": "ping"},)}
         for event in events:
             yield from steps[type(event)](event)
 
@@ -3979,9 +3979,6 @@ class AnswerWriter:
 
     def keep(self, item: Mapping[str, object]) -> None:
         """Take an item that its client may name by its id alone; Translator says where to."""
-
-    def _ping(self, event: Ping) -> Iterable[dict]:
-        return [{"type": "ping"}]
 
 
 class Failure(NamedTuple):
@@ -4090,10 +4087,8 @@ def _sizes_in(words: str) -> tuple[int, int, int]:
 
 # ==== 9. Names, ids and losses ==================================================================
 #
-# A translator is made from one request and carries it, its answer, its stream and its errors from
-# the client's API to the provider's and back. It does no I/O: dicts in, dicts out. Lossless or
-# loud: what could not be carried is named in a header, or refused under --strict before it is sent.
-# Source: the OpenAI and Anthropic API references, and their SDKs' stream accumulators.
+# Lossless or loud: what could not be carried over is named in a header, or refused under --strict
+# before it is sent. Names and ids of tools and calls fit both sides, and come back as they were.
 
 
 class Losses:
@@ -4293,11 +4288,8 @@ def _parse_strictly(text: str) -> object:
     return value
 
 
-def arguments_to_input(arguments: object, parse: Callable[[str], object] = json.loads) -> dict:
+def arguments_to_input(text: str, parse: Callable[[str], object] = json.loads) -> dict:
     """A tool call's arguments as an object; what is none is wrapped until its return."""
-    if isinstance(arguments, dict):
-        return arguments                           # as some servers send them
-    text = arguments if isinstance(arguments, str) else ""
     try:
         value = parse(text) if text.strip() else {}
     except (ValueError, RecursionError, BadRequest):
@@ -4944,6 +4936,7 @@ CHAT_NAMES = MappingProxyType({
     "results": "messages.tool", "later_system": "messages.system",
     "prefill": "messages.prefill", "thoughts": "messages.thinking", "turns": "messages",
     "tier": "service_tier"})
+CALL_MEMBERS = (("function", "arguments"), ("custom", "input"))      # custom: of one that is text
 # What is carried of a tool beside its function, in Anthropic's form.
 TOOL_EXTRAS = ("cache_control", "defer_loading", "input_examples", "eager_input_streaming")
 IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
@@ -5049,28 +5042,28 @@ def _tool_of(row: Mapping[str, object]) -> Tool:
     if "input_schema" in row or (isinstance(kind, str) and re.search(ANTHROPIC_TOOL, kind)):
         return Tool("other", str(row.get("name") or ""), native=row, origin="messages")
     inner = json_object(row.get(str(kind)))
-    name = inner.get("name")
-    if kind not in ("function", "custom") or not isinstance(name, str) or not name:
-        raise BadRequest("a tool must be a function or a custom tool with a name", param="tools")
     extras = {key: holder[key] for holder in (row, inner) for key in TOOL_EXTRAS if key in holder}
-    description = text_in(inner, "description", IN_TOOLS)
+    return openai_tool(kind, inner)._replace(native=extras, origin="messages")
+
+
+def openai_tool(kind: object, row: Mapping[str, object]) -> Tool:
+    """Read a function, or a tool that takes text. Raises BadRequest."""
+    name, words = text_in(row, "name", IN_TOOLS), text_in(row, "description", IN_TOOLS)
+    if kind not in ("function", "custom") or not name:
+        raise BadRequest("a tool must be a function or a custom tool with a name", param="tools")
     if kind == "custom":
-        syntax = object_in(inner, "format", IN_TOOLS)
-        return Tool("text", name, description, native=extras, origin="messages",
-                    syntax=syntax if syntax.get("type") == "grammar" else {})
-    schema = checked_schema(object_in(inner, "parameters", IN_TOOLS), IN_TOOLS)
-    return Tool("function", name, description, schema,
-                bool(inner.get("strict")), native=extras, origin="messages")
+        syntax = object_in(row, "format", IN_TOOLS)
+        return Tool("text", name, words, syntax=syntax if syntax.get("type") == "grammar" else {})
+    return Tool("function", name, words, checked_schema(object_in(
+        row, "parameters", IN_TOOLS), IN_TOOLS), bool(row.get("strict")))
 
 
 def _turn_of(message: Mapping[str, object]) -> Turn:
-    role = message.get("role")
-    if role in ("system", "developer"):
-        return Turn("system", _chat_parts(message))
-    if role == "user":
-        return Turn("user", _chat_parts(message))
+    role = {"developer": "system"}.get(str(message.get("role")), message.get("role"))
+    if role in ("system", "user"):
+        return Turn(role, _chat_parts(message))
     if role == "assistant":
-        return Turn("assistant", _said_parts(message))
+        return Turn(role, _said_parts(message))
     if role not in ("tool", "function"):
         raise BadRequest("a message has a role that is not known", param="messages")
     call_id = message.get("tool_call_id", message.get("name"))
@@ -5243,8 +5236,8 @@ class _OpenAIRequest(RequestWriter):
     def _turns(self, ids: CallIds) -> tuple[list[Part], list[Turn]]:
         """Return the system prompt, and the turns behind it."""
         turns = paired(self._asked.turns, ids, self._losses)
-        first = [*itertools.takewhile(lambda turn: turn.role == "system", turns)]
-        return [part for turn in first for part in turn.parts], turns[len(first):]
+        start = next((at for at, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        return [part for turn in turns[:start] for part in turn.parts], turns[start:]
 
     def _schema(self, tool: Tool) -> tuple[dict, bool]:
         """Return the schema of a function, and whether its input is held to that."""
@@ -5254,17 +5247,20 @@ class _OpenAIRequest(RequestWriter):
             self._losses.drop("strict")
         return schema, enforced
 
-    def _json_format(self, wanted: Format) -> tuple[dict, str]:
-        """Return the form of JSON that the text must have; or words that ask for it, where a
+    def _format(self) -> tuple[dict, str]:
+        """Return the form of the text, as Responses has it; or words that ask for it, where a
         schema is of no object, which OpenAI does not take."""
+        wanted = self._asked.format
+        if wanted is None or wanted.schema is None:
+            return {"type": "json_object"} if wanted else {}, ""
         schema = with_root(wanted.schema)
         if self._is_openai and json_object(schema).get("type") != "object":
             self._losses.adjust("format", "instructed")
             return {}, "Respond with JSON and nothing else, which matches this JSON schema:\n" \
                 + json.dumps(schema)
         about = {"description": wanted.description} if wanted.description else {}
-        return {"name": wanted.name or "output", "schema": schema, "strict": is_strict(schema),
-                **about}, ""
+        return {"type": "json_schema", "name": wanted.name or "output", "schema": schema,
+                "strict": is_strict(schema), **about}, ""
 
 
 class _ChatRequest(_OpenAIRequest):
@@ -5297,24 +5293,16 @@ class _ChatRequest(_OpenAIRequest):
         if effort is not None:
             request["reasoning_effort"] = effort
         request.update(kept_sampling(asked, losses, not self._gpt.efforts or effort == "none"))
-        self._set_format(request)
+        wanted, words = self._format()
+        if words:
+            request["messages"].insert(0, self._system_message([words]))
+        elif wanted:
+            kind = wanted.pop("type")
+            request["response_format"] = {"type": kind, **({kind: wanted} if wanted else {})}
         if self._is_openai:
             request.update(openai_extras(asked))
         takes = CHAT_TAKES - self._untaken if self._is_openai else ()
         return {**request, **left_over(asked, takes, losses)}
-
-    def _set_format(self, request: dict) -> None:
-        wanted = self._asked.format
-        if wanted is None:
-            return
-        if wanted.schema is None:
-            request["response_format"] = {"type": "json_object"}
-            return
-        row, words = self._json_format(wanted)
-        if words:
-            request["messages"].insert(0, self._system_message([words]))
-        else:
-            request["response_format"] = {"type": "json_schema", "json_schema": row}
 
     def _system_message(self, texts: list[str]) -> dict:
         role = "developer" if self._gpt.efforts else "system"
@@ -5430,11 +5418,9 @@ class _ChatRequest(_OpenAIRequest):
         is_wrapped = call.is_text and not self._is_openai
         name = self._names.fitting(call.name, call.namespace, is_wrapped)
         self._called[call.id] = name
-        if call.is_text and not is_wrapped:
-            return {"id": call.id, "type": "custom", "custom": {"name": name, "input": call.text}}
-        arguments = plain_json(call_input(call)) if is_wrapped else call.text
-        return {"id": call.id, "type": "function",
-                "function": {"name": name, "arguments": arguments}}
+        kind, member = CALL_MEMBERS[call.is_text and not is_wrapped]
+        text = plain_json(call_input(call)) if is_wrapped else call.text
+        return {"id": call.id, "type": kind, kind: {"name": name, member: text}}
 
     def _user(self, parts: list[Part]) -> list[dict]:
         """Return a user's turn: its tool results as messages of their own, first; then the rest."""
@@ -5445,11 +5431,13 @@ class _ChatRequest(_OpenAIRequest):
                 continue
             texts = []
             for shown in map(self._part, part.parts):
-                kind = shown["type"].partition("_")[0]
-                texts.append(shown["text"] if kind == "text" else f"[{kind}]")
-                if kind != "text":                 # a tool message takes text only
-                    content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
-                                 f"{self._called.get(part.id, part.id)}:"}, shown]
+                if "text" in shown:
+                    texts.append(shown["text"])
+                    continue
+                kind = shown["type"].partition("_")[0]       # a tool message takes text only
+                texts.append(f"[{kind}]")
+                content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
+                             f"{self._called.get(part.id, part.id)}:"}, shown]
             text = "\n".join(texts)
             if part.is_error and text != NO_RESULT and not text.startswith("Error"):
                 text = f"Error: {text}"
@@ -5462,11 +5450,12 @@ class _ChatRequest(_OpenAIRequest):
         return [*results, {"role": "user", "content": content}]
 
     def _part(self, part: Part) -> dict:
-        inline = f"data:{part.media};base64,{part.data}" if part.data else ""
         if part.kind == "text":
-            marked = part.mark is not None and self._target.manners.cache_marks
-            return {"type": "text", "text": part.text,
-                    **({"cache_control": part.mark} if marked else {})}
+            row = {"type": "text", "text": part.text}
+            if part.mark is not None and self._target.manners.cache_marks:
+                row["cache_control"] = part.mark
+            return row
+        inline = f"data:{part.media};base64,{part.data}" if part.data else ""
         if part.kind == "image" and (inline or part.url):
             detail = {"detail": part.detail} if part.detail else {}
             return {"type": "image_url", "image_url": {"url": inline or part.url, **detail}}
@@ -5796,25 +5785,21 @@ class ChatWriter(AnswerWriter):
     def whole(self, answer: Whole) -> dict:
         """Return an answer as a chat.completion."""
         began, parts, ended = answer
-        texts, calls, thoughts, annotations = [], [], [], []
-        refusal = ended.refusal
-        for part in parts:
-            if part.kind == "text":
-                annotations += annotations_of(part, sum(map(len, texts)))
-                texts.append(part.text)
-            elif part.kind == "call":
-                calls.append(_chat_call(part, part.text))
-            elif part.kind == "thought":
-                thoughts.append(part)
-            elif part.kind == "refusal":
-                refusal = (refusal or "") + part.text
-        said = {"role": "assistant", "refusal": refusal,
-                "content": "".join(texts) if texts or not calls else None}
+        texts, calls, thoughts, refusals = (
+            [part for part in parts if part.kind == kind]
+            for kind in ("text", "call", "thought", "refusal"))
+        content = "".join([part.text for part in texts])
+        refusal = "".join([ended.refusal or "", *(part.text for part in refusals)])
+        said = {"role": "assistant", "refusal": refusal or None,
+                "content": content if texts or not calls else None}
+        starts = itertools.accumulate((len(part.text) for part in texts), initial=0)
+        annotations = [{"type": "url_citation", "url_citation": row}
+                       for part, at in zip(texts, starts) for row in annotations_of(part, at)]
         if annotations:
-            said["annotations"] = [{"type": "url_citation", "url_citation": row}
-                                   for row in annotations]
+            said["annotations"] = annotations
         if calls:
-            said.update({"function_call": calls[0]["function"]} if self._is_legacy
+            calls = [_chat_call(part, part.text) for part in calls]
+            said.update({"function_call": calls[0][calls[0]["type"]]} if self._is_legacy
                         else {"tool_calls": calls})
         if thoughts:
             said["thinking_blocks"] = [thinking_block(part) for part in thoughts]
@@ -5852,24 +5837,20 @@ class ChatWriter(AnswerWriter):
         elif part.kind == "call":
             self._numbers[part] = len(self._numbers)
             call = _chat_call(part, "")
-            return [self._chunk({"function_call": call["function"]} if self._is_legacy else {
+            return [self._chunk({"function_call": call[call["type"]]} if self._is_legacy else {
                 "tool_calls": [{"index": self._numbers[part], **call}]})]
         return ()
 
     def _more(self, event: More) -> Iterable[dict]:
         part, text = event
         if part.kind == "call":
-            return [self._chunk(self._arguments(part, text))]
+            kind, member = CALL_MEMBERS[part.is_text]
+            return [self._chunk({"function_call": {member: text}} if self._is_legacy else {
+                "tool_calls": [{"index": self._numbers[part], kind: {member: text}}]})]
         name = _CHUNK_FIELDS.get(part.kind)
         if name == "content":
             self._length += len(text)
         return [self._chunk({name: text})] if name else ()
-
-    def _arguments(self, part: Part, text: str) -> dict:
-        if self._is_legacy:
-            return {"function_call": {"arguments": text}}
-        inner = {"custom": {"input": text}} if part.is_text else {"function": {"arguments": text}}
-        return {"tool_calls": [{"index": self._numbers[part], **inner}]}
 
     def _closed(self, event: Closed) -> Iterable[dict]:
         part = event.part
@@ -5895,9 +5876,8 @@ _CHUNK_FIELDS = MappingProxyType({
 
 
 def _chat_call(part: Part, text: str) -> dict:
-    if part.is_text:
-        return {"id": part.id, "type": "custom", "custom": {"name": part.name, "input": text}}
-    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": text}}
+    kind, member = CALL_MEMBERS[part.is_text]
+    return {"id": part.id, "type": kind, kind: {"name": part.name, member: text}}
 
 
 def annotations_of(part: Part, at: int = 0) -> list[dict]:
@@ -6733,9 +6713,6 @@ class _BlockReader:
         self._end.update(json_object(event.get("delta")))
         return ()
 
-    def _ping(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        return [PING]
-
     def _finish(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
         stop = str(self._end.get("stop_reason"))
         details = json_object(self._end.get("stop_details"))
@@ -6754,7 +6731,7 @@ _BLOCK_READERS = MappingProxyType({
     "message_start": _BlockReader._begin, "content_block_start": _BlockReader._begin_block,
     "content_block_delta": _BlockReader._add_to_block,
     "content_block_stop": _BlockReader._end_block, "message_delta": _BlockReader._hear_end,
-    "ping": _BlockReader._ping, "message_stop": _BlockReader._finish})
+    "ping": lambda reader, event: (PING,), "message_stop": _BlockReader._finish})
 
 
 class MessagesWriter(AnswerWriter):
@@ -7164,18 +7141,11 @@ class _InputReader:
 
 
 def _tool_of_item(row: Mapping[str, object], space: str, about: str) -> Tool:
-    kind, name, words = (text_in(row, key, IN_TOOLS) for key in ("type", "name", "description"))
-    known = OPENAI_CLIENT_TOOLS.get(kind)
-    words = f"{about}\n\n{words}".strip()
-    if kind in ("function", "custom") and not name:
-        raise BadRequest("a function or a custom tool must have a name", param="tools")
-    if kind == "custom":
-        syntax = object_in(row, "format", IN_TOOLS)
-        return Tool("text", name, words, namespace=space,
-                    syntax=syntax if syntax.get("type") == "grammar" else {})
+    kind, words = text_in(row, "type", IN_TOOLS), text_in(row, "description", IN_TOOLS)
+    known, words = OPENAI_CLIENT_TOOLS.get(kind), f"{about}\n\n{words}".strip()
+    if kind in ("function", "custom"):
+        return openai_tool(kind, row)._replace(description=words, namespace=space)
     schema = checked_schema(object_in(row, "parameters", IN_TOOLS), IN_TOOLS)
-    if kind == "function":
-        return Tool("function", name, words, schema, row.get("strict") is True, space)
     if re.fullmatch(SEARCH_TYPES, kind):
         options = {**row, **object_in(row, "filters", IN_TOOLS)}
         return Tool("search", "web_search", native=row, origin="responses", search={
@@ -7685,7 +7655,11 @@ class _ResponsesRequest(_OpenAIRequest):
         if turns and turns[-1].role == "assistant":
             losses.adjust("prefill", "kept")
         given = left_over(asked, RESPONSES_TAKES - self._untaken, losses)
-        text = {"verbosity": given.pop("verbosity", None), "format": self._format(texts, items)}
+        wanted, words = self._format()
+        texts += [words] if words else []
+        if wanted == {"type": "json_object"} and "json" not in json.dumps(items).lower():
+            items.append(_message_item("system", [_text_row("Respond with JSON.", "system")]))
+        text = {"verbosity": given.pop("verbosity", None), "format": wanted}
         if not items and texts:                    # there must be one
             items = [_message_item("system", [_text_row(text, "system") for text in texts])]
             texts = []
@@ -7715,20 +7689,6 @@ class _ResponsesRequest(_OpenAIRequest):
         reasoning = {"effort": effort, "summary": asked.summary if self._gpt.efforts else None}
         return {**sampling, "include": include or None, "reasoning": {
             name: value for name, value in reasoning.items() if value}}
-
-    def _format(self, texts: list[str], items: list[dict]) -> Optional[dict]:
-        """Return the form of the text; what is not enforced is said."""
-        wanted = self._asked.format
-        if wanted is None:
-            return None
-        if wanted.schema is None:
-            if "json" not in json.dumps(items).lower():      # OpenAI wants the word in the input
-                items.append(_message_item("system", [_text_row("Respond with JSON.", "system")]))
-            return {"type": "json_object"}
-        row, words = self._json_format(wanted)
-        if words:
-            texts.append(words)
-        return {"type": "json_schema", **row} if row else None
 
     def _tool_fields(self) -> dict:
         uses = (tool.search["max_uses"] for tool in self._asked.tools if "max_uses" in tool.search)
@@ -7884,8 +7844,8 @@ class Translator:
             else self._client.names
         for name, became in conversation.changed.items():
             losses.adjust(name, became)
-        self._ids_of_history = {part.id for turn in conversation.turns for part in turn.parts
-                                if part.kind == "call"}
+        self._ids_of_history = {part.id for role, parts in conversation.turns
+                                if role == "assistant" for part in parts if part.kind == "call"}
         try:
             writer = self._provider.request_writer(conversation, target, losses)
             self.request, self.terms = writer.request(), writer.terms

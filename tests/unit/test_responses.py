@@ -227,6 +227,17 @@ def parts_read(events):
     return ic.folded(ic.responses_events(events, TERMS))
 
 
+def test_a_ping_is_passed_on_once_the_answer_has_begun_and_an_empty_text_is_no_part():
+    ping, empty = {"type": "ping"}, {"type": "message", "content": [
+        {"type": "output_text", "text": ""}]}
+    events = [*ic.responses_events([
+        ping, {"type": "response.created", "response": {"id": "resp_1"}}, ping,
+        {"type": "response.output_item.done", "output_index": 0, "item": empty},
+        {"type": "response.completed", "response": {}}], TERMS)]
+
+    assert [ic.Began, ic.Ping, ic.Ended] == [*map(type, events)]
+
+
 def said(*parts, fields=None, **more):
     """The events and the whole answer in which OpenAI says some parts."""
     fields = {"model": "gpt-6", **(fields or {})}
@@ -414,6 +425,18 @@ def read(**fields):
 def turns_of(*items, **fields):
     return [(role, [shape(part) for part in parts])
             for role, parts in read(input=[*items], **fields).turns]
+
+
+def test_what_a_shell_and_a_search_of_tools_gave_are_results():
+    output = [{"stdout": "a", "outcome": {"type": "exit", "exit_code": 0}}]
+    [(role, results)] = turns_of(
+        {"type": "shell_call_output", "call_id": "a", "output": output},
+        {"type": "tool_search_output", "call_id": "b", "tools": [
+            {"type": "function", "name": "f"}, {"type": "custom", "name": "g"}]})
+
+    assert ("user", ["a", "b"], [json.dumps(output), "Found: f, g"]) == (
+        role, [result["id"] for result in results],
+        [result["parts"][0]["text"] for result in results])
 
 
 def output_text_of(text):

@@ -67,6 +67,8 @@ def call(name="f", arguments="{}", call_id="call_1"):
 
 # (rule, model, chat fields, what Claude gets, what is dropped, what is adjusted)
 TO_CLAUDE = [
+    ("tools", OLD, {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+     {"tools": [{"type": "bash_20250124", "name": "bash"}]}, [], {}),
     ("model", OLD, {}, {"model": OLD}, [], {}),
     ("max_tokens", OLD, {"max_tokens": 7}, {"max_tokens": 7}, [], {}),
     ("max_completion_tokens", OLD, {"max_completion_tokens": 9, "max_tokens": 7},
@@ -226,6 +228,10 @@ TO_CLAUDE = [
      {"tool_choice": {"type": "none"}}, [], {}),
 ]
 REFUSED_BY_CLAUDE = {
+    **{name: {"messages": [{"role": "user", "content": [
+        {"type": "file", "file": {"file_data": data}}]}]} for name, data in (
+            ("a file that is neither a PDF nor text", "data:image/png;base64,iVBORw0KGgo="),
+            ("a text file in another encoding", "data:text/plain;base64,/w=="))},
     "n": {"n": 2}, "audio": {"audio": {"voice": "x"}}, "modalities": {"modalities": ["audio"]},
     "tool type": {"tools": [{"type": "hologram"}]}, "effort": {"reasoning_effort": "huge"},
     "format": {"response_format": {"type": "xml"}}, "choice": {"tools": [tool()],
@@ -748,6 +754,57 @@ def test_a_legacy_client_gets_a_function_call():
         choice["finish_reason"], choice["message"]["function_call"])
 
 
+def test_a_legacy_client_gets_a_function_call_in_pieces():
+    translator, _ = to_claude({"functions": [{"name": "f"}], "stream": True})
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    chunks = [*translator.events(ic.messages_stream_of(message(use, stop="tool_use")))]
+
+    assert [{"name": "f", "arguments": ""}, {"arguments": "{}"}] == [
+        choice["delta"]["function_call"] for chunk in chunks for choice in chunk["choices"]
+        if "function_call" in choice["delta"]]
+
+
+def test_openai_itself_has_tools_of_text_and_their_grammars_in_chat_as_well():
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: /a+/"}
+    losses = ic.Losses()
+    translator = ic.Translator("responses", "chat", {
+        "model": "gpt-4o", "tools": [{"type": "custom", "name": "patch", "format": grammar}],
+        "tool_choice": {"type": "custom", "name": "patch"}, "input": [
+            {"role": "user", "content": "hi"},
+            {"type": "custom_tool_call", "call_id": "call_1", "name": "patch", "input": "aa"},
+            {"type": "custom_tool_call_output", "call_id": "call_1", "output": "ok"}]},
+        losses, ic.Target(1000, True, server(True)))
+    request = translator.request
+
+    assert refused_by_openai(request) is None and not losses.adjusted
+    assert ([{"type": "custom", "custom": {"name": "patch", "format": grammar}}],
+            {"type": "custom", "custom": {"name": "patch"}}) == (
+        request["tools"], request["tool_choice"])
+    assert [{"id": "call_1", "type": "custom", "custom": {"name": "patch", "input": "aa"}}] \
+        == request["messages"][1]["tool_calls"]
+
+
+def test_a_refusal_in_a_chat_history_is_said_to_claude_as_text():
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    translator, _ = to_claude({"messages": [USER, said, USER]})
+
+    assert [text("No.")] == translator.request["messages"][1]["content"]
+
+
+def test_another_vendors_own_tools_are_reported_and_claudes_searches_are_shown():
+    losses = ic.Losses()
+    translator = ic.Translator("responses", "messages", {
+        "model": NEW, "input": "hi", "tools": [
+            {"type": "code_interpreter"}, {"type": "web_search"}]}, losses, ic.Target(1000))
+    searched = translator.answer(message(
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}, text("Found.")))
+
+    assert ["tools.code_interpreter"] == losses.dropped
+    assert ("web_search_call", "q") == (searched["output"][0]["type"],
+                                        searched["output"][0]["action"]["query"])
+
+
 def stream_of(whole, pieces=3):
     """Anthropic's events for a whole message, with its text and JSON cut into pieces."""
     yield {"type": "message_start", "message": {
@@ -978,6 +1035,8 @@ TO_CHAT = [
     *[("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {"type": kind}},
        {"tool_choice": told}, [], {}) for kind, told in (
            ("auto", "auto"), ("any", "required"), ("none", "none"))],
+    ("output_config", "gpt-5.1", True, {"output_config": {"effort": "high"}, "messages": [
+        {**USER, "output_config": {"effort": "low"}}]}, {"reasoning_effort": "low"}, [], {}),
     ("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {
         "type": "tool", "name": "f", "disable_parallel_tool_use": True}},
      {"tool_choice": {"type": "function", "function": {"name": "f"}},
@@ -1040,6 +1099,12 @@ def result(content=None, **more):
 
 LONG_ID = "call_" + ic._hashed("t" * 41, 24)
 CHAT_TURNS = {
+    "what was searched and documents of parts are text": (
+        [{"role": "user", "content": [
+            {"type": "document", "source": {"type": "content", "content": [text("a"), text("")]}},
+            {"type": "search_result", "title": "T", "source": "https://x", "content": [
+                text("b"), text("c")]}]}],
+        [{"role": "user", "content": [text("a"), text("T (https://x)\nb\nc")]}]),
     "text": ([USER], [USER]),
     "parts": ([{"role": "user", "content": [text("a"), IMAGE]}],
               [{"role": "user", "content": [text("a"), IMAGE_URL]}]),
