@@ -16340,8 +16340,7 @@ SETTINGS = (
     Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
             _parse_megabytes, metavar="MB"),
     Setting("--max-memory-mb", "max_memory_bytes", "memory for the bodies and answers in work, all "
-            "together, in megabytes (256); more of them wait", _parse_megabytes,
-            "IRONCAGE_MAX_MEMORY_MB", "MB"),
+            "together, in megabytes (256); more of them wait", _parse_megabytes, metavar="MB"),
     Setting("--agent-id", "agent_id", "who asks, in events, instead of the token's name",
             _parse_id, metavar="NAME"),
     Setting("--provider-id", "provider_id", "the provider, in events, instead of its name",

@@ -377,8 +377,7 @@ def test_a_method_override_is_refused_under_a_budget(served, headers, path):
 
 
 @pytest.mark.parametrize("path, fields", [
-    ("/v1/responses", MESSAGE), ("/responses", MESSAGE), ("/v1/completions", MESSAGE),
-    ("/v1/embeddings", MESSAGE)])
+    ("/v1/completions", MESSAGE), ("/completions", MESSAGE), ("/v1/embeddings", MESSAGE)])
 def test_a_model_that_does_not_speak_the_paths_dialect_is_refused_clearly(served, path, fields):
     _, proxy = served
 
@@ -386,7 +385,8 @@ def test_a_model_that_does_not_speak_the_paths_dialect_is_refused_clearly(served
 
     assert 400 == answer.status
     assert "dialect" in answer.json["error"]["message"]
-    assert answer.json["error"]["message"].endswith(" /v1/chat/completions or /v1/messages")
+    assert answer.json["error"]["message"].endswith(
+        " /v1/chat/completions or /v1/responses or /v1/messages")
 
 
 def test_a_provider_without_a_key_is_named_with_the_variable_to_set(mock, proxy_for):

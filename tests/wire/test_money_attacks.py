@@ -115,13 +115,19 @@ def test_a_client_that_leaves_pays_for_the_output_in_spite_of_old_iterations(moc
     assert settled_status(proxy)["spent_microdollars"] >= 3_000 * 5
 
 
-def test_an_unreadable_stream_whose_client_leaves_costs_a_token_for_each_of_its_bytes(mock, proxy):
+def test_an_unreadable_stream_whose_client_leaves_costs_a_token_for_each_of_its_bytes(
+        mock, proxy_for, tmp_path):
+    """Of a provider without a key: under a key a coding that cannot be read is refused."""
     from support import Hang
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({"providers": {"lab": {"base_url": mock.url}}, "prices": {
+        "lab/m": {"input_cost_per_token": 1.5e-7, "output_cost_per_token": 6e-7}}}))
+    proxy = proxy_for("--budget", "1", "--config", str(path))
     mock.script(Reply(headers=(("content-type", "text/event-stream"), ("content-encoding", "br")),
                       framing="chunked", steps=(b"\x01" * 8_000, Hang())))
     with RawClient(proxy.port) as client:
         client.request("POST", "/v1/chat/completions", json.dumps(
-            {**CHAT, "max_tokens": 20_000, "stream": True}).encode())
+            {**CHAT, "model": "lab/m", "max_tokens": 20_000, "stream": True}).encode())
         client.read_head()
         client.read_chunk()
         reserved = call(proxy.port, "GET", "/ironcage/status").json["reserved_microdollars"]
