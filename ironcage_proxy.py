@@ -4577,10 +4577,17 @@ class RequestWriter:
     def _written_tools(self) -> list[dict]:
         return [row for row in map(self._tool, self._asked.tools) if row is not None]
 
+    def _goes_back(self, thought: Part) -> bool:
+        """Whether a thought is in the form of this API and of this provider's making."""
+        return bool(thought.native) and thought.origin == self.api \
+            and thought.maker in ("", self._target.manners.name)
+
     def _thought(self, part: Part) -> Optional[Mapping[str, object]]:
-        if part.native and part.origin != self.api:
+        if self._goes_back(part):
+            return part.native
+        if part.native:
             self._losses.adjust("thoughts", "removed")
-        return part.native if part.origin == self.api else None
+        return None
 
     def _other(self, part: Part) -> Optional[dict]:
         """Return what is the API's own; the traces of another vendor's tools are left out."""
@@ -5393,7 +5400,7 @@ class _ChatRequest(_OpenAIRequest):
                 text += part.text
             elif part.kind == "thought":
                 thought += part.text
-                if part.native and part.origin == "chat" and part.maker in ("", manners.name):
+                if self._goes_back(part):
                     backs.append(part.native)
                 elif part.native and not manners.reasoning_field:
                     self._losses.adjust("thoughts", "removed")

@@ -1031,3 +1031,22 @@ def test_a_mutilated_answer_is_read_or_breaks_the_stream(seed):
             for writer in (ic.MessagesWriter, ic.ChatWriter, ic.ResponsesWriter):
                 [*writer({}, 1).events(ic.responses_events(
                     [event for event in events if isinstance(event, dict)], TERMS))]
+
+
+@pytest.mark.parametrize("maker, goes_back", [("anthropic", True), ("", True), ("lab", False)])
+@pytest.mark.parametrize("api", ["messages", "responses"])
+def test_a_thought_goes_back_to_the_provider_that_sealed_it_only(api, maker, goes_back):
+    native = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "E"} \
+        if api == "responses" else CLAUDE_THOUGHT
+    seal = ic.sealed(ic.Part("thought", "hm", origin=api, maker=maker, native=native))
+    losses = ic.Losses(strict=False)
+
+    sent = ic.Translator("chat", api, {"model": "m", "max_tokens": 9, "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "thinking_blocks": [
+            {"type": "thinking", "thinking": "hm", "signature": seal}]},
+        {"role": "user", "content": "c"}]}, losses, ic.Target(
+            1000, manners=ic.Provider("anthropic", "anthropic", ""))).request
+
+    assert goes_back == (json.dumps(native)[1:-1] in json.dumps(sent))
+    assert goes_back != any("removed" in value for _, value in losses.headers())
