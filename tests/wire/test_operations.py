@@ -50,7 +50,7 @@ class Receiver:
             def log_message(handler, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook/T0/s3cret-path?sig=s3cret"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), name="mock-receiver",
                          daemon=True).start()
