@@ -3908,6 +3908,7 @@ class Began(NamedTuple):
     id: str                              # as the provider gave it; "" where it did not
     model: object
     tier: Optional[str] = None           # OpenAI's word for the one that served
+    tokens: Tokens = Tokens()            # as far as they are known by then
 
 
 class Opened(NamedTuple):
@@ -6848,7 +6849,7 @@ def empty_message(began: Began) -> dict:
     """Return a message before its first block."""
     return {"id": f"msg_{id_stem(began.id)}", "type": "message", "role": "assistant",
             "model": began.model, "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": messages_usage(Tokens(), began.tier)}
+            "usage": messages_usage(began.tokens, began.tier)}
 
 
 def _stop_of(ended: Ended) -> dict:
@@ -8105,7 +8106,7 @@ class EchoAnswer(NamedTuple):
     def events(self) -> Iterator[AnswerEvent]:
         """Yield the answer, token by token."""
         part = Part("text", self.text)
-        yield Began(self.answer_id, ECHO_MODEL)
+        yield Began(self.answer_id, ECHO_MODEL, tokens=Tokens(self.input_tokens))
         yield Opened(part)
         for token in self.tokens:
             yield More(part, token)

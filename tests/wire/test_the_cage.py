@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, RawClient, Reply, call, openai_error,
-                     program, settled_status, status_of)
+                     program, settled_status, sse_events, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
 CAPPED_CHAT = {**CHAT, "max_tokens": 100}
@@ -657,3 +657,12 @@ def test_a_budget_of_a_few_echoes_ends_in_a_refusal(proxy_for):
 
     assert 200 == statuses[0] and 402 == statuses[-1]
     assert settled_status(proxy)["spent_microdollars"] <= 400
+
+
+def test_the_echo_model_says_at_the_start_of_a_message_what_it_read(proxy):
+    answer = call(proxy.port, "POST", "/v1/messages", {
+        "model": "ironcage/echo", "max_tokens": 9, "stream": True,
+        "messages": [{"role": "user", "content": "one two three"}]})
+
+    start = json.loads(sse_events(answer.body)[0][1])
+    assert ("message_start", 3) == (start["type"], start["message"]["usage"]["input_tokens"])
