@@ -1,4 +1,5 @@
 """Fixtures: a mock provider, and proxies in front of it that are stopped after each test."""
+import json
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # tra
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import RealEngine  # noqa: E402
-from support import MockProvider, program, start_proxy  # noqa: E402
+from support import MockProvider, program, proxy_environment, start_proxy  # noqa: E402
 
 program().STOP_POLL_S = 0.005            # thousands of proxies are stopped: 0.05 s would add up
 
@@ -50,6 +51,17 @@ def proxy_for(mock):
     leaked = [thread.name for thread in set(threading.enumerate()) - before
               if thread.is_alive() and not thread.name.startswith("mock-")]
     assert leaked == []
+
+
+@pytest.fixture
+def proxy_with(mock, proxy_for, tmp_path):
+    """Start a proxy with a configuration; `environ` is added to that of the mock."""
+    def start(config, *flags, environ=None):
+        path = tmp_path / "cage.json"
+        path.write_text(json.dumps(config))
+        return proxy_for("--config", str(path), *flags,
+                         environ={**proxy_environment(mock), **(environ or {})})
+    return start
 
 
 @pytest.fixture

@@ -9,17 +9,6 @@ CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
 
 
-@pytest.fixture
-def proxy_with(mock, proxy_for, tmp_path):
-    """Start a proxy with a configuration; `environ` is added to that of the mock."""
-    def start(config, *flags, environ=None):
-        path = tmp_path / "cage.json"
-        path.write_text(json.dumps(config))
-        return proxy_for("--config", str(path), *flags,
-                         environ={**proxy_environment(mock), **(environ or {})})
-    return start
-
-
 def provider(name, **row):
     return program().provider_from(name, row)
 

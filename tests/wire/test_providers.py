@@ -10,18 +10,6 @@ CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
 LAB_KEY = "lab-canary-0123456789"
 
 
-@pytest.fixture
-def proxy_with(mock, proxy_for, tmp_path):
-    """Start a proxy with a configuration; `environ` is added to that of the mock."""
-    def start(config, *flags, environ=None):
-        path = tmp_path / "cage.json"
-        path.write_text(json.dumps(config))
-        from support import proxy_environment
-        return proxy_for("--config", str(path), *flags,
-                         environ={**proxy_environment(mock), **(environ or {})})
-    return start
-
-
 def chat(proxy, model, path="/v1/chat/completions"):
     return call(proxy.port, "POST", path, {**CHAT, "model": model})
 
