@@ -1,5 +1,6 @@
 """Fixtures: a mock provider, and proxies in front of it that are stopped after each test."""
 import json
+import logging
 import sys
 import threading
 from pathlib import Path
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(config, items):
     long_ones = [item for item in items if "soak" in item.keywords]
     items[:] = [item for item in items if "soak" not in item.keywords]
     config.hook.pytest_deselected(items=long_ones)
+
+
+@pytest.fixture(autouse=True)
+def log_as_imported():
+    """The command line sets the log up for its process; a test is one of many in this one."""
+    log = program().log
+    log.handlers[:], log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -28,9 +28,7 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def logged(caplog, monkeypatch):
-    """What is logged, also after a test that ran the command line in this process."""
-    monkeypatch.setattr(ic.log, "propagate", True)
+def logged(caplog):
     caplog.set_level("INFO", "ironcage")
     return caplog
 

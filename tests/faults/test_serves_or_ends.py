@@ -33,7 +33,6 @@ def until(condition, what="it came to that"):
 @pytest.fixture
 def logged(caplog):
     """All that the log said so far, with its fields."""
-    ic.log.propagate = True
     return lambda: "\n".join(f"{record.levelname} {record.getMessage()} "
                              f"{getattr(record, 'fields', {})}" for record in [*caplog.records])
 

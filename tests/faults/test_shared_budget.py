@@ -42,14 +42,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(ic, "CATCH_UP_S", 0.05)
 
 
-@pytest.fixture(autouse=True)
-def log_as_imported(monkeypatch):
-    """The command line sets the log up for its process; a test is one of many in this one."""
-    monkeypatch.setattr(ic.log, "propagate", True)
-    monkeypatch.setattr(ic.log, "handlers", [])
-    ic.log.setLevel(logging.NOTSET)
-
-
 class Shared:
     """Accounts of one cage, as processes have them; all are closed at the end."""
 

@@ -58,7 +58,6 @@ def until(condition, what):
 @pytest.fixture
 def told(caplog):
     """Wait until the log says something, and return all that it said by then."""
-    program().log.propagate = True
 
     def wait(text):
         until(lambda: text in said(), f"the log says {text!r}")

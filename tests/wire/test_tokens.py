@@ -277,7 +277,6 @@ def test_a_changed_file_is_read_within_a_second_or_so(mock, caged, config):
 
 def test_a_broken_file_keeps_the_old_one_and_says_why(mock, caged, config, caplog):
     proxy = caged({"name": "alice", "token": ALICE})
-    program().log.propagate = True
 
     config.write_text("{")
     proxy.reload_asked = True
