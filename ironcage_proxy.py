@@ -102,8 +102,11 @@ from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (Callable, Container, ContextManager, Iterable, Iterator, Mapping,
-                    NamedTuple, Optional, Sequence, TypeVar, Union)
+from typing import (TYPE_CHECKING, Callable, Container, ContextManager, Iterable, Iterator,
+                    Mapping, NamedTuple, Optional, Sequence, TypeVar, Union)
+
+if TYPE_CHECKING:
+    import sqlite3           # at run time where a ledger is opened: most commands need none
 
 __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
@@ -9988,7 +9991,8 @@ class LedgerAudit:
             if not self.state or any(type(value) is not (bytes if name.endswith("seal") else int)
                                      for name, value in self.state.items()):
                 self.state = {}
-                return self.fault(None, "its table chain is not as a proxy leaves it")
+                self.fault(None, "its table chain is not as a proxy leaves it")
+                return
             for look in (self._read_prices, self._walk, self._check_sums, self._check_ids):
                 try:
                     look(db)

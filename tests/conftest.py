@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # translation_checker
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines import RealEngine  # noqa: E402
-from support import MockProvider, program, proxy_environment, start_proxy  # noqa: E402
+from engines import RealEngine
+from support import MockProvider, program, proxy_environment, start_proxy
 
 program().STOP_POLL_S = 0.005            # thousands of proxies are stopped: 0.05 s would add up
 

@@ -266,10 +266,10 @@ def refusal_of(host: Host, request: SeenRequest, body: dict) -> Optional[str]:
 def stream_of(host: Host, message: dict, finish: str, asks_usage: bool) -> Iterator[bytes]:
     usage = {"usage": USAGE} if host.usage == "every" else {}
 
-    def chunk(delta: Optional[dict], finish: Optional[str] = None, choice: dict = {},
+    def chunk(delta: Optional[dict], finish: Optional[str] = None, choice: Optional[dict] = None,
               **more: object) -> bytes:
         choices = [] if delta is None else [
-            {"index": 0, "delta": delta, "finish_reason": finish, **choice}]
+            {"index": 0, "delta": delta, "finish_reason": finish, **(choice or {})}]
         return b"data: " + json.dumps({
             "id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m",
             "choices": choices, **usage, **more}).encode() + b"\n\n"

@@ -73,7 +73,7 @@ def answers():
 def pace(sock):
     """A stream of PACED_CHUNKS, each with the time when it was sent, PACE_S apart."""
     sock.sendall(SSE_HEAD)
-    for number in range(PACED_CHUNKS):
+    for _ in range(PACED_CHUNKS):
         data = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],"sent":%.6f}\n\n' \
             % time.time()
         sock.sendall(b"%x\r\n%b\r\n" % (len(data), data))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import ironcage_proxy as ic  # noqa: E402
+import ironcage_proxy as ic
 
 ic.HEARTBEAT_S, ic.DEAD_S, ic.CATCH_UP_S = 0.3, 1.5, 0.1
 sys.exit(ic.main())

@@ -246,7 +246,7 @@ def output_seen(api, reply):
                  "responses": lambda: [part["text"] for item in whole["output"]
                                        for part in item["content"]],
                  "messages": lambda: [part["text"] for part in whole["content"]],
-                 "embeddings": lambda: []}[api]()
+                 "embeddings": list}[api]()
         return len("".join(texts).encode())
     texts = []
     for _, data in sse_events(body):

@@ -12,7 +12,7 @@ from support import (ROOT, TOKEN, Close, Gate, RawClient, Reply, Served, call, p
                      proxy_environment, settled_status, sse, status_of)
 
 sys.path.append(str(ROOT / "tests" / "bench"))
-from screenshots import conversation  # noqa: E402
+from screenshots import conversation
 
 MB = 1024 * 1024
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,

@@ -396,7 +396,7 @@ def test_what_is_no_ledger_is_refused_in_one_sentence_and_not_touched(path, name
 def test_a_ledger_that_is_broken_inside_is_refused_in_one_sentence(path):
     """What was spent is read by the Router; the file's head and its newest rows are whole."""
     ledger = ic.SqliteLedger(path)
-    for number in range(300):
+    for _ in range(300):
         ledger.intent(row(request_id="x" * 500))
     ledger.close()
     with open(path, "r+b") as file:

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -12,8 +11,8 @@ import sys
 import threading
 
 import pytest
-from support import (PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, call,
-                     compiled_program, program, proxy_environment, sse, sse_events, start_proxy)
+from support import (PATIENCE_S, ROOT, TOKEN, Hang, RawClient, Reply, call,
+                     compiled_program, program, proxy_environment, sse_events, start_proxy)
 
 ic = program()
 posix = pytest.mark.skipif(os.name != "posix", reason="sockets are handed over on POSIX")

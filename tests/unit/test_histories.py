@@ -16,7 +16,7 @@ import ironcage_proxy as ic
 from test_ledger import row, settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from histories import make_old_ledger  # noqa: E402
+from histories import make_old_ledger
 
 DAY = ic.DAY_S
 NOW = 1_795_996_800                        # 2026-11-30 00:00 UTC

@@ -14,7 +14,7 @@ from support import ROOT
 import ironcage_proxy as ic
 
 sys.path.append(str(ROOT / "tests" / "bench"))
-from screenshots import conversation  # noqa: E402
+from screenshots import conversation
 
 MB = 1024 * 1024
 

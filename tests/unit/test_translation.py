@@ -1678,8 +1678,8 @@ def test_an_open_output_schema_is_not_strict_for_openai():
 @pytest.mark.parametrize("schema, enforced", [
     ({"$ref": "#/$defs/N", "$defs": {"N": NODE}}, True),
     ({**NODE, "properties": {"n": {"type": ["object", "null"]}}}, False),
-    ({**NODE, "properties": {"n": {"type": ["object", "null"], **{
-        "properties": {"m": {"type": "string"}}, "required": ["m"]}}}}, True),
+    ({**NODE, "properties": {"n": {"type": ["object", "null"],
+        "properties": {"m": {"type": "string"}}, "required": ["m"]}}}, True),
     ({**NODE, "properties": {"default": {"type": "object"}}, "required": ["default"]}, False),
     ({**NODE, "properties": {"n": {"anyOf": [{}], "oneOf": [{}]}}}, False),
     ({**NODE, "properties": {"n": {"enum": ["a", 1, None, True]}}}, True),

@@ -1,5 +1,4 @@
 """A provider's key reaches no agent, log or ledger, in whatever form its provider repeats it."""
-import base64
 import gzip
 import json
 import logging
@@ -10,7 +9,7 @@ from random import Random
 
 import pytest
 from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, RawClient, Reply, call, program,
-                     proxy_environment, settled_status, sse, sse_events)
+                     proxy_environment, settled_status)
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 10, "messages": [{"role": "user", "content": "x"}]}
