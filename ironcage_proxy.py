@@ -693,49 +693,62 @@ _DATA_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/
 _DATA_URL_START = re.compile(rb"(data:[A-Za-z0-9/+.;=-]{1,128},)?")
 
 
-class JsonBody:
-    """A JSON object as received: its bytes, its fields, and where each top-level value stands."""
+class InlineData(str):
+    """A long string of data in a body, and the bytes there that it was read from."""
+    raw: memoryview
 
-    def __init__(self, raw: bytes, fields: Mapping[str, object],
-                 spans: Mapping[str, tuple[int, int]], text: Optional[bytes] = None,
-                 data: Mapping[int, str] = MappingProxyType({})) -> None:
+
+class JsonBody:
+    """A JSON object as received: its bytes and its fields."""
+
+    def __init__(self, raw: bytes, fields: Mapping[str, object], text: Optional[bytes] = None,
+                 data: Mapping[bytes, InlineData] = MappingProxyType({})) -> None:
         self.raw = raw                        # UTF-8
         self.text = raw if text is None else text       # the same, with a word for each of `data`
-        self.data = data                      # its long strings of data, by their id()
+        self.data = data                      # by its word
         self.fields = fields
-        self.spans = spans                    # field -> (start, end) of its value in the bytes
         self.parts: Optional[list[tuple[str, str, dict]]] = None     # see prompt_parts()
         self.tools: Optional[list[tuple[str, str, dict]]] = None     # see request_tools()
 
-    def with_fields(self, changes: Mapping[str, object], without: frozenset = frozenset()) -> bytes:
-        """The bytes with some top-level fields set, and others left out."""
-        return b"".join(self.spliced(changes, without))
-
-    def spliced(self, changes: Mapping[str, object], without: frozenset) -> list[bytes]:
-        """The same in pieces. All else stays as it was, and is not copied.
-
-        Where a field goes, only the white space between the others may change.
-        """
-        raw = memoryview(self.raw)
-        if without & self.spans.keys():
-            kept = {name: raw[start:end] for name, (start, end) in self.spans.items()
-                    if name not in without}
-            kept.update((name, _written(value)) for name, value in changes.items())
-            pieces = [piece for name, value in kept.items()
-                      for piece in (b",", _written(name), b":", value)]
-            return [b"{", *pieces[1:], b"}"]
-
-        absent = {name: value for name, value in changes.items() if name not in self.spans}
-        after_brace = self.raw.index(b"{") + 1
-        edits = [(after_brace, after_brace, _written(absent)[1:-1] + b"," * bool(self.spans))] \
-            if absent else []
-        edits += sorted((*self.spans[name], _written(value)) for name, value in changes.items()
-                        if name in self.spans)
-        pieces, done = [], 0
-        for start, end, written in edits:
-            pieces += [raw[done:start], written]
+    def spliced(self, changes: Mapping[str, object],
+                without: frozenset = frozenset()) -> list[bytes]:
+        """The bytes, in pieces, with some fields set and others left out: all else stays as it
+        was, but for the white space where a field goes, and is not copied."""
+        text, inside = memoryview(self.text), self.text.index(b"{") + 1
+        added = _written({name: value for name, value in changes.items()
+                          if name not in self.fields})[1:-1]
+        pieces = [text[:inside], added, b"," if added and self.fields.keys() - without else b""]
+        done, is_first = inside, True
+        for name, at, start, end in () if self.fields.keys().isdisjoint({*changes, *without}) \
+                else _members(self.text):
+            if name not in without:           # what stands before the first has no comma
+                pieces += [text[done:at] if done == inside or not is_first else b"", text[at:start],
+                           _written(changes[name]) if name in changes else text[start:end]]
+                is_first = False
             done = end
-        return [*pieces, raw[done:]]
+        pieces.append(text[done:])
+        if not self.data:
+            return pieces
+        words = re.compile(b"(%b)" % b"|".join(self.data))
+        return [self.data[part].raw if part in self.data else part
+                for piece in pieces for part in words.split(piece)]
+
+
+_scan_json = json.JSONDecoder().scan_once
+_json_sign = re.compile(r"[ \t\n\r]*[{,:}][ \t\n\r]*").match
+
+
+def _members(text: bytes) -> Iterator[tuple[str, int, int, int]]:
+    """(name, where it stands, where its value does, its end) of each member of an object that is
+    known to be JSON."""
+    chars = str(text, "latin-1")              # a character a byte, so that places are the same
+    at = _json_sign(chars).end()
+    while chars.startswith('"', at):
+        behind = _scan_json(chars, at)[1]
+        start = _json_sign(chars, behind).end()
+        end = _scan_json(chars, start)[1]
+        yield json.loads(text[at:behind]), at, start, end
+        at = _json_sign(chars, end).end()
 
 
 def _written(value: object) -> bytes:
@@ -773,44 +786,6 @@ def _decoder(hook: Callable[[list], dict]) -> json.JSONDecoder:
 
 
 _STRICT_JSON = _decoder(_object_without_duplicates)
-_json_open, _json_colon, _json_next = (
-    re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*").match for sign in (r"\{", ":", "([,}])"))
-
-
-def _members(text: str, decoder: json.JSONDecoder) -> tuple[dict, dict]:
-    """Fields and value spans of the one JSON object that is `text`.
-
-    Raises: BadRequest; JSONDecodeError; StopIteration, the scanner's, where no value begins.
-    """
-    fields: dict[str, object] = {}
-    spans: dict[str, tuple[int, int]] = {}
-    opened, scan = _json_open(text), decoder.scan_once
-    if opened is None:
-        decoder.decode(text)
-        raise BadRequest("the request body must be a JSON object")
-    at, sign = opened.end(), ","
-    if text.startswith("}", at):
-        following = _json_next(text, at)
-        at, sign = following.end(), "}"
-    while sign == ",":
-        if not text.startswith('"', at):
-            raise json.JSONDecodeError("Expecting property name in double quotes", text, at)
-        name, at = scan(text, at)
-        colon = _json_colon(text, at)
-        if colon is None:
-            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
-        start = colon.end()
-        value, at = scan(text, start)
-        if name in fields:
-            raise BadRequest("the request body has the same key twice in one JSON object")
-        fields[name], spans[name] = value, (start, at)
-        following = _json_next(text, at)
-        if following is None:
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        at, sign = following.end(), following[1]
-    if at != len(text):
-        raise json.JSONDecodeError("Extra data", text, at)
-    return fields, spans
 
 
 def _data_spans(raw: bytes) -> list[tuple[int, int]]:
@@ -832,48 +807,28 @@ def _data_spans(raw: bytes) -> list[tuple[int, int]]:
     return spans
 
 
-class _SetAside:
-    """The data of a body, set aside while the rest is parsed: a word stands for each in the text.
+def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSONDecoder]:
+    """(a body with a word for each long string of data, the data by its word, what decodes that).
     """
-
-    def __init__(self, raw: bytes) -> None:
-        self.text, self.decoder, self.data = raw, _STRICT_JSON, []
-        self._ends, self._grown = [], [0]     # of the words in the text; what is left out up to it
-        cuts = _data_spans(raw)
-        if cuts:
-            self._mark, self.decoder = secrets.token_hex(8), _decoder(self._object)
-            pieces, done, view = [], 0, memoryview(raw)
-            for number, (start, end) in enumerate(cuts):
-                word = b"%s%08x" % (self._mark.encode(), number)       # that no client can know
-                pieces += [raw[done:start], word]
-                self._ends.append(start - self._grown[-1] + len(word))
-                self._grown.append(self._grown[-1] + end - start - len(word))
-                self.data.append(str(view[start:end], "ascii"))
-                done = end
-            self.text = b"".join([*pieces, raw[done:]])
-
-    def _object(self, pairs: list) -> dict:
-        return _object_without_duplicates([(name, self.given_back(value)) for name, value in pairs])
-
-    def given_back(self, value: object) -> object:
-        """A value of an object: the data that it stands for, if it does."""
-        if self.data and type(value) is str and len(value) == 24 and value.startswith(self._mark):
-            return self.data[int(value[16:], 16)]
-        return value
-
-    def in_bytes(self, text: str, spans: Mapping[str, tuple[int, int]]) -> Mapping:
-        """Spans of the bytes, from those of the text that they were decoded to."""
-        if not self.data and len(text) == len(self.text):
-            return spans
-        at, chars, places = 0, 0, []
-        for char in itertools.chain.from_iterable(spans.values()):
-            at += len(text[chars:char].encode("utf-8"))
-            chars = char
-            places.append(at + self._grown[bisect.bisect_right(self._ends, at)])
-        return dict(zip(spans, zip(places[::2], places[1::2])))
+    view, pieces, data, done = memoryview(raw), [], {}, 0
+    mark = b""
+    for start, end in _data_spans(raw):
+        mark = mark or secrets.token_hex(8).encode()        # that no client can know
+        word = b"%b%08x" % (mark, len(data))
+        data[word] = InlineData(view[start:end], "ascii")
+        data[word].raw = view[start:end]
+        pieces += [view[done:start], word]
+        done = end
+    if not data:
+        return raw, data, _STRICT_JSON
+    words = {word.decode(): text for word, text in data.items()}
+    decoder = _decoder(lambda pairs: _object_without_duplicates(
+        [(name, words.get(value, value) if type(value) is str else value)
+         for name, value in pairs]))
+    return b"".join([*pieces, view[done:]]), data, decoder
 
 
-COUNTED_CHARS = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
+COUNTED_BYTES = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
 
 
 def _nested_deeper_than(value: object, depth: int) -> bool:
@@ -913,26 +868,22 @@ def parse_json_object(raw: bytes, hold: Callable[[int], None] = abs) -> JsonBody
     mark, duplicate keys at any depth, NaN, Infinity, huge integers, nesting beyond 200) or
     would hold up others (more than MAX_JSON_VALUES); what `hold` raises.
     """
-    aside = _SetAside(raw)
-    hold(bytes_to_parse(aside.text) + len(raw) - len(aside.text))
+    text, data, decoder = _set_aside(raw)
+    hold(bytes_to_parse(text) + len(raw) - len(text))
     try:
-        text = aside.text.decode("utf-8")
-        fields, spans = _members(text, aside.decoder)
+        fields = decoder.decode(str(text, "utf-8"))
     except UnicodeDecodeError as err:
         raise BadRequest(f"the request body is not UTF-8 (byte {err.start})") from None
     except RecursionError:
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}") from None
     except json.JSONDecodeError as err:
         raise BadRequest(f"the request body is not JSON: {err}") from None
-    except StopIteration as err:
-        fault = json.JSONDecodeError("Expecting value", text, err.value)
-        raise BadRequest(f"the request body is not JSON: {fault}") from None
-    if (len(text) > COUNTED_CHARS or text.count("{") + text.count("[") > MAX_JSON_DEPTH) \
+    if not isinstance(fields, dict):
+        raise BadRequest("the request body must be a JSON object")
+    if (len(text) > COUNTED_BYTES or text.count(b"{") + text.count(b"[") > MAX_JSON_DEPTH) \
             and _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
-    fields = {name: aside.given_back(value) for name, value in fields.items()}
-    return JsonBody(raw, fields, aside.in_bytes(text, spans), aside.text,
-                    {id(data): data for data in aside.data})
+    return JsonBody(raw, fields, text, data)
 
 
 def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
@@ -2437,14 +2388,12 @@ def _cited_texts(body: JsonBody) -> Iterator[object]:
             and json_object(part.get("citations")).get("enabled"))
 
 
-def _inline_data(images: Iterable[Mapping[str, object]],
-                 known: Container = ()) -> Iterator[str]:
-    """The data of images that is in the request itself; all else about them is text. `known` is
-    such data, by its id()."""
+def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """The data of images that is in the request itself; all else about them is text."""
     for image in images:
         url, source = image.get("image_url"), json_object(image.get("source"))
         for data in (url, json_object(url).get("url"), source.get("data")):
-            if id(data) in known or (
+            if isinstance(data, InlineData) or (
                     isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS
                     and re.fullmatch(INLINE_DATA, data)):
                 yield data
@@ -2615,16 +2564,16 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
     if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
-        fields = mapped_strings(body.fields, lambda text: "" if id(text) in body.data else text) \
-            if body.data else body.fields
+        fields = mapped_strings(body.fields, lambda text: "" if isinstance(text, InlineData) else
+                                text) if body.data else body.fields
         text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
             .encode("utf-8", "surrogatepass")
         utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
-    of_images = {id(data): data for data in _inline_data(images, body.data)}
+    of_images = {id(data): data for data in _inline_data(images)}
     utf8_bytes -= sum(map(len, of_images.values()))     # an image's own bytes are not text
-    if measured and not body.data.keys() <= of_images.keys():         # other data is
-        text = text + "".join(data for number, data in body.data.items()
-                              if number not in of_images).encode("ascii")
+    if measured:                                        # other data is
+        text = b"".join([text, *(data.raw for data in body.data.values()
+                                 if id(data) not in of_images)])
     for cited in _cited_texts(body):
         again = json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
         utf8_bytes += len(again)
@@ -2945,9 +2894,9 @@ def without_cache_marks(value: object) -> object:
     return value
 
 
-def _with_hash(text: str, data: Container) -> str:
-    """A string for a digest: of `data` the hash, which no other string can look like."""
-    if id(text) in data:
+def _with_hash(text: str) -> str:
+    """A string for a digest: of data the hash, which no other string can look like."""
+    if isinstance(text, InlineData):
         return "\0" + hashlib.sha256(text.encode("ascii")).hexdigest()
     return "\0" + text if text.startswith("\0") else text
 
@@ -2972,8 +2921,7 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         content = json_object(message).get("content")
         if isinstance(content, str):        # a cache mark makes it a block, and back
             message = {**message, "content": [{"type": "text", "text": content}]}
-        hashed = mapped_strings(
-            message, lambda text: _with_hash(text, body.data)) if body.data else message
+        hashed = mapped_strings(message, _with_hash) if body.data else message
         chain.append(_digest(chain[-1].hex(), message) if hashed == message
                      else _digest(chain[-1].hex(), "with hashes", hashed))
     declared = [(name, part) for name in COUNTED_PARTS for part in _listed(fields.get(name))]

@@ -392,7 +392,7 @@ def test_the_bound_is_what_was_counted_the_slack_and_the_rest_by_the_rule():
     whole = {**fields, "messages": [*fields["messages"], added]}
 
     assert session.bound(whole) == billed(fields) + 700 + ic.input_tokens_bound(
-        ic.JsonBody(ic.json_bytes(rest), rest, {}), price("messages"), measured=True)
+        ic.JsonBody(ic.json_bytes(rest), rest), price("messages"), measured=True)
 
 
 def test_a_large_deferred_definition_counts_before_it_is_loaded():
@@ -440,7 +440,7 @@ def test_a_response_that_goes_on_is_bounded_by_its_total_the_slack_and_what_is_n
     new = {"input": "hello"}
 
     assert 5_000 + 700 + ic.input_tokens_bound(
-        ic.JsonBody(ic.json_bytes(new), new, {}), price("responses"), measured=True) \
+        ic.JsonBody(ic.json_bytes(new), new), price("responses"), measured=True) \
         == ic.continued_input_tokens(body_of({"previous_response_id": "r", **new}),
                                      price("responses"), ic.Counted(5_000))
 
