@@ -4595,6 +4595,7 @@ SCHEMA_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "h
                             "ipv4", "ipv6", "uuid"})
 UNTAKEN_PATTERN = r"\(\?[^:]|\\[bB1-9]"           # look-around, references back, word boundaries
 WRAPPER_KEYWORDS = frozenset({"allOf", "title", "description", "default"})
+ALTERNATIVES = ("anyOf", "oneOf", "allOf")
 # Of JSON schemas, what OpenAI's strict mode refuses, and what it wants one of. From its guide to
 # structured outputs, and reports of its 400s ("'default' is not permitted").
 UNSTRICT_KEYWORDS = frozenset({
@@ -4603,10 +4604,74 @@ UNSTRICT_KEYWORDS = frozenset({
     "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedProperties",
     "unevaluatedItems"})
 SHAPE_KEYWORDS = frozenset({"type", "$ref", "anyOf", "enum", "const"})
+SCHEMA_SHAPES = MappingProxyType({
+    **dict.fromkeys(SCHEMA_MAPS, (dict, "an object")),
+    **dict.fromkeys(("required", "enum", *ALTERNATIVES), (list, "a list")),
+    "$ref": (str, "a string")})
+
+
+def schemas_in(schema: object) -> Iterator[dict]:
+    """Yield a schema, and all that stand inside it; values that are no objects are none."""
+    waiting = [schema]
+    for one in waiting:                            # which grows as we go
+        if isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            yield one
+            for name, value in one.items():
+                if name in SCHEMA_MAPS:
+                    waiting += value.values()
+                elif name not in SCHEMA_VALUES and isinstance(value, (dict, list)):
+                    waiting.append(value)
+
+
+def checked_schema(schema: object, fault: Fault) -> object:
+    """Return a schema in which what is looked at here has the shape that it must have."""
+    for one in schemas_in(schema):
+        for name, value in one.items():
+            kind, words = SCHEMA_SHAPES.get(name, (object, ""))
+            if not isinstance(value, kind):
+                raise fault(name, words)
+        if not all([isinstance(name, str) for name in one.get("required", ())]):
+            raise fault("required", "a list of strings")
+    return schema
+
+
+def _is_object(schema: Mapping[str, object]) -> bool:
+    kind = schema.get("type")
+    return kind == "object" or (isinstance(kind, list) and "object" in kind)
+
+
+def _unwrapped(schema: object) -> object:
+    """Return a schema that does no more than wrap another in allOf, as pydantic does, as that."""
+    while isinstance(schema, dict) and len(schema.get("allOf", ())) == 1 \
+            and schema.keys() <= WRAPPER_KEYWORDS:
+        inner = json_object(schema["allOf"][0])
+        schema = {**{name: schema[name] for name in schema if name != "allOf"}, **inner}
+    return schema
+
+
+def _referred(ref: str, root: Mapping[str, object]) -> dict:
+    """Return the schema that a local reference points to; an empty one where there is none."""
+    target, is_map = root, False
+    for step in ref[2:].split("/"):
+        if step in SCHEMA_VALUES and not is_map:
+            return {}
+        target, is_map = json_object(target.get(step)), step in SCHEMA_MAPS and not is_map
+    return {} if is_map else target
+
+
+def with_root(schema: object) -> object:
+    """Return a schema whose root is a reference into itself with its target as the root."""
+    fields = json_object(schema)
+    if not str(fields.get("$ref")).startswith("#/"):
+        return schema
+    return {**_referred(fields["$ref"], fields),
+            **{name: fields[name] for name in ("$defs", "definitions") if name in fields}}
 
 
 def claude_schema(schema: object) -> object:
-    """A JSON schema in the part of the language that Anthropic takes; the rest becomes words."""
+    """Return a schema in the part of the language that Anthropic takes; the rest becomes words."""
     schema = _unwrapped(schema)
     if not isinstance(schema, dict):
         return schema
@@ -4615,12 +4680,10 @@ def claude_schema(schema: object) -> object:
     kept: dict = {}
     words = []
     for name, value in schema.items():
-        name = "anyOf" if name == "oneOf" else name
         if name in SCHEMA_MAPS:
-            kept[name] = {key: claude_schema(child) for key, child in json_object(value).items()}
-        elif name in ("anyOf", "allOf"):
-            kept[name] = [claude_schema(child) for child in value] if isinstance(value, list) \
-                else []
+            kept[name] = {key: claude_schema(child) for key, child in value.items()}
+        elif name in ALTERNATIVES:
+            kept["anyOf" if name == "oneOf" else name] = [*map(claude_schema, value)]
         elif name == "items":
             kept[name] = claude_schema(value)
         elif name in SCHEMA_KEYWORDS or (name == "format" and str(value) in SCHEMA_FORMATS) \
@@ -4636,130 +4699,71 @@ def claude_schema(schema: object) -> object:
     return kept
 
 
-SCHEMA_SHAPES = MappingProxyType({
-    **dict.fromkeys(("properties", "$defs", "definitions"), (dict, "an object")),
-    **dict.fromkeys(("required", "anyOf", "oneOf", "allOf", "enum"), (list, "a list")),
-    "$ref": (str, "a string")})
+def is_enforceable(schema: object) -> bool:
+    """Whether Claude can be held to a schema: it is closed, has a shape everywhere, does not
+    refer to itself, and has values and alternatives that Anthropic takes."""
+    return isinstance(schema, dict) and not _is_recursive(schema) \
+        and all(map(_is_closed, schemas_in(schema)))
 
 
-def checked_schema(schema: object, fault: Fault) -> object:
-    """Return a schema in which what is looked at here has the shape that it must have."""
-    waiting = [schema]
-    for inner in waiting:                          # which grows as we go
-        if isinstance(inner, list):
-            waiting += inner
-        elif isinstance(inner, dict):
-            for name, value in inner.items():
-                kind, words = SCHEMA_SHAPES.get(name, (object, ""))
-                if not isinstance(value, kind):
-                    raise fault(name, words)
-                if name in SCHEMA_MAPS:
-                    waiting += value.values()
-                elif name not in SCHEMA_VALUES and isinstance(value, (dict, list)):
-                    waiting.append(value)
-            if not all([isinstance(name, str) for name in inner.get("required", ())]):
-                raise fault("required", "a list of strings")
-    return schema
+def _is_closed(schema: Mapping[str, object]) -> bool:
+    """Whether one level of a schema allows nothing but what Anthropic can enforce."""
+    branches = schema.get("allOf", ()) if schema is _unwrapped(schema) else ()
+    return not ((_is_object(schema) and not schema.get("properties"))
+                or schema.get("additionalProperties") not in (None, False)
+                or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list)
+                or any(isinstance(value, (dict, list))
+                       for value in (schema.get("const"), *schema.get("enum", ())))
+                or any("$ref" in branch for branch in _parts_of(branches)))
 
 
-def _inner_schemas(schema: object) -> Iterable[object]:
-    """What stands directly inside a schema, or a list of them, and may be a schema itself."""
-    if not isinstance(schema, dict):
-        return schema if isinstance(schema, list) else ()
-    return [child for name, value in schema.items() if name not in SCHEMA_VALUES
-            for child in (json_object(value).values() if name in SCHEMA_MAPS else (value,))]
+def _is_recursive(schema: Mapping[str, object]) -> bool:
+    """Whether a schema refers to itself, or to anything outside."""
+    def refs_in(inner: object) -> Iterator[str]:
+        return iter({one["$ref"]: 0 for one in schemas_in(inner) if "$ref" in one})
 
-
-def _unwrapped(schema: object) -> object:
-    """A schema that does no more than wrap another in allOf, as pydantic does, as that one."""
-    branches = json_object(schema).get("allOf")
-    if isinstance(branches, list) and len(branches) == 1 and schema.keys() <= WRAPPER_KEYWORDS:
-        return {**{name: schema[name] for name in schema if name != "allOf"},
-                **json_object(branches[0])}
-    return schema
-
-
-def _is_unenforceable(schema: object) -> bool:
-    """Whether a schema allows properties that it does not name, has no shape at all, or has
-    values or alternatives that Anthropic does not take."""
-    schema = _unwrapped(schema)
-    if isinstance(schema, dict):
-        allowed = schema.get("enum")
-        values = [schema.get("const"), *(allowed if isinstance(allowed, list) else ())]
-        if (_is_object(schema) and not schema.get("properties")) \
-                or schema.get("additionalProperties") not in (None, False) \
-                or {"anyOf", "oneOf"} <= schema.keys() or isinstance(schema.get("items"), list) \
-                or any(isinstance(value, (dict, list)) for value in values) \
-                or any("$ref" in branch for branch in _parts_of(schema.get("allOf"))):
+    done: set[str] = set()
+    path = {"": refs_in(schema)}                   # a chain of references -> those still to follow
+    while path:
+        at, refs = next(reversed(path.items()))
+        ref = next(refs, None)
+        if ref is None:
+            done.add(at)
+            del path[at]
+        elif ref in path or not ref.startswith("#/"):
             return True
-    return any(map(_is_unenforceable, _inner_schemas(schema)))
+        elif ref not in done:
+            path[ref] = refs_in(_referred(ref, schema))
+    return False
 
 
-def _is_object(schema: Mapping[str, object]) -> bool:
-    kind = schema.get("type")
-    return kind == "object" or (isinstance(kind, list) and "object" in kind)
-
-
-def with_root(schema: object) -> object:
-    """A schema whose root is a reference into itself, with what it refers to as its root."""
-    fields = json_object(schema)
-    if not str(fields.get("$ref")).startswith("#/"):
-        return schema
-    return {**_referred(fields["$ref"], fields),
-            **{name: fields[name] for name in ("$defs", "definitions") if name in fields}}
-
-
-def _is_recursive(schema: object, root: Mapping[str, object], done: set[str],
-                  inside: tuple[str, ...]) -> bool:
-    """Whether a schema refers to itself, or to anything outside; `done` are known not to."""
-    ref = json_object(schema).get("$ref")
-    if isinstance(ref, str) and ref not in done:
-        if ref in inside or not ref.startswith("#/"):
-            return True
-        if _is_recursive(_referred(ref, root), root, done, (*inside, ref)):
-            return True
-        done.add(ref)
-    return any(_is_recursive(child, root, done, inside) for child in _inner_schemas(schema))
-
-
-def _referred(ref: str, root: Mapping[str, object]) -> dict:
-    """What a local reference of a JSON schema points to."""
-    target = root
-    for step in ref[2:].split("/"):
-        target = json_object(target.get(step))
-    return target
-
-
-def _schema_size(schema: object) -> Counter:
-    """How much of MOST_ENFORCED a schema takes up."""
+def size_of(schema: object) -> Counter:
+    """Return how much of MOST_ENFORCED a schema takes up."""
     size: Counter = Counter()
-    if isinstance(schema, dict):
-        required = schema.get("required")
-        size["optional properties"] = len(
-            json_object(schema.get("properties")).keys() - set(required or ()))
-        size["unions"] = int(isinstance(schema.get("type"), list)
-                             or any(name in schema for name in ("anyOf", "oneOf")))
-    return sum(map(_schema_size, _inner_schemas(schema)), size)
+    for one in schemas_in(schema):
+        size["optional properties"] += len(one.get("properties", {}).keys()
+                                           - set(one.get("required", ())))
+        size["unions"] += isinstance(one.get("type"), list) or "anyOf" in one or "oneOf" in one
+    return size
 
 
 def object_schema(schema: Mapping[str, object]) -> dict:
-    """A tool's schema with one object at its top, where Anthropic takes no alternatives: those
-    are merged: a property can be as any of them has it, and what all require is required."""
+    """Return a tool's schema with one object at its top, where Anthropic takes no alternatives:
+    a property can be as any of them has it, and what all require is required."""
     branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
-                for name in ("anyOf", "oneOf", "allOf") for branch in _parts_of(schema.get(name))]
-    own = {name: value for name, value in schema.items() if name not in ("anyOf", "oneOf", "allOf")}
+                for name in ALTERNATIVES for branch in _parts_of(schema.get(name))]
+    own = {name: value for name, value in schema.items() if name not in ALTERNATIVES}
     if not branches:
         return {"type": "object", **own}
     variants: dict[str, list] = {}                 # of each property
     for branch in branches:
-        for name, child in json_object(branch.get("properties")).items():
+        for name, child in branch.get("properties", {}).items():
             if child not in variants.setdefault(name, []):
                 variants[name].append(child)
     properties = {**{name: children[0] if len(children) == 1 else {"anyOf": children}
-                     for name, children in variants.items()},
-                  **json_object(own.get("properties"))}
-    in_all = set.intersection(*(set(branch.get("required") or ()) for branch in branches))
-    required = sorted(in_all | set(own.get("required") or ()))
+                     for name, children in variants.items()}, **own.get("properties", {})}
+    in_all = set.intersection(*(set(branch.get("required", ())) for branch in branches))
+    required = sorted(in_all.union(own.get("required", ())))
     return {"type": "object", **own, "properties": properties,
             **({"required": required} if required else {})}
 
@@ -4773,19 +4777,18 @@ def plain_schema(schema: Mapping[str, object]) -> dict:
 def is_strict(schema: object) -> bool:
     """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed,
     a shape everywhere, and no keyword that it refuses."""
-    if isinstance(schema, dict):
-        properties = schema.get("properties")
-        inner = [*json_object(properties).values(), *(schema.get("anyOf") or ()),
-                 schema.get("items", {})]              # each a schema, and none of them true
-        if UNSTRICT_KEYWORDS & schema.keys() or not SHAPE_KEYWORDS & schema.keys() \
-                or not all(isinstance(child, dict) for child in inner):
-            return False
-        if (properties is not None or _is_object(schema)) and (
-                schema.get("additionalProperties") is not False
-                or not isinstance(properties, dict)
-                or set(schema.get("required") or ()) != properties.keys()):
-            return False
-    return all(map(is_strict, _inner_schemas(schema)))
+    return all(map(_is_strict_level, schemas_in(schema)))
+
+
+def _is_strict_level(schema: Mapping[str, object]) -> bool:
+    properties = schema.get("properties")
+    inner = [*(properties or {}).values(), *schema.get("anyOf", ()), schema.get("items", {})]
+    if UNSTRICT_KEYWORDS & schema.keys() or not SHAPE_KEYWORDS & schema.keys() \
+            or not all(isinstance(child, dict) for child in inner):      # none of them true
+        return False
+    return (properties is None and not _is_object(schema)) or (
+        schema.get("additionalProperties") is False and properties is not None
+        and set(schema.get("required", ())) == properties.keys())
 
 
 # ==== 11. Chat completions ======================================================================
@@ -6326,10 +6329,9 @@ class _MessagesRequest(RequestWriter):
 
     def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
         """Whether the model can be held to a schema; what it adds to the request is counted."""
-        if not self._claude.schemas or not isinstance(schema, dict) or _is_unenforceable(schema) \
-                or _is_recursive(schema, schema, set(), ()):
+        if not self._claude.schemas or not is_enforceable(schema):
             return False
-        size = self._enforced + _schema_size(schema) + Counter({"strict tools": strict_tools})
+        size = self._enforced + size_of(schema) + Counter({"strict tools": strict_tools})
         if any(size[what] > most for what, most in MOST_ENFORCED.items()):
             return False
         self._enforced = size

@@ -570,11 +570,20 @@ def test_a_file_at_anthropic_brings_its_beta_along():
 
 
 def test_a_schema_of_doubling_references_is_walked_once():
-    """Each definition names the next one twice: 2 to the 40th ways, and one walk."""
+    """Each definition names the next one twice: 2 to the 2,000th ways, and one walk."""
     schema = {"$ref": "#/$defs/d0", "$defs": {
-        f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)}}
+        f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(2000)}}
 
-    assert not ic._is_recursive(schema, schema, set(), ())
+    assert not ic._is_recursive(schema)
+
+
+@pytest.mark.parametrize("ref", ["#/default", "#/$defs", "#/$defs/A/const", "#/title/x"])
+def test_a_reference_to_what_is_no_schema_is_one_to_nothing(ref):
+    schema = {"anyOf": [{"$ref": ref}], "default": {"required": 7, "properties": [7]},
+              "$defs": {"required": 7, "A": {"const": {"properties": 7}}}, "title": "t"}
+
+    translator, _ = to_claude({"tools": [tool(parameters=schema)]})
+    assert {} == translator.request["tools"][0]["input_schema"]["properties"]
 
 
 def test_an_answer_through_a_tool_is_the_content():
