@@ -4549,14 +4549,21 @@ class RequestWriter:
                           f"{part.native.get('type')}")
         return None
 
+    def _cap(self) -> Optional[int]:
+        """Return the output cap that was asked for, or the target's where that is less."""
+        cap, most = self._asked.output_cap, self._target.most_output_tokens
+        if cap is not None and cap > most:
+            self._losses.adjust("output_cap", most)
+            return most
+        return cap
 
-def lowered_cap(asked: Conversation, target: Target, losses: Losses) -> Optional[int]:
-    """Return the output cap that was asked for, or the target's where that is less."""
-    cap = asked.output_cap
-    if cap is not None and cap > target.most_output_tokens:
-        losses.adjust("output_cap", target.most_output_tokens)
-        return target.most_output_tokens
-    return cap
+    def _described(self, tool: Tool) -> dict:
+        """Return the description of a tool, with the syntax of its text, which nobody enforces."""
+        text = tool.description
+        if tool.syntax:
+            self._losses.adjust("syntax", "described")
+            text = f"{text}\n{json.dumps(tool.syntax)}".strip()
+        return {"description": text} if text else {}
 
 
 def document_text(part: Part) -> str:
@@ -4569,15 +4576,6 @@ def untaken(part: Part) -> BadRequest:
     kind = str(part.native.get("type") or part.kind)
     return BadRequest(f"content of the type {shown_name(kind)}, as it stands here, cannot be "
                       "carried over to this model's provider", param="messages")
-
-
-def described(tool: Tool, losses: Losses) -> dict:
-    """Return the description of a tool that takes text, with the syntax that nobody enforces."""
-    text = tool.description
-    if tool.syntax:
-        losses.adjust("syntax", "described")
-        text = f"{text}\n{json.dumps(tool.syntax)}".strip()
-    return {"description": text} if text else {}
 
 
 # ==== 10. JSON schemas ==========================================================================
@@ -4838,42 +4836,6 @@ GPT_FAMILIES = (
 def gpt_of(model: str) -> Gpt:
     """The family that a model belongs to."""
     return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
-
-
-def chosen_effort(asked: Conversation, taken: Sequence[str], losses: Losses,
-                  beside_tools: Optional[str] = "any") -> Optional[str]:
-    """Return the effort that was asked for, or the next lower that the model takes, beside tools
-    if need be. A model that does not reason has none."""
-    if not taken:
-        return None
-    effort = asked.effort
-    if beside_tools != "any":
-        effort = beside_tools
-    elif effort is not None:
-        effort = lowered_effort(effort, taken)
-    if effort is None and asked.effort not in (None, "none"):
-        losses.drop("effort")
-    elif effort not in (None, asked.effort):
-        losses.adjust("effort", effort)
-    return effort
-
-
-def kept_sampling(asked: Conversation, losses: Losses, is_taken: bool) -> dict:
-    """Return temperature and top_p where a model of OpenAI's format takes them."""
-    kept = {}
-    for name, value in asked.sampling.items():
-        if name != "top_k" and is_taken:
-            kept[name] = value
-        elif name == "top_k" or value != 1:
-            losses.drop(name)
-    return kept
-
-
-def openai_extras(asked: Conversation) -> dict:
-    """Return who asks, as a hash, and the tier, as OpenAI takes them."""
-    extras = {"safety_identifier": _hashed(asked.user, 64) if asked.user else None,
-              "service_tier": asked.tier}
-    return {name: value for name, value in extras.items() if value}
 
 
 CHAT_RULES = MappingProxyType({
@@ -5148,12 +5110,12 @@ _CHAT_PARTS_READ = MappingProxyType({
     "image_url": _image_part, "file": _file_part})
 
 
-# Requests that are written for a chat server.
+# Requests that are written for OpenAI, or for a server that speaks its format.
 
 MAX_STOPS = 4
-# Fields that OpenAI takes as they are; others know few of them.
-CHAT_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
-                        "prompt_cache_options"})
+# Fields that OpenAI takes as they are, in both of its APIs; others know few of them.
+OPENAI_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
+                          "prompt_cache_options"})
 
 
 class _OpenAIRequest(RequestWriter):
@@ -5164,8 +5126,37 @@ class _OpenAIRequest(RequestWriter):
         super().__init__(conversation, target, losses)
         self._is_openai = target.is_openai
         self._gpt = gpt_of(conversation.model) if target.is_openai else Gpt()
+
+    def _effort(self, taken: Sequence[str], beside_tools: Optional[str] = "any") -> Optional[str]:
+        """Return the effort that was asked for, or the next lower that the model takes, beside
+        tools if need be. A model that does not reason has none."""
+        asked = self._asked.effort
+        if not taken:
+            return None
+        effort = beside_tools if beside_tools != "any" else asked and lowered_effort(asked, taken)
+        if effort is None and asked not in (None, "none"):
+            self._losses.drop("effort")
+        elif effort not in (None, asked):
+            self._losses.adjust("effort", effort)
+        return effort
+
+    def _extras(self, effort: Optional[str]) -> dict:
+        """Return the sampling that goes with an effort, who asks, as a hash, and what OpenAI takes
+        as the client wrote it."""
+        asked, is_openai = self._asked, self._is_openai
+        samples, kept = not self._gpt.efforts or effort == "none", {}
+        for name, value in asked.sampling.items():
+            if samples and name != "top_k":
+                kept[name] = value
+            elif value != 1 or name == "top_k":
+                self._losses.drop(name)
+        if is_openai and asked.user:
+            kept["safety_identifier"] = _hashed(asked.user, 64)
+        if is_openai and asked.tier:
+            kept["service_tier"] = asked.tier
         # Models that do not reason have one verbosity, and refuse all others.
-        self._untaken = frozenset() if self._gpt.efforts else {"verbosity"}
+        takes = OPENAI_TAKES if self._gpt.efforts else OPENAI_TAKES - {"verbosity"}
+        return {**kept, **left_over(asked, takes if is_openai else (), self._losses)}
 
     def _tool_fields(self) -> dict:
         """Return the tools, and how they are called; a request that has only another vendor's own
@@ -5174,11 +5165,9 @@ class _OpenAIRequest(RequestWriter):
         if not tools and asked.tools:
             raise BadRequest("the tools are all of one provider's own, which this model's "
                              "provider does not have", param="tools")
-        if not tools:
-            return {}
         fields = {"tools": tools, "tool_choice": self._choice(tools),
                   "parallel_tool_calls": False if asked.one_call_at_a_time else None}
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in fields.items() if value is not None} if tools else {}
 
     def _choice(self, tools: list[dict]) -> object:
         """Return the row of the tool that must be called, or a word; None where all is open."""
@@ -5201,13 +5190,19 @@ class _OpenAIRequest(RequestWriter):
         start = next((at for at, turn in enumerate(turns) if turn.role != "system"), len(turns))
         return [part for turn in turns[:start] for part in turn.parts], turns[start:]
 
-    def _schema(self, tool: Tool) -> tuple[dict, bool]:
-        """Return the schema of a function, and whether its input is held to that."""
+    def _openai_tool(self, tool: Tool) -> tuple[str, dict]:
+        """Return the type of a tool, and what OpenAI has to know of it."""
+        kind = "custom" if tool.kind == "text" else "function"
+        row: dict = {"name": self._names.fitting(tool.name, tool.namespace)}
+        if tool.description:
+            row["description"] = tool.description
+        if kind == "custom":
+            return kind, {**row, "format": tool.syntax} if tool.syntax else row
         schema = plain_schema(tool.schema)
         enforced = tool.strict and is_strict(schema)
         if tool.strict and not enforced:
             self._losses.drop("strict")
-        return schema, enforced
+        return kind, {**row, "parameters": schema, "strict": enforced}
 
     def _format(self) -> tuple[dict, str]:
         """Return the form of the text, as Responses has it; or words that ask for it, where a
@@ -5231,123 +5226,99 @@ class _ChatRequest(_OpenAIRequest):
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
+        self._messages: list[dict] = []
         self._called: dict[str, str] = {}          # id of a call in the history -> its name
 
     def request(self) -> dict:
         """Return the request."""
-        asked, losses = self._asked, self._losses
-        request: dict = {"model": asked.model}
+        asked, losses, gpt = self._asked, self._losses, self._gpt
         tools = self._tool_fields()
-        request["messages"] = self._messages()
-        cap = lowered_cap(asked, self._target, losses)
+        self._write_messages()
+        request: dict = {"model": asked.model, "messages": self._messages}
+        cap = self._cap()
         if cap is not None:
             request[self._target.manners.caps[0]] = cap
         request.update(tools)
-        most_stops = 0 if self._gpt.efforts else MAX_STOPS
-        if len(asked.stops) > most_stops:
+        stops = asked.stops[:0 if gpt.efforts else MAX_STOPS]
+        if len(asked.stops) > len(stops):
             losses.drop("stops")
-        if asked.stops[:most_stops]:
-            request["stop"] = asked.stops[:most_stops]
+        if stops:
+            request["stop"] = stops
         if asked.streams:
             request["stream"] = True
-        effort = chosen_effort(asked, self._gpt.efforts, losses,
-                               self._gpt.effort_with_tools if tools else "any")
+        effort = self._effort(gpt.efforts, gpt.effort_with_tools if tools else "any")
         if effort is not None:
             request["reasoning_effort"] = effort
-        request.update(kept_sampling(asked, losses, not self._gpt.efforts or effort == "none"))
         wanted, words = self._format()
         if words:
-            request["messages"].insert(0, self._system_message([words]))
+            self._messages.insert(0, self._system_message([words]))
         elif wanted:
             kind = wanted.pop("type")
             request["response_format"] = {"type": kind, **({kind: wanted} if wanted else {})}
-        if self._is_openai:
-            request.update(openai_extras(asked))
-        takes = CHAT_TAKES - self._untaken if self._is_openai else ()
-        return {**request, **left_over(asked, takes, losses)}
-
-    def _system_message(self, texts: list[str]) -> dict:
-        role = "developer" if self._gpt.efforts else "system"
-        content = [{"type": "text", "text": text} for text in texts] \
-            if len(texts) > 1 and self._is_openai else "\n\n".join(texts)
-        return {"role": role, "content": content}
+        return {**request, **self._extras(effort)}
 
     def _tool(self, tool: Tool) -> Optional[dict]:
         if tool.kind not in ("function", "text"):
             self._losses.drop(f"tools.{tool.native.get('type')}")
             return None
+        if self._is_openai:
+            kind, row = self._openai_tool(tool)
+            if not row.get("strict", True):        # which is what it takes an absent one for
+                del row["strict"]
+            return {"type": kind, kind: row}
         is_text = tool.kind == "text"
-        own: dict = {"name": self._names.fitting(tool.name, tool.namespace,
-                                                 is_text and not self._is_openai)}
-        if is_text and self._is_openai:
-            about = {"description": tool.description, "format": tool.syntax}
-            return {"type": "custom", "custom": {**own, **{
-                name: value for name, value in about.items() if value}}}
-        own.update(described(tool, self._losses))
-        if is_text or not self._is_openai:
-            own["parameters"] = plain_schema(TEXT_TOOL_SCHEMA if is_text else tool.schema)
-        else:
-            own["parameters"], enforced = self._schema(tool)
-            own.update({"strict": True} if enforced else {})
-        return {"type": "function", "function": own}
+        return {"type": "function", "function": {
+            "name": self._names.fitting(tool.name, tool.namespace, is_text),
+            **self._described(tool),
+            "parameters": plain_schema(TEXT_TOOL_SCHEMA if is_text else tool.schema)}}
 
-    def _messages(self) -> list[dict]:
-        ids = CallIds(self._target.manners.call_ids or "(?s).{0,40}", "call_")
-        system, turns = self._turns(ids)
-        messages = self._system(system, is_first=True)
+    def _write_messages(self) -> None:
+        system, turns = self._turns(
+            CallIds(self._target.manners.call_ids or "(?s).{0,40}", "call_"))
+        self._system(system)
         for role, parts in turns:
-            messages += _CHAT_TURNS_WRITTEN[role](self, parts)
-        if not messages:
+            _CHAT_TURNS_WRITTEN[role](self, parts)
+        if not self._messages:
             raise BadRequest("messages have no content", param="messages")
-        if messages[-1]["role"] == "assistant":
+        if self._messages[-1]["role"] == "assistant":
             self._losses.adjust("prefill", "kept")
-        if not self._is_openai:
-            messages = self._alternating(messages)
-        return messages if self._target.manners.user_after_tool else self._bridged(messages)
 
-    def _bridged(self, messages: list[dict]) -> list[dict]:
-        """Return messages in which the assistant speaks between a tool and the user."""
-        bridged: list[dict] = []
-        for message in messages:
-            if message["role"] == "user" and bridged and bridged[-1]["role"] == "tool":
-                bridged.append({"role": "assistant", "content": "I have the results."})
-                self._losses.adjust("turns", "bridged")
-            bridged.append(message)
-        return bridged
+    def _add(self, role: str, content: object, **more: object) -> None:
+        """Add a message. Chat templates of local models want the user's and the assistant's to
+        alternate, and those of some servers do not have the user speak behind a tool."""
+        last = self._messages[-1] if self._messages else {"role": ""}
+        if role == "user" == last["role"] and not self._is_openai:
+            both = (last["content"], content)
+            last["content"] = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
+                else [part for one in both for part in _parts_of(one)]
+            return
+        if (last["role"], role) == ("tool", "user") and not self._target.manners.user_after_tool:
+            self._messages.append({"role": "assistant", "content": "I have the results."})
+            self._losses.adjust("turns", "bridged")
+        self._messages.append({"role": role, "content": content, **more})
 
-    def _system(self, parts: list[Part], is_first: bool = False) -> list[dict]:
-        """Return a system message in place. Chat templates of other servers want it first, or not
+    def _system_message(self, texts: list[str]) -> dict:
+        content = [{"type": "text", "text": text} for text in texts] \
+            if len(texts) > 1 and self._is_openai else "\n\n".join(texts)
+        return {"role": "developer" if self._gpt.efforts else "system", "content": content}
+
+    def _system(self, parts: list[Part]) -> None:
+        """Write a system message in place. Chat templates of other servers want it first, or not
         at all; there it is said as the user."""
         texts = [part.text for part in parts if part.text]
         if not texts:
-            return []
+            return
         if self._target.manners.cache_marks and any(part.mark for part in parts):
-            return [{"role": "system", "content": [self._part(part) for part in parts]}]
-        if is_first or self._is_openai:
-            return [self._system_message(texts)]
-        self._losses.adjust("later_system", "user")
-        return [{"role": "user", "content": "\n\n".join([LATER_SYSTEM + texts[0], *texts[1:]])}]
+            self._add("system", [self._part(part) for part in parts])
+        elif self._is_openai or not self._messages:
+            self._add(**self._system_message(texts))
+        else:
+            self._losses.adjust("later_system", "user")
+            self._add("user", LATER_SYSTEM + "\n\n".join(texts))
 
-    @staticmethod
-    def _alternating(messages: list[dict]) -> list[dict]:
-        """Return runs of the user's messages as one: chat templates of local models want them to
-        alternate."""
-        merged: list[dict] = []
-        for message in messages:
-            before = merged[-1] if merged else {}
-            if message["role"] == "user" == before.get("role"):
-                both = (before["content"], message["content"])
-                content = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
-                    else [part for one in both for part in _parts_of(one)]
-                merged[-1] = {"role": "user", "content": content}
-            else:
-                merged.append(message)
-        return merged
-
-    def _assistant(self, parts: list[Part]) -> list[dict]:
-        text, thought, manners = "", "", self._target.manners
-        calls, said, backs = [], {}, []
-        called = [part for part in parts if part.kind == "call"]
+    def _assistant(self, parts: list[Part]) -> None:
+        text, thought, calls, backs = "", "", [], []
+        field = self._target.manners.reasoning_field
         for part in parts:
             if part.kind == "call":
                 calls.append(self._call(part))
@@ -5355,26 +5326,25 @@ class _ChatRequest(_OpenAIRequest):
                 text += part.text
             elif part.kind == "thought":
                 thought += part.text
-                if self._goes_back(part):
-                    backs.append(part.native)
-                elif part.native and not manners.reasoning_field:
-                    self._losses.adjust("thoughts", "removed")
+                if field and not self._goes_back(part):        # its words are enough
+                    continue
+                backs += filter(None, [self._thought(part)])
             else:
                 self._other(part)
         if not text and not calls:
-            return []
-        if called and not backs:
-            backs = self._target.recall(called[0].carried_id, "")
+            return
+        if calls and not backs:
+            first = next(part for part in parts if part.kind == "call")
+            backs = self._target.recall(first.carried_id, "")
+        said: dict = {}
         for back in backs:
             for number, extra in json_object(back.get("calls")).items():
                 if number.isdecimal() and int(number) < len(calls):
                     calls[int(number)].update(extra)
             said.update((name, value) for name, value in back.items() if name != "calls")
-        if manners.reasoning_field:
-            said[manners.reasoning_field] = thought
-        if calls:
-            said["tool_calls"] = calls
-        return [{"role": "assistant", "content": text or None, **said}]
+        if field:
+            said[field] = thought
+        self._add("assistant", text or None, **said, **({"tool_calls": calls} if calls else {}))
 
     def _call(self, call: Part) -> dict:
         is_wrapped = call.is_text and not self._is_openai
@@ -5384,32 +5354,38 @@ class _ChatRequest(_OpenAIRequest):
         text = plain_json(call_input(call)) if is_wrapped else call.text
         return {"id": call.id, "type": kind, kind: {"name": name, member: text}}
 
-    def _user(self, parts: list[Part]) -> list[dict]:
-        """Return a user's turn: its tool results as messages of their own, first; then the rest."""
-        results, content = [], []
+    def _user(self, parts: list[Part]) -> None:
+        """Write a user's turn: its tool results as messages of their own, first; then the rest."""
+        content: list[dict] = []
         for part in parts:
-            if part.kind != "result":
+            if part.kind == "result":
+                content += self._result(part)
+            else:
                 content.append(self._part(part))
-                continue
-            texts = []
-            for shown in map(self._part, part.parts):
-                if "text" in shown:
-                    texts.append(shown["text"])
-                    continue
-                kind = shown["type"].partition("_")[0]       # a tool message takes text only
-                texts.append(f"[{kind}]")
-                content += [{"type": "text", "text": f"{kind.capitalize()} from tool "
-                             f"{self._called.get(part.id, part.id)}:"}, shown]
-            text = "\n".join(texts)
-            if part.is_error and text != NO_RESULT and not text.startswith("Error"):
-                text = f"Error: {text}"
-            results.append({"role": "tool", "tool_call_id": part.id, "content": text})
         if not content:
-            return results
-        is_plain = all(set(part) == {"type", "text"} for part in content)
+            return
+        is_plain = all([part.keys() == {"type", "text"} for part in content])
         if is_plain and not (len(content) > 1 and self._is_openai):   # others may take no list
-            content = "\n\n".join([part["text"] for part in content])
-        return [*results, {"role": "user", "content": content}]
+            self._add("user", "\n\n".join([part["text"] for part in content]))
+        else:
+            self._add("user", content)
+
+    def _result(self, result: Part) -> list[dict]:
+        """Write the result of a call, which is text only, and return what the user says of it."""
+        texts, beside = [], []
+        for shown in map(self._part, result.parts):
+            if "text" in shown:
+                texts.append(shown["text"])
+                continue
+            kind = shown["type"].partition("_")[0]
+            texts.append(f"[{kind}]")
+            beside += [{"type": "text", "text": f"{kind.capitalize()} from tool "
+                        f"{self._called.get(result.id, result.id)}:"}, shown]
+        text = "\n".join(texts)
+        if result.is_error and text != NO_RESULT and not text.startswith("Error"):
+            text = f"Error: {text}"
+        self._add("tool", text, tool_call_id=result.id)
+        return beside
 
     def _part(self, part: Part) -> dict:
         if part.kind == "text":
@@ -6189,7 +6165,7 @@ class _MessagesRequest(RequestWriter):
         most = target.most_output_tokens
         default = most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS)
         request: dict = {"model": asked.model,
-                         "max_tokens": lowered_cap(asked, target, self._losses) or default}
+                         "max_tokens": self._cap() or default}
         tools = self._written_tools()
         self._set_thinking(request, passed.pop("thinking", None))
         messages = request["messages"] = self._messages(self._thinks(request))
@@ -6379,7 +6355,7 @@ class _MessagesRequest(RequestWriter):
         if schema.keys() - {"type"} != given.keys() - {"type"}:
             self._losses.adjust("schema", "merged")
         written = {"name": self._names.fitting(tool.name, tool.namespace, is_text),
-                   "input_schema": schema, **described(tool, self._losses)}
+                   "input_schema": schema, **self._described(tool)}
         if tool.origin == "messages":
             written.update(tool.native)
         if tool.strict and not is_text:
@@ -6895,9 +6871,6 @@ RESPONSES_NAMES = MappingProxyType({
     "syntax": "tools.format", "results": "input.function_call_output",
     "later_system": "input.system", "prefill": "input.prefill", "thoughts": "input.reasoning",
     "thinking": "reasoning", "turns": "input", "tier": "service_tier"})
-# What it takes under the names that other APIs have for it, too.
-RESPONSES_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_cache_retention",
-                             "prompt_cache_options"})
 IN_INPUT = in_request("input")
 TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the member with its text
     **dict.fromkeys(("input_text", "output_text", "text"), "text"), "refusal": "refusal",
@@ -7615,18 +7588,18 @@ class _ResponsesRequest(_OpenAIRequest):
         items = [item for turn in turns for item in self._items(turn)]
         if turns and turns[-1].role == "assistant":
             losses.adjust("prefill", "kept")
-        given = left_over(asked, RESPONSES_TAKES - self._untaken, losses)
+        reasoning = self._reasoning()
         wanted, words = self._format()
         texts += [words] if words else []
         if wanted == {"type": "json_object"} and "json" not in json.dumps(items).lower():
             items.append(_message_item("system", [_text_row("Respond with JSON.", "system")]))
-        text = {"verbosity": given.pop("verbosity", None), "format": wanted}
+        text = {"verbosity": reasoning.pop("verbosity", None), "format": wanted}
         if not items and texts:                    # there must be one
             items = [_message_item("system", [_text_row(text, "system") for text in texts])]
             texts = []
         if not items:
             raise BadRequest("messages have no content", param="messages")
-        cap = lowered_cap(asked, self._target, losses)
+        cap = self._cap()
         if cap is not None and cap < MIN_RESPONSE_TOKENS:
             losses.adjust("output_cap", MIN_RESPONSE_TOKENS)
             cap = MIN_RESPONSE_TOKENS
@@ -7635,20 +7608,19 @@ class _ResponsesRequest(_OpenAIRequest):
         optional = {
             "instructions": "\n\n".join(texts), "stream": asked.streams, "max_output_tokens": cap,
             "text": {name: value for name, value in text.items() if value}, **self._tool_fields(),
-            **self._reasoning(), **openai_extras(asked), **given}
+            **reasoning}
         return {"model": asked.model, "input": items, "store": False, **{
             name: value for name, value in optional.items() if value not in (None, "", {})}}
 
     def _reasoning(self) -> dict:
-        """Return how it reasons, and the sampling that goes with that."""
+        """Return how it reasons, and what goes with that."""
         asked = self._asked
-        effort = chosen_effort(asked, self._gpt.responses_efforts, self._losses)
-        sampling = kept_sampling(asked, self._losses, not self._gpt.efforts or effort == "none")
+        effort = self._effort(self._gpt.responses_efforts)
         include = ["reasoning.encrypted_content"] if self._gpt.efforts else []
         if any(tool.kind == "search" for tool in asked.tools):
             include.append("web_search_call.action.sources")
         reasoning = {"effort": effort, "summary": asked.summary if self._gpt.efforts else None}
-        return {**sampling, "include": include or None, "reasoning": {
+        return {**self._extras(effort), "include": include or None, "reasoning": {
             name: value for name, value in reasoning.items() if value}}
 
     def _tool_fields(self) -> dict:
@@ -7666,14 +7638,8 @@ class _ResponsesRequest(_OpenAIRequest):
             return {"type": "web_search",
                     **({"filters": {"allowed_domains": domains}} if domains else {}),
                     **({"user_location": place} if place else {})}
-        row = {"type": "custom" if tool.kind == "text" else "function",
-               "name": self._names.fitting(tool.name, tool.namespace)}
-        if tool.description:
-            row["description"] = tool.description
-        if tool.kind == "text":
-            return {**row, "format": tool.syntax} if tool.syntax else row
-        schema, enforced = self._schema(tool)
-        return {**row, "parameters": schema, "strict": enforced}
+        kind, row = self._openai_tool(tool)
+        return {"type": kind, **row}
 
     def _items(self, turn: Turn) -> list[dict]:
         """Return the items of a turn: what follows each other in it is one message."""
