@@ -9324,8 +9324,18 @@ def _check_is_ledger(db: sqlite3.Connection) -> None:
         raise OSError(f"it is not a ledger of ironcage_proxy; {BEGIN_ANEW}")
 
 
-def _cut_digests(joined: bytes) -> frozenset:
-    return frozenset(joined[at:at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES))
+def count_cells(row: CountRow) -> tuple:
+    """A count as it is kept, in the order of the columns of `counts`."""
+    counted = row.counted
+    return (row.scope, row.digest, counted.tokens, b"".join(sorted(counted.parts)),
+            int(counted.has_tools), row.model, row.learned_s)
+
+
+def count_from_cells(scope: str, digest: bytes, tokens: int, parts: bytes, has_tools: int,
+                     model: str, learned_s: int) -> CountRow:
+    """A count that was kept."""
+    digests = frozenset(parts[at:at + DIGEST_BYTES] for at in range(0, len(parts), DIGEST_BYTES))
+    return CountRow(scope, digest, Counted(tokens, digests, bool(has_tools)), model, learned_s)
 
 
 class SqliteLedger:
@@ -9408,16 +9418,12 @@ class SqliteLedger:
         with self._turn:
             self._db.execute("DELETE FROM counts WHERE learned_s < ?", (since_s,))
             rows = self._db.execute("SELECT * FROM counts ORDER BY learned_s").fetchall()
-        return [CountRow(row["scope"], row["digest"], Counted(
-            row["tokens"], _cut_digests(row["parts"]), bool(row["has_tools"])),
-            row["model"], row["learned_s"]) for row in rows]
+        return [count_from_cells(*row) for row in rows]
 
     def keep_count(self, row: CountRow) -> None:
         """Write a count with the next commit: to lose one costs nothing but a guess."""
-        counted = row.counted
-        self._queue.append(_Write("INSERT OR REPLACE INTO counts VALUES (?, ?, ?, ?, ?, ?, ?)", (
-            row.scope, row.digest, counted.tokens, b"".join(sorted(counted.parts)),
-            int(counted.has_tools), row.model, row.learned_s), is_intent=False))
+        self._queue.append(_Write("INSERT OR REPLACE INTO counts VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                  count_cells(row), is_intent=False))
 
     def look(self) -> Optional[OSError]:
         """Why the files are not as we left them, which is logged when it is new; None: they are."""
@@ -12666,11 +12672,10 @@ TOMBSTONE_S = DAY_S                           # at least; a later settlement is 
 ENGINE_CONNECTIONS_KEPT = 64
 MAX_REPLY_BYTES = 512 * 1024 * 1024           # one string; the server's own limit
 MAX_REPLY_DEPTH = 8
-COUNTS_AT_ONCE = 500                          # what providers have counted, kept to be shared
+COUNTS_WAITING = 500                          # of what providers have counted, to be shared
 MOST_SHARED_COUNTS = 4_000
 MAX_COUNT_BYTES = 64 * 1024
-CALLS_AT_ONCE = 100                           # in one script, which holds up everybody
-SCOPES_AT_ONCE = 500
+AT_ONCE = 200                                 # rows in one exchange, which holds up everybody
 MOST_SHARED = 2 ** 53 - 1                     # microdollars
 UNNAMED_TOKEN = "default"                     # the name of --token, which has no scope of its own
 NOT_A_REPLY = "what it answers is not Redis' protocol"
@@ -12757,7 +12762,7 @@ def replied() -> Iterator[None]:
     """Read a reply, or raise EngineFailed where it is none to what was asked."""
     try:
         yield
-    except (AttributeError, IndexError, TypeError, ValueError) as err:
+    except (AttributeError, LookupError, TypeError, ValueError) as err:
         raise EngineFailed(NOT_A_REPLY, was_sent=True) from err
 
 
@@ -12780,31 +12785,25 @@ def format_command(words: Sequence[Union[str, bytes, int]]) -> bytes:
         [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
-def read_reply(line: Callable[[], bytes], exactly: Callable[[int], bytes],
-               depth: int = 0) -> Reply:
-    """One reply, from a reader of lines without their CRLF and one of so many bytes.
+def read_reply(part: Callable[..., bytes], depth: int = 0) -> Reply:
+    """One reply, from a reader of the next line or, given a size, of so many bytes.
 
     Raises ValueError for what is none.
     """
-    text = line()
-    kind, rest, digits = text[:1], text[1:], text[1:].lstrip(b"-")
+    text = part()
+    kind, rest = text[:1], text[1:]
     if kind in (b"+", b"-"):
         return rest if kind == b"+" else EngineError(rest.decode("utf-8", "replace"))
-    if kind not in (b":", b"$", b"*") or not digits.isdigit() or len(digits) > 19:
+    if kind not in (b":", b"$", b"*") or not re.fullmatch(rb"-?\d{1,19}", rest):
         raise ValueError(NOT_A_REPLY)
     size = int(rest)
-    if kind == b":":
-        return size
-    if size == -1:
-        return None
+    if kind == b":" or size == -1:
+        return size if kind == b":" else None
     if not 0 <= size <= MAX_REPLY_BYTES or depth > MAX_REPLY_DEPTH:
         raise ValueError(NOT_A_REPLY)
     if kind == b"*":
-        return [read_reply(line, exactly, depth + 1) for _ in range(size)]
-    data = exactly(size + 2)
-    if data[-2:] != b"\r\n":
-        raise ValueError(NOT_A_REPLY)
-    return data[:-2]
+        return [read_reply(part, depth + 1) for _ in range(size)]
+    return part(size)
 
 
 class EngineLink:
@@ -12816,8 +12815,8 @@ class EngineLink:
     def __init__(self, address: EngineAddress, turns: Turns, deadline_s: float) -> None:
         with turns.outside():
             sock = self._connected(address, max(0.001, deadline_s - time.monotonic()))
-        self._wire, self._data, self._at, self._deadline_s = Wire(sock, turns), b"", 0, deadline_s
-        self._secret = address.password
+        self._wire, self._secret = Wire(sock, turns), address.password
+        self._data, self._at, self._deadline_s = b"", 0, deadline_s
         login = [[*(("AUTH", address.user) if address.user else ("AUTH",)), address.password]] \
             if address.password else []
         select_database = [["SELECT", address.database]] if address.database else []
@@ -12848,33 +12847,28 @@ class EngineLink:
         that is an error."""
         self._deadline_s = deadline_s
         self._wire.send(b"".join(map(format_command, commands)), deadline_s - time.monotonic())
-        replies = [read_reply(self._line, self._exactly) for _ in commands]
+        replies = [read_reply(self._part) for _ in commands]
         for reply in replies:
             if isinstance(reply, EngineError):
                 raise engine_failure(reply, self._secret)
         return replies
 
-    def _more(self) -> None:
-        data = self._wire.receive(self._deadline_s - time.monotonic())
-        if not data:
-            raise EOFError("it closed the connection")
-        self._data, self._at = self._data[self._at:] + data, 0
-
-    def _line(self) -> bytes:
+    def _part(self, size: int = -1) -> bytes:
+        """Read a line, or so many bytes, without the CRLF behind it."""
         while True:
-            end = self._data.find(b"\r\n", self._at)
-            if end >= 0:
-                text, self._at = self._data[self._at:end], end + 2
-                return text
-            if len(self._data) - self._at > MAX_HEAD_BYTES:
+            end = self._data.find(b"\r\n", self._at) if size < 0 else self._at + size
+            if 0 <= end <= len(self._data) - 2:
+                break
+            more = self._wire.receive(self._deadline_s - time.monotonic())
+            if not more:
+                raise EOFError("it closed the connection")
+            self._data, self._at = self._data[self._at:] + more, 0
+            if size < 0 and len(self._data) > MAX_HEAD_BYTES + LARGE_READ_BYTES:
                 raise ValueError(NOT_A_REPLY)
-            self._more()
-
-    def _exactly(self, size: int) -> bytes:
-        while len(self._data) - self._at < size:
-            self._more()
-        self._at += size
-        return self._data[self._at - size:self._at]
+        part, behind, self._at = self._data[self._at:end], self._data[end:end + 2], end + 2
+        if behind != b"\r\n":
+            raise ValueError(NOT_A_REPLY)
+        return part
 
     @property
     def has_ended_well(self) -> bool:
@@ -12956,7 +12950,8 @@ class Engine:
 
 
 # The scripts. Each begins with the same: the cage must be the one of its generation, known under
-# the run_id that the engine has. A call's record is "bound|admitted|scope|scope".
+# the run_id that the engine has. A call's record is "bound|admitted|scope|scope". Each replies what
+# it found, and the amounts of scopes.
 
 PRELUDE = """
 local cage, clock = KEYS[1], redis.call('TIME')
@@ -12981,7 +12976,7 @@ local function scope(name)                      -- its amounts, in the period of
   local at = key('scope', name)
   local f = redis.call('HMGET', at, 'period', 'since', 'limit', 'stop_at', 'put_limit',
                        'put_stop_at')
-  if not f[1] then return nil end
+  if not f[1] then error('SCOPE', 0) end
   local since, before = start(f[1], now), tonumber(f[2])
   if since > before then                        -- what is older than the last period goes
     for _, field in ipairs(redis.call('HKEYS', at)) do
@@ -12993,78 +12988,81 @@ local function scope(name)                      -- its amounts, in the period of
   end
   local limit, stop_at = f[5] or f[3], f[6] or f[4]
   local amounts = redis.call('HMGET', at, 's' .. since, 'r' .. since)
-  return {at = at, since = since, period = f[1], limit = limit ~= '-' and limit,
-          stop_at = stop_at ~= '-' and stop_at,
-          spent = amounts[1] or 0, reserved = amounts[2] or 0}
+  return {name = name, at = at, since = since, period = f[1], limit = limit ~= '-' and limit,
+          stop_at = stop_at ~= '-' and stop_at, spent = amounts[1] or 0, reserved = amounts[2] or 0}
 end
-local function told(one)                        -- as "limit|spent|reserved|stop|period|since"
-  return string.format('%s|%d|%d|%s|%s|%d', one.limit or '', one.spent, one.reserved,
-                       one.stop_at or '', one.period, one.since)
+local function scopes(names)                    -- those of "proxy|ci"
+  local found = {}
+  for name in string.gmatch(names, '[^|]+') do found[#found + 1] = scope(name) end
+  return found
 end
-local function scopes(first, step)              -- those named in ARGV; nil where one is lost
-  local found, budgets = {}, {}
-  for at = first, #ARGV, step do
-    local one = scope(ARGV[at])
-    if not one then return nil end
-    one.name, found[#found + 1], budgets[#budgets + 1] = ARGV[at], one, told(one)
+local function reply(outcome, found)            -- amounts in the order of Budget's fields
+  local words = {outcome}
+  for i, one in ipairs(found) do
+    words[i + 1] = string.format('%s|%s|%d|%d|%s|%s|%d', one.name, one.limit or '', one.spent,
+                                 one.reserved, one.stop_at or '', one.period, one.since)
   end
-  return found, budgets
+  return words
+end
+local function parts(record)
+  local bound, admitted, names = string.match(record, '^(%d+)|(%d+)|(.+)$')
+  return tonumber(bound), tonumber(admitted), names or ''
 end
 local function add(record, what, amount)        -- to all scopes, in the period of its admission
-  local _, _, admitted, names = string.find(record, '^%d+|(%d+)|(.+)$')
-  for name in string.gmatch(names or '', '[^|]+') do
+  local _, admitted, names = parts(record)
+  for name in string.gmatch(names, '[^|]+') do
     local at = key('scope', name)
-    local since = start(redis.call('HGET', at, 'period'), tonumber(admitted))
-    redis.call('HINCRBY', at, what .. since, amount)
+    redis.call('HINCRBY', at, what .. start(redis.call('HGET', at, 'period'), admitted), amount)
   end
 end
-local function bound(record) return tonumber(string.match(record, '^%d+')) end
-local function count(record, label, first)      -- into the totals of its day
-  local at = key('day', math.floor(tonumber(string.match(record, '|(%d+)|')) / 86400))
-  for i = first, #ARGV, 2 do
-    redis.call('HINCRBY', at, label .. '|' .. ARGV[i], ARGV[i + 1])
+local function close(process, number, record, cost)
+  add(record, 's', cost)
+  add(record, 'r', 0 - parts(record))
+  redis.call('HDEL', key('open', process), number)
+end
+local function entomb(process, number)          -- with a tombstone
+  redis.call('SETBIT', key('done', process), number, 1)
+  redis.call('EXPIRE', key('done', process), 2 * TOMBSTONE_S)
+end
+local function count(record, label, counts, sign)      -- into the totals of its day
+  local _, admitted = parts(record)
+  local at = key('day', math.floor(admitted / 86400))
+  for i = 1, #counts, 2 do
+    redis.call('HINCRBY', at, label .. '|' .. counts[i],
+               string.format('%d', sign * counts[i + 1]))
   end
 end
 local function count_cut_off(record, sign)      -- of a dead process: nobody knows the model
-  local token = string.match(record, '^%d+|%d+|[^|]+|(.+)$') or 'default'
-  local at = key('day', math.floor(tonumber(string.match(record, '|(%d+)|')) / 86400))
-  for field, amount in pairs({requests = 1, estimated_requests = 1,
-                              cost_microdollars = bound(record)}) do
-    redis.call('HINCRBY', at, token .. '|cut off|' .. field, 0 + sign * amount)   -- there is a -0
-  end
+  local bound, _, names = parts(record)
+  count(record, (string.match(names, '|(.+)$') or 'default') .. '|cut off', {
+    'requests', 1, 'estimated_requests', 1, 'cost_microdollars', bound}, sign)
 end
 """
-SCRIPTS = {name: PRELUDE + ("" if name == "restarted" else """
-if known[2] ~= ARGV[2] then return redis.error_reply('RESTARTED') end
-""") + text.replace("TOMBSTONE_S", str(TOMBSTONE_S)).replace(
-    "MOST_SHARED_COUNTS", str(MOST_SHARED_COUNTS)) for name, text in {
-    # process, number, amount, then (scope, the least that must be free in it) each
+SAME_SERVER = "if known[2] ~= ARGV[2] then return redis.error_reply('RESTARTED') end"
+SCRIPTS = {name: (PRELUDE + ("" if name == "restarted" else SAME_SERVER) + text).replace(
+    "TOMBSTONE_S", str(TOMBSTONE_S)) for name, text in {
+    # process, number, amount, scopes, the least that must be free in each
     "take": """
 local held_s = tonumber(known[3] or 0) - now      -- more: the clock was set back meanwhile
 if held_s > 0 and held_s < 60 then return redis.error_reply('HELD') end
-local process, number, amount = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local process, number, amount, found = ARGV[3], ARGV[4], tonumber(ARGV[5]), scopes(ARGV[6])
 local taken = redis.call('HGET', key('open', process), number)      -- asked for again
-local found, budgets = scopes(6, 2)
-if not found then return redis.error_reply('SCOPE') end
-if taken then return {taken, budgets} end
+if taken then return reply(taken, found) end
 if redis.call('GETBIT', key('done', process), number) == 1 then
   return redis.error_reply('CANCELLED')
 end
 for i, one in ipairs(found) do
   local free = one.limit and one.limit - one.spent - one.reserved
   if one.stop_at and tonumber(one.spent) >= tonumber(one.stop_at) then free = 0 end
-  if amount > 0 and free and free < tonumber(ARGV[5 + 2 * i]) then return {false, budgets} end
+  if amount > 0 and free and free < tonumber(ARGV[6 + i]) then return reply(false, found) end
 end
-local words = {ARGV[5], string.format('%d', now)}
-for _, one in ipairs(found) do words[#words + 1] = one.name end
-taken = table.concat(words, '|')
+taken = string.format('%s|%d|%s', ARGV[5], now, ARGV[6])
 redis.call('HSETNX', key('beats'), process, clock[1] .. '.' .. clock[2])
 redis.call('HSET', key('open', process), number, taken)
-for i, one in ipairs(found) do
+for _, one in ipairs(found) do
   one.reserved = redis.call('HINCRBY', one.at, 'r' .. one.since, amount)
-  budgets[i] = told(one)
 end
-return {taken, budgets}
+return reply(taken, found)
 """,
     # process, number, record, cost, label, then (what, how many) each, for the totals of the day
     "settle": """
@@ -13073,82 +13071,65 @@ local open = redis.call('HGET', key('open', process), number)
 local lost = redis.call('HGET', key('lost', process), number)
 local outcome = 'settled'
 if lost then
-  add(lost, 's', cost - bound(lost))
+  add(lost, 's', cost - parts(lost))
   count_cut_off(lost, -1)
   redis.call('HDEL', key('lost', process), number)
   record, outcome = lost, 'corrected'
 elseif redis.call('GETBIT', key('done', process), number) == 1 then
   outcome = 'known'
 elseif open then
-  add(open, 's', cost)
-  add(open, 'r', 0 - bound(open))
-  redis.call('HDEL', key('open', process), number)
+  close(process, number, open, cost)
   record = open
 elseif record ~= '' then
-  if tonumber(string.match(record, '|(%d+)|')) < now - TOMBSTONE_S then return {'old', {}} end
+  local _, admitted = parts(record)
+  if admitted < now - TOMBSTONE_S then return reply('old', {}) end
   add(record, 's', cost)
 end
-redis.call('SETBIT', key('done', process), number, 1)
-redis.call('EXPIRE', key('done', process), 2 * TOMBSTONE_S)
-if outcome ~= 'known' and ARGV[7] ~= '' then count(record, ARGV[7], 8) end
-local budgets = {}
-for name in string.gmatch(string.match(record, '^%d+|%d+|(.+)$') or '', '[^|]+') do
-  local one = scope(name)
-  if not one then return redis.error_reply('SCOPE') end
-  budgets[#budgets + 1] = told(one)
-end
-return {outcome, budgets}
+entomb(process, number)
+if outcome ~= 'known' and ARGV[7] ~= '' then count(record, ARGV[7], {unpack(ARGV, 8)}, 1) end
+local _, _, names = parts(record)
+return reply(outcome, scopes(names))
 """,
     # process, then (number, record) of calls that the engine may have forgotten
     "enter": """
 for at = 4, #ARGV, 2 do
   if redis.call('GETBIT', key('done', ARGV[3]), ARGV[at]) == 0
       and redis.call('HSETNX', key('open', ARGV[3]), ARGV[at], ARGV[at + 1]) == 1 then
-    add(ARGV[at + 1], 'r', bound(ARGV[at + 1]))
+    add(ARGV[at + 1], 'r', (parts(ARGV[at + 1])))
   end
 end
-return redis.call('HSETNX', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])
+return {redis.call('HSETNX', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])}
 """,
     # process, scope to look at
     "beat": """
 redis.call('HSET', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])
-local proxy = scope(ARGV[4])
-if not proxy then return redis.error_reply('SCOPE') end
-return {redis.call('HGETALL', key('beats')), redis.call('HKEYS', key('open', ARGV[3])),
-        {told(proxy)}}
+return reply({redis.call('HGETALL', key('beats')), redis.call('HKEYS', key('open', ARGV[3]))},
+             scopes(ARGV[4]))
 """,
-    # process; its last heartbeat where it is dead, else ''; how many at once; numbers of calls
+    # process; its last heartbeat where it is dead, else ''; numbers of its calls
     "charge": """
-local open, numbers = key('open', ARGV[3]), {}
-if ARGV[4] ~= '' then
-  if redis.call('HGET', key('beats'), ARGV[3]) ~= ARGV[4] then return 0 end
-  local page = redis.call('HSCAN', open, 0, 'COUNT', ARGV[5])[2]
-  for i = 1, #page, 2 do numbers[#numbers + 1] = page[i] end
-else
-  for i = 6, #ARGV do numbers[#numbers + 1] = ARGV[i] end
-end
-for _, number in ipairs(numbers) do
-  local record = redis.call('HGET', open, number)
+local process, beat, open = ARGV[3], ARGV[4], key('open', ARGV[3])
+if beat ~= '' and redis.call('HGET', key('beats'), process) ~= beat then return {0} end
+for at = 5, #ARGV do
+  local record = redis.call('HGET', open, ARGV[at])
   if record then
-    add(record, 's', bound(record))
-    add(record, 'r', 0 - bound(record))
-    redis.call('SETBIT', key('done', ARGV[3]), number, 1)
-    redis.call('HSET', key('lost', ARGV[3]), number, record)
-    redis.call('HDEL', open, number)
+    close(process, ARGV[at], record, (parts(record)))
+    entomb(process, ARGV[at])
     count_cut_off(record, 1)
+    redis.call('HSET', key('lost', process), ARGV[at], record)
+    redis.call('EXPIRE', key('lost', process), 2 * TOMBSTONE_S)
   end
 end
-redis.call('EXPIRE', key('done', ARGV[3]), 2 * TOMBSTONE_S)
-redis.call('EXPIRE', key('lost', ARGV[3]), 2 * TOMBSTONE_S)
-local left = redis.call('HLEN', open)
-if ARGV[4] ~= '' and left == 0 then redis.call('HDEL', key('beats'), ARGV[3]) end
-return left
+if beat ~= '' and redis.call('HLEN', open) == 0 then redis.call('HDEL', key('beats'), process) end
+return {1}
 """,
     # (scope, period, limit, stop) each; the lowest limit that was ever named holds
     "scopes": """
+local names = {}
 for i = 3, #ARGV, 4 do
+  names[#names + 1] = ARGV[i]
   local period = redis.call('HGET', key('scope', ARGV[i]), 'period')
-  if period and period ~= ARGV[i + 1] then return ARGV[i] .. '|' .. period end
+  if period and period ~= ARGV[i + 1] then return {ARGV[i] .. '|' .. period} end
 end
 for i = 3, #ARGV, 4 do
   local at = key('scope', ARGV[i])
@@ -13161,54 +13142,44 @@ for i = 3, #ARGV, 4 do
     end
   end
 end
-local _, budgets = scopes(3, 4)
-return budgets
+return reply(false, scopes(table.concat(names, '|')))
 """,
-    # scope, then (limit or stop_at, amount) each: '-' is none, '=' what the flags say
+    # scope, limit, stop_at: '' changes nothing, '-' is none, '=' what the flags say
     "limits": """
-local at, names, values = key('scope', ARGV[3]), {'limit', 'stop_at'}, {}
-local changes, is_put = {}, false
-for i = 4, #ARGV, 2 do changes[ARGV[i]] = ARGV[i + 1] end
-for i, name in ipairs(names) do
-  local put = changes[name] or redis.call('HGET', at, 'put_' .. name) or '='
+local at, held, is_put = key('scope', ARGV[3]), {}, false
+for i, name in ipairs({'limit', 'stop_at'}) do
+  local put = ARGV[3 + i] ~= '' and ARGV[3 + i] or redis.call('HGET', at, 'put_' .. name) or '='
   is_put = is_put or put ~= '='
-  values[i] = put == '=' and redis.call('HGET', at, name) or put
-  values[i] = tonumber(values[i]) and values[i]
+  held[i] = tonumber(put == '=' and redis.call('HGET', at, name) or put)
 end
-local limit, stop_at = values[1], values[2]
-if is_put and stop_at and (not limit or tonumber(stop_at) >= tonumber(limit)) then
-  return {0, limit or false, stop_at}
+if is_put and held[2] and (not held[1] or held[2] >= held[1]) then
+  return {string.format('%s|%d', held[1] and string.format('%d', held[1]) or '', held[2])}
 end
-for name, value in pairs(changes) do
-  if value == '=' then redis.call('HDEL', at, 'put_' .. name)
-  else redis.call('HSET', at, 'put_' .. name, value) end
+for i, name in ipairs({'put_limit', 'put_stop_at'}) do
+  if ARGV[3 + i] == '=' then redis.call('HDEL', at, name)
+  elseif ARGV[3 + i] ~= '' then redis.call('HSET', at, name, ARGV[3 + i]) end
 end
-return {1, told(scope(ARGV[3]))}
+return reply(false, scopes(ARGV[3]))
 """,
+    # scopes
     "budgets": """
-local found, budgets = scopes(3, 1)
-return budgets or redis.error_reply('SCOPE')
-""",
-    # the number of the last count that was seen, then new ones
-    "counts": """
-for i = 4, #ARGV do
-  local number = redis.call('HINCRBY', cage, 'counts', 1)
-  redis.call('ZADD', key('counts'), number, string.format('%d', number) .. '|' .. ARGV[i])
-end
-redis.call('ZREMRANGEBYRANK', key('counts'), 0, -MOST_SHARED_COUNTS - 1)
-redis.call('EXPIRE', key('counts'), TOMBSTONE_S)
-return redis.call('ZRANGEBYSCORE', key('counts'), '(' .. ARGV[3], '+inf', 'LIMIT', 0, 100)
+return reply(false, scopes(ARGV[3]))
 """,
     # how long nobody is admitted, in seconds
     "restarted": """
 if known[2] ~= ARGV[2] then
   redis.call('HSET', cage, 'run_id', ARGV[2], 'held_until', now + tonumber(ARGV[3]))
 end
-return 1
+return {1}
 """,
 }.items()}
 SCRIPT_DIGESTS = {name: hashlib.sha1(text.encode("ascii"), usedforsecurity=False).hexdigest()
                   for name, text in SCRIPTS.items()}
+
+
+_FLUSH = ("WAITAOF", 1, 0, DISK_DEADLINE_MS)
+_LATE = MappingProxyType({b"old": "is not charged: its bound stands",
+                          b"corrected": "corrects what was charged"})
 
 
 class Settlement(NamedTuple):
@@ -13224,9 +13195,6 @@ class Settlement(NamedTuple):
     @property
     def key(self) -> tuple[str, int]:
         return self.process, self.number
-
-
-_PUT_WORDS = {None: "-", FLAGGED: "="}
 
 
 def _limit_word(amount: Optional[int]) -> str:
@@ -13249,18 +13217,27 @@ def _row_settlement(row: Mapping[str, object], process: str, number: int, record
 
 def count_to_json(row: CountRow) -> str:
     """A count as the engine keeps it; digests in hexadecimal."""
-    counted = row.counted
-    return json.dumps([row.scope, row.digest.hex(), counted.tokens,
-                       b"".join(sorted(counted.parts)).hex(), counted.has_tools, row.model,
-                       row.learned_s])
+    return json.dumps([cell.hex() if isinstance(cell, bytes) else cell
+                       for cell in count_cells(row)])
 
 
 def count_from_json(text: bytes) -> CountRow:
     """A count that another process kept. Raises ValueError, TypeError."""
-    scope, digest, tokens, parts, has_tools, model, learned_s = json.loads(text)
-    return CountRow(str(scope), bytes.fromhex(digest),
-                    Counted(int(tokens), _cut_digests(bytes.fromhex(parts)), bool(has_tools)),
-                    str(model), int(learned_s))
+    scope, digest, tokens, parts, *rest = json.loads(text)
+    return count_from_cells(str(scope), bytes.fromhex(digest), int(tokens), bytes.fromhex(parts),
+                            *rest)
+
+
+def _budget_from(text: bytes) -> Budget:
+    """Read the amounts of a scope as a script replies them. Raises ValueError and the like."""
+    scope, limit, spent, reserved, stop_at, period, since_s = text.decode("ascii").split("|")
+    return Budget(scope, int(limit) if limit else None, int(spent), int(reserved),
+                  int(stop_at) if stop_at else None, period, int(since_s))
+
+
+def in_steps(rows: Sequence[_T], most: int) -> Iterator[Sequence[_T]]:
+    """Yield rows in parts of so many."""
+    return (rows[at:at + most] for at in range(0, len(rows), most))
 
 
 class Watch:
@@ -13312,8 +13289,8 @@ class SharedAccounts:
         self._known: dict[str, Budget] = {}
         self._watch = Watch(DEAD_S, 2 * HEARTBEAT_S)
         self._learn_count: Optional[Callable[[CountRow], None]] = None
-        self._counted: deque[CountRow] = deque(maxlen=COUNTS_AT_ONCE)     # to be shared
-        self._counts_seen = 0                      # the number of the last that was learned
+        self._counted: deque[CountRow] = deque(maxlen=COUNTS_WAITING)     # to be shared
+        self._counts_seen = "0"                    # the last that was learned, in a stream
         self._wakes, self._is_stopping, self._is_closed = threading.Event(), False, False
         self._is_entering = True                   # what a restart may have forgotten
         self._thread: Optional[threading.Thread] = None
@@ -13369,7 +13346,7 @@ class SharedAccounts:
         if not fsync or flushes == b"always":
             return forgets, False
         with contextlib.suppress(EngineFailed):
-            self.engine.ask(["WAITAOF", 1, 0, DISK_DEADLINE_MS], extra_s=DISK_DEADLINE_MS // 1000)
+            self.engine.ask(_FLUSH, extra_s=DISK_DEADLINE_MS // 1000)
             return "nothing: reservations wait for its disk", True
         raise Misconfigured(f"--fsync: the engine at {self.engine.address} does not flush to its "
                             "disk; set appendonly yes and appendfsync always (or use one with "
@@ -13397,47 +13374,48 @@ class SharedAccounts:
 
     # Asking the engine.
 
-    def _run(self, name: str, *words: object, then: Sequence = (), extra_s: float = 0) -> list:
-        """What a script of the cage returns. Raises EngineFailed."""
-        text = SCRIPTS[name]
-        rest = (1, self._key, self._generation, self._run_id, *words)
+    def _run(self, name: str, *words: object, flushed: bool = False) -> tuple:
+        """Run a script of the cage: what it found, and the amounts of scopes, which are kept as
+        known; `flushed`: and have the engine's disk hold it. Raises EngineFailed."""
+        then, extra_s = ([_FLUSH], DISK_DEADLINE_MS // 1000) if flushed else ([], 0)
+
+        def evaluate(how: str, script: str) -> list[Reply]:
+            return self.engine.ask(
+                [how, script, 1, self._key, self._generation, self._run_id, *words], *then,
+                run_id=self._run_id, extra_s=extra_s)
         try:
             try:
-                reply = self.engine.ask(["EVALSHA", SCRIPT_DIGESTS[name], *rest], *then,
-                                        run_id=self._run_id, extra_s=extra_s)
+                reply, *disk = evaluate("EVALSHA", SCRIPT_DIGESTS[name])
             except EngineFailed as err:
                 if err.code != "NOSCRIPT":
                     raise
-                reply = self.engine.ask(["EVAL", text, *rest], *then, run_id=self._run_id,
-                                        extra_s=extra_s)
+                reply, *disk = evaluate("EVAL", SCRIPTS[name])
         except EngineFailed as err:
-            if err.code == "HELD":
-                raise
             self._is_entering |= err.code == "RESTARTED"
-            if self.fault is None:
-                log.error("the shared budget cannot be used", extra={"fields": {
-                    "cage": self.cage, "reason": err.reason}})
-                self._wakes.set()
-            self.fault = err.reason
+            if err.code != "HELD":
+                self._note(err.reason)
             raise
-        if self.fault is not None:
-            self.fault = None
+        self._note(None)
+        with replied():
+            found, *amounts = reply
+            budgets = [_budget_from(text) for text in amounts]
+            is_late = flushed and not disk[0][0]
+        with self._lock:
+            self._known.update((budget.scope, budget) for budget in budgets)
+        if is_late:
+            raise EngineFailed("its disk is too slow", was_sent=True)
+        return found, budgets
+
+    def _note(self, fault: Optional[str]) -> None:
+        """Log that the engine can no longer be used, or that it can again."""
+        before, self.fault = self.fault, fault
+        if before is None and fault is not None:
+            log.error("the shared budget cannot be used", extra={"fields": {
+                "cage": self.cage, "reason": fault}})
+            self._wakes.set()
+        elif before is not None and fault is None:
             log.warning("the shared budget is usable again", extra={"fields": {
                 "cage": self.cage}})
-        return reply
-
-    def _learn(self, scopes: Sequence[str], told: Sequence) -> list[Budget]:
-        """Remember what the engine told of scopes. Raises ValueError and the like for nonsense."""
-        if len(told) != len(scopes):
-            raise ValueError(NOT_A_REPLY)
-        budgets = [Budget(
-            scope, int(limit) if limit else None, int(spent), int(reserved),
-            int(stop_at) if stop_at else None, period.decode("ascii"), int(since_s))
-            for scope, words in zip(scopes, told)
-            for limit, spent, reserved, stop_at, period, since_s in [words.split(b"|")]]
-        with self._lock:
-            self._known.update(zip(scopes, budgets))
-        return budgets
 
     # What Accounts can do.
 
@@ -13449,26 +13427,22 @@ class SharedAccounts:
         number = next(self._numbers)
         with self._lock:
             self._open[number] = ""
-        then = [["WAITAOF", 1, 0, DISK_DEADLINE_MS]] if self._waits_for_disk else []
         try:
+            taken, budgets = self._run("take", self._process, number, microdollars,
+                                       "|".join(claim.scopes), *least_free,
+                                       flushed=self._waits_for_disk)
             with replied():
-                reply = self._run("take", self._process, number, microdollars, *(
-                    word for pair in zip(claim.scopes, least_free) for word in pair), then=then,
-                    extra_s=DISK_DEADLINE_MS // 1000 if then else 0)
-                taken, told = reply[0]
-                budgets = self._learn(claim.scopes, told)
-                if taken is not None and then and not reply[1][0]:
-                    raise EngineFailed("its disk is too slow", was_sent=True)
+                if len(budgets) != len(claim.scopes):
+                    raise ValueError(NOT_A_REPLY)
                 record = "" if taken is None else taken.decode("ascii")
                 admitted_s = int(record.split("|")[1]) if record else 0
         except EngineFailed as err:
             self._end(Settlement(self._process, number, "", 0), is_new=err.was_sent)
             raise
-        if not record:
-            with self._lock:
-                del self._open[number]
-            return budgets
         with self._lock:
+            if not record:
+                del self._open[number]
+                return budgets
             self._open[number] = record
         claim.number, claim.microdollars, claim.admitted_s = number, microdollars, admitted_s
         claim.is_limited |= any(budget.limit is not None for budget in budgets)
@@ -13496,19 +13470,14 @@ class SharedAccounts:
 
     def _tell(self, settlement: Settlement) -> None:
         """Tell the engine of the end of a call. Raises EngineFailed."""
-        with replied():
-            outcome, told = self._run(
-                "settle", settlement.process, settlement.number, settlement.record,
-                settlement.microdollars, settlement.label, *settlement.counts)[0]
-            if outcome not in (b"settled", b"corrected", b"known", b"old"):
-                raise ValueError(NOT_A_REPLY)
-            if told:
-                self._learn(settlement.record.split("|")[2:], told)
-        if outcome in (b"old", b"corrected"):
-            log.warning("a late settlement " + ("corrects what was charged" if outcome != b"old"
-                                                else "is not charged: its bound stands"),
-                        extra={"fields": {"cage": self.cage, "process": settlement.process,
-                                          "usd": format_usd(settlement.microdollars)[1:]}})
+        outcome, _ = self._run("settle", settlement.process, settlement.number, settlement.record,
+                               settlement.microdollars, settlement.label, *settlement.counts)
+        if outcome in _LATE:
+            log.warning(f"a late settlement {_LATE[outcome]}", extra={"fields": {
+                "cage": self.cage, "process": settlement.process,
+                "usd": format_usd(settlement.microdollars)[1:]}})
+        elif outcome not in (b"settled", b"known"):
+            raise EngineFailed(NOT_A_REPLY, was_sent=True)
         now_s = time.monotonic()
         with self._lock:
             self._ending.pop(settlement.key, None)
@@ -13532,16 +13501,13 @@ class SharedAccounts:
         """What scopes hold, all at one instant. Raises EngineFailed."""
         if self._is_closed:
             return self.known(scopes)
-        found: list[Budget] = []
-        for at in range(0, len(scopes), SCOPES_AT_ONCE):
-            some = scopes[at:at + SCOPES_AT_ONCE]
-            with replied():
-                found += self._learn(some, self._run("budgets", *some)[0])
-        return found
+        for some in in_steps(scopes, AT_ONCE):
+            self._run("budgets", "|".join(some))
+        return self.known(scopes)
 
     def known(self, scopes: Sequence[str]) -> list[Budget]:
         """What was seen of scopes last, without asking."""
-        with self._lock:
+        with self._lock, replied():
             return [self._known[scope] for scope in scopes]
 
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
@@ -13550,33 +13516,31 @@ class SharedAccounts:
 
     def set_limits(self, changes: Mapping[str, object]) -> None:
         """As Accounts.set_limits, for all processes."""
-        words = [word for name, amount in changes.items() for word in (
-            name, _PUT_WORDS.get(amount) or _limit_word(amount))]
-        with replied():
-            is_set, *told = self._run("limits", PROXY_SCOPE, *words)[0]
-            if is_set:
-                self._learn([PROXY_SCOPE], told)
-                return
-            limit, stop_at = (int(amount) if amount else None for amount in told)
-        check_stop(limit, stop_at)
+        words = ["" if name not in changes else "=" if changes[name] is FLAGGED
+                 else _limit_word(changes[name]) or "-" for name in ("limit", "stop_at")]
+        refused, _ = self._run("limits", PROXY_SCOPE, *words)
+        if refused is not None:
+            with replied():
+                limit, stop_at = (int(amount) if amount else None for amount in refused.split(b"|"))
+            check_stop(limit, stop_at)
 
     def set_scopes(self, rows: Sequence[Scope]) -> None:
         """Open scopes, or lower their limits: the lowest that any process named holds.
 
         Raises Misconfigured for a period that is another in the cage.
         """
-        for at in range(0, len(rows), SCOPES_AT_ONCE):
-            some = rows[at:at + SCOPES_AT_ONCE]
+        for some in in_steps(rows, AT_ONCE):
             with checking("--shared:"):
                 words = [word for row in some for word in (
                     row.name, row.period, _limit_word(row.limit), _limit_word(row.stop_at))]
             with self._usable(), replied():
-                told = self._run("scopes", *words)[0]
-                if isinstance(told, bytes):
-                    name, _, period = told.decode("ascii").partition("|")
+                other, budgets = self._run("scopes", *words)
+                if other is not None:
+                    name, _, period = other.decode("ascii").partition("|")
                     raise Misconfigured(f"the token {name} has the period {period} in the cage "
                                         f"{self.cage}; it must be the same in every process")
-                budgets = self._learn([row.name for row in some], told)
+                if len(budgets) != len(some):
+                    raise ValueError(NOT_A_REPLY)
             for row, budget in zip(some, budgets):
                 self._log_difference(row, budget)
 
@@ -13641,15 +13605,13 @@ class SharedAccounts:
         self._is_entering = False
 
     def _enter(self, records: Sequence[tuple[int, str]]) -> None:
-        for at in range(0, len(records), CALLS_AT_ONCE):
-            self._run("enter", self._process, *(
-                word for pair in records[at:at + CALLS_AT_ONCE] for word in pair))
+        for some in in_steps(records, AT_ONCE):
+            self._run("enter", self._process, *itertools.chain(*some))
 
     def _beat(self) -> None:
         """Say that we live, compare our open calls with the engine's, and look for the dead."""
         with replied():
-            beats, numbers, told = self._run("beat", self._process, PROXY_SCOPE)[0]
-            self._learn([PROXY_SCOPE], told)
+            (beats, numbers), _ = self._run("beat", self._process, PROXY_SCOPE)
             there = {*map(int, numbers)}
             words = iter([word.decode("ascii") for word in beats])
         with self._lock:
@@ -13657,18 +13619,20 @@ class SharedAccounts:
             ending = {number for process, number in self._ending if process == self._process}
         self._enter([(number, record) for number, record in ours.items()
                      if record and number not in there])
-        strange = sorted(there - ours.keys() - ending)
-        for at in range(0, len(strange), CALLS_AT_ONCE):
-            self._run("charge", self._process, "", 0, *strange[at:at + CALLS_AT_ONCE])
+        self._charge(self._process, "", sorted(there - ours.keys() - ending))
         for process, beat in self._watch.dead(dict(zip(words, words)), time.monotonic()).items():
             if process != self._process:
                 self._charge_dead(process, beat)
 
+    def _charge(self, process: str, beat: str, numbers: Sequence[object]) -> None:
+        for some in in_steps(numbers, AT_ONCE):
+            self._run("charge", process, beat, *some)
+
     def _charge_dead(self, process: str, beat: str) -> None:
         log.warning("a process of the cage is gone; its open calls are charged at their bounds",
                     extra={"fields": {"cage": self.cage, "process": process}})
-        while self._run("charge", process, beat, CALLS_AT_ONCE)[0] not in (0, None):
-            pass
+        self._charge(process, beat, self.engine.ask(["HKEYS", f"{self._key}:open:{process}"])[0])
+        self._run("charge", process, beat)         # which takes it out of the cage
 
     def keep_count(self, row: CountRow) -> None:
         """Have the others know it by the heartbeat after the next."""
@@ -13676,19 +13640,19 @@ class SharedAccounts:
 
     def _share_counts(self) -> None:
         """Show the others what providers counted for us, and learn what they did for them."""
-        mine = [text for text in (count_to_json(self._counted.popleft())
-                                  for _ in range(len(self._counted)))
-                if len(text) <= MAX_COUNT_BYTES]
-        while self._learn_count is not None:
+        key = f"{self._key}:counts"
+        mine = [count_to_json(self._counted.popleft()) for _ in range(len(self._counted))]
+        self.engine.ask(*(["XADD", key, "MAXLEN", MOST_SHARED_COUNTS, "*", "count", text]
+                          for text in mine if len(text) <= MAX_COUNT_BYTES),
+                        ["EXPIRE", key, TOMBSTONE_S])
+        found: Reply = None
+        while self._learn_count is not None and found != []:
+            found = self.engine.ask(["XRANGE", key, f"({self._counts_seen}", "+", "COUNT",
+                                     AT_ONCE])[0]
             with replied():
-                found = self._run("counts", self._counts_seen, *mine)[0]
-                for member in found:
-                    number, _, text = member.partition(b"|")
-                    self._counts_seen = int(number)        # first: a broken one is met once
+                for number, (_, text) in found:
+                    self._counts_seen = number.decode("ascii")       # a broken one is met once
                     self._learn_count(count_from_json(text))
-            mine = []
-            if not found:
-                break
 
     def as_json(self) -> dict:
         """What /ironcage/status says of it."""

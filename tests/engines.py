@@ -137,13 +137,11 @@ class FakeEngine:
             return answer(words) if callable(answer) else answer
         return {
             "INFO": b"$%d\r\n%b\r\n" % (len(INFO), INFO), "HGET": b"$1\r\ng\r\n",
-            "PING": b"+PONG\r\n", "CONFIG": b"*0\r\n", "restarted": b":1\r\n",
-            "counts": b"*0\r\n",
-            "beat": b"*3\r\n*0\r\n*0\r\n" + many(BUDGET), "enter": b":1\r\n", "HDEL": b":1\r\n",
-            "scopes": many(BUDGET), "budgets": many(BUDGET),
-            "take": b"*2\r\n$15\r\n9|1795996800|proxy\r\n".replace(b"$15", b"$18") + many(BUDGET),
-            "settle": b"*2\r\n$7\r\nsettled\r\n" + (
-                many(BUDGET) if words[-1:] and len(words) > 8 and words[8] else b"*0\r\n"),
+            "PING": b"+PONG\r\n", "CONFIG": b"*0\r\n", "restarted": many(b":1\r\n"),
+            "beat": many(many(many(), many()), BUDGET), "enter": many(b":1\r\n"),
+            "HDEL": b":1\r\n", "scopes": many(NIL, BUDGET), "budgets": many(NIL, BUDGET),
+            "take": many(b"$18\r\n9|1795996800|proxy\r\n", BUDGET),
+            "settle": many(b"$7\r\nsettled\r\n", BUDGET),
         }.get(name, b"-ERR unknown command\r\n")
 
     def close(self) -> None:
@@ -153,7 +151,8 @@ class FakeEngine:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-BUDGET = b"$21\r\n10000000|0|0||total|0\r\n"        # limit, spent, reserved, stop, period, since
+NIL = b"$-1\r\n"
+BUDGET = b"$27\r\nproxy|10000000|0|0||total|0\r\n"     # limit, spent, reserved, stop, period, since
 
 
 def many(*replies: bytes) -> bytes:
