@@ -1933,18 +1933,12 @@ DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where 
 FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
 
 # Top-level fields of a request under a budget. None: it costs nothing beyond what the bound
-# counts (text, caps, choices, tier). An object of rules: the members that it may have. A function
-# of (value, price): whether that value is bounded. A field that is not here is refused.
+# counts (text, caps, choices, tier). An object of rules: the members that it may have. Values, or
+# their type: those that are bounded. A function of (value, price): whether that value is. A field
+# that is not here is refused.
 # Source: the types of openai 3.57.0 and anthropic 2.14.0, read 2026-11-28.
-FieldRule = Union[None, Mapping[str, object], Callable[[object, "Price"], bool]]
-
-
-def _is_off(value: object, price: Price) -> bool:
-    return value in (None, False, [])
-
-
-def _is_disabled(value: object, price: Price) -> bool:
-    return json_object(value).get("enabled") is False
+FieldRule = Union[None, Mapping[str, object], type, tuple, Callable[[object, "Price"], bool]]
+_OFF = (None, False, [])
 
 
 def _only_clears(value: object, price: Price) -> bool:
@@ -1955,37 +1949,17 @@ def _only_clears(value: object, price: Price) -> bool:
         for edit in value)
 
 
-def _is_word(value: object, price: Price) -> bool:
-    return isinstance(value, str)
-
-
-def _is_no_object(value: object, price: Price) -> bool:
-    return not isinstance(value, dict)
-
-
 def _has_a_priced_tier(value: object, price: Price) -> bool:
     suffix = tier_suffix(str(value), price.provider)
     return (price.provider, value) not in PREPAID_TIERS and (      # which cannot be asked for
         not suffix or any(key.endswith(suffix) for key in price.amounts))
 
 
-def _has_a_priced_speed(value: object, price: Price) -> bool:
-    return value == "standard" or (value == "fast" and price.fast_multiplier != 1)
-
-
-def _is_a_priced_place(value: object, price: Price) -> bool:
-    return value in ("global", "us")
-
-
-def _is_free_moderation(value: object, price: Price) -> bool:
-    return "moderation" in str(value)
-
-
 def _rules(names: str, **guarded: FieldRule) -> Mapping[str, FieldRule]:
     return MappingProxyType({**dict.fromkeys(names.split()), **guarded})
 
 
-_MODERATION = _rules("policy", model=_is_free_moderation)
+_MODERATION = _rules("policy", model=lambda value, price: "moderation" in str(value))
 _STREAM_OPTIONS = _rules("include_usage include_obfuscation continuous_usage_stats")
 _CACHE_OPTIONS = _rules("mode ttl comparison_response_id prewarm")
 _EDIT_MEMBERS = frozenset({"type", "keep", "trigger", "clear_at_least", "exclude_tools",
@@ -1998,8 +1972,8 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "response_format safety_identifier seed stop store stream temperature "
         "tool_choice tools top_logprobs top_p user verbosity",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
-        prompt_cache_options=_CACHE_OPTIONS, web_search_options=_is_off,
-        reasoning_effort=_is_word),
+        prompt_cache_options=_CACHE_OPTIONS, web_search_options=_OFF,
+        reasoning_effort=str),
     "responses": _rules(
         "client_metadata conversation include input instructions max_output_tokens max_tool_calls "
         "metadata model parallel_tool_calls previous_response_id prompt_cache_key "
@@ -2007,11 +1981,11 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "top_logprobs top_p truncation user",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
         prompt_cache_options=_CACHE_OPTIONS, image=_rules("context_compression"),
-        reasoning=_rules("context generate_summary summary", effort=_is_word,
-                         mode=lambda value, price: value == "standard"),
-        text=_rules("format verbosity"), prompt=_is_no_object, background=_is_off,
-        background_options=_is_off, context_management=_is_off, access_programs=_is_off,
-        multi_agent=_is_disabled),
+        reasoning=_rules("context generate_summary summary", effort=str,
+                         mode=("standard",)),
+        text=_rules("format verbosity"), prompt=str, background=_OFF, background_options=_OFF,
+        context_management=_OFF, access_programs=_OFF,
+        multi_agent=lambda value, price: json_object(value).get("enabled") is False),
     "completions": _rules(
         "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty "
         "prompt seed stop stream suffix temperature top_p user", stream_options=_STREAM_OPTIONS),
@@ -2021,11 +1995,11 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "max_tokens messages metadata model output_format stop_sequences stream system "
         "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
         thinking=_rules("type budget_tokens display block_binding"),
-        output_config=_rules("format task_budget", effort=_is_word),
-        context_management=_rules("", edits=_only_clears), speed=_has_a_priced_speed,
-        inference_geo=_is_a_priced_place,
-        service_tier=_has_a_priced_tier, compaction=_is_off, fallbacks=_is_off,
-        mcp_servers=_is_off),
+        output_config=_rules("format task_budget", effort=str),
+        context_management=_rules("", edits=_only_clears), inference_geo=("global", "us"),
+        speed=lambda value, price: value == "standard" or (
+            value == "fast" and price.fast_multiplier != 1),
+        service_tier=_has_a_priced_tier, compaction=_OFF, fallbacks=_OFF, mcp_servers=_OFF),
 })
 # What servers of OpenAI's format know beside OpenAI's fields (vLLM, SGLang, llama.cpp, OpenRouter,
 # Mistral, Z.ai, DeepSeek, DashScope, Cerebras, Groq; HTTP references and SDKs, read 2026-11-28).
@@ -2065,58 +2039,22 @@ class Caps(NamedTuple):
     hosted_uses: int = 0                    # of each hosted tool
 
 
-class HostedUse(NamedTuple):
-    """One hosted tool of a request."""
-    asked: int                              # uses that it is offered for
-    result_tokens: int                      # of each use
-    fee_picodollars: Rate                   # of each use
-    loops_freely: bool                      # see HostedTool
+class Level(NamedTuple):
+    """The worst case with so many uses of each hosted tool."""
+    samplings: int                          # of the model, each of which reads its input
+    # (tokens, tokens for each one of output) of all input: it is on the lowest of these.
+    input_lines: tuple[tuple[int, int], ...]
+    rates: tuple[Rate, Rate]                # picodollars a token of (input, output), the dearest
+    fees_picodollars: Rate                  # of all uses
 
 
 class HostedUses(NamedTuple):
-    """The hosted tools of one request: how its input grows with each use of them.
-
-    The first sampling of the model reads what is visible; each later one that, all results and
-    all output before it. None reads more than the context.
-    """
-    visible_tokens: int                     # the request's own bound, with the tools' prompts
-    tools: tuple[HostedUse, ...]
+    """The hosted tools of one request: how its worst case grows with each use of them."""
+    levels: tuple[Level, ...]               # by the uses: none, one, ... up to those asked for
     is_asked: bool                          # the client set the number of uses of all of them
-    retries: int                            # samplings beyond the uses
-    most_samplings: int
-    extra_samplings: int                    # without any use: of tool search, and of compaction
+    has_caps: bool                          # there is a number of uses to set
     least: int                              # 0: it is a valid request without a use of them
     are_all: bool                           # there are no other tools
-    context_tokens: Optional[int]
-    rates: tuple[Rate, Rate]                # picodollars a token of (input, output), the dearest
-    looped_rates: tuple[Rate, Rate]         # of several samplings, whose sum has a longer context
-
-    @property
-    def asked(self) -> int:
-        return max((tool.asked for tool in self.tools), default=0)
-
-    def admitted(self, level: int) -> tuple[int, int, Rate]:
-        """(samplings, tokens of all results, picodollars of fees) with `level` uses of each."""
-        counted = [(min(level, tool.asked), tool) for tool in self.tools]
-        uses = sum(count for count, _ in counted)
-        samplings = min(uses + self.retries, self.most_samplings) if uses else 1
-        if any(count and tool.loops_freely for count, tool in counted):
-            samplings = self.most_samplings
-        return (max(samplings, 1 + self.extra_samplings),
-                sum(count * tool.result_tokens for count, tool in counted),
-                sum(count * tool.fee_picodollars for count, tool in counted))
-
-    def input_lines(self, level: int) -> list[tuple[int, int]]:
-        """(tokens, tokens for each one of output) of all input: it is on the lowest of these."""
-        samplings, results, _ = self.admitted(level)
-        later, most = samplings - 1, self.context_tokens or sys.maxsize
-        first, others = min(self.visible_tokens, most), min(self.visible_tokens + results, most)
-        lines = [(first + later * others, later)]
-        return lines if self.context_tokens is None else [*lines, (first + later * most, 0)]
-
-    def rates_of(self, level: int) -> tuple[Rate, Rate]:
-        """The dearest rates with `level` uses of each."""
-        return self.rates if self.admitted(level)[0] == 1 else self.looped_rates
 
 
 class Bound(NamedTuple):
@@ -2145,7 +2083,7 @@ class Bound(NamedTuple):
     @property
     def hosted_uses(self) -> int:
         """The uses of each hosted tool that hold when we set none."""
-        return 0 if self.hosted is None else self.hosted.asked
+        return 0 if self.hosted is None else len(self.hosted.levels) - 1
 
     @property
     def asked_caps(self) -> Caps:
@@ -2176,10 +2114,10 @@ class Bound(NamedTuple):
             unlimited = self.unlimited_output_tokens * self.output_picodollars
             return [(self.input_picodollars + self.fees_picodollars + unlimited,
                      self.output_picodollars)]
-        fees, (input_rate, output_rate) = self.hosted.admitted(uses)[2], self.hosted.rates_of(uses)
-        return [(tokens * input_rate + fees + self.fees_picodollars,
-                 each * input_rate + output_rate)
-                for tokens, each in self.hosted.input_lines(uses)]
+        level = self.hosted.levels[uses]
+        input_rate, output_rate = level.rates
+        return [(tokens * input_rate + level.fees_picodollars + self.fees_picodollars,
+                 each * input_rate + output_rate) for tokens, each in level.input_lines]
 
     def microdollars(self, output_tokens: int, uses: int = 0) -> int:
         """The worst cost with those caps, rounded up."""
@@ -2195,70 +2133,53 @@ class Bound(NamedTuple):
 
     def fitting_caps(self, free_microdollars: Optional[int], *, at_last: bool,
                      shares: bool = False) -> Optional[Caps]:
-        """The caps to reserve for while so much is free; None: not now.
-
-        The client's own, if they fit. Else the uses of hosted tools fall first, to one, within
-        half of what is free; then the output, as fitting_cap() has it; then the uses to none,
-        though not where the request is about nothing else and may wait.
-        """
-        asked = self.asked_caps
-        if free_microdollars is None or self.hosted is None:
-            cap = self.fitting_cap(free_microdollars, at_last=at_last, shares=shares)
-            return None if cap is None else Caps(cap, asked.hosted_uses)
-        if self.microdollars(*asked) <= (
-                free_microdollars if self.takes_what_it_asks else free_microdollars // 2):
-            return asked
-        if self.hosted.is_asked and not self.may_be_lowered:
-            return None
-        for uses in range(asked.hosted_uses, 1, -1):
-            if self.microdollars(asked.output_tokens, uses) <= free_microdollars // 2:
-                return Caps(asked.output_tokens, uses)
-        for uses in range(min(1, asked.hosted_uses), self.least_uses - 1, -1):
-            if uses == 0 < asked.hosted_uses and self.hosted.are_all and not at_last:
-                break
-            cap = self.fitting_cap(free_microdollars, at_last=at_last, shares=shares, uses=uses)
-            if cap is not None:
+        """The caps to reserve for while so much is free: the first of _offers() that fits; None:
+        not now."""
+        if free_microdollars is None:
+            return self.asked_caps
+        for uses, microdollars, least in self._offers(free_microdollars, at_last, shares):
+            cap = min(self.affordable_output_tokens(microdollars, uses), self.output_tokens)
+            if cap >= least:
                 return Caps(cap, uses)
         return None
 
-    def fitting_cap(self, free_microdollars: Optional[int], *, at_last: bool,
-                    shares: bool = False, uses: int = 0) -> Optional[int]:
-        """The output cap to reserve for while so much is free; None: not now.
+    def _offers(self, free: int, at_last: bool, shares: bool) -> Iterator[tuple[int, int, int]]:
+        """(uses of hosted tools, microdollars, the least output cap) that may be reserved for.
 
-        The client's own, if it fits. A default or a lowered one takes at most half of what is
-        free while that is a comfortable answer, so that one call does not keep all others
-        waiting; `at_last`, all that is free, if it is worth sending for; and where it `shares`
-        with calls in flight, still only half, while that is worth sending for.
+        First the client's own caps. A default or a lowered one takes at most half of what is free
+        while that is a comfortable answer, so that one call does not keep all others waiting;
+        `at_last`, all that is free, if it is worth sending for; and where it `shares` with calls in
+        flight, first half, while that is worth sending for. Uses of hosted tools fall before the
+        output, to one; then, after it, to none, though not where the request is about nothing else
+        and may wait.
         """
-        if free_microdollars is None:
-            return self.output_tokens
-        asked = self.asked_output_tokens
-        if asked is not None:
-            if self.microdollars(asked, uses) <= free_microdollars:
-                return asked
-            if not self.may_be_lowered:
-                return None
-        worthwhile = self.worthwhile_output_tokens
-        comfortable = max(worthwhile, min(COMFORTABLE_OUTPUT_TOKENS, self.output_tokens))
-        cap = self.affordable_output_tokens(free_microdollars // 2, uses)
-        if cap >= comfortable or (at_last and shares and cap >= worthwhile):
-            return min(cap, self.output_tokens)
-        if at_last:
-            cap = self.affordable_output_tokens(free_microdollars, uses)
-        return min(cap, self.output_tokens) if at_last and cap >= worthwhile else None
+        half, own, worthwhile = free // 2, self.output_tokens, self.worthwhile_output_tokens
+        asked, hosted = self.hosted_uses, self.hosted
+        yield asked, free if self.takes_what_it_asks else half, own
+        if hosted is not None and hosted.is_asked and not self.may_be_lowered:
+            return
+        for uses in range(asked, 1, -1):
+            yield uses, half, own
+        comfortable = max(worthwhile, min(COMFORTABLE_OUTPUT_TOKENS, own))
+        for uses in range(min(1, asked), self.least_uses - 1, -1):
+            if uses == 0 < asked and hosted.are_all and not at_last:
+                return
+            if self.asked_output_tokens is not None:
+                yield uses, free, own
+            yield uses, half, worthwhile if at_last and shares else comfortable
+            if at_last:
+                yield uses, free, worthwhile
 
     def admitted(self, caps: Caps) -> Bound:
         """The bound of the request with these caps: what it is charged where no usage comes."""
         if self.hosted is None:
             return self
-        samplings, _, fees = self.hosted.admitted(caps.hosted_uses)
-        input_rate, output_rate = self.hosted.rates_of(caps.hosted_uses)
-        tokens = min(tokens + caps.output_tokens * each
-                     for tokens, each in self.hosted.input_lines(caps.hosted_uses))
-        return self._replace(hosted=None, loops=samplings > 1,
-                             fees_picodollars=self.fees_picodollars + fees,
-                             input_tokens=tokens, input_picodollars=tokens * input_rate,
-                             output_picodollars=output_rate)
+        level = self.hosted.levels[caps.hosted_uses]
+        tokens = min(tokens + caps.output_tokens * each for tokens, each in level.input_lines)
+        return self._replace(hosted=None, loops=level.samplings > 1, input_tokens=tokens,
+                             fees_picodollars=self.fees_picodollars + level.fees_picodollars,
+                             input_picodollars=tokens * level.rates[0],
+                             output_picodollars=level.rates[1])
 
 
 def fixed_bound(microdollars: int) -> Bound:
@@ -2490,6 +2411,12 @@ def _check_fields(api: str, body: JsonBody, price: Price, provider: Provider,
     return opened
 
 
+def _is_allowed(rule: FieldRule, value: object, price: Price) -> bool:
+    if isinstance(rule, tuple):
+        return value in rule
+    return isinstance(value, rule) if isinstance(rule, type) else rule(value, price)
+
+
 def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, object], price: Price,
                       inside: str) -> Iterator[tuple[str, bool]]:
     """(name, whether it is known) of what the rules do not bound, also inside objects."""
@@ -2497,8 +2424,8 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, objec
         rule = rules.get(name)
         if value is None or (rule is None and name in rules):
             continue
-        if callable(rule):
-            if not rule(value, price):
+        if callable(rule) or isinstance(rule, tuple):
+            if not _is_allowed(rule, value, price):
                 yield inside + name, True
         elif name not in rules:
             yield inside + name, False
@@ -2629,31 +2556,45 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
     compacts = any(kind == "compaction_trigger" for _, kind, _ in prompt_parts(body))
     if not declared and not compacts:
         return None
-    capped = [entry for entry in declared if entry[2].result_tokens or entry[0].startswith("web_")]
+    capped = [(tool, row) for kind, tool, row in declared if kind.startswith("web_")]
     is_openai = api == "responses"
     caps = [optional_count(body.fields if is_openai else tool,
-                           "max_tool_calls" if is_openai else "max_uses")
-            for _, tool, _ in capped]
-    tools = [HostedUse(
-        asked=min(DEFAULT_HOSTED_USES if cap is None else cap, MOST_HOSTED_USES),
-        result_tokens=row.result_tokens or _fetched_tokens(tool),
-        fee_picodollars=price.search_picodollars if row.has_fee else 0,
-        loops_freely=row.loops_freely) for cap, (_, tool, row) in zip(caps, capped)]
+                           "max_tool_calls" if is_openai else "max_uses") for tool, _ in capped]
+    tools = [(min(DEFAULT_HOSTED_USES if cap is None else cap, MOST_HOSTED_USES),
+              row.result_tokens or _fetched_tokens(tool), row)
+             for cap, (tool, row) in zip(caps, capped)]
     if is_openai and tools:                 # one cap for all of them
-        tools = [max(tools, key=lambda tool: tool.result_tokens)]
+        tools = [max(tools, key=operator.itemgetter(1))]
+    visible = visible_tokens + sum(row.prompt_tokens for *_, row in declared) \
+        + TOOL_PROMPT_TOKENS * compacts
     context = max(price.max_input_tokens, window) if price.max_input_tokens else None
+    most = context or sys.maxsize
+    retries, most_samplings = (1, 1 + MOST_HOSTED_USES) if is_openai else (2, MOST_SAMPLINGS)
+    # Without any use: of tool search, and of compaction.
+    least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
+
+    def level(uses: int) -> Level:
+        """The first sampling of the model reads what is visible; each later one that, all results
+        and all output before it. None reads more than the context."""
+        counted = [(min(uses, asked), result, row) for asked, result, row in tools]
+        total = sum(count for count, _, _ in counted)
+        results = sum(count * result for count, result, _ in counted)
+        loops_freely = any(count and row.loops_freely for count, _, row in counted)
+        samplings = most_samplings if loops_freely else min(total + retries, most_samplings)
+        later = max(samplings if total else 1, least_samplings) - 1
+        first, others = min(visible, most), min(visible + results, most)
+        lines = [(first + later * others, later), (first + later * most, 0)]
+        return Level(1 + later, tuple(lines if context else lines[:1]),
+                     looped_rates if later else rates, price.search_picodollars * sum(
+                         count for count, _, row in counted if row.has_fee))
+
     return HostedUses(
-        visible_tokens=visible_tokens + sum(row.prompt_tokens for *_, row in declared)
-        + TOOL_PROMPT_TOKENS * compacts,
-        tools=tuple(tools),
+        levels=tuple(map(level, range(1 + max((asked for asked, *_ in tools), default=0)))),
         is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
-        retries=1 if is_openai else 2,
-        most_samplings=1 + MOST_HOSTED_USES if is_openai else MOST_SAMPLINGS,
-        extra_samplings=MOST_SAMPLINGS - 1 if len(capped) < len(declared) else int(compacts),
+        has_caps=bool(tools),
         least=int(_forces_hosted(body.fields.get("tool_choice"),
-                                 {str(tool.get("name")) for _, tool, _ in capped})),
-        are_all=len(capped) == len(request_tools(body)),
-        context_tokens=context, rates=rates, looped_rates=looped_rates)
+                                 {str(tool.get("name")) for tool, _ in capped})),
+        are_all=len(capped) == len(request_tools(body)))
 
 
 def _fetch_cap(tool: Mapping[str, object]) -> int:
@@ -14320,7 +14261,7 @@ class Router:
                      or all(call.body.fields.get(name) is None for name in names)):
             call.set_output_cap = claim.output_cap
         if claim.is_limited and bound.hosted is not None:
-            call.set_hosted_uses = claim.caps.hosted_uses if bound.hosted.tools else None
+            call.set_hosted_uses = claim.caps.hosted_uses if bound.hosted.has_caps else None
             call.bound = bound.admitted(claim.caps)
         return claim
 

@@ -23,6 +23,12 @@ def asks(tokens, *, most=128_000, least=0, may_be_lowered=True, rate=1):
                     may_be_lowered=may_be_lowered)
 
 
+def cap_of(bound, free, **how):
+    """The output cap to reserve for while so much is free; None: not now."""
+    caps = bound.fitting_caps(free, **how)
+    return caps and caps.output_tokens
+
+
 def state(claim):
     return "waiting" if claim.is_waiting else "refused" if claim.refused_by else claim.output_cap
 
@@ -113,16 +119,16 @@ def test_what_could_not_fit_even_if_all_in_flight_cost_nothing_is_refused_at_onc
 def test_how_far_a_cap_is_lowered(free, asked, at_once, at_last):
     bound = asks(asked)
 
-    assert at_once == bound.fitting_cap(free, at_last=False)
-    assert at_last == bound.fitting_cap(free, at_last=True)
+    assert at_once == cap_of(bound, free, at_last=False)
+    assert at_last == cap_of(bound, free, at_last=True)
 
 
 def test_a_cap_stays_above_anthropics_thinking_budget():
     bound = asks(32_000, least=16_001)
 
-    assert 16_001 == bound.fitting_cap(16_001, at_last=True)
-    assert bound.fitting_cap(16_000, at_last=True) is None
-    assert bound.fitting_cap(32_000 - 1, at_last=False) is None      # half is below it
+    assert 16_001 == cap_of(bound, 16_001, at_last=True)
+    assert cap_of(bound, 16_000, at_last=True) is None
+    assert cap_of(bound, 32_000 - 1, at_last=False) is None      # half is below it
 
 
 def test_the_least_cap_of_a_request_comes_from_its_fields():
@@ -403,11 +409,11 @@ def check_line(controller, model, line):
     """Those who wait must: first come, first served, and only where waiting can help."""
     blocked = set()
     for claim, scopes in line:
-        lacking = {scope for scope in scopes if scope in blocked or claim.bound.fitting_cap(
+        lacking = {scope for scope in scopes if scope in blocked or claim.bound.fitting_caps(
             model.free(scope), at_last=not model.reserved(scope)) is None}
         assert lacking, "one waits that could be admitted"
         for scope in lacking:
-            assert claim.bound.fitting_cap(model.limits[scope] - model.spent(scope),
+            assert claim.bound.fitting_caps(model.limits[scope] - model.spent(scope),
                                            at_last=True) is not None, "one waits in vain"
         blocked |= lacking
 

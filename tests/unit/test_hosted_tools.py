@@ -101,7 +101,7 @@ def random_bound(rng):
 def test_the_largest_affordable_output_fits_and_a_token_more_does_not(seed):
     rng = Random(seed)
     bound = random_bound(rng)
-    uses, amount = rng.randrange(0, 6), rng.randrange(1, 6_000_000)
+    uses, amount = min(rng.randrange(0, 6), bound.hosted_uses), rng.randrange(1, 6_000_000)
     cap = bound.affordable_output_tokens(amount, uses)
 
     assert bound.microdollars(0, uses) > amount if cap < 0 else \
@@ -211,9 +211,9 @@ def test_content_of_another_api_breaks_nothing(api):
 
 
 def test_more_uses_than_any_answer_has_are_lowered_to_the_most():
-    hosted = bound_of([{**SEARCH, "max_uses": 100}]).hosted
+    bound = bound_of([{**SEARCH, "max_uses": 100}])
 
-    assert (32, False) == (hosted.asked, hosted.is_asked)
+    assert (32, False) == (bound.hosted_uses, bound.hosted.is_asked)
     assert bound_of([{**SEARCH, "max_uses": 32}]).hosted.is_asked
 
 
@@ -221,9 +221,11 @@ def test_no_sampling_reads_more_than_the_window_that_was_asked_for():
     fields = {"model": "claude-opus-5-5", "max_tokens": 9, "messages": [], "tools": [SEARCH]}
     body = ic.parse_json_object(json.dumps(fields).encode())
 
-    assert [200_000, 1_000_000] == [
-        ic.bound_of_request("messages", body, price(CLAUDE, "claude-opus-5-5"),
-                            window=window).hosted.context_tokens for window in (0, 1_000_000)]
+    for window, most in ((0, 200_000), (1_000_000, 1_000_000)):
+        none, *_, five = ic.bound_of_request("messages", body, price(CLAUDE, "claude-opus-5-5"),
+                                             window=window).hosted.levels
+
+        assert (none.input_lines[1][0] + 6 * most, 0) == five.input_lines[1]
 
 
 def test_the_sum_of_several_samplings_is_bounded_at_the_price_of_a_long_context():
@@ -232,7 +234,7 @@ def test_the_sum_of_several_samplings_is_bounded_at_the_price_of_a_long_context(
     hosted = bound_of([SEARCH], row=long).hosted
 
     assert [(5 * 10 ** 6, 25 * 10 ** 6), (10 ** 7, 5 * 10 ** 7)] == [
-        hosted.rates_of(0), hosted.rates_of(1)]
+        hosted.levels[0].rates, hosted.levels[1].rates]
 
 
 @pytest.mark.parametrize("provider, fields, cap, changed, without", [

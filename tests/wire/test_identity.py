@@ -407,7 +407,7 @@ def most_input_tokens(bound) -> int:
     if bound.hosted is None:
         return bound.input_tokens
     return min(tokens + bound.output_tokens * each
-               for tokens, each in bound.hosted.input_lines(bound.hosted_uses))
+               for tokens, each in bound.hosted.levels[-1].input_lines)
 
 
 def test_no_recorded_prompt_was_billed_for_more_input_than_its_bound():
