@@ -4020,12 +4020,100 @@ class Losses:
 
     def headers(self) -> list[tuple[str, str]]:
         """Return the headers that show them."""
-        if not self.dropped and not self.adjusted:
-            return []
-        lines = [("x-ironcage-dropped-params", [shown_name(name) for name in self.dropped]),
-                 ("x-ironcage-adjusted", [f"{shown_name(name)}={shown_name(value)}"
-                                          for name, value in self.adjusted.items()])]
+        changes = [f"{shown_name(name)}={shown_name(value)}"
+                   for name, value in self.adjusted.items()]
+        lines = (("x-ironcage-dropped-params", [*map(shown_name, self.dropped)]),
+                 ("x-ironcage-adjusted", changes))
         return [(header, ",".join(names)[:2048]) for header, names in lines if names]
+
+
+# What a value of the wrong shape raises: made from the name of a field, and what it must be.
+Fault = Callable[[str, str], IroncageError]
+
+
+@functools.lru_cache(maxsize=64)
+def in_request(field: str) -> Fault:
+    """Return what is raised for a wrong shape inside a field of a client's request."""
+    return lambda name, kind: BadRequest(
+        f"{shown_name(name)} in {field} must be {kind}" if name != field
+        else f"{field} must be {kind}", param=field)
+
+
+def IN_ANSWER(name: str, kind: str) -> IroncageError:
+    """Return what is raised for a wrong shape in a provider's answer."""
+    return UpstreamBroke(f"the provider's answer has another shape than its API says: "
+                         f"{shown_name(name)} must be {kind}")
+
+
+IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
+
+
+def _member(holder: Mapping[str, object], name: str, fault: Optional[Fault], kind: Callable[[], _T],
+            words: str) -> _T:
+    """Return a member of an object; absent and null are an empty one. Raises what `fault` makes,
+    which is in_request(name) unless that is given."""
+    value = holder.get(name)
+    if isinstance(value, kind):
+        return value
+    if value is None:
+        return kind()
+    raise (fault or in_request(name))(name, words)
+
+
+def text_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> str:
+    """Return a string among fields; see _member()."""
+    return _member(holder, name, fault, str, "a string")
+
+
+def object_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> dict:
+    """Return an object among fields; see _member()."""
+    return _member(holder, name, fault, dict, "an object")
+
+
+def rows_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> list[dict]:
+    """Return a list of objects among fields; see _member()."""
+    rows = _member(holder, name, fault, list, "a list of objects")
+    if all([isinstance(row, dict) for row in rows]):
+        return rows
+    raise (fault or in_request(name))(name, "a list of objects")
+
+
+def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
+    """Return a string, or a list of them, among a request's fields. Raises BadRequest."""
+    value = fields.get(name)
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest(f"{name} must be a list of strings", param=name)
+    return texts
+
+
+def count_or_zero(usage: object, name: str) -> int:
+    """Return a count in a usage object that is carried over; 0 where there is none."""
+    value = json_object(usage).get(name)
+    return value if type(value) is int else 0
+
+
+def _parts_of(content: object) -> list[dict]:
+    """Return a message's content as a list of parts; a string is a text part, null is none."""
+    if content is None:
+        return []
+    return [part if isinstance(part, dict) else {"type": "text", "text": part}
+            for part in (content if isinstance(content, list) else (content,))
+            if isinstance(part, (dict, str))]
+
+
+def _content_of(message: Mapping[str, object]) -> object:
+    """Return a message's content. Raises BadRequest where it is no text, list or null."""
+    content = message.get("content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise BadRequest("a message's content must be a string or a list of parts",
+                         param="messages")
+    return content
+
+
+def _text_of(content: object, separator: str = "") -> str:
+    return separator.join(str(part.get("text") or "") for part in _parts_of(content)
+                          if part.get("type") in (None, "text", "input_text"))
 
 
 def by_rules(fields: Mapping[str, object],
@@ -4038,9 +4126,8 @@ def by_rules(fields: Mapping[str, object],
     """
     kept: dict[str, dict[str, object]] = {"rest": {}, "hint": {}}
     for name, value in fields.items():
-        rule = rules.get(name, ("rest",))
-        action = rule[0]
-        if action == "own" or value is None or value in rule[1:]:
+        action, *neutral = rules.get(name, ("rest",))
+        if action == "own" or value is None or value in neutral:
             continue
         if action == "refuse":
             raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
@@ -4062,104 +4149,6 @@ def begun(fields: Mapping[str, object], rules: Mapping[str, tuple]) -> Conversat
     return conversation
 
 
-def left_over(conversation: Conversation, takes: Container[str], losses: Losses) -> dict:
-    """Return what a target takes under the client's name; the rest of it is reported as lost."""
-    taken = {name: value for name, value in conversation.hints.items() if name in takes}
-    for name, value in conversation.rest.items():
-        if name in takes:
-            taken[name] = value
-        else:
-            losses.drop(name)
-    return taken
-
-
-# What a value of the wrong shape raises: made from the name of a field, and what it must be.
-Fault = Callable[[str, str], IroncageError]
-
-
-@functools.lru_cache(maxsize=64)
-def in_request(field: str) -> Fault:
-    """Return what is raised for a wrong shape inside a field of a client's request."""
-    return lambda name, kind: BadRequest(
-        f"{shown_name(name)} in {field} must be {kind}" if name != field
-        else f"{field} must be {kind}", param=field)
-
-
-def IN_ANSWER(name: str, kind: str) -> IroncageError:
-    """Return what is raised for a wrong shape in a provider's answer."""
-    return UpstreamBroke(f"the provider's answer has another shape than its API says: "
-                         f"{shown_name(name)} must be {kind}")
-
-
-def text_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> str:
-    """Return a string among fields; absent and null are "". Raises what `fault` makes, which is
-    in_request(name) unless that is given."""
-    value = holder.get(name)
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise (fault or in_request(name))(name, "a string")
-
-
-def object_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> dict:
-    """Return an object among fields; absent and null are empty."""
-    value = holder.get(name)
-    if value is None or isinstance(value, dict):
-        return value or {}
-    raise (fault or in_request(name))(name, "an object")
-
-
-def rows_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> list[dict]:
-    """Return a list of objects among fields; absent and null are empty."""
-    value = holder.get(name)
-    if value is None:
-        return []
-    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        return value
-    raise (fault or in_request(name))(name, "a list of objects")
-
-
-def count_or_zero(usage: object, name: str) -> int:
-    """A count in a usage object that is carried over; 0 where there is none."""
-    value = json_object(usage).get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
-    """Return a string, or a list of them, among a request's fields. Raises BadRequest."""
-    value = fields.get(name)
-    if value is not None and _string_list(value) != (value if isinstance(value, list) else [value]):
-        raise BadRequest(f"{name} must be a list of strings", param=name)
-    return [] if value is None else _string_list(value)
-
-
-def _string_list(value: object) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
-
-
-def _parts_of(content: object) -> list[dict]:
-    """A message's content as a list of parts; a string is a text part, null is none."""
-    if content is None:
-        return []
-    return [part if isinstance(part, dict) else {"type": "text", "text": part}
-            for part in (content if isinstance(content, list) else (content,))
-            if isinstance(part, (dict, str))]
-
-
-def _content_of(message: Mapping[str, object]) -> object:
-    """A message's content. Raises BadRequest where it is neither text nor a list nor null."""
-    content = message.get("content")
-    if content is not None and not isinstance(content, (str, list)):
-        raise BadRequest("a message's content must be a string or a list of parts",
-                         param="messages")
-    return content
-
-
-def _text_of(content: object, separator: str = "") -> str:
-    return separator.join(str(part.get("text") or "") for part in _parts_of(content)
-                          if part.get("type") in (None, "text", "input_text"))
-
-
 def _hashed(text: str, length: int) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
@@ -4168,13 +4157,13 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")       # r
 
 
 def lowered_effort(asked: str, taken: Sequence[str]) -> str:
-    """The highest effort that a model takes up to the one asked for; else the least it takes."""
+    """Return the highest effort that a model takes up to the one asked for; else the least."""
     known = [name for name in EFFORTS[:EFFORTS.index(asked) + 1] if name in taken]
     return known[-1] if known else taken[0]
 
 
 def _parse_strictly(text: str) -> object:
-    """JSON that our own reading of a request body will take. Raises BadRequest, ValueError."""
+    """Return JSON that our own reading of a body will take. Raises BadRequest, ValueError."""
     value = _STRICT_JSON.decode(text)
     if _nested_deeper_than([value], MAX_JSON_DEPTH - 16):
         raise ValueError("nested too deep")
@@ -4182,7 +4171,7 @@ def _parse_strictly(text: str) -> object:
 
 
 def arguments_to_input(text: str, parse: Callable[[str], object] = json.loads) -> dict:
-    """A tool call's arguments as an object; what is none is wrapped until its return."""
+    """Return a call's arguments as an object; what is none is wrapped until its return."""
     try:
         value = parse(text) if text.strip() else {}
     except (ValueError, RecursionError, BadRequest):
@@ -4194,7 +4183,7 @@ plain_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes 
 
 
 def input_to_arguments(value: object) -> str:
-    """The other way round."""
+    """Return the text that arguments_to_input() made an object of."""
     fields = json_object(value)
     if len(fields) == 1:
         if isinstance(fields.get("__raw"), str):
@@ -4203,30 +4192,14 @@ def input_to_arguments(value: object) -> str:
     return plain_json(fields)
 
 
-LATER_SYSTEM = "[system instruction, not from the user]\n"
-FENCED = r"(?s)\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*"
-DATA_URL = r"(?i)data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,"
-IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
-# The first bytes of an image, in base64, and what they say it is.
-IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
-               ("UklGR", "image/webp"))
-OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
-OWN_THINKING = OWN_SIGNATURE + base64.urlsafe_b64encode(b"chat").decode().rstrip("=")
+def call_input(call: Part, parse: Callable[[str], object] = json.loads) -> dict:
+    """Return the input of a call as an object."""
+    return {"input": call.text} if call.is_text else arguments_to_input(call.text, parse)
 
 
-class OwnName(NamedTuple):
-    """A tool's name as its client knows it."""
-    name: str
-    namespace: str = ""
-    is_text: bool = False        # its input is text, and travels as {"input": text}
-
-
-SEARCH_OPTIONS = ("allowed_domains", "blocked_domains", "user_location", "max_uses")
 TEXT_TOOL_SCHEMA = MappingProxyType({
     "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
     "additionalProperties": False})
-
-
 TEXT_TOOL_START = r'\s*\{\s*"input"\s*:\s*"'
 # What of a JSON string can be read for sure: no half of an escape, nor of a surrogate pair.
 TEXT_TOOL_CHARS = (r'(?:[^"\\]|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
@@ -4245,9 +4218,9 @@ class TextInput:
         self._json += json_text
         if not self._at:
             start = re.match(TEXT_TOOL_START, self._json)
-            self._at = start.end() if start else 0
-        if not self._at:
-            return ""
+            if start is None:
+                return ""
+            self._at = start.end()
         chars = re.compile(TEXT_TOOL_CHARS).match(self._json, self._at)
         self._at, more = chars.end(), json.loads(f'"{chars[0]}"', strict=False)
         self.text += more
@@ -4258,6 +4231,13 @@ class TextInput:
         given = arguments_to_input(whole)
         text = str(given.get("input", given.get("__raw", "")))
         return text[len(self.text):] if text.startswith(self.text) else ""
+
+
+class OwnName(NamedTuple):
+    """A tool's name as its client knows it."""
+    name: str
+    namespace: str = ""
+    is_text: bool = False        # its input is text, and travels as {"input": text}
 
 
 class ToolNames:
@@ -4272,14 +4252,13 @@ class ToolNames:
         """Return a name as the provider takes it; a changed one ends in a hash, so that none
         collide."""
         fitting = self._fitting.get((name, namespace))
-        if fitting is not None:
-            return fitting
-        own = f"{namespace}__{name}" if namespace else name
-        clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
-        fits = clean == own and len(own) <= self._most
-        fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
-        self._fitting[name, namespace] = fitting
-        self._own.setdefault(fitting, OwnName(name, namespace, is_text))
+        if fitting is None:
+            own = f"{namespace}__{name}" if namespace else name
+            clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
+            fits = clean == own and len(own) <= self._most
+            fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
+            self._fitting[name, namespace] = fitting
+            self._own.setdefault(fitting, OwnName(name, namespace, is_text))
         return fitting
 
     def own(self, fitting: str) -> OwnName:
@@ -4305,31 +4284,39 @@ class CallIds:
                      if re.fullmatch(self._pattern, fit)), own)
 
 
-LEGAL_CALL_ID = r"[A-Za-z0-9_-]{1,64}"           # for both vendors
-_CARRIED_ID = r"icid([0-9]*)_([A-Za-z0-9_-]+)"
+LEGAL_CALL_ID = r"(?!icid)[A-Za-z0-9_-]{1,64}"     # for both vendors
+CARRIED_ID = r"icid[0-9]*_([A-Za-z0-9_-]+)"
+
+
+def _packed(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).decode("ascii").rstrip("=")
 
 
 def carried_call_id(given: str, used: Container[str]) -> str:
     """Return the id of a call as every client and vendor takes it, unlike the ones in use. One
     that is changed can be had back with own_call_id()."""
-    if given not in used and not given.startswith("icid") and re.fullmatch(LEGAL_CALL_ID, given):
+    if given not in used and re.fullmatch(LEGAL_CALL_ID, given):
         return given
-    packed = base64.urlsafe_b64encode(given.encode("utf-8", "surrogatepass")).decode("ascii")
-    packed = packed.rstrip("=")
+    packed = _packed(given.encode("utf-8", "surrogatepass"))
     if not given or len(packed) > 48:
         packed = secrets.token_hex(12)
-    return next(own for own in map("icid{}_{}".format, itertools.chain(
-        ("",), itertools.count(1)), itertools.repeat(packed)) if own not in used)
+    return next(own for number in itertools.chain(("",), itertools.count(1))
+                for own in (f"icid{number}_{packed}",) if own not in used)
 
 
 def own_call_id(carried: str) -> str:
     """Return the id that a provider gave a call."""
-    match = re.fullmatch(_CARRIED_ID, carried) if carried.startswith("icid") else None
+    match = re.fullmatch(CARRIED_ID, carried)
     try:
-        return carried if match is None else base64.b64decode(
-            match[2] + "==", b"-_").decode("utf-8", "surrogatepass") or carried
+        return match and base64.b64decode(match[1] + "==", b"-_").decode(
+            "utf-8", "surrogatepass") or carried
     except ValueError:
         return carried
+
+
+def id_stem(own: str) -> str:
+    """Return what of an answer's id can stand in another API's; a new one where there is none."""
+    return re.sub("[^A-Za-z0-9_-]", "_", re.sub("^(msg|resp)_", "", own)) or secrets.token_hex(12)
 
 
 NO_RESULT = "[no result provided]"
@@ -4343,28 +4330,34 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
     else to the one that had the last. One without a call becomes the user's text. The ids of
     calls and results become those that the provider takes.
     """
-    rounds: list[tuple[list[Part], list[Turn]]] = [([], [])]
+    rounds: list[tuple[list[Part], list[Turn]]] = [([], [])]     # the assistant's, what follows
     for turn in turns:
-        said, after = rounds[-1]
-        if turn.role == "system" or (turn.role == "user" and turn.parts):
-            after.append(turn)
-        elif not turn.parts:
+        if not turn.parts and turn.role != "system":
             continue
-        elif after or not said:
+        if turn.role != "assistant":
+            rounds[-1][1].append(turn)
+        elif rounds[-1][1]:
             rounds.append(([*turn.parts], []))
         else:
-            said += turn.parts
+            rounds[-1][0].extend(turn.parts)
     both = []
     for said, after in rounds:
+        calls = [part for part in said if part.kind == "call"]
+        front, turns_behind = _answers_to(calls, after, losses)
         if said:
             both.append(Turn("assistant", said))
-        both += _answered([part for part in said if part.kind == "call"], after, ids, losses)
+        for call, result in zip(calls, front):
+            call.carried_id = call.id
+            call.id = result.id = ids.fitting(own_call_id(call.id))
+        if front and turns_behind and turns_behind[0].role == "user":
+            front += turns_behind.pop(0).parts
+        both += [Turn("user", front), *turns_behind] if front else turns_behind
     return both
 
 
-def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
-              losses: Losses) -> list[Turn]:
-    """Return the turns behind a turn of the assistant, with the results of its calls in front."""
+def _answers_to(calls: Sequence[Part], after: Iterable[Turn],
+                losses: Losses) -> tuple[list[Part], list[Turn]]:
+    """Return the results of calls, in their order, and the turns behind them without these."""
     waiting: dict[str, list[Part]] = {}            # id -> its calls: the last, and, before it,
     for call in calls:                             # those without a result
         waiting.setdefault(call.id, []).append(call)
@@ -4372,46 +4365,40 @@ def _answered(calls: Sequence[Part], after: Sequence[Turn], ids: CallIds,
     turns = []
     for role, parts in after:
         rest: list[Part] = []
-        behind: list[Part] = []
         for part in parts:
-            if part.kind != "result":
-                rest.append(part)
-                continue
-            queue = waiting.get(part.id)
-            if queue is None:
-                losses.adjust("results", "text")
-                text = f"[result of tool call {part.id}]\n" + "".join(
-                    piece.text for piece in part.parts if piece.kind == "text")
-                rest.append(Part("text", text))
-                behind += [piece for piece in part.parts if piece.kind != "text"]
-            else:
+            queue = waiting.get(part.id) if part.kind == "result" else None
+            if queue is not None:
                 call = queue.pop(0) if len(queue) > 1 else queue[0]
                 if call in results:
                     losses.adjust("results", "paired")
                 results[call] = part
-        if rest or behind:
-            turns.append(Turn(role, rest + behind))
-    if not calls:
-        return turns
+            elif part.kind == "result":
+                losses.adjust("results", "text")
+                texts, media = ([piece for piece in part.parts if (piece.kind == "text") is is_text]
+                                for is_text in (True, False))
+                rest += [Part("text", f"[result of tool call {part.id}]\n"
+                              + "".join(piece.text for piece in texts)), *media]
+            else:
+                rest.append(part)
+        if rest:
+            turns.append(Turn(role, rest))
     if len(results) < len(calls):
         losses.adjust("results", "paired")
-    front = []
-    for call in calls:
-        call.carried_id, result = call.id, results.get(call)
-        call.id = ids.fitting(own_call_id(call.id))
-        result = result or Part("result", is_error=True, parts=[Part("text", NO_RESULT)])
-        result.id = call.id
-        front.append(result)
-    if turns and turns[0].role == "user":
-        return [Turn("user", front + turns[0].parts), *turns[1:]]
-    return [Turn("user", front), *turns]
+    return [results.get(call) or Part("result", is_error=True, parts=[Part("text", NO_RESULT)])
+            for call in calls], turns
+
+
+# What a client brings back of another provider's thinking.
+
+OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
+OWN_THINKING = OWN_SIGNATURE + _packed(b"chat")
 
 
 def sealed(part: Part) -> str:
     """Return a thought in its provider's own form as a signature, for clients that bring back
     nothing else."""
-    packed = json_bytes({"from": part.origin, "by": part.maker, "native": part.native})
-    return OWN_SIGNATURE + base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+    return OWN_SIGNATURE + _packed(json_bytes(
+        {"from": part.origin, "by": part.maker, "native": part.native}))
 
 
 def unseal(thought: Part, seal: str) -> None:
@@ -4437,23 +4424,22 @@ def thinking_block(part: Part) -> Mapping[str, object]:
 def thought_of(block: Mapping[str, object]) -> Part:
     """Return what a client brings back as Claude's block: Claude's own, or what that carries."""
     signature, text = str(block.get("signature") or ""), block.get("thinking")
-    own = signature.startswith(OWN_SIGNATURE)
-    thought = Part("thought", text if isinstance(text, str) else "",
-                   origin="" if own else "messages",
-                   native={} if own else block)
-    if own and signature != OWN_THINKING:
+    thought = Part("thought", text if isinstance(text, str) else "")
+    if not signature.startswith(OWN_SIGNATURE):
+        thought.native, thought.origin = block, "messages"
+    elif signature != OWN_THINKING:
         unseal(thought, signature)
     return thought
 
 
-def id_stem(own: str) -> str:
-    """Return what of an answer's id can stand in another API's; a new one where there is none."""
-    return re.sub("[^A-Za-z0-9_-]", "_", re.sub("^(msg|resp)_", "", own)) or secrets.token_hex(12)
-
-
-def call_input(call: Part, parse: Callable[[str], object] = json.loads) -> dict:
-    """Return the input of a call as an object."""
-    return {"input": call.text} if call.is_text else arguments_to_input(call.text, parse)
+LATER_SYSTEM = "[system instruction, not from the user]\n"
+FENCED = r"(?s)\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*"
+DATA_URL = r"(?i)data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z-]+=[^;,]*)*;base64,"
+IMAGE_MEDIA = ("image/jpeg", "image/png", "image/gif", "image/webp")
+# The first bytes of an image, in base64, and what they say it is.
+IMAGE_MAGIC = (("/9j/", "image/jpeg"), ("iVBORw0KGgo", "image/png"), ("R0lGOD", "image/gif"),
+               ("UklGR", "image/webp"))
+SEARCH_OPTIONS = ("allowed_domains", "blocked_domains", "user_location", "max_uses")
 
 
 class RequestWriter:
@@ -4467,8 +4453,33 @@ class RequestWriter:
         self.terms = Terms(self._names)
         self.terms.stops, self.terms.calls_in_order = conversation.stops, target.is_openai
 
+    def _left_over(self, takes: Container[str]) -> dict:
+        """Return what a target takes under the client's name; the rest is reported as lost."""
+        asked = self._asked
+        for name in asked.rest:
+            if name not in takes:
+                self._losses.drop(name)
+        return {name: value for given in (asked.hints, asked.rest)
+                for name, value in given.items() if name in takes}
+
+    def _cap(self) -> Optional[int]:
+        """Return the output cap that was asked for, or the target's where that is less."""
+        cap, most = self._asked.output_cap, self._target.most_output_tokens
+        if cap is not None and cap > most:
+            self._losses.adjust("output_cap", most)
+            return most
+        return cap
+
     def _written_tools(self) -> list[dict]:
         return [row for row in map(self._tool, self._asked.tools) if row is not None]
+
+    def _described(self, tool: Tool) -> dict:
+        """Return the description of a tool, with the syntax of its text, which nobody enforces."""
+        text = tool.description
+        if tool.syntax:
+            self._losses.adjust("syntax", "described")
+            text = f"{text}\n{json.dumps(tool.syntax)}".strip()
+        return {"description": text} if text else {}
 
     def _goes_back(self, thought: Part) -> bool:
         """Whether a thought is in the form of this API and of this provider's making."""
@@ -4489,22 +4500,6 @@ class RequestWriter:
         self._losses.drop(f"{'input' if part.origin == 'responses' else 'messages'}."
                           f"{part.native.get('type')}")
         return None
-
-    def _cap(self) -> Optional[int]:
-        """Return the output cap that was asked for, or the target's where that is less."""
-        cap, most = self._asked.output_cap, self._target.most_output_tokens
-        if cap is not None and cap > most:
-            self._losses.adjust("output_cap", most)
-            return most
-        return cap
-
-    def _described(self, tool: Tool) -> dict:
-        """Return the description of a tool, with the syntax of its text, which nobody enforces."""
-        text = tool.description
-        if tool.syntax:
-            self._losses.adjust("syntax", "described")
-            text = f"{text}\n{json.dumps(tool.syntax)}".strip()
-        return {"description": text} if text else {}
 
 
 def document_text(part: Part) -> str:
@@ -4634,7 +4629,7 @@ def claude_schema(schema: object) -> object:
     if _is_object(kept) or "properties" in kept:
         kept["additionalProperties"] = False
     if words:
-        kept["description"] = "; ".join([*_string_list(kept.get("description")), *words])
+        kept["description"] = "; ".join([*texts_in(kept, "description"), *words])
     return kept
 
 
@@ -4804,7 +4799,6 @@ CHAT_NAMES = MappingProxyType({
 CALL_MEMBERS = (("function", "arguments"), ("custom", "input"))      # custom: of one that is text
 # What is carried of a tool beside its function, in Anthropic's form.
 TOOL_EXTRAS = ("cache_control", "defer_loading", "input_examples", "eager_input_streaming")
-IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
 SEARCH_TYPES = r"web_search(_preview)?(_\d{4}_\d\d_\d\d)?"
 ANTHROPIC_TOOL = r"_\d{8}$"                        # how the types of its own tools end
 
@@ -5097,7 +5091,7 @@ class _OpenAIRequest(RequestWriter):
             kept["service_tier"] = asked.tier
         # Models that do not reason have one verbosity, and refuse all others.
         takes = OPENAI_TAKES if self._gpt.efforts else OPENAI_TAKES - {"verbosity"}
-        return {**kept, **left_over(asked, takes if is_openai else (), self._losses)}
+        return {**kept, **self._left_over(takes if is_openai else ())}
 
     def _tool_fields(self) -> dict:
         """Return the tools, and how they are called; a request that has only another vendor's own
@@ -6102,7 +6096,7 @@ class _MessagesRequest(RequestWriter):
     def request(self) -> dict:
         """Return the request."""
         asked, target = self._asked, self._target
-        passed = left_over(asked, MESSAGES_TAKES, self._losses)
+        passed = self._left_over(MESSAGES_TAKES)
         most = target.most_output_tokens
         default = most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS)
         request: dict = {"model": asked.model,
