@@ -1,6 +1,9 @@
 """Fixtures: a mock provider, and proxies in front of it that are stopped after each test."""
+import functools
 import json
 import logging
+import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -12,13 +15,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # tra
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import RealEngine
-from support import MockProvider, program, proxy_environment, start_proxy
+from support import ROOT, MockProvider, program, proxy_environment, start_proxy
 
-program().STOP_POLL_S = 0.005            # thousands of proxies are stopped: 0.05 s would add up
+
+MEMORY_FOLDER = "/dev/shm"
+
+
+def read_once(program):
+    """Do once what thousands of starts would do alike: read the price table that is shipped, which
+    no test changes, and the same command line."""
+    shipped, read_prices = str(ROOT / "pricing.json"), program.read_prices
+    read_shipped = functools.lru_cache(maxsize=None)(lambda: read_prices(shipped))
+    parse_arguments = functools.lru_cache(maxsize=None)(program.parse_arguments)
+    program.read_prices = lambda path: read_shipped() if path == shipped else read_prices(path)
+    program.parse_arguments = lambda argv: dict(parse_arguments(tuple(argv)))
+
+
+read_once(program())
+program().STOP_POLL_S = 0.002            # thousands of proxies are stopped: 0.05 s would add up
 
 
 def pytest_configure(config):
+    """Thousands of ledgers are flushed to disk: keep them in memory, where there is room."""
     config.addinivalue_line("markers", "soak: long; run with -m soak")
+    if os.path.isdir(MEMORY_FOLDER) and shutil.disk_usage(MEMORY_FOLDER).free > 2 * 1024 ** 3:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_FOLDER)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -28,7 +28,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence, Union
 
+import forked
 import pytest
+from forked import Forked
 from vendor_rules import (RESPONSES_ONLY, refused_by_anthropic, refused_by_openai,
                           refused_by_responses)
 
@@ -465,20 +467,16 @@ class MockProvider:
 
 def _open_or_gone(event: threading.Event, sock: socket.socket) -> bool:
     """Wait for a gate, noticing a peer that leaves. Raises OSError if it left."""
-    sock.settimeout(0.02)
-    try:
-        for _ in range(int(PATIENCE_S / 0.02)):
-            if event.is_set():
-                return True
-            try:
-                if not sock.recv(1, socket.MSG_PEEK):
-                    raise OSError("the proxy hung up")
-                event.wait(0.02)
-            except socket.timeout:
-                pass
-        return False
-    finally:
-        sock.settimeout(None)
+    for _ in range(int(PATIENCE_S / 0.002)):
+        if event.wait(0.002):
+            return True
+        try:
+            is_gone = not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            continue
+        if is_gone:
+            raise OSError("the proxy hung up")
+    return False
 
 
 def _read_request(reader, connection: int) -> Optional[SeenRequest]:
@@ -976,16 +974,37 @@ def compiled_program() -> str:
                               cfile=str(folder / "ironcage_proxy.pyc"))
 
 
-class Served:
-    """The program, serving: its process, port and the first lines that it printed."""
+def started(*argv: str, environ: Optional[dict] = None, **options: object) -> Forked:
+    """A process of the program, with nothing of our environment but the PATH: see Forked."""
+    return Forked(compiled_program(), argv, {"PATH": os.environ["PATH"], **(environ or {})},
+                  **options)
 
-    def __init__(self, *argv, environ=None, cwd=None, program=None, python=(sys.executable,),
-                 **options):
+
+def run_program(*argv: str, **options: object) -> subprocess.CompletedProcess:
+    """The program, run to its end: see Forked."""
+    process = started(*argv, **options)
+    try:
+        out, err = process.communicate(timeout=PATIENCE_S * 3)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+class Served:
+    """The program, serving: its process, port and the first lines that it printed. With `program`,
+    `python` or any option of Popen a Python is started for it."""
+
+    def __init__(self, *argv, environ=None, cwd=None, code=forked.MAIN, program=None,
+                 python=(sys.executable,), **options):
         self._log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [*python, program or compiled_program(), "--port", "0", *argv], text=True, cwd=cwd,
-            stdout=subprocess.PIPE, stderr=self._log,
-            env={"PATH": os.environ["PATH"], **(environ or {})}, **options)
+        argv = ("--port", "0", *argv)
+        if program is None and python == (sys.executable,) and not options:
+            self.process = started(*argv, environ=environ, cwd=cwd, code=code, stderr=self._log)
+        else:
+            self.process = subprocess.Popen(
+                [*python, program or compiled_program(), *argv], text=True, cwd=cwd,
+                stdout=subprocess.PIPE, stderr=self._log,
+                env={"PATH": os.environ["PATH"], **(environ or {})}, **options)
         self.first_line = self.process.stdout.readline()
         match = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
         assert match, self.first_line + self.log
@@ -1028,13 +1047,28 @@ def status_of(proxy) -> dict:
     return answer.json
 
 
+def is_at_rest(proxy) -> bool:
+    """Whether a proxy of this process works on no request; waits a moment for that. What another
+    process does is not seen from here: False."""
+    if not hasattr(proxy, "_places"):
+        return False
+    module = program()
+    for _ in range(20):
+        if not proxy._count(lambda place: place.does in (module.READING, module.SERVING)):
+            return True
+        threading.Event().wait(0.001)
+    return False
+
+
 def settled_status(proxy) -> dict:
     """The status once nothing is reserved any more, and the counts, which come after the money,
-    stand still."""
+    stand still: no request is in work, or two looks in succession saw the same."""
     before: dict = {}
     for _ in range(int(PATIENCE_S / 0.01)):
+        rests = is_at_rest(proxy)
         status = status_of(proxy)
-        if status["reserved_microdollars"] == 0 and before == {**status, "uptime_s": 0}:
+        if status["reserved_microdollars"] == 0 and (
+                rests or before == {**status, "uptime_s": 0}):
             return status
         before = {**status, "uptime_s": 0}
         threading.Event().wait(0.01)

@@ -9,8 +9,8 @@ import sys
 import threading
 
 import pytest
-from support import (PATIENCE_S, ROOT, TOKEN, MockProvider, Served, call, compiled_program,
-                     program, proxy_environment)
+from support import (PATIENCE_S, ROOT, TOKEN, MockProvider, Served, call, program,
+                     proxy_environment, run_program, started)
 
 ic = program()
 PROGRAM = str(ROOT / "ironcage_proxy.py")
@@ -50,14 +50,9 @@ def spent(server):
     return call(server.port, "GET", "/ironcage/status").json["spent_microdollars"]
 
 
-def run(*argv, cwd=None):
-    return subprocess.run([sys.executable, compiled_program(), *argv], capture_output=True, text=True,
-                          cwd=cwd, env={"PATH": os.environ["PATH"]}, timeout=PATIENCE_S * 3)
-
-
 def start_in_vain(path, cwd=None):
     """Start a second server that does not wait: what it says, which must be one line."""
-    done = run("--port", "0", "--ledger", path, "--no-wait-for-ledger", cwd=cwd)
+    done = run_program("--port", "0", "--ledger", path, "--no-wait-for-ledger", cwd=cwd)
     assert (2, "", 1) == (done.returncode, done.stdout, done.stderr.count("\n")), done
     return done.stderr
 
@@ -146,10 +141,7 @@ def test_a_second_server_is_refused_by_every_path_and_the_first_goes_on(path, wa
 def test_a_second_server_waits_for_the_first_and_knows_what_it_spent(path, way):
     with serving(path) as first:
         chat(first)
-        second = subprocess.Popen(
-            [sys.executable, compiled_program(), "--port", "0", "--token", TOKEN, "--ledger", way(path),
-             "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={"PATH": os.environ["PATH"]})
+        second = started("--port", "0", "--token", TOKEN, "--ledger", way(path), "--quiet")
         try:
             waiting = second.stderr.readline()
             before = spent(first)
@@ -179,19 +171,17 @@ def test_a_wait_ends(path):
 
 @posix
 def test_of_many_that_start_at_once_on_a_new_ledger_one_serves(path):
-    started = [subprocess.Popen(
-        [sys.executable, compiled_program(), "--port", "0", "--token", TOKEN, "--ledger", path, "--quiet",
-         "--no-wait-for-ledger"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={"PATH": os.environ["PATH"]}) for _ in range(6)]
+    processes = [started("--port", "0", "--token", TOKEN, "--ledger", path, "--quiet",
+                         "--no-wait-for-ledger") for _ in range(6)]
     try:
-        lines = [process.stdout.readline() for process in started]
-        serving_ones = [process for process, line in zip(started, lines) if line]
+        lines = [process.stdout.readline() for process in processes]
+        serving_ones = [process for process, line in zip(processes, lines) if line]
 
         assert 1 == len(serving_ones)
-        assert {2} == {process.wait(PATIENCE_S) for process in started
+        assert {2} == {process.wait(PATIENCE_S) for process in processes
                        if process not in serving_ones}
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.communicate()
 
@@ -320,8 +310,8 @@ def test_check_usage_and_audit_work_beside_a_running_proxy_and_leave_it_alone(pa
     with serving(path) as server:
         chat(server)
         flags = ("--ledger", path)
-        done = [run("check", *flags, "--port", str(server.port)), run("usage", *flags),
-                run("audit", *flags)]
+        done = [run_program(*argv, *flags) for argv in (
+            ("check", "--port", str(server.port)), ("usage",), ("audit",))]
         assert [0, 0, 0] == [one.returncode for one in done], [one.stderr for one in done]
         check, usage, audit = (one.stdout for one in done)
 
@@ -336,11 +326,11 @@ def test_check_usage_and_audit_work_beside_a_running_proxy_and_leave_it_alone(pa
 
 @posix
 def test_check_makes_no_file_and_says_what_it_finds(path):
-    new = run("check", "--port", "0", "--ledger", path)
-    nowhere = run("check", "--port", "0", "--ledger", path + "/no/folder.db")
+    new = run_program("check", "--port", "0", "--ledger", path)
+    nowhere = run_program("check", "--port", "0", "--ledger", path + "/no/folder.db")
     with open(path, "wb"):
         pass
-    empty = run("check", "--port", "0", "--ledger", path)
+    empty = run_program("check", "--port", "0", "--ledger", path)
 
     assert (0, 2, 2) == (new.returncode, nowhere.returncode, empty.returncode)
     assert "none yet" in new.stdout
@@ -438,9 +428,8 @@ def test_a_log_without_its_ledger_is_no_new_ledger(path):
 
 DIE = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import ironcage_proxy as ic
-where, path = sys.argv[2:]
+where, path = sys.argv[1:]
 def die(*_): os._exit(9)
 if where == "before":
     os.rename = die
@@ -467,7 +456,7 @@ ic.SqliteLedger(path)
 @posix
 @pytest.mark.parametrize("where", ["truncate", "half", "whole", "before", "after", "open"])
 def test_a_crash_while_a_ledger_is_made_locks_nobody_out(path, where):
-    died = subprocess.run([sys.executable, "-c", DIE, str(ROOT), where, path], timeout=PATIENCE_S)
+    died = run_program(where, path, code=DIE)
     assert 9 == died.returncode
 
     ledger = ic.SqliteLedger(path)

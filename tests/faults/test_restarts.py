@@ -12,17 +12,15 @@ import threading
 
 import pytest
 from support import (PATIENCE_S, ROOT, TOKEN, Hang, RawClient, Reply, call,
-                     compiled_program, program, proxy_environment, sse_events, start_proxy)
+                     program, proxy_environment, run_program, sse_events, start_proxy, started)
 
 ic = program()
 posix = pytest.mark.skipif(os.name != "posix", reason="sockets are handed over on POSIX")
 PROGRAM = str(ROOT / "ironcage_proxy.py")
-HAND_OVER = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.set_inheritable(3, True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2], LISTEN_FDNAMES="x")
-os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+HANDED = """
+import os, sys, ironcage_proxy
+os.environ["LISTEN_PID"] = str(os.getpid())
+sys.exit(ironcage_proxy.main())
 """
 MESSAGES = [{"role": "user", "content": "hello"}]
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100, "messages": MESSAGES}
@@ -39,12 +37,9 @@ CALLS = [                               # path, fields: translated or not, strea
 class Handed:
     """The program on a socket that this process holds, as a service manager starts it."""
 
-    def __init__(self, listener, *argv, count="1", environ=None, program=None):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HAND_OVER, str(listener.fileno()), count,
-             program or compiled_program(), *argv],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            pass_fds=[listener.fileno()], env={"PATH": os.environ["PATH"], **(environ or {})})
+    def __init__(self, listener, *argv, environ=None):
+        self.process = started(*argv, code=HANDED, handed=listener, environ={
+            "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", **(environ or {})})
         self.errors = []
         self._reader = threading.Thread(target=lambda: self.errors.extend(self.process.stderr))
         self._reader.start()
@@ -64,8 +59,7 @@ class Handed:
     def __exit__(self, *_):
         self.process.kill()
         self.ended()
-        self.process.stdout.close()
-        self.process.stderr.close()
+        self.process.close()
 
 
 @pytest.fixture
@@ -85,7 +79,7 @@ def test_a_handed_socket_wins_over_the_flags_and_the_log_says_so(listener):
     with Handed(listener, "--host", "localhost", "--port", "1", "--token", TOKEN) as handed:
         handed.wait_until_it_serves()
         answer = call(port_of(listener), "GET", "/")
-        handed.process.terminate()
+        handed.process.send_signal(signal.SIGTERM)
         code, log = handed.ended()
 
     assert b"LlmRouter OK" == answer.body
@@ -156,8 +150,8 @@ def test_any_number_of_sockets_but_one_is_refused(monkeypatch, count):
 
 @posix
 def test_a_wrong_socket_is_one_clear_line_and_exit_code_2():
-    with udp() as wrong, Handed(wrong, "--token", TOKEN) as started:
-        code, log = started.ended()
+    with udp() as wrong, Handed(wrong, "--token", TOKEN) as handed:
+        code, log = handed.ended()
 
     assert (2, 1) == (code, len(log.splitlines()))
 
@@ -333,8 +327,7 @@ def check_restarts(mock, listener, ledger, rounds, threads, cuts):
                   or row["estimated"] == "the proxy ended"]
     assert len(mock.seen) <= len(rows) == len({row["request_id"] for row in rows}) <= len(outcomes)
     assert sum(row["cost_microdollars"] for row in rows) >= mock.billed_microdollars
-    audit = subprocess.run([sys.executable, compiled_program(), "audit", "--ledger", ledger],
-                           capture_output=True, text=True)
+    audit = run_program("audit", "--ledger", ledger)
     assert 0 == audit.returncode, audit.stdout
     print({kind: outcomes.count(kind) for kind in set(outcomes)})
 

@@ -6,13 +6,11 @@ import os
 import signal
 import socketserver
 import sqlite3
-import subprocess
-import sys
 import threading
 
 import pytest
-from support import (OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, program, proxy_environment, sse)
+from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Gate, Hang, RawClient, Reply, Served,
+                     call, program, proxy_environment, run_program, sse)
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100, "stream": True,
@@ -58,14 +56,13 @@ def in_flight(mock, port, token=TOKEN):
 # A thread that fails.
 
 FAILS_AT_SIGHUP = """
-import sys, os
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import sys
 import ironcage_proxy as ic
 def fail(server):
     if server.reload_asked:
         raise {fault}("a fault of a test")
 ic.ProxyServer.service_actions = fail
-sys.exit(ic.main(sys.argv[2:]))
+sys.exit(ic.main())
 """
 
 
@@ -75,7 +72,7 @@ def test_a_process_whose_accepting_thread_fails_settles_and_ends(mock, tmp_path,
     ledger = str(tmp_path / "cage.db")
     code = FAILS_AT_SIGHUP.format(fault=fault.__name__)
     with Served("--token", TOKEN, "--ledger", ledger, "--budget", "1",
-                python=(sys.executable, "-c", code), environ=proxy_environment(mock)) as served, \
+                code=code, environ=proxy_environment(mock)) as served, \
             in_flight(mock, served.port) as client:
         served.process.send_signal(signal.SIGHUP)
         code = served.process.wait(PATIENCE_S * 3)
@@ -93,22 +90,19 @@ def test_a_process_whose_accepting_thread_fails_settles_and_ends(mock, tmp_path,
 
 WRAPPED = """
 import sys, os, threading
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import ironcage_proxy as ic
 child_ran = threading.Event()
 def fail(server):
-    if os.path.exists(sys.argv[2]):
+    if os.path.exists(sys.argv[1]):
         raise RuntimeError
 ic.ProxyServer.service_actions = fail
 sys.exit(ic.main(["--", sys.executable, "-c",
-                  "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)", sys.argv[2]]))
+                  "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)", sys.argv[1]]))
 """
 
 
 def test_a_wrapped_command_ends_with_its_proxy(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WRAPPED, str(ROOT / "ironcage_proxy.py"),
-                           str(tmp_path / "begun")], capture_output=True, text=True,
-                          timeout=PATIENCE_S * 3)
+    done = run_program(str(tmp_path / "begun"), code=WRAPPED)
 
     assert 1 == done.returncode
     assert "CRITICAL ended, since ironcage-accept failed" in done.stderr.splitlines()[-1]

@@ -4,12 +4,11 @@ import csv
 import json
 import re
 import sqlite3
-import subprocess
 import sys
 import time
 
 import pytest
-from support import (ADMIN_TOKEN, ROOT, TOKEN, Gate, RawClient, Served, call, compiled_program,
+from support import (ADMIN_TOKEN, ROOT, TOKEN, Gate, RawClient, Served, call, run_program,
                      program, settled_status, status_of)
 
 ALICE, BOB = "ic_alice_canary_0123456789", "ic_bob_canary_0123456789"
@@ -44,8 +43,7 @@ def chat(proxy, headers=(), token=ALICE, fields=CHAT, path="/v1/chat/completions
 
 
 def run(*argv):
-    done = subprocess.run([sys.executable, compiled_program(), *argv],
-                          capture_output=True, text=True)
+    done = run_program(*argv)
     return done.returncode, done.stdout, done.stderr
 
 

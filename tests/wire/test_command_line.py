@@ -17,7 +17,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, compiled_program, program, proxy_environment)
+                     call, program, proxy_environment, run_program)
 
 PROGRAM = str(ROOT / "ironcage_proxy.py")
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
@@ -26,11 +26,9 @@ ECHO = {"model": "ironcage/echo", "max_tokens": 9,
         "messages": [{"role": "user", "content": "one two"}]}
 
 
-def run(*argv, environ=None, cwd=None, program=None):
+def run(*argv, environ=None, cwd=None):
     """A finished run: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, program or compiled_program(), *argv], capture_output=True, text=True,
-                          cwd=cwd, env={"PATH": os.environ["PATH"], **(environ or {})},
-                          timeout=PATIENCE_S * 3)
+    done = run_program(*argv, environ=environ, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -168,12 +166,13 @@ def test_without_a_price_table_a_budget_is_refused_and_none_is_warned_of(tmp_pat
     shutil.copy(PROGRAM, tmp_path)
     program = str(tmp_path / "ironcage_proxy.py")
 
-    refused = run("--budget", "1", program=program)
+    refused = subprocess.run([sys.executable, program, "--budget", "1"], capture_output=True,
+                             text=True, env={})
     with Served("--token", TOKEN, program=program) as served:
         answer = call(served.port, "POST", "/v1/chat/completions", ECHO)
         _, _, err = served.stop()
 
-    assert (2, 1) == (refused[0], refused[2].count("\n"))
+    assert (2, 1) == (refused.returncode, refused.stderr.count("\n"))
     assert 200 == answer.status
     assert "nothing is priced" in err
 
@@ -307,22 +306,20 @@ def test_a_process_of_the_same_user_cannot_read_the_environment_of_the_proxy():
 
 SIGNALLED_INSIDE = """
 import os, signal, sys, threading
+import ironcage_proxy
 wait = threading.Condition.wait
 def wait_signalled(self, timeout=None):
     if timeout == 1:                              # the wait of the main thread
         os.kill(os.getpid(), signal.SIGTERM)      # while an Event's lock is held by this thread
     return wait(self, timeout)
 threading.Condition.wait = wait_signalled
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import ironcage_proxy
-sys.exit(ironcage_proxy.main(sys.argv[1:]))
+sys.exit(ironcage_proxy.main())
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_a_signal_stops_it_at_whatever_moment_it_comes():
-    with Served("--token", TOKEN, python=(sys.executable, "-c", SIGNALLED_INSIDE)) as served:
+    with Served("--token", TOKEN, code=SIGNALLED_INSIDE) as served:
         served.process.send_signal(signal.SIGTERM)
 
         assert 0 == served.process.wait(PATIENCE_S * 3)

@@ -10,7 +10,8 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, ANTHROPIC_KEY, OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, call,
-                     compiled_program, openai_error, program, proxy_environment, settled_status)
+                     openai_error, program, proxy_environment, run_program,
+                     settled_status, started)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -274,11 +275,8 @@ def test_metrics_parse_with_prometheus_own_parser(mock, proxy):
 
 # One command inside the cage.
 
-def wrapped(mock, *argv, environ=None, **options):
-    return subprocess.run(
-        [sys.executable, compiled_program(), *argv], capture_output=True, text=True,
-        timeout=PATIENCE_S * 3, env={**os.environ, **proxy_environment(mock), **(environ or {})},
-        **options)
+def wrapped(mock, *argv, environ=None):
+    return run_program(*argv, environ={**os.environ, **proxy_environment(mock), **(environ or {})})
 
 
 AGENT = """
@@ -360,10 +358,8 @@ def test_the_exit_code_passes_through(mock, code):
 def test_signals_pass_to_the_command(mock, name, code):
     wait = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); " \
         "print('up', flush=True); time.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "ironcage_proxy.py"), "--", sys.executable, "-c", wait],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **proxy_environment(mock)})
+    process = started("--", sys.executable, "-c", wait,
+                      environ={**os.environ, **proxy_environment(mock)})
     assert "up\n" == process.stdout.readline()
 
     process.send_signal(getattr(signal, name))
