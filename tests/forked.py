@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -17,8 +18,7 @@ import threading
 from pathlib import Path
 from typing import Optional, Sequence
 
-IS_POSSIBLE = hasattr(os, "fork") and hasattr(socket, "send_fds")
-MAX_REQUEST_BYTES = 1024 * 1024
+ONE_AT_A_TIME = threading.Lock()
 MAIN = "import sys, ironcage_proxy; sys.exit(ironcage_proxy.main())"
 
 
@@ -46,11 +46,11 @@ class Forked:
             asked = json.dumps({
                 "argv": [program, *argv], "environ": environ, "cwd": str(cwd or os.getcwd()),
                 "code": code, "files": resource.getrlimit(resource.RLIMIT_NOFILE)})
-            socket.send_fds(_parent_of(program)[0], [asked.encode()], [
-                stdout, errors, report, *([] if handed is None else [handed.fileno()])])
-        self._said = b""
-        self.returncode: Optional[int] = None
-        self.pid = int(self._line(None))
+            self._said, self.returncode = b"", None
+            with ONE_AT_A_TIME:
+                socket.send_fds(_parent_of(program)[0], [asked.encode() + b"\n"], [
+                    stdout, errors, report, *([] if handed is None else [handed.fileno()])])
+                self.pid = int(self._line(None))
 
     def _line(self, timeout: Optional[float]) -> bytes:
         """The next line of what is reported: the process id, then the exit code."""
@@ -103,7 +103,7 @@ class Forked:
 def _parent_of(program: str) -> tuple[socket.socket, subprocess.Popen]:
     """A process that has imported the program and forks at each request on this socket; it ends
     when the socket is closed, with this process at the latest."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno()), program],
                                    pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
@@ -114,22 +114,23 @@ def _parent_of(program: str) -> tuple[socket.socket, subprocess.Popen]:
 def fork_for_ever(requests: socket.socket) -> None:
     """Fork for each request; returns in the processes that are to be the program only."""
     while True:
-        asked, descriptors, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 4)
+        asked, descriptors, _, _ = socket.recv_fds(requests, 4096, 4)
+        while asked and not asked.endswith(b"\n"):
+            asked += requests.recv(4096)
         if not asked:
             os._exit(0)
-        between = os.fork()
-        if not between:
+        if not os.fork():
             requests.close()
             return watch(json.loads(asked), *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        os.waitpid(between, 0)
+        with contextlib.suppress(ChildProcessError):       # watchers that have ended
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def watch(asked: dict, stdout: int, errors: int, report: int, *handed: int) -> None:
     """Fork the program, report its process id and how it ends; returns in the program."""
-    if os.fork():                       # whoever started us need not wait for the end
-        os._exit(0)
     child = os.fork()
     if not child:
         os.close(report)
@@ -163,4 +164,5 @@ if __name__ == "__main__":
     import ctypes  # noqa: F401  (what the program imports when it first needs it)
     import sqlite3  # noqa: F401
     import ironcage_proxy  # noqa: F401
+    gc.freeze()                         # or a collection copies what the processes share
     fork_for_ever(socket.socket(fileno=int(sys.argv[1])))
