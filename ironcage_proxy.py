@@ -707,8 +707,7 @@ class JsonBody:
         self.text = raw if text is None else text       # the same, with a word for each of `data`
         self.data = data                      # by its word
         self.fields = fields
-        self.parts: Optional[list[tuple[str, str, dict]]] = None     # see prompt_parts()
-        self.tools: Optional[list[tuple[str, str, dict]]] = None     # see request_tools()
+        self.contents: Optional[Contents] = None        # see contents_of()
 
     def spliced(self, changes: Mapping[str, object],
                 without: frozenset = frozenset()) -> list[bytes]:
@@ -1878,9 +1877,9 @@ MEDIA_FIELDS = MappingProxyType({
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}|(computer|browser)_toolset_20260801")
-# The same types with a member that says who runs them.
-CLIENT_TOOL_PLACES = (("tool_search", ("execution",), "client"),
-                      ("shell", ("environment", "type"), "local"))
+# (type, where it says that it runs) of those that may run at the provider too.
+CLIENT_TOOL_PLACES = (("tool_search", "client"), ("shell", "local"))
+RECONFIGURING_TYPE = "configuration_update"     # content that changes reasoning, or the format
 TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
 SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # the request has all
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
@@ -2031,6 +2030,12 @@ class Hatches(NamedTuple):
     fields: frozenset = frozenset()         # names of fields that are not known (--allow-field)
     contents: frozenset = frozenset()       # types of content (--allow-content)
     hosted_tools: bool = True
+
+    @property
+    def names(self) -> set[str]:
+        """As check_boundable() reports them."""
+        return {*(f"field {name}" for name in self.fields),
+                *(f"content {kind}" for kind in self.contents)}
 
 
 class Caps(NamedTuple):
@@ -2228,27 +2233,42 @@ def _is_image_data(name: str, child: object) -> bool:
         None, "base64", "url", "file"))
 
 
-def prompt_parts(body: JsonBody) -> Sequence[tuple[str, str, dict]]:
-    """(field, type, part) of the parts of a request's prompt, looked for once."""
-    if body.parts is None:
-        body.parts = [(name, *found) for name in ("messages", "input", "system")
-                      for found in _parts(body.fields.get(name))]
-    return body.parts
+class Contents(NamedTuple):
+    """What a request consists of, for a bound."""
+    parts: Sequence[tuple[str, str, dict]]  # (field, type, part) of its prompt, wherever they stand
+    tools: Sequence[tuple[str, str, Mapping[str, object]]]      # likewise all that it declares
+    kinds: Mapping[str, int]                # how many parts of each type
+    is_unseen: bool                         # it brings input that its own bytes do not bound
+    images: Sequence[dict]
+    cited: Sequence[dict]                   # documents and search results: read again in pieces
 
 
-def request_tools(body: JsonBody) -> Sequence[tuple[str, str, Mapping[str, object]]]:
-    """(field, type, tool) of every tool that a request declares, in its content too."""
-    if body.tools is None:
-        body.tools = [*_flat_tools("tools", body.fields.get("tools"))]
-        for field, kind, part in prompt_parts(body):
-            brought = part.get(TOOL_BRINGERS.get(kind, ""))
-            if kind == "tool_addition" and json_object(brought).get("type") == "tool_reference":
-                brought = None              # to a tool that was declared
-            elif kind == "tool_addition":
-                brought = [json_object(brought).get("definition")]
-            if kind in TOOL_BRINGERS and kind != "tool_removal":
-                body.tools += _flat_tools(field, brought)
-    return body.tools
+def contents_of(body: JsonBody) -> Contents:
+    """What a request consists of, looked for once."""
+    if body.contents is None:
+        fields = body.fields
+        parts = [(name, *found) for name in ("messages", "input", "system")
+                 for found in _parts(fields.get(name))]
+        body.contents = Contents(
+            parts, [*_flat_tools("tools", fields.get("tools")), *_brought_tools(parts)],
+            Counter([kind for _, kind, _ in parts]),
+            any([fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()]
+                + [_is_unseen(kind, part) for _, kind, part in parts]),
+            [part for _, kind, part in parts if kind in IMAGE_PART_TYPES],
+            [part for _, kind, part in parts if kind in ("document", "search_result")
+             and json_object(part.get("citations")).get("enabled")])
+    return body.contents
+
+
+def _brought_tools(parts: Iterable[tuple[str, str, dict]]) -> Iterator[tuple[str, str, Mapping]]:
+    """The tools that content declares."""
+    for field, kind, part in parts:
+        if kind == "tool_addition":         # of a tool that was declared, or that it defines
+            added = json_object(part.get("tool"))
+            if added.get("type") != "tool_reference":
+                yield from _flat_tools(field, [added.get("definition")])
+        elif TOOL_BRINGERS.get(kind) == "tools":
+            yield from _flat_tools(field, part.get("tools"))
 
 
 def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[str, object]]]:
@@ -2268,15 +2288,9 @@ def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[s
 
 
 def _runs_at_client(kind: str, tool: Mapping[str, object]) -> bool:
-    if re.fullmatch(CLIENT_TOOL_TYPES, kind):
-        return True
-    for name, path, value in CLIENT_TOOL_PLACES:
-        place: object = tool
-        for step in path:
-            place = json_object(place).get(step)
-        if kind == name and place == value:
-            return True
-    return False
+    place = tool.get("execution") if kind == "tool_search" else \
+        json_object(tool.get("environment")).get("type")
+    return re.fullmatch(CLIENT_TOOL_TYPES, kind) is not None or (kind, place) in CLIENT_TOOL_PLACES
 
 
 def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
@@ -2293,20 +2307,6 @@ def _is_unseen(kind: str, part: Mapping[str, object]) -> bool:
         return json_object(part.get("source")).get("type") not in ("text", "content")
     return kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES \
         and kind not in HOSTED_RESULT_TYPES
-
-
-def _unseen_input(body: JsonBody) -> tuple[bool, list[dict]]:
-    """(whether a request brings input that its bytes do not bound, its images)."""
-    fields, parts = body.fields, prompt_parts(body)
-    is_unseen = any(fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()) \
-        or any(_is_unseen(kind, part) for _, kind, part in parts)
-    return is_unseen, [part for _, kind, part in parts if kind in IMAGE_PART_TYPES]
-
-
-def _cited_texts(body: JsonBody) -> Iterator[object]:
-    """The documents and search results that are to be cited: read in pieces of their own."""
-    return (part for _, kind, part in prompt_parts(body) if kind in ("document", "search_result")
-            and json_object(part.get("citations")).get("enabled"))
 
 
 def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
@@ -2360,55 +2360,81 @@ def check_boundable(api: str, body: JsonBody, price: Price, *,
     Raises UnboundedRequest, naming the field and what to do.
     """
     check_thread(body.fields)
-    opened = _check_fields(api, body, price, provider, hatches)
-    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
-        raise UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
-                               "under a budget: what it does cannot be bounded", param="model")
-    if api in PLAIN_PROMPTS and not _is_plain(body.fields.get(PLAIN_PROMPTS[api])):
-        raise UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
-                               "budget", param=PLAIN_PROMPTS[api])
-    if not provider.zero_is_a_cap and any(price.amounts.values()) and any(
-            body.fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
-        raise UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
-                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0])
-    for field, kind, _ in prompt_parts(body):
-        if kind in TEXT_PART_TYPES or kind in HOSTED_RESULT_TYPES \
-                or re.fullmatch(UNSEEN_PART_TYPES, kind):
-            continue
-        if kind not in hatches.contents:
-            raise UnboundedRequest(
-                f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
-                f"under a budget; the operator can count it as a whole context with "
-                f"--allow-content {shown_name(kind)}", param=field)
-        opened.append(f"content {kind}")
-    for field, kind, tool in request_tools(body):
-        if not _runs_at_client(kind, tool):
-            _check_hosted(api, field, kind, price, hatches)
-            opened += _opened_options(kind, tool, hatches)
+    opened = []
+    for fault, hatch in _unbounded(api, body, price, provider, model, hatches):
+        if hatch not in hatches.names:
+            raise fault
+        opened.append(hatch)
     return opened
 
 
-def _check_fields(api: str, body: JsonBody, price: Price, provider: Provider,
-                  hatches: Hatches) -> list[str]:
-    """The fields that a hatch lets through. Raises UnboundedRequest for any other that is not
-    bounded; models that are free may have fields that are not known."""
-    rules = FIELD_RULES[api]
+def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model: str,
+               hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
+    """(why not, the hatch that would let it through or "") of all that no bound covers.
+
+    Models that are free may have fields that are not known.
+    """
+    fields, contents = body.fields, contents_of(body)
+    rules, costs = FIELD_RULES[api], any(price.amounts.values())
     if provider.fields is not None and api != "messages":
         rules = {**COMPATIBLE_FIELDS, **_rules(" ".join(provider.fields)), **rules}
-    opened = []
-    for name, is_known in _unbounded_fields(rules, body.fields, price, ""):
+    for name, is_known in _unbounded_fields(rules, fields, price, ""):
         shown = shown_name(name)
         if is_known:
-            raise UnboundedRequest(
+            yield UnboundedRequest(
                 f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot "
-                "be bounded before it is sent", param=shown)
-        if name in hatches.fields:
-            opened.append(f"field {name}")
-        elif any(price.amounts.values()):
-            raise UnboundedRequest(
+                "be bounded before it is sent", param=shown), ""
+        elif costs:
+            yield UnboundedRequest(
                 f"{shown} is not known here, so what it costs cannot be bounded under a budget; "
-                f"the operator can let it through with --allow-field {shown}", param=shown)
-    return opened
+                f"the operator can let it through with --allow-field {shown}",
+                param=shown), f"field {name}"
+    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
+        yield UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
+                               "under a budget: what it does cannot be bounded", param="model"), ""
+    if api in PLAIN_PROMPTS and not _is_plain(fields.get(PLAIN_PROMPTS[api])):
+        yield UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
+                               "budget", param=PLAIN_PROMPTS[api]), ""
+    if costs and not provider.zero_is_a_cap \
+            and any(fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
+        yield UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
+                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0]), ""
+    for field, kind, _ in contents.parts:
+        if kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES \
+                and not re.fullmatch(UNSEEN_PART_TYPES, kind):
+            yield UnboundedRequest(
+                f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
+                f"under a budget; the operator can count it as a whole context with "
+                f"--allow-content {shown_name(kind)}", param=field), f"content {kind}"
+    for field, kind, tool in contents.tools:
+        if not _runs_at_client(kind, tool):
+            yield from _unbounded_tool(api, field, kind, tool, price, hatches)
+
+
+def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, object], price: Price,
+                    hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
+    """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
+    options known."""
+    shown = f"the tool type {shown_name(kind)}"
+    if kind == "?":
+        yield UnboundedRequest("a tool has no type that is known, so it cannot be bounded under a "
+                               "budget", param=field), ""
+    if hosted_tool(api, kind, price) is None:
+        yield UnboundedRequest(f"{shown} runs at the provider, which a budget cannot bound; "
+                               f"remove it from {field}", param=field), ""
+    if not hatches.hosted_tools:
+        yield UnboundedRequest(f"{shown} runs at the provider, and this proxy was started with "
+                               f"--no-hosted-tools or --bound bytes; remove it from {field}",
+                               param=field), ""
+    if field != "tools" and api == "messages":
+        yield UnboundedRequest(f"{shown} runs at the provider, and its uses can be capped in tools "
+                               "only; declare it there", param=field), ""
+    for name, value in tool.items():
+        if value is not None and name not in HOSTED_OPTIONS:
+            yield UnboundedRequest(
+                f"{shown_name(name)} of {shown} is not known here, so what it costs cannot be "
+                "bounded under a budget; the operator can let it through with --allow-field "
+                f"{shown_name(name)}", param="tools"), f"field {name}"
 
 
 def _is_allowed(rule: FieldRule, value: object, price: Price) -> bool:
@@ -2437,39 +2463,6 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, objec
                     yield inside + name, True
 
 
-def _check_hosted(api: str, field: str, kind: str, price: Price, hatches: Hatches) -> None:
-    """Refuse a tool that runs at the provider, unless its uses can be capped and counted."""
-    if kind == "?":
-        raise UnboundedRequest("a tool has no type that is known, so it cannot be bounded under a "
-                               "budget", param=field)
-    known = hosted_tool(api, kind, price)
-    if known is None:
-        raise UnboundedRequest(
-            f"the tool type {shown_name(kind)} runs at the provider, which a budget cannot bound; "
-            f"remove it from {field}", param=field)
-    if not hatches.hosted_tools:
-        raise UnboundedRequest(
-            f"the tool type {shown_name(kind)} runs at the provider, and this proxy was started "
-            f"with --no-hosted-tools or --bound bytes; remove it from {field}", param=field)
-    if field != "tools" and api == "messages":
-        raise UnboundedRequest(f"the tool type {shown_name(kind)} runs at the provider, and its "
-                               "uses can be capped in tools only; declare it there", param=field)
-
-
-def _opened_options(kind: str, tool: Mapping[str, object], hatches: Hatches) -> list[str]:
-    """The options of a hosted tool that a hatch lets through. Raises UnboundedRequest for any
-    other that is not known."""
-    unknown = [name for name, value in tool.items()
-               if value is not None and name not in HOSTED_OPTIONS]
-    for name in set(unknown) - hatches.fields:
-        shown = shown_name(name)
-        raise UnboundedRequest(
-            f"{shown} of the tool type {shown_name(kind)} is not known here, so what it costs "
-            f"cannot be bounded under a budget; the operator can let it through with --allow-field "
-            f"{shown}", param="tools")
-    return [f"field {name}" for name in unknown]
-
-
 def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                        window: int = 0) -> int:
     """Tokens that a request can be billed for as input. Raises UnboundedRequest.
@@ -2477,18 +2470,27 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
-    is_unseen, images = _unseen_input(body)
+    contents = contents_of(body)
     per_image = next((tokens for provider, start, tokens in IMAGE_TOKENS
                       if price.provider == provider and re.match(start, price.key)), None)
     context = max(price.max_input_tokens or 0, window)
-    if is_unseen or (images and per_image is None):
+    if contents.is_unseen or (contents.images and per_image is None):
         if price.max_input_tokens is None:
             raise UnboundedRequest(
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
         return context
-    text, utf8_bytes = body.text, len(body.raw)
     tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
+    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body)
+    if not contents.images:
+        return tokens
+    tokens += len(contents.images) * per_image
+    return min(tokens, context) if price.max_input_tokens else tokens
+
+
+def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
+    """Tokens of all text in a request whose images are known: by its bytes, or by a scan."""
+    text, utf8_bytes = body.text, len(body.raw)
     if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
         fields = mapped_strings(body.fields, lambda text: "" if isinstance(text, InlineData) else
@@ -2496,51 +2498,40 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
         text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
             .encode("utf-8", "surrogatepass")
         utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
-    of_images = {id(data): data for data in _inline_data(images)}
-    utf8_bytes -= sum(map(len, of_images.values()))     # an image's own bytes are not text
-    if measured:                                        # other data is
-        text = b"".join([text, *(data.raw for data in body.data.values()
-                                 if id(data) not in of_images)])
-    for cited in _cited_texts(body):
-        again = json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        utf8_bytes += len(again)
-        text = text + again if measured else text
-    tokens = min(utf8_bytes, _measured_tokens(text, tokenizer)) if measured else utf8_bytes
-    with_images = tokens + _unseen_prompt_tokens(body) + len(images) * (per_image or 0)
-    return min(with_images, context) if images and price.max_input_tokens else with_images
+    of_images = {id(data): data for data in _inline_data(contents_of(body).images)}
+    again = [json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
+             for cited in contents_of(body).cited]
+    utf8_bytes += sum(map(len, again)) - sum(map(len, of_images.values()))
+    if not measured:
+        return utf8_bytes
+    other_data = [data.raw for data in body.data.values() if id(data) not in of_images]
+    return min(utf8_bytes, _measured_tokens(b"".join([text, *other_data, *again]), tokenizer))
 
 
-def _unseen_prompt_tokens(body: JsonBody) -> int:
+def _unseen_tokens(body: JsonBody) -> int:
     """What the provider adds to a prompt that is text and images: framing, prompts of tools and
     of formats, and what results of earlier hosted searches may hold beyond their own text."""
-    tools = request_tools(body)
-    is_prompted = tools or any(_cited_texts(body)) or _reconfigures(body) \
-        or any(body.fields[name] for name in PROMPTING_FIELDS & body.fields.keys()) \
+    fields, contents = body.fields, contents_of(body)
+    is_prompted = contents.tools or contents.cited or RECONFIGURING_TYPE in contents.kinds \
+        or any(fields[name] for name in PROMPTING_FIELDS & fields.keys()) \
         or any(json_object(json_object(message).get("output_config")).get("format")
-               for message in _listed(body.fields.get("messages")))
-    results = sum(kind in HOSTED_RESULT_TYPES for _, kind, _ in prompt_parts(body))
-    toolsets = sum("_toolset_" in kind for _, kind, _ in tools)
+               for message in _listed(fields.get("messages")))
+    results = sum(contents.kinds.get(kind, 0) for kind in HOSTED_RESULT_TYPES)
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
-        + results * HOSTED_RESULT_TOKENS + toolsets * TOOLSET_PROMPT_TOKENS \
-        + _loaded_bytes(body, tools)
+        + results * HOSTED_RESULT_TOKENS + _loaded_bytes(contents) \
+        + TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for _, kind, _ in contents.tools)
 
 
-def _reconfigures(body: JsonBody) -> bool:
-    """Whether content changes the reasoning, or the format of answers, from there on."""
-    return any(kind == "configuration_update" for _, kind, _ in prompt_parts(body))
-
-
-def _loaded_bytes(body: JsonBody, tools: Sequence[tuple[str, str, Mapping[str, object]]]) -> int:
+def _loaded_bytes(contents: Contents) -> int:
     """The definitions of tools that content loads by name, once for each time that it does; but
     for the first of a deferred one, which does not count where it is declared."""
     loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
-               for _, kind, part in prompt_parts(body)
-               if kind in ("tool_reference", "tool_addition")]
+               for _, kind, part in contents.parts if kind in ("tool_reference", "tool_addition")]
     names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
-    return names and sum([
+    return sum([
         len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
                                     - (field == "tools" and _is_deferred(tool)))
-        for field, _, tool in tools]) or 0
+        for field, _, tool in contents.tools if names])
 
 
 def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
@@ -2550,10 +2541,11 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
 
     Raises BadRequest for a number of uses that is no whole number from 0 up.
     """
-    declared = [(kind, tool, row) for _, kind, tool in request_tools(body)
+    contents = contents_of(body)
+    declared = [(kind, tool, row) for _, kind, tool in contents.tools
                 for row in [None if _runs_at_client(kind, tool) else hosted_tool(api, kind, price)]
                 if row is not None]
-    compacts = any(kind == "compaction_trigger" for _, kind, _ in prompt_parts(body))
+    compacts = "compaction_trigger" in contents.kinds
     if not declared and not compacts:
         return None
     capped = [(tool, row) for kind, tool, row in declared if kind.startswith("web_")]
@@ -2594,7 +2586,7 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
         has_caps=bool(tools),
         least=int(_forces_hosted(body.fields.get("tool_choice"),
                                  {str(tool.get("name")) for tool, _ in capped})),
-        are_all=len(capped) == len(request_tools(body)))
+        are_all=len(capped) == len(contents.tools))
 
 
 def _fetch_cap(tool: Mapping[str, object]) -> int:
@@ -2838,7 +2830,7 @@ def without_cache_marks(value: object) -> object:
 def _with_hash(text: str) -> str:
     """A string for a digest: of data the hash, which no other string can look like."""
     if isinstance(text, InlineData):
-        return "\0" + hashlib.sha256(text.encode("ascii")).hexdigest()
+        return "\0" + hashlib.blake2b(text.raw, digest_size=DIGEST_BYTES).hexdigest()
     return "\0" + text if text.startswith("\0") else text
 
 
@@ -2877,7 +2869,7 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         and fields.get("tool_choice") not in ("none", {"type": "none"}) \
         and all(re.fullmatch(KEPT_THINKING, str(edit.get("type"))) and edit.get("keep") == "all"
                 for edit in map(json_object, edits)) \
-        and not any(_is_kept_elsewhere(kind, part) for _, kind, part in prompt_parts(body))
+        and not any(_is_kept_elsewhere(kind, part) for _, kind, part in contents_of(body).parts)
     return Prompt(tuple(chain[1:]), parts, tuple(row for row in declared if _is_deferred(row[1])),
                   bool(fields.get("tools") or fields.get("functions")), is_stable)
 
@@ -2912,7 +2904,7 @@ def _body_of(fields: Mapping[str, object]) -> JsonBody:
 def _known_and_more(known_tokens: int, rest: JsonBody, price: Price, window: int) -> int:
     """Return a bound on input of which a part was counted, and the rest was not."""
     more = input_tokens_bound(rest, price, measured=True, window=window)
-    return more if _unseen_input(rest)[0] else known_tokens + COUNTED_SLACK_TOKENS + more
+    return more if contents_of(rest).is_unseen else known_tokens + COUNTED_SLACK_TOKENS + more
 
 
 def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
@@ -2932,13 +2924,13 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     rest = _body_of({
         name: body.fields[name][length:], "added": tools,
         "system": [part for field, part in added if field in ("system", "instructions")]})
-    if _reconfigures(rest):                 # it may switch on what the known part was without
+    if RECONFIGURING_TYPE in contents_of(rest).kinds:
         return None
     kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
     tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
         + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
-    return _known_and_more(counted.tokens + tool_prompt + _loaded_bytes(rest, request_tools(body)),
-                           rest, price, window)
+    loaded = _loaded_bytes(contents_of(rest)._replace(tools=contents_of(body).tools))
+    return _known_and_more(counted.tokens + tool_prompt + loaded, rest, price, window)
 
 
 def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
@@ -2953,7 +2945,7 @@ def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
                            window: int = 0) -> Optional[int]:
     """A bound on the input of a request that goes on from a stored response of known size; None
     where it reads that one in another way."""
-    if _reconfigures(body):
+    if RECONFIGURING_TYPE in contents_of(body).kinds:
         return None
     added = _body_of({name: value for name, value in body.fields.items()
                       if name != "previous_response_id"})
@@ -2965,7 +2957,8 @@ def referred_input_tokens(body: JsonBody, price: Price, window: int,
     """A bound on the input of a request that names items of earlier responses by their ids: no
     more than those responses made. None where it names none, or one that is not known or is sent
     along as something else."""
-    references = {id(part) for _, kind, part in prompt_parts(body) if kind == "item_reference"}
+    references = {id(part) for _, kind, part in contents_of(body).parts
+                  if kind == "item_reference"}
     named, others = [], []
     for item in _listed(body.fields.get("input")):
         (named if id(item) in references else others).append(item)

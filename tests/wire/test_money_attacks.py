@@ -32,9 +32,8 @@ def test_a_message_that_calls_itself_an_image_hides_no_text(mock, proxy_for, pat
 def test_what_stands_below_an_image_is_looked_at(part):
     module = program()
     fields = {"messages": [{"role": "user", "content": [part]}]}
-    is_unseen, _ = module._unseen_input(module.parse_json_object(json.dumps(fields).encode()))
 
-    assert is_unseen
+    assert module.contents_of(module.parse_json_object(json.dumps(fields).encode())).is_unseen
 
 
 @pytest.mark.parametrize("part, taken", [
