@@ -9017,18 +9017,8 @@ class MemoryLedger:
             rows = [row for row in self._refusals if token in (None, row["token"])]
         return rows[:-most - 1:-1]
 
-    def keep_price(self, digest: str, cells: str) -> None:
-        """Nothing: there is no later."""
-
-    def tend(self) -> bool:
-        """Nothing to keep up."""
-        return False
-
-    def try_to_write(self) -> None:
-        """Nothing can be in the way."""
-
     def leases(self) -> list[Lease]:
-        """Those that were not given back."""
+        """Return those that were not given back."""
         with self._lock:
             return [*self._leases]
 
@@ -9038,38 +9028,30 @@ class MemoryLedger:
             self._leases.append(lease)
 
     def forget_lease(self, lease: Lease) -> None:
-        """It was given back."""
+        """Forget one that was given back."""
         with self._lock:
             self._leases.remove(lease)
 
-    def unconfirmed(self) -> list[dict]:
-        """None: they are gone with the process."""
+    def _no_rows(self) -> list:
+        """Return nothing of earlier processes: it is gone with them."""
         return []
 
-    def confirm(self, row_id: int) -> None:
-        """Nothing: see unconfirmed()."""
+    unconfirmed = counts = _no_rows
 
-    def counts(self) -> list[CountRow]:
-        """None: they are gone with the process."""
-        return []
+    def _nothing(self, *_: object) -> None:
+        """Do nothing: there is no later, and nothing is in the way of a write."""
 
-    def keep_count(self, row: CountRow) -> None:
-        """Nothing: see counts()."""
-
-    def look(self) -> None:
-        """Nothing can happen to it from outside."""
-
-    def close(self) -> None:
-        """Nothing to close."""
+    keep_price = keep_count = confirm = tend = look = is_failing = try_to_write = close = _nothing
 
 
 class _Write:
     """One statement that waits to be committed."""
     __slots__ = ("statement", "row", "is_intent", "shared", "error", "is_written")
 
-    def __init__(self, statement: str, row: Union[dict, Sequence], is_intent: bool,
+    def __init__(self, statement: str, row: Union[dict, Sequence], *, is_intent: bool = False,
                  shared: Optional[str] = None) -> None:
-        self.statement, self.row, self.is_intent = statement, row, is_intent
+        self.statement, self.row = statement, row
+        self.is_intent = is_intent            # it is given up where it cannot be written at once
         self.shared = shared                  # what the engine of a shared budget knows a call by
         self.is_written = False
         self.error: Optional[Exception] = None
@@ -9281,7 +9263,8 @@ class SqliteLedger:
                  keep_days: Optional[int] = None,
                  aside: Callable[[], ContextManager] = contextlib.nullcontext) -> None:
         import sqlite3                        # here only: most runs do not need it
-        self._errors, self._is_quick, self._aside = sqlite3.Error, not fsync, aside
+        self._errors, self._unwritable = sqlite3.Error, (sqlite3.Error, ValueError, OverflowError)
+        self._is_quick, self._aside = not fsync, aside
         self._turn = threading.Lock()         # one transaction at a time
         self._queue: list[_Write] = []        # appended by all, emptied by who has the turn
         self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
@@ -9351,7 +9334,7 @@ class SqliteLedger:
     def keep_count(self, row: CountRow) -> None:
         """Write a count with the next commit: to lose one costs nothing but a guess."""
         self._queue.append(_Write("INSERT OR REPLACE INTO counts VALUES (?, ?, ?, ?, ?, ?, ?)",
-                                  count_cells(row), is_intent=False))
+                                  count_cells(row)))
 
     def look(self) -> Optional[OSError]:
         """Why the files are not as we left them, which is logged when it is new; None: they are."""
@@ -9391,55 +9374,69 @@ class SqliteLedger:
     def confirm(self, row_id: int) -> None:
         """Note with the next commit that it knows. To lose that has it told again."""
         self._queue.append(_Write("UPDATE shared_calls SET is_confirmed = 1 WHERE id = ?",
-                                  (row_id,), is_intent=False))
+                                  (row_id,)))
 
     def settle(self, row: dict) -> None:
         """Complete a call's row. Where that fails it is kept, and goes with the next write."""
-        error = self._write(_Write(_SETTLE, stored_row(row), is_intent=False))
+        error = self._write(_Write(_SETTLE, stored_row(row)))
         if error is not None:
             log.error("a settlement is not in the ledger yet", extra={"fields": {
                 "request_id": row["request_id"], "reason": _reason(error)}})
 
     def _write(self, write: _Write) -> Optional[Exception]:
-        """Commit a statement, together with all that others queued meanwhile.
-
-        Aside only if need be: a commit without fsync takes 50 us, to go aside for it as long again.
-        """
+        """Commit a statement, together with all that others queued meanwhile; or say why not."""
         fault = self.look() if write.is_intent else None
         if fault is not None:
             return fault
         self._queue.append(write)
-        if self._is_quick and self._turn.acquire(blocking=False):
-            try:
-                self._commit(self._queue[:])
-            finally:
-                self._turn.release()
+        if self._is_quick:
+            self._try_at_once()
         if not write.is_written:
             with self._aside(), self._turn:
                 if not write.is_written and write.error is None:
                     self._commit_patiently()
         return write.error
 
+    def _try_at_once(self) -> None:
+        """Commit the queue, unless another thread is at it.
+
+        A commit without fsync takes 50 us; to go aside for it would take as long again.
+        """
+        if self._turn.acquire(blocking=False):
+            try:
+                self._commit(self._queue[:])
+            finally:
+                self._turn.release()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write all that is executed inside, or nothing of it."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(self._errors):
+                self._db.execute("ROLLBACK")
+            raise
+
     def _commit(self, batch: Sequence[_Write]) -> Optional[Exception]:
-        """One transaction for all at the head of the queue; why not, if they stay there.
+        """Write all that is at the head of the queue; or say why not, and leave it there.
 
         Ids are given here, and count once it is committed: so there is no gap.
         """
         newest = self._newest
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for write in batch:
-                if write.statement is _INSERT:
-                    newest += 1
-                    write.row["id"] = newest
-                self._db.execute(write.statement, write.row)
-                if write.shared is not None:
-                    self._db.execute("INSERT INTO shared_calls VALUES (?, ?, 0)",
-                                     (newest, write.shared))
-            self._db.execute("COMMIT")
-        except (self._errors, ValueError, OverflowError) as err:
-            with contextlib.suppress(self._errors):
-                self._db.execute("ROLLBACK")
+            with self._transaction():
+                for write in batch:
+                    if write.statement is _INSERT:
+                        newest += 1
+                        write.row["id"] = newest
+                    self._db.execute(write.statement, write.row)
+                    if write.shared is not None:
+                        self._db.execute("INSERT INTO shared_calls VALUES (?, ?, 0)",
+                                         (newest, write.shared))
+        except self._unwritable as err:
             return err
         self._newest, self._has_failed = newest, False
         for write in batch:
@@ -9503,16 +9500,14 @@ class SqliteLedger:
     def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
         """The newest settled rows, of one token or of all, each as `shown` makes it of columns:
         row by row, as at each the other threads have a chance."""
-        newest = "SELECT * FROM calls WHERE settled_ms IS NOT NULL"
+        settled = "SELECT * FROM calls WHERE settled_ms IS NOT NULL"
+        queries = (f"{settled} ORDER BY id DESC",) if token is None else (
+            f"{settled} AND id > (SELECT sealed_id FROM chain) AND token = :token ORDER BY id DESC",
+            "SELECT * FROM calls WHERE seal IS NOT NULL AND token = :token "
+            "ORDER BY admitted_s DESC, id DESC")          # by the index
         with self._reading:
-            if token is None:
-                return [shown(dict(row)) for row in self._reader.execute(
-                    f"{newest} ORDER BY id DESC LIMIT ?", (most,))]
-            rows = itertools.chain(
-                self._reader.execute(f"{newest} AND id > (SELECT sealed_id FROM chain) AND token "
-                                     "= ? ORDER BY id DESC LIMIT ?", (token, most)),
-                self._reader.execute("SELECT * FROM calls WHERE seal IS NOT NULL AND token = ? "
-                                     "ORDER BY admitted_s DESC, id DESC LIMIT ?", (token, most)))
+            rows = itertools.chain.from_iterable(self._reader.execute(
+                f"{query} LIMIT :most", {"token": token, "most": most}) for query in queries)
             return [shown(dict(row)) for row in itertools.islice(rows, most)]
 
     def refuse(self, row: Mapping[str, object]) -> None:
@@ -9534,8 +9529,7 @@ class SqliteLedger:
 
     def keep_price(self, digest: str, cells: str) -> None:
         """Write what a price says with the next commit, once for each price."""
-        self._queue.append(_Write("INSERT OR IGNORE INTO prices VALUES (?, ?)", (digest, cells),
-                                  is_intent=False))
+        self._queue.append(_Write("INSERT OR IGNORE INTO prices VALUES (?, ?)", (digest, cells)))
 
     # Upkeep.
 
@@ -9545,25 +9539,19 @@ class SqliteLedger:
         What cannot be written now is left to the next time.
         """
         refused = [*self._refusals][:STEP_ROWS]
-        done = [self._step(work) for work in (
-            lambda state: self._keep_refused(refused), self._seal, self._add_up, self._fold)]
-        for row in refused if done[0] is not None else ():
+        is_kept = self._step(lambda state: self._keep_refused(refused))
+        for row in refused if is_kept else ():
             if self._refusals and self._refusals[0] is row:   # else it has fallen out meanwhile
                 self._refusals.popleft()
-        return any(done)
+        return any([is_kept, *map(self._step, (self._seal, self._add_up, self._fold))])
 
-    def _step(self, work: Callable[[Mapping[str, object]], bool]) -> Optional[bool]:
-        """One transaction, and whether it did something; None: it cannot be done now."""
-        with self._turn:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                is_done = work(self._db.execute("SELECT * FROM chain").fetchone())
-                self._db.execute("COMMIT")
-                return is_done
-            except (self._errors, ValueError, OverflowError):
-                with contextlib.suppress(self._errors):
-                    self._db.execute("ROLLBACK")
-                return None
+    def _step(self, work: Callable[[Mapping[str, object]], bool]) -> bool:
+        """One transaction, and whether it did something."""
+        try:
+            with self._turn, self._transaction():
+                return work(self._db.execute("SELECT * FROM chain").fetchone())
+        except self._unwritable:
+            return False
 
     def _keep_refused(self, rows: Sequence[Mapping[str, object]]) -> bool:
         for row in rows:
@@ -9630,14 +9618,16 @@ class SqliteLedger:
 
     def keep_lease(self, lease: Lease) -> None:
         """Remember on disk that it must be given back. Raises LedgerUnavailable."""
-        error = self._write(_Write("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease, True))
+        error = self._write(_Write("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease,
+                                   is_intent=True))
         if error is not None:
             raise LedgerUnavailable("the proxy's ledger cannot be written, so that no budget is "
                                     f"leased: {_reason(error)}")
 
     def forget_lease(self, lease: Lease) -> None:
         """It was given back. Where that cannot be written it is given back twice, and refused."""
-        self._write(_Write("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id], True))
+        self._write(_Write("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id],
+                           is_intent=True))
 
     def close(self) -> None:
         """Write what is still queued, and let go of the file."""
