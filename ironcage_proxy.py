@@ -8088,6 +8088,7 @@ PROXY_SCOPE = "proxy"
 PERIODS = ("total", "day", "week", "month")
 DAY_S = 86_400
 MOST_TAKES = 100                              # tries of one reservation, while others are quicker
+MOST_SESSIONS = 10_000                        # whose budgets are known at a time; clients name them
 FLAGGED = object()                            # a limit as the flag or the configuration has it
 # The SDKs honour it, and Claude Code, which otherwise repeats a 401 for three minutes.
 DO_NOT_RETRY = (("x-should-retry", "false"),)
@@ -8229,12 +8230,13 @@ class Account:
     say on which day a call was admitted and are never cut. A period is whole days, so that
     another one is another sum: it can neither lose nor double a charge, nor a call in flight.
     """
-    __slots__ = ("scope", "limit", "stop_at", "period", "since_s", "spent", "reserved", "_seen_s",
-                 "_spent_on", "_reserved_on")
+    __slots__ = ("scope", "limit", "stop_at", "period", "since_s", "spent", "reserved", "users",
+                 "_seen_s", "_spent_on", "_reserved_on")
 
     def __init__(self, scope: str, limit: Optional[int], stop_at: Optional[int], period: str,
                  now_s: int, spent_on: Mapping[int, int]) -> None:
         self.scope, self.limit, self.stop_at = scope, limit, stop_at
+        self.users = 0                        # requests under way that name it as a session
         self._seen_s = now_s                  # the latest time: a clock may go back
         self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
         self.begin(period)
@@ -8263,6 +8265,13 @@ class Account:
             if period_start(self.period, now_s) != self.since_s:
                 self.begin(self.period)
 
+    def configure(self, row: Scope, now_s: int) -> None:
+        """Take the limits and the period of a scope."""
+        self.roll(now_s)
+        if self.period != row.period:
+            self.begin(row.period)
+        self.limit, self.stop_at = row.limit, row.stop_at
+
     def add(self, admitted_s: int, *, spent: int = 0, reserved: int = 0) -> None:
         """Change what a day's calls spent and hold: first spend, then release."""
         day = admitted_s // DAY_S
@@ -8289,6 +8298,7 @@ class Accounts:
         self._flags = {"limit": limit, "stop_at": stop_at}
         self.by_scope = {PROXY_SCOPE: Account(PROXY_SCOPE, limit, stop_at, "total", 0,
                                               {0: spent_microdollars})}
+        self._sessions: dict[str, Account] = {}     # those that clients name, the last used last
 
     def _rolled_locked(self, scopes: Sequence[str], now_s: int) -> list[Account]:
         """The accounts of scopes, each in the period of now."""
@@ -8334,18 +8344,10 @@ class Accounts:
 
     known = budgets
 
-    def start(self, on_fault: Callable[[str], None],
-              learn: Callable[[CountRow], None]) -> None:
-        """Nothing has to be kept up."""
+    def _nothing(self, *_: object) -> None:
+        """Do nothing: no engine has to be kept up, and nobody else is to know."""
 
-    def keep_count(self, row: CountRow) -> None:
-        """Nobody else is to know it."""
-
-    def as_json(self) -> Optional[dict]:
-        """Nothing to tell beside the amounts."""
-
-    def close(self) -> None:
-        """Nothing to close."""
+    start = keep_count = as_json = close = _nothing
 
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
         """Set the proxy's limit; None is no limit."""
@@ -8372,28 +8374,44 @@ class Accounts:
         accounts, now_s = [*map(self._account_of, rows)], int(self._clock())
         with self._lock:
             for account, row in zip(accounts, rows):
-                account = self.by_scope.setdefault(row.name, account)
-                account.roll(now_s)
-                if account.period != row.period:
-                    account.begin(row.period)
-                account.limit, account.stop_at = row.limit, row.stop_at
-
-    def close_scope(self, scope: str) -> bool:
-        """Forget what a scope holds, unless something is set aside: whether it is forgotten."""
-        with self._lock:
-            is_idle = not self.by_scope[scope].reserved
-            if is_idle:
-                del self.by_scope[scope]
-        return is_idle
+                self.by_scope.setdefault(row.name, account).configure(row, now_s)
 
     def _account_of(self, row: Scope) -> Account:
         """Return a scope's account. What a new one spent before is asked for, from the beginning
         of each period on; one that is there knows it, also what the ledger does not hold yet."""
-        if row.name in self.by_scope:
-            return self.by_scope[row.name]
         now_s = int(self._clock())
-        return Account(row.name, row.limit, row.stop_at, row.period, now_s,
-                       _spent_by_day(now_s, row.spent_since))
+        return self.by_scope.get(row.name) or Account(
+            row.name, row.limit, row.stop_at, row.period, now_s,
+            _spent_by_day(now_s, row.spent_since))
+
+    @contextlib.contextmanager
+    def session(self, row: Scope) -> Iterator[None]:
+        """Keep the scope of a session while a request is under way in it.
+
+        Beyond MOST_SESSIONS the one used longest ago in which none is under way is forgotten.
+        """
+        account, now_s = self._account_of(row), int(self._clock())
+        with self._lock:
+            account = self.by_scope.setdefault(row.name, account)
+            account.configure(row, now_s)
+            account.users += 1
+            self._sessions[row.name] = self._sessions.pop(row.name, account)
+        try:
+            yield
+        finally:
+            with self._lock:
+                account.users -= 1
+                idle = (name for name, one in self._sessions.items() if not one.users)
+                oldest = next(idle, None) if len(self._sessions) > MOST_SESSIONS else None
+                if oldest is not None:
+                    del self._sessions[oldest], self.by_scope[oldest]
+
+    def sessions(self, tokens: Container[str], most: int) -> list[Budget]:
+        """Return the amounts of sessions of these tokens, the last used first."""
+        with self._lock:
+            names = [name for name in reversed(self._sessions)
+                     if name.partition("/")[0] in tokens]
+            return [self._sessions[name].budget() for name in names[:most]]
 
 
 class Scope(NamedTuple):
@@ -8649,17 +8667,6 @@ class CostController:
         """Open scopes, or change their limits and periods."""
         self.accounts.set_scopes(rows)
         self._serve_line()
-
-    def set_scope(self, scope: str, limit_microdollars: Optional[int], period: str,
-                  spent_since: Callable[[int], int], stop_at: Optional[int] = None) -> None:
-        """Open a scope, or change its limits and period."""
-        self.set_scopes([Scope(scope, limit_microdollars, period, stop_at, spent_since)])
-
-    def close_scope(self, scope: str) -> bool:
-        """Forget a scope, unless a request is under way in it: whether it is forgotten."""
-        with self._lock:
-            in_line = any(scope in claim.scopes for claim in self._line)
-        return not in_line and self.accounts.close_scope(scope)
 
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
@@ -11651,6 +11658,14 @@ class ClientRequest(NamedTuple):
     def dialect(self) -> str:
         return dialect_of(self.head.path)
 
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that it belongs to beside the proxy's: its token's, and its session's where
+        the token caps each."""
+        caller = self.caller
+        return caller.scopes if caller.session_budget_microdollars is None else (
+            *caller.scopes, session_scope(caller.name, self.attribution["session"]))
+
     def parsed(self) -> JsonBody:
         """Its body as JSON, with the memory that it takes held. Raises BadRequest, ServerBusy."""
         return self.made(self.body, 0)
@@ -13462,6 +13477,10 @@ class SharedAccounts:
             for row, budget in zip(some, budgets):
                 self._log_difference(row, budget)
 
+    def sessions(self, tokens: Container[str], most: int) -> list[Budget]:
+        """Return none: their budgets are not held with --shared."""
+        return []
+
     def _log_difference(self, row: Scope, budget: Budget) -> None:
         shown = {"scope": row.name, "cage": self.cage, **{
             f"{what}_usd": "none" if amount is None else format_usd(amount)[1:]
@@ -13728,7 +13747,6 @@ class Answer(NamedTuple):
 
 
 SESSIONS_SHOWN = 50                        # of those with a budget of their own
-MOST_SESSIONS = 10_000                     # whose budgets are known at a time; clients name them
 
 
 class EchoResponse:
@@ -13815,8 +13833,6 @@ class Router:
         for row in ledger.counts():
             self.counts.learn(row)
         self._is_cut = False
-        self._sessions_lock = threading.Lock()         # guards the next field
-        self._sessions: dict[str, int] = {}            # scope -> limit, the last used last
         self.thresholds = Thresholds()
         self.alerts: Optional[Alerts] = None
         if settings.alert_url is not None:
@@ -13899,36 +13915,16 @@ class Router:
                                 "url": provider.url("/v1/chat/completions"),
                                 "before": f"{provider.base_url}/v1/chat/completions"}})
 
-    def _scopes(self, request: ClientRequest) -> tuple[str, ...]:
-        """The scopes of a request beside the proxy's: its token's, and its session's where the
-        token caps each; MOST_SESSIONS of these are kept. Raises LedgerUnavailable."""
-        caller = request.caller
-        if caller.session_budget_microdollars is None:
-            return caller.scopes
+    def _session(self, request: ClientRequest) -> ContextManager[None]:
+        """Keep the budget of a request's session, where its token caps each. Raises
+        LedgerUnavailable."""
+        caller, limit = request.caller, request.caller.session_budget_microdollars
+        if limit is None:
+            return contextlib.nullcontext()
         session = request.attribution["session"]
-        scope, limit = session_scope(caller.name, session), caller.session_budget_microdollars
-        if self._sessions.get(scope) != limit:         # which is set once the scope is there
-            self.controller.set_scope(
-                scope, limit, "total", lambda since_s: 0 if since_s else
-                self.ledger.spent_in_session(caller.name, session))
-        oldest, oldest_limit = None, 0
-        with self._sessions_lock:
-            self._sessions.pop(scope, None)
-            self._sessions[scope] = limit
-            if len(self._sessions) > MOST_SESSIONS:
-                oldest = next(iter(self._sessions))
-                oldest_limit = self._sessions.pop(oldest)
-        if oldest is not None and not self.controller.close_scope(oldest):
-            with self._sessions_lock:                  # in use: it is looked at again next time
-                self._sessions.setdefault(oldest, oldest_limit)
-        return (*caller.scopes, scope)
-
-    def session_budgets(self, tokens: Container[str]) -> list[Budget]:
-        """Return the amounts of these tokens' capped sessions: the SESSIONS_SHOWN last used."""
-        with self._sessions_lock:                      # a scope leaves the dict before it closes
-            scopes = [scope for scope in reversed(self._sessions)
-                      if scope.partition("/")[0] in tokens]
-            return self.controller.accounts.known(scopes[:SESSIONS_SHOWN])
+        return self.controller.accounts.session(Scope(
+            request.scopes[-1], limit, "total", None, lambda since_s: 0 if since_s else
+            self.ledger.spent_in_session(caller.name, session)))
 
     def shut_down(self) -> None:
         """Cut all calls that are under way; each settles as its thread sees it."""
@@ -13955,17 +13951,18 @@ class Router:
         if warmed is not None:
             yield warmed
             return
-        if api is not None:
-            call = self._admitted(request, named, api, client)
-            with about_model(call.asked_model):
-                yield from self._carried(call, path, client)
-            return
-        self._check_unmetered(request, named, path)
-        local = self._local_answer(request, named, path)
-        if local is not None:
-            yield local
-            return
-        yield from self._passed_through(request, named, path, client)
+        with self._session(request):
+            if api is not None:
+                call = self._admitted(request, named, api, client)
+                with about_model(call.asked_model):
+                    yield from self._carried(call, path, client)
+                return
+            self._check_unmetered(request, named, path)
+            local = self._local_answer(request, named, path)
+            if local is not None:
+                yield local
+                return
+            yield from self._passed_through(request, named, path, client)
 
     # Routing: which provider, under which name.
 
@@ -14063,7 +14060,7 @@ class Router:
                          path: str) -> None:
         """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
         caller = request.caller
-        if not caller.models and not self.controller.is_limited(self._scopes(request)):
+        if not caller.models and not self.controller.is_limited(request.scopes):
             return
         self._check_method_override(request)
         method = request.head.method
@@ -14105,7 +14102,7 @@ class Router:
             self._check_models(request.caller, provider,
                                [upstream_model, *other_models(body.fields)])
         provider = self._ready(provider.speaking(api))
-        free = self.controller.available(self._scopes(request))
+        free = self.controller.available(request.scopes)
         limited = free is not None
         carrier = carrying_api(api, provider, upstream_model,
                                prices.find(upstream_model, provider.name))
@@ -14223,7 +14220,7 @@ class Router:
         does. Raises BudgetExceeded, InsufficientBudget; ServerBusy; ClientGone.
         """
         bound = call.bound or fixed_bound(0)
-        call.scopes = self._scopes(call.request)
+        call.scopes = call.request.scopes
         try:
             claim = self.controller.admit(
                 bound, call.scopes, wait_s=self.settings.wait_s,
@@ -15879,8 +15876,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             counts["by_token"][budget.scope] = {
                 **counts["by_token"].get(budget.scope, {}), **budget.standing()}
         return {**own.standing(), **counts,
-                "by_session": {budget.scope: budget.standing()
-                               for budget in self.router.session_budgets(names)},
+                "by_session": {
+                    budget.scope: budget.standing() for budget in
+                    self.router.controller.accounts.sessions(names, SESSIONS_SHOWN)},
                 **({"server": self.router.server.as_json()} if self.router.server else {}),
                 **({"shared": shared} if shared is not None else {}),
                 "bound_exceeded": self.router.controller.bound_exceeded(),

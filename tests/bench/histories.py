@@ -77,8 +77,9 @@ def start(path: str) -> ic.SqliteLedger:
     controller = ic.CostController(spent_microdollars=ledger.spent(None, 0))
     for number in range(TOKENS):
         name = f"token{number:02}"
-        controller.set_scope(name, 10 ** 9, "month",
-                             lambda since_s, name=name: ledger.spent(name, since_s))
+        controller.set_scopes([ic.Scope(
+            name, 10 ** 9, "month", None,
+            lambda since_s, name=name: ledger.spent(name, since_s))])
     return ledger
 
 

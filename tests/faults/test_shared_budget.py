@@ -208,7 +208,7 @@ def test_amounts_near_the_largest_are_exact(shared):
 
 
 def test_a_token_whose_period_differs_is_refused_and_nothing_is_changed(shared):
-    shared.process().set_scope("ci", 500, "day", None)
+    shared.process().set_scopes([ic.Scope("ci", 500, "day", None, None)])
 
     with pytest.raises(ic.Misconfigured, match="token ci has the period day"):
         shared.process().set_scopes([ic.Scope("new", 1, "total", None, None),
@@ -248,7 +248,7 @@ def move_scope(shared, scope, seconds):
 
 def test_a_new_day_begins_with_nothing_and_forgets_older_ones(shared):
     controller = shared.process(limit=10_000)
-    controller.set_scope("ci", 500, "day", None)
+    controller.set_scopes([ic.Scope("ci", 500, "day", None, None)])
     for _ in range(3):
         controller.commit(controller.ask(fixed(500), ["ci"]), 500)
         assert not controller.ask(fixed(1), ["ci"]).is_open
@@ -262,7 +262,7 @@ def test_a_new_day_begins_with_nothing_and_forgets_older_ones(shared):
 
 def test_a_clock_that_goes_back_reopens_no_period(shared):
     controller = shared.process()
-    controller.set_scope("ci", 500, "day", None)
+    controller.set_scopes([ic.Scope("ci", 500, "day", None, None)])
     tomorrow = ic.period_start("day", int(time.time())) + ic.DAY_S + 60
     shared.ask("HSET", "", "seen", tomorrow)                 # the engine was there already
 
@@ -493,7 +493,7 @@ def test_a_call_that_is_being_taken_is_not_entered_by_force(shared):
 def test_threads_of_four_processes_never_pass_the_limit(shared, limit):
     processes = [shared.process(limit=limit, runs=True, deadline_s=10) for _ in range(4)]
     for process in processes:
-        process.set_scope("ci", limit // 2, "day", None)
+        process.set_scopes([ic.Scope("ci", limit // 2, "day", None, None)])
     charged, over, start = [0] * 16, [], threading.Barrier(17)
 
     def spend(number):
@@ -922,7 +922,7 @@ def test_one_settlement_that_cannot_be_told_holds_up_neither_the_others_nor_the_
     engine = own_engine()
     shared = Shared(engine)
     controller = shared.process(limit=1_000, runs=True)
-    controller.set_scope("odd", None, "total", None)
+    controller.set_scopes([ic.Scope("odd", None, "total", None, None)])
     bad, good = controller.ask(fixed(10), ["odd"]), controller.ask(fixed(20))
     shared.ask("HSET", ":scope:odd", "s0", "not a number")
     before = shared.ask("HGET", ":beats", controller.accounts._process)
@@ -1285,7 +1285,8 @@ def test_a_start_that_fails_lets_go_of_its_ledger_and_of_the_cage(proxy_for, eng
         {"name": "ci", "token": "tok-ci-0123456789", "period": "day"}]}))
     flags = ["--ledger", str(tmp_path / "own.db"), "--shared", engine.url, "--config", str(config),
              "--no-wait-for-ledger"]
-    shared.process().set_scope("ci", None, "week" if fault == "period" else "day", None)
+    shared.process().set_scopes([ic.Scope("ci", None, "week" if fault == "period" else "day", None,
+                                          None)])
     taken = proxy_for()
     bad = ["--cage", "none-such"] if fault == "no cage" else ["--cage", shared.cage]
 

@@ -226,8 +226,8 @@ def test_what_costs_nothing_passes_also_when_others_wait_and_nothing_is_left():
 
 def two_tokens(limit=10_000, a=5_000, b=5_000, clock=None):
     controller = ic.CostController(limit, clock=clock or Clock())
-    controller.set_scope("a", a, "day", lambda since_s: 0)
-    controller.set_scope("b", b, "total", lambda since_s: 0)
+    controller.set_scopes([ic.Scope("a", a, "day", None, lambda since_s: 0),
+                           ic.Scope("b", b, "total", None, lambda since_s: 0)])
     return controller
 
 
@@ -428,8 +428,9 @@ class InThisProcess:
         controller = ic.CostController(limits["proxy"], clock=self.clock,
                                        spent_microdollars=self.ledger.spent(None, 0))
         for scope in ("a", "b"):
-            controller.set_scope(scope, limits[scope], "total",
-                                 lambda since_s, scope=scope: self.ledger.spent(scope, since_s))
+            controller.set_scopes([ic.Scope(
+                scope, limits[scope], "total", None,
+                lambda since_s, scope=scope: self.ledger.spent(scope, since_s))])
         return controller
 
     def limit(self, before, limit):
@@ -455,7 +456,8 @@ class InAnEngine:
             dead.engine.close()
         controller = ic.CostController(accounts=self.accounts)
         for scope in ("a", "b"):
-            controller.set_scope(scope, limits[scope], "total", lambda since_s: 0)
+            controller.set_scopes([ic.Scope(scope, limits[scope], "total", None,
+                                            lambda since_s: 0)])
         return controller
 
     def limit(self, before, limit):
@@ -510,7 +512,7 @@ def any_schedule(seed, place):
                 controller.set_budget(limit)
             else:
                 model.limits[scope] = place.limit(model.limits[scope], limit)
-                controller.set_scope(scope, limit, "total", lambda since_s: 0)
+                controller.set_scopes([ic.Scope(scope, limit, "total", None, lambda since_s: 0)])
         elif step == "crash":
             # What was in flight is charged at its bound; who waited was never sent.
             model.charges += [(scopes, claim.microdollars)

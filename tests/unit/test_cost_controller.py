@@ -437,3 +437,22 @@ def test_any_sequence_of_calls_agrees_with_the_model(seed):
         assert model.status() == controller.get_full_status()
         assert (None if free is None else max(0, free)) == controller.available()
         assert exceeded == controller.bound_exceeded()
+
+
+# Sessions, which clients name.
+
+def test_a_session_that_a_request_is_in_is_kept_and_others_are_forgotten_the_oldest_first(
+        monkeypatch):
+    monkeypatch.setattr(ic, "MOST_SESSIONS", 2)
+    controller = ic.CostController(1_000)
+
+    def session(name):
+        return controller.accounts.session(ic.Scope(name, 500, "total", None, lambda since_s: 0))
+    with session("a/1"):
+        for number in range(2, 6):
+            with session(f"a/{number}"):
+                pass
+        held = controller.ask(ic.fixed_bound(400), ["a/1"])
+
+    assert ["a/5", "a/1"] == [budget.scope for budget in controller.accounts.sessions("a", 9)]
+    assert 400 == controller.budget("a/1").reserved == held.microdollars

@@ -67,7 +67,8 @@ class Life:
 
 
 def reload(controller, ledger, limit, period):
-    controller.set_scope("a", limit, period, lambda since_s: ledger.spent("a", since_s))
+    controller.set_scopes([ic.Scope("a", limit, period, None,
+                                    lambda since_s: ledger.spent("a", since_s))])
 
 
 def spent_before(rng, ledger):
@@ -215,8 +216,8 @@ def test_what_was_spent_before_has_the_right_sum_in_every_period_now_and_later(l
     rng, clock = Random(now_s), Clock(now_s)
     rows = [(now_s - rng.randrange(80 * DAY_S), rng.randrange(500)) for _ in range(40)]
     controller = ic.CostController(clock=clock)
-    controller.set_scope("a", None, "total", lambda since_s: sum(
-        cost for admitted_s, cost in rows if admitted_s >= since_s))
+    controller.set_scopes([ic.Scope("a", None, "total", None, lambda since_s: sum(
+        cost for admitted_s, cost in rows if admitted_s >= since_s))])
 
     for _ in range(12):
         for period in ic.PERIODS:

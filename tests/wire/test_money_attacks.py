@@ -151,9 +151,11 @@ def test_a_change_of_period_keeps_calls_in_flight():
     """The account stays; what the ledger has of them at their bound is not counted twice."""
     module = program()
     controller = module.CostController(None)
-    controller.set_scope("a", 10_000, "day", lambda since_s: 0 if since_s else 250)
+    controller.set_scopes([program().Scope("a", 10_000, "day", None,
+                                           lambda since_s: 0 if since_s else 250)])
     claim = controller.admit(module.fixed_bound(600), ("a",), wait_s=0, has_left=lambda: False)
-    controller.set_scope("a", 1_000, "total", lambda since_s: 250 + 600)     # 600 is in flight
+    controller.set_scopes([program().Scope("a", 1_000, "total", None,
+                                           lambda since_s: 250 + 600)])      # 600 is in flight
     between = controller.budget("a")
     controller.commit(claim, 8)
     after = controller.budget("a")

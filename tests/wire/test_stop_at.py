@@ -109,7 +109,7 @@ def test_limits_are_set_together_or_not_at_all():
 def test_a_stop_by_period_begins_anew_with_it():
     now_s = [10 * ic.DAY_S]
     controller = ic.CostController(10_000, clock=lambda: now_s[0])
-    controller.set_scope("a", 500, "day", lambda since_s: 0, 100)
+    controller.set_scopes([program().Scope("a", 500, "day", 100, lambda since_s: 0)])
     controller.commit(controller.ask(fixed(200), ["a"]), 150)
     stopped = controller.ask(fixed(1), ["a"])
     now_s[0] += ic.DAY_S

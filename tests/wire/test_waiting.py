@@ -304,7 +304,7 @@ def test_vector_g_batches_are_refused_under_a_budget(mock, proxy, path):
 
 def test_vector_g_amounts_are_whole_microdollars_and_scopes_are_taken_together():
     controller = program().CostController(10)
-    controller.set_scope("a", 5, "total", lambda since_s: 0)
+    controller.set_scopes([program().Scope("a", 5, "total", None, lambda since_s: 0)])
 
     refused = controller.ask(program().fixed_bound(6), ["a"])
 
