@@ -4799,9 +4799,8 @@ ANTHROPIC_TOOL = r"_\d{8}$"                        # how the types of its own to
 def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     """Read a chat completions request. Raises BadRequest."""
     conversation = begun(fields, CHAT_RULES)
-    policies = object_in(object_in(fields, "moderation"), "policy",
-                         in_request("moderation")).values()
-    if any(json_object(policy).get("mode") == "block" for policy in policies):
+    policies = object_in(object_in(fields, "moderation"), "policy", in_request("moderation"))
+    if any(json_object(policy).get("mode") == "block" for policy in policies.values()):
         raise BadRequest("moderation that blocks cannot be carried over to this model's provider",
                          param="moderation")
     for name in ("max_tokens", "max_completion_tokens"):      # the latter counts
@@ -4813,7 +4812,11 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     set_user(conversation, fields)
     conversation.format = format_of(object_in(fields, "response_format"), "response_format",
                                     "json_schema")
-    _read_tools(fields, conversation)
+    functions = rows_in(fields, "functions")
+    conversation.tools = [_tool_of(row) for row in rows_in(fields, "tools", IN_TOOLS) or [
+        {"type": "function", "function": function} for function in functions]]
+    conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False or bool(functions)
+    read_choice(fields.get("tool_choice", fields.get("function_call")), conversation)
     conversation.turns = [_turn_of(message) for message in messages_in(fields, "messages")]
     return conversation
 
@@ -4828,18 +4831,17 @@ def effort_of(effort: object, field: str) -> Optional[str]:
 def set_user(conversation: Conversation, fields: Mapping[str, object]) -> None:
     """Read who asks, in which tier, and the rest of the metadata, from a request of OpenAI's."""
     conversation.tier = text_in(fields, "service_tier") or None
-    metadata = object_in(fields, "metadata")
-    user = fields.get("safety_identifier") or fields.get("user") or metadata.get("user_id")
+    metadata = {**object_in(fields, "metadata")}
+    named = metadata.pop("user_id", None)
+    user = fields.get("safety_identifier") or fields.get("user") or named
     conversation.user = user if isinstance(user, str) else None
-    others = {name: value for name, value in metadata.items() if name != "user_id"}
-    if others:
-        conversation.rest["metadata"] = others
+    if metadata:
+        conversation.rest["metadata"] = metadata
 
 
 def messages_in(fields: Mapping[str, object], name: str) -> list[dict]:
     """Return the messages of a request. Raises BadRequest."""
-    messages = fields.get(name)
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(fields.get(name), list) or not fields[name]:
         raise BadRequest(f"{name} must be a list of at least one message", param=name)
     return rows_in(fields, name)
 
@@ -4854,15 +4856,6 @@ def format_of(row: Mapping[str, object], field: str, inside: str = "") -> Option
     return None if kind == "text" else Format(
         checked_schema(holder.get("schema"), fault), text_in(holder, "name", fault),
         text_in(holder, "description", fault), holder.get("strict") is True)
-
-
-def _read_tools(fields: Mapping[str, object], conversation: Conversation) -> None:
-    rows = rows_in(fields, "tools", IN_TOOLS) or [
-        {"type": "function", "function": function} for function in rows_in(fields, "functions")]
-    conversation.tools = [_tool_of(row) for row in rows]
-    conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False \
-        or bool(fields.get("functions"))
-    read_choice(fields.get("tool_choice", fields.get("function_call")), conversation)
 
 
 def read_choice(wanted: object, conversation: Conversation) -> None:
@@ -4911,9 +4904,11 @@ def openai_tool(kind: object, row: Mapping[str, object]) -> Tool:
 
 
 def _turn_of(message: Mapping[str, object]) -> Turn:
-    role = {"developer": "system"}.get(str(message.get("role")), message.get("role"))
-    if role in ("system", "user"):
+    role = message.get("role")
+    if role == "user":
         return Turn(role, _chat_parts(message))
+    if role in ("system", "developer"):
+        return Turn("system", _chat_parts(message))
     if role == "assistant":
         return Turn(role, _said_parts(message))
     if role not in ("tool", "function"):
@@ -4928,7 +4923,7 @@ def _said_parts(message: Mapping[str, object]) -> list[Part]:
     rows = rows_in(message, "tool_calls", IN_MESSAGES)
     if message.get("function_call"):
         function = object_in(message, "function_call", IN_MESSAGES)
-        rows = [{"id": function.get("name"), "type": "function", "function": function}]
+        rows = [{"id": function.get("name"), "function": function}]
     calls = [_call_part(row) for row in rows]
     own = _parts_of(message.get("x_anthropic_content"))        # what ChatWriter put there
     if own and all(isinstance(block.get("type"), str) for block in own) \
@@ -4943,9 +4938,8 @@ def _said_parts(message: Mapping[str, object]) -> list[Part]:
     said = [thought_of({name: value for name, value in block.items() if name != "index"})
             for block in blocks if block.get("type") == "redacted_thinking"
             or (block.get("type") == "thinking" and block.get("signature"))]
-    said += _chat_parts(message)
     refusal = text_in(message, "refusal", IN_MESSAGES)
-    return said + ([Part("refusal", refusal)] if refusal else []) + calls
+    return [*said, *_chat_parts(message), *([Part("refusal", refusal)] if refusal else []), *calls]
 
 
 def _thoughts_of(details: object) -> list[dict]:
@@ -5408,7 +5402,8 @@ class _ChunkReader:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self.has_begun = self.is_done = self._parts_seen = False
+        self.has_begun = self.is_done = False
+        self._kinds: set[str] = set()                # of the parts there were
         self._said: Optional[Part] = None            # the text or thought that is open
         self._back: dict[str, object] = {}           # what the server wants back, not yet carried
         self._calls: list[Part] = []
@@ -5418,7 +5413,6 @@ class _ChunkReader:
         self._usage: object = None
         self._tier: object = None
         self._choice: dict = {}                      # what the finish said
-        self._refused = False
 
     def read(self, chunk: Mapping[str, object]) -> Iterator[AnswerEvent]:
         """Yield the events of one chunk."""
@@ -5431,32 +5425,27 @@ class _ChunkReader:
             usage = usage_in(chunk)
             self._usage = usage if isinstance(usage, dict) else self._usage
         delta = choice.get("delta")
-        if not delta and not self._parts_seen:       # else it says all once more
+        if not delta and not self._kinds:            # else it says all once more
             delta = choice.get("message")
         if isinstance(delta, dict):
-            yield from self._read_delta(delta)
+            text = delta.get("content")
+            if len(delta) == 1 and isinstance(text, str):      # as nearly all are
+                yield from self._say("text", text)
+            else:
+                yield from self._read_delta(delta)
         if choice.get("finish_reason"):
             self._choice = choice
 
-    def _read_delta(self, delta: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        text = delta.get("content")
-        if len(delta) == 1 and isinstance(text, str):          # as nearly all are
-            return self._say("text", text) if text else ()
-        return self._read_any_delta(delta)
-
-    def _read_any_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _read_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
         if delta.get("reasoning_details"):
             self._back["reasoning_details"] = [*self._back.get("reasoning_details", ()),
                                                *_parts_of(delta["reasoning_details"])]
         self._back.update(opaque_in(delta))
-        if thought:
-            yield from self._say("thought", thought)
+        yield from self._say("thought", thought)
         for name, kind in (("content", "text"), ("refusal", "refusal")):
             text = delta.get(name)
-            text = text if text is None or isinstance(text, str) else _text_of(text)
-            if text:
-                yield from self._say(kind, text)
+            yield from self._say(kind, text if isinstance(text, str) else _text_of(text))
         self._touched.clear()
         for call in _parts_of(delta.get("tool_calls")):
             yield from self._read_call(call)
@@ -5464,13 +5453,14 @@ class _ChunkReader:
             yield from self._read_call({"index": 0, "function": delta["function_call"]})
 
     def _say(self, kind: str, text: str) -> Iterable[AnswerEvent]:
-        part, before = self._said, ()
+        part, before = self._said, []
+        if not text:
+            return ()
         if part is None or part.kind != kind:
             before = [*self._close_said(),
                       *self._close_calls(whole_only=not self._terms.calls_in_order)]
             part = self._said = Part(kind, pieces=[])
-            self._parts_seen = True
-            self._refused |= kind == "refusal"
+            self._kinds.add(kind)
             before.append(Opened(part))
         part.pieces.append(text)
         return (*before, More(part, text))
@@ -5486,8 +5476,7 @@ class _ChunkReader:
     def _carry_back(self) -> Iterator[AnswerEvent]:
         """Yield a thought without words that carries what the server wants back."""
         if self._back:
-            part = Part("thought", native=self._back, origin="chat")
-            self._back = {}
+            part, self._back = Part("thought", native=self._back, origin="chat"), {}
             yield Opened(part)
             yield Closed(part)
 
@@ -5507,7 +5496,7 @@ class _ChunkReader:
                 call in self._touched
             call = None if is_other or (more.strip() and _is_whole(call)) else call
         if call is None:
-            self._parts_seen = True
+            self._kinds.add("call")
             call = Part("call", pieces=[], is_open=False, is_closed=False, given_id="")
             self._calls.append(call)
         if call_id and not call.given_id:
@@ -5535,12 +5524,11 @@ class _ChunkReader:
         if opaque_in(row):
             number = str(self._calls.index(call))
             self._back["calls"] = {**json_object(self._back.get("calls")), number: opaque_in(row)}
+        if call.is_closed and more.strip():
+            raise UpstreamBroke("the provider went on with a tool call after another block")
         if not call.is_open and name:
             call.name = name if name.startswith(call.name) else call.name + name
             call.is_text = "input" in inner
-        if call.is_closed and more.strip():
-            raise UpstreamBroke("the provider went on with a tool call after another block")
-        if not call.is_open and call.name:
             yield from self._open_call(call)
         if more and not call.is_closed:
             call.pieces.append(more)
@@ -5577,13 +5565,13 @@ class _ChunkReader:
         word, *more = (word.strip() for word in str(finish or "stop").lower().split(":"))
         reason, stop = REASONS_OF_FINISH.get(word, "end"), None
         if not FAILED_FINISHES.isdisjoint((word, *more)) \
-                or not (self._parts_seen or word in REASONS_OF_FINISH):
+                or not (self._kinds or word in REASONS_OF_FINISH):
             raise UpstreamBroke("the provider's answer ended in "
                                 + shown_name(str(finish).replace(" ", "")))
         yield from self._close_said()
         yield from self._close_calls(whole_only=False)
         yield from self._carry_back()
-        if self._refused:
+        if "refusal" in self._kinds:
             reason = "refused"
         elif reason in ("end", "calls"):
             reason = "calls" if self._calls else "end"
@@ -5642,8 +5630,7 @@ class ChatWriter(AnswerWriter):
     def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
         self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
         self._is_legacy = bool(fields.get("functions"))
-        self._created_at = created_at
-        self._base: dict = {}
+        self._base: dict = {"created": created_at, "system_fingerprint": None}
         self._length = self._annotations = 0         # of the text so far; how many
         self._starts: dict[Part, int] = {}           # where each text begins in it
         self._numbers: dict[Part, int] = {}          # of calls
@@ -5659,23 +5646,22 @@ class ChatWriter(AnswerWriter):
         said = {"role": "assistant", "refusal": refusal or None,
                 "content": content if texts or not calls else None}
         starts = itertools.accumulate((len(part.text) for part in texts), initial=0)
-        annotations = [{"type": "url_citation", "url_citation": row}
-                       for part, at in zip(texts, starts) for row in annotations_of(part, at)]
+        annotations = [row for part, at in zip(texts, starts) for row in _chat_notes(part, at)]
         if annotations:
             said["annotations"] = annotations
         if calls:
-            calls = [_chat_call(part, part.text) for part in calls]
-            said.update({"function_call": calls[0][calls[0]["type"]]} if self._is_legacy
-                        else {"tool_calls": calls})
+            rows = [_chat_call(part, part.text) for part in calls]
+            said.update({"function_call": rows[0][rows[0]["type"]]} if self._is_legacy
+                        else {"tool_calls": rows})
         if thoughts:
             said["thinking_blocks"] = [thinking_block(part) for part in thoughts]
             said["reasoning_content"] = "\n".join(
                 part.text for part in thoughts if part.text) or None
         if any(part.kind in ("other", "search") and part.origin == "messages" for part in parts):
             said["x_anthropic_content"] = [part.native for part in parts]
-        return {"id": "chatcmpl-" + id_stem(began.id), "object": "chat.completion",
-                "created": self._created_at, "model": began.model, "system_fingerprint": None,
-                "service_tier": ended.tier or began.tier, "usage": chat_usage(ended.tokens),
+        return {**self._base, "id": "chatcmpl-" + id_stem(began.id), "object": "chat.completion",
+                "model": began.model, "service_tier": ended.tier or began.tier,
+                "usage": chat_usage(ended.tokens),
                 "choices": [{"index": 0, "message": said, "logprobs": None,
                              "finish_reason": self._finish_reason(ended)}]}
 
@@ -5690,29 +5676,29 @@ class ChatWriter(AnswerWriter):
             body["usage"] = None
         return body
 
+    def _call_chunk(self, part: Part, row: Mapping[str, object]) -> dict:
+        return self._chunk({"function_call": row[CALL_MEMBERS[part.is_text][0]]} if self._is_legacy
+                           else {"tool_calls": [{"index": self._numbers[part], **row}]})
+
     def _began(self, event: Began) -> Iterable[dict]:
-        self._base = {"id": "chatcmpl-" + id_stem(event.id), "object": "chat.completion.chunk",
-                      "created": self._created_at, "model": event.model,
-                      "system_fingerprint": None}
+        self._base.update(id="chatcmpl-" + id_stem(event.id), object="chat.completion.chunk",
+                          model=event.model)
         return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
 
     def _opened(self, event: Opened) -> Iterable[dict]:
         part = event.part
         if part.kind == "text":
             self._starts[part] = self._length
-        elif part.kind == "call":
-            self._numbers[part] = len(self._numbers)
-            call = _chat_call(part, "")
-            return [self._chunk({"function_call": call[call["type"]]} if self._is_legacy else {
-                "tool_calls": [{"index": self._numbers[part], **call}]})]
-        return ()
+        if part.kind != "call":
+            return ()
+        self._numbers[part] = len(self._numbers)
+        return [self._call_chunk(part, _chat_call(part, ""))]
 
     def _more(self, event: More) -> Iterable[dict]:
         part, text = event
         if part.kind == "call":
             kind, member = CALL_MEMBERS[part.is_text]
-            return [self._chunk({"function_call": {member: text}} if self._is_legacy else {
-                "tool_calls": [{"index": self._numbers[part], kind: {member: text}}]})]
+            return [self._call_chunk(part, {kind: {member: text}})]
         name = _CHUNK_FIELDS.get(part.kind)
         if name == "content":
             self._length += len(text)
@@ -5722,11 +5708,10 @@ class ChatWriter(AnswerWriter):
         part = event.part
         if part.kind == "thought":
             yield self._chunk({"thinking_blocks": [{"index": part.index, **thinking_block(part)}]})
-        rows = annotations_of(part, self._starts.get(part, 0))
+        rows = _chat_notes(part, self._starts.get(part, 0))
         if rows:
             yield self._chunk({"annotations": [
-                {"index": number, "type": "url_citation", "url_citation": row}
-                for number, row in enumerate(rows, self._annotations)]})
+                {"index": number, **row} for number, row in enumerate(rows, self._annotations)]})
             self._annotations += len(rows)
 
     def _ended(self, event: Ended) -> Iterable[dict]:
@@ -5744,6 +5729,10 @@ _CHUNK_FIELDS = MappingProxyType({
 def _chat_call(part: Part, text: str) -> dict:
     kind, member = CALL_MEMBERS[part.is_text]
     return {"id": part.id, "type": kind, kind: {"name": part.name, member: text}}
+
+
+def _chat_notes(part: Part, at: int) -> list[dict]:
+    return [{"type": "url_citation", "url_citation": row} for row in annotations_of(part, at)]
 
 
 def annotations_of(part: Part, at: int = 0) -> list[dict]:
