@@ -3788,6 +3788,18 @@ class Tokens(NamedTuple):
     thought: int = 0
 
 
+def tokens_of(api: str, usage: object) -> Tokens:
+    """Return a provider's usage in our counting, as it is billed; of a malformed one, nothing."""
+    reported = {name: value for name, value in json_object(usage).items() if value is not None}
+    try:
+        used = USAGE_READERS[api]({**NO_TOKENS, **reported})
+    except MalformedUsage:
+        return Tokens()
+    written = sum([used.buckets.get(bucket, 0) for bucket in WRITE_BUCKETS])
+    return Tokens(used.prompt_tokens, used.cached_tokens, written, used.completion_tokens,
+                  used.buckets["reasoning"])
+
+
 class Began(NamedTuple):
     """The first event of an answer."""
     id: str                              # as the provider gave it; "" where it did not
@@ -4078,12 +4090,6 @@ def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
     if not all(isinstance(text, str) for text in texts):
         raise BadRequest(f"{name} must be a list of strings", param=name)
     return texts
-
-
-def count_or_zero(usage: object, name: str) -> int:
-    """Return a count in a usage object that is carried over; 0 where there is none."""
-    value = json_object(usage).get(name)
-    return value if type(value) is int else 0
 
 
 def _parts_of(content: object) -> list[dict]:
@@ -5350,17 +5356,12 @@ FAILED_FINISHES = frozenset({"error", "abort", "network_error", "insufficient_sy
 
 
 def chat_tokens(usage: object) -> Tokens:
-    """Return chat usage in our counting. Where a server's total is more than prompt and
-    completion, the rest was reasoning."""
-    prompt = count_or_zero(usage, "prompt_tokens")
-    details = json_object(usage).get("prompt_tokens_details")
-    return Tokens(
-        prompt, count_or_zero(details, "cached_tokens"),
-        count_or_zero(details, "cache_write_tokens")
-        or count_or_zero(details, "cache_creation_tokens"),
-        max(count_or_zero(usage, "completion_tokens"),
-            count_or_zero(usage, "total_tokens") - prompt),
-        count_or_zero(json_object(usage).get("completion_tokens_details"), "reasoning_tokens"))
+    """Return chat usage in our counting; some servers have a name of their own for writes."""
+    details = json_object(json_object(usage).get("prompt_tokens_details"))
+    if details.get("cache_creation_tokens") and not details.get("cache_write_tokens"):
+        usage = {**usage, "prompt_tokens_details": {
+            **details, "cache_write_tokens": details["cache_creation_tokens"]}}
+    return tokens_of("chat", usage)
 
 
 def chat_usage(tokens: Tokens) -> dict:
@@ -6452,15 +6453,6 @@ BLOCK_KINDS = MappingProxyType({"text": "text", "thinking": "thought", "tool_use
                                 "redacted_thinking": "thought", "server_tool_use": "search"})
 
 
-def messages_tokens(usage: Mapping[str, object]) -> Tokens:
-    """Return Anthropic's usage in our counting."""
-    read, written = count_or_zero(usage, "cache_read_input_tokens"), \
-        count_or_zero(usage, "cache_creation_input_tokens")
-    return Tokens(count_or_zero(usage, "input_tokens") + read + written, read, written,
-                  count_or_zero(usage, "output_tokens"),
-                  count_or_zero(usage.get("output_tokens_details"), "thinking_tokens"))
-
-
 def messages_usage(tokens: Tokens, tier: object = None) -> dict:
     """Return usage as Anthropic counts it: what was cached is beside input_tokens."""
     return {"input_tokens": max(0, tokens.input - tokens.cached - tokens.written),
@@ -6572,7 +6564,7 @@ class _BlockReader:
         details = json_object(self._end.get("stop_details"))
         refusal = str(details.get("explanation")
                       or f"refused: {details.get('category') or 'no reason given'}")
-        return [Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(self._usage),
+        return [Ended(REASONS_OF_STOP.get(stop, "end"), tokens_of("messages", self._usage),
                       self._end.get("stop_sequence"), refusal if stop == "refusal" else None,
                       self._tier())]
 
@@ -7216,7 +7208,8 @@ class _ItemReader:
             reason = "length"
         else:
             reason = "calls" if "call" in self._kinds else "end"
-        yield Ended(reason, responses_tokens(response.get("usage")), tier=_served_tier(response))
+        yield Ended(reason, tokens_of("responses", response.get("usage")),
+                    tier=_served_tier(response))
 
 
 _WHOLE_KINDS = frozenset({"search", "other"})
@@ -7237,15 +7230,6 @@ _RESPONSE_READERS = MappingProxyType({
 def _served_tier(response: Mapping[str, object]) -> Optional[str]:
     tier = response.get("service_tier")
     return tier if isinstance(tier, str) and tier != "auto" else None
-
-
-def responses_tokens(usage: object) -> Tokens:
-    """Return usage of Responses in our counting."""
-    before, after = (json_object(usage).get(f"{side}_tokens_details")
-                     for side in ("input", "output"))
-    return Tokens(count_or_zero(usage, "input_tokens"), count_or_zero(before, "cached_tokens"),
-                  count_or_zero(before, "cache_write_tokens"),
-                  count_or_zero(usage, "output_tokens"), count_or_zero(after, "reasoning_tokens"))
 
 
 def responses_usage(tokens: Tokens) -> dict:
