@@ -8068,7 +8068,7 @@ DO_NOT_RETRY = (("x-should-retry", "false"),)
 
 
 def period_start(period: str, now_s: int) -> int:
-    """Unix seconds of the UTC day's, week's (Monday) or month's beginning; 0 for "total"."""
+    """Return when the UTC day, week (Monday) or month began, in Unix seconds; 0 for "total"."""
     today = now_s - now_s % DAY_S
     if period == "month":
         return today - (time.gmtime(now_s).tm_mday - 1) * DAY_S
@@ -8084,7 +8084,7 @@ def period_end(period: str, since_s: int) -> Optional[int]:
 
 
 def check_stop(limit: Optional[int], stop_at: Optional[int]) -> None:
-    """Raises ValueError for a stop that is not below the budget of its scope."""
+    """Raise ValueError for a stop that is not below the budget of its scope."""
     if stop_at is not None and (limit is None or stop_at >= limit):
         raise ValueError(f"a stop at {format_usd(stop_at)} must be below the budget, which is "
                          f"{'not set' if limit is None else format_usd(limit)}")
@@ -8102,14 +8102,14 @@ class Budget(NamedTuple):
 
     @property
     def ended_by(self) -> Optional[str]:
-        """Which of the two limits is spent, so that no call begins; None while neither is."""
+        """Name the limit that is spent, so that no call begins; None while neither is."""
         if self.limit is not None and self.spent >= self.limit:
             return "budget"
         return "stop_at" if self.stop_at is not None and self.spent >= self.stop_at else None
 
     @property
     def free(self) -> Optional[int]:
-        """What can be reserved, below 0 where the limit was lowered; None without a limit."""
+        """Return what can be reserved; below 0 after a lower limit; None without one."""
         if self.stop_at is not None and self.spent >= self.stop_at:
             return 0
         return None if self.limit is None else self.limit - self.spent - self.reserved
@@ -8120,7 +8120,7 @@ class Budget(NamedTuple):
         return free is None or bound.fitting_caps(free, at_last=True) is not None
 
     def as_json(self) -> dict:
-        """The five amounts as PRODUCT names them."""
+        """Return the five amounts under their public names."""
         free = 0 if self.ended_by is not None else self.free
         return {"limit_microdollars": self.limit, "stop_at_microdollars": self.stop_at,
                 "spent_microdollars": self.spent, "reserved_microdollars": self.reserved,
@@ -8188,12 +8188,21 @@ class Reservation:
 
     @property
     def output_cap(self) -> int:
-        """The output tokens that it is set aside for."""
+        """Return the output tokens that it is set aside for."""
         return self.caps.output_tokens
 
     @property
     def is_waiting(self) -> bool:
         return not self.is_open and self.refused_by is None and self.failure is None
+
+
+class Scope(NamedTuple):
+    """What is configured of a scope; amounts in microdollars."""
+    name: str
+    limit: Optional[int]
+    period: str
+    stop_at: Optional[int]
+    spent_since: Callable[[int], int]         # what the ledger says it spent since a time
 
 
 class Account:
@@ -8274,7 +8283,7 @@ class Accounts:
         self._sessions: dict[str, Account] = {}     # those that clients name, the last used last
 
     def _rolled_locked(self, scopes: Sequence[str], now_s: int) -> list[Account]:
-        """The accounts of scopes, each in the period of now."""
+        """Return the accounts of scopes, each in the period of now."""
         accounts = [self.by_scope[scope] for scope in scopes]
         for account in accounts:
             account.roll(now_s)
@@ -8310,7 +8319,7 @@ class Accounts:
             self.by_scope[PROXY_SCOPE].add(int(self._clock()), spent=microdollars)
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
-        """What scopes hold, all at one instant."""
+        """Return what scopes hold, all at one instant."""
         now_s = int(self._clock())
         with self._lock:
             return [account.budget() for account in self._rolled_locked(scopes, now_s)]
@@ -8387,15 +8396,6 @@ class Accounts:
             return [self._sessions[name].budget() for name in names[:most]]
 
 
-class Scope(NamedTuple):
-    """What is configured of a scope."""
-    name: str
-    limit: Optional[int]
-    period: str
-    stop_at: Optional[int]
-    spent_since: Callable[[int], int]         # what the ledger says it spent since a time
-
-
 def _check_amount(microdollars: int) -> None:
     if isinstance(microdollars, bool) or not isinstance(microdollars, int) or microdollars < 0:
         raise ValueError(f"{microdollars!r} is not a whole number of microdollars from 0 up")
@@ -8434,7 +8434,7 @@ class CostController:
 
     def ask(self, bound: Bound, scopes: Sequence[str] = (), *,
             may_wait: bool = False) -> Reservation:
-        """A reservation that is open, refused, or waiting in line, for the bound of a request.
+        """Return a reservation for a request's bound: open, refused, or waiting in line.
 
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
@@ -8482,7 +8482,7 @@ class CostController:
     def admit(self, bound: Bound, scopes: Sequence[str] = (), *, wait_s: int = 0,
               has_left: Callable[[], bool] = lambda: False,
               waiting: Callable[[], ContextManager] = contextlib.nullcontext) -> Reservation:
-        """As ask(), waiting up to `wait_s` seconds in line, while the client has not left.
+        """Do as ask(), waiting up to `wait_s` seconds in line, while the client has not left.
 
         A wait is done inside the context `waiting`. Raises: BudgetExceeded, InsufficientBudget;
         ServerBusy when the proxy stops; LedgerUnavailable; ClientGone.
@@ -8524,13 +8524,13 @@ class CostController:
         return claim
 
     def expire(self, claim: Reservation) -> None:
-        """A claim's time in line is over: it takes what is free, if that is enough, or leaves."""
+        """End a claim's time in line: it takes what is free, if that is enough, or is refused."""
         with self._lock:
             claim.may_wait = False
         self._serve_line()
 
     def leave(self, claim: Reservation) -> None:
-        """A claim's client is gone: out of the line, or, if it was admitted meanwhile, released."""
+        """Take a claim whose client is gone out of the line, or release what it was given."""
         with self._lock:
             was_open, claim.is_open = claim.is_open, False
             self._line = [other for other in self._line if other is not claim]
@@ -8539,7 +8539,7 @@ class CostController:
         self._serve_line()
 
     def close(self) -> None:
-        """Refuse all who wait, and let nobody wait from now on."""
+        """Refuse all requests that wait, and let none wait from now on."""
         budget = self.accounts.known([PROXY_SCOPE])[0]
         with self._lock:
             self._is_closed, waiting, self._line = True, self._line, []
@@ -8581,7 +8581,7 @@ class CostController:
             self._blocked = frozenset(blocked)
 
     def _end_wait(self, claim: Reservation) -> None:
-        """A claim in line is decided. What was set aside for one that has left goes back."""
+        """Wake the request of a decided claim; for one that has left, give it all back."""
         with self._lock:
             is_here = claim in self._line
             if is_here:
@@ -8649,25 +8649,25 @@ class CostController:
     # What it holds.
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
-        """The amounts of scopes at one instant, or, where nobody can be asked, as seen last."""
+        """Return the amounts of scopes at one instant; as seen last, if none can be asked."""
         try:
             return self.accounts.budgets(scopes)
         except LedgerUnavailable:
             return self.accounts.known(scopes)
 
     def budget(self, scope: str = PROXY_SCOPE) -> Budget:
-        """A scope's amounts."""
+        """Return a scope's amounts."""
         return self.budgets([scope])[0]
 
     def check_budget(self) -> None:
-        """Raises BudgetExceeded when spent + reserved has reached the limit, or spent the stop."""
+        """Raise BudgetExceeded when spent + reserved has reached the limit, or spent the stop."""
         budget = self.budget()
         if budget.ended_by is not None or (
                 budget.limit is not None and budget.spent + budget.reserved >= budget.limit):
             raise budget_exceeded(budget)
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
-        """What can still be reserved in all of the scopes, never below 0; None without a limit."""
+        """Return what can be reserved in all of the scopes, from 0 up; None without a limit."""
         known = [budget.free for budget in self.accounts.known((PROXY_SCOPE, *scopes))]
         return min([max(0, free) for free in known if free is not None], default=None)
 
@@ -8687,23 +8687,23 @@ class CostController:
         return self.budget().limit
 
     def bound_exceeded(self) -> int:
-        """How many answers cost more than what was reserved for them."""
+        """Return how many answers cost more than what was reserved for them."""
         with self._lock:
             return self._bound_exceeded
 
     def get_status(self) -> tuple[int, Optional[int]]:
-        """(spent, limit) at one instant."""
+        """Return (spent, limit) at one instant."""
         budget = self.accounts.known([PROXY_SCOPE])[0]
         return budget.spent, budget.limit
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
-        """(spent, reserved, limit) at one instant."""
+        """Return (spent, reserved, limit) at one instant."""
         budget = self.budget()
         return budget.spent, budget.reserved, budget.limit
 
 
 def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, int]:
-    """What was spent so far, as if all on the first days of the periods of now: {day: amount}.
+    """Return what was spent, as if on the first days of the periods of now: {day: amount}.
 
     So each of these periods has its sum, and so has each later one, which holds all of such a
     part or nothing of it.
@@ -8715,12 +8715,12 @@ def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, in
 
 
 def session_scope(token: str, session: Optional[str]) -> str:
-    """The scope of one session of a token, which is no token's name; those without one share it."""
+    """Name the scope of a session of a token, as no token is named; calls without one share it."""
     return f"{token}/{session or ''}"
 
 
 def _session_advice(scope: str) -> str:
-    """What a refusal adds where the limit is that of a session."""
+    """Say what a refusal adds where the limit is that of a session."""
     token, is_session, session = scope.partition("/")
     which = f"the session {session}" if session else "calls that name no session"
     return f" This is the budget of {which} under the token {token} (session_budget_usd)." \
@@ -8736,7 +8736,7 @@ def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int)
 
 
 def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
-    """The refusal when nothing is left, in the original's words."""
+    """Make the refusal when nothing is left, in the original's words."""
     name, raised, amount = ("Stop at", "stop", budget.stop_at) if budget.ended_by == "stop_at" \
         else ("Limit", "limit", budget.limit)
     return BudgetExceeded(
@@ -8747,7 +8747,7 @@ def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
 
 
 def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
-    """The refusal when a request's worst case does not fit, beginning in the original's words.
+    """Make the refusal of a request whose worst case does not fit; the original's words come first.
 
     It says which part does not fit, and what would. Its cost is the least that would be admitted.
     """
@@ -8770,7 +8770,7 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
 
 
 def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
-    """Why a request's bound was refused in a scope."""
+    """Make the refusal of a request's bound in a scope."""
     if budget.ended_by is not None:
         return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens,
                                                           bound.least_uses))
@@ -8908,25 +8908,25 @@ class Lease(NamedTuple):
 
 
 def lines_to_json(lines: Iterable[BillLine]) -> str:
-    """A bill as a ledger stores it; rates that are not whole as "n/d"."""
+    """Write a bill as a ledger stores it; rates that are not whole as "n/d"."""
     return json.dumps([[what, count, rate if isinstance(rate, int) else str(rate)]
                        for what, count, rate in lines], separators=(",", ":"))
 
 
 def lines_from_json(text: str) -> list[BillLine]:
-    """A stored bill. Raises ValueError, TypeError."""
+    """Read a stored bill. Raises ValueError, TypeError."""
     return [(what, count, rate if isinstance(rate, int) else Fraction(rate))
             for what, count, rate in json.loads(text)]
 
 
 def stored_row(row: Mapping[str, object]) -> dict:
-    """A settled row as the columns take it: its usage and its bill as JSON."""
+    """Return a settled row as the columns take it: its usage and its bill as JSON."""
     return {**row, "lines": lines_to_json(row["lines"]),
             "usage": None if row["usage"] is None else json.dumps(row["usage"])}
 
 
 def row_json(row: Mapping[str, object]) -> str:
-    """A stored row as a JSON object; its usage and its bill are JSON already."""
+    """Return a stored row as a JSON object; its usage and its bill are JSON already."""
     plain = {name: value.hex() if isinstance(value, bytes) else value
              for name, value in row.items() if name not in ("usage", "lines")}
     usage, lines = row["usage"] or "null", row["lines"] or "null"
@@ -8969,19 +8969,19 @@ class MemoryLedger:
             self._rows.append(row)
 
     def spent(self, token: Optional[str], since_s: int) -> int:
-        """What one token, or None for all, spent since a day began; calls in flight in full."""
+        """Return what one token, or None for all, spent since a day; calls in flight in full."""
         with self._lock:
             return sum(amount for (name, day), amount in self._spent.items()
                        if token in (None, name) and day * DAY_S >= since_s)
 
     def spent_in_session(self, token: str, session: Optional[str]) -> int:
-        """What the kept rows of a session cost."""
+        """Return what the kept rows of a session cost."""
         with self._lock:
             return sum(row["cost_microdollars"] for row in self._rows
                        if (row["token"], row["session"]) == (token, session))
 
     def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
-        """The newest settled rows, of one token or of all, each as `shown` makes it of columns."""
+        """Return the newest settled rows of one token or all, each as `shown` makes it."""
         with self._lock:
             rows = [row for row in self._rows if token in (None, row["token"])]
         return [shown(stored_row(row)) for row in rows[:-most - 1:-1]]
@@ -8992,7 +8992,7 @@ class MemoryLedger:
             self._refusals.append(row)
 
     def refusals(self, most: int, token: Optional[str] = None) -> list[dict]:
-        """The newest calls that were refused here, of one token or of all."""
+        """Return the newest calls that were refused here, of one token or of all."""
         with self._lock:
             rows = [row for row in self._refusals if token in (None, row["token"])]
         return rows[:-most - 1:-1]
@@ -9128,13 +9128,13 @@ def _state_at(path: str) -> Optional[os.stat_result]:
 
 
 def _identity_at(path: str) -> Optional[tuple[int, int]]:
-    """Which file a path leads to; None where it leads to none."""
+    """Return which file a path leads to; None where it leads to none."""
     found = _state_at(path)
     return found and _identity_of(found)
 
 
 def _locked_file(path: str) -> Optional[int]:
-    """A descriptor whose file is locked until it is closed; None where another has the lock."""
+    """Return a descriptor whose file is locked until it is closed; None where another has it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if os.name == "nt":
@@ -9190,7 +9190,7 @@ def _check_ledger_file(path: str) -> os.stat_result:
 
 
 def _check_only_name(path: str, found: os.stat_result) -> None:
-    """Raises OSError for a hard link whose newest charges may be in the log beside another name."""
+    """Raise OSError for a hard link whose newest charges may be in the log beside another name."""
     if found.st_nlink == 1:
         return
     with os.scandir(os.path.dirname(path)) as entries:
@@ -9202,7 +9202,7 @@ def _check_only_name(path: str, found: os.stat_result) -> None:
 
 
 def _check_is_ledger(db: sqlite3.Connection) -> None:
-    """Raises OSError for a database of something else, before anything is written to it."""
+    """Raise OSError for a database of something else, before anything is written to it."""
     import sqlite3
     try:
         columns = {row[1] for row in db.execute("PRAGMA table_info(calls)")}
@@ -9215,7 +9215,7 @@ def _check_is_ledger(db: sqlite3.Connection) -> None:
 
 
 def count_cells(row: CountRow) -> tuple:
-    """A count as it is kept, in the order of the columns of `counts`."""
+    """Return a count as it is kept, in the order of the columns of `counts`."""
     counted = row.counted
     return (row.scope, row.digest, counted.tokens, b"".join(sorted(counted.parts)),
             int(counted.has_tools), row.model, row.learned_s)
@@ -9223,7 +9223,7 @@ def count_cells(row: CountRow) -> tuple:
 
 def count_from_cells(scope: str, digest: bytes, tokens: int, parts: bytes, has_tools: int,
                      model: str, learned_s: int) -> CountRow:
-    """A count that was kept."""
+    """Make a count of what was kept of it."""
     digests = frozenset(parts[at:at + DIGEST_BYTES] for at in range(0, len(parts), DIGEST_BYTES))
     return CountRow(scope, digest, Counted(tokens, digests, bool(has_tools)), model, learned_s)
 
@@ -9300,11 +9300,11 @@ class SqliteLedger:
             raise OSError(self._fault)
 
     def _recover(self, after_id: int) -> int:
-        """Charge the calls that an earlier process left unsettled at their bounds; how many."""
+        """Charge what an earlier process left unsettled at its bounds; return how many calls."""
         return self._db.execute(_RECOVER, (time.time_ns() // 10 ** 6, after_id)).rowcount
 
     def counts(self) -> list[CountRow]:
-        """What providers have counted within COUNTS_KEPT_S, the oldest first."""
+        """Return what providers have counted within COUNTS_KEPT_S, the oldest first."""
         since_s = int(time.time()) - COUNTS_KEPT_S
         with self._turn:
             self._db.execute("DELETE FROM counts WHERE learned_s < ?", (since_s,))
@@ -9317,7 +9317,7 @@ class SqliteLedger:
                                   count_cells(row)))
 
     def look(self) -> Optional[OSError]:
-        """Why the files are not as we left them, which is logged when it is new; None: they are."""
+        """Say why the files are not as we left them, and log what is new; None: they are."""
         least_bytes = self._least_bytes       # read before the size, as a ledger only grows
         states = {name: _state_at(name) for name in self._watched}
         moved = next((name for name, found in states.items()
@@ -9429,11 +9429,11 @@ class SqliteLedger:
         return self._has_failed or bool(self._fault)
 
     def try_to_write(self) -> Optional[Exception]:
-        """Why nothing can be written now; None: it can be, and what waited is."""
+        """Say why nothing can be written now; None: it can be, and what waited is."""
         return self._write(_Write("UPDATE chain SET closed = 0", (), is_intent=True))
 
     def _wait_for_others(self, most_s: int) -> None:
-        """From now on, how long a statement waits for another program."""
+        """Set how long a statement waits for another program from now on."""
         with contextlib.suppress(self._errors):
             self._db.execute(f"PRAGMA busy_timeout = {most_s * 1000}")
 
@@ -9451,14 +9451,14 @@ class SqliteLedger:
             self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
 
     def _sum(self, which: str, since_s: int, **values: Optional[str]) -> int:
-        """What some rows cost. On the connection that writes: who reads at leisure is not in the
+        """Return what some rows cost. On the connection that writes: a slow reader is not in the
         way of a call that asks."""
         values = {**values, "since_s": since_s, "day": since_s // DAY_S}
         with self._aside(), self._turn:
             return self._db.execute(_SPENT.format(which), values).fetchone()[0] or 0
 
     def spent(self, token: Optional[str], since_s: int) -> int:
-        """What one token, or None for all, spent since a day began; calls in flight at their
+        """Return what one token, or None for all, spent since a day began; calls in flight at their
         bound. Raises Misconfigured."""
         try:
             return self._sum("" if token is None else " AND token = :token", since_s, token=token)
@@ -9466,7 +9466,7 @@ class SqliteLedger:
             raise Misconfigured(f"the ledger {self._path} cannot be read: {_reason(err)}") from err
 
     def spent_in_session(self, token: str, session: Optional[str]) -> int:
-        """What one session of a token, or all of its calls without one, spent.
+        """Return what one session of a token, or all of its calls without one, spent.
 
         Raises LedgerUnavailable.
         """
@@ -9478,7 +9478,7 @@ class SqliteLedger:
                                     f"spent: {_reason(err)}") from err
 
     def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
-        """The newest settled rows, of one token or of all, each as `shown` makes it of columns:
+        """Return the newest settled rows, of one token or all, each as `shown` makes it of columns:
         row by row, as at each the other threads have a chance."""
         settled = "SELECT * FROM calls WHERE settled_ms IS NOT NULL"
         queries = (f"{settled} ORDER BY id DESC",) if token is None else (
@@ -9498,7 +9498,7 @@ class SqliteLedger:
         self._refusals.append(row)
 
     def refusals(self, most: int, token: Optional[str] = None) -> list[dict]:
-        """The newest calls that were refused here, of one token or of all."""
+        """Return the newest calls that were refused here, of one token or of all."""
         waiting = [row for row in [*self._refusals] if token in (None, row["token"])]
         with self._reading:
             kept = [*map(dict, self._reader.execute(
@@ -9514,7 +9514,7 @@ class SqliteLedger:
     # Upkeep.
 
     def tend(self) -> bool:
-        """Do a step of upkeep in short transactions; whether there may be more to do.
+        """Do a step of upkeep in short transactions, and return whether there may be more to do.
 
         What cannot be written now is left to the next time.
         """
@@ -9526,7 +9526,7 @@ class SqliteLedger:
         return any([is_kept, *map(self._step, (self._seal, self._add_up, self._fold))])
 
     def _step(self, work: Callable[[Mapping[str, object]], bool]) -> bool:
-        """One transaction, and whether it did something."""
+        """Do work in one transaction, and return whether there was some; no if it fails."""
         try:
             with self._turn, self._transaction():
                 return work(self._db.execute("SELECT * FROM chain").fetchone())
@@ -9543,7 +9543,7 @@ class SqliteLedger:
         return bool(rows)
 
     def _settled_after(self, last_id: int) -> list[sqlite3.Row]:
-        """The next rows in the order of their ids, up to the first that is in flight."""
+        """Return the next rows in the order of their ids, up to the first that is in flight."""
         rows = self._db.execute("SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?",
                                 (last_id, STEP_ROWS))
         return [*itertools.takewhile(lambda row: row["settled_ms"] is not None, rows)]
@@ -9592,7 +9592,7 @@ class SqliteLedger:
         return bool(old)
 
     def leases(self) -> list[Lease]:
-        """Those that were not given back, of earlier processes too."""
+        """Return those that were not given back, of earlier processes too."""
         with self._turn:
             return [Lease(*row) for row in self._db.execute("SELECT * FROM leases")]
 
@@ -9605,7 +9605,7 @@ class SqliteLedger:
                                     f"leased: {_reason(error)}")
 
     def forget_lease(self, lease: Lease) -> None:
-        """It was given back. Where that cannot be written it is given back twice, and refused."""
+        """Forget one that was given back. Else it would be given back twice, and refused."""
         self._write(_Write("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id],
                            is_intent=True))
 
@@ -9696,14 +9696,14 @@ def _show_as_newest(db: sqlite3.Connection) -> None:
 
 
 def ledger_rows(path: str, query: str, values: object = ()) -> list[dict]:
-    """The rows of a query on a ledger, which is only read. Raises Misconfigured."""
+    """Return the rows of a query on a ledger, which is only read. Raises Misconfigured."""
     with reading_ledger(path) as db:
         return [dict(row) for row in db.execute(query, values)]
 
 
 def usage_by(path: str, groups: Sequence[str], since_s: int = 0,
              until_s: int = MOST_SECONDS) -> list[dict]:
-    """What was spent from one time up to another, by some of USAGE_GROUPS; by none: in all.
+    """Return what was spent from one time up to another, by some of USAGE_GROUPS; by none: in all.
 
     Calls count at the time of their admission. Whole days come from their totals; of a part of a
     day, or by the hour, only days that are folded do, and those as if at their beginning.
@@ -9745,7 +9745,7 @@ def overview_of(rows: Sequence[Mapping]) -> dict:
 
 
 def usage_report(path: str, since_s: int = 0, until_s: int = MOST_SECONDS) -> dict:
-    """What was spent, as overview_of() has it."""
+    """Return what was spent, as overview_of() has it."""
     return overview_of(usage_by(path, USAGE_TABLES, since_s, until_s))
 
 
@@ -9753,13 +9753,13 @@ AUDIT_FAULTS = 1_000                          # of which the words are kept; all
 
 
 def text_digest(text: str) -> str:
-    """A short name for a text, by which it can be known again."""
+    """Return a short name for a text, by which it can be known again."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
 def audit_row(row: Mapping[str, object],
               rates: Optional[Mapping[str, frozenset]] = None) -> Optional[str]:
-    """What is wrong with a settled row, recomputed from what it stores; None if nothing is.
+    """Say what is wrong with a settled row, recomputed from what it stores; None if nothing is.
 
     `rates` are all that its price can bill; None: not known.
     """
@@ -9877,7 +9877,7 @@ class LedgerAudit:
             self.fault(row, fault)
 
     def _rates_of(self, row: Mapping[str, object]) -> Optional[Mapping[str, frozenset]]:
-        """All rates of the price that a row was billed by: as it is kept, else as it is today."""
+        """Return all rates of the price that a row was billed by: as kept, else as of today."""
         digest, key = row["price_row"], row["price_key"]
         if digest is not None or key is None or self._prices is None:
             return self._rates.get(digest)
@@ -9907,7 +9907,7 @@ class LedgerAudit:
                          "calls, {} microdollars".format(of, *sums, *rows))
 
     def _check_ids(self, db: sqlite3.Connection) -> None:
-        """Ids are given one by one, so that a gap is a row that vanished."""
+        """Look for gaps: ids are given one by one, so that each is a row that vanished."""
         state, old_gaps = self.state, self.state["base_id"] - self.state["base"]
         last, there = db.execute("SELECT COALESCE(MAX(id), 0), COUNT(*) FROM calls").fetchone()
         self.open = there - self.rows
@@ -9985,7 +9985,7 @@ def at_base_url(provider: Provider, url: str) -> Provider:
 
 
 def check_encrypted(name: str, url: str, allow_plain_http: bool) -> None:
-    """Raises Misconfigured where a key would travel over a network as it is."""
+    """Raise Misconfigured where a key would travel over a network as it is."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
             and not allow_plain_http:
@@ -9994,19 +9994,19 @@ def check_encrypted(name: str, url: str, allow_plain_http: bool) -> None:
 
 
 def check_unquoted(text: str) -> None:
-    """Raises ValueError for a value with the quotes that a shell would have taken off."""
+    """Raise ValueError for a value with the quotes that a shell would have taken off."""
     if re.match("[\"']|.*[\"']$", text):
         raise ValueError("holds quotes, which only a shell takes off: leave them out")
 
 
 def check_can_be_reread(path: Optional[str]) -> None:
-    """Raises Misconfigured for a pipe, which would hold up whoever opens it."""
+    """Raise Misconfigured for a pipe, which would hold up whoever opens it."""
     if path is not None and os.path.exists(path) and not os.path.isfile(path):
         raise Misconfigured(f"{path} is not a file, and can be read at the start only")
 
 
 def named_file(name: str, environ: Mapping[str, str]) -> str:
-    """The file that holds a secret, as a variable names it for another; "" where none does."""
+    """Return the file of a secret, as a variable names it for another; "" where none does."""
     path = environ.get(f"{name}_FILE", "") if name else ""
     if path and environ.get(name):
         raise Misconfigured(f"both {name} and {name}_FILE are set: leave one out")
@@ -10015,7 +10015,7 @@ def named_file(name: str, environ: Mapping[str, str]) -> str:
 
 def secret_in(path: str, held: Mapping[str, str],
               read: Callable[[str], str] = lambda text: text) -> str:
-    """The secret that a file holds, on its one line. A fault says nothing of what it is.
+    """Read the secret that a file holds on its one line. A fault says nothing of what it is.
 
     `held`: what files held before, by their paths: one that is broken now changes nothing, which
     is logged. Raises Misconfigured.
@@ -10042,7 +10042,7 @@ def secret_in(path: str, held: Mapping[str, str],
 
 def with_key(provider: Provider, environ: Mapping[str, str], *, allow_plain_http: bool = False,
              held: Mapping[str, str] = MappingProxyType({})) -> Provider:
-    """A provider with its key, if there is one: from its file, or from its variable or the file
+    """Return a provider with its key, if there is one: of its file, or of its variable or the file
     that this names. `held` is as for secret_in(). Raises Misconfigured."""
     name, path = provider.key_env, provider.key_file or named_file(provider.key_env, environ)
     key = secret_in(path, held) if path else environ.get(name, "").strip()
@@ -10073,7 +10073,7 @@ class Caller(NamedTuple):
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The scopes that its calls belong to, beside the proxy's."""
+        """Return the scopes that its calls belong to, beside the proxy's."""
         return () if self.name in RESERVED_NAMES else (self.name,)
 
     def has_expired(self) -> bool:
@@ -10129,7 +10129,7 @@ def new_token() -> str:
 
 
 def token_sha256(token: str) -> str:
-    """What is stored of a token."""
+    """Return what is stored of a token."""
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
@@ -10173,7 +10173,7 @@ def _is_a_pattern(value: object) -> bool:
 
 
 def parse_time(value: object) -> int:
-    """Unix seconds of "2026-12-31" or "2026-12-31T23:59:59Z", in UTC where it does not say."""
+    """Read "2026-12-31" or "2026-12-31T23:59:59Z", in UTC unless it says, as Unix seconds."""
     try:
         at = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", str(value)))
     except ValueError:
@@ -10235,13 +10235,13 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
 
 
 def _unknown_field(name: str, known: Iterable[str]) -> str:
-    """What is wrong with a field that there is not; what may be a secret is not shown."""
+    """Say what is wrong with a field that there is not; what may be a secret is not shown."""
     shown = name if re.fullmatch(r"[A-Za-z_]{1,32}", name) else "?"
     return f"has an unknown field {shown}{did_you_mean(name, known)}; there are {', '.join(known)}"
 
 
 def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dict:
-    """The values of an object in the file, by the names of our fields. Raises ValueError."""
+    """Read the values of an object in the file, by the names of our fields. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("must be an object")
     values: dict = {}
@@ -10257,7 +10257,7 @@ def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dic
 
 
 def caller_from(row: object) -> Caller:
-    """One token of a configuration. Raises ValueError, naming the field."""
+    """Read one token of a configuration. Raises ValueError, naming the field."""
     values = _read_fields(row, TOKEN_FIELDS)
     if "name" not in values or ("token" in row) == ("sha256" in row):
         raise ValueError("needs a name, and either token or sha256")
@@ -10269,7 +10269,7 @@ def caller_from(row: object) -> Caller:
 
 
 def provider_from(name: str, row: object) -> Provider:
-    """One provider of a configuration, without its key. Raises ValueError, naming the field."""
+    """Read one provider of the file, without its key. Raises ValueError, naming the field."""
     if not re.fullmatch(PROVIDER_NAME, name) or name in RESERVED_PROVIDERS:
         raise ValueError("must be named with a-z, 0-9, _ and -, and not as one of "
                          + ", ".join(sorted(RESERVED_PROVIDERS)))
@@ -10294,7 +10294,7 @@ class Config(NamedTuple):
     price_as: Mapping[str, str] = MappingProxyType({})            # pattern -> name of such a row
 
     def aliased(self, model: str) -> str:
-        """The model that a name stands for: itself, where no alias matches; the first that does."""
+        """Return the model that a name stands for: that of the first matching alias, or itself."""
         if model in self.aliases:
             return self.aliases[model]
         return next((target for pattern, target in self.aliases.items()
@@ -10306,7 +10306,7 @@ CONFIG_FIELDS = MappingProxyType({
 
 
 def read_config(path: str) -> dict:
-    """The JSON object in a configuration file. Raises Misconfigured."""
+    """Read the JSON object in a configuration file. Raises Misconfigured."""
     try:
         with open(path, encoding="utf-8") as file:
             parsed = json.load(file, parse_float=exact_number, parse_int=exact_integer,
@@ -10335,8 +10335,8 @@ def _names_to_names(parsed: Mapping[str, object], field: str, path: str) -> Mapp
 
 def load_config(path: str, environ: Mapping[str, str], *, allow_plain_http: bool = False,
                 held: Mapping[str, str] = MappingProxyType({})) -> Config:
-    """A configuration file, with keys as with_key() has them. Raises Misconfigured, naming what is
-    wrong in one line."""
+    """Read a configuration file, with keys as with_key() has them. Raises Misconfigured, which
+    says in one line what is wrong."""
     parsed = read_config(path)
     callers, providers = [], []
     for number, row in enumerate(parsed.get("tokens", []), 1):
@@ -11633,18 +11633,18 @@ class ClientRequest(NamedTuple):
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The scopes that it belongs to beside the proxy's: its token's, and its session's where
-        the token caps each."""
+        """Return the scopes that it belongs to beside the proxy's: its token's, and its session's
+        where the token caps each."""
         caller = self.caller
         return caller.scopes if caller.session_budget_microdollars is None else (
             *caller.scopes, session_scope(caller.name, self.attribution["session"]))
 
     def parsed(self) -> JsonBody:
-        """Its body as JSON, with the memory that it takes held. Raises BadRequest, ServerBusy."""
+        """Read its body as JSON, holding the memory for it. Raises BadRequest, ServerBusy."""
         return self.made(self.body, 0)
 
     def made(self, raw: bytes, beside: int) -> JsonBody:
-        """A body of it as JSON, likewise, while `beside` bytes are held for others."""
+        """Read a body of it as JSON, likewise, while `beside` bytes are held for others."""
         hold = self.memory.hold
         body = parse_json_object(raw, lambda size: hold(beside + len(raw) + size))
         hold(max(0, self.memory.parts["body"] - len(body.text)))        # as it was decoded
@@ -11688,7 +11688,7 @@ class Call:
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
 
     def intent_row(self) -> dict:
-        """The ledger's row as it is before the call is sent."""
+        """Return the ledger's row as it is before the call is sent."""
         return {**_NO_ROW, **self.request.attribution, "request_id": self.request.request_id,
                 "admitted_s": self.reservation.admitted_s, "token": self.request.caller.name,
                 "provider": self.provider.name, "model": ascii(self.model[:256])[1:-1],
@@ -11835,7 +11835,7 @@ def _bill_or_none(call: Call, prices: PriceBook,
 
 
 def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> Bill:
-    """The exact bill: by the answer's model, tier, speed and place; where it does not tell one,
+    """Make the exact bill: by the answer's model, tier, speed and place; where it names none,
     or names a model that this provider does not sell, by the request's."""
     asked, answered = call.body.fields, call.meter.model
     sold = prices.find(answered, call.provider.name) if answered is not None else None
@@ -11857,12 +11857,12 @@ def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) ->
 
 
 def count_scope(call: Call) -> tuple[str, str, str]:
-    """Whose counts a call's are: those of its token, provider and model."""
+    """Say whose counts a call's are: those of its token, provider and model."""
     return call.request.caller.name, call.provider.name, call.model
 
 
 def call_prompt(call: Call) -> Optional[Prompt]:
-    """A call's prompt as digests, made once; None where no count of it can be known."""
+    """Return a call's prompt as digests, made once; None where no count of it can be known."""
     if call.prompt is None:
         headers = call.request.head.headers
         call.prompt = prompt_of(call.api, call.body, (
@@ -11872,7 +11872,7 @@ def call_prompt(call: Call) -> Optional[Prompt]:
 
 
 def counts_of(call: Call, now_s: int) -> list[CountRow]:
-    """What the exact usage of a settled call teaches of its prompt, and of its response."""
+    """Return what the exact usage of a settled call teaches of its prompt, and of its response."""
     meter, charge = call.meter, call.charge
     if charge.estimated is not None or not charge.lines or call.has_failed \
             or meter.changed_its_input or "iterations" in (meter.usage or {}) \
@@ -12544,7 +12544,7 @@ class CageServer:
         return True
 
     def as_json(self) -> dict:
-        """What /ironcage/status says of it."""
+        """Return what /ironcage/status says of it."""
         lease = self.lease
         with self._changed:
             return {"url": self.url, "lease_id": None if lease is None else lease.lease_id,
@@ -12611,7 +12611,7 @@ class EngineAddress(NamedTuple):
 
 
 def parse_engine_url(text: str) -> EngineAddress:
-    """Where `--shared` leads. Raises ValueError, which shows nothing of it."""
+    """Read where `--shared` leads. Raises ValueError, which shows nothing of it."""
     try:
         parts = urllib.parse.urlsplit(text)
         user, password = (urllib.parse.unquote(part or "")
@@ -12673,7 +12673,7 @@ def replied() -> Iterator[None]:
 
 
 def engine_failure(error: EngineError, secret: str) -> EngineFailed:
-    """What an error of the engine means, in one line; it may repeat what it was sent."""
+    """Say what an error of the engine means, in one line; it may repeat what it was sent."""
     words = re.findall(r"[A-Z]{3,}", error.text)
     code = next((code for code in ENGINE_ERRORS if code in words), words[0] if words else "ERR")
     said = error.text.replace(secret, "***") if secret else error.text
@@ -12685,14 +12685,14 @@ def engine_failure(error: EngineError, secret: str) -> EngineFailed:
 # RESP2, the engine's protocol.
 
 def format_command(words: Sequence[Union[str, bytes, int]]) -> bytes:
-    """A command as the engine reads it."""
+    """Write a command as the engine reads it."""
     parts = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
     return b"*%d\r\n" % len(parts) + b"".join(
         [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
 def read_reply(part: Callable[..., bytes], depth: int = 0) -> Reply:
-    """One reply, from a reader of the next line or, given a size, of so many bytes.
+    """Read one reply, by a reader of the next line or, given a size, of so many bytes.
 
     Raises ValueError for what is none.
     """
@@ -12805,7 +12805,7 @@ class Engine:
 
     def ask(self, *commands: Sequence, run_id: Optional[str] = None,
             extra_s: float = 0) -> list[Reply]:
-        """The replies to commands, by a server of that run_id, if one is named."""
+        """Return the replies to commands, by a server of that run_id, if one is named."""
         deadline_s = time.monotonic() + self._deadline_s + extra_s
         while True:
             link, is_new, was_sent = self._pooled(), False, False
@@ -13111,7 +13111,7 @@ def _limit_word(amount: Optional[int]) -> str:
 
 def _row_settlement(row: Mapping[str, object], process: str, number: int, record: str,
                     ) -> Settlement:
-    """What the engine is told of a settled call, from its row in the ledger."""
+    """Make what the engine is to know of a settled call, from its row in the ledger."""
     counts = {"requests": 1, "estimated_requests": int(row["estimated"] is not None),
               "cost_microdollars": row["cost_microdollars"],
               **{name: row[name] or 0 for name in TOKEN_COUNTS}}
@@ -13122,13 +13122,13 @@ def _row_settlement(row: Mapping[str, object], process: str, number: int, record
 
 
 def count_to_json(row: CountRow) -> str:
-    """A count as the engine keeps it; digests in hexadecimal."""
+    """Write a count as the engine keeps it; digests in hexadecimal."""
     return json.dumps([cell.hex() if isinstance(cell, bytes) else cell
                        for cell in count_cells(row)])
 
 
 def count_from_json(text: bytes) -> CountRow:
-    """A count that another process kept. Raises ValueError, TypeError."""
+    """Read a count that another process kept. Raises ValueError, TypeError."""
     scope, digest, tokens, parts, *rest = json.loads(text)
     return count_from_cells(str(scope), bytes.fromhex(digest), int(tokens), bytes.fromhex(parts),
                             *rest)
@@ -13220,7 +13220,7 @@ class SharedAccounts:
                                 f"{err.reason}") from err
 
     def _found_cage(self) -> tuple[str, str]:
-        """The cage's generation, and the run_id of the engine. Raises Misconfigured."""
+        """Return the cage's generation, and the run_id of the engine. Raises Misconfigured."""
         found = self.engine.ask(["HGET", self._key, "generation"])[0]
         if not isinstance(found, bytes):
             raise Misconfigured(
@@ -13229,7 +13229,7 @@ class SharedAccounts:
         return found.decode("ascii", "replace"), self.engine.run_id
 
     def _checked_engine(self, fsync: bool) -> tuple[str, bool]:
-        """What a crash of the engine can forget, and whether reservations wait for its disk.
+        """Find what a crash of the engine can forget, and whether reservations wait for its disk.
 
         Raises Misconfigured where it may evict, or cannot give what --fsync asks for.
         """
@@ -13281,8 +13281,8 @@ class SharedAccounts:
     # Asking the engine.
 
     def _run(self, name: str, *words: object, flushed: bool = False) -> tuple:
-        """Run a script of the cage: what it found, and the amounts of scopes, which are kept as
-        known; `flushed`: and have the engine's disk hold it. Raises EngineFailed."""
+        """Run a script of the cage; return what it found, and the amounts of scopes, which are
+        kept as known; `flushed`: and have the engine's disk hold it. Raises EngineFailed."""
         then, extra_s = ([_FLUSH], DISK_DEADLINE_MS // 1000) if flushed else ([], 0)
 
         def evaluate(how: str, script: str) -> list[Reply]:
@@ -13327,7 +13327,7 @@ class SharedAccounts:
 
     def take(self, claim: Reservation, microdollars: int,
              least_free: Sequence[int]) -> Optional[list[Budget]]:
-        """As Accounts.take, by one exchange. One without a reply is cancelled."""
+        """Do as Accounts.take, by one exchange. One without a reply is cancelled."""
         if self._is_entering:
             raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
         number = next(self._numbers)
@@ -13356,7 +13356,7 @@ class SharedAccounts:
         return None
 
     def _end(self, settlement: Settlement, *, is_new: bool = True) -> None:
-        """A call of ours is over; it is to be told, unless it cannot be known there."""
+        """End a call of ours here; the engine is to hear of it, unless it cannot know the call."""
         with self._lock:
             self._open.pop(settlement.number, None)
             if is_new:
@@ -13364,7 +13364,7 @@ class SharedAccounts:
 
     def settle(self, claim: Reservation, microdollars: int,
                row: Optional[Mapping[str, object]] = None) -> None:
-        """As Accounts.settle. Where the engine is away the settlement is kept until it is back."""
+        """Do as Accounts.settle. While the engine is away the settlement is kept."""
         with self._lock:
             record = self._open.get(claim.number, "")
         settlement = Settlement(self._process, claim.number, record, microdollars) \
@@ -13375,7 +13375,7 @@ class SharedAccounts:
                 self._tell(settlement)
 
     def _tell(self, settlement: Settlement) -> None:
-        """Tell the engine of the end of a call. Raises EngineFailed."""
+        """Settle a call in the engine. Raises EngineFailed."""
         outcome, _ = self._run("settle", settlement.process, settlement.number, settlement.record,
                                settlement.microdollars, settlement.label, *settlement.counts)
         if outcome in _LATE:
@@ -13395,7 +13395,7 @@ class SharedAccounts:
 
     @property
     def _hold_s(self) -> float:
-        """How long nobody is admitted after a restart: a heartbeat, and the time to be heard."""
+        """Return for how long a restart bars admissions: a heartbeat, and the time to be heard."""
         return HEARTBEAT_S + 2 * ENGINE_DEADLINE_S
 
     def add_spend(self, microdollars: int) -> None:
@@ -13404,7 +13404,7 @@ class SharedAccounts:
                               f"0|{int(time.time())}|{PROXY_SCOPE}", microdollars))
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
-        """What scopes hold, all at one instant. Raises EngineFailed."""
+        """Return what scopes hold, all at one instant. Raises EngineFailed."""
         if self._is_closed:
             return self.known(scopes)
         for some in in_steps(scopes, AT_ONCE):
@@ -13412,7 +13412,7 @@ class SharedAccounts:
         return self.known(scopes)
 
     def known(self, scopes: Sequence[str]) -> list[Budget]:
-        """What was seen of scopes last, without asking."""
+        """Return what was seen of scopes last, without asking."""
         with self._lock, replied():
             return [self._known[scope] for scope in scopes]
 
@@ -13421,7 +13421,7 @@ class SharedAccounts:
         self.set_limits({"limit": limit_microdollars})
 
     def set_limits(self, changes: Mapping[str, object]) -> None:
-        """As Accounts.set_limits, for all processes."""
+        """Do as Accounts.set_limits, for all processes."""
         words = ["" if name not in changes else "=" if changes[name] is FLAGGED
                  else _limit_word(changes[name]) or "-" for name in ("limit", "stop_at")]
         refused, _ = self._run("limits", PROXY_SCOPE, *words)
@@ -13484,7 +13484,7 @@ class SharedAccounts:
             self._wakes.clear()
 
     def _catch_up(self) -> None:
-        """Enter what a restarted engine may have forgotten, and tell what it was not told."""
+        """Enter what a restarted engine may have forgotten, and settle what is not yet."""
         if self._is_entering:
             self._enter_again()
         with self._lock:
@@ -13565,14 +13565,14 @@ class SharedAccounts:
                     self._learn_count(count_from_json(text))
 
     def as_json(self) -> dict:
-        """What /ironcage/status says of it."""
+        """Return what /ironcage/status says of it."""
         with self._lock:
             return {"engine": str(self.engine.address), "cage": self.cage, "fault": self.fault,
                     "amounts_are": "of the cage", "calls_are": "of this process",
                     "unconfirmed_settlements": len(self._ending)}
 
     def close(self) -> None:
-        """Tell what is left to tell, and leave the cage."""
+        """Settle what is left to settle, and leave the cage."""
         self._is_stopping = True
         self._wakes.set()
         if self._thread is not None:
@@ -13589,7 +13589,7 @@ class SharedAccounts:
 
 
 def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[SharedAccounts]:
-    """The shared accounts that the settings name; None: this process keeps its own.
+    """Open the shared accounts that the settings name; None: this process keeps its own.
 
     Raises Misconfigured.
     """
@@ -13608,7 +13608,7 @@ def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[S
 
 
 def make_cage(engine: Engine, cage: str) -> bool:
-    """Make a cage, with nothing spent and no limits; whether there was one, which is forgotten.
+    """Make a cage, with nothing spent and no limits; return whether there was one, now forgotten.
 
     Processes that use it take no new calls until they are started again. Raises EngineFailed.
     """
@@ -13626,7 +13626,7 @@ def make_cage(engine: Engine, cage: str) -> bool:
 
 
 def shared_usage(engine: Engine, cage: str, since_s: int) -> dict:
-    """What a whole cage spent since a day, as usage_report() has it of a ledger.
+    """Return what a whole cage spent since a day, as usage_report() has it of a ledger.
 
     Raises EngineFailed; Misconfigured where there is none.
     """
