@@ -2329,12 +2329,17 @@ def mapped_strings(value: object, change: Callable[[str], str]) -> object:
     return change(value) if isinstance(value, str) else value
 
 
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for child in value.values() if isinstance(value, dict) else value:
-            yield from _strings(child)
+def strings_in(value: object, without: frozenset = frozenset()) -> list[str]:
+    """All strings in a value, but for names, and for what stands under some names."""
+    found, waiting = [], [value]
+    for part in waiting:                       # which grows as we go
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += [child for name, child in part.items() if name not in without]
+    return found
 
 
 def check_thread(fields: Mapping[str, object]) -> None:
@@ -2891,7 +2896,7 @@ def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
             or not part.keys().isdisjoint({"file_id", "file_url"}):
         return True
     return (kind in IMAGE_PART_TYPES or _is_unseen(kind, part)) and any(
-        re.match(URL_ELSEWHERE, text) for text in _strings(part))
+        re.match(URL_ELSEWHERE, text) for text in strings_in(part))
 
 
 FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
@@ -3138,20 +3143,11 @@ NO_TOKENS: Mapping[str, int] = dict.fromkeys(
 
 def _amount(api: str, part: Mapping[str, object]) -> int:
     """Return the tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
-    if "server_tool_use" in part:
-        return _count(part["server_tool_use"], "web_search_requests")
-    read = USAGE_READERS[api]
-    counts = [read({**NO_TOKENS, **entry}) for _, entry in billed_entries(part, "")]
-    return sum([usage.prompt_tokens + usage.completion_tokens for usage in counts])
-
-
-def _is_sound(api: str, usage: Mapping[str, object]) -> bool:
-    """Whether a usage object is well-formed, as nearly all are: at a third of the time."""
-    try:
-        USAGE_READERS[api]({**NO_TOKENS, **usage})
-    except MalformedUsage:
-        return False
-    return "iterations" not in usage and "server_tool_use" not in usage
+    total = _count(part.get("server_tool_use"), "web_search_requests")
+    for _, entry in billed_entries(part, ""):
+        usage = USAGE_READERS[api]({**NO_TOKENS, **entry})
+        total += usage.prompt_tokens + usage.completion_tokens
+    return total
 
 
 def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
@@ -3166,12 +3162,12 @@ def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
                                          written - hour)}}
 
 
-# What an answer of Responses consists of where no tool ran at the provider; and what one of
-# Messages has where one did.
-PLAIN_ITEM_TYPES = frozenset({
+# What answers consist of: items of Responses, and blocks of Messages. Any other is made by the
+# provider's own work, and comes with more input.
+PLAIN_TYPES = frozenset({
     "message", "reasoning", "function_call", "custom_tool_call", "local_shell_call", "shell_call",
-    "apply_patch_call", "computer_call", "tool_search_call"})
-PROVIDER_BLOCK_TYPES = frozenset({"server_tool_use", "mcp_tool_use", "compaction", "fallback"})
+    "apply_patch_call", "computer_call", "tool_search_call",
+    "text", "thinking", "redacted_thinking", "tool_use"})
 
 
 class AnswerMeter:
@@ -3181,7 +3177,8 @@ class AnswerMeter:
     input_is_last = False                       # the last report has the input that counts
     model: Optional[str] = None
     answer_id: Optional[str] = None
-    item_ids: tuple[str, ...] = ()              # of what a response consists of
+    item_ids: Sequence[str] = ()                # of what a response consists of
+    events: Sequence[dict] = ()                 # of an answer that was read whole and is a stream
     changed_its_input = False                   # by tools that the provider ran, or by edits
     service_tier: Optional[str] = None
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
@@ -3197,7 +3194,6 @@ class AnswerMeter:
 
     def __init__(self, api: str) -> None:
         self.api = api
-        self._amounts: dict[tuple, int] = {}    # of parts of `usage`, where they were compared
         self._finished: dict[str, bool] = {}    # by choice: its finish_reason came, and no more
 
     @property
@@ -3225,26 +3221,25 @@ class AnswerMeter:
         self.body_has_ended = True
         if is_event_stream(answer):
             self.output_bytes = 0
-            for event in EventSplitter().feed(answer + b"\n\n"):
-                self.read_event(event_data(event))
+            events = map(event_data, EventSplitter().feed(answer + b"\n\n"))
+            self.events = [event for event in map(self.read_event, events) if event is not None]
             return self.end_body()
-        value = self._value(answer[3:] if answer.startswith(BOM) else answer)
-        parsed = value if isinstance(value, dict) else None
-        if parsed is not None:
+        parsed = self._parsed(answer[3:] if answer.startswith(BOM) else answer)
+        if isinstance(parsed, dict):
             self.output_bytes = sum([_text_bytes(parsed.get(name))
                                      for name in ("choices", "content", "output")])
             self._read_result(parsed)
-            self.has_ended, self.awaits_usage = True, False
+            self._end()
             self._bytes_at_usage = self.output_bytes
-        return value
+        return parsed
 
     def read_event(self, data: bytes) -> Optional[dict]:
         """Read the data of one streamed event, and return it parsed; None if it is no object."""
         if data == b"[DONE]":
-            self.has_ended, self.awaits_usage = True, False
+            self._end()
             return None
-        parsed = self.parsed(data)
-        if parsed is None:
+        parsed = self._parsed(data)
+        if not isinstance(parsed, dict):
             if self.is_beyond_limits:                # all of it may be output
                 self.output_bytes += len(data)
             return None
@@ -3262,15 +3257,14 @@ class AnswerMeter:
     def end_body(self) -> None:
         """Note that the body ended in order: where all choices finished, the answer is whole."""
         self.body_has_ended = True
-        if self.has_finished():
-            self.has_ended, self.awaits_usage = True, False
+        if self._has_finished():
+            self._end()
 
-    def parsed(self, text: bytes) -> Optional[dict]:
-        """Return the JSON object in a text, or None."""
-        value = self._value(text)
-        return value if isinstance(value, dict) else None
+    def _end(self) -> None:
+        """Note that all of the answer was seen, so that no more usage will come."""
+        self.has_ended, self.awaits_usage = True, False
 
-    def _value(self, text: bytes) -> object:
+    def _parsed(self, text: bytes) -> object:
         """Return the JSON in a text that has the limits of a request's, or None."""
         try:
             if len(text) > UNCOUNTED_BYTES:
@@ -3295,23 +3289,20 @@ class AnswerMeter:
             self.answer_id = result["id"]
         if isinstance(result.get("service_tier"), str):
             self.service_tier = result["service_tier"]
-        output, content = result.get("output"), result.get("content")
-        if isinstance(output, list):
-            self.item_ids = tuple(item["id"] for item in output if isinstance(item, dict)
-                                  and isinstance(item.get("id"), str)
-                                  and isinstance(item.get("type"), str))
-            self.tool_calls = Counter(self.tool_calls) | Counter(
-                item["type"] for item in output if isinstance(item, dict)
-                and isinstance(item.get("type"), str))
-        self._note_changes(result, self.tool_calls,
-                           content if isinstance(content, list) else ())
+        types: Mapping[str, int] = {}
+        made = result.get("output", result.get("content"))
+        if isinstance(made, list):
+            items = [item for item in made if isinstance(item, dict)
+                     and isinstance(item.get("type"), str)]
+            types = Counter([item["type"] for item in items])
+            self.item_ids = [item["id"] for item in items if isinstance(item.get("id"), str)]
+            self.tool_calls = Counter(self.tool_calls) | types
+        self._note_changes(result, types)
 
-    def _note_changes(self, holder: Mapping[str, object], items: Iterable[str],
-                      blocks: Iterable[object]) -> None:
+    def _note_changes(self, holder: Mapping[str, object], types: Iterable[object] = ()) -> None:
         """Note what makes a provider count more, or less, than the prompt as it was sent."""
         edits = json_object(holder.get("context_management")).get("applied_edits")
-        self.changed_its_input |= bool(edits) or not PLAIN_ITEM_TYPES.issuperset(items) \
-            or any(json_object(block).get("type") in PROVIDER_BLOCK_TYPES for block in blocks)
+        self.changed_its_input |= bool(edits) or not PLAIN_TYPES.issuperset(map(str, types))
 
     def _report(self, usage: object) -> None:
         """Take one report of usage: of each part, the larger one of it and of those before."""
@@ -3324,12 +3315,12 @@ class AnswerMeter:
         if "iterations" in known and "iterations" not in reported:
             self.malformed = self.malformed or "its iterations are gone"
         merged = {**known, **reported}
-        is_sound = not known and _is_sound(self.api, reported)
+        is_sound = not known and self._counts(reported, {}) and "iterations" not in reported
         counted = []
         for names in USAGE_PARTS[self.api]:
             before = {name: known[name] for name in names if name in known}
             part = {name: reported[name] for name in names if name in reported}
-            counts = bool(part) and (is_sound or self._is_larger(names, part, before))
+            counts = bool(part) and (is_sound or self._counts(part, before))
             for name in {**before, **part}:
                 del merged[name]
             merged.update(_with_lifetimes(part, before) if counts else before)
@@ -3338,19 +3329,13 @@ class AnswerMeter:
         if counted[1]:
             self._bytes_at_usage = self.output_bytes
 
-    def _is_larger(self, names: tuple, part: Mapping[str, object],
-                   before: Mapping[str, object]) -> bool:
+    def _counts(self, part: Mapping[str, object], before: Mapping[str, object]) -> bool:
         """Whether a part of a report is well-formed, and no less than what was reported before."""
-        if names not in self._amounts:
-            self._amounts[names] = _amount(self.api, before)
         try:
-            amount = _amount(self.api, part)
+            return _amount(self.api, part) >= (_amount(self.api, before) if before else 0)
         except MalformedUsage as err:
             self.malformed = self.malformed or str(err)
             return False
-        is_larger = amount >= self._amounts[names]
-        self._amounts[names] = max(amount, self._amounts[names])
-        return is_larger
 
     def _read_chat_event(self, chunk: dict) -> None:
         choices = chunk.get("choices")
@@ -3362,10 +3347,10 @@ class AnswerMeter:
                 not shown and self._finished.get(index, False))
         if usage_in(chunk) is not None:
             # Running usage beside choices is not final before the end.
-            self.awaits_usage = bool(choices) or not self.has_finished()
+            self.awaits_usage = bool(choices) or not self._has_finished()
         self._read_result(chunk)
 
-    def has_finished(self) -> bool:
+    def _has_finished(self) -> bool:
         """Whether each choice of a chat stream has its finish reason."""
         return bool(self._finished) and all(self._finished.values())
 
@@ -3397,13 +3382,13 @@ class AnswerMeter:
             self.input_is_last = False
         elif kind == "message_delta" and event.get("usage") is not None:
             self._report(event["usage"])
-            self._note_changes(event, (), ())
+            self._note_changes(event)
             self.awaits_usage = json_object(event.get("delta")).get("stop_reason") is None
         elif kind == "message_stop":
-            self.has_ended, self.awaits_usage = True, False
+            self._end()
         elif kind != "message_delta":
             block = json_object(event.get("content_block"))
-            self._note_changes({}, (), (block,))
+            self._note_changes({}, [block["type"]] if "type" in block else ())
             if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
                 self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
 
@@ -3429,15 +3414,8 @@ NOT_OUTPUT_FIELDS = frozenset({"type", "role", "id", "call_id", "status"})
 
 def _text_bytes(value: object) -> int:
     """UTF-8 bytes of the text in a part of an answer: at least the tokens that made it."""
-    size, waiting = 0, [value]
-    for part in waiting:                       # which grows as we go
-        if isinstance(part, str):
-            size += len(part.encode("utf-8", "surrogatepass"))
-        elif isinstance(part, list):
-            waiting += part
-        elif isinstance(part, dict):
-            waiting += [child for name, child in part.items() if name not in NOT_OUTPUT_FIELDS]
-    return size
+    return sum([len(text.encode("utf-8", "surrogatepass"))
+                for text in strings_in(value, NOT_OUTPUT_FIELDS)])
 
 
 class Inflater:
@@ -3497,13 +3475,6 @@ def inflated(body: bytes, encoding: str, hold: Callable[[int], None]) -> bytes:
         return b"" if inflate is None else gathered(inflate(body), hold)
     except (zlib.error, OverflowError, BadRequest, ServerBusy):
         return b""
-
-
-def events_in(body: bytes) -> list[dict]:
-    """Return the JSON events of a body that is a stream, whole; none of any other."""
-    events = EventSplitter().feed(body + b"\n\n") if is_event_stream(body) else ()
-    parse = AnswerMeter("chat").parsed
-    return [event for event in map(parse, map(event_data, events)) if event is not None]
 
 
 def is_error(answer: object) -> bool:
@@ -7865,8 +7836,8 @@ def estimated_input_tokens(fields: Mapping[str, object]) -> int:
               if kind in IMAGE_PART_TYPES]
     names = ("system", "messages", "tools", "instructions", "input")
     sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names
-                for text in _strings(fields.get(name)))
-    sizes -= sum(map(len, _strings(images)))
+                for text in strings_in(fields.get(name)))
+    sizes -= sum(map(len, strings_in(images)))
     messages = fields.get("messages", fields.get("input"))
     count = len(messages) if isinstance(messages, list) else 0
     return -int(-max(0, sizes) // ESTIMATE_BYTES_PER_TOKEN) + 8 * count \
@@ -14416,7 +14387,7 @@ class Router:
         _, raw, parsed = self._whole_body(call, response, response.reads(), headers)
         if raw is None:
             raise UpstreamBroke(BEYOND_LIMITS)
-        events = events_in(raw)
+        events = call.meter.events
         parsed = events[-1] if events else parsed
         if parsed is None:
             parsed = raw[:500].decode("utf-8", "replace")
