@@ -3652,6 +3652,21 @@ class Part:
         self.__dict__ = more
         self.kind, self.text = kind, text
 
+    def opened(self) -> Opened:
+        """Begin, in an answer that is read, without a text."""
+        self.pieces, self.text = [], ""
+        return Opened(self)
+
+    def grown(self, text: str) -> More:
+        """Go on."""
+        self.pieces.append(text)
+        return More(self, text)
+
+    def closed(self) -> Closed:
+        """End: the text is all that came."""
+        self.text = "".join(self.pieces)
+        return Closed(self)
+
 
 class Citation(NamedTuple):
     """A place of the web that a text goes back to."""
@@ -5851,7 +5866,8 @@ MESSAGES_TAKES = frozenset({
     "mcp_servers", "container"})
 THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
 ASKED_TIERS = MappingProxyType({"auto": "auto", "standard_only": "default"})
-MESSAGES_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none"})
+MESSAGES_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none",
+                                     "tool": "tool"})
 
 
 def read_messages_request(fields: Mapping[str, object]) -> Conversation:
@@ -5865,7 +5881,7 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
     _read_user(fields, conversation)
     messages = messages_in(fields, "messages")
     _read_output_config(fields, messages, conversation)
-    system = [part for part in _message_parts(fields.get("system"), "system")
+    system = [part for part in _message_parts(fields.get("system"))
               if not part.text.startswith(CLAUDE_CODE_BILLING)]
     conversation.turns = [Turn("system", system)] * bool(system)
     added, removed = _read_messages(messages, conversation)
@@ -5874,12 +5890,12 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
         _tool_of_claude(row, conversation) for row in rows
         if row.get("name") != DEFERRED_TOOLS and str(row.get("name")) not in removed]
     choice = object_in(fields, "tool_choice")
-    if choice.get("type") == "tool":
-        conversation.choice = Choice("tool", text_in(choice, "name", in_request("tool_choice")))
-    elif str(choice.get("type")) in MESSAGES_CHOICES:
-        conversation.choice = Choice(MESSAGES_CHOICES[choice["type"]])
-    elif choice:
-        raise BadRequest("tool_choice is not one of auto, any, tool, none", param="tool_choice")
+    if choice:
+        mode = MESSAGES_CHOICES.get(str(choice.get("type")))
+        if mode is None:
+            raise BadRequest("tool_choice is not one of auto, any, tool, none",
+                             param="tool_choice")
+        conversation.choice = Choice(mode, text_in(choice, "name", in_request("tool_choice")))
     conversation.one_call_at_a_time = choice.get("disable_parallel_tool_use") is True
     return conversation
 
@@ -5936,12 +5952,7 @@ def _read_messages(messages: Sequence[Mapping[str, object]],
             _read_tool_changes(_parts_of(content), added, removed)
             if message.get("clear_at") == "next_user_message" and at < last_user:
                 content = None
-        parts = _message_parts(content, "messages")
-        turns = conversation.turns
-        if turns and role == "assistant" == turns[-1].role:
-            turns[-1].parts.extend(parts)          # Anthropic reads a run as one
-        else:
-            turns.append(Turn(role, parts))
+        conversation.turns.append(Turn(role, _message_parts(content)))
     return added, removed
 
 
@@ -5973,7 +5984,7 @@ def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> To
                     key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
 
 
-def _message_parts(content: object, field: str) -> list[Part]:
+def _message_parts(content: object) -> list[Part]:
     parts = []
     for row in _parts_of(content):
         read = _BLOCKS_READ.get(str(row.get("type")))
@@ -5993,7 +6004,7 @@ def _media_blocks(row: Mapping[str, object]) -> list[Part]:
                                           native=row, origin="messages",
                                           mark=row.get("cache_control"))
     if kind == "content":
-        return _message_parts(source.get("content"), "messages")
+        return _message_parts(source.get("content"))
     if kind == "base64":
         part.media, part.data = (text_in(source, name, IN_MESSAGES)
                                  for name in ("media_type", "data"))
@@ -6046,19 +6057,20 @@ class _MessagesRequest(RequestWriter):
         self._claude = claude_of(conversation.model)
         self._enforced: Counter = Counter()        # of MOST_ENFORCED
         self._system: list[dict] = []
+        self._thinking: Mapping[str, object] = {}  # what the request says of it
 
     def request(self) -> dict:
         """Return the request."""
-        asked, target = self._asked, self._target
+        asked, most = self._asked, self._target.most_output_tokens
         passed = self._left_over(MESSAGES_TAKES)
-        most = target.most_output_tokens
-        default = most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS)
-        request: dict = {"model": asked.model,
-                         "max_tokens": self._cap() or default}
+        cap = self._cap() or (most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS))
+        request: dict = {"model": asked.model, "max_tokens": cap}
         tools = self._written_tools()
         self._set_thinking(request, passed.pop("thinking", None))
-        messages = request["messages"] = self._messages(self._thinks(request))
-        self._carry_thinking(request, tools)
+        messages = request["messages"] = self._messages()
+        self._carry_thinking(messages, tools)
+        if self._thinking:
+            request["thinking"] = self._thinking
         if tools:
             request["tools"] = tools
             self._set_tool_choice(request)
@@ -6094,19 +6106,16 @@ class _MessagesRequest(RequestWriter):
                 else user}}
         return {name: value for name, value in optional.items() if value}
 
-    @staticmethod
-    def _thinks(request: Mapping[str, object]) -> bool:
-        return "thinking" in request \
-            and json_object(request["thinking"]).get("type") in ("enabled", "adaptive")
+    @property
+    def _thinks(self) -> bool:
+        return self._thinking.get("type") in ("enabled", "adaptive")
 
     def _set_sampling(self, request: dict) -> None:
-        thinks = self._thinks(request)
+        takes = self._claude.sampling and not self._thinks
         for name, value in self._asked.sampling.items():
-            if value == 1 and name != "top_k" and (thinks or not self._claude.sampling):
-                continue
-            if not self._claude.sampling or thinks or (name == "top_p"
-                                                       and "temperature" in request):
-                self._losses.drop(name)
+            if not takes or (name == "top_p" and "temperature" in request):
+                if takes or value != 1 or name == "top_k":
+                    self._losses.drop(name)
                 continue
             if name == "temperature" and value > 1:
                 self._losses.adjust(name, 1)
@@ -6120,44 +6129,57 @@ class _MessagesRequest(RequestWriter):
         kind, budget = map(json_object(own).get, ("type", "budget_tokens"))
         if kind == "disabled" or (type(budget) is int if kind == "enabled"
                                   else kind == "adaptive" and not claude.manual_thinking):
-            request["thinking"] = own
+            self._thinking = own
         elif own is not None:
             effort = effort or ("medium" if own else "none")
             self._losses.adjust("thinking", effort)
         if effort is None:
             return
-        if "thinking" in request:                  # the client's own counts
+        if self._thinking:                         # the client's own counts
             self._losses.drop("effort")
         elif effort == "none":
             if not claude.may_not_think:
                 self._losses.adjust("effort", "low")
                 request["output_config"] = {"effort": "low"}
             elif not claude.manual_thinking:
-                request["thinking"] = {"type": "disabled"}
+                self._thinking = {"type": "disabled"}
         elif claude.manual_thinking:
             if request["max_tokens"] <= THINKING_BUDGETS["minimal"]:
                 self._losses.drop("effort")
                 return
-            request["thinking"] = {"type": "enabled", "budget_tokens": min(
+            self._thinking = {"type": "enabled", "budget_tokens": min(
                 THINKING_BUDGETS[effort], request["max_tokens"] - 1)}
         else:
             lowered = lowered_effort(effort, claude.efforts)
             if effort not in ("minimal", lowered):
                 self._losses.adjust("effort", lowered)
-            request["thinking"] = {"type": "adaptive"}
+            self._thinking = {"type": "adaptive"}
             request["output_config"] = {"effort": lowered}
-        if self._asked.summary and self._thinks(request):
-            request["thinking"] = {**request["thinking"], "display": "summarized"}
+        if self._asked.summary and self._thinks:
+            self._thinking = {**self._thinking, "display": "summarized"}
 
-    def _carry_thinking(self, request: dict, tools: object) -> None:
+    def _carry_thinking(self, messages: list[dict], tools: list[dict]) -> None:
         """Have the history's thinking as Claude takes it."""
         asked = self._asked
-        if self._thinks(request) or not self._claude.may_not_think:
-            self._recall_thinking(request["messages"], [
+        if self._thinks or not self._claude.may_not_think:
+            self._recall_thinking(messages, [
                 self._system, tools, asked.choice, asked.one_call_at_a_time, asked.format])
-        self._check_thinking(request)
-        if "thinking" not in asked.rest and self._thinks(request):
-            self._loosen_binding(request)
+        # A budgeted thought goes on after a tool's result only where its beginning came along.
+        last = next((turn["content"] for turn in reversed(messages)
+                     if turn["role"] == "assistant"), [])
+        if self._thinking.get("type") == "enabled" \
+                and any(block["type"] == "tool_use" for block in last) \
+                and "thinking" not in last[0]["type"]:
+            self._losses.drop("thinking")
+            self._thinking = {}
+        # Clients of other APIs that bring thinking back may change what was before it (a date, a
+        # shorter history), unaware: what is bound to that is left out.
+        if "thinking" not in asked.rest and self._thinks \
+                and re.match(BINDING_MODELS, asked.model) and any(
+                    "thinking" in block["type"] for turn in messages for block in turn["content"]):
+            self._thinking = {**self._thinking, "block_binding": {
+                "prefix_mismatch_behavior": "drop_block"}}
+            self.terms.betas = (*self.terms.betas, BINDING_BETA)
 
     def _recall_thinking(self, messages: list[dict], before: object) -> None:
         """Give turns their thinking back that the client left out. Claude takes it only where
@@ -6171,26 +6193,6 @@ class _MessagesRequest(RequestWriter):
                 {name: value for name, value in block.items() if name != "cache_control"}
                 for block in turn["content"])]))
         self.terms.digest = digest.hexdigest()
-
-    def _loosen_binding(self, request: dict) -> None:
-        """Have thinking that is bound to another conversation left out: clients of other APIs that
-        bring it back may change what was before it (a date, a shorter history), unaware."""
-        if re.match(BINDING_MODELS, request["model"]) and any(
-                "thinking" in block["type"] for turn in request["messages"]
-                for block in turn["content"]):
-            request["thinking"]["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
-            self.terms.betas = (*self.terms.betas, BINDING_BETA)
-
-    def _check_thinking(self, request: dict) -> None:
-        """A budgeted thought goes on after a tool's result only where its beginning came along."""
-        if json_object(request.get("thinking")).get("type") != "enabled":
-            return
-        last = next((turn["content"] for turn in reversed(request["messages"])
-                     if turn["role"] == "assistant"), [])
-        if any(block["type"] == "tool_use" for block in last) \
-                and last[0]["type"] not in ("thinking", "redacted_thinking"):
-            self._losses.drop("thinking")
-            del request["thinking"]
 
     def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
         """Whether the model can be held to a schema; what it adds to the request is counted."""
@@ -6214,7 +6216,7 @@ class _MessagesRequest(RequestWriter):
                 "type": "json_schema", "schema": claude_schema(schema)}
             return
         if json_object(schema).get("type") == "object" and self._claude.forced_tools \
-                and "thinking" not in request and "tools" not in request:
+                and not self._thinking and "tools" not in request:
             self._losses.adjust("format", "tool")
             self.terms.answers_by_tool = True
             request["tools"] = [{"name": ANSWER_TOOL, "input_schema": object_schema(schema),
@@ -6262,9 +6264,8 @@ class _MessagesRequest(RequestWriter):
                 choice["name"] = self._names.fitting(wanted.name, wanted.namespace)
         if self._asked.one_call_at_a_time and choice.get("type") != "none":
             choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
-        thinks_by_budget = json_object(request.get("thinking")).get("type") == "enabled"
-        if choice.get("type") in ("any", "tool") \
-                and (thinks_by_budget or not self._claude.forced_tools):
+        if choice.get("type") in ("any", "tool") and (
+                self._thinking.get("type") == "enabled" or not self._claude.forced_tools):
             which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
             self._losses.adjust("choice", "auto")
             self._system.append({"type": "text", "text": f"Call {which} now."})
@@ -6272,66 +6273,49 @@ class _MessagesRequest(RequestWriter):
         if choice:
             request["tool_choice"] = choice
 
-    def _messages(self, thinks: bool) -> list[dict]:
-        turns: list[dict] = []
-        leading: list[dict] = []
-        later: list[dict] = []         # system messages after the first user's: behind that turn
+    def _messages(self) -> list[dict]:
+        """Return the messages; the system prompt is kept aside."""
         ids = CallIds(r"[A-Za-z0-9_-]+", "toolu_")
-        for role, parts in paired(self._asked.turns, ids, self._losses):
-            blocks = self._blocks(parts)
-            if not blocks:
-                continue
-            if role == "assistant":
-                self._add_later_system(turns, later)
-                later = []
-            if role == "system" and not turns:
-                leading += blocks
-            elif role == "system" and self._claude.later_system:
-                later += blocks
-            elif role == "system":
-                self._say_as_user(turns, blocks)
-            elif turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += blocks
-            else:
-                turns.append({"role": role, "content": blocks})
-        self._add_later_system(turns, later)
-        if not turns and leading:                  # there must be one message
-            turns.append({"role": "user", "content": [leading.pop()]})
-        if not turns:
+        written = [(role, self._blocks(parts))
+                   for role, parts in paired(self._asked.turns, ids, self._losses)]
+        rows = [(role, blocks) for role, blocks in written if blocks]
+        start = next((at for at, (role, _) in enumerate(rows) if role != "system"), len(rows))
+        self._system = [block for _, blocks in rows[:start] for block in blocks]
+        messages: list[dict] = []
+        for _, run in itertools.groupby(rows[start:], lambda row: row[0] == "assistant"):
+            messages += self._merged(run)
+        if not messages and self._system:          # there must be one
+            messages = [{"role": "user", "content": [self._system.pop()]}]
+        if not messages:
             raise BadRequest("messages have no content", param="messages")
-        self._system = leading
-        if turns[0]["role"] == "assistant":
+        if messages[0]["role"] == "assistant":
             self._losses.adjust("turns", "user-first")
-            turns.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
-        self._end_with_user(turns, thinks)
-        return turns
+            messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+        last = messages[-1]
+        if last["role"] == "assistant" and (self._thinks or not self._claude.prefill):
+            self._losses.adjust("prefill", "continued")
+            messages.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
+        elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
+            last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+        return messages
 
-    def _add_later_system(self, turns: list[dict], blocks: list[dict]) -> None:
-        """A system message stands behind a user's turn only; elsewhere it is said as the user."""
-        if blocks and turns[-1]["role"] == "user":
-            turns.append({"role": "system", "content": blocks})
-        elif blocks:
-            self._say_as_user(turns, blocks)
+    def _merged(self, run: Iterable[tuple[str, list[dict]]]) -> list[dict]:
+        """Return what is said up to the other side's turn: one message of each role. A system
+        message stands behind a user's only; elsewhere it is said as the user."""
+        merged: dict[str, list[dict]] = {}
+        for role, blocks in run:
+            if role == "system" and not self._claude.later_system:
+                role, blocks = "user", self._as_user(blocks)
+            merged.setdefault(role, []).extend(blocks)
+        if [*merged] == ["system"]:
+            merged = {"user": self._as_user(merged["system"])}
+        return [{"role": role, "content": merged[role]}
+                for role in ("assistant", "user", "system") if role in merged]
 
-    def _say_as_user(self, turns: list[dict], blocks: list[dict]) -> None:
+    def _as_user(self, blocks: list[dict]) -> list[dict]:
         self._losses.adjust("later_system", "user")
-        marked = [{**block, "text": LATER_SYSTEM + block["text"]}
-                  if "text" in block else block for block in blocks]
-        if turns[-1]["role"] == "user":
-            turns[-1]["content"] += marked
-        else:
-            turns.append({"role": "user", "content": marked})
-
-    def _end_with_user(self, turns: list[dict], thinks: bool) -> None:
-        last = turns[-1]
-        if last["role"] != "assistant":
-            return
-        if self._claude.prefill and not thinks:
-            if last["content"][-1]["type"] == "text":
-                last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
-            return
-        self._losses.adjust("prefill", "continued")
-        turns.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
+        return [{**block, "text": LATER_SYSTEM + block["text"]} if "text" in block else block
+                for block in blocks]
 
     @staticmethod
     def _limit_cache_marks(request: Mapping[str, object]) -> None:
@@ -6448,122 +6432,128 @@ def messages_stream_of(message: Mapping[str, object]) -> Iterator[dict]:
 
 def messages_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Iterator[AnswerEvent]:
     """Read Anthropic's stream of an answer."""
-    reader = _BlockReader()
+    usage: dict = {}
+    end: dict = {}                                   # what the last delta said
+    parts: dict[str, Part] = {}                      # by the index of their blocks
     for event in stream:
-        read = _BLOCK_READERS.get(str(event.get("type")))
-        if read is not None:
-            yield from read(reader, event)
+        kind, index = event.get("type"), str(event.get("index"))
+        part = parts.get(index)
+        if kind == "content_block_delta" and part is not None:
+            yield from _block_grown(part, json_object(event.get("delta")))
+        elif kind == "content_block_start":
+            block = json_object(event.get("content_block"))
+            part = parts[index] = _part_of_block(block)
+            yield part.opened()
+            text = block.get("thinking" if part.kind == "thought" else "text")
+            if isinstance(text, str) and text:
+                yield part.grown(text)
+        elif kind == "content_block_stop" and part is not None:
+            yield from _block_over(part)
+        elif kind == "ping":
+            yield PING
+        elif kind == "message_start":
+            message = json_object(event.get("message"))
+            usage.update(json_object(message.get("usage")))
+            yield Began(str(message.get("id") or ""), message.get("model"), _tier_of(usage))
+        elif kind == "message_delta":
+            usage.update((name, value) for name, value in json_object(event.get("usage")).items()
+                         if value is not None)
+            end.update(json_object(event.get("delta")))
+        elif kind == "message_stop":
+            yield _end_of_message(end, usage)
 
 
-class _BlockReader:
-    """The state of one stream of Anthropic's."""
+def _part_of_block(block: Mapping[str, object]) -> Part:
+    part = Part(BLOCK_KINDS.get(str(block.get("type")), "other"), native={**block},
+                origin="messages", citations=_citations_of(block.get("citations")))
+    if part.kind in ("call", "search"):
+        part.id, part.name = str(block.get("id") or ""), str(block.get("name") or "")
+    return part
 
-    def __init__(self) -> None:
-        self._has_begun = False
-        self._usage: dict = {}
-        self._end: dict = {}                         # what the last delta said
-        self._parts: dict[object, Part] = {}         # by the index of their blocks
 
-    def _begin(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        message = json_object(event.get("message"))
-        self._has_begun = True
-        self._usage.update(json_object(message.get("usage")))
-        return [Began(str(message.get("id") or ""), message.get("model"), self._tier())]
+def _citations_of(rows: object) -> tuple[Citation, ...]:
+    return tuple(Citation(str(row.get("url") or ""), str(row.get("title") or ""))
+                 for row in _parts_of(rows) if row.get("type") == "web_search_result_location")
 
-    def _tier(self) -> Optional[str]:
-        return SERVED_TIERS.get(str(self._usage.get("service_tier")))
 
-    def _begin_block(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        block = json_object(event.get("content_block"))
-        kind = BLOCK_KINDS.get(str(block.get("type")), "other")
-        part = Part(kind, native=dict(block), origin="messages", pieces=[],
-                    found=[*_parts_of(block.get("citations"))])
-        if kind in ("call", "search"):
-            part.id, part.name = str(block.get("id") or ""), str(block.get("name") or "")
-        self._parts[str(event.get("index"))] = part
-        yield Opened(part)
-        text = block.get("thinking" if kind == "thought" else "text")
-        if isinstance(text, str) and text:
-            part.pieces.append(text)
-            yield More(part, text)
-
-    def _add_to_block(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        part = self._parts.get(str(event.get("index")))
-        delta = json_object(event.get("delta"))
-        name = _DELTA_FIELDS.get(str(delta.get("type")))
-        more = delta.get(name)
-        if part is None or not more:
-            return ()
-        if name == "citation":
-            part.found += _parts_of(more)
-        elif not isinstance(more, str):
-            raise IN_ANSWER(name, "a string")
-        elif name == "signature":
-            part.native["signature"] = str(part.native.get("signature") or "") + more
-        else:
-            part.pieces.append(more)
-            if part.kind in _STREAMED_KINDS:
-                return [More(part, more)]
+def _block_grown(part: Part, delta: Mapping[str, object]) -> Iterable[AnswerEvent]:
+    name = _DELTA_FIELDS.get(str(delta.get("type")))
+    more = delta.get(name)
+    if not more:
         return ()
+    if name == "citation":
+        part.citations += _citations_of(more)
+    elif not isinstance(more, str):
+        raise IN_ANSWER(name, "a string")
+    elif name == "signature":
+        part.native["signature"] = str(part.native.get("signature") or "") + more
+    else:
+        grown = part.grown(more)
+        return [grown] if part.kind in _STREAMED_KINDS else ()
+    return ()
 
-    def _end_block(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        part = self._parts.get(str(event.get("index")))
-        if part is None:
-            return
-        if part.native.get("type") == "tool_use" and not part.pieces:      # without arguments
-            part.pieces.append(input_to_arguments(part.native.get("input")))
-            yield More(part, part.pieces[0])
-        part.text = "".join(part.pieces)
-        if part.kind == "search":
-            given = arguments_to_input(part.text) or json_object(part.native.get("input"))
-            part.text = str(given.get("query") or "")
-        elif part.native.get("type") == "thinking":
-            part.native["thinking"] = part.text
-        part.citations = tuple(
-            Citation(str(row.get("url") or ""), str(row.get("title") or ""))
-            for row in part.found if row.get("type") == "web_search_result_location")
-        yield Closed(part)
 
-    def _hear_end(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        self._usage.update({name: value for name, value in json_object(event.get("usage")).items()
-                            if value is not None})
-        self._end.update(json_object(event.get("delta")))
-        return ()
+def _block_over(part: Part) -> Iterator[AnswerEvent]:
+    if part.native.get("type") == "tool_use" and not part.pieces:      # without arguments
+        yield part.grown(input_to_arguments(part.native.get("input")))
+    over = part.closed()
+    if part.kind == "search":
+        given = arguments_to_input(part.text) or json_object(part.native.get("input"))
+        part.text = str(given.get("query") or "")
+    elif part.native.get("type") == "thinking":
+        part.native["thinking"] = part.text
+    yield over
 
-    def _finish(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        stop = str(self._end.get("stop_reason"))
-        details = json_object(self._end.get("stop_details"))
-        refusal = str(details.get("explanation")
-                      or f"refused: {details.get('category') or 'no reason given'}")
-        return [Ended(REASONS_OF_STOP.get(stop, "end"), tokens_of("messages", self._usage),
-                      self._end.get("stop_sequence"), refusal if stop == "refusal" else None,
-                      self._tier())]
+
+def _tier_of(usage: Mapping[str, object]) -> Optional[str]:
+    return SERVED_TIERS.get(str(usage.get("service_tier")))
+
+
+def _end_of_message(end: Mapping[str, object], usage: Mapping[str, object]) -> Ended:
+    stop, details = str(end.get("stop_reason")), json_object(end.get("stop_details"))
+    refusal = str(details.get("explanation")
+                  or f"refused: {details.get('category') or 'no reason given'}")
+    return Ended(REASONS_OF_STOP.get(stop, "end"), tokens_of("messages", usage),
+                 end.get("stop_sequence"), refusal if stop == "refusal" else None, _tier_of(usage))
 
 
 _DELTA_FIELDS = MappingProxyType({
     "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
     "citations_delta": "citation", "signature_delta": "signature"})
 _STREAMED_KINDS = frozenset({"text", "thought", "call"})
-_BLOCK_READERS = MappingProxyType({
-    "message_start": _BlockReader._begin, "content_block_start": _BlockReader._begin_block,
-    "content_block_delta": _BlockReader._add_to_block,
-    "content_block_stop": _BlockReader._end_block, "message_delta": _BlockReader._hear_end,
-    "ping": lambda reader, event: (PING,), "message_stop": _BlockReader._finish})
+
+
+def one_at_a_time(events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
+    """Yield an answer's events with one part open at a time: what comes of the others is held
+    back until that is closed."""
+    held: dict[Part, list[AnswerEvent]] = {}
+    first: Optional[Part] = None                     # the part that is open
+    for event in events:
+        part = getattr(event, "part", first)
+        first = first or part
+        if part is not first:
+            held.setdefault(part, []).append(event)
+            continue
+        yield event
+        while type(event) is Closed:
+            first = next(iter(held), None)
+            if first is None:
+                break
+            for event in held.pop(first):
+                yield event
 
 
 class MessagesWriter(AnswerWriter):
-    """Writes an answer as a message, whole or as a stream.
-
-    In a stream one block is open at a time: a part that begins while another is open is held back
-    until that is closed. Arguments are, too, until they are seen to be an object.
-    """
+    """Writes an answer as a message, whole or as a stream, where one block is open at a time."""
 
     def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
         self._index = 0                              # of the next block
-        self._open: Optional[Part] = None
-        self._json: Optional[str] = None             # arguments held back; None: they pass
-        self._held: dict[Part, list[str]] = {}       # what came of each, in order
-        self._over: set[Part] = set()                # those of the held that are closed
+        self._held: Optional[str] = None             # arguments that may be no object; None: they
+        # are seen to be one, and pass
+
+    def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
+        """Yield an answer as the stream's events."""
+        return super().events(one_at_a_time(events))
 
     def whole(self, answer: Whole) -> dict:
         """Return an answer as a message."""
@@ -6576,65 +6566,46 @@ class MessagesWriter(AnswerWriter):
         return [{"type": "message_start", "message": empty_message(event)}, {"type": "ping"}]
 
     def _opened(self, event: Opened) -> Iterable[dict]:
-        if self._open is None:
-            return self._start(event.part)
-        self._held[event.part] = []
-        return ()
-
-    def _start(self, part: Part) -> Iterable[dict]:
-        self._open, self._json = part, "" if part.kind == "call" else None
-        blank = _BLANK_BLOCKS.get(part.kind)
-        if blank is None:                            # it is written at its end
+        part, row = event.part, _STREAMED_BLOCKS.get(event.part.kind)
+        if row is None:                              # it is written at its end
             return ()
+        self._held = "" if part.kind == "call" else None
         own = {"id": part.id, "name": part.name} if part.kind == "call" else {}
-        return [{"type": "content_block_start", "index": self._index,
-                 "content_block": {**blank, **own}}]
+        return [self._start({**row[0], **own})]
+
+    def _start(self, block: dict) -> dict:
+        return {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _more(self, event: More) -> Iterable[dict]:
         part, text = event
-        if part is not self._open:
-            self._held[part].append(text)
-            return ()
-        if self._json is not None:
-            text = self._json = self._json + text
+        row = _STREAMED_BLOCKS.get(part.kind)
+        if self._held is not None:
+            text = self._held = self._held + text
             if part.is_text or not re.match(OBJECT_START, text):
                 return ()
-            self._json = None
-        name = _BLOCK_DELTAS.get(part.kind)
-        return () if name is None else [self._delta(name, text)]
+            self._held = None
+        return () if row is None else [self._delta(*row[1:], text)]
 
-    def _delta(self, name: str, text: str) -> dict:
+    def _delta(self, kind: str, name: str, text: str) -> dict:
         return {"type": "content_block_delta", "index": self._index,
-                "delta": {"type": f"{_DELTA_KINDS[name]}_delta", name: text}}
+                "delta": {"type": kind, name: text}}
 
     def _closed(self, event: Closed) -> Iterable[dict]:
-        if event.part is not self._open:
-            self._over.add(event.part)
-            return
-        yield from self._stop(event.part)
-        while self._held and self._open is None:
-            part = next(iter(self._held))
-            yield from self._start(part)
-            for text in self._held.pop(part):
-                yield from self._more(More(part, text))
-            if part in self._over:
-                yield from self._stop(part)
-
-    def _stop(self, part: Part) -> Iterable[dict]:
-        self._open = None
-        if part.kind not in _BLANK_BLOCKS:
+        part, held = event.part, self._held
+        self._held = None
+        if part.kind not in _STREAMED_BLOCKS:
             for block in _answer_blocks(part):
-                yield {"type": "content_block_start", "index": self._index,
-                       "content_block": block}
-                yield self._stopped()
+                yield self._start(block)
+                yield self._stop()
             return
         if part.kind == "thought":
-            yield self._delta("signature", str(thinking_block(part).get("signature") or ""))
-        elif self._json is not None:
-            yield self._delta("partial_json", plain_json(call_input(part)))
-        yield self._stopped()
+            signature = str(thinking_block(part).get("signature") or "")
+            yield self._delta("signature_delta", "signature", signature)
+        elif held is not None:
+            yield self._delta("input_json_delta", "partial_json", plain_json(call_input(part)))
+        yield self._stop()
 
-    def _stopped(self) -> dict:
+    def _stop(self) -> dict:
         self._index += 1
         return {"type": "content_block_stop", "index": self._index - 1}
 
@@ -6644,14 +6615,12 @@ class MessagesWriter(AnswerWriter):
 
 
 OBJECT_START = r'\s*\{\s*["}]'
-_BLANK_BLOCKS = MappingProxyType({
-    "text": {"type": "text", "text": ""}, "refusal": {"type": "text", "text": ""},
-    "thought": {"type": "thinking", "thinking": "", "signature": ""},
-    "call": {"type": "tool_use", "input": {}}})
-_BLOCK_DELTAS = MappingProxyType({"text": "text", "refusal": "text", "thought": "thinking",
-                                  "call": "partial_json"})
-_DELTA_KINDS = MappingProxyType({"text": "text", "thinking": "thinking",
-                                 "partial_json": "input_json", "signature": "signature"})
+# Kind of a part -> its block before it goes on; type and member of what that goes on by.
+_STREAMED_BLOCKS = MappingProxyType({
+    **dict.fromkeys(("text", "refusal"), ({"type": "text", "text": ""}, "text_delta", "text")),
+    "thought": ({"type": "thinking", "thinking": "", "signature": ""},
+                "thinking_delta", "thinking"),
+    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json")})
 
 
 def empty_message(began: Began) -> dict:
@@ -6817,9 +6786,8 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     conversation.output_cap = optional_count(fields, "max_output_tokens", least=1)
     conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False
     set_user(conversation, fields)
-    reader = _InputReader(conversation)
-    reader.add_tools(rows_in(fields, "tools", IN_TOOLS))
-    reader.read(fields)
+    _add_tools(rows_in(fields, "tools", IN_TOOLS), conversation)
+    _read_input(fields, conversation)
     _limit_searches(optional_count(fields, "max_tool_calls"), conversation)
     read_choice(fields.get("tool_choice"), conversation)
     chosen = conversation.choice
@@ -6854,104 +6822,98 @@ def _limit_searches(most: Optional[int], conversation: Conversation) -> None:
             for tool in conversation.tools if most or tool.kind != "search"]
 
 
-class _InputReader:
-    """Makes turns of items: a run of what the assistant did is one turn, and one of results."""
+def _read_input(fields: Mapping[str, object], conversation: Conversation) -> None:
+    """Read all that was said. Raises BadRequest."""
+    instructions, given = text_in(fields, "instructions"), fields.get("input")
+    turns = [Turn("system", [Part("text", instructions)] if instructions else [])]
+    items = [{"role": "user", "content": given}] if isinstance(given, str) \
+        else rows_in(fields, "input", IN_INPUT)
+    for item in items:
+        kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
+        read = _ITEMS_READ.get(kind)
+        if read is not None:
+            turns.append(read(item, conversation))
+        elif kind in _ITEM_PARTS:
+            turns.append(Turn("assistant", _ITEM_PARTS[kind](item, IN_INPUT)))
+        else:                                      # what a provider's tools did, or unknown
+            conversation.rest[f"input.{kind}"] = item
+    conversation.turns = [turn for turn in turns if turn.parts]
 
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self._run = ""                             # what the last turn is a run of
 
-    def read(self, fields: Mapping[str, object]) -> None:
-        """Read all that was said. Raises BadRequest."""
-        instructions, given = text_in(fields, "instructions"), fields.get("input")
-        self._add("system", [Part("text", instructions)] if instructions else [])
-        items = [{"role": "user", "content": given}] if isinstance(given, str) \
-            else rows_in(fields, "input", IN_INPUT)
-        for item in items:
-            kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
-            read = _ITEM_READERS.get(kind)
-            if read is not None:
-                read(self, item)
-            elif kind in _ITEM_PARTS:
-                self._add("assistant", _ITEM_PARTS[kind](item, IN_INPUT), "assistant")
-            else:                                  # what a provider's tools did, or unknown
-                self._conversation.rest[f"input.{kind}"] = item
+def _message_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
+    if role not in ("system", "user", "assistant"):
+        raise BadRequest("a message has a role that is not known", param="input")
+    return Turn(role, _content_parts(item, IN_INPUT))
 
-    def _add(self, role: str, parts: list[Part], run: str = "") -> None:
-        turns = self._conversation.turns
-        if run and run == self._run:
-            turns[-1].parts.extend(parts)
-        elif parts:
-            turns.append(Turn(role, parts))
-            self._run = run
 
-    def _message(self, item: Mapping[str, object]) -> None:
-        role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
-        if role not in ("system", "user", "assistant"):
-            raise BadRequest("a message has a role that is not known", param="input")
-        self._add(str(role), _content_parts(item, IN_INPUT),
-                  "assistant" if role == "assistant" else "")
+def _agent_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    author = Part("text", f"[message from {item.get('author')}]")
+    return Turn("user", [author, *_content_parts(item, IN_INPUT)])
 
-    def _agent_message(self, item: Mapping[str, object]) -> None:
-        author = Part("text", f"[message from {item.get('author')}]")
-        self._add("user", [author, *_content_parts(item, IN_INPUT)])
 
-    def _result(self, item: Mapping[str, object]) -> None:
-        output, status = item.get("output"), item.get("status")
-        if item.get("type") == "shell_call_output":
-            output = json.dumps(output)            # streams and exit codes, command by command
-        elif item.get("type") == "apply_patch_call_output":
-            output = output or status
-        self._add("user", [Part(
-            "result", id=str(item.get("call_id") or item.get("id") or ""),
-            parts=_content_parts({"output": output}, IN_INPUT, "output"),
-            is_error=status == "failed")], "results")
+def _result_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    output, status = item.get("output"), item.get("status")
+    if item.get("type") == "shell_call_output":
+        output = json.dumps(output)                # streams and exit codes, command by command
+    elif item.get("type") == "apply_patch_call_output":
+        output = output or status
+    return Turn("user", [Part("result", id=str(item.get("call_id") or item.get("id") or ""),
+                              parts=_content_parts({"output": output}, IN_INPUT, "output"),
+                              is_error=status == "failed")])
 
-    def _tools(self, item: Mapping[str, object]) -> None:
-        names = self.add_tools(rows_in(item, "tools", IN_INPUT))
-        if item.get("type") == "tool_search_output" and item.get("call_id"):
-            self._result({"call_id": item["call_id"], "output": f"Found: {', '.join(names)}"})
 
-    def add_tools(self, rows: Iterable[Mapping[str, object]], space: str = "",
-                  about: str = "") -> list[str]:
-        """Add tools that are not known yet, and return the names of all. What is said of a
-        namespace stands before its first."""
-        tools, names = self._conversation.tools, []
-        for row in rows:
-            if row.get("type") == "namespace":
-                names += self.add_tools(rows_in(row, "tools", IN_TOOLS), text_in(
-                    row, "name", IN_TOOLS), text_in(row, "description", IN_TOOLS))
-                continue
-            tool = _tool_of_item(row, space, about)
-            names.append(tool.name)
-            if (tool.kind, tool.name, space) not in {
-                    (one.kind, one.name, one.namespace) for one in tools}:
-                tools.append(tool)
-            about = ""
-            if tool.kind == "search":
-                self._conversation.rest.update(
-                    (f"tools.web_search.{name}", value) for name, value in row.items()
-                    if value is not None and name not in ("type", "filters", *SEARCH_OPTIONS))
-        return names
+def _tools_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    names = _add_tools(rows_in(item, "tools", IN_INPUT), conversation)
+    if item.get("type") == "additional_tools" or not item.get("call_id"):
+        return Turn("user", [])
+    return _result_turn({**item, "output": f"Found: {', '.join(names)}"}, conversation)
 
-    def _client_call(self, item: Mapping[str, object]) -> None:
-        name = _CLIENT_CALLS[str(item["type"])]
-        arguments = item.get(OPENAI_CLIENT_TOOLS[name].member)
-        if item.get("call_id"):                    # none: it ran at OpenAI
-            self._add("assistant", [Part("call", json.dumps(arguments), name=name,
-                                         id=str(item["call_id"]))], "assistant")
 
-    def _update(self, item: Mapping[str, object]) -> None:
-        reasoning, text = (object_in(item, name, IN_INPUT) for name in INNER_RULES)
-        if "effort" in reasoning:
-            self._conversation.effort = effort_of(reasoning["effort"], "input")
-        if "format" in text:
-            self._conversation.format = format_of(object_in(text, "format", IN_INPUT), "input")
+def _client_call_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    name = _CLIENT_CALLS[str(item["type"])]
+    arguments = item.get(OPENAI_CLIENT_TOOLS[name].member)
+    calls = [Part("call", json.dumps(arguments), name=name, id=str(item["call_id"]))] \
+        if item.get("call_id") else []             # else it ran at OpenAI
+    return Turn("assistant", calls)
 
-    def _refuse(self, item: Mapping[str, object]) -> None:
-        raise BadRequest(f"an item of the type {shown_name(str(item.get('type')))} refers to what "
-                         "OpenAI has stored, or would store, which this model's provider cannot "
-                         "see: send the items themselves", param="input")
+
+def _update_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    reasoning, text = (object_in(item, name, IN_INPUT) for name in INNER_RULES)
+    if "effort" in reasoning:
+        conversation.effort = effort_of(reasoning["effort"], "input")
+    if "format" in text:
+        conversation.format = format_of(object_in(text, "format", IN_INPUT), "input")
+    return Turn("system", [])
+
+
+def _refused_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+    raise BadRequest(f"an item of the type {shown_name(str(item.get('type')))} refers to what "
+                     "OpenAI has stored, or would store, which this model's provider cannot "
+                     "see: send the items themselves", param="input")
+
+
+def _add_tools(rows: Iterable[Mapping[str, object]], conversation: Conversation, space: str = "",
+               about: str = "") -> list[str]:
+    """Add tools that are not known yet, and return the names of all. What is said of a namespace
+    stands before its first."""
+    tools, names = conversation.tools, []
+    for row in rows:
+        if row.get("type") == "namespace":
+            names += _add_tools(rows_in(row, "tools", IN_TOOLS), conversation,
+                                *(text_in(row, name, IN_TOOLS) for name in ("name", "description")))
+            continue
+        tool = _tool_of_item(row, space, about)
+        names.append(tool.name)
+        if (tool.kind, tool.name, space) not in {
+                (one.kind, one.name, one.namespace) for one in tools}:
+            tools.append(tool)
+        about = ""
+        if tool.kind == "search":
+            conversation.rest.update(
+                (f"tools.web_search.{name}", value) for name, value in row.items()
+                if value is not None and name not in ("type", "filters", *SEARCH_OPTIONS))
+    return names
 
 
 def _tool_of_item(row: Mapping[str, object], space: str, about: str) -> Tool:
@@ -6969,14 +6931,14 @@ def _tool_of_item(row: Mapping[str, object], space: str, about: str) -> Tool:
     return Tool("function", kind, words or known.description, schema or known.schema)
 
 
-_ITEM_READERS = MappingProxyType({
-    "message": _InputReader._message, "agent_message": _InputReader._agent_message,
+_ITEMS_READ = MappingProxyType({
+    "message": _message_turn, "agent_message": _agent_turn,
     **dict.fromkeys(("function_call_output", "custom_tool_call_output",
-                     *(row.result for row in OPENAI_CLIENT_TOOLS.values())), _InputReader._result),
-    **dict.fromkeys(_CLIENT_CALLS, _InputReader._client_call),
-    **dict.fromkeys(("additional_tools", "tool_search_output"), _InputReader._tools),
-    "configuration_update": _InputReader._update,
-    **dict.fromkeys(("item_reference", "compaction_trigger"), _InputReader._refuse)})
+                     *(row.result for row in OPENAI_CLIENT_TOOLS.values())), _result_turn),
+    **dict.fromkeys(_CLIENT_CALLS, _client_call_turn),
+    **dict.fromkeys(("additional_tools", "tool_search_output"), _tools_turn),
+    "configuration_update": _update_turn,
+    **dict.fromkeys(("item_reference", "compaction_trigger"), _refused_turn)})
 
 
 def _content_parts(holder: Mapping[str, object], fault: Fault,
@@ -7073,67 +7035,55 @@ def responses_stream_of(answer: Mapping[str, object]) -> Iterable[Mapping[str, o
 def responses_events(stream: Iterable[Mapping[str, object]],
                      terms: Terms) -> Iterator[AnswerEvent]:
     """Read a stream of Responses."""
-    reader = _ItemReader()
+    reader = None
     for event in stream:
         kind = str(event.get("type"))
-        if kind != "ping":
-            yield from reader.begun(event)
-            read = _RESPONSE_READERS.get(kind)
-            if read is not None:
-                yield from read(reader, event)
-        elif reader.has_begun:
-            yield PING
+        if kind == "ping":
+            yield from (PING,) if reader else ()
+            continue
+        if reader is None:
+            reader, response = _ItemReader(), object_in(event, "response", IN_ANSWER)
+            yield Began(text_in(response, "id", IN_ANSWER), response.get("model"),
+                        _served_tier(response))
+        read = _RESPONSE_READERS.get(kind)
+        if read is not None:
+            yield from read(reader, event)
 
 
 class _ItemReader:
     """The state of one stream of Responses: parts are closed when their item is done."""
 
     def __init__(self) -> None:
-        self.has_begun = False
         self._open: dict[tuple[str, str], Part] = {}     # by the place of item and part
         self._items_done = 0
         self._kinds: set[str] = set()              # of the parts there were
 
-    def begun(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
-        """Return how the answer begins, at the first event."""
-        if self.has_begun:
-            return ()
-        self.has_begun = True
-        response = object_in(event, "response", IN_ANSWER)
-        return [Began(text_in(response, "id", IN_ANSWER), response.get("model"),
-                      _served_tier(response))]
-
-    def _opened(self, key: tuple[str, str], part: Part) -> Iterable[AnswerEvent]:
-        part.pieces, part.text = [], ""
+    def _opened(self, key: tuple[str, str], part: Part) -> AnswerEvent:
         self._open[key] = part
         self._kinds.add(part.kind)
-        return [Opened(part)]
-
-    def _grown(self, part: Part, text: str) -> Iterable[AnswerEvent]:
-        if text:
-            part.pieces.append(text)
-            yield More(part, text)
+        return part.opened()
 
     def _begin_item(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
         """Open the call that an item is; other parts are opened by what comes of them."""
         item = object_in(event, "item", IN_ANSWER)
         if _ITEM_PARTS.get(str(item.get("type"))) is not _call_parts:
             return ()
-        return self._opened((str(event.get("output_index")), "0"), *_call_parts(item, IN_ANSWER))
+        return [self._opened((str(event.get("output_index")), "0"), *_call_parts(item, IN_ANSWER))]
 
     def _grow(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
         kind, place = _GROWING[str(event["type"])]
-        at = str(event.get(place) or 0)
+        at, text = str(event.get(place) or 0), text_in(event, "delta", IN_ANSWER)
         key = (str(event.get("output_index")), at if kind in ("text", "refusal") else "0")
         if key not in self._open:
             if kind == "call":
                 return                             # without a name: its item will come whole
-            yield from self._opened(key, Part(kind))
+            yield self._opened(key, Part(kind))
         part = self._open[key]
         if part.pieces and kind == "thought" and part.at != at:
-            yield from self._grown(part, "\n\n")
+            text = "\n\n" + text
         part.at = at
-        yield from self._grown(part, text_in(event, "delta", IN_ANSWER))
+        if text:
+            yield part.grown(text)
 
     def _end_item(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
         self._items_done += 1
@@ -7150,28 +7100,25 @@ class _ItemReader:
             if key not in self._open:
                 if not text and not whole.native and whole.kind in ("text", "refusal", "thought"):
                     continue
-                yield from self._opened(key, whole)
-            part = self._open[key]
+                yield self._opened(key, whole)
+            part = self._open.pop(key)
             shown = "".join(part.pieces)
             part.__dict__.update(whole.__dict__, pieces=part.pieces)
-            if part.kind not in _WHOLE_KINDS and text.startswith(shown):
-                yield from self._grown(part, text[len(shown):])
-            yield from self._closed(key, text)
-
-    def _closed(self, key: tuple[str, str], text: str = "") -> Iterable[AnswerEvent]:
-        part = self._open.pop(key)
-        part.text = "".join(part.pieces) or text
-        return [Closed(part)]
+            if part.kind not in _WHOLE_KINDS and text != shown and text.startswith(shown):
+                yield part.grown(text[len(shown):])
+            over = part.closed()
+            part.text = part.text or text
+            yield over
 
     def _finish(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
         response = object_in(event, "response", IN_ANSWER)
         if not self._items_done:                   # a whole answer, or a server's that sends none
             for index, item in enumerate(rows_in(response, "output", IN_ANSWER)):
                 yield from self._whole_item(str(index), item)
-        for key, part in [*self._open.items()]:
-            yield from self._grown(part, "{}" * (part.kind == "call" and not part.is_text
-                                                 and not part.pieces))
-            yield from self._closed(key)
+        for part in self._open.values():
+            if part.kind == "call" and not part.is_text and not part.pieces:
+                yield part.grown("{}")
+            yield part.closed()
         why = object_in(response, "incomplete_details", IN_ANSWER).get("reason")
         if why == "content_filter" or "refusal" in self._kinds:
             reason = "refused"
@@ -7251,19 +7198,11 @@ _ECHOED = MappingProxyType({
 _INCOMPLETE = MappingProxyType({"length": "max_output_tokens", "refused": "content_filter"})
 
 
-class _Item:
-    """An item of a response: where it stands, what is inside, how many parts are open."""
-
-    def __init__(self, index: int, body: dict) -> None:
-        self.body, self.index, self.inside, self.open_parts = body, index, [], 0
-        self.where = {"item_id": body["id"], "output_index": index}
-
-
-class _Showing:
-    """A part that is open: in which item, where, and how many characters were sent."""
-
-    def __init__(self, row: _Shown, item: _Item) -> None:
-        self.row, self.item, self.where, self.sent = row, item, item.where, 0
+class _Item(NamedTuple):
+    """An item of a response: what it is, where it stands, and what is inside."""
+    body: dict
+    where: dict
+    inside: list
 
 
 KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
@@ -7292,11 +7231,12 @@ class ResponsesWriter(AnswerWriter):
             for row in _parts_of(holder.get("tools"))}
         self._output: list[dict] = []                # items; empty until they are done
         self._message: Optional[_Item] = None        # that takes the next text
-        self._open: dict[Part, _Showing] = {}
+        self._open: dict[Part, tuple[_Shown, _Item, dict]] = {}    # with where each stands
 
     def whole(self, answer: Whole) -> dict:
         """Return an answer as a response."""
-        parts = (kind(part) for part in answer.parts for kind in (Opened, Closed))
+        parts = (event for part in answer.parts
+                 for event in (Opened(part), More(part, part.text), Closed(part)))
         *_, last = self.events(itertools.chain((answer.began,), parts, (answer.ended,)))
         return last["response"]
 
@@ -7326,23 +7266,24 @@ class ResponsesWriter(AnswerWriter):
         kind = part.kind if part.kind != "call" else part.name \
             if part.name in self._client_tools and not part.namespace \
             else "text call" if part.is_text else "call"
-        row = _SHOWN.get(kind)
+        row, item = _SHOWN.get(kind), self._message
         if row is None:
             return
-        item = self._message if row.item == "message" else None
-        if item is None or item.open_parts:
+        if row.item != "message" or item is None or self._is_open(item):
             yield from self._leave_message()
             item = self._new_item(part, row)
             self._message = item if row.item == "message" else None
-            yield self._event("response.output_item.added", output_index=item.index,
-                              item={**item.body, "status": "in_progress"})
-        item.open_parts += 1
-        showing = self._open[part] = _Showing(row, item)
+            yield self._event("response.output_item.added", item={
+                **item.body, "status": "in_progress"}, output_index=item.where["output_index"])
+        self._open[part] = row, item, {**item.where}
         if row.item == "message":
-            yield self._begin_inside(showing)
+            yield self._begin_inside(part)
         elif part.kind == "search":
             for step in ("in_progress", "searching"):
                 yield self._event(f"response.{row.item}.{step}", **item.where)
+
+    def _is_open(self, item: _Item) -> bool:
+        return any(one is item for _, one, _ in self._open.values())
 
     def _new_item(self, part: Part, row: _Shown) -> _Item:
         index = len(self._output)
@@ -7354,33 +7295,28 @@ class ResponsesWriter(AnswerWriter):
         if part.namespace:
             body["namespace"] = part.namespace
         self._output.append({})
-        return _Item(index, body)
+        return _Item(body, {"item_id": body["id"], "output_index": index}, [])
 
-    def _begin_inside(self, showing: _Showing) -> dict:
-        row, inside = showing.row, showing.item.inside
-        showing.where = {**showing.where, row.index: len(inside)}
-        inside.append({"type": row.type, row.member: "", **row.blank})
-        return self._event(f"{row.inside}.added", **showing.where, part={**inside[-1]})
+    def _begin_inside(self, part: Part) -> dict:
+        row, item, where = self._open[part]
+        where[row.index] = len(item.inside)
+        item.inside.append({"type": row.type, row.member: "", **row.blank})
+        return self._event(f"{row.inside}.added", **where, part={**item.inside[-1]})
 
     def _more(self, event: More) -> Iterator[dict]:
-        showing = self._open.get(event.part)
-        if showing is None or not showing.row.event:
+        part, text = event
+        row, _, where = self._open.get(part, (None, None, None))
+        if row is None or not row.event or not text:
             return
-        row = showing.row
-        if row.inside and row.index not in showing.where:    # a summary, now that there is one
-            yield self._begin_inside(showing)
-        showing.sent += len(event.text)
-        yield self._event(f"{row.event}.delta", **showing.where, delta=event.text, **row.notes)
+        if row.inside and row.index not in where:            # a summary, now that there is one
+            yield self._begin_inside(part)
+        yield self._event(f"{row.event}.delta", **where, delta=text, **row.notes)
 
     def _closed(self, event: Closed) -> Iterator[dict]:
         part = event.part
-        showing = self._open.get(part)
-        if showing is None:
+        row, item, where = self._open.pop(part, (None, None, None))
+        if row is None:
             return
-        if part.text[showing.sent:]:
-            yield from self._more(More(part, part.text[showing.sent:]))
-        del self._open[part]
-        row, item, where = showing.row, showing.item, showing.where
         notes = [{"type": "url_citation", **note} for note in annotations_of(part)]
         if row.event and (row.index in where or not row.inside):
             for number, note in enumerate(notes):
@@ -7393,14 +7329,13 @@ class ResponsesWriter(AnswerWriter):
             if part.citations:
                 inside["annotations"] = notes
             yield self._event(f"{row.inside}.done", **where, part={**inside})
-        item.open_parts -= 1
-        if item is not self._message and not item.open_parts:
+        if item is not self._message and not self._is_open(item):
             yield from self._end_item(item, part)
 
     def _leave_message(self) -> Iterable[dict]:
         """End the message that took texts; one with a text that is open ends with that."""
         item, self._message = self._message, None
-        return () if item is None or item.open_parts else self._end_item(item)
+        return () if item is None or self._is_open(item) else self._end_item(item)
 
     def _end_item(self, item: _Item, part: Part = Part("text"),
                   status: str = "completed") -> Iterator[dict]:
@@ -7420,17 +7355,19 @@ class ResponsesWriter(AnswerWriter):
         else:
             tool = OPENAI_CLIENT_TOOLS[part.name]
             body[tool.member] = {**tool.blank, **arguments_to_input(part.text)}
-        self._output[item.index] = body
+        self._output[item.where["output_index"]] = body
         if self._may_be_named:
             self.keep(body)
-        yield self._event("response.output_item.done", output_index=item.index, item=body)
+        yield self._event("response.output_item.done", item=body,
+                          output_index=item.where["output_index"])
 
     def _ended(self, event: Ended) -> Iterator[dict]:
         why = _INCOMPLETE.get(event.reason)
         status = "incomplete" if why else "completed"
         if event.refusal:
             part = Part("refusal", event.refusal)
-            yield from [*self._opened(Opened(part)), *self._closed(Closed(part))]
+            yield from [*self._opened(Opened(part)), *self._more(More(part, part.text)),
+                        *self._closed(Closed(part))]
         if self._message is not None:
             yield from self._end_item(self._message, status=status)
         self._response.update(

@@ -423,8 +423,13 @@ def read(**fields):
 
 
 def turns_of(*items, **fields):
-    return [(role, [shape(part) for part in parts])
-            for role, parts in read(input=[*items], **fields).turns]
+    """What was said; a run of the assistant, or of results, as the one turn that pairing makes."""
+    def run_of(turn):
+        return turn.role if turn.role == "assistant" or turn.parts[0].kind == "result" else id(turn)
+
+    turns = read(input=[*items], **fields).turns
+    return [(run[0].role, [shape(part) for turn in run for part in turn.parts])
+            for run in ([*rows] for _, rows in itertools.groupby(turns, run_of))]
 
 
 def test_what_a_shell_and_a_search_of_tools_gave_are_results():
