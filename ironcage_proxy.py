@@ -10068,9 +10068,15 @@ def _config_url(value: object) -> str:
     return parse_base_url(text_like(r".{1,2048}", "a URL")(value))
 
 
-_config_patterns = value_like(
-    lambda value: isinstance(value, list) and value and all(isinstance(v, str) for v in value),
-    "a list of patterns, such as [\"gpt-*\"]", tuple)
+def list_like(pattern: str, meaning: str, *, least: int = 1) -> Callable[[object], object]:
+    """Make a reader of lists of texts of one form."""
+    return value_like(
+        lambda value: isinstance(value, list) and len(value) >= least and all(
+            isinstance(one, str) and re.fullmatch(pattern, one) for one in value),
+        f"a list of {meaning}", tuple)
+
+
+_config_patterns = list_like("(?s).*", 'patterns, such as ["gpt-*"]')
 
 
 def _is_a_pattern(value: object) -> bool:
@@ -10118,18 +10124,12 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "free": ("is_free", _config_flag),
     "stream_usage": ("stream_usage", _config_flag),
     "responses": ("responses", _config_flag),
-    "caps": ("caps", value_like(
-        lambda value: isinstance(value, list) and value and all(
-            isinstance(name, str) and name in MAX_TOKENS_FIELDS["chat"] for name in value),
-        f"a list of {' or '.join(MAX_TOKENS_FIELDS['chat'])}", tuple)),
+    "caps": ("caps", list_like("|".join(MAX_TOKENS_FIELDS["chat"]),
+                               " or ".join(MAX_TOKENS_FIELDS["chat"]))),
     "zero_is_a_cap": ("zero_is_a_cap", _config_flag),
-    "fields": ("fields", value_like(
-        lambda value: isinstance(value, list) and all(
-            isinstance(name, str) and re.fullmatch(r"\w{1,64}", name) for name in value),
-        "a list of names of fields that cost nothing", tuple)),
-    "echo_reasoning": ("reasoning_field", value_like(
-        lambda value: isinstance(value, bool), "true or false",
-        lambda value: "reasoning_content" if value else "")),
+    "fields": ("fields", list_like(r"\w{1,64}", "names of fields that cost nothing", least=0)),
+    "echo_reasoning": ("reasoning_field",
+                       lambda value: "reasoning_content" if _config_flag(value) else ""),
     "reasoning_field": ("reasoning_field", text_like("(reasoning(_content)?)?",
                                                      "reasoning_content, reasoning or empty")),
     "user_after_tool": ("user_after_tool", _config_flag),
@@ -10274,30 +10274,28 @@ class Traffic:
         self._in_flight: Counter = Counter()
         self._times: dict[str, deque] = {}
 
-    def entered(self, caller: Caller) -> ContextManager[None]:
-        """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
-        if caller.requests_per_minute is None and caller.parallel_requests is None:
-            return contextlib.nullcontext()
-        return self._counted(caller)
-
     @contextlib.contextmanager
-    def _counted(self, caller: Caller) -> Iterator[None]:
-        now_s = self._clock()
+    def entered(self, caller: Caller) -> Iterator[None]:
+        """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
+        rate, parallel = caller.requests_per_minute, caller.parallel_requests
+        if rate is None and parallel is None:
+            yield
+            return
+        now_s, allowed, wait_s = self._clock(), None, 1
         with self._lock:
             times = self._times.setdefault(caller.name, deque())
             while times and times[0] <= now_s - RATE_WINDOW_S:
                 times.popleft()
-            limit, parallel = caller.requests_per_minute, caller.parallel_requests
-            is_often = limit is not None and len(times) >= limit
-            is_many = parallel is not None and self._in_flight[caller.name] >= parallel
-            if not is_often and not is_many:
+            if rate is not None and len(times) >= rate:
+                allowed = f"{rate} requests per minute"
+                wait_s = int(times[0] + RATE_WINDOW_S - now_s) + 1
+            elif parallel is not None and self._in_flight[caller.name] >= parallel:
+                allowed = f"{parallel} requests at a time"
+            else:
                 self._in_flight[caller.name] += 1
-                if limit is not None:
-                    times.append(now_s)
-            wait_s = int(times[0] + RATE_WINDOW_S - now_s) + 1 if is_often else 1
-        if is_often or is_many:
-            what = f"{limit} requests per minute" if is_often else f"{parallel} requests at a time"
-            raise TooManyRequests(f"the token {caller.name} may make {what}",
+                times.extend([now_s] if rate is not None else ())
+        if allowed is not None:
+            raise TooManyRequests(f"the token {caller.name} may make {allowed}",
                                   headers=[("retry-after", str(wait_s))])
         try:
             yield
@@ -12992,6 +12990,12 @@ SCRIPT_DIGESTS = {name: hashlib.sha1(text.encode("ascii"), usedforsecurity=False
 
 
 _FLUSH = ("WAITAOF", 1, 0, DISK_DEADLINE_MS)
+FORGETS: Mapping[Optional[bytes], str] = MappingProxyType({       # by its appendfsync
+    b"always": "nothing: it flushes each write to its disk", b"everysec": "its last second or two",
+    b"no": "its last half minute",
+    b"": "all that its last snapshot does not hold",              # its appendonly is off
+    None: "everything, for all that it lets us read",
+})
 _LATE = MappingProxyType({b"old": "is not charged: its bound stands",
                           b"corrected": "corrects what was charged"})
 
@@ -13147,16 +13151,14 @@ class SharedAccounts:
             raise Misconfigured(
                 f"the engine at {self.engine.address} may evict what it holds (maxmemory-policy "
                 f"{policy[1].decode('ascii') if policy else 'unknown'}); set it to noeviction")
-        setting = {}
-        for name in ("appendonly", "appendfsync"):
-            with contextlib.suppress(EngineFailed):        # often closed: then it counts as none
-                value = self.engine.ask(["CONFIG", "GET", name])[0]
-                setting[name] = value[1] if isinstance(value, list) and len(value) == 2 else b""
-        flushes = setting.get("appendfsync") if setting.get("appendonly") == b"yes" else None
-        forgets = {b"always": "nothing: it flushes each write to its disk",
-                   b"everysec": "its last second or two", b"no": "its last half minute"}.get(
-                       flushes, "all that its last snapshot does not hold" if "appendonly" in
-                       setting else "everything, for all that it lets us read")
+        setting: dict = {}
+        with contextlib.suppress(EngineFailed):            # often closed: then it counts as none
+            words = iter(self.engine.ask(["CONFIG", "GET", "append*"])[0])
+            setting = dict(zip(words, words))
+        flushes = setting.get(b"appendfsync")
+        if setting.get(b"appendonly") != b"yes":
+            flushes = b"" if setting else None
+        forgets = FORGETS.get(flushes, FORGETS[None])
         if not fsync or flushes == b"always":
             return forgets, False
         with contextlib.suppress(EngineFailed):

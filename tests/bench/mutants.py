@@ -32,8 +32,11 @@ TESTS = {
     "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py "
                        "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py faults/test_one_ledger_one_server.py faults/test_crashes.py",
+    "Callers and configuration": "wire/test_tokens.py wire/test_providers.py wire/test_keys.py "
+                                 "wire/test_access.py wire/test_manners.py",
     "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",
     "Settlement": "unit/test_settlement.py faults/test_every_way_to_end.py",
+    "Shared budget": "faults/test_shared_budget.py",
     "Router": "wire/test_the_cage.py wire/test_waiting.py wire/test_providers.py "
               "wire/test_money_attacks.py faults/test_every_way_to_end.py",
 }

@@ -646,9 +646,10 @@ def test_older_data_under_the_same_server_is_a_restart_too(own_engine, quick):
     shared = Shared(engine)
     controller = shared.process(limit=1_000, runs=True)
     held = controller.ask(fixed(600))
-    shared.ask("HSET", "", "run_id", "b" * 40)
-    shared.ask("DEL", f":open:{controller.accounts._process}")
-    shared.ask("HSET", ":scope:proxy", "r0", 0)
+    engine.ask("EVAL", "redis.call('HSET', KEYS[1], 'run_id', ARGV[1]) "       # between two beats
+               "redis.call('DEL', KEYS[1] .. ':open:' .. ARGV[2]) "
+               "redis.call('HSET', KEYS[1] .. ':scope:proxy', 'r0', 0)", 1,
+               "{ironcage:%s}" % shared.cage, "b" * 40, controller.accounts._process)
 
     with pytest.raises(ic.EngineFailed, match="restarted"):
         controller.ask(fixed(900))
