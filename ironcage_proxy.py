@@ -10440,24 +10440,25 @@ def body_length(headers: Headers, *, otherwise: int) -> int:
 class BodyDecoder:
     """A message body: so many bytes, UNTIL_CLOSE, or CHUNKED (7.1), in the pieces that came.
 
-    `_left` bytes of payload are due; at 0 a chunked body is read by lines, each of which is
-    `_line`: "size", "end" of a chunk, or "trailer"; "" in a body that is not chunked.
+    `feed` returns the pieces of the body in some bytes, and raises MalformedHttp. Of a chunked one
+    `_take` takes the next line, once the `_left` bytes of its chunk are in.
     """
 
     def __init__(self, length: int) -> None:
-        self._line = "size" if length == CHUNKED else ""
-        self._left = max(0, length) if length != UNTIL_CLOSE else sys.maxsize
-        self._may_end = length == UNTIL_CLOSE
         self.is_done = length == 0
         self.rest = b""                       # received and not used; at the end, what came after
+        self._may_end = length == UNTIL_CLOSE
+        self._left = max(0, length) if length != UNTIL_CLOSE else sys.maxsize
+        self._take = self._take_size
+        self.feed = self._chunks_in if length == CHUNKED else self._piece_of
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The pieces of the body in `data`. Raises MalformedHttp."""
-        if not self._line and not self.is_done:
-            piece = data[:self._left]
-            self._left -= len(piece)
-            self.is_done, self.rest = not self._left, data[len(piece):]
-            return [piece] if piece else []
+    def _piece_of(self, data: bytes) -> list[bytes]:
+        piece, self.rest = data[:self._left], data[self._left:]
+        self._left -= len(piece)
+        self.is_done = not self._left
+        return [piece] if piece else []
+
+    def _chunks_in(self, data: bytes) -> list[bytes]:
         data, at, pieces = self.rest + data, 0, []
         while not self.is_done:
             if self._left:
@@ -10472,24 +10473,25 @@ class BodyDecoder:
                 break
             if data[max(at, end - 2):end] != b"\r\n" or end - at > MAX_CHUNK_LINE_BYTES:
                 raise MalformedHttp("a line of the chunked body is malformed")
-            self._take_line(data[at:end - 2])
+            self._take(data[at:end - 2])
             at = end
         self.rest = data[at:]
         return pieces
 
-    def _take_line(self, line: bytes) -> None:
-        if self._line == "size":
-            size = _CHUNK_SIZE.fullmatch(line)
-            if size is None:
-                raise MalformedHttp("a chunk size is malformed")
-            self._left = int(size[1], 16)
-            self._line = "end" if self._left else "trailer"
-        elif self._line == "end":
-            if line:
-                raise MalformedHttp("a chunk is longer than its size")
-            self._line = "size"
-        else:
-            self.is_done = not line           # trailer fields are read and dropped
+    def _take_size(self, line: bytes) -> None:
+        size = _CHUNK_SIZE.fullmatch(line)
+        if size is None:
+            raise MalformedHttp("a chunk size is malformed")
+        self._left = int(size[1], 16)
+        self._take = self._take_end if self._left else self._take_trailer
+
+    def _take_end(self, line: bytes) -> None:
+        if line:
+            raise MalformedHttp("a chunk is longer than its size")
+        self._take = self._take_size
+
+    def _take_trailer(self, line: bytes) -> None:
+        self.is_done = not line               # trailer fields are read and dropped
 
     def end(self) -> bool:
         """The connection was closed: whether the body is whole."""
@@ -10754,23 +10756,16 @@ class Wire:
         deadline_s = time.monotonic() + timeout_s
         if not self._decrypted():
             self._wait_to_read(deadline_s, watched)
-        data = self._read(lambda: self.sock.recv(self._room), deadline_s, watched)
-        self._room = LARGE_READ_BYTES if len(data) == self._room else READ_BYTES
-        return data
-
-    def receive_into(self, place: memoryview, timeout_s: float) -> int:
-        """Read into a large place what there is, and return its size; 0 at the end. Raises as
-        receive()."""
-        return self._read(lambda: self.sock.recv_into(place), time.monotonic() + timeout_s, None)
-
-    def _read(self, read: Callable[[], _T], deadline_s: float, watched: Optional[Wire]) -> _T:
         while True:
             try:
-                return read()
+                data = self.sock.recv(self._room)
+                break
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._wait_to_read(deadline_s, watched)
             except ssl.SSLWantWriteError:
                 self._wait_to_write(deadline_s)
+        self._room = LARGE_READ_BYTES if len(data) == self._room else READ_BYTES
+        return data
 
     def _wait_to_read(self, deadline_s: float, watched: Optional[Wire]) -> None:
         while True:
@@ -10920,6 +10915,7 @@ class Memory:
         self._used = [0, 0]                            # of the common part, and by small ones
         self._held: Counter = Counter()                # of the common part, by owner
         self._line: list[tuple[Claim, int, threading.Event]] = []
+        self._is_closed = self._is_cut = False
 
     def hold(self, claim: Claim, size: int) -> None:
         """Let a claim hold so much. Raises BodyTooLarge where it never can, ServerBusy."""
@@ -10938,16 +10934,29 @@ class Memory:
             else:
                 self._line.append(place)
             self._let_in_locked()
+            if size == claim.size:
+                return
             is_full = sum(other.owner == claim.owner for other, *_ in self._line) > MEMORY_LINE
-        if size == claim.size:
-            return
+            may_wait = self._may_wait_locked(claim) and (claim.is_under_way or not is_full)
         with self._turns.outside():
-            place[2].wait(MEMORY_WAIT_S if claim.is_under_way or not is_full else 0)
+            place[2].wait(MEMORY_WAIT_S if may_wait else 0)
         with self._lock:
-            if not place[2].is_set():
+            if place in self._line:
                 self._line.remove(place)
                 self._let_in_locked()
-                raise out_of_memory()
+                raise out_of_memory() if self._may_wait_locked(claim) else \
+                    ServerBusy("the proxy is stopping")
+
+    def close(self, *, cuts: bool = False) -> None:
+        """Let nobody wait any more, but for requests that are under way, unless those are cut."""
+        with self._lock:
+            self._is_closed, self._is_cut = True, cuts
+            for claim, _, wake in self._line:
+                if not self._may_wait_locked(claim):
+                    wake.set()
+
+    def _may_wait_locked(self, claim: Claim) -> bool:
+        return not (self._is_cut if claim.is_under_way else self._is_closed)
 
     def _let_in_locked(self) -> None:
         """Give room to those in line who are next and fit; small ones pass a large one."""
@@ -11165,8 +11174,13 @@ def _signs_of(key: str) -> tuple[bytes, re.Pattern]:
     return run.encode(), re.compile(rf"\\u00((?i:{codes}))".encode())
 
 
+KEY_IN_ANSWER = "the provider's answer repeats its key; it is not passed on"
+
+
 def _unquoted(text: bytes) -> bytes:
     """A text without the escapes of a URL, and without the backslashes of JSON."""
+    if b"%" not in text and b"\\" not in text:
+        return text                          # as most are
     return urllib.parse.unquote_to_bytes(text).replace(b"\\", b"")
 
 
@@ -11188,12 +11202,10 @@ class KeyGuard:
         secret = key if is_secret(key) else ""
         self._raw, self._run, self._escapes = secret.encode(), *_signs_of(secret)
         self._key = _unquoted(self._raw)
-        self._inflate = inflating(encoding)
-        self._is_compressed = encoding != "identity"
-        self._text = b""                     # the end of the text, and what is not passed on
-        self._passed = 0                     # bytes of it that were passed on
-        self._held: list[bytes] = []         # the others, as they came
-        if self._key and self._inflate is None:
+        self._inflate = inflating(encoding) if encoding != "identity" else None
+        self._seen = b""                     # the end of the text before what waits
+        self._waiting = b""                  # what is not passed on
+        if self._key and encoding != "identity" and self._inflate is None:
             raise UpstreamBroke("the provider's answer has another content-encoding than gzip or "
                                 "deflate: its key could be in it unseen, so it is not passed on")
 
@@ -11201,33 +11213,41 @@ class KeyGuard:
         """What may be passed on of one read. Raises UpstreamBroke."""
         if not self._key:
             return pieces
-        self._held += pieces
+        came, at = b"".join(pieces), len(self._seen)
+        if self._waiting:
+            pieces = [self._waiting + came]
+        if self._inflate is not None:
+            text = self._inflated(came)
+        else:
+            text = self._seen + b"".join(pieces)
+            if self._is_in(text):
+                text = self._masked(text)
+                pieces = [text[at:]]
+                if self._is_in(text):
+                    raise UpstreamBroke(KEY_IN_ANSWER)
+        waits = self._must_wait(text)
+        self._waiting = b"".join(pieces) if waits else b""
+        self._seen = text[-OPEN_KEY_BYTES:] if not waits else \
+            text if self._inflate is not None else self._seen
+        return [] if waits else pieces
+
+    def _inflated(self, came: bytes) -> bytes:
+        """The end of the text, with what came inflated. Raises UpstreamBroke."""
+        text = self._seen
         try:
-            for step in self._inflate(b"".join(pieces)):
-                self._see(self._text + step)
+            for step in self._inflate(came):
+                text += step
+                if self._is_in(text):
+                    raise UpstreamBroke(KEY_IN_ANSWER)
+                text = text[-ESCAPED_BYTES * len(self._key):]
         except (zlib.error, OverflowError):
             raise UpstreamBroke("the provider's answer cannot be inflated: its key could be in it "
                                 "unseen, so it is not passed on") from None
-        if self._must_wait(self._text):
-            return []
-        self._text = self._text[-OPEN_KEY_BYTES:]
-        self._passed = len(self._text)
-        passed, self._held = self._held, []
-        return passed
-
-    def _see(self, text: bytes) -> None:
-        """Put asterisks in place of the key in a text. Raises UpstreamBroke where that cannot be.
-        """
-        if self._is_in(text):
-            text = self._masked(text)
-            if self._is_compressed or self._is_in(text):
-                raise UpstreamBroke("the provider's answer repeats its key; it is not passed on")
-            self._held = [text[self._passed:]]
-        self._text = text[-ESCAPED_BYTES * len(self._key):] if self._is_compressed else text
+        return text
 
     def rest(self) -> list[bytes]:
         """What waits at the end of the body."""
-        return self._held
+        return [self._waiting]
 
     def kept(self, headers: Headers) -> Headers:
         """Return the headers that may be passed on: none under a name of ours, and none that holds
@@ -11408,6 +11428,16 @@ def build_opener(transport: KeepAliveHandler) -> urllib.request.OpenerDirector:
     return opener
 
 
+def posted(opener: urllib.request.OpenerDirector, url: str, body: bytes, key: Optional[str] = None,
+           headers: Mapping[str, str] = MappingProxyType({})) -> UpstreamResponse:
+    """POST JSON to a server that is no provider. Raises UpstreamError."""
+    headers = {"host": urllib.parse.urlsplit(url).netloc, "content-type": "application/json",
+               "content-length": str(len(body)), "accept-encoding": "identity",
+               "user-agent": f"ironcage_proxy/{__version__}", **headers}
+    return opener.open(UpstreamRequest(url, method="POST", body=[body], headers=headers,
+                                       watched=None, key=key))
+
+
 def check_key(provider: Provider) -> None:
     """Raises NoProviderKey, naming the environment variable to set."""
     if provider.key is None and provider.key_env:
@@ -11453,6 +11483,11 @@ def answer_headers(headers: Headers) -> list[tuple[str, str]]:
     named = connection_options(headers)
     return [(name, value) for name, value in headers
             if name not in ANSWER_HEADERS_KEPT_BACK and name not in named]
+
+
+def own_ids(request_id: str) -> Sequence[tuple[str, str]]:
+    """Return the headers in which SDKs look for an answer's id, for one that is ours."""
+    return ("x-request-id", request_id), ("request-id", request_id)
 
 
 def translated_rate_limits(headers: Iterable[tuple[str, str]],
@@ -11579,6 +11614,7 @@ class Call:
     status: Optional[int] = None                      # of the provider's answer
     first_byte_ms: Optional[int] = None               # from sending to the head of the answer
     provider_request_id: Optional[str] = None
+    heard_s = 0.0                                     # when its client last heard something
     client_left = False
     charge: Optional[Charge] = None                   # set when it is settled
     row: Optional[dict] = None                        # in the ledger, once the intent is written
@@ -11587,7 +11623,6 @@ class Call:
                  body: JsonBody) -> None:
         self.request, self.provider, self.api, self.body = request, provider, api, body
         self.model = model                            # the name that goes upstream
-        self.asked_model = model                      # the name that the client used
         self.losses = Losses()                        # what a translator could not carry over
         self.wants_stream = optional_flag(body.fields, "stream")
         self.meter = AnswerMeter(api)
@@ -11601,6 +11636,11 @@ class Call:
                 "price_key": self.price.key if self.price is not None else None,
                 "api": self.api, "stream": int(self.wants_stream),
                 "bound_microdollars": self.reservation.microdollars}
+
+    @property
+    def client_api(self) -> str:
+        """The API that its client speaks."""
+        return self.api if self.translator is None else self.translator.client_api
 
     @property
     def has_failed(self) -> bool:
@@ -11768,12 +11808,20 @@ def count_scope(call: Call) -> tuple[str, str, str]:
 
 
 def call_prompt(call: Call) -> Optional[Prompt]:
-    """Return a call's prompt as digests, made once; None where no count of it can be known."""
+    """Return a call's prompt as digests, made once; None where no count of it can be known, or
+    where there is no memory for the copies that they are made of."""
     if call.prompt is None:
-        headers = call.request.head.headers
-        call.prompt = prompt_of(call.api, call.body, (
-            *count_scope(call), anthropic_betas(call.request.head, call.added_betas),
-            headers.get("openai-beta") or ""))
+        headers, memory = call.request.head.headers, call.request.memory
+        before, copies = memory.parts["body"], 2 if call.body.text.isascii() else 6      # escaped
+        try:
+            memory.hold(before + copies * len(call.body.text))
+            call.prompt = prompt_of(call.api, call.body, (
+                *count_scope(call), anthropic_betas(call.request.head, call.added_betas),
+                headers.get("openai-beta") or ""))
+        except (BodyTooLarge, ServerBusy):
+            return None
+        finally:
+            memory.hold(before)
     return call.prompt
 
 
@@ -11952,21 +12000,47 @@ class Totals:
                    for kind, named in by.items()}}
 
 
-def _sample(name: str, labels: Mapping[str, str], value: object) -> str:
-    inside = ",".join(f'{label}="{text}"' for label, text in labels.items())
-    return f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"
+def _family(name: str, kind: str, text: str, samples: Iterable[tuple]) -> list[str]:
+    """The lines of a metric in Prometheus's text format; none without samples, which are (labels,
+    value) or (labels, value, the end of its name)."""
+    name, lines = f"ironcage_{name}", []
+    for labels, value, *end in samples:
+        inside = ",".join(f'{label}="{shown}"' for label, shown in labels.items())
+        lines.append(f"{name}{''.join(end)}{f'{{{inside}}}' if inside else ''} {value}")
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *lines] if lines else []
 
 
-def _histogram(name: str, observed: Mapping[tuple, int], metric: str) -> list[str]:
-    """The samples of a histogram by provider; buckets count all below them."""
-    lines = []
+def _histogram(observed: Mapping[tuple, int], metric: str) -> Iterator[tuple]:
+    """Yield the samples of a histogram by provider; buckets count all below them."""
     for provider in sorted({key[1] for key in observed if key[0] == metric}):
         total = 0
         for bound in HISTOGRAM_BOUNDS:
             total += observed.get((metric, provider, bound), 0)
-            lines.append(_sample(f"{name}_bucket", {"provider": provider, "le": bound}, total))
-        lines.append(_sample(f"{name}_count", {"provider": provider}, total))
-    return lines
+            yield {"provider": provider, "le": bound}, total, "_bucket"
+        yield {"provider": provider}, total, "_count"
+
+
+# What is counted: (name, of what, by which labels), of what Totals observes and of its cells.
+OBSERVED_METRICS = (("request", "requests", "Calls", ("provider", "model", "status")),
+                    ("refusal", "refusals", "Requests that the proxy refused", ("reason",)),
+                    ("token_refusal", "token_refusals", "Refusals", ("token", "reason")))
+COUNTED_METRICS = (("cost_microdollars", "cost_microdollars", "Cost in microdollars", "model"),
+                   ("estimated_requests", "estimated_requests", "Estimated charges", "provider"),
+                   ("requests", "token_requests", "Calls", "token"),
+                   ("cost_microdollars", "token_cost_microdollars", "Cost in microdollars",
+                    "token"))
+HISTOGRAMS = (("latency", "request", "From sending a call to its settlement."),
+              ("first_byte", "first_byte", "From sending a call to its answer's head."))
+GAUGES = MappingProxyType({
+    "in_flight": "Requests that are being served.",
+    "memory_reserved_bytes": "Memory held for bodies and answers in work.",
+    "bound_exceeded": "Answers that cost more than their bound.",
+    "shared_usable": "Whether the engine of the shared budget answers.",
+    "shared_unconfirmed": "Settlements that it does not know yet.",
+    "server_events_waiting": "Events that the Iron Cage server has not got yet.",
+    "server_events_dropped": "Events that it will never get.",
+    "uptime_seconds": "Seconds since the start.",
+})
 
 
 def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str, int]) -> str:
@@ -11974,56 +12048,25 @@ def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str,
 
     Labels come from closed sets: names of providers, priced models and tokens, statuses, reasons.
     """
-    counts, observed = totals.snapshot(), totals.observed()
-    families: list[tuple[str, str, str, list[str]]] = [
-        ("ironcage_requests_total", "counter", "Calls by provider, model and status.", [
-            _sample("ironcage_requests_total",
-                    dict(zip(("provider", "model", "status"), key[1:])), count)
-            for key, count in sorted(observed.items()) if key[0] == "request"]),
-        ("ironcage_refusals_total", "counter", "Requests that the proxy refused, by reason.", [
-            _sample("ironcage_refusals_total", {"reason": key[1]}, count)
-            for key, count in sorted(observed.items()) if key[0] == "refusal"]),
-        ("ironcage_tokens_total", "counter", "Tokens by model and kind.", [
-            _sample("ironcage_tokens_total",
-                    {"model": model, "kind": name.replace("_tokens", "")}, cell.get(name, 0))
-            for model, cell in counts["by_model"].items() for name in TOKEN_COUNTS]),
-        ("ironcage_cost_microdollars_total", "counter", "Cost by model, in microdollars.", [
-            _sample("ironcage_cost_microdollars_total", {"model": model},
-                    cell.get("cost_microdollars", 0))
-            for model, cell in counts["by_model"].items()]),
-        ("ironcage_estimated_requests_total", "counter", "Calls that were charged by estimate.", [
-            _sample("ironcage_estimated_requests_total", {"provider": provider},
-                    cell.get("estimated_requests", 0))
-            for provider, cell in counts["by_provider"].items()]),
-        ("ironcage_request_seconds", "histogram", "From sending a call to its settlement.",
-         _histogram("ironcage_request_seconds", observed, "latency")),
-        ("ironcage_first_byte_seconds", "histogram", "From sending a call to its answer's head.",
-         _histogram("ironcage_first_byte_seconds", observed, "first_byte")),
-    ]
-    families.append(("ironcage_token_refusals_total", "counter", "Refusals by token and reason.", [
-        _sample("ironcage_token_refusals_total", {"token": key[1], "reason": key[2]}, count)
-        for key, count in sorted(observed.items()) if key[0] == "token_refusal"]))
-    for field, text in (("requests", "Calls"), ("cost_microdollars", "Cost in microdollars")):
-        name = f"ironcage_token_{field}_total"
-        families.append((name, "counter", f"{text} by token.", [
-            _sample(name, {"token": token}, cell[field])
-            for token, cell in counts["by_token"].items()]))
+    counts, observed, lines = totals.snapshot(), totals.observed(), []
+    for metric, name, text, labels in OBSERVED_METRICS:
+        lines += _family(f"{name}_total", "counter", f"{text} by {', '.join(labels)}.", [
+            (dict(zip(labels, key[1:])), count) for key, count in sorted(observed.items())
+            if key[0] == metric])
+    lines += _family("tokens_total", "counter", "Tokens by model and kind.", [
+        ({"model": model, "kind": name.replace("_tokens", "")}, cell[name])
+        for model, cell in counts["by_model"].items() for name in TOKEN_COUNTS])
+    for field, name, text, label in COUNTED_METRICS:
+        lines += _family(f"{name}_total", "counter", f"{text} by {label}.", [
+            ({label: named}, cell[field]) for named, cell in counts[f"by_{label}"].items()])
+    for metric, name, text in HISTOGRAMS:
+        lines += _family(f"{name}_seconds", "histogram", text, _histogram(observed, metric))
     for amount in ("limit", "spent", "reserved"):
-        name = f"ironcage_{amount}_microdollars"
-        families.append((name, "gauge", f"What is {amount}, by scope, in microdollars.", [
-            _sample(name, {"scope": budget.scope}, getattr(budget, amount))
-            for budget in budgets if getattr(budget, amount) is not None]))
-    families += [(name, "gauge", text, [_sample(name, {}, gauges[name])]) for name, text in (
-        ("ironcage_in_flight", "Requests that are being served."),
-        ("ironcage_memory_reserved_bytes", "Memory held for bodies and answers in work."),
-        ("ironcage_bound_exceeded", "Answers that cost more than their bound."),
-        ("ironcage_shared_usable", "Whether the engine of the shared budget answers."),
-        ("ironcage_shared_unconfirmed", "Settlements that it does not know yet."),
-        ("ironcage_server_events_waiting", "Events that the Iron Cage server has not got yet."),
-        ("ironcage_server_events_dropped", "Events that it will never get."),
-        ("ironcage_uptime_seconds", "Seconds since the start.")) if name in gauges]
-    lines = [line for name, kind, text, samples in families if samples
-             for line in (f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples)]
+        lines += _family(f"{amount}_microdollars", "gauge", f"What is {amount}, by scope.", [
+            ({"scope": budget.scope}, getattr(budget, amount)) for budget in budgets
+            if getattr(budget, amount) is not None])
+    for name, text in GAUGES.items():
+        lines += _family(name, "gauge", text, [({}, gauges[name])] if name in gauges else ())
     return "\n".join(lines) + "\n"
 
 
@@ -12055,87 +12098,125 @@ class Thresholds:
         return BUDGET_THRESHOLDS[before:count]
 
 
-ALERT_TIMEOUTS = Timeouts(connect_s=5, first_byte_s=10, between_bytes_s=10, call_s=15)
+OUTSIDE_TIMEOUTS = Timeouts(connect_s=5, first_byte_s=10, between_bytes_s=10, call_s=15)
+MAX_BACKOFF_S = 60
+RETRY_POLL_S = 0.5                            # at the end, between two tries
+
+
+class Outbox:
+    """What is sent elsewhere, oldest first, on a thread of its own: nothing waits for it.
+
+    `send`, called with an item and whether that is its first try, returns whether it is done with:
+    taken, or never to be. If not it is tried again, less and less often. They are sent as soon as
+    there are `at_once`, or each `every_s`. Where there are `most`, the oldest is dropped.
+    """
+
+    def __init__(self, name: str, send: Callable[[Mapping, bool], bool],
+                 on_fault: Callable[[str], None], *, most: int, at_once: int = 1,
+                 every_s: Optional[float] = None) -> None:
+        self._name, self._send, self._most = name, send, most
+        self._at_once, self._every_s = at_once, every_s
+        self._changed = threading.Condition()         # guards the fields below
+        self._waiting: deque = deque()
+        self._dropped = 0
+        self._stop_by_s: Optional[float] = None       # set at the end
+        self._thread = Housekeeper(name, self._send_all, on_fault)
+        self.start = self._thread.start
+
+    def put(self, item: Mapping[str, object]) -> None:
+        """Queue an item."""
+        with self._changed:
+            self._waiting.append(item)
+            if len(self._waiting) > self._most:
+                self._waiting.popleft()
+                self._dropped += 1
+            self._changed.notify_all()
+
+    def counts(self) -> tuple[int, int]:
+        """How many items wait, and how many were dropped."""
+        with self._changed:
+            return len(self._waiting), self._dropped
+
+    def stop(self, retry_s: float, wait_s: Optional[float] = None) -> None:
+        """Send what waits: once, and again for so long. Wait for the end of that, or `wait_s`."""
+        with self._changed:
+            self._stop_by_s = time.monotonic() + retry_s
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(wait_s)
+
+    def _send_all(self) -> None:
+        """Send items until the end; the thread runs this."""
+        backoff_s = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stop_by_s is not None or (
+                        len(self._waiting) >= self._at_once and not backoff_s),
+                    backoff_s or self._every_s)
+                items, stop_by_s = [*self._waiting], self._stop_by_s
+            is_sent = all(self._is_sent(item, not backoff_s) for item in items)
+            backoff_s = 0 if is_sent else min(MAX_BACKOFF_S, 2 * backoff_s or 1)
+            if stop_by_s is not None:
+                if is_sent or time.monotonic() >= stop_by_s:
+                    break
+                time.sleep(RETRY_POLL_S)
+        with self._changed:
+            self._dropped += len(self._waiting)
+            self._waiting.clear()
+        if self._dropped:
+            log.warning(f"{self._name}: some were not sent", extra={"fields": {
+                "dropped": self._dropped}})
+
+    def _is_sent(self, item: Mapping[str, object], is_first: bool) -> bool:
+        is_done = self._send(item, is_first)
+        with self._changed:
+            if is_done and self._waiting and self._waiting[0] is item:    # it was not dropped
+                self._waiting.popleft()
+        return is_done
+
+    def drop(self) -> None:
+        """Count an item that is not taken."""
+        with self._changed:
+            self._dropped += 1
+
+
 MAX_ALERTS = 100                              # kept while the receiver does not take them
-MAX_ALERT_BACKOFF_S = 60
 ALERT_STOP_S = 2                              # at the end, for those that wait
 
 
 class Alerts:
-    """POSTs to a URL what an operator should know, on a thread of its own: nothing waits for it.
+    """POSTs to a URL what an operator should know. A 4xx or a redirect is a no.
 
-    What is not taken is sent again, less and less often; a 4xx or a redirect is a no. Where too
-    many wait, the oldest is dropped. The URL is a secret, of which only the host is logged;
-    `secrets` are what no alert may hold.
+    The URL is a secret, of which only the host is logged; `secrets` are what no alert may hold.
     """
 
     def __init__(self, url: str, secrets: Callable[[], Iterable[Optional[str]]],
                  on_fault: Callable[[str], None]) -> None:
         self.url, self._secrets = url, secrets
-        self._transport = KeepAliveHandler(ALERT_TIMEOUTS)
+        self._transport = KeepAliveHandler(OUTSIDE_TIMEOUTS)
         self._opener = build_opener(self._transport)
-        self._changed = threading.Condition()         # guards the fields below
-        self._waiting: deque = deque()
-        self._is_stopping = False
-        self._thread = Housekeeper("ironcage-alerts", self._send_all, on_fault)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.outbox = Outbox("ironcage-alerts", self._is_done, on_fault, most=MAX_ALERTS)
 
     def tell(self, event: str, text: str, fields: Mapping[str, object]) -> None:
         """Queue an alert; `text` is what chat programs show."""
-        alert = {"text": f"ironcage: {text}", "event": event, **fields, "version": __version__,
-                 "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        with self._changed:
-            is_full = len(self._waiting) >= MAX_ALERTS
-            if is_full:
-                self._waiting.popleft()
-            self._waiting.append(alert)
-            self._changed.notify_all()
-        if is_full:
-            log.warning("an alert was dropped, since too many wait")
+        self.outbox.put({"text": f"ironcage: {text}", "event": event, **fields,
+                         "version": __version__,
+                         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
 
     def stop(self) -> None:
         """Send what waits, for at most ALERT_STOP_S."""
-        with self._changed:
-            self._is_stopping = True
-            self._changed.notify_all()
-        for end in (self._transport.shut_down, lambda: None):
-            if self._thread.is_alive():
-                self._thread.join(ALERT_STOP_S)
-            end()
-
-    def _send_all(self) -> None:
-        """Send alerts, oldest first, until the end; then each is tried once more."""
-        backoff_s = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._is_stopping or (self._waiting and not backoff_s),
-                    backoff_s or None)
-                is_last, alert = self._is_stopping, self._waiting[0] if self._waiting else None
-            if alert is None:
-                return
-            is_done = self._is_done(alert, is_first=not backoff_s)
-            with self._changed:
-                if is_done and self._waiting and self._waiting[0] is alert:
-                    self._waiting.popleft()
-            backoff_s = 0 if is_done else min(MAX_ALERT_BACKOFF_S, 2 * backoff_s or 1)
-            if is_last and not is_done:
-                return
+        self.outbox.stop(0, ALERT_STOP_S)
+        self._transport.shut_down()
+        self.outbox.stop(0, ALERT_STOP_S)
 
     def _is_done(self, alert: Mapping[str, object], is_first: bool) -> bool:
         """Whether the receiver took an alert, or never will."""
         body, url = json_bytes(alert), self.url
         for secret in filter(is_secret, (url, *self._secrets())):
             body = body.replace(json_bytes(secret)[1:-1], b"***")
-        host = urllib.parse.urlsplit(url).netloc
-        headers = {"host": host, "content-type": "application/json",
-                   "content-length": str(len(body)), "accept-encoding": "identity",
-                   "user-agent": f"ironcage_proxy/{__version__}"}
         try:
-            response = self._opener.open(UpstreamRequest(url, method="POST", body=[body],
-                                                         headers=headers, watched=None))
+            response = posted(self._opener, url, body)
             response.close()
             status, reason = response.status, f"it answered with the status {response.status}"
         except UpstreamError as err:
@@ -12143,7 +12224,8 @@ class Alerts:
         is_final = 300 <= status < 500 and status not in (408, 429)
         if not 200 <= status < 300 and (is_first or is_final):
             log.warning("an alert was refused" if is_final else "an alert is not delivered yet",
-                        extra={"fields": {"event": alert["event"], "host": host, "reason": reason}})
+                        extra={"fields": {"event": alert["event"], "reason": reason,
+                                          "host": urllib.parse.urlsplit(url).netloc}})
         return is_final or 200 <= status < 300
 
 
@@ -12154,16 +12236,24 @@ class Alerts:
 # is leased before anything is spent, what is left goes back at the end, and each call is told of.
 # Nothing here is waited for by a call that has what it needs.
 
-SERVER_TIMEOUTS = Timeouts(connect_s=5, first_byte_s=10, between_bytes_s=10, call_s=15)
 SERVER_RETRY_S = 5                            # after a failure, before the server is asked again
 SERVER_STOP_S = 10                            # at the end, for events and for the lease
-SERVER_POLL_S = 0.5                           # meanwhile, between two tries
 EVENTS_EVERY_S = 30
 EVENTS_AT_ONCE = 10                           # as many waiting are sent before that
-MAX_SERVER_ANSWER_BYTES = 1024 * 1024
 MAX_EVENTS = 10_000                           # kept while the server does not take them
-MAX_EVENT_BACKOFF_S = 60
+MAX_SERVER_ANSWER_BYTES = 1024 * 1024
 NEVER_S = -1e9                                # before any time of the monotonic clock
+
+
+@contextlib.contextmanager
+def tried(lock: threading.Lock, timeout_s: float) -> Iterator[bool]:
+    """Whether a lock was free within a time, or is waited for (-1); it is held until the end."""
+    is_held = lock.acquire(timeout=timeout_s)
+    try:
+        yield is_held
+    finally:
+        if is_held:
+            lock.release()
 
 
 class CageServer:
@@ -12175,7 +12265,7 @@ class CageServer:
 
     def __init__(self, url: str, token: str, ledger: Ledger, take: Callable[[Lease], None], *,
                  cache_ttl_s: int = 300, allow_plain_http: bool = False,
-                 timeouts: Timeouts = SERVER_TIMEOUTS,
+                 timeouts: Timeouts = OUTSIDE_TIMEOUTS,
                  on_fault: Callable[[str], None] = lambda name: None) -> None:
         self.url, self.token, self._ledger, self._take = url, token, ledger, take
         self._cache_ttl_s, self._allow_plain_http = cache_ttl_s, allow_plain_http
@@ -12183,7 +12273,7 @@ class CageServer:
         check_encrypted("the Iron Cage server", url, allow_plain_http)
         self._transport = KeepAliveHandler(timeouts)
         self._opener = build_opener(self._transport)
-        self._turn = threading.Lock()         # one asks the server; who waits takes what comes
+        self._asking = threading.Lock()       # one asks the server; the others take what comes
         self._held: Optional[Provider] = None          # with its key
         self.provider_name: Optional[str] = None       # of the last key that was given
         self._fetched_s = self._fresh_until_s = NEVER_S
@@ -12191,23 +12281,16 @@ class CageServer:
         self.lease: Optional[Lease] = None
         self._failure: Optional[CageServerFailed] = None
         self._failed_until_s = NEVER_S
-        self._changed = threading.Condition()          # guards the fields below
-        self._events: deque = deque()
-        self.dropped_events = 0
-        self._is_stopping, self._stop_by_s = False, 0.0
-        self._thread = Housekeeper("ironcage-events", self._send_events, on_fault)
+        self._is_stopping = False
+        self.events = Outbox("ironcage-events", self._is_taken, on_fault, most=MAX_EVENTS,
+                             at_once=EVENTS_AT_ONCE, every_s=EVENTS_EVERY_S)
 
     # Its protocol.
 
     def _post(self, path: str, fields: Mapping[str, object]) -> tuple[int, dict]:
         """(status, body) of one call. Raises UpstreamError."""
-        body = json_bytes(fields)
-        headers = {"host": urllib.parse.urlsplit(self.url).netloc,
-                   "authorization": f"Bearer {self.token}", "accept-encoding": "identity",
-                   "content-type": "application/json", "content-length": str(len(body))}
-        response = self._opener.open(UpstreamRequest(self.url + path, method="POST", body=[body],
-                                                     headers=headers, watched=None,
-                                                     key=self.token))
+        response = posted(self._opener, self.url + path, json_bytes(fields), self.token,
+                          {"authorization": f"Bearer {self.token}"})
         try:
             raw, is_whole = whole_body(response.reads(), most_bytes=MAX_SERVER_ANSWER_BYTES)
         finally:
@@ -12272,50 +12355,50 @@ class CageServer:
     def provider(self) -> Provider:
         """The provider with its key. Raises CageServerFailed.
 
-        A key is asked for once for all that wait for it; who holds one, though an old one, does
-        not wait.
+        A key is asked for once for all that need it; whoever has one, though an old one, does not
+        wait for it.
         """
-        held = self._held
-        if held is not None and held.key != self._refused_key:
-            if time.monotonic() < self._fresh_until_s or not self._turn.acquire(blocking=False):
+        held = self._usable()
+        if held is not None and time.monotonic() < self._fresh_until_s:
+            return held
+        with tried(self._asking, -1 if held is None else 0) as may_ask:
+            if not may_ask:
                 return held
-        else:
-            self._turn.acquire()
-        try:
-            return self._provider_in_turn()
-        finally:
-            self._turn.release()
-
-    def _provider_in_turn(self) -> Provider:
-        now_s = time.monotonic()
-        held = self._held if self._held is not None and self._held.key != self._refused_key \
-            else None
-        if held is not None and now_s < self._fresh_until_s:
+            held = self._usable()                      # it may have come meanwhile
+            if held is not None and time.monotonic() < self._fresh_until_s:
+                return held
+            try:
+                held = self._ask_again("/api/v1/agents/provider-key", {"ic_token": self.token},
+                                       self._read_provider)
+            except CageServerFailed as err:
+                if held is None or err.is_final:
+                    self._held = None
+                    raise
+                log.warning("the key is kept", extra={"fields": {"reason": err.message}})
+                self._fresh_until_s = time.monotonic() + SERVER_RETRY_S
+                return held
+            self._held, self.provider_name, self._refused_key = held, held.name, None
+            self._fetched_s = time.monotonic()
+            self._fresh_until_s = self._fetched_s + self._cache_ttl_s
             return held
-        self._raise_recent_failure()
-        try:
-            fetched = self._ask("/api/v1/agents/provider-key", {"ic_token": self.token},
-                                self._read_provider)
-        except CageServerFailed as err:
-            if held is None or err.is_final:
-                self._held = None
-                self._remember(err)
-                raise
-            log.warning("the key is kept", extra={"fields": {"reason": err.message}})
-            self._fresh_until_s = now_s + SERVER_RETRY_S
-            return held
-        self._held, self.provider_name, self._refused_key = fetched, fetched.name, None
-        self._fetched_s, self._fresh_until_s = now_s, now_s + self._cache_ttl_s
-        return fetched
 
-    def _raise_recent_failure(self) -> None:
+    def _usable(self) -> Optional[Provider]:
+        """The provider whose key is known, and was not refused."""
+        held = self._held
+        return None if held is None or held.key == self._refused_key else held
+
+    def _ask_again(self, path: str, fields: Mapping[str, object],
+                   read: Callable[[dict], _T]) -> _T:
+        """As _ask(), but a failure stands for SERVER_RETRY_S, in which the server is left alone."""
         if self._is_stopping:
             raise CageServerFailed("the proxy is stopping")
         if self._failure is not None and time.monotonic() < self._failed_until_s:
             raise self._failure
-
-    def _remember(self, failure: CageServerFailed) -> None:
-        self._failure, self._failed_until_s = failure, time.monotonic() + SERVER_RETRY_S
+        try:
+            return self._ask(path, fields, read)
+        except CageServerFailed as err:
+            self._failure, self._failed_until_s = err, time.monotonic() + SERVER_RETRY_S
+            raise
 
     def refused(self, provider: Provider) -> None:
         """A provider answered 401: its key is fetched anew, unless that was done just now."""
@@ -12327,22 +12410,18 @@ class CageServer:
         if self.lease is not None:
             return
         name = self.provider().name
-        with self._turn:
+        with self._asking:
             if self.lease is not None:
                 return
-            self._raise_recent_failure()
-            try:
-                lease = self._ask("/api/v1/budget/handshake",
-                                  {"ic_token": self.token, "provider": name}, self._read_lease)
-            except CageServerFailed as err:
-                self._remember(err)
-                raise
+            lease = self._ask_again("/api/v1/budget/handshake",
+                                    {"ic_token": self.token, "provider": name}, self._read_lease)
             try:
                 self._ledger.keep_lease(lease)
             except LedgerUnavailable:
                 self._give_back(lease, 0)
                 raise
-            self._raise_recent_failure()       # if stop() began meanwhile: it gives this back
+            if self._is_stopping:                      # stop() gives this back
+                raise CageServerFailed("the proxy is stopping")
             self._take(lease)
             self.lease = lease
             log.info("budget leased", extra={"fields": {
@@ -12351,14 +12430,14 @@ class CageServer:
     # Its beginning and its end.
 
     def start(self) -> None:
-        """Give back what a process that died held, ask for a lease, and begin to tell of calls."""
+        """Give back what a process that died held, ask for a lease, and begin to send events."""
         for lease, spent in self._held_leases():
             self._give_back(lease, spent)
         try:
             self.check_lease()
         except CageServerFailed as err:
             log.warning("nothing can be spent yet", extra={"fields": {"reason": err.message}})
-        self._thread.start()
+        self.events.start()
 
     def _held_leases(self) -> list[tuple[Lease, int]]:
         """Leases that were not given back, and what was spent of each: until the next began."""
@@ -12367,7 +12446,7 @@ class CageServer:
         return [(lease, end - lease.spent_before) for lease, end in zip(held, ends)]
 
     def _give_back(self, lease: Lease, spent: int) -> bool:
-        """Tell what was spent of a lease; whether the server knows now. A no of its is final."""
+        """Report what was spent of a lease; whether the server knows now. Its no is final."""
         try:
             self._ask("/api/v1/budget/return", {
                 "lease_id": lease.lease_id, "spent_microdollars": spent}, lambda body: None)
@@ -12382,80 +12461,41 @@ class CageServer:
     def stop(self) -> None:
         """Send the events that wait and give the lease back, for at most SERVER_STOP_S."""
         deadline_s = time.monotonic() + SERVER_STOP_S
-        with self._changed:
-            self._is_stopping, self._stop_by_s = True, deadline_s
-            self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()                # it ends by then, or with the call that it is in
+        self._is_stopping = True
+        self.events.stop(SERVER_STOP_S)
         # A call that asks for a lease just now gets it first, and finds that we are stopping.
-        is_our_turn = self._turn.acquire(timeout=max(0, deadline_s - time.monotonic()))
-        for lease, spent in self._held_leases():
-            while not self._give_back(lease, spent) and time.monotonic() < deadline_s:
-                time.sleep(SERVER_POLL_S)
-        if is_our_turn:
-            self._turn.release()
+        with tried(self._asking, max(0, deadline_s - time.monotonic())):
+            for lease, spent in self._held_leases():
+                while not self._give_back(lease, spent) and time.monotonic() < deadline_s:
+                    time.sleep(RETRY_POLL_S)
         self._transport.shut_down()
 
     # Its events.
 
     def tell(self, event: Event) -> None:
-        """Keep an event until it is sent; where too many wait, it is dropped and counted."""
-        if not isinstance(event, (LlmRequestCompleted, LlmRequestFailed)):
-            return
-        fields = {"event_type": event_name(event), "event_id": event.request_id,
-                  "timestamp_ms": time.time_ns() // 10 ** 6, **event._asdict()}
-        with self._changed:
-            if len(self._events) >= MAX_EVENTS:
-                self.dropped_events += 1
-                return
-            self._events.append(fields)
-            if len(self._events) >= EVENTS_AT_ONCE:
-                self._changed.notify_all()
+        """Queue an event of a call."""
+        if isinstance(event, (LlmRequestCompleted, LlmRequestFailed)):
+            self.events.put({"event_type": event_name(event), "event_id": event.request_id,
+                             "timestamp_ms": time.time_ns() // 10 ** 6, **event._asdict()})
 
-    def _send_events(self) -> None:
-        """Send events, oldest first, until the end; the thread of its own that this runs on."""
-        backoff_s = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._is_stopping or (
-                        len(self._events) >= EVENTS_AT_ONCE and not backoff_s),
-                    backoff_s or EVENTS_EVERY_S)
-                is_last, count = self._is_stopping, len(self._events)
-            sent = all(self._send_oldest_event() for _ in range(count))
-            backoff_s = 0 if sent else min(MAX_EVENT_BACKOFF_S, 2 * backoff_s or 1)
-            if is_last and (sent or time.monotonic() >= self._stop_by_s):
-                break
-            if is_last:
-                time.sleep(SERVER_POLL_S)
-        with self._changed:
-            self.dropped_events += len(self._events)
-            self._events.clear()
-        if self.dropped_events:
-            log.warning("events were dropped", extra={"fields": {"events": self.dropped_events}})
-
-    def _send_oldest_event(self) -> bool:
-        """Whether the server took it, or will never: what it answers 4xx to is dropped."""
+    def _is_taken(self, event: Mapping[str, object], is_first: bool) -> bool:
+        """Whether the server took an event, or will never: what it answers 4xx to is dropped."""
         try:
-            self._ask("/api/v1/analytics/events", {**self._events[0], "ic_token": self.token},
+            self._ask("/api/v1/analytics/events", {**event, "ic_token": self.token},
                       lambda body: None)
         except CageServerFailed as err:
             if not err.is_final:
                 return False
-            with self._changed:
-                self.dropped_events += 1
+            self.events.drop()
             log.warning("an event is refused", extra={"fields": {"reason": err.message}})
-        with self._changed:
-            self._events.popleft()
         return True
 
     def as_json(self) -> dict:
         """Return what /ironcage/status says of it."""
-        lease = self.lease
-        with self._changed:
-            return {"url": self.url, "lease_id": None if lease is None else lease.lease_id,
-                    "granted_microdollars": 0 if lease is None else lease.granted,
-                    "events_waiting": len(self._events), "events_dropped": self.dropped_events}
+        lease, (waiting, dropped) = self.lease, self.events.counts()
+        return {"url": self.url, "lease_id": None if lease is None else lease.lease_id,
+                "granted_microdollars": 0 if lease is None else lease.granted,
+                "events_waiting": waiting, "events_dropped": dropped}
 
 
 # ==== 24. Shared budget =========================================================================
@@ -13629,11 +13669,15 @@ class Answer(NamedTuple):
     length: int = UNTIL_CLOSE                  # bytes in `reads`, where known
 
 
-SESSIONS_SHOWN = 50                        # of those with a budget of their own
+def made_answer(request_id: str, body: bytes, kind: str = "application/json",
+                headers: Iterable[tuple[str, str]] = ()) -> Answer:
+    """Return an answer that no provider had a part in."""
+    return Answer(200, (("content-type", kind), *own_ids(request_id), *headers), body)
 
 
 class EchoResponse:
     """An answer of the echo model, with the manners of an UpstreamResponse."""
+    status = 200
 
     def __init__(self, api: str, body: JsonBody, request_id: str) -> None:
         answer = echo(api, body.fields, created_at=int(time.time()),
@@ -13641,16 +13685,26 @@ class EchoResponse:
         streamed = api != "embeddings" and optional_flag(body.fields, "stream")
         self._reads = ([event] for event in echo_stream(api, answer)) if streamed \
             else iter([[json_bytes(echo_whole(api, answer))]])
-        self.status = 200
         kind = "text/event-stream; charset=utf-8" if streamed else "application/json"
-        self.headers = Headers([("content-type", kind), ("x-request-id", request_id),
-                                ("request-id", request_id)])
+        self.headers = Headers([("content-type", kind), *own_ids(request_id)])
 
     def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
         return self._reads
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+Response = Union[UpstreamResponse, EchoResponse]
+
+
+class ProviderFailed(Exception):
+    """The provider answered a translated call with an error, which is here in its client's words.
+    """
+
+    def __init__(self, status: int, body: dict) -> None:
+        super().__init__(status)
+        self.status, self.body = status, body
 
 
 def named_model(fields: Mapping[str, object]) -> str:
@@ -13678,10 +13732,153 @@ def other_models(fields: Mapping[str, object]) -> Iterator[str]:
             yield str(value)
 
 
+_CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
+
+
+def json_body(request: ClientRequest) -> JsonBody:
+    """The body of a metered request. Raises BadRequest, ServerBusy."""
+    charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
+        raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
+    return request.parsed()
+
+
+class Routes(NamedTuple):
+    """Where requests go: by their path, and by the model that they name."""
+    providers: Mapping[str, Provider]
+    config: Config
+
+    def in_path(self, path: str) -> tuple[Optional[Provider], str]:
+        """Return the provider that a path's first segment names, and the path to call there."""
+        name, behind = split_path(path)
+        provider = self._provider(name)
+        return provider, behind if provider or not name else path
+
+    def of_path(self, request: ClientRequest, path: str) -> Provider:
+        """Return the provider of a path that names neither a provider nor a model."""
+        speaks_anthropic = request.dialect == "anthropic" or (
+            re.match(r"/v1/(models|files)(/|$)", path)
+            and request.head.headers.get("anthropic-version") is not None)
+        return self.providers["anthropic" if speaks_anthropic else "openai"]
+
+    def of_model(self, model: str, named: Optional[Provider] = None) -> tuple[Provider, str]:
+        """Return the provider of a model, and the model's name there.
+
+        provider/model names both; else an alias; else the prefix of the name. Raises
+        UnknownProvider.
+        """
+        if model not in self.config.aliases:
+            model = LONG_WINDOW_SUFFIX.sub("", model)
+        prefix, slash, rest = model.partition("/")
+        if named is None and not (slash and self._provider(prefix)):
+            model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
+            prefix, slash, rest = model.partition("/")
+        if model == ECHO_MODEL:
+            return ECHO_PROVIDER, model
+        provider = self._provider(prefix) if slash else None
+        if provider is not None and named in (None, provider):
+            return provider, rest
+        if named is not None:
+            return named, model
+        if slash:
+            raise self._unknown(prefix, model)
+        name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
+        return self.providers[name], model
+
+    def window_betas(self, model: str, provider: Provider) -> tuple[str, ...]:
+        """Return what asks a provider for the long window that a model's name asks for."""
+        is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
+        return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
+
+    def known_models(self, prices: PriceBook, caller: Caller,
+                     of_server: Optional[str]) -> dict[str, tuple[str, Price]]:
+        """Return the priced models of the providers that can be called, and aliases: (provider,
+        price). `of_server` names the provider whose key an Iron Cage server gave."""
+        ready = {name for name, provider in self.providers.items()
+                 if provider.key is not None or not provider.key_env or name == of_server}
+        owners = {seller: name for name in self.providers if name in ready
+                  for seller in prices.sellers(name)}
+        models = {}
+        for key in prices.keys():
+            price, (prefix, _, rest) = prices.price(key), key.partition("/")
+            owner = owners.get(price.provider or prefix)
+            model = rest if owners.get(prefix) == owner and key != ECHO_MODEL else key
+            if owner is not None and caller.may_use(owner, model):
+                plain = model == key and owner in ("openai", "anthropic", ECHO_PROVIDER.name)
+                models[key if plain else f"{owner}/{model}"] = (owner, price)
+        for alias in self.config.aliases:
+            provider, model = self.of_model(alias)
+            found = prices.find(model, provider.name)
+            if found is not None and not re.search("[*?[]", alias) and provider.name in ready \
+                    and caller.may_use(provider.name, model):
+                models[alias] = (provider.name, found)
+        return models
+
+    def _provider(self, name: str) -> Optional[Provider]:
+        return self.providers.get(name) or self.providers.get(PROVIDER_ALIASES.get(name, ""))
+
+    def _unknown(self, name: str, model: str) -> UnknownProvider:
+        """Make the error for a provider that is not set up, or that nobody knows."""
+        row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
+        if row is None:
+            return UnknownProvider(
+                f"the model {shown_name(model)} names a provider that there is not"
+                f"{did_you_mean(name, self.providers)}: before a / stands one of "
+                f"{', '.join(self.providers)}", param="model")
+        is_by_key = row.key_env and row.base_url and not row.is_named_only
+        return UnknownProvider(
+            f"the provider {row.name} is not set up: " + (
+                f"set {row.key_env} in the proxy's environment" if is_by_key
+                else "name it under providers in --config"), param="model")
+
+
+def answer_to_warming(fields: Mapping[str, object], request_id: str) -> Answer:
+    """Return the answer to a Messages call for no output. It is made to warm Anthropic's cache:
+    another provider has none to warm."""
+    message = empty_message(Began("", fields["model"]))
+    end = {"stop_reason": "max_tokens", "stop_sequence": None}
+    if not optional_flag(fields, "stream"):
+        return made_answer(request_id, json_bytes({**message, **end}))
+    events = ({"type": "message_start", "message": message},
+              {"type": "message_delta", "delta": end, "usage": message["usage"]},
+              {"type": "message_stop"})
+    return made_answer(request_id, b"".join(format_event(event, event["type"])
+                                            for event in events), "text/event-stream")
+
+
+def check_method_override(request: ClientRequest) -> None:
+    """Raises UnmeteredRoute where a request may become another one at the provider."""
+    if not METHOD_OVERRIDE_HEADERS.isdisjoint(request.head.headers.values) \
+            or "_method=" in (request.head.query or ""):
+        raise UnmeteredRoute("a method override cannot be used under a budget")
+
+
+def check_models(caller: Caller, provider: Provider, models: Iterable[str]) -> None:
+    """Raises ModelForbidden where a token is not for one of them."""
+    if not all(caller.may_use(provider.name, model) for model in models):
+        raise ModelForbidden(f"the token {caller.name} may use other models only: "
+                             f"{', '.join(caller.models)}", param="model")
+
+
+def known_input_tokens(call: Call, counts: KnownCounts, price: Price,
+                       window: int) -> Optional[int]:
+    """A bound on a call's input from what its provider counted before; None: it did not."""
+    fields, scope = call.body.fields, json.dumps(count_scope(call))
+    previous = fields.get("previous_response_id")
+    if previous is not None and fields.get("truncation") in (None, "disabled"):
+        known = counts.find(scope, [response_digest(previous, fields)])[0]
+        return known and continued_input_tokens(call.body, price, known, window)
+    find, prompt = functools.partial(counts.find, scope), call_prompt(call)
+    if prompt is None:
+        return None
+    referred = referred_input_tokens(call.body, price, window, find)
+    return counted_input_tokens(call.api, call.body, price, prompt, find, window) \
+        if referred is None else referred
+
+
 NO_RESPONSES = ' (if this server has no /v1/responses, give its provider "responses": false in ' \
                "--config, or start with --openai-chat-only where it stands in for OpenAI)"
-_CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
-NO_OUTPUT = rb'"max_tokens"\s*:\s*0\s*[,}]'
+NO_LAST_EVENT = "the provider's stream ended without its last event"
 
 
 def _row_told(row: Mapping[str, object]) -> dict:
@@ -13696,7 +13893,10 @@ def _row_told(row: Mapping[str, object]) -> dict:
 
 
 class Router:
-    """Carries requests to providers under one budget."""
+    """Carries requests to providers under one budget.
+
+    open() is the way in. _carried() is the life of a metered call, a step a line.
+    """
 
     def __init__(self, settings: Settings, prices: PriceBook, ledger: Ledger,
                  turns: Optional[Turns] = None) -> None:
@@ -13737,26 +13937,10 @@ class Router:
         yield from (self.settings.token, self.settings.admin_token, self.settings.server_token)
         yield from (provider.key for provider in self.providers.values())
 
-    def alert(self, event: str, text: str, **fields: object) -> None:
-        """Report to --alert-url, if there is one."""
-        if self.alerts is not None:
-            self.alerts.tell(event, text, fields)
-
     def _take_lease(self, lease: Lease) -> None:
         """What a lease allows to be spent, which --budget can lower."""
         limits = (self.settings.budget_microdollars, lease.spent_before + lease.granted)
         self.controller.set_budget(min(limit for limit in limits if limit is not None))
-
-    def _ready(self, provider: Provider) -> Provider:
-        """A provider with its key, from the Iron Cage server if there is one; then there is a
-        lease too. Raises NoProviderKey, CageServerFailed."""
-        if self.server is not None:
-            with self.turns.outside():
-                self.server.check_lease()
-                known = self.server.provider()
-            provider = known if known.name == provider.name else provider
-        check_key(provider)
-        return provider
 
     def configure(self, config: Config, prices: PriceBook,
                   settings: Optional[Settings] = None) -> None:
@@ -13798,6 +13982,39 @@ class Router:
                                 "url": provider.url("/v1/chat/completions"),
                                 "before": f"{provider.base_url}/v1/chat/completions"}})
 
+    @property
+    def routes(self) -> Routes:
+        """Where requests go, as it is configured now."""
+        return Routes(self.providers, self.config)
+
+    def shut_down(self) -> None:
+        """Cut all calls that are under way; each settles as its thread sees it."""
+        self._is_cut = True
+        self._transport.shut_down()
+        self.memory.close(cuts=True)
+
+    def _fault(self, err: UpstreamError) -> IroncageError:
+        """Return what a client reads of a call that broke: our own stop is not its provider's."""
+        return ServerBusy("the proxy was stopped before this call had ended") if self._is_cut \
+            else err
+
+    # The life of a request.
+
+    @contextlib.contextmanager
+    def open(self, request: ClientRequest, client: Optional[Wire] = None) -> Iterator[Answer]:
+        """The answer to a request; leaving the context settles the call and ends it upstream.
+
+        `client` is looked at while a stream is awaited, so that a call ends with its client.
+        Raises: any IroncageError; ClientGone.
+        """
+        if self._is_cut:
+            raise ServerBusy("the proxy is stopping")
+        named, path = self.routes.in_path(request.head.path)
+        is_metered = request.head.method == "POST" and path in METERED_APIS
+        with self._session(request):
+            yield from (self._carried if is_metered else self._unmetered)(
+                request, named, path, client)
+
     def _session(self, request: ClientRequest) -> ContextManager[None]:
         """Keep the budget of a request's session, where its token caps each. Raises
         LedgerUnavailable."""
@@ -13809,149 +14026,93 @@ class Router:
             request.scopes[-1], limit, "total", None, lambda since_s: 0 if since_s else
             self.ledger.spent_in_session(caller.name, session)))
 
-    def shut_down(self) -> None:
-        """Cut all calls that are under way; each settles as its thread sees it."""
-        self._is_cut = True
-        self._transport.shut_down()
+    def _carried(self, request: ClientRequest, named: Optional[Provider], path: str,
+                 client: Optional[Wire]) -> Iterator[Answer]:
+        """Carry a metered call, from its body to its settlement: the steps of its life.
 
-    def _fault(self, err: UpstreamError) -> IroncageError:
-        """Return what a client reads of a call that broke: our own stop is not its provider's."""
-        return ServerBusy("the proxy was stopped before this call had ended") if self._is_cut \
-            else err
-
-    @contextlib.contextmanager
-    def open(self, request: ClientRequest, client: Optional[Wire] = None) -> Iterator[Answer]:
-        """The answer to a request; leaving the context settles the call and ends it upstream.
-
-        `client` is looked at while a stream is awaited, so that a call ends with its client.
-        Raises: any IroncageError; ClientGone.
+        Once money is set aside for it, it is settled on every way out.
         """
-        if self._is_cut:
-            raise ServerBusy("the proxy is stopping")
-        named, path = self._provider_in_path(request.head.path)
-        api = METERED_APIS.get(path) if request.head.method == "POST" else None
-        warmed = self._warmed_answer(request, named, api)
-        if warmed is not None:
-            yield warmed
+        api, body = METERED_APIS[path], json_body(request)
+        asked_model = named_model(body.fields)
+        with about_model(asked_model):
+            provider, model = self.routes.of_model(asked_model, named)
+            if request.caller.models:
+                check_models(request.caller, provider, [model, *other_models(body.fields)])
+            if api == "messages" and body.fields.get("max_tokens") == 0 \
+                    and provider.speaking(api).format == "openai":
+                yield answer_to_warming(body.fields, request.request_id)
+                return
+            provider = self._ready(provider.speaking(api))
+            call = self._admitted(request, api, body, provider, model, client)
+            try:
+                pieces = self._upstream_body(call)
+                self._check_is_still_wanted(call, client)
+                self._write_intent(call)
+                response = self._sent(call, path, pieces, client)
+                try:
+                    yield self._answered(call, response)
+                finally:
+                    response.close()
+            except ClientGone:
+                call.client_left = True
+                raise
+            except UpstreamError as err:
+                raise self._fault(err) from err
+            finally:
+                self._settle(call)
+
+    def _ready(self, provider: Provider) -> Provider:
+        """A provider with its key, from the Iron Cage server if there is one; then there is a
+        lease too. Raises NoProviderKey, CageServerFailed."""
+        if self.server is not None:
+            with self.turns.outside():
+                self.server.check_lease()
+                known = self.server.provider()
+            provider = known if known.name == provider.name else provider
+        check_key(provider)
+        return provider
+
+    # What is not metered.
+
+    def _unmetered(self, request: ClientRequest, named: Optional[Provider], path: str,
+                   client: Optional[Wire]) -> Iterator[Answer]:
+        """Answer what costs nothing: tokens of a model that nobody counts and the list of models
+        here; all else at its provider. What counts a call's tokens goes where that call would."""
+        self._check_unmetered(request, named, path)
+        method, api = request.head.method, COUNTING_ROUTES.get(path)
+        provider, pieces, betas = named or self.routes.of_path(request, path), [request.body], ()
+        if api is not None and method == "POST":
+            body = request.parsed()
+            asked_model = named_model(body.fields)
+            provider, model = self.routes.of_model(asked_model, named)
+            provider = provider.speaking(api)
+            if provider.format == "echo" or api not in provider.apis:
+                yield self._counted_here(request.request_id, api, provider, body.fields)
+                return
+            changes = {} if model == asked_model else {"model": model}
+            pieces = body.spliced(changes, frozenset())
+            betas = self.routes.window_betas(asked_model, provider)
+        elif method == "GET" and re.match(r"/v1/models(/|$)", path) \
+                and (named is None or named.key is None):      # else the provider's own list
+            models = self.routes.known_models(self.prices, request.caller,
+                                              self.server and self.server.provider_name)
+            dialect = self.routes.of_path(request, path).format
+            yield made_answer(request.request_id, json_bytes(models_answer(path, dialect, models)))
             return
-        with self._session(request):
-            if api is not None:
-                call = self._admitted(request, named, api, client)
-                with about_model(call.asked_model):
-                    yield from self._carried(call, path, client)
-                return
-            self._check_unmetered(request, named, path)
-            local = self._local_answer(request, named, path)
-            if local is not None:
-                yield local
-                return
-            yield from self._passed_through(request, named, path, client)
-
-    # Routing: which provider, under which name.
-
-    def _provider_in_path(self, path: str) -> tuple[Optional[Provider], str]:
-        """Return the provider that a path's first segment names, and the path to call there."""
-        name, behind = split_path(path)
-        provider = self._provider(name)
-        return provider, behind if provider or not name else path
-
-    def _provider(self, name: str) -> Optional[Provider]:
-        return self.providers.get(name) or self.providers.get(PROVIDER_ALIASES.get(name, ""))
-
-    def _unknown_provider(self, name: str, model: str) -> UnknownProvider:
-        """Make the error for a provider that is not set up, or that nobody knows."""
-        row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
-        if row is None:
-            return UnknownProvider(
-                f"the model {shown_name(model)} names a provider that there is not"
-                f"{did_you_mean(name, self.providers)}: before a / stands one of "
-                f"{', '.join(self.providers)}", param="model")
-        is_by_key = row.key_env and row.base_url and not row.is_named_only
-        return UnknownProvider(
-            f"the provider {row.name} is not set up: " + (
-                f"set {row.key_env} in the proxy's environment" if is_by_key
-                else "name it under providers in --config"), param="model")
-
-    def _provider_of_model(self, model: str, named: Optional[Provider]) -> tuple[Provider, str]:
-        """The provider of a model, and the model's name there.
-
-        provider/model names both; else an alias; else the prefix of the name. Raises
-        UnknownProvider.
-        """
-        if model not in self.config.aliases:
-            model = LONG_WINDOW_SUFFIX.sub("", model)
-        prefix, slash, rest = model.partition("/")
-        if named is None and not (slash and self._provider(prefix)):
-            model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
-            prefix, slash, rest = model.partition("/")
-        if model == ECHO_MODEL:
-            return ECHO_PROVIDER, model
-        provider = self._provider(prefix) if slash else None
-        if provider is not None and named in (None, provider):
-            return provider, rest
-        if named is not None:
-            return named, model
-        if slash:
-            raise self._unknown_provider(prefix, model)
-        name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
-        return self.providers[name], model
-
-    def _window_betas(self, model: str, provider: Provider) -> tuple[str, ...]:
-        """Return what asks a provider for the long window that a model's name asks for."""
-        is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
-        return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
-
-    def resolution(self, model: str) -> str:
-        """Where a model would go and at which price, in one line."""
-        try:
-            provider, name = self._provider_of_model(model, None)
-        except UnknownProvider as err:
-            return f"{model} is refused: {err.message}"
-        urls = {api.url(path) for path, asked in METERED_APIS.items() if asked in MODEL_APIS
-                for api in [provider.speaking(asked)] if asked in api.apis}
-        price = self.prices.find(name, provider.name)
-        if price is None:
-            told = "no price is known, so it is refused under a budget"
-        else:
-            told = "input {}, output {} for a million tokens".format(*price.per_million()) \
-                + (f", as {price.key} (price_as)" if price.is_stand_in else "")
-        return f"{model} -> {provider.name}/{name}, {told}, at {' and '.join(sorted(urls))}" \
-            + self._small_bound(provider, name, price)
-
-    def _small_bound(self, provider: Provider, model: str, price: Optional[Price]) -> str:
-        """What a small request would reserve, in words; "" where none is bounded."""
-        if price is None:
-            return ""
-        api = "messages" if provider.format == "anthropic" else "chat"
-        body = parse_json_object(json_bytes({
-            "model": model, "messages": [{"role": "user", "content": "x" * 1000}]}))
-        with contextlib.suppress(BadRequest):
-            bound = bound_of_request(
-                api, body, price, default_tier=provider.default_service_tier,
-                data_residency=provider.data_residency, measured=self.settings.bound != "bytes")
-            return "; 1,000 bytes with max_tokens 1000 reserve " \
-                + format_usd(bound.microdollars(1000))
-        return ""
-
-    def _provider_of_path(self, request: ClientRequest, path: str) -> Provider:
-        speaks_anthropic = request.dialect == "anthropic" or (
-            re.match(r"/v1/(models|files)(/|$)", path)
-            and request.head.headers.get("anthropic-version") is not None)
-        return self.providers["anthropic" if speaks_anthropic else "openai"]
+        yield from self._passed_through(request, self._ready(provider), path, pieces, betas, client)
 
     def _check_unmetered(self, request: ClientRequest, named: Optional[Provider],
                          path: str) -> None:
         """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
-        caller = request.caller
+        caller, method = request.caller, request.head.method
         if not caller.models and not self.controller.is_limited(request.scopes):
             return
-        self._check_method_override(request)
-        method = request.head.method
+        check_method_override(request)
         if caller.models and request.body:
             fields = request.parsed().fields
             if fields.get("model") is not None:
-                provider, model = self._provider_of_model(named_model(fields), named)
-                self._check_models(caller, provider, [model])
+                provider, model = self.routes.of_model(named_model(fields), named)
+                check_models(caller, provider, [model])
         free = any(m == method and re.fullmatch(pattern, path) for m, pattern in FREE_ROUTES)
         if not free and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
@@ -13959,72 +14120,85 @@ class Router:
                 f"{method} {path[:100]} is not metered, so it cannot be used under a budget; "
                 f"--allow-path lets a path through unmetered")
 
-    def _check_method_override(self, request: ClientRequest) -> None:
-        if not METHOD_OVERRIDE_HEADERS.isdisjoint(request.head.headers.values) \
-                or "_method=" in (request.head.query or ""):
-            raise UnmeteredRoute("a method override cannot be used under a budget")
+    @staticmethod
+    def _counted_here(request_id: str, api: str, provider: Provider,
+                      fields: Mapping[str, object]) -> Answer:
+        """Answer how many tokens a call's input has: exactly for the echo model, else about."""
+        is_echo = provider.format == "echo"
+        body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
+                      else estimated_input_tokens(fields)}
+        if api == "responses":
+            body["object"] = "response.input_tokens"
+        return made_answer(request_id, json_bytes(body),
+                           headers=() if is_echo else [("x-ironcage-estimated", "1")])
+
+    def _passed_through(self, request: ClientRequest, provider: Provider, path: str,
+                        pieces: Sequence[bytes], betas: Iterable[str],
+                        client: Optional[Wire]) -> Iterator[Answer]:
+        """Send an unmetered call and yield its answer, once: forwarded both ways as it is."""
+        response = self._send(request, provider, path, pieces, client, added_betas=betas)
+        self.totals.add((request.caller.name, provider.name, ""), Counts(
+            requests=1, failed_requests=int(response.status >= 400)))
+        log.info("request passed through unmetered", extra={"fields": {
+            "request_id": request.request_id, "token": request.caller.name,
+            "provider": provider.name, "path": path[:100], "status": response.status}})
+        try:
+            yield Answer(response.status, answer_headers(response.headers),
+                         reads=response.reads(), length=response.stated_length)
+        finally:
+            response.close()
 
     # Admission: bound and reserve, or refuse.
 
-    def _admitted(self, request: ClientRequest, named: Optional[Provider], api: str,
-                  client: Optional[Wire]) -> Call:
-        """A call with its bound reserved. Raises BadRequest and its kin, BudgetExceeded."""
-        charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
-        if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
-            raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
-        body = request.parsed()
-        model = named_model(body.fields)
-        with about_model(model):
-            return self._admitted_model(request, named, api, client, body, model)
-
-    def _admitted_model(self, request: ClientRequest, named: Optional[Provider], api: str,
-                        client: Optional[Wire], body: JsonBody, model: str) -> Call:
-        prices = self.prices                           # one book for all of this call
-        provider, upstream_model = self._provider_of_model(model, named)
-        if request.caller.models:
-            self._check_models(request.caller, provider,
-                               [upstream_model, *other_models(body.fields)])
-        provider = self._ready(provider.speaking(api))
-        free = self.controller.available(request.scopes)
-        limited = free is not None
-        carrier = carrying_api(api, provider, upstream_model,
-                               prices.find(upstream_model, provider.name))
-        call = Call(request, provider, api, upstream_model, body) if carrier == api else \
-            self._translated(request, provider, (api, carrier), upstream_model, body, limited)
-        call.added_betas += self._window_betas(model, provider)
-        body, call.prices = call.body, prices
-        asked_output_tokens(call.api, body.fields)     # a cap that is none is refused at any price
-        if limited:
-            self._check_method_override(request)
-            call.price = prices.price(upstream_model, provider.name)
-            for opened in check_boundable(call.api, body, call.price, provider=provider,
-                                          model=upstream_model, hatches=self.hatches):
-                self.totals.observe(("hatch", opened))
-        else:
-            call.price = prices.find(upstream_model, provider.name)
-        if call.price is not None:
-            try:
-                call.bound = self._bound(call, call.price, free)
-            except UnboundedRequest:
-                if limited:
-                    raise
-        call.reservation = self._reserved(call, client)
-        if call.reservation.is_limited and not limited:
-            self.controller.cancel(call.reservation)     # a budget came meanwhile: by its rules
-            return self._admitted(request, named, api, client)
+    def _admitted(self, request: ClientRequest, api: str, body: JsonBody, provider: Provider,
+                  model: str, client: Optional[Wire]) -> Call:
+        """A call with its worst case set aside. Raises BadRequest and its kin, BudgetExceeded."""
+        scopes = request.scopes
+        while True:
+            free = self.controller.available(scopes)
+            call = self._planned(request, api, body, provider, model, free)
+            call.scopes = scopes
+            call.reservation = self._reserved(call, client)
+            if free is not None or not call.reservation.is_limited:
+                break
+            self.controller.cancel(call.reservation)   # a budget came meanwhile: by its rules
         if call.price is not None and call.price.is_stand_in:
             self.totals.observe(("priced_as",))
         return call
 
-    def _check_models(self, caller: Caller, provider: Provider, models: Iterable[str]) -> None:
-        """Raises ModelForbidden where a token is not for one of them."""
-        if not all(caller.may_use(provider.name, model) for model in models):
-            raise ModelForbidden(f"the token {caller.name} may use other models only: "
-                                 f"{', '.join(caller.models)}", param="model")
+    def _planned(self, request: ClientRequest, api: str, body: JsonBody, provider: Provider,
+                 model: str, free: Optional[int]) -> Call:
+        """A call as it will be sent, with its price and its bound; under a limit it has both.
+
+        Raises BadRequest and its kin.
+        """
+        prices, limited = self.prices, free is not None        # one book for all of this call
+        price = prices.find(model, provider.name)
+        carrier = carrying_api(api, provider, model, price)
+        call = Call(request, provider, api, model, body) if carrier == api else \
+            self._translated(request, provider, (api, carrier), model, body, price, limited)
+        call.prices = prices
+        call.meter.hold = functools.partial(request.memory.hold, part="answer")
+        call.added_betas += self.routes.window_betas(named_model(body.fields), provider)
+        asked_output_tokens(call.api, call.body.fields)      # which is a number at any price
+        if limited:
+            check_method_override(request)
+            price = price or prices.price(model, provider.name)
+            for opened in check_boundable(call.api, call.body, price, provider=provider,
+                                          model=model, hatches=self.hatches):
+                self.totals.observe(("hatch", opened))
+        call.price = price
+        if price is not None:
+            try:
+                call.bound = self._bound(call, price, free)
+            except UnboundedRequest:
+                if limited:
+                    raise
+        return call
 
     def _translated(self, request: ClientRequest, provider: Provider,
                     apis: tuple[str, Optional[str]], model: str, body: JsonBody,
-                    limited: bool) -> Call:
+                    price: Optional[Price], limited: bool) -> Call:
         """A call in the API that its provider speaks. Raises BadRequest, Untranslatable.
 
         Under a limit a cap that the client did not set is left to the reservation.
@@ -14037,7 +14211,6 @@ class Router:
             raise Untranslatable(
                 f"the model is served by {provider.name}, which does not speak this path's "
                 f"dialect; call it at {' or '.join(paths)}", param="model")
-        price = self.prices.find(model, provider.name)
         most = price.max_output_tokens if price is not None else None
         losses = Losses(strict=self.settings.strict
                         or request.head.headers.get("x-ironcage-strict") == "1")
@@ -14071,7 +14244,8 @@ class Router:
                 or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
             return bound
         return bound_of_request(call.api, call.body, price, measured=True, **options,
-                                input_tokens=self._counted_tokens(call, price, options["window"]))
+                                input_tokens=known_input_tokens(call, self.counts, price,
+                                                                options["window"]))
 
     def _tight_bound(self, call: Call) -> Optional[Bound]:
         """The bound of a call that is charged by it, where a closer look can pay."""
@@ -14082,20 +14256,6 @@ class Router:
         return min(bound, self._bound(call, call.price, 0).admitted(caps),
                    key=lambda one: one.input_picodollars)
 
-    def _counted_tokens(self, call: Call, price: Price, window: int) -> Optional[int]:
-        """A bound on a call's input from what its provider counted before; None: it did not."""
-        fields, scope = call.body.fields, json.dumps(count_scope(call))
-        previous = fields.get("previous_response_id")
-        if previous is not None and fields.get("truncation") in (None, "disabled"):
-            known = self.counts.find(scope, [response_digest(previous, fields)])[0]
-            return known and continued_input_tokens(call.body, price, known, window)
-        find, prompt = functools.partial(self.counts.find, scope), call_prompt(call)
-        if prompt is None:
-            return None
-        referred = referred_input_tokens(call.body, price, window, find)
-        return counted_input_tokens(call.api, call.body, price, prompt, find, window) \
-            if referred is None else referred
-
     def _reserved(self, call: Call, client: Optional[Wire]) -> Reservation:
         """Set a call's worst case aside in all of its scopes, waiting in line if need be.
 
@@ -14103,7 +14263,6 @@ class Router:
         does. Raises BudgetExceeded, InsufficientBudget; ServerBusy; ClientGone.
         """
         bound = call.bound or fixed_bound(0)
-        call.scopes = call.request.scopes
         try:
             claim = self.controller.admit(
                 bound, call.scopes, wait_s=self.settings.wait_s,
@@ -14122,53 +14281,7 @@ class Router:
             call.bound = bound.admitted(claim.caps)
         return claim
 
-    # Sending and forwarding.
-
-    def _carried(self, call: Call, path: str, client: Optional[Wire]) -> Iterator[Answer]:
-        """Send a reserved call and yield its answer, once; the money is settled on every way out.
-        """
-        try:
-            call.meter.hold = functools.partial(call.request.memory.hold, part="answer")
-            body = self._upstream_body(call)
-            if call.reservation.decided is not None:
-                self._check_who_waited(call.request.caller, client)
-            row = call.intent_row()
-            self.ledger.intent(row, call.reservation.shared)
-            call.row = row
-            if call.provider.format == "echo":
-                response: Union[EchoResponse, UpstreamResponse] = EchoResponse(
-                    call.api, parse_json_object(b"".join(body)), call.request.request_id)
-                call.was_sent = True
-            else:
-                response = self._sent(call, path, body, client if call.wants_stream else None)
-            call.status = response.status
-            if call.status == 401 and self.server is not None:
-                self.server.refused(call.provider)
-            call.first_byte_ms = (time.monotonic_ns() - call.sent_ns) // 10 ** 6
-            told_id = response.headers.get("x-request-id") \
-                or response.headers.get("request-id") or ""
-            call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
-            try:
-                answer = self._forwarded(call, response)
-                yield answer._replace(headers=self._noticed_headers(call, answer))
-            finally:
-                response.close()
-        except ClientGone:
-            call.client_left = True
-            raise
-        except UpstreamError as err:
-            raise self._fault(err) from err
-        finally:
-            self._settle(call)
-
-    def _check_who_waited(self, caller: Caller, client: Optional[Wire]) -> None:
-        """Whether a client is still there, and its token valid. Raises ClientGone, Unauthorized."""
-        if client is not None and has_hung_up(client.sock):
-            raise ClientGone
-        if caller.scopes and not any(row.sha256 == caller.sha256 and not row.has_expired()
-                                     for row in self.config.callers):
-            raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited",
-                               headers=DO_NOT_RETRY)
+    # Sending.
 
     def _upstream_body(self, call: Call) -> Sequence[bytes]:
         """The client's bytes in pieces, with only the fields changed that must be."""
@@ -14210,16 +14323,53 @@ class Router:
                 call.losses.adjust(SEALS[call.api][2], "removed")
         return call.body.spliced(changes, without)
 
-    def _sent(self, call: Call, path: str, body: Sequence[bytes],
-              watched: Optional[Wire]) -> UpstreamResponse:
-        call.was_sent, call.sent_ns = True, time.monotonic_ns()
-        path = DIALECTS[call.api].path if call.translator is not None else path
-        try:
-            return self._send(call.request, call.provider, path, body, watched, call.translator,
-                              call.added_betas)
-        except UpstreamError as err:
-            call.was_sent = err.may_be_billed
-            raise
+    def _check_is_still_wanted(self, call: Call, client: Optional[Wire]) -> None:
+        """Whether, if a call waited, its client is still there, and its token valid.
+
+        Raises ClientGone, Unauthorized.
+        """
+        caller = call.request.caller
+        if call.reservation.decided is None:
+            return
+        if client is not None and has_hung_up(client.sock):
+            raise ClientGone
+        if caller.scopes and not any(row.sha256 == caller.sha256 and not row.has_expired()
+                                     for row in self.config.callers):
+            raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited",
+                               headers=DO_NOT_RETRY)
+
+    def _write_intent(self, call: Call) -> None:
+        """Write down that a call is about to be sent. Raises LedgerUnavailable."""
+        row = call.intent_row()
+        self.ledger.intent(row, call.reservation.shared)
+        call.row = row
+
+    def _sent(self, call: Call, path: str, pieces: Sequence[bytes],
+              client: Optional[Wire]) -> Response:
+        """Send a call, and note what the head of its answer says. Raises UpstreamError, ClientGone.
+        """
+        request = call.request
+        if call.provider.format == "echo":
+            response: Response = EchoResponse(call.api, parse_json_object(b"".join(pieces)),
+                                              request.request_id)
+            call.was_sent = True
+        else:
+            call.was_sent, call.sent_ns = True, time.monotonic_ns()
+            try:
+                response = self._send(
+                    request, call.provider, path if call.translator is None
+                    else DIALECTS[call.api].path, pieces, client if call.wants_stream else None,
+                    call.translator, call.added_betas)
+            except UpstreamError as err:
+                call.was_sent = err.may_be_billed
+                raise
+        call.status = response.status
+        if call.status == 401 and self.server is not None:
+            self.server.refused(call.provider)
+        call.first_byte_ms = (time.monotonic_ns() - call.sent_ns) // 10 ** 6
+        told_id = response.headers.get("x-request-id") or response.headers.get("request-id") or ""
+        call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
+        return response
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: Sequence[bytes],
               watched: Optional[Wire], translator: Optional[Translator] = None,
@@ -14228,10 +14378,9 @@ class Router:
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
         headers = upstream_headers(request.head, provider, sum(map(len, body)), translator,
                                    added_betas)
-        upstream = UpstreamRequest(provider.url(path) + query, method=request.head.method,
-                                   body=body, headers=headers, watched=watched,
-                                   key=provider.key)
-        response = self._opener.open(upstream)
+        response = self._opener.open(UpstreamRequest(
+            provider.url(path) + query, method=request.head.method, body=body, headers=headers,
+            watched=watched, key=provider.key))
         if 300 <= response.status < 400 and response.status != 304:
             response.close()
             raise UpstreamRedirected(
@@ -14239,25 +14388,77 @@ class Router:
                 "followed: check the provider's base URL")
         return response
 
-    def _forwarded(self, call: Call, response: Union[EchoResponse, UpstreamResponse]) -> Answer:
-        """The answer to send on: a stream as it arrives, anything else whole and settled."""
-        headers = [*answer_headers(response.headers), *call.losses.headers(),
-                   ("x-ironcage-request-id", call.request.request_id)]
+    # Forwarding: as it came, or translated. What a client reads last is settled before.
+
+    def _answered(self, call: Call, response: Response) -> Answer:
+        """The answer to send on: a stream as it arrives, anything else whole and settled.
+
+        Raises UpstreamError.
+        """
+        is_fine, headers = 200 <= response.status < 300, self._first_headers(call, response)
+        is_stream = is_fine and (call.wants_stream or (        # labelled as whatever it is
+            call.translator is None and media_type(response.headers) == "text/event-stream"))
+        try:
+            answer = self._streamed_answer(call, response) if is_stream \
+                else self._whole_answer(call, response)
+        except ProviderFailed as err:
+            self._settle(call)
+            no_retry = DO_NOT_RETRY if err.status == 402 or json_object(err.body["error"]).get(
+                "code") == "insufficient_quota" else ()
+            answer = Answer(err.status, (*no_retry, ("content-type", "application/json")),
+                            json_bytes(err.body))
+        headers += answer.headers
+        if call.charge is not None:
+            headers.append(("x-ironcage-cost-microdollars", str(call.charge.microdollars)))
+        if 200 <= answer.status < 300:
+            headers = with_notice(headers, call.client_api, self.controller.standings(call.scopes))
+        return answer._replace(headers=headers)
+
+    def _first_headers(self, call: Call, response: Response) -> list[tuple[str, str]]:
+        """The headers that an answer has however it goes on. Raises UpstreamBroke."""
+        headers = answer_headers(response.headers)
+        if call.translator is not None:
+            if response.status in {205, *BODILESS_STATUSES}:
+                raise UpstreamBroke("the provider answered without a body: with the status "
+                                    f"{response.status}")
+            headers = [header for header in translated_rate_limits(headers, call.api)
+                       if header[0] not in REWRITTEN_HEADERS]
+            headers += own_ids(call.request.request_id)
+            if call.provider_request_id:
+                headers.append(("x-ironcage-upstream-request-id", call.provider_request_id))
+        headers += call.losses.headers()
         if call.set_output_cap is not None:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
-        is_fine = 200 <= response.status < 300
-        if call.translator is not None:
-            return self._carried_back(call, call.translator, response, headers,
-                                      is_fine and call.wants_stream)
-        # Some servers label their streams as something else.
-        if is_fine and (call.wants_stream or media_type(response.headers) == "text/event-stream"):
-            return Answer(response.status, tuple(headers), reads=self._streamed(call, response))
+        return headers
+
+    def _provider_failure(self, call: Call, status: int, body: object) -> ProviderFailed:
+        """Make the exception for an error of a translated call's provider."""
+        told, translated = call.translator.error(status, body, call.request.request_id)
+        if status == 404 and call.api == "responses":
+            translated["error"]["message"] += NO_RESPONSES
+        return ProviderFailed(told, translated)
+
+    def _whole_answer(self, call: Call, response: Response) -> Answer:
+        """Read an answer, meter and settle it. One that is too large to be read is forwarded as it
+        comes, and cannot be translated. Raises UpstreamError, ProviderFailed."""
         reads = response.reads()
-        body, plain, _ = self._whole_body(call, response, reads, headers)
-        if plain is None:
-            return Answer(response.status, tuple(headers), length=response.stated_length,
+        grow = functools.partial(call.request.memory.grow, part="answer")
+        body, is_whole = whole_body(reads, call.meter.see, lambda size: grow(COPIES * size))
+        if len(body) > LONG_TURN_BYTES:
+            self.turns.leave()
+        if not is_whole:
+            if call.translator is not None:
+                raise UpstreamBroke(BEYOND_LIMITS)
+            return Answer(response.status, (), length=response.stated_length,
                           reads=self._unread(call, body, reads))
-        return Answer(response.status, tuple(headers), body=body)
+        plain = inflated(body, content_encoding(response.headers),
+                         lambda size: grow(COPIES * (len(body) + size)))
+        value = call.meter.read_answer(plain)
+        self._settle(call)
+        if call.translator is None:
+            return Answer(response.status, (), body)
+        return Answer(200, (("content-type", "application/json"),),
+                      json_bytes(self._translated_whole(call, response.status, plain, value)))
 
     @staticmethod
     def _unread(call: Call, begun: bytes, reads: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
@@ -14269,298 +14470,115 @@ class Router:
             yield read
         call.meter.end_body()
 
-    def _noticed_headers(self, call: Call, answer: Answer) -> Iterable[tuple[str, str]]:
-        """Return an answer's headers, which say of a good one that a limit comes near."""
-        if not 200 <= answer.status < 300:
-            return answer.headers
-        client_api = call.translator.client_api if call.translator is not None else call.api
-        return with_notice(answer.headers, client_api,
-                           self.controller.standings(call.scopes))
-
-    def _whole_body(self, call: Call, response: Union[EchoResponse, UpstreamResponse],
-                    reads: Iterable[list[bytes]], headers: list
-                    ) -> tuple[bytes, Optional[bytes], object]:
-        """Return an answer's body as it came, inflated and as JSON, once it is metered and
-        settled; its cost is added to the headers. A long one is worked on outside the turn. Of one
-        that is too large only the beginning is read."""
-        grow = functools.partial(call.request.memory.grow, part="answer")
-        body, is_whole = whole_body(reads, call.meter.see, lambda size: grow(COPIES * size))
-        if len(body) > LONG_TURN_BYTES:
-            self.turns.leave()
-        if not is_whole:
-            return body, None, None
-        plain = inflated(body, content_encoding(response.headers),
-                         lambda size: grow(COPIES * (len(body) + size)))
-        value = call.meter.read_answer(plain)
-        headers.append(("x-ironcage-cost-microdollars", str(self._settle(call).microdollars)))
-        return body, plain, value
-
-    # Carrying translated answers back.
-
-    def _carried_back(self, call: Call, translator: Translator,
-                      response: Union[EchoResponse, UpstreamResponse], headers: list,
-                      is_stream: bool) -> Answer:
-        """A translated answer, whole, streamed or an error. Raises UpstreamBroke.
-
-        A stream's status waits for its first event, which may be an error.
-        """
-        if response.status in {205, *BODILESS_STATUSES}:
-            raise UpstreamBroke("the provider answered without a body: with the status "
-                                f"{response.status}")
-        own_id = call.request.request_id
-        headers = [header for header in translated_rate_limits(headers, translator.api)
-                   if header[0] not in REWRITTEN_HEADERS]
-        headers += [("x-request-id", own_id), ("request-id", own_id),
-                    *([("x-ironcage-upstream-request-id", call.provider_request_id)]
-                      if call.provider_request_id else ())]
-        if is_stream:
-            events = self._carried_events(call, translator, response)
-            first = next(events, None)
-            if isinstance(first, tuple):                   # an error before anything else
-                status, body = first
-                return self._translated_error(call, translator, status, body, headers)
-            reads = self._written_events(
-                call, events if first is None else itertools.chain((first,), events))
-            return Answer(response.status, (*headers, ("content-type", "text/event-stream")),
-                          reads=reads)
-        _, raw, parsed = self._whole_body(call, response, response.reads(), headers)
-        if raw is None:
-            raise UpstreamBroke(BEYOND_LIMITS)
+    def _translated_whole(self, call: Call, status: int, plain: bytes, value: object) -> dict:
+        """Translate a whole answer, which may have come as a stream. Raises UpstreamBroke,
+        ProviderFailed."""
         events = call.meter.events
-        parsed = events[-1] if events else parsed
-        if parsed is None:
-            parsed = raw[:500].decode("utf-8", "replace")
-        is_fine = 200 <= response.status < 300
-        if not is_fine or call.meter.failure or is_error(parsed):
-            status = stated_status(parsed, 502) if is_fine else response.status
-            return self._translated_error(call, translator, status, parsed, headers)
-        if not isinstance(parsed, dict):
+        value = events[-1] if events else value
+        if value is None:
+            value = plain[:500].decode("utf-8", "replace")
+        is_fine = 200 <= status < 300
+        if not is_fine or call.meter.failure or is_error(value):
+            raise self._provider_failure(
+                call, stated_status(value, 502) if is_fine else status, value)
+        if not isinstance(value, dict):
             raise UpstreamBroke(BEYOND_LIMITS if call.meter.is_beyond_limits
                                 else "the provider's answer is not JSON")
-        answer = translator.answer_of((*events, {"type": "done"})) if events \
-            else translator.answer(parsed)
-        return Answer(200, (*headers, ("content-type", "application/json")), json_bytes(answer))
+        return call.translator.answer_of((*events, {"type": "done"})) if events \
+            else call.translator.answer(value)
 
-    def _translated_error(self, call: Call, translator: Translator, status: int, body: object,
-                          headers: list) -> Answer:
-        told, translated = translator.error(status, body, call.request.request_id)
-        if status == 404 and call.api == "responses":
-            translated["error"]["message"] += NO_RESPONSES
-        no_retry = DO_NOT_RETRY if told == 402 or json_object(translated["error"]).get(
-            "code") == "insufficient_quota" else ()
-        return Answer(told, (*headers, *no_retry, ("content-type", "application/json")),
-                      json_bytes(translated))
+    def _streamed_answer(self, call: Call, response: Response) -> Answer:
+        """A stream as it arrives. Raises UpstreamError, ProviderFailed."""
+        reads = self._streamed(call, response)
+        if call.translator is None:
+            return Answer(response.status, (), reads=self._to_its_end(call, reads))
+        first = next(reads, [])                # before the status: it may be an error instead
+        return Answer(response.status, (("content-type", "text/event-stream"),),
+                      reads=self._to_its_end(call, itertools.chain([first], reads)))
 
-    def _carried_events(self, call: Call, translator: Translator,
-                        response: Union[EchoResponse, UpstreamResponse]
-                        ) -> Iterator[Union[dict, tuple[int, dict]]]:
-        """The client's events; an error of the provider as (status, its body), the last.
+    def _streamed(self, call: Call, response: Response) -> Iterator[list[bytes]]:
+        """A stream as its client reads it: metered, and translated if need be.
 
-        A client that has heard nothing for ping_s hears a ping, whatever the provider sends.
+        Raises UpstreamError, where it breaks or has no last event; ProviderFailed.
         """
-        failure: list[dict] = []
-        ping_s, heard_s = self.settings.timeouts.ping_s, time.monotonic()
+        reader = StreamReader(call.meter, content_encoding(response.headers),
+                              hides_usage=call.hides_usage)
+        if call.translator is None:
+            yield from map(reader.read, self._reads(call, response, reader))
+            yield [reader.finish()]
+            if not call.meter.has_ended and reader.can_read:
+                raise UpstreamBroke(NO_LAST_EVENT)
+            return
+        for event in call.translator.events(self._provider_events(call, response, reader)):
+            yield [wire_event(call.client_api, event)]
+            call.heard_s = time.monotonic()
+        yield [*STREAM_ENDS.get(call.client_api, ())]
 
-        def parsed_events() -> Iterator[dict]:
-            """What the provider streams, metered, up to its end or its error."""
-            encoding = content_encoding(response.headers)
-            reader = StreamReader(call.meter, encoding, hides_usage=False)
-            for pieces in response.reads(ping_s):
+    def _reads(self, call: Call, response: Response, reader: StreamReader,
+               tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
+        """A stream's reads, of which long ones are worked on outside the turn. That it breaks
+        after its last event is nobody's loss."""
+        try:
+            for pieces in response.reads(tick_s):
                 if reader.holds_much:
                     self.turns.leave()
-                if not pieces or time.monotonic() - heard_s >= ping_s:
-                    yield {"type": "ping"}
-                for event in reader.parsed(pieces):
-                    if call.meter.failure is not None:
-                        failure.append(event)
-                        return
-                    if call.meter.has_ended:
-                        self._settle(call)         # before the client can see that it is over
-                    yield event
-            last, whole = reader.finished_events()
-            self._settle(call)
-            if call.meter.failure is not None or is_error(whole):
-                failure.append(last or whole)
-                return
-            if whole is not None:                  # one JSON answer, though a stream was asked for
-                yield from translator.stream_of(whole)
-            elif last is not None:
-                yield last
+                yield pieces
+        except UpstreamError:
             if not call.meter.has_ended:
-                raise UpstreamBroke("the provider's stream ended without its last event")
-            yield {"type": "done"}
-
-        try:
-            for event in translator.events(parsed_events()):
-                yield event
-                heard_s = time.monotonic()
-        except UpstreamBroke:
-            if not failure:
                 raise
-        if failure:
-            self._settle(call)
-            status = ERROR_STATUSES.get(str(call.meter.failure), 500)
-            yield stated_status(failure[0], status), failure[0]
 
-    def _written_events(self, call: Call, events: Iterable) -> Iterator[list[bytes]]:
-        """Translated events as bytes; a stream that breaks ends with its dialect's error."""
-        translator, own_id = call.translator, call.request.request_id
-        written = functools.partial(wire_event, translator.client_api)
-        try:
-            for event in events:
-                if isinstance(event, tuple):
-                    _, body = translator.error(*event, own_id)
-                    yield [*map(written, translator.failed(body))]
-                    return
-                yield [written(event)]
-            yield from ([end] for end in STREAM_ENDS.get(translator.client_api, ()))
-        except UpstreamError as err:
-            log.warning("stream broke", extra={"fields": {
-                "request_id": own_id, "reason": err.message}})
-            self._settle(call)
-            body = error_object(self._fault(err), dialect_of(call.request.head.path), own_id)
-            yield [*map(written, translator.failed(body))]
+    def _provider_events(self, call: Call, response: Response,
+                         reader: StreamReader) -> Iterator[dict]:
+        """What the provider streams, up to its end or its error, metered; and a ping where the
+        client has heard nothing for ping_s, whatever the provider sends.
 
-    def _streamed(self, call: Call, response: Union[EchoResponse, UpstreamResponse]
-                  ) -> Iterator[list[bytes]]:
-        """A stream's reads, each forwarded as it came; the side pass meters them.
-
-        A stream that breaks, or ends without its last event, gets an error event at its end.
+        Raises UpstreamError, ProviderFailed.
         """
-        encoding = content_encoding(response.headers)
-        reader = StreamReader(call.meter, encoding, hides_usage=call.hides_usage)
+        meter, ping_s = call.meter, self.settings.timeouts.ping_s
+        call.heard_s = time.monotonic()
+
+        def checked(event: Optional[dict], is_failure: bool = False) -> Optional[dict]:
+            if meter.failure is None and not is_failure:
+                return event
+            status = ERROR_STATUSES.get(str(meter.failure), 500)
+            raise self._provider_failure(call, stated_status(event, status), event)
+
+        for pieces in self._reads(call, response, reader, ping_s):
+            if not pieces or time.monotonic() - call.heard_s >= ping_s:
+                yield {"type": "ping"}
+            yield from map(checked, reader.parsed(pieces))
+        last, whole = reader.finished_events()
+        checked(last or whole, is_error(whole))
+        if whole is not None:                  # one JSON answer, though a stream was asked for
+            yield from call.translator.stream_of(whole)
+        elif last is not None:
+            yield last
+        if not meter.has_ended:
+            raise UpstreamBroke(NO_LAST_EVENT)
+        yield {"type": "done"}
+
+    def _to_its_end(self, call: Call, reads: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        """A stream, settled before its client can see that it is over. One that breaks ends with
+        an error event of its client's API."""
         try:
-            for pieces in response.reads():
-                pieces = reader.read(pieces)
-                if reader.holds_much:
-                    self.turns.leave()
+            for pieces in reads:
                 if call.meter.has_ended:
-                    self._settle(call)          # before the client can see that it is over
+                    self._settle(call)
                 if any(pieces):
                     yield pieces
-            rest = reader.finish()
             self._settle(call)
-            if rest:
-                yield [rest]
-            if not call.meter.has_ended and reader.can_read:
-                raise UpstreamBroke("the provider's stream ended without its last event")
+        except ProviderFailed as err:
+            self._settle(call)
+            yield [wire_event(call.client_api, event) for event in call.translator.failed(err.body)]
         except UpstreamError as err:
-            if call.meter.has_ended:
-                return
+            request = call.request
             log.warning("stream broke", extra={"fields": {
-                "request_id": call.request.request_id, "reason": err.message}})
+                "request_id": request.request_id, "reason": err.message}})
             self._settle(call)
-            yield [error_event(self._fault(err), call.api, call.request.request_id)]
-
-    def _unmetered_call(self, request: ClientRequest, named: Optional[Provider],
-                        path: str) -> tuple[Provider, Sequence[bytes], tuple[str, ...]]:
-        """Return where an unmetered call goes, its body in pieces, and the features to ask for.
-
-        What counts the tokens of a call goes where that call would, under the same name.
-        """
-        if request.head.method != "POST" or path not in COUNTING_ROUTES:
-            return named or self._provider_of_path(request, path), [request.body], ()
-        body = request.parsed()
-        asked = named_model(body.fields)
-        provider, model = self._provider_of_model(asked, named)
-        return (provider.speaking(COUNTING_ROUTES[path]),
-                body.spliced({} if model == asked else {"model": model}, frozenset()),
-                self._window_betas(asked, provider))
-
-    def _passed_through(self, request: ClientRequest, named: Optional[Provider], path: str,
-                        client: Optional[Wire]) -> Iterator[Answer]:
-        """Send an unmetered call and yield its answer, once: forwarded both ways as it is."""
-        provider, body, betas = self._unmetered_call(request, named, path)
-        provider = self._ready(provider)
-        response = self._send(request, provider, path, body, client, added_betas=betas)
-        self.totals.add((request.caller.name, provider.name, ""), Counts(
-            requests=1, failed_requests=int(response.status >= 400)))
-        log.info("request passed through unmetered", extra={"fields": {
-            "request_id": request.request_id, "token": request.caller.name,
-            "provider": provider.name, "path": path[:100], "status": response.status}})
-        try:
-            headers = (*answer_headers(response.headers),
-                       ("x-ironcage-request-id", request.request_id))
-            yield Answer(response.status, headers, reads=response.reads(),
-                         length=response.stated_length)
-        finally:
-            response.close()
-
-    def _local_answer(self, request: ClientRequest, named: Optional[Provider],
-                      path: str) -> Optional[Answer]:
-        """What is answered here: tokens of models that nobody counts, and the list of models."""
-        estimated: tuple = ()
-        api = COUNTING_ROUTES.get(path) if request.head.method == "POST" else None
-        if api is not None:
-            fields = request.parsed().fields
-            provider, _ = self._provider_of_model(named_model(fields), named)
-            is_echo = provider is ECHO_PROVIDER
-            if api in provider.speaking(api).apis and not is_echo:
-                return None
-            body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
-                          else estimated_input_tokens(fields)}
-            if api == "responses":
-                body["object"] = "response.input_tokens"
-            estimated = () if is_echo else (("x-ironcage-estimated", "1"),)
-        elif request.head.method == "GET" and re.match(r"/v1/models(/|$)", path):
-            if named is not None and named.key is not None:
-                return None                        # the provider's own list was asked for
-            dialect = self._provider_of_path(request, path).format
-            body = models_answer(path, dialect, self._known_models(request.caller))
-        else:
-            return None
-        return self._made_answer(request, json_bytes(body), "application/json", estimated)
-
-    def _warmed_answer(self, request: ClientRequest, named: Optional[Provider],
-                       api: Optional[str]) -> Optional[Answer]:
-        """The answer to a Messages call for no output, which warms Anthropic's cache: elsewhere
-        there is none to warm."""
-        if api != "messages" or not re.search(NO_OUTPUT, request.body):
-            return None
-        fields = request.parsed().fields
-        provider, model = self._provider_of_model(named_model(fields), named)
-        if fields.get("max_tokens") != 0 or provider.speaking(api).format != "openai" \
-                or not request.caller.may_use(provider.name, model):
-            return None
-        message = empty_message(Began("", fields["model"]))
-        end = {"stop_reason": "max_tokens", "stop_sequence": None}
-        if not optional_flag(fields, "stream"):
-            return self._made_answer(request, json_bytes({**message, **end}), "application/json")
-        events = ({"type": "message_start", "message": message},
-                  {"type": "message_delta", "delta": end, "usage": message["usage"]},
-                  {"type": "message_stop"})
-        return self._made_answer(request, b"".join(
-            format_event(event, event["type"]) for event in events), "text/event-stream")
-
-    @staticmethod
-    def _made_answer(request: ClientRequest, body: bytes, kind: str,
-                     headers: Iterable[tuple[str, str]] = ()) -> Answer:
-        """An answer that no provider had a part in."""
-        return Answer(200, (("content-type", kind), ("x-request-id", request.request_id),
-                            ("request-id", request.request_id),
-                            ("x-ironcage-request-id", request.request_id), *headers), body)
-
-    def _known_models(self, caller: Caller) -> dict[str, tuple[str, Price]]:
-        """The priced models of the providers that can be called, and aliases: (provider, price)."""
-        ready = {name: provider for name, provider in self.providers.items()
-                 if provider.key is not None or not provider.key_env
-                 or (self.server is not None and name == self.server.provider_name)}
-        models = {}
-        owners = {seller: name for name in ready for seller in self.prices.sellers(name)}
-        for key in self.prices.keys():
-            price, (prefix, _, rest) = self.prices.price(key), key.partition("/")
-            owner = owners.get(price.provider or prefix)
-            model = rest if owners.get(prefix) == owner and key != ECHO_MODEL else key
-            if owner is not None and caller.may_use(owner, model):
-                plain = model == key and owner in ("openai", "anthropic", ECHO_PROVIDER.name)
-                models[key if plain else f"{owner}/{model}"] = (owner, price)
-        for alias in self.config.aliases:
-            provider, model = self._provider_of_model(alias, None)
-            price = self.prices.find(model, provider.name)
-            if price is not None and not re.search("[*?[]", alias) and provider.name in ready \
-                    and caller.may_use(provider.name, model):
-                models[alias] = (provider.name, price)
-        return models
+            fault = self._fault(err)
+            yield [error_event(fault, call.api, request.request_id)] if call.translator is None \
+                else [wire_event(call.client_api, event) for event in call.translator.failed(
+                    error_object(fault, request.dialect, request.request_id))]
 
     # Settlement.
 
@@ -14660,6 +14678,11 @@ class Router:
                            limit_microdollars=budget.limit)
                 if budget.scope == PROXY_SCOPE:
                     self.emit(BudgetThresholdReached(percent, budget.spent, budget.limit))
+
+    def alert(self, event: str, text: str, **fields: object) -> None:
+        """Report to --alert-url, if there is one."""
+        if self.alerts is not None:
+            self.alerts.tell(event, text, fields)
 
     def emit(self, event: Event) -> None:
         """Hand an event to `on_event`, whose faults are logged and end nothing, and to the server.
@@ -14879,6 +14902,7 @@ def dashboard_answer() -> Answer:
 
 CALLER, ADMIN = "default", "admin"           # the names of the two tokens of the command line
 MOST_REFUSAL_CHARS = 1_000                   # of each text that is kept of a refusal
+SESSIONS_SHOWN = 50                          # of those with a budget of their own
 
 
 def host_name(authority: str) -> str:
@@ -14938,7 +14962,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
         self._is_head, self._caller, self._asked, self._memory = False, None, None, None
-        request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
+        self._request_id = request_id = \
+            f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
         dialect = "openai"
         try:
             raw_head = self._next_head()
@@ -14994,7 +15019,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if is_open:
             # A body stays unread: nobody vouches for it.
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
-            return self._write_answer(OPEN_ROUTES[head.path](self.server, request_id))
+            return self._write_answer(OPEN_ROUTES[head.path](self.server))
         caller = self._authenticated(head)
         if offered_upgrades(head.headers) - IGNORED_UPGRADES:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
@@ -15010,7 +15035,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                                     self._memory)
             self.server.note(self.place, SERVING)
             if head.path == "/":
-                return self._write_answer(greeting(request_id))
+                return self._write_answer(greeting())
             if is_own:
                 self.server.turns.leave()
                 return self._write_own(request)
@@ -15093,36 +15118,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.wire.received = received[length:]
             return received[:length]
         began_s = time.monotonic()           # it may have waited for memory until now
-        try:
-            return self._filled_body(length, began_s) if length > LONG_TURN_BYTES \
-                else self._decoded_body(length, began_s, memory)
-        except TimeoutError:
-            raise RequestTimedOut("the request's body did not arrive in time") from None
-
-    def _left_s(self, began_s: float, size: int) -> float:
-        """Return how long a body may take to its next byte, after so many."""
-        timeouts, now_s = self.server.settings.timeouts, time.monotonic()
-        self.place.behind_s = min(now_s, began_s + size / LEAST_BYTES_PER_S)
-        return min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s) - now_s
-
-    def _filled_body(self, length: int, began_s: float) -> bytes:
-        """A long body of a known length, read into its place, outside the turn."""
-        body, at = bytearray(length), len(self.wire.received)
-        body[:at], self.wire.received = self.wire.received, b""
-        self.server.turns.leave()
-        view = memoryview(body)
-        while at < length:
-            size = self.wire.receive_into(view[at:], self._left_s(began_s, at))
-            if not size:
-                raise ClientGone
-            at += size
-        return body
-
-    def _decoded_body(self, length: int, began_s: float, memory: Claim) -> bytes:
         decoder, size = BodyDecoder(length), 0
         body = bytearray()                   # not a list: a chunk can be a byte
         while not decoder.is_done:
-            data = self.wire.receive(self._left_s(began_s, size))
+            try:
+                data = self.wire.receive(self._left_s(began_s, size))
+            except TimeoutError:
+                raise RequestTimedOut("the request's body did not arrive in time") from None
             if not data:
                 raise ClientGone
             size += len(data)
@@ -15131,10 +15133,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if len(body) > self.server.settings.max_body_bytes:
                 raise self._too_large()
             memory.grow(COPIES * len(body))
-            if len(body) > LONG_TURN_BYTES:
+            if max(length, len(body)) > LONG_TURN_BYTES:
                 self.server.turns.leave()
         self.wire.received = decoder.rest
         return body
+
+    def _left_s(self, began_s: float, size: int) -> float:
+        """Return how long a body may take to its next byte, after so many."""
+        timeouts, now_s = self.server.settings.timeouts, time.monotonic()
+        self.place.behind_s = min(now_s, began_s + size / LEAST_BYTES_PER_S)
+        return min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s) - now_s
 
     # Answering.
 
@@ -15148,8 +15156,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise MethodNotAllowed(f"{request.head.path} takes {' and '.join(methods)}",
                                    headers=[("allow", ", ".join(methods))])
         kind, body = action(self.server, request)
-        headers = (("content-type", kind), ("cache-control", "no-store"),
-                   ("x-ironcage-request-id", request.request_id))
+        headers = (("content-type", kind), ("cache-control", "no-store"))
         self._write_answer(Answer(200, headers, body))
 
     def _refuse(self, error: IroncageError, dialect: str, request_id: str) -> None:
@@ -15157,9 +15164,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if self._head_written:
             return
-        headers = (("content-type", "application/json"), ("request-id", request_id),
-                   ("x-request-id", request_id), ("x-ironcage-request-id", request_id),
-                   *error.headers)
+        headers = (("content-type", "application/json"), *own_ids(request_id), *error.headers)
         body = json_bytes(error_object(error, dialect, request_id))
         self._note_refusal(error, request_id)
         with contextlib.suppress(ClientGone):
@@ -15195,6 +15200,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         framing = [("transfer-encoding", "chunked")] if chunked else \
             [("content-length", str(length))] if length >= 0 and has_length else []
         framing += [("connection", "close")] if must_close else []
+        framing.append(("x-ironcage-request-id", self._request_id))
         if answer.reads is not None and length < 0:    # nginx would gather a stream's events
             framing.append(("x-accel-buffering", "no"))
         reason = http.client.responses.get(answer.status, "")
@@ -15227,26 +15233,25 @@ def refusal_row(error: IroncageError, request_id: str, token: str,
     return {**amounts, **texts, "status": error.status, "refused_ms": time.time_ns() // 10 ** 6}
 
 
-def greeting(request_id: str) -> Answer:
+def greeting() -> Answer:
     """Return what says that a proxy is here."""
-    return Answer(200, (("content-type", "text/plain; charset=utf-8"),
-                        ("x-ironcage-request-id", request_id)), b"LlmRouter OK")
+    return Answer(200, (("content-type", "text/plain; charset=utf-8"),), b"LlmRouter OK")
 
 
-def probe_answer(server: ProxyServer, request_id: str, fault: Optional[str]) -> Answer:
+def probe_answer(fault: Optional[str]) -> Answer:
     """Return what an orchestrator asks: a 200, or a 503 that says why not."""
     return Answer(503 if fault else 200, (
-        ("content-type", "text/plain; charset=utf-8"), ("cache-control", "no-store"),
-        ("x-ironcage-request-id", request_id)), (fault or "ok").encode() + b"\n")
+        ("content-type", "text/plain; charset=utf-8"), ("cache-control", "no-store")),
+        (fault or "ok").encode() + b"\n")
 
 
 PROBES = frozenset({"/healthz", "/readyz"})
 # path -> what makes the answer, without a token, to a GET or a HEAD
-OPEN_ROUTES: Mapping[str, Callable[[ProxyServer, str], Answer]] = MappingProxyType({
-    "/": lambda server, request_id: greeting(request_id),
-    "/ironcage/dashboard": lambda server, request_id: dashboard_answer(),
-    "/healthz": lambda server, request_id: probe_answer(server, request_id, None),
-    "/readyz": lambda server, request_id: probe_answer(server, request_id, server.unreadiness()),
+OPEN_ROUTES: Mapping[str, Callable[[ProxyServer], Answer]] = MappingProxyType({
+    "/": lambda server: greeting(),
+    "/ironcage/dashboard": lambda server: dashboard_answer(),
+    "/healthz": lambda server: probe_answer(None),
+    "/readyz": lambda server: probe_answer(server.unreadiness()),
 })
 
 
@@ -15256,14 +15261,25 @@ def _closing(error: IroncageError) -> IroncageError:
     return error
 
 
-def most_connections() -> int:
-    """MAX_CONNECTIONS, or as many as this process may have two sockets for."""
+def open_files_limit() -> int:
+    """Return how many files this process may have open."""
     with contextlib.suppress(ImportError, OSError):
         import resource          # here only: Windows has none
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if files != resource.RLIM_INFINITY:
-            return max(1, min(MAX_CONNECTIONS, (files - SPARE_FILES) // 2))
-    return MAX_CONNECTIONS
+            return files
+    return sys.maxsize
+
+
+def most_connections() -> int:
+    """MAX_CONNECTIONS, or as many as this process may have two sockets for."""
+    return max(1, min(MAX_CONNECTIONS, (open_files_limit() - SPARE_FILES) // 2))
+
+
+def most_waiting() -> int:
+    """LISTEN_BACKLOG, or as many connections beside those as there are files for."""
+    files = open_files_limit() - SPARE_FILES - 2 * most_connections()
+    return min(LISTEN_BACKLOG, max(SPARE_FILES // 2, files))
 
 
 LISTENER_LOST = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
@@ -15380,7 +15396,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.router.server.start()
         self.router.controller.accounts.start(self.fail, self.router.counts.learn)
         if self.router.alerts is not None:
-            self.router.alerts.start()
+            self.router.alerts.outbox.start()
         self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def fail(self, thread: str) -> None:
@@ -15408,6 +15424,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _stop(self) -> None:
         self.router.controller.close()
+        self.router.memory.close()
         if self._thread is not None:
             self.shutdown()
             self._thread.join()
@@ -15491,7 +15508,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.settings, self.callers = settings, callers
         for path in {*_secret_paths(settings), *_secret_paths(config)} - self._files_warned_of:
             found = self._files_seen.get(path)
-            if os.name == "posix" and found is not None and found.mode & stat.S_IROTH:
+            if os.name == "posix" and found is not None and found[-1] & stat.S_IROTH:
                 self._files_warned_of.add(path)
                 log.warning("a file with a secret can be read by others: chmod o-r", extra={
                     "fields": {"file": path}})
@@ -15618,9 +15635,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._turn_away(sock)
 
     def _waiting_outside(self) -> Iterator[tuple[socket.socket, object]]:
-        """The connections that can be accepted now, a backlog of them at most."""
+        """The connections that can be accepted now, as many as may wait."""
         with contextlib.suppress(OSError):
-            for _ in range(LISTEN_BACKLOG):
+            for _ in range(most_waiting()):
                 yield self.socket.accept()
 
     def _let_in(self, request: socket.socket, client_address: object) -> None:
@@ -15734,14 +15751,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         shared = self.router.controller.accounts.as_json()
         return metrics_text(
             self.router.totals, self.router.controller.budgets(scopes),
-            {"ironcage_in_flight": in_flight,
-             "ironcage_memory_reserved_bytes": self.router.memory.as_json()["reserved_bytes"],
-             "ironcage_bound_exceeded": self.router.controller.bound_exceeded(),
-             "ironcage_uptime_seconds": int(time.monotonic() - self.started_s),
+            {"in_flight": in_flight,
+             "memory_reserved_bytes": self.router.memory.as_json()["reserved_bytes"],
+             "bound_exceeded": self.router.controller.bound_exceeded(),
+             "uptime_seconds": int(time.monotonic() - self.started_s),
              **({} if shared is None else {
-                 "ironcage_shared_unconfirmed": shared["unconfirmed_settlements"],
-                 "ironcage_shared_usable": int(shared["fault"] is None)}),
-             **{f"ironcage_server_{name}": count for name, count in told.items()
+                 "shared_unconfirmed": shared["unconfirmed_settlements"],
+                 "shared_usable": int(shared["fault"] is None)}),
+             **{f"server_{name}": count for name, count in told.items()
                 if name.startswith("events_")}})
 
     def status(self, request: ClientRequest) -> dict:
@@ -15842,18 +15859,11 @@ class CannotListen(Misconfigured):
     """The address cannot be listened on."""
 
 
-class FileState(NamedTuple):
-    """What changes when a file is written, replaced, or opened to others."""
-    mtime_ns: int
-    size: int
-    inode: int
-    mode: int
-
-
-def _file_state(path: str) -> Optional[FileState]:
-    """Return the state of a file; None where there is none."""
+def _file_state(path: str) -> Optional[tuple[int, int, int, int]]:
+    """Return what changes when a file is written, replaced, or opened to others (its mode, the
+    last); None where there is none."""
     found = _state_at(path)
-    return found and FileState(found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
+    return found and (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
 
 
 # The settings that a file can hold, and how they are read from it, as by secret_in().
@@ -16538,6 +16548,33 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def model_text(router: Router, model: str) -> str:
+    """Where a model would go, at which price, and what a small request would reserve."""
+    try:
+        provider, name = router.routes.of_model(model)
+    except UnknownProvider as err:
+        return f"{model} is refused: {err.message}"
+    urls = {api.url(path) for path, asked in METERED_APIS.items() if asked in MODEL_APIS
+            for api in [provider.speaking(asked)] if asked in api.apis}
+    price = router.prices.find(name, provider.name)
+    start, end = f"{model} -> {provider.name}/{name}, ", f", at {' and '.join(sorted(urls))}"
+    if price is None:
+        return f"{start}no price is known, so it is refused under a budget{end}"
+    told = "input {}, output {} for a million tokens".format(*price.per_million()) \
+        + (f", as {price.key} (price_as)" if price.is_stand_in else "")
+    body = parse_json_object(json_bytes({
+        "model": name, "messages": [{"role": "user", "content": "x" * 1000}]}))
+    try:
+        bound = bound_of_request(
+            "messages" if provider.format == "anthropic" else "chat", body, price,
+            default_tier=provider.default_service_tier, data_residency=provider.data_residency,
+            measured=router.settings.bound != "bytes")
+    except BadRequest:                                 # as of a model that only embeds
+        return start + told + end
+    return (f"{start}{told}{end}; 1,000 bytes with max_tokens 1000 reserve "
+            f"{format_usd(bound.microdollars(1000))}")
+
+
 def run_check(settings: Settings, given: Mapping[str, object]) -> int:
     """Say what is configured and whether it can serve, without serving.
 
@@ -16570,7 +16607,7 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
         if settings.server_url is not None:
             print(f"server    {settings.server_url} is asked for the key and for budget")
         for name in given["words"] or server.router.config.aliases:
-            print(f"model     {server.router.resolution(name)}")
+            print(f"model     {model_text(server.router, name)}")
         if settings.ledger_path is not None:
             print(f"ledger    {_ledger_state(settings.ledger_path)}")
         if settings.shared is not None:

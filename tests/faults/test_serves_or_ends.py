@@ -167,7 +167,7 @@ def test_an_embedded_router_stops_and_says_so_and_its_process_lives(mock, monkey
 
 def test_a_thread_that_sends_events_and_fails_stops_the_server(mock, proxy_for, monkeypatch):
     monkeypatch.setattr(ic, "SERVER_STOP_S", 0.1)
-    monkeypatch.setattr(ic.CageServer, "_send_events", fail_with(KeyError))
+    monkeypatch.setattr(ic.Outbox, "_send_all", fail_with(KeyError))
     proxy = proxy_for("--server-url", "http://127.0.0.1:9", "--server-token", "ic_server_01234")
 
     until(lambda: is_refused(proxy.port), "nothing listens any more")

@@ -163,7 +163,7 @@ def test_a_receiver_that_never_answers_holds_up_no_call_and_the_queue_is_bounded
             proxy.router.alert("test", str(number))
 
         assert 200 == chat(proxy).status
-        assert program().MAX_ALERTS == len(proxy.router.alerts._waiting)
+        assert program().MAX_ALERTS == proxy.router.alerts.outbox.counts()[0]
         proxy.stop()
 
 
@@ -206,7 +206,7 @@ def test_a_ledger_that_cannot_be_written_is_reported_and_again_when_it_can(mock,
 
 def test_an_alert_thread_that_fails_ends_the_proxy_as_any_other_does(proxy_for, receiver_of):
     proxy = proxy_for("--alert-url", receiver_of().url)
-    proxy.router.alerts._is_done = lambda *_, **__: 1 / 0
+    proxy.router.alerts.outbox._send = lambda *_: 1 / 0
 
     proxy.router.alert("test", "text")
 

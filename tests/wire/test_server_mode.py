@@ -101,7 +101,7 @@ def cage(mock):
 def proxy_of(mock, cage, proxy_for, monkeypatch):
     """A proxy in server mode, without a key of its own, which waits for nothing needlessly."""
     monkeypatch.setattr(program(), "SERVER_RETRY_S", 0)
-    monkeypatch.setattr(program(), "SERVER_POLL_S", 0.01)
+    monkeypatch.setattr(program(), "RETRY_POLL_S", 0.01)
     monkeypatch.setattr(program(), "SERVER_STOP_S", 1)
     environ = {name: value for name, value in proxy_environment(mock).items()
                if not name.endswith("_API_KEY")}
@@ -276,7 +276,7 @@ def test_ten_events_are_sent_at_once_and_those_that_are_refused_are_dropped(mock
     proxy.stop()
 
     assert 10 == len(cage.bodies(EVENTS_PATH))
-    assert 10 == proxy.router.server.dropped_events
+    assert 10 == proxy.router.server.as_json()["events_dropped"]
 
 
 def test_events_outlive_an_outage_and_what_has_no_room_is_counted(
@@ -294,7 +294,7 @@ def test_events_outlive_an_outage_and_what_has_no_room_is_counted(
     assert (3, 2) == (told["events_waiting"], told["events_dropped"])
     assert "ironcage_server_events_dropped 2\n" in metrics
     assert 3 == len({body["event_id"] for body in cage.bodies(EVENTS_PATH)})
-    assert (2, 0) == (proxy.router.server.dropped_events, proxy.router.server.as_json()[
+    assert (2, 0) == (proxy.router.server.as_json()["events_dropped"], proxy.router.server.as_json()[
         "events_waiting"])
 
 
@@ -304,7 +304,7 @@ def test_events_that_the_server_never_took_are_counted_at_the_end(mock, cage, pr
     chat(proxy)
     proxy.stop()
 
-    assert 1 == proxy.router.server.dropped_events
+    assert 1 == proxy.router.server.as_json()["events_dropped"]
 
 
 def test_a_lease_that_could_not_be_given_back_is_at_the_next_start(
@@ -371,8 +371,8 @@ def test_a_lease_that_is_granted_while_the_proxy_stops_goes_back_too(
     server = proxy.router.server
 
     def granted_late(body):
-        with server._changed:
-            assert server._changed.wait_for(lambda: server._is_stopping, 20)
+        while not server._is_stopping:
+            threading.Event().wait(0.01)
         return cage.lease(body)
 
     def asked():
@@ -508,7 +508,7 @@ def test_events_of_many_threads_arrive_once_each(mock, cage, proxy_of):
     events = cage.bodies(EVENTS_PATH)
     assert 40 == len(events) == len({event["event_id"] for event in events})
     assert mock.billed_microdollars == sum(event["cost_micros"] for event in events)
-    assert 0 == proxy.router.server.dropped_events
+    assert 0 == proxy.router.server.as_json()["events_dropped"]
 
 
 # Whatever it answers: one clear line, no trace, and no thread that ended.
@@ -612,7 +612,7 @@ def test_random_answers_of_any_status_end_nothing(mock, cage, proxy_of, traces, 
         answer = chat(proxy)
         assert answer.status in (200, 401, 402, 502), answer
         assert KEY not in str(answer)
-    assert proxy.router.server._thread.is_alive()
+    assert proxy.router.server.events._thread.is_alive()
     cage.answers = answers
 
 

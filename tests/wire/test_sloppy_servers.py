@@ -575,12 +575,13 @@ def test_a_null_beside_an_answer_is_no_error(mock, lab):
 def test_a_client_hears_pings_while_a_provider_sends_only_noise(monkeypatch, noise):
     """Every 15 s since it last heard something, whatever is read meanwhile (on a clock of ours)."""
     module, now_s = program(), [100.0]
-    call_ = SimpleNamespace(meter=module.AnswerMeter("chat"))
-    router = SimpleNamespace(settings=SimpleNamespace(timeouts=module.Timeouts()),
-                             _settle=lambda _: None)
+    router = object.__new__(module.Router)
+    router.settings = SimpleNamespace(timeouts=module.Timeouts())
     response = SimpleNamespace(headers=module.Headers([]), reads=lambda tick_s: noisy())
     translator = SimpleNamespace(events=lambda stream: (
         event for event in stream if event.get("type") == "ping"))
+    call_ = SimpleNamespace(meter=module.AnswerMeter("chat"), translator=translator,
+                            client_api="messages", hides_usage=False)
 
     def noisy():
         for _ in range(9):
@@ -589,9 +590,9 @@ def test_a_client_hears_pings_while_a_provider_sends_only_noise(monkeypatch, noi
         yield [b"\n\n" + stream_of(END)]
 
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
-    events = module.Router._carried_events(router, call_, translator, response)
+    reads = module.Router._streamed(router, call_, response)
 
-    assert [115, 130, 145] == [now_s[0] for event in events]
+    assert [115, 130, 145] == [now_s[0] for read in reads if any(read)]
 
 
 # What a server wants back on the next turn.

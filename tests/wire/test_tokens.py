@@ -552,7 +552,7 @@ def test_any_json_as_a_configuration_is_taken_or_one_line(config, seed):
             router = module.Router(settings, book, module.MemoryLedger())
             router.configure(taken, module.prices_under(taken, book))
             for model in ("gpt-4o", "m", "x"):
-                router.resolution(model)
+                module.model_text(router, model)
         except module.Misconfigured as err:
             assert len(str(err)) < 600 and str(err).isprintable(), text[:300]
             assert "integer string conversion" not in str(err)
