@@ -5812,27 +5812,32 @@ MAX_CACHE_MARKS = 4
 ANSWER_TOOL = "json_response"                      # takes the answer where no schema is enforced
 UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minutes (their SDKs)
 SEARCH_TOOL = MappingProxyType({"type": "web_search_20250305", "name": "web_search"})
+
+
+def object_of(required: Sequence[str] = (), **properties: Mapping[str, object]) -> dict:
+    """Return the schema of a tool that its client runs, and its vendor's models know."""
+    return {"type": "object", "properties": properties,
+            **({"required": [*required]} if required else {})}
+
+
+STRING, INTEGER, STRINGS = {"type": "string"}, {"type": "integer"}, {
+    "type": "array", "items": {"type": "string"}}
 _EDITOR_FIELDS = {
-    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"),
-                    {"type": "string"}),
-    "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
-                                           "undo_edit"]},
-    "insert_line": {"type": "integer"},
-    "view_range": {"type": "array", "items": {"type": "integer"}},
-}
+    **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"), STRING),
+    "insert_line": INTEGER, "view_range": {"type": "array", "items": INTEGER},
+    "command": {**STRING, "enum": ["view", "create", "str_replace", "insert", "undo_edit"]}}
+_MEMORY_FIELDS = {
+    **_EDITOR_FIELDS, "old_path": STRING, "new_path": STRING, "command": {
+        **STRING, "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]}}
 # Tools of Anthropic's that the client runs; Claude knows their schemas: (of the type, as a
 # function: description, schema). Source: their tool documentation and SDK's types.
 CLIENT_TOOLS = (
-    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.", {
-        "type": "object", "properties": {"command": {"type": "string"},
-                                         "restart": {"type": "boolean"}}}),
-    ("text_editor_", "View, create and edit text files.", {
-        "type": "object", "properties": _EDITOR_FIELDS, "required": ["command", "path"]}),
+    ("bash_", "Run a command in a bash session that lasts; restart starts it anew.",
+     object_of(command=STRING, restart={"type": "boolean"})),
+    ("text_editor_", "View, create and edit text files.",
+     object_of(("command", "path"), **_EDITOR_FIELDS)),
     ("memory_", "Keep notes in files under /memories: view, create, str_replace, insert, delete, "
-     "rename.", {"type": "object", "properties": {
-         **_EDITOR_FIELDS, "old_path": {"type": "string"}, "new_path": {"type": "string"},
-         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert",
-                                                "delete", "rename"]}}, "required": ["command"]}),
+     "rename.", object_of(("command",), **_MEMORY_FIELDS)),
 )
 DEFERRED_TOOLS = "DeferredToolPlaceholder"               # Claude Code's; here all tools are sent
 CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system block; spoils caching
@@ -5883,12 +5888,9 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
     _read_output_config(fields, messages, conversation)
     system = [part for part in _message_parts(fields.get("system"))
               if not part.text.startswith(CLAUDE_CODE_BILLING)]
-    conversation.turns = [Turn("system", system)] * bool(system)
-    added, removed = _read_messages(messages, conversation)
-    rows = [*rows_in(fields, "tools", IN_TOOLS), *added]
-    conversation.tools = [
-        _tool_of_claude(row, conversation) for row in rows
-        if row.get("name") != DEFERRED_TOOLS and str(row.get("name")) not in removed]
+    conversation.turns = [*[Turn("system", system)] * bool(system), *_message_turns(messages)]
+    conversation.tools = [_tool_of_claude(row, conversation)
+                          for row in _tools_at_last(fields, messages)]
     choice = object_in(fields, "tool_choice")
     if choice:
         mode = MESSAGES_CHOICES.get(str(choice.get("type")))
@@ -5936,83 +5938,79 @@ def _read_output_config(fields: Mapping[str, object], messages: Sequence[Mapping
             checked_schema(wanted.get("schema"), in_request("output_config")))
 
 
-def _read_messages(messages: Sequence[Mapping[str, object]],
-                   conversation: Conversation) -> tuple[list[dict], set[str]]:
-    """Read the turns; return the tools that were added within the conversation, and the names of
-    those that were removed."""
-    last_user = next((at for at in reversed(range(len(messages)))
-                      if messages[at].get("role") == "user"), -1)
-    added: list[dict] = []
-    removed: set[str] = set()
+def _message_turns(messages: Sequence[Mapping[str, object]]) -> Iterator[Turn]:
+    last_user = max((at for at, message in enumerate(messages) if message.get("role") == "user"),
+                    default=-1)
     for at, message in enumerate(messages):
-        role, content = message.get("role"), _content_of(message)
+        role, parts = message.get("role"), _message_parts(_content_of(message))
         if role not in ("user", "assistant", "system"):
             raise BadRequest("a message has a role that is not known", param="messages")
-        if role == "system":
-            _read_tool_changes(_parts_of(content), added, removed)
-            if message.get("clear_at") == "next_user_message" and at < last_user:
-                content = None
-        conversation.turns.append(Turn(role, _message_parts(content)))
-    return added, removed
+        is_over = role == "system" and message.get("clear_at") == "next_user_message" \
+            and at < last_user
+        yield Turn(role, [] if is_over else parts)
 
 
-def _read_tool_changes(rows: Iterable[Mapping[str, object]], added: list[dict],
-                       removed: set[str]) -> None:
-    for row in rows:
-        changed = json_object(row.get("tool"))
-        if row.get("type") == "tool_removal":
-            removed.add(str(changed.get("name")))
-        elif row.get("type") == "tool_addition":
-            removed.discard(str(changed.get("name")))
-            if isinstance(changed.get("definition"), dict):
-                added.append(changed["definition"])
+def _tools_at_last(fields: Mapping[str, object],
+                   messages: Sequence[Mapping[str, object]]) -> list[dict]:
+    """Return the tools after all that were added and removed within the conversation."""
+    rows, removed = [*rows_in(fields, "tools", IN_TOOLS)], {DEFERRED_TOOLS}
+    for change in (part for message in messages if message["role"] == "system"
+                   for part in _parts_of(message.get("content"))):
+        tool = json_object(change.get("tool"))
+        if change.get("type") == "tool_removal":
+            removed.add(str(tool.get("name")))
+        elif change.get("type") == "tool_addition":
+            removed.discard(str(tool.get("name")))
+            rows += [tool["definition"]] if isinstance(tool.get("definition"), dict) else []
+    return [row for row in rows if str(row.get("name")) not in removed]
 
 
 def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> Tool:
     kind, name = str(row.get("type") or "custom"), text_in(row, "name", IN_TOOLS)
-    if kind == "custom":
-        return Tool("function", name, text_in(row, "description", IN_TOOLS),
-                    checked_schema(object_in(row, "input_schema", IN_TOOLS), IN_TOOLS),
-                    row.get("strict") is True,
-                    native=row, origin="messages")
     known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
-    if known is not None:
+    if kind == "custom":
+        tool = Tool("function", name, text_in(row, "description", IN_TOOLS),
+                    checked_schema(object_in(row, "input_schema", IN_TOOLS), IN_TOOLS),
+                    row.get("strict") is True)
+    elif known is not None:
         conversation.changed[f"tools.{kind}"] = "function"
-        return Tool("function", name, *known[1:], native=row, origin="messages")
-    return Tool("search" if kind.startswith("web_search_") else "other", name, native=row,
-                origin="messages", search={
-                    key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
+        tool = Tool("function", name, *known[1:])
+    else:
+        tool = Tool("search" if kind.startswith("web_search_") else "other", name, search={
+            key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
+    return tool._replace(native=row, origin="messages")
 
 
 def _message_parts(content: object) -> list[Part]:
-    parts = []
+    parts: list[Part] = []
     for row in _parts_of(content):
-        read = _BLOCKS_READ.get(str(row.get("type")))
+        read, mark = _BLOCKS_READ.get(str(row.get("type"))), row.get("cache_control")
         parts += [Part("other", native=row, origin="messages")] if read is None else read(row)
+        if mark is not None and parts:
+            parts[-1].mark = mark
     return parts
 
 
 def _text_blocks(row: Mapping[str, object]) -> list[Part]:
     text = text_in(row, "text", IN_MESSAGES)
-    return [Part("text", text, mark=row.get("cache_control"))] if text else []
+    return [Part("text", text)] if text else []
+
+
+# Where the content of an image or a document is: (what it is of a part, its member), both ways.
+_SOURCES = MappingProxyType({
+    "base64": (("data", "data"), ("media", "media_type")), "text": (("text", "data"),),
+    "url": (("url", "url"),), "file": (("file_id", "file_id"),)})
 
 
 def _media_blocks(row: Mapping[str, object]) -> list[Part]:
-    """Return an image or a document: inline, of its own parts, or where it is."""
+    """Return an image or a document; one that consists of parts as those."""
     source = object_in(row, "source", IN_MESSAGES)
-    kind, part = source.get("type"), Part(row["type"], name=text_in(row, "title", IN_MESSAGES),
-                                          native=row, origin="messages",
-                                          mark=row.get("cache_control"))
-    if kind == "content":
+    if source.get("type") == "content":
         return _message_parts(source.get("content"))
-    if kind == "base64":
-        part.media, part.data = (text_in(source, name, IN_MESSAGES)
-                                 for name in ("media_type", "data"))
-    elif kind == "text":
-        part.text = text_in(source, "data", IN_MESSAGES)
-    elif kind == "url":
-        part.url = text_in(source, "url", IN_MESSAGES)
-    return [part]
+    members = {name: text_in(source, member, IN_MESSAGES)
+               for name, member in _SOURCES.get(str(source.get("type")), ())}
+    return [Part(row["type"], **{"text": "", **members}, native=row, origin="messages",
+                 name=text_in(row, "title", IN_MESSAGES))]
 
 
 def _search_result_blocks(row: Mapping[str, object]) -> list[Part]:
@@ -6022,17 +6020,15 @@ def _search_result_blocks(row: Mapping[str, object]) -> list[Part]:
 
 def _tool_use_blocks(row: Mapping[str, object]) -> list[Part]:
     return [Part("call", input_to_arguments(row.get("input")), id=str(row.get("id") or ""),
-                 name=text_in(row, "name", IN_MESSAGES), mark=row.get("cache_control"))]
+                 name=text_in(row, "name", IN_MESSAGES))]
 
 
 def _tool_result_blocks(row: Mapping[str, object]) -> list[Part]:
-    pieces = []
-    for piece in _parts_of(_content_of(row)):
-        kind = str(piece.get("type"))
-        pieces += _BLOCKS_READ[kind](piece) if kind in RESULT_BLOCKS \
-            else [Part("text", json.dumps(piece))]
+    pieces = _message_parts([piece if piece.get("type") in RESULT_BLOCKS
+                             else {"type": "text", "text": json.dumps(piece)}
+                             for piece in _parts_of(_content_of(row))])
     return [Part("result", id=str(row.get("tool_use_id") or ""), parts=pieces,
-                 is_error=row.get("is_error") is True, mark=row.get("cache_control"))]
+                 is_error=row.get("is_error") is True)]
 
 
 _BLOCKS_READ = MappingProxyType({
@@ -6041,7 +6037,7 @@ _BLOCKS_READ = MappingProxyType({
     "tool_result": _tool_result_blocks,
     "compaction": lambda row: _text_blocks({"text": row.get("content")}),   # of all before it
     **dict.fromkeys(("thinking", "redacted_thinking"), lambda row: [thought_of(row)]),
-    **dict.fromkeys(("tool_addition", "tool_removal"), lambda row: [])})    # _read_tool_changes()
+    **dict.fromkeys(("tool_addition", "tool_removal"), lambda row: [])})    # _tools_at_last()
 RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result"})
 
 
@@ -6357,19 +6353,16 @@ class _MessagesRequest(RequestWriter):
                          "WebP", param="messages")
 
     def _document(self, part: Part) -> dict:
-        if part.data:
-            source = {"type": "base64", "media_type": part.media, "data": part.data}
-        elif part.text:
-            source = {"type": "text", "media_type": "text/plain", "data": part.text}
-        elif part.url:
-            source = {"type": "url", "url": part.url}
-        elif part.file_id.startswith("file_"):
+        kind = next((kind for kind, ((name, _), *_) in _SOURCES.items() if getattr(part, name)), "")
+        source = {member: getattr(part, name) for name, member in _SOURCES.get(kind, ())}
+        if kind == "text":
+            source["media_type"] = "text/plain"
+        elif kind == "file" and part.file_id.startswith("file_"):
             self.terms.betas = (FILES_BETA,)
-            source = {"type": "file", "file_id": part.file_id}
-        else:
+        elif kind in ("", "file"):
             raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
         title = {"title": part.name} if part.name and not part.file_id else {}
-        return {"type": "document", **title, "source": source}
+        return {"type": "document", **title, "source": {"type": kind, **source}}
 
     def _call(self, part: Part) -> dict:
         return {"type": "tool_use", "id": part.id,
@@ -6739,29 +6732,23 @@ class ClientTool(NamedTuple):
     item: Mapping[str, object] = MappingProxyType({})      # what the calling item has beside it
 
 
-def _object_of(required: Sequence[str], **properties: object) -> dict:
-    return {"type": "object", "properties": properties, "required": [*required]}
-
-
-_STRINGS = {"type": "array", "items": {"type": "string"}}
 OPENAI_CLIENT_TOOLS = MappingProxyType({
     "local_shell": ClientTool(
         "local_shell_call", "lsh", "action", "local_shell_call_output",
-        "Run a command on the machine.",
-        _object_of(("command",), command=_STRINGS, working_directory={"type": "string"},
-                   timeout_ms={"type": "integer"}), {"type": "exec", "env": {}}),
+        "Run a command on the machine.", object_of(
+            ("command",), command=STRINGS, working_directory=STRING, timeout_ms=INTEGER),
+        {"type": "exec", "env": {}}),
     "shell": ClientTool(
         "shell_call", "sh", "action", "shell_call_output", "Run shell commands, each on its own.",
-        _object_of(("commands",), commands=_STRINGS, timeout_ms={"type": "integer"},
-                   max_output_length={"type": "integer"})),
+        object_of(("commands",), commands=STRINGS, timeout_ms=INTEGER, max_output_length=INTEGER)),
     "apply_patch": ClientTool(
         "apply_patch_call", "apc", "operation", "apply_patch_call_output",
         "Create, update or delete a file; diff is in the V4A format, and left out to delete.",
-        _object_of(("type", "path"), path={"type": "string"}, diff={"type": "string"}, type={
-            "type": "string", "enum": ["create_file", "update_file", "delete_file"]})),
+        object_of(("type", "path"), path=STRING, diff=STRING, type={
+            **STRING, "enum": ["create_file", "update_file", "delete_file"]})),
     "tool_search": ClientTool(
         "tool_search_call", "tsc", "arguments", "tool_search_output", "Find further tools.",
-        _object_of((), query={"type": "string"}), item={"execution": "client"}),
+        object_of(query=STRING), item={"execution": "client"}),
 })
 _CLIENT_CALLS = MappingProxyType({row.call: kind for kind, row in OPENAI_CLIENT_TOOLS.items()})
 
