@@ -12514,7 +12514,7 @@ MAX_REPLY_DEPTH = 8
 COUNTS_WAITING = 500                          # of what providers have counted, to be shared
 MOST_SHARED_COUNTS = 4_000
 MAX_COUNT_BYTES = 64 * 1024
-AT_ONCE = 200                                 # rows in one exchange, which holds up everybody
+AT_ONCE = 200                                 # scopes in one exchange, which holds up everybody
 MOST_SHARED = 2 ** 53 - 1                     # microdollars
 UNNAMED_TOKEN = "default"                     # the name of --token, which has no scope of its own
 NOT_A_REPLY = "what it answers is not Redis' protocol"
@@ -12854,14 +12854,15 @@ local function add(record, what, amount)        -- to all scopes, in the period 
     redis.call('HINCRBY', at, what .. start(redis.call('HGET', at, 'period'), admitted), amount)
   end
 end
+local function entomb(process, number)
+  redis.call('SETBIT', key('done', process), number, 1)
+  redis.call('EXPIRE', key('done', process), 2 * TOMBSTONE_S)
+end
 local function close(process, number, record, cost)
   add(record, 's', cost)
   add(record, 'r', 0 - parts(record))
   redis.call('HDEL', key('open', process), number)
-end
-local function entomb(process, number)          -- with a tombstone
-  redis.call('SETBIT', key('done', process), number, 1)
-  redis.call('EXPIRE', key('done', process), 2 * TOMBSTONE_S)
+  entomb(process, number)
 end
 local function count(record, label, counts, sign)      -- into the totals of its day
   local _, admitted = parts(record)
@@ -12875,6 +12876,13 @@ local function count_cut_off(record, sign)      -- of a dead process: nobody kno
   local bound, _, names = parts(record)
   count(record, (string.match(names, '|(.+)$') or 'default') .. '|cut off', {
     'requests', 1, 'estimated_requests', 1, 'cost_microdollars', bound}, sign)
+end
+local function cut_off(process, number)         -- charged at its bound, which may be corrected
+  local record = redis.call('HGET', key('open', process), number)
+  close(process, number, record, (parts(record)))
+  count_cut_off(record, 1)
+  redis.call('HSET', key('lost', process), number, record)
+  redis.call('EXPIRE', key('lost', process), 2 * TOMBSTONE_S)
 end
 """
 SAME_SERVER = "if known[2] ~= ARGV[2] then return redis.error_reply('RESTARTED') end"
@@ -12929,37 +12937,32 @@ if outcome ~= 'known' and ARGV[7] ~= '' then count(record, ARGV[7], {unpack(ARGV
 local _, _, names = parts(record)
 return reply(outcome, scopes(names))
 """,
-    # process, then (number, record) of calls that the engine may have forgotten
-    "enter": """
-for at = 4, #ARGV, 2 do
-  if redis.call('GETBIT', key('done', ARGV[3]), ARGV[at]) == 0
-      and redis.call('HSETNX', key('open', ARGV[3]), ARGV[at], ARGV[at + 1]) == 1 then
-    add(ARGV[at + 1], 'r', (parts(ARGV[at + 1])))
-  end
-end
-return {redis.call('HSETNX', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])}
-""",
-    # process, scope to look at
+    # process, scope to look at, the last number that the process gave, then (number, record) of
+    # each call it knows: those that the engine forgot are entered again, others are cut off
     "beat": """
-redis.call('HSET', key('beats'), ARGV[3], clock[1] .. '.' .. clock[2])
-return reply({redis.call('HGETALL', key('beats')), redis.call('HKEYS', key('open', ARGV[3]))},
-             scopes(ARGV[4]))
-""",
-    # process; its last heartbeat where it is dead, else ''; numbers of its calls
-    "charge": """
-local process, beat, open = ARGV[3], ARGV[4], key('open', ARGV[3])
-if beat ~= '' and redis.call('HGET', key('beats'), process) ~= beat then return {0} end
-for at = 5, #ARGV do
-  local record = redis.call('HGET', open, ARGV[at])
-  if record then
-    close(process, ARGV[at], record, (parts(record)))
-    entomb(process, ARGV[at])
-    count_cut_off(record, 1)
-    redis.call('HSET', key('lost', process), ARGV[at], record)
-    redis.call('EXPIRE', key('lost', process), 2 * TOMBSTONE_S)
+local process, open, ours = ARGV[3], key('open', ARGV[3]), {}
+for at = 6, #ARGV, 2 do
+  local number, record = ARGV[at], ARGV[at + 1]
+  ours[number] = true
+  if record ~= '' and redis.call('GETBIT', key('done', process), number) == 0
+      and redis.call('HSETNX', open, number, record) == 1 then
+    add(record, 'r', (parts(record)))
   end
 end
-if beat ~= '' and redis.call('HLEN', open) == 0 then redis.call('HDEL', key('beats'), process) end
+for _, number in ipairs(redis.call('HKEYS', open)) do
+  if not ours[number] and tonumber(number) <= tonumber(ARGV[5]) then cut_off(process, number) end
+end
+redis.call('HSET', key('beats'), process, clock[1] .. '.' .. clock[2])
+return reply(redis.call('HGETALL', key('beats')), scopes(ARGV[4]))
+""",
+    # process, its last heartbeat, if it is dead
+    "charge": """
+if redis.call('HGET', key('beats'), ARGV[3]) == ARGV[4] then
+  for _, number in ipairs(redis.call('HKEYS', key('open', ARGV[3]))) do
+    cut_off(ARGV[3], number)
+  end
+  redis.call('HDEL', key('beats'), ARGV[3])
+end
 return {1}
 """,
     # (scope, period, limit, stop) each; the lowest limit that was ever named holds
@@ -13125,9 +13128,10 @@ class SharedAccounts:
     def __init__(self, engine: Engine, cage: str, ledger: Ledger, *, limit: Optional[int] = None,
                  stop_at: Optional[int] = None, fsync: bool = False) -> None:
         self.engine, self.cage, self._ledger = engine, cage, ledger
-        self._process, self._numbers = secrets.token_hex(8), itertools.count(1)
+        self._process = secrets.token_hex(8)
         self._key = f"{{ironcage:{cage}}}"
-        self._lock = threading.Lock()              # guards the next four
+        self._lock = threading.Lock()              # guards the next five
+        self._last_number = 0                      # that a call of ours was given
         self._open: dict[int, str] = {}            # number -> record; "": not confirmed yet
         self._ending: dict[tuple, Settlement] = {}                # not confirmed yet
         self._ended: deque[tuple[float, Settlement]] = deque()    # confirmed a moment ago
@@ -13143,10 +13147,11 @@ class SharedAccounts:
         with self._usable(), replied():
             self._generation, self._run_id = self._found_cage()
             self.durability, self._waits_for_disk = self._checked_engine(fsync)
-            self._enter_again()
+            self._acknowledge()
             self.set_scopes([Scope(PROXY_SCOPE, limit, "total", stop_at, lambda since_s: 0)])
             self._told_by_ledger()
             self._beat()
+        self._is_entering = False
 
     # Its beginning.
 
@@ -13267,9 +13272,7 @@ class SharedAccounts:
         """Do as Accounts.take, by one exchange. One without a reply is cancelled."""
         if self._is_entering:
             raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
-        number = next(self._numbers)
-        with self._lock:
-            self._open[number] = ""
+        number = self._new_number(opens=True)
         try:
             taken, budgets = self._run("take", self._process, number, microdollars,
                                        "|".join(claim.scopes), *least_free,
@@ -13291,6 +13294,13 @@ class SharedAccounts:
         claim.is_limited |= any(budget.limit is not None for budget in budgets)
         claim.shared = f"{self._generation}/{self._process}/{number}/{record}"
         return None
+
+    def _new_number(self, *, opens: bool = False) -> int:
+        with self._lock:
+            self._last_number += 1
+            if opens:
+                self._open[self._last_number] = ""
+            return self._last_number
 
     def _end(self, settlement: Settlement, *, is_new: bool = True) -> None:
         """End a call of ours here; the engine is to hear of it, unless it cannot know the call."""
@@ -13337,7 +13347,7 @@ class SharedAccounts:
 
     def add_spend(self, microdollars: int) -> None:
         """Charge the proxy's scope an amount that nothing was reserved for."""
-        self._tell(Settlement(self._process, next(self._numbers),
+        self._tell(Settlement(self._process, self._new_number(),
                               f"0|{int(time.time())}|{PROXY_SCOPE}", microdollars))
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
@@ -13433,53 +13443,45 @@ class SharedAccounts:
                 if not err.code:                           # else it is about this one, perhaps
                     raise
 
-    def _enter_again(self) -> None:
-        """Acknowledge the engine's run_id, once it knows again all that we know."""
+    def _acknowledge(self) -> None:
+        """Let the cage know the engine's run_id; if it is new, nobody is admitted for a while."""
         self.engine.ask(["PING"])
         self._watch.forget()
-        run_id, self._run_id = self._run_id, self.engine.run_id
+        self._run_id = self.engine.run_id
+        self._run("restarted", self._hold_s)
+
+    def _enter_again(self) -> None:
+        """Have the engine know again all that we know."""
+        run_id = self._run_id
+        with self._lock:
+            ended = [settlement for _, settlement in self._ended]
         try:
-            self._run("restarted", self._hold_s)
-            with self._lock:
-                records = [(number, record) for number, record in self._open.items() if record]
-                settlements = [settlement for _, settlement in self._ended]
-            self._enter(records)
-            for settlement in settlements:
+            self._acknowledge()
+            for settlement in ended:
                 self._tell(settlement)
+            self._beat()
         except EngineFailed:
             self._run_id = run_id
             raise
         self._is_entering = False
 
-    def _enter(self, records: Sequence[tuple[int, str]]) -> None:
-        for some in in_steps(records, AT_ONCE):
-            self._run("enter", self._process, *itertools.chain(*some))
-
     def _beat(self) -> None:
-        """Say that we live, compare our open calls with the engine's, and look for the dead."""
-        with replied():
-            (beats, numbers), _ = self._run("beat", self._process, PROXY_SCOPE)
-            there = {*map(int, numbers)}
-            words = iter([word.decode("ascii") for word in beats])
+        """Say that we live, and of which calls; and charge those of the dead at their bounds."""
         with self._lock:
-            ours = dict(self._open)
-            ending = {number for process, number in self._ending if process == self._process}
-        self._enter([(number, record) for number, record in ours.items()
-                     if record and number not in there])
-        self._charge(self._process, "", sorted(there - ours.keys() - ending))
+            last, ours = self._last_number, {**self._open, **{
+                number: "" for process, number in self._ending if process == self._process}}
+        with replied():
+            beats, _ = self._run("beat", self._process, PROXY_SCOPE, last,
+                                 *itertools.chain(*ours.items()))
+            words = iter([word.decode("ascii") for word in beats])
         for process, beat in self._watch.dead(dict(zip(words, words)), time.monotonic()).items():
             if process != self._process:
                 self._charge_dead(process, beat)
 
-    def _charge(self, process: str, beat: str, numbers: Sequence[object]) -> None:
-        for some in in_steps(numbers, AT_ONCE):
-            self._run("charge", process, beat, *some)
-
     def _charge_dead(self, process: str, beat: str) -> None:
         log.warning("a process of the cage is gone; its open calls are charged at their bounds",
                     extra={"fields": {"cage": self.cage, "process": process}})
-        self._charge(process, beat, self.engine.ask(["HKEYS", f"{self._key}:open:{process}"])[0])
-        self._run("charge", process, beat)         # which takes it out of the cage
+        self._run("charge", process, beat)
 
     def keep_count(self, row: CountRow) -> None:
         """Have the others know it by the heartbeat after the next."""

@@ -138,7 +138,7 @@ class FakeEngine:
         return {
             "INFO": b"$%d\r\n%b\r\n" % (len(INFO), INFO), "HGET": b"$1\r\ng\r\n",
             "PING": b"+PONG\r\n", "CONFIG": b"*0\r\n", "restarted": many(b":1\r\n"),
-            "beat": many(many(many(), many()), BUDGET), "enter": many(b":1\r\n"),
+            "beat": many(many(), BUDGET),
             "HDEL": b":1\r\n", "scopes": many(NIL, BUDGET), "budgets": many(NIL, BUDGET),
             "take": many(b"$18\r\n9|1795996800|proxy\r\n", BUDGET),
             "settle": many(b"$7\r\nsettled\r\n", BUDGET),
