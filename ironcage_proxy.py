@@ -13318,8 +13318,10 @@ class SharedAccounts:
             if row is None else _row_settlement(row, self._process, claim.number, record)
         self._end(settlement)
         if self.fault is None:
-            with contextlib.suppress(EngineFailed):
+            try:
                 self._tell(settlement)
+            except EngineFailed:
+                self._wakes.set()                          # tell it soon, not at a heartbeat
 
     def _tell(self, settlement: Settlement) -> None:
         """Settle a call in the engine. Raises EngineFailed."""
