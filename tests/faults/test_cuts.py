@@ -8,7 +8,7 @@ import pytest
 from support import Close, Gate, RawClient, Raw, call, program, recordings, settled_status
 from test_every_way_to_end import PATHS, stream  # noqa: F401  (a fixture)
 
-OFFSETS = 200
+MANY = pytest.mark.parametrize("most", [60, pytest.param(200, marks=pytest.mark.soak)])
 
 
 def cut_reply(default, offset, ending):
@@ -25,14 +25,14 @@ def cut_reply(default, offset, ending):
     return replace(default, steps=(*steps, *ending), tokens_by_step=(*tokens, *[tokens[-1]] * 9))
 
 
-def offsets_of(default, seed):
-    """Edges of events and one to either side, and seeded places in between."""
+def offsets_of(default, seed, most):
+    """Edges of events and one to either side, and seeded places in between, if there are fewer."""
     edges, at = set(), 0
     for step in default.steps:
         at += len(step)
         edges |= {at - 1, at, at + 1}
     rng = random.Random(seed)
-    places = edges | {rng.randrange(at) for _ in range(OFFSETS - len(edges))} | {0}
+    places = edges | {rng.randrange(at) for _ in range(most - len(edges))} | {0}
     return sorted(place for place in places if place < at)
 
 
@@ -45,13 +45,14 @@ def check_settled(proxy, mock, before, offset):
     return spent, billed
 
 
-def test_a_stream_cut_by_the_provider(mock, proxy_for, stream):  # noqa: F811
+@MANY
+def test_a_stream_cut_by_the_provider(mock, proxy_for, stream, most):  # noqa: F811
     path, fields = stream
     proxy = proxy_for("--budget", "100")
     call(proxy.port, "POST", path, fields)
     default = mock.default_reply(mock.seen[0])
     before = check_settled(proxy, mock, (0, 0), "none")
-    for offset in offsets_of(default, 1):
+    for offset in offsets_of(default, 1, most):
         mock.script(cut_reply(default, offset, [Close()]))
 
         assert 200 == call(proxy.port, "POST", path, fields).status
@@ -59,7 +60,8 @@ def test_a_stream_cut_by_the_provider(mock, proxy_for, stream):  # noqa: F811
         before = check_settled(proxy, mock, before, offset)
 
 
-def test_a_stream_left_by_the_client(mock, proxy_for, stream):  # noqa: F811
+@MANY
+def test_a_stream_left_by_the_client(mock, proxy_for, stream, most):  # noqa: F811
     path, fields = stream
     if path == "/v1/chat/completions":          # so that nothing is held back from the client
         fields = {**fields, "stream_options": {"include_usage": True}}
@@ -67,7 +69,7 @@ def test_a_stream_left_by_the_client(mock, proxy_for, stream):  # noqa: F811
     call(proxy.port, "POST", path, fields)
     default = mock.default_reply(mock.seen[0])
     before = check_settled(proxy, mock, (0, 0), "none")
-    for number, offset in enumerate(offsets_of(default, 2), 1):
+    for number, offset in enumerate(offsets_of(default, 2, most), 1):
         gate = Gate()
         mock.script(cut_reply(default, offset, [gate, b"data: {}\n\n", Gate()]))
         with RawClient(proxy.port) as client:

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 from support import (ANTHROPIC_KEY, OPENAI_KEY, ROOT, Gate, Raw, RawClient, Reply, call, program,
-                     recordings, settled_status, sse, sse_events, status_of)
+                     recordings, settled_status, sse, sse_events)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 64,
         "messages": [{"role": "user", "content": "Grüße \u2028 🐤"}]}
@@ -377,16 +377,16 @@ def expected_charge(book, exchange, fields, body):
 def test_every_recorded_exchange_comes_out_byte_identical_and_is_charged(mock, proxy_for):
     """Charged by its usage where it is a success on a metered route with a price; errors and
     unmetered routes cost nothing. Without a budget, as some use what a budget refuses."""
-    proxy, charged, free = proxy_for(), 0, 0
+    proxy, charged, free, spent = proxy_for(), 0, 0, 0
     with RawClient(proxy.port) as client:
         for name, exchange in recordings():
             method, path, fields = recorded_request(exchange)
             reply = replayed(exchange)
             mock.script(reply)
-            before = status_of(proxy)["spent_microdollars"]
             client.request(method, path, None if fields is None else json.dumps(fields).encode())
             answer = client.read_answer()
-            settled = settled_status(proxy)["spent_microdollars"] - before
+            before, spent = spent, settled_status(proxy)["spent_microdollars"]
+            settled = spent - before
 
             assert (name, reply.status, reply.body) == (name, answer.status, answer.body)
             if reply.status >= 400 or exchange["request"]["path"].partition("?")[0] \
