@@ -131,7 +131,7 @@ def test_random_amounts_are_taken_exactly_or_refused(served, quiet, seed):
 @pytest.mark.parametrize("flag", ["--budget", "--stop-at", "--port", "--wait", "--max-body-mb",
                                   "--cache-ttl"])
 def test_an_absurd_number_in_a_flag_is_one_line(flag, capsys):
-    for number in (*ABSURD, "9" * 100_000, *mutated_numbers(flag, 100)):
+    for number in (*ABSURD, "9" * 100_000, *mutated_numbers(flag, 30)):
         try:
             ic.settings_from([f"{flag}={number}"] + ["--budget=1"] * (flag == "--stop-at"),
                              {"OPENAI_API_KEY": "sk"})
