@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import http.client
+import inspect
 import json
 import os
 import py_compile
@@ -922,6 +923,26 @@ def sse_events(stream: bytes) -> list[tuple[Optional[str], str]]:
             names = [value.strip() for name, _, value in fields if name == "event"]
             events.append((names[-1] if names else None, "\n".join(data)))
     return events
+
+
+def each_seed(count: int) -> Callable:
+    """Run a test with the seeds from 0 on, as one test; a failure says with which.
+
+    The fixtures are made once: it is for tests that leave nothing behind.
+    """
+    def decorated(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(*arguments: object, **fixtures: object) -> None:
+            for seed in range(count):
+                try:
+                    test(*arguments, seed=seed, **fixtures)
+                except Exception as err:
+                    raise AssertionError(f"with the seed {seed}") from err
+        signature = inspect.signature(test)
+        run.__signature__ = signature.replace(parameters=[        # or pytest takes it for a fixture
+            parameter for name, parameter in signature.parameters.items() if name != "seed"])
+        return run
+    return decorated
 
 
 # The proxy.

@@ -13,8 +13,8 @@ from random import Random
 
 import pytest
 from engines import BUDGET, NIL, FakeEngine, RealEngine, free_port, many
-from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, settled_status,
-                     status_of)
+from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, each_seed,
+                     settled_status, status_of)
 
 import ironcage_proxy as ic
 
@@ -412,7 +412,7 @@ def test_a_process_that_was_taken_for_dead_is_judged_again_if_it_dies_later(shar
     assert held.is_open and (600, 0) == shared.amounts()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_nobody_is_dead_before_he_was_silent_for_so_long_while_the_watch_was_unbroken(seed):
     """Against the plainest account of who was heard when."""
     rng, watch = Random(seed), ic.Watch(30, 10)

@@ -10,6 +10,7 @@ from random import Random
 import pytest
 
 import ironcage_proxy as ic
+from support import each_seed
 
 DAY_S = 86_400
 MONDAY_S = 1_795_996_800        # 2026-11-30 00:00 UTC
@@ -465,7 +466,7 @@ class InAnEngine:
         return min((amount for amount in (before, limit) if amount is not None), default=None)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each_seed(300)
 def test_any_schedule_keeps_every_scope_within_its_limit(seed):
     any_schedule(seed, InThisProcess())
 

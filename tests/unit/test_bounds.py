@@ -16,7 +16,7 @@ import pytest
 
 import adversarial_texts
 import ironcage_proxy as ic
-from support import SHARED
+from support import SHARED, each_seed
 
 BOOK = ic.PriceBook.load(str(Path(ic.__file__).resolve().with_name("pricing.json")))
 PRICES = [BOOK.price(key) for key in BOOK.keys()]
@@ -204,7 +204,7 @@ def sellers(api: str) -> list[ic.Price]:
             and price.max_input_tokens and not ic.SEARCHING_MODEL.search(price.key)]
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each_seed(200)
 def test_no_bill_that_a_provider_can_make_is_above_the_bound(seed):
     rng = Random(seed)
     for _ in range(10):
@@ -223,7 +223,7 @@ def test_no_bill_that_a_provider_can_make_is_above_the_bound(seed):
         assert cost <= bound.microdollars(cap), (api, price.key, body.raw, usage)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_a_tier_that_the_project_defaults_to_is_bounded(seed):
     rng = Random(seed)
     price = rng.choice(sellers("chat"))
@@ -899,7 +899,7 @@ def random_bound(rng: Random) -> ic.Bound:
         asked_output_tokens=None, most_output_tokens=rng.choice([0, 1, 500, 8_192, 128_000]))
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each_seed(200)
 def test_the_affordable_cap_is_the_largest_that_fits(seed):
     rng = Random(seed)
     for _ in range(20):
@@ -943,7 +943,7 @@ def test_a_default_cap_takes_half_while_that_is_comfortable_then_all_that_is_wor
     assert cap == cap_of(flat_bound(most), free, at_last=True)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_a_default_cap_always_fits_and_never_passes_the_models_maximum(seed):
     rng = Random(seed)
     for _ in range(20):
@@ -1058,7 +1058,7 @@ PIECES = ("word", "Hump", "42", "\\n", "\\", "n", " ", "  ", "\n", "é", "漢字
 
 
 @pytest.mark.parametrize("provider, most", [("openai", 1), ("anthropic", 1.5)])
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_the_rule_is_never_above_a_token_a_byte_and_never_falls_when_text_is_added(
         seed, provider, most):
     rng = Random(seed)

@@ -12,6 +12,7 @@ from typing import Optional
 import pytest
 
 import ironcage_proxy as ic
+from support import each_seed
 
 APIS = ("chat", "completions", "responses", "messages", "embeddings")
 
@@ -128,7 +129,7 @@ def random_reads(rng: Random, stream: bytes) -> list[bytes]:
     return [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)])]
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each_seed(300)
 def test_random_streams_lose_no_byte_and_do_not_depend_on_their_reads(seed):
     rng = Random(seed)
     for stream in (random_stream(rng), bytes(rng.choices(b"\r\n\nda: ", k=rng.randrange(40)))):
@@ -140,7 +141,7 @@ def test_random_streams_lose_no_byte_and_do_not_depend_on_their_reads(seed):
         assert expected == (events, rest)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each_seed(300)
 def test_random_streams_have_the_data_that_the_specification_says(seed):
     """All line ends, and data that is not empty: an empty event tells nothing to a meter."""
     rng = Random(seed)
@@ -468,7 +469,7 @@ def shown_events(api: str, piece: str, rng: Random) -> list[dict]:
 
 
 @pytest.mark.parametrize("api", ["chat", "completions", "responses", "messages"])
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(40)
 def test_at_least_the_bytes_that_were_shown_are_counted(api, seed):
     rng = Random(seed)
     pieces = ["".join(rng.choices("ab \n\"é日🐤\u2028", k=rng.randrange(12)))

@@ -6,7 +6,7 @@ import json
 from random import Random
 
 import pytest
-from support import program
+from support import each_seed, program
 
 ic = program()
 CLAUDE = {"litellm_provider": "anthropic", "input_cost_per_token": 5e-6,
@@ -97,7 +97,7 @@ def random_bound(rng):
                     messages=[{"role": "user", "content": "word " * rng.randrange(20_000)}], **more)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@each_seed(150)
 def test_the_largest_affordable_output_fits_and_a_token_more_does_not(seed):
     rng = Random(seed)
     bound = random_bound(rng)
@@ -108,7 +108,7 @@ def test_the_largest_affordable_output_fits_and_a_token_more_does_not(seed):
         bound.microdollars(cap, uses) <= amount < bound.microdollars(cap + 1, uses)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@each_seed(150)
 def test_uses_fall_first_to_one_then_the_output_then_the_uses_to_none(seed):
     rng = Random(1000 + seed)
     bound = random_bound(rng)
@@ -131,7 +131,7 @@ def test_uses_fall_first_to_one_then_the_output_then_the_uses_to_none(seed):
         assert bound.microdollars(bound.worthwhile_output_tokens, 1) > free
 
 
-@pytest.mark.parametrize("seed", range(60))
+@each_seed(60)
 def test_what_is_admitted_for_fewer_scopes_never_costs_more_than_any_of_them_has(seed):
     """A request in two scopes gets the lesser of both in each cap."""
     rng = Random(seed)

@@ -12,6 +12,7 @@ from typing import Iterator, Optional
 import pytest
 
 import ironcage_proxy as ic
+from support import each_seed
 
 SHORT_S = 0.05          # a time-out that is meant to happen
 LONG_S = 10             # one that is not
@@ -176,7 +177,7 @@ def test_two_connection_headers_are_one_list():
     assert not parsed.keeps_alive
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_random_bytes_are_taken_or_refused_and_never_crash(seed):
     rng = Random(seed)
     for _ in range(50):
@@ -331,7 +332,7 @@ def test_a_malformed_chunk_is_refused_in_one_read_or_in_many(raw):
     assert not decoder.is_done
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_chunks_that_are_written_read_back(seed):
     rng = Random(seed)
     pieces = [rng.choice([b"", b"\r\n", b"0\r\n\r\n", bytes(rng.choices(range(256), k=17)),

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 import ironcage_proxy as ic
+from support import each_seed
 
 SPACES = ("", "", "", " ", "  ", "\n", "\t", "\r\n", " \n\t ")
 ALPHABET = "ab Z09_-./{}[]:,\"\\\n\té߀😀\u2028\u0000"
@@ -285,7 +286,7 @@ def random_members(rng: Random) -> list[tuple[str, str]]:
     return list(members.values())
 
 
-@pytest.mark.parametrize("seed", range(400))
+@each_seed(400)
 def test_setting_fields_keeps_every_other_byte_of_random_objects(seed):
     rng = Random(seed)
     members = random_members(rng)
@@ -331,7 +332,7 @@ def test_a_field_is_left_out_with_its_comma(raw, without, expected):
     assert {"n": 1, **json.loads(expected)} == json.loads(set_to)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@each_seed(50)
 def test_long_strings_of_data_stay_as_they_were(seed):
     rng = Random(seed)
     fields = {name: rng.choice(["ü", 1, "A" * ic.LEAST_DATA_BYTES, {"deep": [

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 from price_oracle import random_call
-from support import SHARED
+from support import SHARED, each_seed
 
 import ironcage_proxy as ic
 
@@ -75,7 +75,7 @@ def test_amounts_are_shown_exactly_with_two_to_six_decimals(microdollars, shown)
     assert shown == ic.format_usd(microdollars)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@each_seed(50)
 def test_an_amount_that_is_shown_reads_back_as_itself(seed):
     rng = Random(seed)
     amounts = [rng.randrange(10 ** rng.randrange(1, 18)) for _ in range(100)]
@@ -84,7 +84,7 @@ def test_an_amount_that_is_shown_reads_back_as_itself(seed):
     assert amounts == [ic.parse_usd(Decimal(amount).scaleb(-6)) for amount in amounts]
 
 
-@pytest.mark.parametrize("seed", range(50))
+@each_seed(50)
 def test_reading_never_rounds_up_and_never_loses_a_whole_microdollar(seed):
     rng = Random(seed)
     for _ in range(100):
@@ -773,7 +773,7 @@ def test_capacity_that_was_bought_beforehand_is_no_dearer_tier():
     assert (100, None) == (ic.total_of(bill), bill.doubt)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_no_bill_of_a_possible_tier_passes_the_dearest_rates(seed):
     """Of a model in pricing.json, whatever the request asks for and whatever serves it of that."""
     rng = Random(seed)
@@ -960,7 +960,7 @@ PRICED = sorted(name for name in ROWS if BOOK.find(name) is not None
 LITELLM_ROWS = Path(__file__).with_name("litellm_rows.jsonl")
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each_seed(200)
 def test_a_charge_is_the_exact_sum_or_less_than_a_microdollar_above_it(seed):
     rng = Random(seed)
     for _ in range(10):

@@ -10,6 +10,7 @@ from random import Random
 import pytest
 
 import ironcage_proxy as ic
+from support import each_seed
 from test_http_wire import CHUNKED_BODIES, decoded
 
 PLAIN = {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": 1_000_000,
@@ -31,7 +32,7 @@ def test_a_chunked_body_cut_anywhere_is_the_same_and_keeps_what_follows(raw, bod
                                    [stream[at:at + 1] for at in range(len(stream))])
 
 
-@pytest.mark.parametrize("seed", range(100))
+@each_seed(100)
 def test_chunks_that_are_written_read_back(seed):
     rng = Random(seed)
     pieces = [rng.choice([b"", b"\r\n", b"0\r\n\r\n", bytes(rng.choices(range(256), k=17)),

@@ -6,7 +6,7 @@ import json
 from random import Random
 
 import pytest
-from support import recordings
+from support import each_seed, recordings
 from test_translation_fuzz import mutated
 from translation_checker import check_response, check_response_stream
 from vendor_answers import (Answer, Refuse, Say, Search, Think, Use, answer_of, counted,
@@ -989,7 +989,7 @@ def random_parts(rng):
     return [rng.choice(kinds)(number) for number in range(rng.randrange(1, 7))]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(40)
 def test_what_was_written_is_read_again_as_it_was(seed):
     rng = Random(seed)
     parts = random_parts(rng)
@@ -1015,7 +1015,7 @@ HOSTILE = [{"model": "m", "input": items, "tools": [NAMESPACE, {"type": "web_sea
     for items, _ in ITEMS.values()]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(20)
 def test_a_mutilated_request_is_carried_or_refused(seed):
     rng = Random(seed)
     for _ in range(40):
@@ -1025,7 +1025,7 @@ def test_a_mutilated_request_is_carried_or_refused(seed):
                           ic.Target(64_000))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_seed(20)
 def test_a_mutilated_answer_is_read_or_breaks_the_stream(seed):
     rng = Random(seed)
     streams = [said(*parts, fields=SUMMARY, **more)[0] for parts, more, _, _ in READ.values()]

@@ -11,6 +11,7 @@ from test_translation import (CHAT_STREAMS, CHAT_TURNS, OLD, OPEN_SCHEMA, STREAM
 from translation_checker import check_message_stream
 
 import ironcage_proxy as ic
+from support import each_seed
 
 JUNK = (None, True, 0, -1, 1.5, "", "x", "\ud800", [], [None], ["x"], [[]], {}, {"x": 1},
         {"type": "x"}, {"type": None}, [{"type": "text"}], [{"type": "text", "text": 7}],
@@ -51,7 +52,7 @@ MESSAGES_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], "max_toke
     {"messages": row[0], "max_tokens": 9} for row in CHAT_TURNS.values()]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(40)
 def test_hostile_requests_are_refused_or_carried_over(seed):
     rng = Random(seed)
     for client, api, model, requests in (
@@ -66,7 +67,7 @@ def test_hostile_requests_are_refused_or_carried_over(seed):
             json.dumps(translator.request)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(40)
 def test_broken_answers_are_carried_over_or_said_to_be_broken(seed):
     rng = Random(seed)
     chat, claude = to_chat({})[0], to_claude({})[0]
@@ -120,7 +121,7 @@ def messages_conversation(rng):
     return messages
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each_seed(300)
 def test_what_is_carried_over_meets_the_other_vendors_rules(seed):
     """to_claude and to_chat hold what comes out against them."""
     rng = Random(seed)
@@ -180,7 +181,7 @@ def sloppy_stream(rng):
 
 
 @pytest.mark.parametrize("is_openai", [True, False])
-@pytest.mark.parametrize("seed", range(200))
+@each_seed(200)
 def test_a_sloppy_stream_says_the_same_as_a_message(seed, is_openai):
     deltas, finish, thinking, said, calls = sloppy_stream(Random(seed))
     translator, _ = to_chat({"stream": True}, "gpt-4o" if is_openai else "qwen", is_openai)
@@ -240,7 +241,7 @@ def random_object(rng, depth=0):
     return schema
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(40)
 def test_every_valid_schema_is_carried_as_the_other_vendor_takes_it(seed):
     """to_claude() and to_chat() ask the vendors' rules; strict or not, nobody is refused."""
     rng = Random(seed)

@@ -8,7 +8,7 @@ import zlib
 from random import Random
 
 import pytest
-from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, RawClient, Reply, call, program,
+from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, RawClient, Reply, call, each_seed, program,
                      proxy_environment, settled_status)
 
 ic = program()
@@ -338,7 +338,7 @@ def test_a_key_of_any_characters_is_found_in_any_writing(mock, proxy_for, key, w
         assert key not in readable(answer.body) and write(key).encode() not in answer.body
 
 
-@pytest.mark.parametrize("seed", range(60))
+@each_seed(60)
 def test_random_texts_in_random_reads_lose_the_key_and_nothing_else(seed):
     """The guard alone: all that is not the key is passed on, byte for byte."""
     rng = Random(seed)

@@ -4,7 +4,7 @@ import threading
 from random import Random
 
 import pytest
-from support import ADMIN_TOKEN, TOKEN, Gate, RawClient, call, program, settled_status
+from support import ADMIN_TOKEN, TOKEN, Gate, RawClient, call, each_seed, program, settled_status
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 400,
@@ -118,7 +118,7 @@ def test_a_stop_by_period_begins_anew_with_it():
     assert controller.ask(fixed(1), ["a"]).is_open
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_seed(40)
 def test_any_schedule_admits_nothing_past_the_stop_and_never_passes_the_budget(seed):
     rng = Random(seed)
     limit = rng.randrange(1_000, 5_000)
