@@ -1145,6 +1145,11 @@ def _picodollars(usd: Decimal) -> Rate:
     return _exact(usd, PICODOLLARS_PER_USD)
 
 
+def _places(thresholds: Iterable[int]) -> list[str]:
+    """In a price key: of the flat price, then of those beyond thresholds."""
+    return ["", *[f"_above_{tokens}_tokens" for tokens in thresholds]]
+
+
 class Price(NamedTuple):
     """One row of the price table.
 
@@ -1166,27 +1171,24 @@ class Price(NamedTuple):
     is_for_responses: bool = False            # the model is called in OpenAI's Responses only
     is_stand_in: bool = False                 # by price_as, for a model without a price of its own
 
-    def _amounts(self, key: str, suffix: str, reached: Sequence[int]) -> Iterator[Optional[Rate]]:
-        """The prices of a key in a tier: the flat one, then those of the thresholds reached."""
-        for place in ("", *[f"_above_{threshold}_tokens" for threshold in reached]):
-            yield self.amounts.get(f"{key}{place}{suffix}")
-
     def _amount(self, key: str, suffix: str, reached: Sequence[int]) -> tuple[Optional[Rate], bool]:
         """(a price in a tier, or the standard one where it has none; whether it is the tier's).
 
         A long-context price replaces the flat one. Batch prices never fall back to live ones.
         """
-        found, is_own = None, True
-        standard = self._amounts(key, "" if suffix != BATCH_SUFFIX else suffix, reached)
-        for own, live in zip(self._amounts(key, suffix, reached), standard):
-            if own is not None or live is not None:
-                found, is_own = (live, False) if own is None else (own, True)
-        return found, is_own
+        found: tuple[Optional[Rate], bool] = (None, True)
+        for place in _places(reached):
+            own, live = (self.amounts.get(f"{key}{place}{tier}") for tier in (suffix, ""))
+            if own is not None:
+                found = own, True
+            elif live is not None and suffix != BATCH_SUFFIX:
+                found = live, False
+        return found
 
     def _dearest_amount(self, key: str, reached: Sequence[int]) -> Rate:
         """The highest price of a key in any tier, up to the thresholds reached; 0: it has none."""
-        return max(amount or 0 for suffix in set(TIER_SUFFIXES.values())
-                   for amount in self._amounts(key, suffix, reached))
+        return max(self.amounts.get(f"{key}{place}{suffix}") or 0
+                   for suffix in set(TIER_SUFFIXES.values()) for place in _places(reached))
 
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
         """The thresholds whose long prices hold: above them; at xAI "once its prompt reaches" it.
@@ -2237,7 +2239,7 @@ class Contents(NamedTuple):
     """What a request consists of, for a bound."""
     parts: Sequence[tuple[str, str, dict]]  # (field, type, part) of its prompt, wherever they stand
     tools: Sequence[tuple[str, str, Mapping[str, object]]]      # likewise all that it declares
-    kinds: Mapping[str, int]                # how many parts of each type
+    kinds: frozenset                        # the types of its parts
     is_unseen: bool                         # it brings input that its own bytes do not bound
     images: Sequence[dict]
     cited: Sequence[dict]                   # documents and search results: read again in pieces
@@ -2251,7 +2253,7 @@ def contents_of(body: JsonBody) -> Contents:
                  for found in _parts(fields.get(name))]
         body.contents = Contents(
             parts, [*_flat_tools("tools", fields.get("tools")), *_brought_tools(parts)],
-            Counter([kind for _, kind, _ in parts]),
+            frozenset([kind for _, kind, _ in parts]),
             any([fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()]
                 + [_is_unseen(kind, part) for _, kind, part in parts]),
             [part for _, kind, part in parts if kind in IMAGE_PART_TYPES],
@@ -2521,27 +2523,28 @@ def _unseen_tokens(body: JsonBody) -> int:
         or any(fields[name] for name in PROMPTING_FIELDS & fields.keys()) \
         or any(json_object(json_object(message).get("output_config")).get("format")
                for message in _listed(fields.get("messages")))
-    results = sum(contents.kinds.get(kind, 0) for kind in HOSTED_RESULT_TYPES)
+    results = sum([kind in HOSTED_RESULT_TYPES for _, kind, _ in contents.parts])
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
         + results * HOSTED_RESULT_TOKENS + _loaded_bytes(contents) \
-        + TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for _, kind, _ in contents.tools)
+        + TOOLSET_PROMPT_TOKENS * sum(["_toolset_" in kind for _, kind, _ in contents.tools])
 
 
 def _loaded_bytes(contents: Contents) -> int:
     """The definitions of tools that content loads by name, once for each time that it does; but
     for the first of a deferred one, which does not count where it is declared."""
+    if contents.kinds.isdisjoint(("tool_reference", "tool_addition")):
+        return 0
     loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
                for _, kind, part in contents.parts if kind in ("tool_reference", "tool_addition")]
     names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
     return sum([
         len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
                                     - (field == "tools" and _is_deferred(tool)))
-        for field, _, tool in contents.tools if names])
+        for field, _, tool in contents.tools])
 
 
-def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
-                rates: tuple[Rate, Rate], looped_rates: tuple[Rate, Rate],
-                window: int = 0) -> Optional[HostedUses]:
+def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, window: int,
+                rates_up_to: Callable[[int], tuple[Rate, Rate]]) -> Optional[HostedUses]:
     """The hosted tools of a request, with the uses that it asks for; None where it has none.
 
     Raises BadRequest for a number of uses that is no whole number from 0 up.
@@ -2566,6 +2569,8 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int,
         + TOOL_PROMPT_TOKENS * compacts
     context = max(price.max_input_tokens, window) if price.max_input_tokens else None
     most = context or sys.maxsize
+    # Usage is summed over the samplings, so that any long-context price may hold.
+    rates, looped_rates = rates_up_to(visible_tokens), rates_up_to(MOST_TOKENS)
     retries, most_samplings = (1, 1 + MOST_HOSTED_USES) if is_openai else (2, MOST_SAMPLINGS)
     # Without any use: of tool search, and of compaction.
     least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
@@ -2770,8 +2775,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
         least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
         may_be_lowered=may_be_lowered,
-        # Usage is summed over the samplings, so that any long-context price may hold.
-        hosted=hosted_uses(api, body, price, input_tokens, rates, rates_up_to(MOST_TOKENS), window))
+        hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to))
 
 
 # What a provider has counted need not be guessed again. A request is a chain of digests, one for

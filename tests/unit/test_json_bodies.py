@@ -253,6 +253,12 @@ def test_setting_fields_leaves_the_body_as_it_was():
     assert ('{"a":1}', {"a": 1}) == (body.raw.decode(), body.fields)
 
 
+def test_what_stays_is_not_copied():
+    pieces = ic.parse_json_object(b'{"a":"words","b":2}').spliced({"b": 3, "n": 1})
+
+    assert b'"n": 1,3' == b"".join(piece for piece in pieces if not isinstance(piece, memoryview))
+
+
 def random_string(rng: Random) -> str:
     """A JSON string, each character plain or escaped as the dice fall."""
     shown = []
