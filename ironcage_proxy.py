@@ -9979,6 +9979,13 @@ class Caller(NamedTuple):
         """Whether its time is over."""
         return self.expires_s is not None and time.time() >= self.expires_s
 
+    def terms(self) -> dict:
+        """What it may do beside spend, for status and `tokens list`."""
+        return {"session_limit_microdollars": self.session_budget_microdollars,
+                "expires": utc_text(self.expires_s), "has_expired": self.has_expired(),
+                "requests_per_minute": self.requests_per_minute,
+                "parallel_requests": self.parallel_requests, "models": [*self.models]}
+
     def may_use(self, provider: str, model: str) -> bool:
         """Whether its patterns allow a model, by its name upstream, with or without provider/.
 
@@ -10085,6 +10092,11 @@ def parse_time(value: object) -> int:
         raise ValueError("must be a date such as 2026-12-31 or 2026-12-31T23:59:59Z") from None
     utc = at if at.tzinfo is not None else at.replace(tzinfo=datetime.timezone.utc)
     return int(utc.timestamp())
+
+
+def utc_text(at_s: Optional[float]) -> Optional[str]:
+    """Unix seconds as parse_time() reads them; None as it is."""
+    return None if at_s is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
 
 
 # Field of a token in the file -> (field of Caller, how it is read).
@@ -11493,8 +11505,7 @@ def translated_rate_limits(headers: Iterable[tuple[str, str]],
         if name in names and "reset" in name:
             try:
                 value = f"{max(0, parse_time(value) - now_s)}s" if to_openai \
-                    else time.strftime("%Y-%m-%dT%H:%M:%SZ",
-                                       time.gmtime(now_s + duration_s(value)))
+                    else utc_text(now_s + duration_s(value))
             except ValueError:
                 continue                           # a form that is not known says nothing
         translated.append((names.get(name, name), value))
@@ -12192,8 +12203,7 @@ class Alerts:
     def tell(self, event: str, text: str, fields: Mapping[str, object]) -> None:
         """Queue an alert; `text` is what chat programs show."""
         self.outbox.put({"text": f"ironcage: {text}", "event": event, **fields,
-                         "version": __version__,
-                         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+                         "version": __version__, "at": utc_text(time.time())})
 
     def stop(self) -> None:
         """Send what waits, for at most ALERT_STOP_S."""
@@ -14767,6 +14777,14 @@ const standing = a => {
   box.prepend(bar);
   return box;
 };
+const limits = t => {
+  const terms = [
+    t.session_limit_microdollars == null ? '' : usd(t.session_limit_microdollars) + ' a session',
+    t.expires && (t.has_expired ? 'expired ' : 'expires ') + when(Date.parse(t.expires))];
+  const box = standing(t);
+  box.append(made('div', '', terms.filter(Boolean).join(', ')));
+  return box;
+};
 const judged = (a, refusals) => {
   const share = a.spent_microdollars / Math.max(end(a), 1), isOver = a.spent_microdollars >= end(a);
   const again = refusals.filter(r => r.scope === a.scope
@@ -14805,7 +14823,7 @@ const show = (status, usage) => {
   draw(usage.rows);
   fill('tokens', ['token', 'cost', 'limit', 'refused', ...counts],
     Object.entries(status.by_token).map(([name, c]) => [name, usd(c.cost_microdollars ?? 0),
-      c.scope && standing(scopes[name]), c.refused_requests, ...counted(c)]));
+      c.scope && limits(scopes[name]), c.refused_requests, ...counted(c)]));
   const sessions = {};
   for (const name in status.by_session) sessions[name] = [0, 0];
   for (const r of usage.rows.filter(r => r.session !== null)) {
@@ -15764,16 +15782,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         token = next(iter(request.caller.scopes), None)
         counts = self.router.totals.snapshot(token)
         shared = self.router.controller.accounts.as_json()
-        names = [caller.name for caller in self.callers.values()
-                 if caller.scopes and token in (None, caller.name)]
-        own, *budgets = self.router.controller.budgets([token or PROXY_SCOPE, *names])
+        terms = {caller.name: caller.terms() for caller in self.callers.values()
+                 if caller.scopes and token in (None, caller.name)}
+        own, *budgets = self.router.controller.budgets([token or PROXY_SCOPE, *terms])
         for budget in budgets:
-            counts["by_token"][budget.scope] = {
-                **counts["by_token"].get(budget.scope, {}), **budget.standing()}
+            counts["by_token"][budget.scope] = {**counts["by_token"].get(budget.scope, {}),
+                                                **budget.standing(), **terms[budget.scope]}
         return {**own.standing(), **counts,
                 "by_session": {
                     budget.scope: budget.standing() for budget in
-                    self.router.controller.accounts.sessions(names, SESSIONS_SHOWN)},
+                    self.router.controller.accounts.sessions(terms, SESSIONS_SHOWN)},
                 **({"server": self.router.server.as_json()} if self.router.server else {}),
                 **({"shared": shared} if shared is not None else {}),
                 "bound_exceeded": self.router.controller.bound_exceeded(),
@@ -15967,9 +15985,9 @@ class Setting(NamedTuple):
     """One row of the settings: a flag, the field of Settings that it sets, and how it is read."""
     flag: str
     field: str
+    metavar: str                                          # "": a switch, without a value
+    parse: Callable[[str], object]
     help: str
-    parse: Optional[Callable[[str], object]] = str        # None: a switch, without a value
-    metavar: str = ""
     repeats: bool = False                                 # may be given several times
     commands: str = "serve check"                         # that use it
 
@@ -15980,100 +15998,97 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("--host", "host", "address to listen on (127.0.0.1)", _parse_host_name,
-            metavar="ADDRESS"),
-    Setting("--port", "port", "port to listen on (8787); 0 takes any free one", _parse_port,
-            metavar="PORT"),
-    Setting("--token", "token", "what agents authenticate with; without it one is made and shown",
-            parse_token, "TOKEN"),
-    Setting("--admin-token", "admin_token", "what PUT /ironcage/budget needs; without it that "
-            "route is closed", parse_token, "TOKEN"),
-    Setting("--budget", "budget_microdollars", "the most to spend, in USD, exact; without it "
-            "spend is only counted", parse_usd, "USD"),
-    Setting("--stop-at", "stop_at_microdollars", "begin no call once this much is spent, in USD; "
-            "calls in flight may go on up to --budget, which must be more", parse_usd, "USD"),
-    Setting("--shared", "shared", "a Valkey or Redis server in which many processes keep one "
-            "budget: redis://[[user]:password@]host[:port][/db], rediss:// or unix://PATH",
-            parse_engine_url, "URL", commands="serve check usage cage"),
-    Setting("--cage", "cage", "which of the budgets there (default); `cage new` makes one",
-            _parse_id, metavar="NAME", commands="serve check usage"),
-    Setting("--ledger", "ledger_path", "SQLite file that keeps what every call cost; without it "
-            "a restart forgets", metavar="FILE", commands="serve check usage audit tokens"),
-    Setting("--fsync", "fsync", "let the ledger, and a shared budget, survive a loss of power too, "
-            "at the price of a disk flush for each call", None),
-    Setting("--keep-days", "keep_days", "fold what is older in the ledger into totals by day, "
-            "token, model, session and project; without it every row is kept", _parse_days,
-            metavar="DAYS"),
-    Setting("--no-wait-for-ledger", "no_wait_for_ledger", "end at once where another proxy has the "
-            "ledger, rather than wait 30 seconds for it", None),
-    Setting("--config", "config_path", "JSON file with tokens, providers and model aliases",
-            metavar="FILE", commands="serve check tokens models audit"),
-    Setting("--wait", "wait_s", "seconds that a request may wait for money that calls in flight "
-            "hold (30)", _parse_seconds, metavar="SECONDS"),
-    Setting("--no-fit", "no_fit", "refuse a request whose max_tokens does not fit, rather than "
-            "lower it", None),
-    Setting("--strict", "strict", "refuse a translated request that would lose or change a field",
-            None),
-    Setting("--bound", "bound", "how text is bounded: measured, by a rule that plausible texts "
-            "do not beat; or bytes, a token a byte, which is a proof",
-            text_like("measured|bytes", "measured or bytes"), metavar="RULE"),
-    Setting("--pricing", "pricing_path", "price table in LiteLLM's format, instead of pricing.json",
-            metavar="FILE", commands="serve check models audit"),
-    Setting("--openai-base-url", "openai_base_url", "where OpenAI calls go; a bare host gets /v1",
-            parse_base_url, "URL"),
-    Setting("--openai-chat-only", "openai_chat_only", "what answers in OpenAI's place has chat "
-            "completions only", None),
-    Setting("--anthropic-base-url", "anthropic_base_url", "where Anthropic calls go",
-            parse_base_url, "URL"),
-    Setting("--allow-plain-http", "allow_plain_http", "send keys to a base URL that is neither "
-            "https nor on this machine", None, commands="serve check models audit"),
-    Setting("--server-url", "server_url", "an Iron Cage server, which knows the provider's key and "
-            "lends budget", parse_base_url, metavar="URL"),
-    Setting("--server-token", "server_token", "what the proxy authenticates with there; without it "
-            "--token is used", parse_token, "TOKEN"),
-    Setting("--cache-ttl", "cache_ttl_s", "seconds that a key from there is kept (300)",
-            _parse_seconds, metavar="SECONDS"),
-    Setting("--max-body-mb", "max_body_bytes", "largest request body, in megabytes (32)",
-            _parse_megabytes, metavar="MB"),
-    Setting("--max-memory-mb", "max_memory_bytes", "memory for the bodies and answers in work, all "
-            "together, in megabytes (256); more of them wait", _parse_megabytes, metavar="MB"),
-    Setting("--agent-id", "agent_id", "who asks, in events, instead of the token's name",
-            _parse_id, metavar="NAME"),
-    Setting("--provider-id", "provider_id", "the provider, in events, instead of its name",
-            _parse_id, metavar="NAME"),
-    Setting("--allow-host", "allow_hosts", "a further Host name to answer to", _parse_host_name,
-            metavar="NAME", repeats=True),
-    Setting("--allow-path", "allow_paths", "a path (* and ? match) to let through unmetered under "
-            "a budget", metavar="PATTERN", repeats=True),
-    Setting("--allow-field", "allow_fields", "a request field of unknown cost to let through under "
-            "a budget", _parse_field, metavar="NAME", repeats=True),
-    Setting("--allow-content", "allow_contents", "a type of content of unknown size to let through "
-            "under a budget, counted as a whole context", _parse_field, metavar="TYPE",
-            repeats=True),
-    Setting("--no-hosted-tools", "no_hosted_tools", "refuse under a budget the searches that a "
-            "provider runs, rather than cap them", None),
-    Setting("--alert-url", "alert_url", "POST alerts there as JSON: at 50, 80, 90 and 100 % of a "
-            "budget, when a bound was exceeded, and when the ledger cannot be written",
-            parse_alert_url, metavar="URL"),
-    Setting("--log-format", "log_format", "text or json", text_like("text|json", "text or json"),
-            metavar="FORMAT"),
-    Setting("--quiet", "quiet", "no banner and no line for each request", None),
+    Setting("--host", "host", "ADDRESS", _parse_host_name, "address to listen on (127.0.0.1)"),
+    Setting("--port", "port", "PORT", _parse_port,
+            "port to listen on (8787); 0 takes any free one"),
+    Setting("--token", "token", "TOKEN", parse_token,
+            "what agents authenticate with; without it one is made and shown"),
+    Setting("--admin-token", "admin_token", "TOKEN", parse_token,
+            "what PUT /ironcage/budget needs; without it that route is closed"),
+    Setting("--budget", "budget_microdollars", "USD", parse_usd,
+            "the most to spend, in USD, exact; without it spend is only counted"),
+    Setting("--stop-at", "stop_at_microdollars", "USD", parse_usd, "begin no call once this much "
+            "is spent; calls in flight may go on up to --budget, which must be more"),
+    Setting("--shared", "shared", "URL", parse_engine_url, "a Valkey or Redis server in which many "
+            "processes keep one budget: redis://[[user]:password@]host[:port][/db], rediss:// or "
+            "unix://PATH", commands="serve check usage cage"),
+    Setting("--cage", "cage", "NAME", _parse_id, "which of the budgets there (default); `cage new` "
+            "makes one", commands="serve check usage"),
+    Setting("--ledger", "ledger_path", "FILE", str, "SQLite file that keeps what every call cost; "
+            "without it a restart forgets", commands="serve check usage audit tokens"),
+    Setting("--fsync", "fsync", "", str, "let the ledger, and a shared budget, survive a loss of "
+            "power too, at a disk flush for each call"),
+    Setting("--keep-days", "keep_days", "DAYS", _parse_days, "fold what is older in the ledger "
+            "into totals by day; without it every row is kept"),
+    Setting("--no-wait-for-ledger", "no_wait_for_ledger", "", str, "end at once where another "
+            "proxy has the ledger, rather than wait 30 seconds for it"),
+    Setting("--config", "config_path", "FILE", str, "JSON file with tokens, providers, aliases and "
+            "own prices", commands="serve check tokens models audit"),
+    Setting("--wait", "wait_s", "SECONDS", _parse_seconds,
+            "seconds that a request may wait for money that calls in flight hold (30)"),
+    Setting("--no-fit", "no_fit", "", str,
+            "refuse a request whose max_tokens does not fit, rather than lower it"),
+    Setting("--strict", "strict", "", str,
+            "refuse a translated request that would lose or change a field"),
+    Setting("--bound", "bound", "RULE", text_like("measured|bytes", "measured or bytes"),
+            "how text is bounded: measured, by a rule that plausible texts do not beat; or bytes, "
+            "a token a byte, which is a proof"),
+    Setting("--pricing", "pricing_path", "FILE", str, "price table in LiteLLM's format, instead of "
+            "pricing.json", commands="serve check models audit"),
+    Setting("--openai-base-url", "openai_base_url", "URL", parse_base_url,
+            "where OpenAI calls go; a bare host gets /v1"),
+    Setting("--openai-chat-only", "openai_chat_only", "", str,
+            "what answers in OpenAI's place has chat completions only"),
+    Setting("--anthropic-base-url", "anthropic_base_url", "URL", parse_base_url,
+            "where Anthropic calls go"),
+    Setting("--allow-plain-http", "allow_plain_http", "", str, "send keys to a base URL that is "
+            "neither https nor on this machine", commands="serve check models audit"),
+    Setting("--server-url", "server_url", "URL", parse_base_url,
+            "an Iron Cage server, which knows the provider's key and lends budget"),
+    Setting("--server-token", "server_token", "TOKEN", parse_token,
+            "what the proxy authenticates with there; without it --token is used"),
+    Setting("--cache-ttl", "cache_ttl_s", "SECONDS", _parse_seconds,
+            "seconds that a key from there is kept (300)"),
+    Setting("--max-body-mb", "max_body_bytes", "MB", _parse_megabytes,
+            "largest request body, in megabytes (32)"),
+    Setting("--max-memory-mb", "max_memory_bytes", "MB", _parse_megabytes, "memory for the bodies "
+            "and answers in work, all together, in megabytes (256); more of them wait"),
+    Setting("--agent-id", "agent_id", "NAME", _parse_id,
+            "who asks, in events, instead of the token's name"),
+    Setting("--provider-id", "provider_id", "NAME", _parse_id,
+            "the provider, in events, instead of its name"),
+    Setting("--allow-host", "allow_hosts", "NAME", _parse_host_name,
+            "a further Host name to answer to", repeats=True),
+    Setting("--allow-path", "allow_paths", "PATTERN", str,
+            "a path (* and ? match) to let through unmetered under a budget", repeats=True),
+    Setting("--allow-field", "allow_fields", "NAME", _parse_field,
+            "a request field of unknown cost to let through under a budget", repeats=True),
+    Setting("--allow-content", "allow_contents", "TYPE", _parse_field, "a type of content of "
+            "unknown size to let through under a budget, as a whole context", repeats=True),
+    Setting("--no-hosted-tools", "no_hosted_tools", "", str,
+            "refuse under a budget the searches that a provider runs, rather than cap them"),
+    Setting("--alert-url", "alert_url", "URL", parse_alert_url,
+            "POST alerts there as JSON: at 50, 80, 90 and 100 % of a budget, when a bound was "
+            "exceeded, and when the ledger cannot be written"),
+    Setting("--log-format", "log_format", "FORMAT", text_like("text|json", "text or json"),
+            "text or json"),
+    Setting("--quiet", "quiet", "", str, "no banner and no line for each request"),
 )
 # Flags of one command or the other, which no variable sets.
 OPTIONS = (
-    Setting("--json", "json", "print JSON", None, commands="usage audit tokens"),
-    Setting("--csv", "csv", "print CSV", None, commands="usage"),
-    Setting("--compare", "compare", "print what another price table would change",
-            metavar="FILE", commands="models"),
-    Setting("--since", "since", "from this time on (UTC): a date, with a time or not, a month "
-            "(2026-11), today, yesterday, 7d, 24h", metavar="WHEN", commands="usage"),
-    Setting("--until", "until", "up to this time, which is the beginning of a date or month",
-            metavar="WHEN", commands="usage"),
-    Setting("--by", "by", f"one table by one or several, joined by commas, of "
-            f"{', '.join(USAGE_GROUPS)}", metavar="NAMES", commands="usage"),
-    Setting("--refused", "refused", "what was refused, and why", None, commands="usage"),
-    Setting("--help", "help", "what a command does and takes", None),
-    Setting("--version", "version", "print the version", None),
+    Setting("--json", "json", "", str, "print JSON", commands="usage audit tokens"),
+    Setting("--csv", "csv", "", str, "print CSV", commands="usage"),
+    Setting("--compare", "compare", "FILE", str, "print what another price table would change",
+            commands="models"),
+    Setting("--since", "since", "WHEN", str, "from this time on (UTC): a date, with a time or not, "
+            "a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
+    Setting("--until", "until", "WHEN", str, "up to this time, which is the beginning of a date or "
+            "month", commands="usage"),
+    Setting("--by", "by", "NAMES", str, "one table by one or several, joined by commas, of "
+            f"{', '.join(USAGE_GROUPS)}", commands="usage"),
+    Setting("--refused", "refused", "", str, "what was refused, and why", commands="usage"),
+    Setting("--help", "help", "", str, "what a command does and takes"),
+    Setting("--version", "version", "", str, "print the version"),
 )
 
 
@@ -16081,28 +16096,29 @@ GIVEN_FIELDS = ("name", "token", "sha256")     # of a token: none is a word of `
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser of flags whose complaints are one line."""
+
+    def __init__(self, rows: Iterable[Setting], **words: object) -> None:
+        super().__init__(allow_abbrev=False, add_help=False, **words)
+        for row in rows:
+            kind = {"action": "store_true"} if not row.metavar else {
+                "action": "append" if row.repeats else "store", "metavar": row.metavar}
+            self.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
+                              help=row.help.replace("%", "%%"), **kind)
 
     def error(self, message: str) -> None:             # type: ignore[override]
         raise Misconfigured(f"{message[:200]} (--help lists what there is)")
 
 
-def _parser(rows: Iterable[Setting], **words: object) -> argparse.ArgumentParser:
-    """Make a parser of flags."""
-    parser = _Parser(allow_abbrev=False, add_help=False, **words)
-    for row in rows:
-        names = [row.flag, "-h"] if row.flag == "--help" else [row.flag]
-        kind = {"action": "store_true"} if row.parse is None else {
-            "action": "append" if row.repeats else "store", "metavar": row.metavar}
-        parser.add_argument(*names, dest=row.field, help=row.help.replace("%", "%%"), **kind)
-    return parser
+def _flags_of(command: str) -> list[Setting]:
+    """The flags that a command takes, beside those that all do."""
+    return [row for row in (*SETTINGS, *OPTIONS) if command in row.commands.split()]
 
 
-def help_text(name: str, is_named: bool) -> str:
-    """What --help prints: of a command, or of the program, which serves where none is named."""
-    command = COMMANDS[name]
-    usage = f"ironcage_proxy.py {name if is_named else '[COMMAND]'} {command.words}".rstrip()
-    about = command.about if is_named else (
+def help_text(name: str) -> str:
+    """What --help prints of a command; of `serve`, which none need name, what there is besides."""
+    command, rows = COMMANDS[name], _flags_of(name)
+    about = command.about if name != "serve" else (
         "A proxy between AI agents and model providers that holds the keys and never lets spend "
         "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n"
         + table([(f"  {name}", one.about) for name, one in COMMANDS.items()], lefts=2))
@@ -16112,9 +16128,9 @@ def help_text(name: str, is_named: bool) -> str:
         "holds the value.\nProvider keys come from the environment, or from the file that "
         "OPENAI_API_KEY_FILE and so on name:\n" + ", ".join(
             filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
-    rows = [row for row in (*SETTINGS, *OPTIONS)
-            if name in row.commands.split() or row.field == "help"]
-    return _parser(rows, usage=f"{usage} [FLAG ...]" if rows[1:] else usage, description=about,
+    helping = [row for row in OPTIONS if row.field == "help" and row not in rows]
+    usage = f"ironcage_proxy.py {name}{' [FLAG ...]' if rows else ''} {command.words}"
+    return _Parser([*rows, *helping], usage=usage.rstrip(), description=about,
                    formatter_class=argparse.RawDescriptionHelpFormatter,
                    epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}"
                    ).format_help()
@@ -16124,34 +16140,33 @@ def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
     """Make the error for a flag that a command, or all of them, has no use for."""
     shown = flag if re.fullmatch("--?[a-z-]{1,32}", flag) else "?"
     name = flag[2:].replace("-", "_")
-    field = next((field for field in (name, f"{name}_usd")
-                  if field in TOKEN_FIELDS and field not in GIVEN_FIELDS), None)
+    field = next(filter((TOKEN_FIELDS.keys() - GIVEN_FIELDS).__contains__, (name, f"{name}_usd")),
+                 None)
     if command == "tokens" and field is not None:
         value = value if re.fullmatch(r"[0-9.]{1,20}", value) else "..."
         return Misconfigured(f"{shown} limits the proxy, not a token; a token's own limit is a "
                              f"word: {field}={value}")
-    users = [name for row in (*SETTINGS, *OPTIONS) if row.flag == flag
-             for name in row.commands.split()]
-    flags = [row.flag for row in (*SETTINGS, *OPTIONS) if command in row.commands.split()]
-    hint = f"; it is for {', '.join(users)}" if users else did_you_mean(flag, flags)
+    users = [user for user in COMMANDS for row in _flags_of(user) if row.flag == flag]
+    hint = f"; it is for {', '.join(users)}" if users \
+        else did_you_mean(flag, [row.flag for row in _flags_of(command)])
     return Misconfigured(f"{command} takes no flag {shown}{hint} ({command} --help lists what "
                          "it takes)")
 
 
 def parse_arguments(argv: Sequence[str]) -> dict:
-    """The command line by names, values as text. Raises Misconfigured.
+    """Return the command line by names, values as text. Raises Misconfigured.
 
-    What follows a -- is the command to wrap.
+    `wrapped` is what follows a --, the command to run; None where there is no --.
     """
-    argv = list(argv)
-    own, wrapped = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv \
-        else (argv, None)
-    parser = _parser((*SETTINGS, *OPTIONS))
+    argv = [*argv]
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, wrapped = argv[:end], argv[end + 1:] if argv[end:] else None
+    parser = _Parser((*SETTINGS, *OPTIONS))
     parser.add_argument("words", nargs="*")
     found, unknown = parser.parse_known_intermixed_args(own)
-    given = vars(found)
+    given = {**vars(found), "wrapped": wrapped}
     if given["words"][:1] == ["help"]:
-        given = {**given, "words": given["words"][1:], "help": True}
+        given.update(words=given["words"][1:], help=True)
     command, *rest = given["words"] or ["serve"]
     if command not in COMMANDS and not (unknown and own.index(unknown[0]) < own.index(command)):
         raise Misconfigured(
@@ -16161,8 +16176,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     if unknown:
         raise _unknown_flag(command if command in COMMANDS else "serve",
                             unknown[0].partition("=")[0])
-    given = {**given, "command": command, "is_named": bool(given["words"]), "words": rest,
-             "wrapped": wrapped}
+    given.update(command=command, words=rest)
     if given["help"] or given["version"]:
         return given
     if wrapped is not None and (command != "serve" or rest or not wrapped):
@@ -16183,36 +16197,44 @@ def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> o
     """One setting's value, or None. Raises Misconfigured, naming where the bad value came from."""
     if given:
         with checking(f"{row.flag}:"):
-            return True if row.parse is None else \
+            return True if not row.metavar else \
                 tuple(map(row.parse, given)) if row.repeats else row.parse(given)
     text = environ.get(row.env, "")
     if not text or (row.flag == "--port" and text.startswith("tcp://")):    # Kubernetes sets that
         return None                                                # for a service named ironcage
     with checking(f"{row.env}:"):
         check_unquoted(text)
-        if row.parse is None:
+        if not row.metavar:
             return value_like(SWITCH_VALUES.__contains__, "1 or 0", SWITCH_VALUES.get)(text.lower())
         return tuple(map(row.parse, filter(None, map(str.strip, text.split(","))))) or None \
             if row.repeats else row.parse(text)
 
 
-def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
-    """Settings from command-line arguments and the environment: those that the command uses.
+# What Kubernetes sets for services whose names begin with ironcage.
+_OF_A_SERVICE = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_\w+)")
 
-    Raises Misconfigured.
+
+def unread_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return the variables that are named like settings and set none.
+
+    Raises Misconfigured for one that looks like a misspelled setting: a limit that is not set
+    would be no limit.
     """
-    environ = os.environ if environ is None else environ
-    given = parse_arguments(argv)
-    used = [row for row in SETTINGS if given["command"] in row.commands.split()]
-    files = {row.field: path for row in used if row.field in SECRETS and not given[row.field]
-             for path in [named_file(row.env, environ)] if path}
-    found = {row.field: SECRETS[row.field](files[row.field], {}) if row.field in files
-             else _setting_value(row, given[row.field], environ) for row in used}
-    values = {name: value for name, value in found.items() if value is not None}
-    if given["wrapped"] is not None:
-        values = {"port": 0, "quiet": True, **values}
-    environ = environ if given["command"] in SERVING else {}         # others need no key
-    allow_plain_http = bool(values.get("allow_plain_http"))
+    known = [row.env for row in SETTINGS] + [
+        f"{row.env}_FILE" for row in SETTINGS if row.field in SECRETS]
+    names, start = [name[len("IRONCAGE_"):] for name in known], "IRONCAGE_"
+    unread = [name for name, value in environ.items() if name.startswith(start)
+              and name not in known and not _OF_A_SERVICE.fullmatch(name[len(start):])
+              and not re.match("(tcp|udp|sctp)://", value)]
+    for name in unread:
+        hint = did_you_mean(name[len(start):], names).replace("mean ", f"mean {start}")
+        if hint:
+            raise Misconfigured(f"the variable {shown_name(name)} sets nothing{hint}")
+    return unread
+
+
+def _providers_from(values: dict, environ: Mapping[str, str]) -> tuple[Provider, ...]:
+    """Return the known providers that can be called; what is about them is taken from `values`."""
     providers = []
     for name, provider in KNOWN_PROVIDERS.items():
         url = values.pop(f"{name}_base_url", None)
@@ -16221,13 +16243,35 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         is_set = provider.base_url and not provider.is_named_only and (
             environ.get(provider.key_env) or named_file(provider.key_env, environ))
         if name in ("openai", "anthropic") or is_set:
-            providers.append(with_key(at_base_url(provider, url) if url else provider, environ,
-                                      allow_plain_http=allow_plain_http))
-    on_line = [row.env for row in used if row.field in SECRETS.keys() - {"token", "shared"}
-               and given[row.field]]
-    if given["wrapped"] is not None and on_line:
-        raise Misconfigured(f"with -- CMD set {' and '.join(on_line)} in the environment: the "
-                            "command could read it on our command line")
+            providers.append(with_key(
+                at_base_url(provider, url) if url else provider, environ,
+                allow_plain_http=bool(values.get("allow_plain_http"))))
+    return tuple(providers)
+
+
+def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
+    """Return settings from command-line arguments and the environment: those that the command
+    uses. Raises Misconfigured.
+    """
+    environ = os.environ if environ is None else environ
+    given = parse_arguments(argv)
+    used = [row for row in SETTINGS if given["command"] in row.commands.split()]
+    if used:
+        unread_variables(environ)
+    files = {row.field: path for row in used if row.field in SECRETS and not given[row.field]
+             for path in [named_file(row.env, environ)] if path}
+    found = {row.field: SECRETS[row.field](files[row.field], {}) if row.field in files
+             else _setting_value(row, given[row.field], environ) for row in used}
+    values = {name: value for name, value in found.items() if value is not None}
+    environ = environ if given["command"] in SERVING else {}         # others need no key
+    providers = _providers_from(values, environ)
+    if given["wrapped"] is not None:
+        values = {"port": 0, "quiet": True, **values}
+        on_line = [row.env for row in used if row.field in SECRETS.keys() - {"token", "shared"}
+                   and given[row.field]]
+        if on_line:
+            raise Misconfigured(f"with -- CMD set {' and '.join(on_line)} in the environment: the "
+                                "command could read it on our command line")
     with checking("--stop-at:"):
         check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
     if "token" in values and values["token"] == values.get("admin_token"):
@@ -16238,10 +16282,9 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
         raise Misconfigured("--server-url and --shared are two places for one budget; use one")
     if "server_url" in values and not {"token", "server_token"} & values.keys():
         raise Misconfigured("--server-url needs --server-token: what to authenticate with there")
-    generated = {} if "token" in values else {
-        "token": new_token(), "token_is_generated": True}
-    return Settings(providers=tuple(providers), environ=environ, secret_files=files, **generated,
-                    **values)
+    if "token" not in values:
+        values.update(token=new_token(), token_is_generated=True)
+    return Settings(providers=providers, environ=environ, secret_files=files, **values)
 
 
 class LogFormatter(logging.Formatter):
@@ -16256,7 +16299,7 @@ class LogFormatter(logging.Formatter):
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        at = utc_text(record.created)
         if self._as_json:
             return json.dumps({"time": at, "level": record.levelname,
                                "message": record.getMessage(), **fields})
@@ -16354,74 +16397,73 @@ def on_handed_listener(settings: Settings, given: Mapping[str, object]) -> Setti
         *settings.allow_hosts, *([settings.host] if "host" in unused else [])))
 
 
-def hatches_of(settings: Settings) -> list[tuple[str, str]]:
-    """What the operator lets through under a budget: (what it is, its names)."""
-    rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
-            ("unbounded content", settings.allow_contents))
-    return [(what, ", ".join(names)) for what, names in rows if names]
-
-
 def budget_text(settings: Settings) -> str:
     """The budget in words, with its stop if it has one."""
     if settings.budget_microdollars is None:
-        return "none"
+        return "none: spend is counted, not limited"
     limit = format_usd(settings.budget_microdollars)
     return limit if settings.stop_at_microdollars is None \
         else f"{limit}, stopping at {format_usd(settings.stop_at_microdollars)}"
 
 
+def let_through(server: ProxyServer) -> list[tuple[str, str]]:
+    """What the operator lets through or prices by hand, and what sets nothing: (what, names)."""
+    settings, unread = server.settings, unread_variables(server.settings.environ)
+    rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
+            ("unbounded content", settings.allow_contents))
+    return [*((what, ", ".join(names)) for what, names in rows if names),
+            *(("priced as another", re.sub(UNPRINTABLE, "?", f"{pattern} as {key}"))
+              for pattern, key in server.router.config.price_as.items()),
+            *(("warning", f"no setting reads {shown_name(name)}") for name in unread)]
+
+
 def banner(server: ProxyServer) -> str:
     """What a person needs to know at the start, and to paste into a shell."""
-    settings = server.settings
+    settings, router, shared = server.settings, server.router, server.router.controller.accounts
     token = settings.token if settings.token_is_generated else "<the token you chose>"
     found = [provider.key_file or provider.key_env
-             for provider in server.router.providers.values() if provider.key is not None]
-    budget = "none: spend is counted, not limited" if settings.budget_microdollars is None else \
-        budget_text(settings) + (
-            " (kept in memory: a restart forgets spend)"
-            if settings.ledger_path is None and settings.shared is None else
-            f", of which {format_usd(server.router.controller.total_spent())} are spent")
-    lines = [
-        f"ironcage_proxy {__version__} is listening on {server.url}",
-        f"  OpenAI clients:     export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}",
-        f"  Anthropic clients:  export ANTHROPIC_BASE_URL={server.url} "
-        f"ANTHROPIC_AUTH_TOKEN={token}",
-        f"  provider keys:      {', '.join(found) or f'none found; {ECHO_MODEL} needs none'}",
-        f"  budget:             {budget}",
-    ]
-    if server.router.server is not None:
-        lease = server.router.server.lease
-        told = "no lease yet: nothing can be spent" if lease is None \
-            else f"{format_usd(lease.granted)} leased"
-        lines.append(f"  Iron Cage server:   {settings.server_url}, {told}")
+             for provider in router.providers.values() if provider.key is not None]
+    kept = "" if settings.budget_microdollars is None else \
+        " (kept in memory: a restart forgets spend)" \
+        if settings.ledger_path is None and settings.shared is None \
+        else f", of which {format_usd(router.controller.total_spent())} are spent"
+    rows = [("OpenAI clients", f"export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}"),
+            ("Anthropic clients", f"export ANTHROPIC_BASE_URL={server.url} "
+             f"ANTHROPIC_AUTH_TOKEN={token}"),
+            ("provider keys", ", ".join(found) or f"none found; {ECHO_MODEL} needs none"),
+            ("budget", budget_text(settings) + kept)]
+    if router.server is not None:
+        lease = router.server.lease
+        rows.append(("Iron Cage server", f"{settings.server_url}, " + (
+            "no lease yet: nothing can be spent" if lease is None
+            else f"{format_usd(lease.granted)} leased")))
         if settings.server_token is None:
-            lines.append("  warning: agents hold the token of the Iron Cage server; give the "
-                         "proxy its own with --server-token")
-    shared = server.router.controller.accounts
+            rows.append(("warning", "agents hold the token of the Iron Cage server; give the "
+                         "proxy its own with --server-token"))
     if shared.is_shared:
         limit, spent = shared.known([PROXY_SCOPE])[0][1:3]
-        lines.append(f"  shared budget:      the cage {shared.cage} at {shared.engine.address}: "
+        rows.append(("shared budget", f"the cage {shared.cage} at {shared.engine.address}: "
                      f"{'no limit' if limit is None else format_usd(limit)}, "
-                     f"{format_usd(spent)} spent by all; a crash there forgets {shared.durability}")
+                     f"{format_usd(spent)} spent by all; a crash there forgets "
+                     f"{shared.durability}"))
     if isinstance(server.ledger, SqliteLedger):
-        cut_off = f" ({server.ledger.recovered} calls were cut off by the last exit and are " \
-            "charged at their bounds)" if server.ledger.recovered else ""
-        lines.append(f"  ledger:             {settings.ledger_path}{cut_off}")
+        rows.append(("ledger", settings.ledger_path + (
+            f" ({server.ledger.recovered} calls were cut off by the last exit and are charged at "
+            "their bounds)" if server.ledger.recovered else "")))
     if settings.config_path is not None:
-        named = sum(bool(caller.scopes) for caller in server.callers.values())
-        lines.append(f"  tokens:             {named} in {settings.config_path}")
-    lines += [f"  {name + ':':19} {value}" for name, value in hatches_of(settings)]
-    lines += [f"  priced as another:  {text}" for text in price_as_lines(server.router.config)]
+        rows.append(("tokens", f"{len(router.config.callers)} in {settings.config_path}"))
     if settings.host in ("0.0.0.0", "::") and not settings.allow_hosts:
-        lines.append("  warning: every address is listened on, but only loopback names are "
-                     "answered to; add --allow-host NAME")
-    return "\n".join(lines)
+        rows.append(("warning", "every address is listened on, but only loopback names are "
+                     "answered to; add --allow-host NAME"))
+    return "\n".join([f"ironcage_proxy {__version__} is listening on {server.url}", *(
+        f"  {what + ':':19} {text}" for what, text in (*rows, *let_through(server)))])
 
 
-def price_as_lines(config: Config) -> list[str]:
-    """The models that are priced as another, for the banner and `check`."""
-    return [re.sub(UNPRINTABLE, "?", f"{pattern} as {key}")
-            for pattern, key in config.price_as.items()]
+def _on_signals(action: Callable[[int, object], None], *names: str) -> None:
+    """Do something on signals, those of them that this system has."""
+    for name in names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), action)
 
 
 def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
@@ -16444,10 +16486,8 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
     def on_hang_up(number: int, frame: object) -> None:
         server.reload_asked = True
 
-    for name, action in (("SIGINT", on_signal), ("SIGTERM", on_signal), ("SIGBREAK", on_signal),
-                         ("SIGHUP", on_hang_up)):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), action)
+    _on_signals(on_signal, "SIGINT", "SIGTERM", "SIGBREAK")
+    _on_signals(on_hang_up, "SIGHUP")
     server.start()
     if not settings.quiet:
         print(banner(server), flush=True)
@@ -16497,17 +16537,15 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
 def bill(server: ProxyServer) -> str:
     """What a wrapped command used and cost, in a few lines."""
     counts, budget = server.router.totals.snapshot(), server.router.controller.budget()
-    shared = server.router.controller.accounts.as_json()
+    shared, refused = server.router.controller.accounts.as_json(), counts["refused_requests"]
     cost = sum([cell["cost_microdollars"] for cell in counts["by_token"].values()])
-    rows = [*counts["by_model"].items(),
-            ("total", {**counts, **counts["tokens"], "cost_microdollars": cost})]
+    rows = [{"ironcage": name, **cell} for name, cell in counts["by_model"].items()]
+    total = {"ironcage": "total", **counts, **counts["tokens"], "cost_microdollars": cost}
     limit = "no limit" if budget.limit is None else f"of {format_usd(budget.limit)}"
-    held = budget.spent - cost
     before = f"; {format_usd(budget.spent)} by all of the cage {shared['cage']}" \
         if shared is not None else \
-        f"; the ledger held {format_usd(held)} before" if held > 0 else ""
-    refused = counts["refused_requests"]
-    return spend_table(["ironcage"], "calls", [([name], row) for name, row in rows]) \
+        f"; the ledger held {format_usd(budget.spent - cost)} before" if budget.spent > cost else ""
+    return spend_table(["ironcage"], [*rows, total], calls="calls") \
         + f"\nspent {format_usd(cost)}, {limit}{before}" \
         + (f"; refused for want of budget: {refused}" if refused else "")
 
@@ -16530,9 +16568,7 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
         if number != signal.SIGINT or not sys.stdin.isatty():    # a terminal tells both
             child.send_signal(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), pass_on)
+    _on_signals(pass_on, "SIGINT", "SIGTERM", "SIGHUP")
     server.on_failure = child.terminate
     code = child.wait()
     server.stop()
@@ -16579,39 +16615,46 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
     is_served = _is_served(settings)
     server = ProxyServer(trial._replace(port=0) if is_served else trial)
     try:
-        print(f"address   {settings.host} port {settings.port} is served by a proxy now"
-              if is_served else f"address   {server.url} is free")
-        for name, provider in server.router.providers.items():
-            state = f"key from {provider.key_file}" if provider.key_file else \
-                f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
-                if provider.key_env else "no key needed"
-            urls = " and ".join(filter(None, (provider.base_url, provider.anthropic_base_url)))
-            print(f"provider  {name}: {urls or 'built in'}, {state}")
-        print(f"prices    {len(server.router.prices.keys())} models have a price")
-        for text in price_as_lines(server.router.config):
-            print(f"price_as  {text}")
-        print(f"budget    {budget_text(settings)}")
-        largest = min(settings.max_body_bytes, server.router.memory.common_bytes // COPIES)
-        print(f"memory    {settings.max_memory_bytes >> 20} MB for bodies and answers in work; the "
-              f"largest body is {largest >> 20} MB")
-        print(f"tokens    {sum(bool(caller.scopes) for caller in server.callers.values())}")
-        for what, names in hatches_of(settings):
-            print(f"allowed   {what}: {names}")
-        if settings.alert_url is not None:
-            print(f"alerts    go to {urllib.parse.urlsplit(settings.alert_url).netloc}")
-        if settings.server_url is not None:
-            print(f"server    {settings.server_url} is asked for the key and for budget")
-        for name in given["words"] or server.router.config.aliases:
-            print(f"model     {model_text(server.router, name)}")
-        if settings.ledger_path is not None:
-            print(f"ledger    {_ledger_state(settings.ledger_path)}")
-        if settings.shared is not None:
-            total = _cage_usage(settings, 0)["total"]
-            print(f"shared    the cage {settings.cage} at {settings.shared}: "
-                  f"{total['requests']} calls, {format_usd(total['cost_microdollars'])}")
+        for what, text in _check_lines(settings, server, is_served, given["words"]):
+            print(f"{what:9} {text}")
     finally:
         server.server_close()
     return 0
+
+
+def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
+                 models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The lines of `check`: (what, how it is). Raises Misconfigured."""
+    router = server.router
+    yield "address", f"{settings.host} port {settings.port} is served by a proxy now" \
+        if is_served else f"{server.url} is free"
+    for name, provider in router.providers.items():
+        state = f"key from {provider.key_file}" if provider.key_file else \
+            f"{provider.key_env} is {'set' if provider.key is not None else 'not set'}" \
+            if provider.key_env else "no key needed"
+        urls = " and ".join(filter(None, (provider.base_url, provider.anthropic_base_url)))
+        yield "provider", f"{name}: {urls or 'built in'}, {state}"
+    largest = min(settings.max_body_bytes, router.memory.common_bytes // COPIES)
+    yield "prices", f"{len(router.prices.keys())} models have a price"
+    yield "budget", budget_text(settings)
+    yield "memory", f"{settings.max_memory_bytes >> 20} MB for bodies and answers in work; the " \
+                    f"largest body is {largest >> 20} MB"
+    yield "tokens", str(len(router.config.callers))
+    for what, names in let_through(server):
+        label = {"priced as another": "price_as", "warning": what}.get(what, "allowed")
+        yield label, f"{what}: {names}" if label == "allowed" else names
+    if settings.alert_url is not None:
+        yield "alerts", f"go to {urllib.parse.urlsplit(settings.alert_url).netloc}"
+    if settings.server_url is not None:
+        yield "server", f"{settings.server_url} is asked for the key and for budget"
+    for name in models or router.config.aliases:
+        yield "model", model_text(router, name)
+    if settings.ledger_path is not None:
+        yield "ledger", _ledger_state(settings.ledger_path)
+    if settings.shared is not None:
+        total = _cage_usage(settings, 0)["total"]
+        yield "shared", f"the cage {settings.cage} at {settings.shared}: {total['requests']} " \
+                        f"calls, {format_usd(total['cost_microdollars'])}"
 
 
 def _is_served(settings: Settings) -> bool:
@@ -16656,12 +16699,12 @@ def table(rows: Sequence[Sequence[object]], lefts: int = 1) -> str:
         for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in cells)
 
 
-def spend_table(groups: Sequence[str], calls: str,
-                rows: Iterable[tuple[Sequence[object], Mapping]]) -> str:
-    """Rows of (names, counts) as text, under the names of the groups and of their calls."""
+def spend_table(groups: Sequence[str], rows: Iterable[Mapping], calls: str = "requests") -> str:
+    """Counts and costs as text, by the fields that are named."""
     return table([(*groups, calls, "input", "cached", "output", "cost"), *(
-        (*(name or "-" for name in names), *map(counts.get, ("requests", *TOKEN_COUNTS)),
-         format_usd(counts["cost_microdollars"])) for names, counts in rows)])
+        (*(row[group] or "-" for group in groups),
+         *map(row.get, ("requests", *TOKEN_COUNTS)), format_usd(row["cost_microdollars"]))
+        for row in rows)])
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
@@ -16701,6 +16744,13 @@ def _moments(given: Mapping[str, object]) -> tuple[int, int]:
     return moments[0], moments[1]
 
 
+def _print_report(given: Mapping[str, object], record: object, text: str,
+                  columns: Sequence[str] = (), rows: Iterable[Mapping] = ()) -> None:
+    """Print what a command found: as text, as --json does, or as --csv."""
+    print(json.dumps(record, indent=2) if given["json"]
+          else csv_text(columns, rows) if given["csv"] else text)
+
+
 def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
     """Print what was spent, by model, token and day or by what --by says; or what was refused."""
     since_s, until_s = _moments(given)
@@ -16708,10 +16758,14 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
         if any(given[flag] for flag in ("by", "csv", "refused", "until")):
             raise Misconfigured("of a shared budget there is no --by, --until, --csv or --refused: "
                                 "ask a ledger, with --ledger and without --shared")
-        return _print_overview(_cage_usage(settings, since_s), given)
+        report = _cage_usage(settings, since_s)
+        _print_report(given, report, overview_text(report))
+        return 0
     path = _ledger_path(settings)
     if given["refused"]:
-        return _print_refused(path, since_s, until_s, given)
+        rows = refused_calls(path, since_s, until_s)
+        _print_report(given, {"refused": rows}, refusals_text(rows), REFUSAL_COLUMNS, rows)
+        return 0
     groups = given["by"].split(",") if given["by"] is not None else \
         ["day", "token", "model"] if given["csv"] else []
     for group in groups:
@@ -16719,31 +16773,39 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
             raise Misconfigured(f"--by: {shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, "
                                 "each once" + did_you_mean(group, USAGE_GROUPS))
     if not groups:
-        return _print_overview(usage_report(path, since_s, until_s), given)
+        report = usage_report(path, since_s, until_s)
+        _print_report(given, report, overview_text(report))
+        return 0
     rows = usage_by(path, groups, since_s, until_s)
     total = total_spend(rows)
-    if given["json"]:
-        print(json.dumps({"rows": rows, "total": total}, indent=2))
-    elif given["csv"]:
-        print(csv_text([*groups, *total], rows))
-    else:
-        print(spend_table(groups, "requests", [
-            *(([row[group] for group in groups], row) for row in rows),
-            (["total", *[" "] * (len(groups) - 1)], total)]))
+    last = {**dict.fromkeys(groups, " "), groups[0]: "total", **total}
+    _print_report(given, {"rows": rows, "total": total}, spend_table(groups, [*rows, last]),
+                  [*groups, *total], rows)
     return 0
 
 
-def _print_overview(report: Mapping[str, object], given: Mapping[str, object]) -> int:
-    if given["json"]:
-        print(json.dumps(report, indent=2))
-        return 0
-    for group in USAGE_TABLES:
-        rows = [*(([row[group]], row) for row in report[f"by_{group}"]),
-                (["total"], report["total"])]
-        print(spend_table([group], "requests", rows) + "\n")
-    print(f"{report['total']['estimated_requests']} of the costs are estimates, "
-          f"{report['total']['unsettled_requests']} calls are in flight or were cut off")
-    return 0
+def overview_text(report: Mapping[str, object]) -> str:
+    """What overview_of() returns, as text."""
+    total = report["total"]
+    return "\n".join([
+        *(spend_table([group], [*report[f"by_{group}"], {group: "total", **total}]) + "\n"
+          for group in USAGE_TABLES),
+        f"{total['estimated_requests']} of the costs are estimates, "
+        f"{total['unsettled_requests']} calls are in flight or were cut off"])
+
+
+def refused_calls(path: str, since_s: int, until_s: int) -> list[dict]:
+    """The refusals that a ledger holds of some time, the newest last."""
+    return ledger_rows(path, f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE refused_ms "
+                       ">= ? AND refused_ms < ? ORDER BY id", (since_s * 1000, until_s * 1000))
+
+
+def refusals_text(rows: Iterable[Mapping]) -> str:
+    """Refusals as text, one a line; times are in UTC."""
+    return "\n".join(re.sub(UNPRINTABLE, "?", "  ".join((
+        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["refused_ms"] // 1000)),
+        row["token"], str(row["status"]), row["reason"], row["model"] or "-", row["path"] or "-",
+        row["message"]))) for row in rows) or "nothing was refused"
 
 
 def _cage_usage(settings: Settings, since_s: int) -> dict:
@@ -16781,22 +16843,6 @@ def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
     return 0
 
 
-def _print_refused(path: str, since_s: int, until_s: int, given: Mapping[str, object]) -> int:
-    """Print what was refused, the newest last; times are in UTC."""
-    rows = ledger_rows(path, f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE refused_ms "
-                       ">= ? AND refused_ms < ? ORDER BY id", (since_s * 1000, until_s * 1000))
-    if given["json"]:
-        print(json.dumps({"refused": rows}, indent=2))
-    elif given["csv"]:
-        print(csv_text(REFUSAL_COLUMNS, rows))
-    else:
-        print("\n".join(re.sub(UNPRINTABLE, "?", "  ".join((
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["refused_ms"] // 1000)),
-            row["token"], str(row["status"]), row["reason"], row["model"] or "-",
-            row["path"] or "-", row["message"]))) for row in rows) or "nothing was refused")
-    return 0
-
-
 def _prices_of(settings: Settings) -> PriceBook:
     config = Config() if settings.config_path is None else load_config(
         settings.config_path, settings.environ, allow_plain_http=settings.allow_plain_http)
@@ -16808,19 +16854,15 @@ def run_audit(settings: Settings, given: Mapping[str, object]) -> int:
     path = _ledger_path(settings)
     audit = LedgerAudit(path, _prices_of(settings))
     verdict = audit_verdict(audit)
-    if given["json"]:
-        print(json.dumps({"ledger": path, **verdict}, indent=2))
-        return 1 if audit.fault_count else 0
-    for row, fault in audit.faults:
-        print(fault if row is None else f"row {row['id']} "
-              f"({re.sub(UNPRINTABLE, '?', str(row['request_id']))}): {fault}")
-    for doubt in audit.doubts:
-        print(f"cannot be told: {doubt}")
-    print(f"{audit.rows} rows, {format_usd(audit.cost_microdollars)}, {audit.estimated} of them "
-          f"estimated; {audit.fault_count} faults")
-    for name, value in verdict.items():
-        if name not in ("faults", "cannot_be_told", "rows", "cost_microdollars"):
-            print(f"  {name.replace('_', ' ') + ':':28} {value}")
+    lines = [fault if row is None else f"row {row['id']} "
+             f"({re.sub(UNPRINTABLE, '?', str(row['request_id']))}): {fault}"
+             for row, fault in audit.faults]
+    lines += [f"cannot be told: {doubt}" for doubt in audit.doubts]
+    lines.append(f"{audit.rows} rows, {format_usd(audit.cost_microdollars)}, {audit.estimated} of "
+                 f"them estimated; {audit.fault_count} faults")
+    lines += [f"  {name.replace('_', ' ') + ':':28} {value}" for name, value in verdict.items()
+              if name not in ("faults", "cannot_be_told", "rows", "cost_microdollars")]
+    _print_report(given, {"ledger": path, **verdict}, "\n".join(lines))
     return 1 if audit.fault_count else 0
 
 
@@ -16829,7 +16871,7 @@ def audit_verdict(audit: LedgerAudit) -> dict:
     state = audit.state
     return {
         "verdict": "not sound" if audit.fault_count else "sound",
-        "audited_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "audited_at": utc_text(time.time()),
         "rows": audit.rows, "cost_microdollars": audit.cost_microdollars,
         "estimated_rows": audit.estimated, "open_rows": audit.open,
         "folded_rows": state.get("folded", 0), "folded_until": None if state.get(
@@ -16847,39 +16889,40 @@ def audit_verdict(audit: LedgerAudit) -> dict:
 
 
 def token_standing(caller: Caller, ledger_path: Optional[str], now_s: int) -> dict:
-    """A token's limits, and, where a ledger is given, what it spent and has left; times in UTC."""
-    since_s = period_start(caller.period, now_s)
-    spent = None
-    if ledger_path is not None:
-        spent = 0 if not os.path.exists(ledger_path) else sum(
-            row["cost_microdollars"] for row in usage_by(ledger_path, ["token"], since_s)
-            if row["token"] == caller.name)
-    limit, end_s = caller.budget_microdollars, period_end(caller.period, since_s)
-    shown = {name: at and time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-             for name, at in (("resets", end_s), ("expires", caller.expires_s))}
+    """A token's limits, and, where a ledger is given, what it spent and has left."""
+    since_s, limit = period_start(caller.period, now_s), caller.budget_microdollars
+    spent = None if ledger_path is None else 0
+    if ledger_path is not None and os.path.exists(ledger_path):
+        spent = sum(row["cost_microdollars"] for row in usage_by(ledger_path, ["token"], since_s)
+                    if row["token"] == caller.name)
     return {"name": caller.name, "limit_microdollars": limit,
             "stop_at_microdollars": caller.stop_at_microdollars, "period": caller.period,
             "spent_microdollars": spent, "left_microdollars": None if None in (limit, spent)
-            else max(0, limit - spent), "resets": shown["resets"],
-            "session_limit_microdollars": caller.session_budget_microdollars,
-            "expires": shown["expires"], "has_expired": caller.has_expired(),
-            "requests_per_minute": caller.requests_per_minute,
-            "parallel_requests": caller.parallel_requests, "models": [*caller.models]}
+            else max(0, limit - spent),
+            "resets": utc_text(period_end(caller.period, since_s)), **caller.terms()}
 
 
-def tokens_table(rows: Sequence[Mapping[str, object]]) -> str:
+# Field of token_standing() -> the head of its column, as text.
+TOKEN_COLUMNS = MappingProxyType({
+    "name": "name", "limit_microdollars": "budget", "stop_at_microdollars": "stop",
+    "period": "period", "spent_microdollars": "spent", "left_microdollars": "left",
+    "resets": "resets", "session_limit_microdollars": "session",
+    "requests_per_minute": "a minute", "parallel_requests": "at once", "expires": "expires",
+    "models": "models"})
+
+
+def tokens_table(rows: Iterable[Mapping[str, object]]) -> str:
     """Tokens as text; "-" where there is no limit, or no ledger to look into."""
-    def usd(amount: Optional[int]) -> str:
-        return "-" if amount is None else format_usd(amount)
+    def cell(row: Mapping, name: str) -> str:
+        value = row[name]
+        if name == "models":
+            return ",".join(value) or "any"
+        shown = "-" if value is None else \
+            format_usd(value) if name.endswith("_microdollars") else str(value)
+        return shown + " (over)" * (name == "expires" and row["has_expired"])
 
-    return table([("name", "budget", "stop", "period", "spent", "left", "resets", "session",
-                   "a minute", "at once", "expires", "models"), *(
-        (row["name"], usd(row["limit_microdollars"]), usd(row["stop_at_microdollars"]),
-         row["period"], usd(row["spent_microdollars"]), usd(row["left_microdollars"]),
-         row["resets"] or "-", usd(row["session_limit_microdollars"]),
-         row["requests_per_minute"] or "-", row["parallel_requests"] or "-",
-         f"{row['expires'] or '-'}{' (over)' if row['has_expired'] else ''}",
-         ",".join(row["models"]) or "any") for row in rows)])
+    return table([[*TOKEN_COLUMNS.values()],
+                  *([cell(row, name) for name in TOKEN_COLUMNS] for row in rows)])
 
 
 def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
@@ -16890,32 +16933,35 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
     if action == "list" and not words:
         rows = [token_standing(caller, settings.ledger_path, int(time.time()))
                 for caller in load_config(path, {}).callers]
-        print(json.dumps({"tokens": rows}, indent=2) if given["json"] else tokens_table(rows))
+        _print_report(given, {"tokens": rows}, tokens_table(rows))
         return 0
     if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):
         raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
     config = read_config(path) if action == "revoke" or os.path.exists(path) else {}
-    tokens = config.setdefault("tokens", [])
-    name = shown_name(words[0])
+    shown, tokens = shown_name(words[0]), config.setdefault("tokens", [])
     known = [row for row in tokens if isinstance(row, dict) and row.get("name") == words[0]]
+    if bool(known) is (action == "add"):
+        raise Misconfigured(f"there is a token named {shown} in {path} already" if known
+                            else f"there is no token named {shown} in {path}")
     if action == "revoke":
-        if not known:
-            raise Misconfigured(f"there is no token named {name} in {path}")
         config["tokens"] = [row for row in tokens if row not in known]
-        _replace_file(path, config)
-        print(f"{name} is revoked")
-        return 0
-    if known:
-        raise Misconfigured(f"there is a token named {name} in {path} already")
-    token = new_token()
-    row = {"name": words[0], "sha256": token_sha256(token)}
-    with checking("the token"):
-        row.update(_fields_of_words(words[1:], known=row))
-        caller_from(row)
-    tokens.append(row)
+        said = f"{shown} is revoked"
+    else:
+        token = new_token()
+        tokens.append(_token_row(words[0], token, words[1:]))
+        said = f"{token}\n  is the token {shown}; it is not shown again"
     _replace_file(path, config)
-    print(f"{token}\n  is the token {name}; it is not shown again")
+    print(said)
     return 0
+
+
+def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, object]:
+    """A token's row in a configuration. Raises Misconfigured."""
+    row = {"name": name, "sha256": token_sha256(token)}
+    with checking("the token"):
+        row.update(_fields_of_words(words, known=row))
+        caller_from(row)
+    return row
 
 
 def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, object]:
@@ -16960,7 +17006,7 @@ class _FakeProvider(http.server.BaseHTTPRequestHandler):
         """Keep the request, and answer it in its path's dialect."""
         body = self.rfile.read(int(self.headers["content-length"]))
         key = f"{self.headers['authorization']} {self.headers['x-api-key']}"
-        type(self).seen.append((self.path, body, key))
+        self.seen.append((self.path, body, key))
         api, fields = METERED_APIS[self.path], json.loads(body)
         answer = echo_whole(api, echo(api, fields, answer_id="1", created_at=0))
         data = json_bytes({**answer, "model": fields["model"]})
@@ -16982,9 +17028,11 @@ class _Laboratory:
                                  "max_input_tokens": 128000, "max_output_tokens": 16384},
                  "claude-haiku-4-5": {"input_cost_per_token": 1e-6, "output_cost_per_token": 5e-6,
                                       "max_input_tokens": 200000, "max_output_tokens": 64000}}"""
+    CHAT = MappingProxyType({"model": "gpt-4o-mini", "max_tokens": 10,
+                             "messages": [{"role": "user", "content": " hi" * 20}]})
 
     def __init__(self, folder: str) -> None:
-        _FakeProvider.seen = []
+        self.seen = _FakeProvider.seen = []
         self.folder, self.answered = folder, b""
         self.fake = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _FakeProvider)
         threading.Thread(target=self.fake.serve_forever, args=(STOP_POLL_S,), daemon=True).start()
@@ -16992,23 +17040,22 @@ class _Laboratory:
         prices = os.path.join(folder, "prices.json")
         with open(prices, "w", encoding="utf-8") as file:
             file.write(self.PRICES)
-        settings = settings_from(
+        self.server = ProxyServer(settings_from(
             ["--port", "0", "--budget", "0.001", "--pricing", prices, "--openai-base-url", url,
              "--anthropic-base-url", url, "--wait", "0"],
-            {"OPENAI_API_KEY": self.KEYS[0], "ANTHROPIC_API_KEY": self.KEYS[1]})
-        self.server = ProxyServer(settings)
+            {"OPENAI_API_KEY": self.KEYS[0], "ANTHROPIC_API_KEY": self.KEYS[1]}))
         self.server.start()
 
-    def call(self, path: str, fields: Mapping[str, object], token: Optional[str] = None,
-             headers: Optional[Mapping[str, str]] = None) -> tuple[int, Mapping[str, str], bytes]:
-        """One POST: (status, headers, body)."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=10)
-        connection.request("POST", path, json.dumps(fields), {
-            "authorization": f"Bearer {token or self.server.settings.token}",
-            "content-type": "application/json", **(headers or {})})
-        answer = connection.getresponse()
-        body = answer.read()
-        connection.close()
+    def call(self, path: str = "/v1/chat/completions", token: Optional[str] = None,
+             strict: bool = False, **fields: object) -> tuple[int, Mapping[str, str], bytes]:
+        """One POST, of a chat with other fields: (status, headers, body)."""
+        with contextlib.closing(http.client.HTTPConnection(
+                "127.0.0.1", self.server.port, timeout=10)) as connection:
+            connection.request("POST", path, json.dumps({**self.CHAT, **fields}), {
+                "authorization": f"Bearer {token or self.server.settings.token}",
+                "content-type": "application/json", "x-ironcage-strict": str(int(strict))})
+            answer = connection.getresponse()
+            body = answer.read()
         self.answered += str(answer.headers).encode() + body
         return answer.status, {k.lower(): v for k, v in answer.headers.items()}, body
 
@@ -17017,88 +17064,70 @@ class _Laboratory:
         self.fake.shutdown()
         self.fake.server_close()
 
+    def is_exact(self) -> bool:
+        return self.call()[1].get("x-ironcage-cost-microdollars") == "9"
 
-def _test_chat(**more: object) -> dict:
-    return {"model": "gpt-4o-mini", "max_tokens": 10,
-            "messages": [{"role": "user", "content": " hi" * 20}], **more}
+    def is_transparent(self) -> bool:
+        body = self.call(user="\u00fc  x")[2]
+        return self.seen[-1][1] == json.dumps({**self.CHAT, "user": "\u00fc  x"}).encode() \
+            and json.loads(body)["id"] == "chatcmpl-1"
 
+    def is_lossless_or_loud(self) -> bool:
+        _, headers, body = self.call(model="claude-haiku-4-5", seed=7)
+        return (headers.get("x-ironcage-dropped-params"), json.loads(body)["object"]) \
+            == ("seed", "chat.completion") \
+            and self.call(model="claude-haiku-4-5", seed=7, strict=True)[0] == 400
 
-def _try_never_over(lab: _Laboratory) -> bool:
-    threads = [threading.Thread(target=lambda: [lab.call("/v1/chat/completions", _test_chat())
-                                                for _ in range(15)]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    budget = lab.server.router.controller.budget()
-    refused = lab.call("/v1/chat/completions", _test_chat(max_tokens=20_000))[0]
-    return budget.spent == 9 * len(_FakeProvider.seen) <= budget.limit \
-        and budget.reserved == 0 and refused == 402
+    def fails_closed(self) -> bool:
+        refused = (self.call(model="gpt-mystery"), self.call("/v1/images/generations"),
+                   self.call("/v1/responses", input="x", background=True))
+        return [status for status, *_ in refused] == [400] * 3 \
+            and self.call(token="wrong")[0] == 401
 
+    def keeps_keys(self) -> bool:
+        self.call("/v1/messages", model="claude-haiku-4-5")
+        self.call()
+        sent = {("messages" in path, key) for path, _, key in self.seen}
+        return sent == {(False, f"Bearer {self.KEYS[0]} None"), (True, f"None {self.KEYS[1]}")} \
+            and not any(key.encode() in self.answered for key in self.KEYS)
 
-def _try_never_under_counted(lab: _Laboratory) -> bool:
-    path = os.path.join(lab.folder, "cage.db")
-    ledger = SqliteLedger(path)
-    ledger.intent({**_NO_ROW, "request_id": "r", "admitted_s": 1, "token": "t", "provider": "p",
-                   "model": "m", "api": "chat", "stream": 0, "bound_microdollars": 77})
-    ledger.close()                                     # as after a crash: it was never settled
-    again = SqliteLedger(path)
-    try:
-        return (again.recovered, again.spent(None, 0)) == (1, 77)
-    finally:
-        again.close()
+    def is_never_over(self) -> bool:
+        threads = [threading.Thread(target=lambda: [self.call() for _ in range(15)])
+                   for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        budget = self.server.router.controller.budget()
+        return budget.spent == 9 * len(self.seen) <= budget.limit and budget.reserved == 0 \
+            and self.call(max_tokens=20_000)[0] == 402
 
+    def is_never_under_counted(self) -> bool:
+        path = os.path.join(self.folder, "cage.db")
+        ledger = SqliteLedger(path)
+        ledger.intent({**_NO_ROW, "request_id": "r", "admitted_s": 1, "token": "t", "stream": 0,
+                       "provider": "p", "model": "m", "api": "chat", "bound_microdollars": 77})
+        ledger.close()                                 # as after a crash: it was never settled
+        with contextlib.closing(SqliteLedger(path)) as again:
+            return (again.recovered, again.spent(None, 0)) == (1, 77)
 
-def _try_exact(lab: _Laboratory) -> bool:
-    _, headers, _ = lab.call("/v1/chat/completions", _test_chat())
-    return headers.get("x-ironcage-cost-microdollars") == "9"
-
-
-def _try_fails_closed(lab: _Laboratory) -> bool:
-    return [lab.call(path, fields)[0] for path, fields in (
-        ("/v1/chat/completions", _test_chat(model="gpt-mystery")),
-        ("/v1/images/generations", _test_chat()),
-        ("/v1/responses", {"model": "gpt-4o-mini", "input": "x", "background": True}))] \
-        == [400] * 3 and lab.call("/v1/chat/completions", _test_chat(), token="wrong")[0] == 401
-
-
-def _try_keys_stay(lab: _Laboratory) -> bool:
-    lab.call("/v1/messages", {**_test_chat(), "model": "claude-haiku-4-5"})
-    sent = {("messages" in path, key) for path, _, key in _FakeProvider.seen}
-    return sent <= {(False, f"Bearer {lab.KEYS[0]} None"), (True, f"None {lab.KEYS[1]}")} \
-        and not any(key.encode() in lab.answered for key in lab.KEYS)
-
-
-def _try_is_transparent(lab: _Laboratory) -> bool:
-    fields = _test_chat(user="\u00fc  x")
-    _, _, body = lab.call("/v1/chat/completions", fields)
-    return _FakeProvider.seen[-1][1] == json.dumps(fields).encode() \
-        and json.loads(body)["id"] == "chatcmpl-1"
-
-
-def _try_is_lossless_or_loud(lab: _Laboratory) -> bool:
-    fields = _test_chat(model="claude-haiku-4-5", seed=7)
-    _, headers, body = lab.call("/v1/chat/completions", fields)
-    strict = lab.call("/v1/chat/completions", fields, headers={"x-ironcage-strict": "1"})[0]
-    return (headers.get("x-ironcage-dropped-params"), json.loads(body)["object"], strict) \
-        == ("seed", "chat.completion", 400)
-
-
-def _try_is_quiet(lab: _Laboratory) -> bool:
-    return LOOPBACK_HOST.fullmatch(lab.server.server_address[0]) is not None
+    def is_quiet(self) -> bool:
+        return LOOPBACK_HOST.fullmatch(self.server.server_address[0]) is not None
 
 
 SELF_TESTS = (
-    ("exact", "a call costs its price to the microdollar", _try_exact),
+    ("exact", "a call costs its price to the microdollar", _Laboratory.is_exact),
     ("transparent", "bytes travel unchanged between clients and providers of one format",
-     _try_is_transparent),
-    ("lossless or loud", "what a translation loses is told, or refused", _try_is_lossless_or_loud),
-    ("fail closed", "what cannot be priced, metered or vouched for is refused", _try_fails_closed),
-    ("keys stay", "keys go to their provider and appear in no answer", _try_keys_stay),
-    ("never over", "many threads spend no more than the limit", _try_never_over),
+     _Laboratory.is_transparent),
+    ("lossless or loud", "what a translation loses is named, or refused",
+     _Laboratory.is_lossless_or_loud),
+    ("fail closed", "what cannot be priced, metered or vouched for is refused",
+     _Laboratory.fails_closed),
+    ("keys stay", "keys go to their provider and appear in no answer", _Laboratory.keeps_keys),
+    ("never over", "many threads spend no more than the limit", _Laboratory.is_never_over),
     ("never under-counted", "an unsettled call is charged on the next start",
-     _try_never_under_counted),
-    ("quiet", "only this machine is listened to", _try_is_quiet),
+     _Laboratory.is_never_under_counted),
+    ("quiet", "only this machine is listened to", _Laboratory.is_quiet),
 )
 
 
@@ -17108,14 +17137,11 @@ def run_selftest(settings: Settings, given: Mapping[str, object]) -> int:
     log.setLevel(logging.CRITICAL)
     broken = 0
     for name, meaning, holds in SELF_TESTS:
-        with tempfile.TemporaryDirectory() as folder:
-            lab = _Laboratory(folder)
-            try:
-                is_held = holds(lab)
-            except (OSError, ValueError, KeyError, http.client.HTTPException):
-                is_held = False
-            finally:
-                lab.close()
+        is_held = False
+        with tempfile.TemporaryDirectory() as folder, \
+                contextlib.closing(_Laboratory(folder)) as lab, \
+                contextlib.suppress(OSError, ValueError, LookupError, http.client.HTTPException):
+            is_held = holds(lab)
         broken += not is_held
         print(f"{'held  ' if is_held else 'BROKEN'}  {name}: {meaning}")
     return 1 if broken else 0
@@ -17146,11 +17172,10 @@ def run_models(settings: Settings, given: Mapping[str, object]) -> int:
             print(f"{kind} {re.sub(UNPRINTABLE, '?', line)}")
         print(f"{kinds['+']} models added, {kinds['-']} removed, {kinds['~']} cells changed")
         return 0
-    print(f"{'model':50} {'provider':12} {'input':>12} {'output':>12}  USD per million tokens")
-    for key in prices.keys():
-        price = prices.price(key)
-        rates = price.per_million()
-        print(f"{key:50} {price.provider:12} {rates[0]:>12} {rates[1]:>12}")
+    priced = ((key, prices.price(key)) for key in prices.keys())
+    print(table([("model", "provider", "input", "output"), *(
+        (key, price.provider, *price.per_million()[:2]) for key, price in priced)], lefts=2)
+        + "\nin USD for a million tokens")
     return 0
 
 
@@ -17198,7 +17223,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
         given = parse_arguments(argv)
         if given["help"]:
-            print(help_text(given["command"], given["is_named"]), end="")
+            print(help_text(given["command"]), end="")
             return 0
         if given["version"]:
             return COMMANDS["version"].run(None, given)
@@ -17243,33 +17268,32 @@ class LlmRouter:
                  ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
                  environ: Optional[Mapping[str, str]] = None, **more: object) -> None:
-        environ = dict(os.environ if environ is None else environ)
         name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
+        hidden = {"IRONCAGE_TOKEN", *(known.key_env for known in KNOWN_PROVIDERS.values()
+                                      if provider_key is not None)}
+        given = os.environ if environ is None else environ
+        environ = {variable: value for variable, value in given.items()
+                   if re.sub("_FILE$", "", variable) not in hidden}
         if provider_key is not None:
-            for known in KNOWN_PROVIDERS.values():
-                environ.pop(known.key_env, None)
-                environ.pop(f"{known.key_env}_FILE", None)
             environ[KNOWN_PROVIDERS[name].key_env] = provider_key
-        for variable in ("IRONCAGE_TOKEN", "IRONCAGE_TOKEN_FILE"):
-            environ.pop(variable, None)
-        amounts = [f"{flag}={amount}" for flag, amount in
-                   (("--budget", budget), ("--stop-at", stop_at)) if amount is not None]
-        if server_url is not None and provider_key is None:
+        elif server_url is not None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
             with checking("server_url:"):
                 more = {"server_url": parse_base_url(server_url),
                         "cache_ttl_s": cache_ttl_seconds, **more}
+        if shared is not None:
+            with checking("shared:"):
+                more = {"shared": parse_engine_url(shared), **more}
         for field in more.keys() - {*Settings._fields}:
             raise Misconfigured(f"LlmRouter has no {shown_name(field)}"
                                 f"{did_you_mean(field, Settings._fields)}")
-        with checking("shared:"):
-            more = {"cage": _parse_id(cage), **more,
-                    **({} if shared is None else {"shared": parse_engine_url(shared)})}
-        settings = settings_from(["--port", "0", *amounts], environ)
+        flags = {"--port": 0, "--cage": cage, "--budget": budget, "--stop-at": stop_at}
+        settings = settings_from([f"{flag}={value}" for flag, value in flags.items()
+                                  if value is not None], environ)
         self._server = ProxyServer(settings._replace(
-            token=api_key or settings.token,
-            ledger_path=ledger, on_event=on_event, quiet=True, **more))
+            token=api_key or settings.token, ledger_path=ledger, on_event=on_event, quiet=True,
+            **more))
         self._provider = name
         self._is_running = True
         self._server.start()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
@@ -418,12 +419,30 @@ def test_an_embedders_setting_that_there_is_not_is_named():
         program().LlmRouter(waits=3, environ={})
 
 
+def old_python(version):
+    """A Python of that version that runs, or the test is skipped."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [*pyenv.glob(f"versions/{version}.*/bin/python"), shutil.which(f"python{version}")]
+    for python in filter(None, found):
+        if 0 == subprocess.run([python, "-c", ""], capture_output=True).returncode:
+            return python
+    pytest.skip(f"there is no Python {version}")
+
+
+@pytest.mark.parametrize("argv", [[PROGRAM], ["-m", "ironcage_proxy"]])
 @pytest.mark.parametrize("version", ["3.7", "3.8"])
-def test_an_old_python_gets_one_line(version):
-    python = shutil.which(f"python{version}")
-    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
-        pytest.skip(f"there is no Python {version}")
-    done = subprocess.run([python, PROGRAM, "--version"], capture_output=True, text=True)
+def test_an_old_python_gets_one_line(version, argv):
+    done = subprocess.run([old_python(version), *argv, "--version"], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
 
     assert (1, 1, "") == (done.returncode, done.stderr.count("\n"), done.stdout)
     assert "needs Python 3.9 or newer" in done.stderr
+
+
+def test_python_3_6_which_cannot_read_the_file_shows_the_line_that_says_what_is_needed():
+    """It compiles the whole file before it runs any of it, and knows no annotations of the future."""
+    done = subprocess.run([old_python("3.6"), PROGRAM], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8")
+
+    assert 1 == done.returncode
+    assert "Python 3.9 or newer is needed" in done.stdout.splitlines()[1]

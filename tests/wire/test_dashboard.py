@@ -43,7 +43,8 @@ def caged(proxy_for, tmp_path):
     """A proxy with a token whose sessions are capped, one with a budget by the day, and flags."""
     config = tmp_path / "cage.json"
     config.write_text(json.dumps({"tokens": [
-        {"name": "alice", "token": ALICE, "session_budget_usd": "0.000085"},
+        {"name": "alice", "token": ALICE, "session_budget_usd": "0.000085",
+         "expires": "2120-01-31"},
         {"name": "bob", "token": BOB, "budget_usd": "0.0001", "period": "day"}]}))
     return lambda *flags: proxy_for("--config", str(config), *flags)
 
@@ -70,6 +71,7 @@ def test_every_field_that_the_page_reads_is_in_what_the_routes_say(mock, caged):
     for counts in (status["by_model"]["gpt-4o-mini"], status["by_token"]["alice"]):
         assert read("c") <= set(counts) | {"scope"}
     assert read("r") <= set(usage["rows"][0]) | set(usage["refused"][0])
+    assert read("t") and read("t") <= set(status["by_token"]["alice"])
 
 
 def test_the_status_says_what_is_left_by_token_and_session_and_until_when(mock, caged, monkeypatch):
@@ -89,6 +91,9 @@ def test_the_status_says_what_is_left_by_token_and_session_and_until_when(mock, 
         session["spent_microdollars"] + session["available_microdollars"])
     assert ("bob", "day", 0) == (bob["scope"], bob["period"], bob["resets_s"] % 86_400)
     assert 0 <= bob["resets_s"] - now_s <= 86_400
+    assert [(85, "2120-01-31T00:00:00Z", False), (None, None, False)] == [
+        (token["session_limit_microdollars"], token["expires"], token["has_expired"])
+        for token in (status["by_token"]["alice"], bob)]
     assert ("proxy", "total", None) == (status["scope"], status["period"], status["resets_s"])
     assert ({}, "bob", bob["resets_s"]) == (bobs["by_session"], bobs["scope"], bobs["resets_s"])
 
@@ -246,3 +251,15 @@ def test_a_token_sees_why_it_is_refused_also_by_the_proxys_limit(mock, caged, pa
 
     assert "proxy: 0 % of $0.00001 is spent; 2 refused" in page.inner_text("#state")
     assert page.is_visible("#rows td:has-text('refused: Iron Cage')")
+
+
+def test_a_token_shows_what_each_session_may_spend_and_when_it_ends(mock, caged, page):
+    proxy = caged()
+    assert 200 == chat(proxy, ALICE, "s1")
+
+    enter(page, proxy)
+    page.wait_for_selector("#tokens td")
+
+    shown = page.inner_text("#tokens")
+    assert "$0.000085 a session, expires " in shown and "20" in shown.split("expires ")[1]
+    assert 1 == shown.count("a session")

@@ -343,8 +343,38 @@ def test_every_setting_has_a_variable_and_a_flag_goes_first():
             settings.allow_hosts, settings.strict, settings.no_fit, settings.max_body_bytes)
 
 
-def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_port():
-    assert 8787 == program().settings_from([], {"IRONCAGE_PORT": "tcp://10.0.0.7:8787"}).port
+@pytest.mark.parametrize("name, meant", [
+    ("BUGET", "BUDGET"), ("BUDGET_USD", "BUDGET"), ("STOPAT", "STOP_AT"), ("LEGDER", "LEDGER"),
+    ("BUDGET_FILE", "BUDGET"), ("TOKN_FILE", "TOKEN_FILE"), ("OPENAI_URL", "OPENAI_BASE_URL")])
+@pytest.mark.parametrize("argv", [[], ["usage"]])
+def test_a_misspelled_variable_is_refused_as_a_flag_is(argv, name, meant):
+    with pytest.raises(program().Misconfigured) as refused:
+        program().settings_from(argv, {f"IRONCAGE_{name}": "5"})
+
+    assert f"IRONCAGE_{name} sets nothing (did you mean IRONCAGE_{meant}?)" in str(refused.value)
+
+
+def test_a_variable_that_is_like_no_setting_is_shown_at_the_start_and_by_check(proxy_for, capsys,
+                                                                               monkeypatch):
+    monkeypatch.setenv("IRONCAGE_LIMIT", "5")
+
+    banner = program().banner(proxy_for(environ=dict(os.environ)))
+    code = program().main(["check", "--port", "0"])
+
+    assert "  warning:            no setting reads IRONCAGE_LIMIT" in banner.splitlines()
+    assert (0, True) == (code, "warning   no setting reads IRONCAGE_LIMIT\n"
+                         in capsys.readouterr().out)
+
+
+def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_setting():
+    linked = {"IRONCAGE_PORT": "tcp://10.0.0.7:8787", "IRONCAGE_SERVICE_HOST": "10.0.0.7",
+              "IRONCAGE_SERVICE_PORT": "8787", "IRONCAGE_SERVICE_PORT_HTTP": "8787",
+              "IRONCAGE_PORT_8787_TCP": "tcp://10.0.0.7:8787", "IRONCAGE_PORT_8787_TCP_PORT": "8787",
+              "IRONCAGE_PORT_8787_TCP_PROTO": "tcp", "IRONCAGE_PORT_8787_TCP_ADDR": "10.0.0.7",
+              "IRONCAGE_PROXY_PORT": "tcp://10.0.0.8:80", "IRONCAGE_PROXY_SERVICE_HOST": "10.0.0.8"}
+
+    assert 8787 == program().settings_from([], linked).port
+    assert [] == program().unread_variables(linked)
 
 
 # Probes.
