@@ -17092,6 +17092,7 @@ class _Laboratory:
             and not any(key.encode() in self.answered for key in self.KEYS)
 
     def is_never_over(self) -> bool:
+        """Whether calls of many threads, and one that is too large, stay within the limit."""
         threads = [threading.Thread(target=lambda: [self.call() for _ in range(15)])
                    for _ in range(8)]
         for thread in threads:
