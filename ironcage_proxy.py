@@ -16,12 +16,12 @@ Agents get a token and a base URL, never the real key; what they spend can never
     with LlmRouter(budget="5.00") as router: ...             # embed
 
 Promises, each with a test that attacks it: only the standard library is used; connections are
-opened to the configured providers, Iron Cage server and engine of a shared budget, or to the proxy
-that the environment names for the first two, and to nobody else (`check` greets its own address);
-spent + reserved never passes the limit by an admission; every request settles exactly once; a
-model, route or price that is not known is refused while a budget is set; provider keys go to their
-provider's host and nowhere else; between a client and a provider of one format bytes travel
-unchanged, but for fields that the budget must set, which are spliced in.
+opened to the configured providers, Iron Cage server, receiver of alerts and engine of a shared
+budget, or to the proxy that the environment names for all but the last, and to nobody else (`check`
+greets its own address); spent + reserved never passes the limit by an admission; every request
+settles exactly once; a model, route or price that is not known is refused while a budget is set;
+provider keys go to their provider's host and nowhere else; between a client and a provider of one
+format bytes travel unchanged, but for fields that the budget must set, which are spliced in.
 That a request cannot cost more than its bound rests on assumptions, which the README lists and
 which stand beside their figures in chapters 5 and 21.
 
@@ -59,8 +59,8 @@ Contents (each chapter uses only names of chapters above it):
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
 overspend?" read 3, 4, 5, 7, 16, 17, 21 and 25, and 24 where many processes share a
-budget; "what leaves this machine?" 20, and who calls it, CageServer._post in 23, Router._send in
-25, and EngineLink in 24; "is my message changed?" 3, without_usage in 7, 8 to 14,
+budget; "what leaves this machine?" 20, and who calls it, Alerts in 22, CageServer._post in 23,
+Router._send in 25, and EngineLink in 24; "is my message changed?" 3, without_usage in 7, 8 to 14,
 Router._upstream_body in 25.
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
@@ -15963,7 +15963,8 @@ def load_prices(settings: Settings) -> PriceBook:
 #
 # One table gives every flag, its environment variable, its check and its line of help. The first
 # of these that is set counts: flag, environment, default. Provider keys come from the environment
-# only. Nothing above reads the environment, prints, or ends the process.
+# or from files. Nothing above reads a variable (but urllib, for its proxies), prints, or ends the
+# process.
 
 
 def _number_like(meaning: str, least: int, most: int, unit: int = 1) -> Callable[[str], int]:
