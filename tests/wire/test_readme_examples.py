@@ -206,7 +206,7 @@ def alert_at(proxy_for, budget):
     assert [50] == [*router.thresholds.passed(budget._replace(spent=budget.limit // 2))]
     router.controller.accounts.known = lambda scopes: [budget]
     router._report_thresholds(())
-    return router.alerts._waiting[0]
+    return router.alerts.outbox._waiting[0]
 
 
 def test_the_paths_in_yaml_are_served(proxy):
