@@ -440,6 +440,19 @@ def test_any_sequence_of_calls_agrees_with_the_model(seed):
         assert exceeded == controller.bound_exceeded()
 
 
+@pytest.mark.parametrize("amount", [-1, 1.5, True, "1", None])
+def test_an_amount_that_is_not_a_whole_number_from_0_up_is_refused_and_changes_nothing(amount):
+    controller = ic.CostController(1_000)
+    held = controller.reserve(100)
+
+    for change in (controller.reserve, controller.add_spend,
+                   lambda amount: controller.commit(held, amount)):
+        with pytest.raises(ValueError, match="not a whole number"):
+            change(amount)
+
+    assert (0, 100, 1_000) == controller.get_full_status()
+
+
 # Sessions, which clients name.
 
 def test_a_session_that_a_request_is_in_is_kept_and_others_are_forgotten_the_oldest_first(
