@@ -12802,6 +12802,17 @@ class Engine:
             link.close()
 
 
+@contextlib.contextmanager
+def usable_engine(engine: Engine) -> Iterator[None]:
+    """Raise Misconfigured for what an engine does not do, or does not reply."""
+    try:
+        with replied():
+            yield
+    except EngineFailed as err:
+        raise Misconfigured(
+            f"the shared budget at {engine.address} cannot be used: {err.reason}") from err
+
+
 # The scripts. Each begins with the same: the cage must be the one of its generation, known under
 # the run_id that the engine has. A call's record is "bound|admitted|scope|scope". Each replies what
 # it found, and the amounts of scopes.
@@ -13158,7 +13169,7 @@ class SharedAccounts:
         self._is_entering = True                   # what a restart may have forgotten
         self._thread: Optional[threading.Thread] = None
         self.fault: Optional[str] = None           # why it could not be used last; None: it can
-        with self._usable(), replied():
+        with usable_engine(self.engine):
             self._generation, self._run_id = self._found_cage()
             self.durability, self._waits_for_disk = self._checked_engine(fsync)
             self._acknowledge()
@@ -13168,14 +13179,6 @@ class SharedAccounts:
         self._is_entering = False
 
     # Its beginning.
-
-    @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
-        try:
-            yield
-        except EngineFailed as err:
-            raise Misconfigured(f"the shared budget at {self.engine.address} cannot be used: "
-                                f"{err.reason}") from err
 
     def _found_cage(self) -> tuple[str, str]:
         """Return the cage's generation, and the run_id of the engine. Raises Misconfigured."""
@@ -13402,7 +13405,7 @@ class SharedAccounts:
             with checking("--shared:"):
                 words = [word for row in some for word in (
                     row.name, row.period, _limit_word(row.limit), _limit_word(row.stop_at))]
-            with self._usable(), replied():
+            with usable_engine(self.engine):
                 other, budgets = self._run("scopes", *words)
                 if other is not None:
                     name, _, period = other.decode("ascii").partition("|")
@@ -16811,7 +16814,7 @@ def refusals_text(rows: Iterable[Mapping]) -> str:
 
 def _cage_usage(settings: Settings, since_s: int) -> dict:
     """What the whole cage spent. Raises Misconfigured."""
-    with _engine(settings) as engine, replied():
+    with _engine(settings) as engine:
         return shared_usage(engine, settings.cage, since_s)
 
 
@@ -16822,10 +16825,8 @@ def _engine(settings: Settings) -> Iterator[Engine]:
         raise Misconfigured("say where the shared budget is, with --shared URL or IRONCAGE_SHARED")
     engine = Engine(settings.shared, Turns())
     try:
-        yield engine
-    except EngineFailed as err:
-        raise Misconfigured(f"the shared budget at {engine.address} cannot be used: "
-                            f"{err.reason}") from err
+        with usable_engine(engine):
+            yield engine
     finally:
         engine.close()
 
@@ -16837,7 +16838,7 @@ def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
         raise Misconfigured("cage takes: new NAME")
     with checking("the cage's name:"):
         _parse_id(name)
-    with _engine(settings) as engine, replied():
+    with _engine(settings) as engine:
         there_was = make_cage(engine, name)
     print(f"the cage {name} at {settings.shared} is new" + (
         "; what it knew is forgotten, and its proxies must be started again" if there_was else ""))

@@ -212,6 +212,18 @@ def test_at_the_stop_all_who_wait_are_refused_and_nobody_waits_any_more():
         controller.admit(asks(8_000), wait_s=60)
 
 
+def test_one_that_waits_for_accounts_that_cannot_be_asked_is_not_admitted(monkeypatch):
+    controller = ic.CostController(10_000)
+    controller.ask(asks(9_000))
+
+    def away(scopes):
+        raise ic.LedgerUnavailable("away")
+    monkeypatch.setattr(controller.accounts, "budgets", away)
+
+    with pytest.raises(ic.LedgerUnavailable, match="away"):
+        controller.admit(asks(8_000), wait_s=60)
+
+
 def test_what_costs_nothing_passes_also_when_others_wait_and_nothing_is_left():
     controller = ic.CostController(10_000)
     controller.ask(asks(9_000), may_wait=True)
