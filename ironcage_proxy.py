@@ -7954,7 +7954,7 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 # aside, waits. Rule: first come, first served, in every scope. One that waits holds up only later
 # requests that need a scope it lacks, small or big; so a big one is not starved by small ones that
 # fit into every gap, and a small one waits no longer than the big one's --wait, at the end of
-# which that one is lowered or refused. Where nothing is in flight nobody waits: nothing would come.
+# which that one is lowered or refused. While nothing is in flight no request waits: for nothing.
 
 PROXY_SCOPE = "proxy"
 PERIODS = ("total", "day", "week", "month")
@@ -8168,7 +8168,7 @@ class Accounts:
 
     Another engine needs its methods and no more; those of that one may raise LedgerUnavailable,
     but for settle(), which keeps what it cannot enter. `known` is what was seen last, and asks
-    nobody. `is_shared`: others change the amounts too, so that waiting requests look again.
+    no engine. `is_shared`: others change the amounts too, so that waiting requests look again.
     """
     is_shared = False
 
@@ -8226,7 +8226,7 @@ class Accounts:
     known = budgets
 
     def _nothing(self, *_: object) -> None:
-        """Do nothing: no engine has to be kept up, and nobody else is to know."""
+        """Do nothing: there is no engine to keep up, and no other process to inform."""
 
     start = keep_count = as_json = close = _nothing
 
@@ -8311,7 +8311,7 @@ class CostController:
     its request was admitted.
 
     The money is in `accounts`, which take or refuse an amount in one step; here is what to take,
-    and who is next. No lock is held while accounts are asked, since they may be far away.
+    and which request is next. No lock is held while accounts are asked, since they may be far away.
     """
 
     def __init__(self, limit_microdollars: Optional[int] = None, *,
@@ -8323,7 +8323,7 @@ class CostController:
         self._lock = threading.Lock()     # guards all below, and each Reservation in line
         self._line: list[Reservation] = []          # what waits, in the order of arrival
         self._blocked: frozenset = frozenset()      # the scopes that it waits for
-        self._serving = threading.Lock()            # of who decides about it; no one waits for it
+        self._serving = threading.Lock()            # held while it is decided about; never awaited
         self._must_serve = False                    # it is to be decided about (again)
         self._served_s = 0                          # when that was last begun, monotonic
         self._bound_exceeded = 0
@@ -8712,7 +8712,7 @@ _FIRST_COLUMNS = MappingProxyType({
     "lines": "TEXT",                          # the bill, [[what, how many, picodollars each], ...]
     "provider_request_id": "TEXT", "latency_ms": "INTEGER", "first_byte_ms": "INTEGER",
 })
-# The client's words for who asks, which nothing vouches for; then the settlement's, and upkeep's.
+# The client's words about itself, which nothing vouches for; then the settlement's, and upkeep's.
 _LATER_COLUMNS = MappingProxyType({
     "session": "TEXT", "agent": "TEXT", "parent_agent": "TEXT", "project": "TEXT",
     "price_row": "TEXT",                      # the digest of the price that the bill was made by
@@ -8879,11 +8879,11 @@ class MemoryLedger:
             return sum(row["cost_microdollars"] for row in self._rows
                        if (row["token"], row["session"]) == (token, session))
 
-    def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
-        """Return the newest settled rows of one token or all, each as `shown` makes it."""
+    def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
+        """Return the newest settled rows, of one token or of all."""
         with self._lock:
             rows = [row for row in self._rows if token in (None, row["token"])]
-        return [shown(stored_row(row)) for row in rows[:-most - 1:-1]]
+        return [*map(stored_row, rows[:-most - 1:-1])]
 
     def refuse(self, row: Mapping[str, object]) -> None:
         """Keep a call that was refused here."""
@@ -9066,7 +9066,7 @@ def _migrate(db: sqlite3.Connection) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise OSError("it was written by a newer version of this program")
-    db.execute("BEGIN IMMEDIATE")             # all or none: who reads sees no half of a history
+    db.execute("BEGIN IMMEDIATE")             # all or none: no reader sees half of a history
     for script in MIGRATIONS[version:]:
         db.execute(script)
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -9145,7 +9145,7 @@ class SqliteLedger:
         self._errors, self._unwritable = sqlite3.Error, (sqlite3.Error, ValueError, OverflowError)
         self._is_quick, self._aside = not fsync, aside
         self._turn = threading.Lock()         # one transaction at a time
-        self._queue: list[_Write] = []        # appended by all, emptied by who has the turn
+        self._queue: list[_Write] = []        # appended by all, emptied under _turn
         self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
         self._reading = threading.Lock()      # one query at a time on a connection of its own
         self._keep_days = keep_days
@@ -9251,7 +9251,7 @@ class SqliteLedger:
             return [*map(dict, self._db.execute(_UNCONFIRMED))]
 
     def confirm(self, row_id: int) -> None:
-        """Note with the next commit that it knows. To lose that has it told again."""
+        """Note with the next commit that it knows. Were that lost, it would be settled again."""
         self._queue.append(_Write("UPDATE shared_calls SET is_confirmed = 1 WHERE id = ?",
                                   (row_id,)))
 
@@ -9376,9 +9376,8 @@ class SqliteLedger:
             raise LedgerUnavailable("the proxy's ledger cannot be read for what the session "
                                     f"spent: {_reason(err)}") from err
 
-    def recent(self, most: int, token: Optional[str] = None, shown: Callable = dict) -> list:
-        """Return the newest settled rows, of one token or all, each as `shown` makes it of columns:
-        row by row, as at each the other threads have a chance."""
+    def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
+        """Return the newest settled rows, of one token or of all."""
         settled = "SELECT * FROM calls WHERE settled_ms IS NOT NULL"
         queries = (f"{settled} ORDER BY id DESC",) if token is None else (
             f"{settled} AND id > (SELECT sealed_id FROM chain) AND token = :token ORDER BY id DESC",
@@ -9387,7 +9386,7 @@ class SqliteLedger:
         with self._reading:
             rows = itertools.chain.from_iterable(self._reader.execute(
                 f"{query} LIMIT :most", {"token": token, "most": most}) for query in queries)
-            return [shown(dict(row)) for row in itertools.islice(rows, most)]
+            return [*map(dict, itertools.islice(rows, most))]
 
     def refuse(self, row: Mapping[str, object]) -> None:
         """Keep a call that was refused here: in memory, until tend() writes it.
@@ -9692,7 +9691,7 @@ class LedgerAudit:
     """All that can be wrong with a ledger, found in one pass that holds one row at a time.
 
     `faults` are (row, fault) of which AUDIT_FAULTS are kept, row being None for the whole. What
-    an earlier version left open is no fault: `doubts` say what cannot be told of it.
+    an earlier version left open is no fault: `doubts` say what cannot be known of it.
     """
 
     def __init__(self, path: str, prices: Optional[PriceBook] = None) -> None:
@@ -9823,8 +9822,9 @@ class LedgerAudit:
 
 # ==== 18. Callers and configuration =============================================================
 #
-# Who may ask, and for how much: the tokens of --config, and the two of the command line. A file
-# is read whole and strictly; one that is broken changes nothing. Tokens are kept as SHA-256.
+# Whose requests are served, and for how much: the tokens of --config, and the two of the command
+# line. A file is read whole and strictly; one that is broken changes nothing. Tokens are kept as
+# SHA-256.
 
 TOKEN_NAME = r"[A-Za-z0-9_.-]{1,64}"
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
@@ -9955,7 +9955,7 @@ def with_key(provider: Provider, environ: Mapping[str, str], *, allow_plain_http
 
 
 class Caller(NamedTuple):
-    """A token: who asks with it, and what that one may do."""
+    """A token: its name, and what its requests may do."""
     name: str
     sha256: str
     budget_microdollars: Optional[int] = None      # None: as much as the proxy's budget allows
@@ -10013,7 +10013,7 @@ MOST_ATTRIBUTION_CHARS = 128
 
 
 def attribution_of(headers: Headers) -> dict[str, Optional[str]]:
-    """Return what a request says of who asks and what for, by ledger column; None: nothing."""
+    """Return what a request says of its sender and its purpose, by ledger column; None: nothing."""
     found = dict.fromkeys(ATTRIBUTION_HEADERS)
     if _ATTRIBUTING.isdisjoint(headers.values):
         return found                                 # at a third of the time
@@ -11792,7 +11792,7 @@ def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) ->
     if tier in (None, "auto"):
         tier = call.provider.default_service_tier
     if tier in ("flex", "batch") or not isinstance(tier, str):
-        tier = None                               # a discount has to be told
+        tier = None                               # a discount has to be stated
     if call.api == "messages":
         usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")},
                  **{name: value for name, value in usage.items() if value is not None}}
@@ -12507,11 +12507,11 @@ class CageServer:
 # open calls, and a bit for each call that has ended (its tombstone), so that whatever is sent twice
 # counts once; and the totals of each day. Numbers there stay below 2 ** 53.
 #
-# Who dies: a process whose heartbeat has not changed for DEAD_S, as seen by another that has itself
+# Death: a process whose heartbeat has not changed for DEAD_S, as seen by another that has itself
 # been heard all the while, is taken for dead, and its open calls are charged at their bounds.
-# Should it come back, its settlement corrects that, once. Who restarts: a server with another
+# Should it come back, its settlement corrects that, once. Restart: a server with another
 # run_id may have forgotten the last writes, so each process first enters again what it knows, and
-# nobody is admitted meanwhile. Who is replaced: a cage is known by a random generation.
+# no call is admitted meanwhile. Replacement: a cage is known by a random generation.
 #
 # Sources: RESP2 (redis.io/docs/reference/protocol-spec), EVALSHA, WAITAOF; read November 2026.
 
@@ -12520,7 +12520,7 @@ ENGINE_DEADLINE_S = 1                         # for one exchange, also to connec
 DISK_DEADLINE_MS = 2_000                      # for --fsync, where the engine flushes each second
 HEARTBEAT_S = 5
 DEAD_S = 30
-CATCH_UP_S = 0.5                              # between two tries to tell what is to be told
+CATCH_UP_S = 0.5                              # between two tries to settle what is not settled yet
 TOMBSTONE_S = DAY_S                           # at least; a later settlement is not believed
 ENGINE_CONNECTIONS_KEPT = 64
 MAX_REPLY_BYTES = 512 * 1024 * 1024           # one string; the server's own limit
@@ -12612,7 +12612,7 @@ class EngineFailed(LedgerUnavailable):
 
 @contextlib.contextmanager
 def replied() -> Iterator[None]:
-    """Read a reply, or raise EngineFailed where it is none to what was asked."""
+    """Raise EngineFailed where a reply does not fit what was asked."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as err:
@@ -12641,7 +12641,7 @@ def format_command(words: Sequence[Union[str, bytes, int]]) -> bytes:
 def read_reply(part: Callable[..., bytes], depth: int = 0) -> Reply:
     """Read one reply, by a reader of the next line or, given a size, of so many bytes.
 
-    Raises ValueError for what is none.
+    Raises ValueError for anything else.
     """
     text = part()
     kind, rest = text[:1], text[1:]
@@ -13032,7 +13032,7 @@ return reply(false, scopes(ARGV[3]))
     "budgets": """
 return reply(false, scopes(ARGV[3]))
 """,
-    # how long nobody is admitted, in seconds
+    # how long no call is admitted, in seconds
     "restarted": """
 if known[2] ~= ARGV[2] then
   redis.call('HSET', cage, 'run_id', ARGV[2], 'held_until', now + tonumber(ARGV[3]))
@@ -13056,7 +13056,7 @@ _LATE = MappingProxyType({b"old": "is not charged: its bound stands",
 
 
 class Settlement(NamedTuple):
-    """What the engine is told of the end of one call; told again, it changes nothing."""
+    """The end of one call, as the engine takes it; taken again, it changes nothing."""
     process: str
     number: int
     record: str                               # "" where the reservation may never have come there
@@ -13116,7 +13116,7 @@ def in_steps(rows: Sequence[_T], most: int) -> Iterator[Sequence[_T]]:
 class Watch:
     """Which processes are dead, from what this one has seen of their heartbeats. Pure.
 
-    Nobody is, before this process has itself been heard for DEAD_S without a break: whoever was
+    None is, before this process has itself been heard for DEAD_S without a break: one that was
     stopped, or was cut off, begins to watch anew. The clocks of others play no part.
     """
 
@@ -13174,7 +13174,7 @@ class SharedAccounts:
             self.durability, self._waits_for_disk = self._checked_engine(fsync)
             self._acknowledge()
             self.set_scopes([Scope(PROXY_SCOPE, limit, "total", stop_at, lambda since_s: 0)])
-            self._told_by_ledger()
+            self._settle_unconfirmed()
             self._beat()
         self._is_entering = False
 
@@ -13217,7 +13217,7 @@ class SharedAccounts:
                             "disk; set appendonly yes and appendfsync always (or use one with "
                             "WAITAOF), or leave --fsync out")
 
-    def _told_by_ledger(self) -> None:
+    def _settle_unconfirmed(self) -> None:
         """Enter what an earlier process on this ledger settled, and could not say here."""
         strange = 0
         for row in self._ledger.unconfirmed():
@@ -13225,7 +13225,7 @@ class SharedAccounts:
             if generation != self._generation:
                 strange += 1
             else:
-                self._tell(_row_settlement(row, process, int(number), record))
+                self._settle_there(_row_settlement(row, process, int(number), record))
         if strange:
             log.warning("calls of another cage stay as they are in the ledger", extra={
                 "fields": {"cage": self.cage, "calls": strange}})
@@ -13336,11 +13336,11 @@ class SharedAccounts:
         self._end(settlement)
         if self.fault is None:
             try:
-                self._tell(settlement)
+                self._settle_there(settlement)
             except EngineFailed:
                 self._wakes.set()                          # tell it soon, not at a heartbeat
 
-    def _tell(self, settlement: Settlement) -> None:
+    def _settle_there(self, settlement: Settlement) -> None:
         """Settle a call in the engine. Raises EngineFailed."""
         outcome, _ = self._run("settle", settlement.process, settlement.number, settlement.record,
                                settlement.microdollars, settlement.label, *settlement.counts)
@@ -13366,7 +13366,7 @@ class SharedAccounts:
 
     def add_spend(self, microdollars: int) -> None:
         """Charge the proxy's scope an amount that nothing was reserved for."""
-        self._tell(Settlement(self._process, self._new_number(),
+        self._settle_there(Settlement(self._process, self._new_number(),
                               f"0|{int(time.time())}|{PROXY_SCOPE}", microdollars))
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
@@ -13439,7 +13439,7 @@ class SharedAccounts:
             with contextlib.suppress(EngineFailed):
                 if self.fault is not None or self._ending:
                     self._catch_up()
-            with contextlib.suppress(EngineFailed):        # also where something cannot be told
+            with contextlib.suppress(EngineFailed):        # also where a call cannot be settled
                 if self.fault is not None or now_s >= beat_s:
                     beat_s = now_s + HEARTBEAT_S
                     self._beat()
@@ -13457,13 +13457,13 @@ class SharedAccounts:
             ending = [*self._ending.values()]
         for settlement in ending:
             try:
-                self._tell(settlement)
+                self._settle_there(settlement)
             except EngineFailed as err:
                 if not err.code:                           # else it is about this one, perhaps
                     raise
 
     def _acknowledge(self) -> None:
-        """Let the cage know the engine's run_id; if it is new, nobody is admitted for a while."""
+        """Let the cage know the engine's run_id; if it is new, no call is admitted for a while."""
         self.engine.ask(["PING"])
         self._watch.forget()
         self._run_id = self.engine.run_id
@@ -13477,7 +13477,7 @@ class SharedAccounts:
         try:
             self._acknowledge()
             for settlement in ended:
-                self._tell(settlement)
+                self._settle_there(settlement)
             self._beat()
         except EngineFailed:
             self._run_id = run_id
@@ -15816,7 +15816,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if not re.fullmatch(r"\d{1,4}", asked, re.ASCII):
             raise BadRequest("limit must be a number of rows from 0 to 9999", param="limit")
         token = next(iter(request.caller.scopes), None)
-        rows = ", ".join(self.ledger.recent(int(asked), token, row_json))
+        rows = ", ".join(map(row_json, self.ledger.recent(int(asked), token)))
         refused = ", ".join(map(json.dumps, self.ledger.refusals(int(asked), token)))
         return f'{{"rows": [{rows}], "refused": [{refused}]}}'.encode("utf-8")
 

@@ -295,7 +295,7 @@ def test_all_keys_of_a_cage_carry_one_hash_tag(engine, shared):
 
 def tell(controller, number, cost, record="", process=None, **more):
     accounts = controller.accounts
-    accounts._tell(ic.Settlement(process or accounts._process, number, record, cost, **more))
+    accounts._settle_there(ic.Settlement(process or accounts._process, number, record, cost, **more))
 
 
 def test_a_settlement_told_twice_counts_once(shared):
