@@ -15985,6 +15985,33 @@ _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
 _parse_field = text_like(r"[A-Za-z0-9_.-]{1,64}", "the name of a field, such as top_k or a.b")
 
 
+def parse_moment(text: str, now_s: int) -> int:
+    """Unix seconds of what --since and --until take; a day or a month is its beginning, in UTC."""
+    today_s = period_start("day", now_s)
+    span = re.fullmatch(r"([0-9]{1,5})([dh])", text)
+    if span is not None:
+        return today_s - int(span[1]) * DAY_S if span[2] == "d" else now_s - int(span[1]) * 3600
+    if text in ("today", "yesterday"):
+        return today_s - DAY_S * (text == "yesterday")
+    with contextlib.suppress(ValueError):
+        return parse_time(f"{text}-01" if re.fullmatch("[0-9]{4}-[0-9]{2}", text) else text)
+    raise ValueError("must be a date such as 2026-12-31 or 2026-12-31T23:59:59Z, a month such as "
+                     "2026-12, today, yesterday, or a time back from now such as 7d or 24h")
+
+
+def _parse_when(text: str) -> int:
+    return parse_moment(text, int(time.time()))
+
+
+def _parse_groups(text: str) -> list[str]:
+    groups = text.split(",")
+    for group in groups:
+        if group not in USAGE_GROUPS or groups.count(group) > 1:
+            raise ValueError(f"{shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, each once"
+                             + did_you_mean(group, USAGE_GROUPS))
+    return groups
+
+
 class Setting(NamedTuple):
     """One row of the settings: a flag, the field of Settings that it sets, and how it is read."""
     flag: str
@@ -16084,11 +16111,11 @@ OPTIONS = (
     Setting("--csv", "csv", "", str, "print CSV", commands="usage"),
     Setting("--compare", "compare", "FILE", str, "print what another price table would change",
             commands="models"),
-    Setting("--since", "since", "WHEN", str, "from this time on (UTC): a date, with a time or not, "
+    Setting("--since", "since", "WHEN", _parse_when, "from this time on (UTC): a date, with a time or not, "
             "a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
-    Setting("--until", "until", "WHEN", str, "up to this time, which is the beginning of a date or "
+    Setting("--until", "until", "WHEN", _parse_when, "up to this time, which is the beginning of a date or "
             "month", commands="usage"),
-    Setting("--by", "by", "NAMES", str, "one table by one or several, joined by commas, of "
+    Setting("--by", "by", "NAMES", _parse_groups, "one table by one or several, joined by commas, of "
             f"{', '.join(USAGE_GROUPS)}", commands="usage"),
     Setting("--refused", "refused", "", str, "what was refused, and why", commands="usage"),
     Setting("--help", "help", "", str, "what a command does and takes"),
@@ -16158,7 +16185,8 @@ def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
 
 
 def parse_arguments(argv: Sequence[str]) -> dict:
-    """Return the command line by names, values as text. Raises Misconfigured.
+    """Return the command line by names: values of SETTINGS as text, of OPTIONS as they are read.
+    Raises Misconfigured.
 
     `wrapped` is what follows a --, the command to run; None where there is no --.
     """
@@ -16190,6 +16218,10 @@ def parse_arguments(argv: Sequence[str]) -> dict:
             raise _unknown_flag(command, row.flag, str(given[row.field]))
     if rest and (command == "serve" or not COMMANDS[command].words):
         raise Misconfigured(f"{command} takes no further words ({shown_name(rest[0])})")
+    for row in OPTIONS:
+        if row.metavar and given[row.field] is not None:
+            with checking(f"{row.flag}:"):
+                given[row.field] = row.parse(given[row.field])
     return given
 
 
@@ -16610,7 +16642,7 @@ def model_text(router: Router, model: str) -> str:
             f"{format_usd(bound.microdollars(1000))}")
 
 
-def run_check(settings: Settings, given: Mapping[str, object]) -> int:
+def run_check(settings: Settings, given: Mapping[str, object]) -> None:
     """Say what is configured and whether it can serve, without serving.
 
     A proxy that serves already is left alone: its port and its ledger's lock are not taken.
@@ -16623,7 +16655,6 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> int:
             print(f"{what:9} {text}")
     finally:
         server.server_close()
-    return 0
 
 
 def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
@@ -16722,32 +16753,6 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
         ",".join(cell(row[column]) for column in columns) for row in rows)])
 
 
-def parse_moment(text: str, now_s: int) -> int:
-    """Unix seconds of what --since and --until take; a day or a month is its beginning, in UTC."""
-    today_s = period_start("day", now_s)
-    span = re.fullmatch(r"([0-9]{1,5})([dh])", text)
-    if span is not None:
-        return today_s - int(span[1]) * DAY_S if span[2] == "d" else now_s - int(span[1]) * 3600
-    if text in ("today", "yesterday"):
-        return today_s - DAY_S * (text == "yesterday")
-    with contextlib.suppress(ValueError):
-        return parse_time(f"{text}-01" if re.fullmatch("[0-9]{4}-[0-9]{2}", text) else text)
-    raise ValueError("must be a date such as 2026-12-31 or 2026-12-31T23:59:59Z, a month such as "
-                     "2026-12, today, yesterday, or a time back from now such as 7d or 24h")
-
-
-def _moments(given: Mapping[str, object]) -> tuple[int, int]:
-    """What --since and --until say. Raises Misconfigured."""
-    moments = []
-    for name, otherwise in (("since", 0), ("until", MOST_SECONDS)):
-        with checking(f"--{name}:"):
-            moments.append(otherwise if given[name] is None
-                           else parse_moment(given[name], int(time.time())))
-    if moments[0] >= moments[1]:
-        raise Misconfigured("--until must be later than --since")
-    return moments[0], moments[1]
-
-
 def _print_report(given: Mapping[str, object], record: object, text: str,
                   columns: Sequence[str] = (), rows: Iterable[Mapping] = ()) -> None:
     """Print what a command found: as text, as --json does, or as --csv."""
@@ -16755,37 +16760,31 @@ def _print_report(given: Mapping[str, object], record: object, text: str,
           else csv_text(columns, rows) if given["csv"] else text)
 
 
-def run_usage(settings: Settings, given: Mapping[str, object]) -> int:
+def run_usage(settings: Settings, given: Mapping[str, object]) -> None:
     """Print what was spent, by model, token and day or by what --by says; or what was refused."""
-    since_s, until_s = _moments(given)
+    since_s = 0 if given["since"] is None else given["since"]
+    until_s = MOST_SECONDS if given["until"] is None else given["until"]
+    if since_s >= until_s:
+        raise Misconfigured("--until must be later than --since")
     if settings.shared is not None and (given["shared"] or not given["ledger_path"]):
         if any(given[flag] for flag in ("by", "csv", "refused", "until")):
             raise Misconfigured("of a shared budget there is no --by, --until, --csv or --refused: "
                                 "ask a ledger, with --ledger and without --shared")
         report = _cage_usage(settings, since_s)
-        _print_report(given, report, overview_text(report))
-        return 0
+        return _print_report(given, report, overview_text(report))
     path = _ledger_path(settings)
     if given["refused"]:
         rows = refused_calls(path, since_s, until_s)
-        _print_report(given, {"refused": rows}, refusals_text(rows), REFUSAL_COLUMNS, rows)
-        return 0
-    groups = given["by"].split(",") if given["by"] is not None else \
-        ["day", "token", "model"] if given["csv"] else []
-    for group in groups:
-        if group not in USAGE_GROUPS or groups.count(group) > 1:
-            raise Misconfigured(f"--by: {shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, "
-                                "each once" + did_you_mean(group, USAGE_GROUPS))
+        return _print_report(given, {"refused": rows}, refusals_text(rows), REFUSAL_COLUMNS, rows)
+    groups = given["by"] or (["day", "token", "model"] if given["csv"] else [])
     if not groups:
         report = usage_report(path, since_s, until_s)
-        _print_report(given, report, overview_text(report))
-        return 0
+        return _print_report(given, report, overview_text(report))
     rows = usage_by(path, groups, since_s, until_s)
     total = total_spend(rows)
     last = {**dict.fromkeys(groups, " "), groups[0]: "total", **total}
     _print_report(given, {"rows": rows, "total": total}, spend_table(groups, [*rows, last]),
                   [*groups, *total], rows)
-    return 0
 
 
 def overview_text(report: Mapping[str, object]) -> str:
@@ -16831,7 +16830,7 @@ def _engine(settings: Settings) -> Iterator[Engine]:
         engine.close()
 
 
-def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
+def run_cage(settings: Settings, given: Mapping[str, object]) -> None:
     """`cage new NAME`: make a cage in the engine of --shared, or begin it anew."""
     action, name, *more = [*given["words"], "", ""]
     if action != "new" or not name or any(more):
@@ -16842,7 +16841,6 @@ def run_cage(settings: Settings, given: Mapping[str, object]) -> int:
         there_was = make_cage(engine, name)
     print(f"the cage {name} at {settings.shared} is new" + (
         "; what it knew is forgotten, and its proxies must be started again" if there_was else ""))
-    return 0
 
 
 def _prices_of(settings: Settings) -> PriceBook:
@@ -16927,7 +16925,7 @@ def tokens_table(rows: Iterable[Mapping[str, object]]) -> str:
                   *([cell(row, name) for name in TOKEN_COLUMNS] for row in rows)])
 
 
-def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
+def run_tokens(settings: Settings, given: Mapping[str, object]) -> None:
     """`tokens list | add NAME [field=value ...] | revoke NAME`, on the file of --config."""
     path, (action, *words) = settings.config_path, given["words"] or ["list"]
     if path is None:
@@ -16935,8 +16933,7 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
     if action == "list" and not words:
         rows = [token_standing(caller, settings.ledger_path, int(time.time()))
                 for caller in load_config(path, {}).callers]
-        _print_report(given, {"tokens": rows}, tokens_table(rows))
-        return 0
+        return _print_report(given, {"tokens": rows}, tokens_table(rows))
     if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):
         raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
     config = read_config(path) if action == "revoke" or os.path.exists(path) else {}
@@ -16954,7 +16951,6 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> int:
         said = f"{token}\n  is the token {shown}; it is not shown again"
     _replace_file(path, config)
     print(said)
-    return 0
 
 
 def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, object]:
@@ -17165,7 +17161,7 @@ def price_changes(old: PriceBook, new: PriceBook) -> Iterator[tuple[str, str]]:
                            f"{becomes.get(cell, 'absent')}"
 
 
-def run_models(settings: Settings, given: Mapping[str, object]) -> int:
+def run_models(settings: Settings, given: Mapping[str, object]) -> None:
     """List what is priced, in USD for a million tokens; or what another table would change."""
     prices = _prices_of(settings)
     if given["compare"] is not None:
@@ -17174,23 +17170,21 @@ def run_models(settings: Settings, given: Mapping[str, object]) -> int:
             kinds[kind] += 1
             print(f"{kind} {re.sub(UNPRINTABLE, '?', line)}")
         print(f"{kinds['+']} models added, {kinds['-']} removed, {kinds['~']} cells changed")
-        return 0
+        return
     priced = ((key, prices.price(key)) for key in prices.keys())
     print(table([("model", "provider", "input", "output"), *(
         (key, price.provider, *price.per_million()[:2]) for key, price in priced)], lefts=2)
         + "\nin USD for a million tokens")
-    return 0
 
 
-def run_version(settings: Settings, given: Mapping[str, object]) -> int:
+def run_version(settings: Settings, given: Mapping[str, object]) -> None:
     """Print the version."""
     print(f"ironcage_proxy {__version__}")
-    return 0
 
 
 class Command(NamedTuple):
     """What a word of the command line does."""
-    run: Callable[[Settings, Mapping[str, object]], int]
+    run: Callable[[Settings, Mapping[str, object]], Optional[int]]     # the exit code; None is 0
     about: str
     words: str = ""                           # what may follow it
     example: str = ""
@@ -17229,11 +17223,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(help_text(given["command"]), end="")
             return 0
         if given["version"]:
-            return COMMANDS["version"].run(None, given)
+            return run_version(None, given) or 0
         settings = settings_from(argv)
         _set_up_logging(settings)
         run = COMMANDS[given["command"]].run
-        return (run if given["wrapped"] is None else run_wrapped)(settings, given)
+        return (run if given["wrapped"] is None else run_wrapped)(settings, given) or 0
     except Misconfigured as err:
         line = "".join(char if char.isprintable() else "?" for char in str(err))
         print(f"ironcage_proxy: {line}", file=sys.stderr)
@@ -17328,8 +17322,8 @@ class LlmRouter:
     @property
     def budget(self) -> Optional[float]:
         """The limit in USD, or None."""
-        limit = self._server.router.controller.budget_limit()
-        return None if limit is None else limit / MICRODOLLARS_PER_USD
+        status = self.budget_status
+        return status and status[1]
 
     @property
     def budget_status(self) -> Optional[tuple[float, float]]:
