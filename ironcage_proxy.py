@@ -16111,12 +16111,12 @@ OPTIONS = (
     Setting("--csv", "csv", "", str, "print CSV", commands="usage"),
     Setting("--compare", "compare", "FILE", str, "print what another price table would change",
             commands="models"),
-    Setting("--since", "since", "WHEN", _parse_when, "from this time on (UTC): a date, with a time or not, "
-            "a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
-    Setting("--until", "until", "WHEN", _parse_when, "up to this time, which is the beginning of a date or "
-            "month", commands="usage"),
-    Setting("--by", "by", "NAMES", _parse_groups, "one table by one or several, joined by commas, of "
-            f"{', '.join(USAGE_GROUPS)}", commands="usage"),
+    Setting("--since", "since", "WHEN", _parse_when, "from this time on (UTC): a date, with a time "
+            "or not, a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
+    Setting("--until", "until", "WHEN", _parse_when,
+            "up to this time, which is the beginning of a date or month", commands="usage"),
+    Setting("--by", "by", "NAMES", _parse_groups, "one table by one or several, joined by commas, "
+            f"of {', '.join(USAGE_GROUPS)}", commands="usage"),
     Setting("--refused", "refused", "", str, "what was refused, and why", commands="usage"),
     Setting("--help", "help", "", str, "what a command does and takes"),
     Setting("--version", "version", "", str, "print the version"),

@@ -376,6 +376,33 @@ def test_a_flag_or_word_that_is_out_of_place_is_one_sentence(capsys, argv, fault
     assert fault in err and "s3cret" not in err
 
 
+SHARED = ["--shared", "redis://127.0.0.1:1"]
+
+
+@pytest.mark.parametrize("argv, fault", [
+    (["--server-url", "https://x", *SHARED], "two places for one budget"),
+    (["--server-url", "https://x"], "--server-url needs --server-token"),
+    (["--admin-token", ADMIN_TOKEN, "--", "x"], "set IRONCAGE_ADMIN_TOKEN in the environment"),
+    (["usage"], "say which ledger"), (["audit", "--ledger", "none.db"], "no ledger none.db"),
+    (["usage", "--since", "today", "--until", "yesterday"], "--until must be later than --since"),
+    (["usage", *SHARED, "--by", "day"], "of a shared budget there is no --by"),
+    (["usage", *SHARED, "--until", "today"], "of a shared budget there is no --by"),
+    (["usage", "--shared", "redis://127.0.0.1:1"], "redis://127.0.0.1:1/0 cannot be used"),
+    (["cage", "new", "team"], "say where the shared budget is"), (["cage", *SHARED], "cage takes"),
+    (["cage", "new", "a", "b", *SHARED], "cage takes"), (["cage", "old", "a"], "cage takes"),
+    (["cage", "new", "a b", *SHARED], "the cage's name: must be"),
+    (["tokens", "list"], "say which configuration"), (["--"], "there must be a command"),
+    (["tokens", "list", "now", "--config", "none.json"], "tokens takes"),
+    (["tokens", "revoke", "a", "b", "--config", "none.json"], "tokens takes"),
+    (["models", "gpt-4o"], "models takes no further words")])
+def test_what_a_command_cannot_do_is_one_sentence(capsys, monkeypatch, tmp_path, argv, fault):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = said(capsys, *argv)
+
+    assert (2, "", 1) == (code, out, err.count("\n"))
+    assert fault in err and ADMIN_TOKEN not in err
+
+
 def test_the_version_is_a_flag_and_a_command(capsys):
     assert said(capsys, "--version") == said(capsys, "version") == (
         0, f"ironcage_proxy {program().__version__}\n", "")
