@@ -60,6 +60,15 @@ def log_as_imported():
 
 
 @pytest.fixture
+def logged(caplog):
+    """Return all that the log says so far: of each record its level, its words and its fields."""
+    caplog.set_level(logging.DEBUG, "ironcage")
+    return lambda: "\n".join(
+        f"{record.levelname} {record.getMessage()} {getattr(record, 'fields', {})}"
+        for record in [*caplog.records])
+
+
+@pytest.fixture
 def mock():
     with MockProvider() as provider:
         yield provider

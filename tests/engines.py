@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from support import PATIENCE_S, program
+from support import PATIENCE_S, pause, program, until
 
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 
@@ -39,15 +38,14 @@ class RealEngine:
             [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder),
              "--save", "", "--unixsocket", str(self.folder / "sock"), *self.config],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline_s = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(OSError), socket.create_connection(
-                    ("127.0.0.1", self.port), 1) as sock:
-                sock.sendall(b"PING\r\n")
-                if not sock.recv(64).startswith(b"-LOADING"):
-                    return
-            threading.Event().wait(0.01)
-        raise AssertionError("the engine did not start")
+        until(self._answers, "the engine starts")
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(
+                ("127.0.0.1", self.port), 1) as sock:
+            sock.sendall(b"PING\r\n")
+            return not sock.recv(64).startswith(b"-LOADING")
+        return False
 
     def kill(self) -> None:
         self.process.kill()
@@ -121,7 +119,7 @@ class FakeEngine:
                 self.seen.append(words)
                 reply = self.answer_to(words)
                 if reply is None:
-                    threading.Event().wait(PATIENCE_S)
+                    pause(PATIENCE_S, "it hangs")
                     return
                 if reply == b"":
                     return

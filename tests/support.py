@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -943,6 +944,21 @@ def each_seed(count: int) -> Callable:
             parameter for name, parameter in signature.parameters.items() if name != "seed"])
         return run
     return decorated
+
+
+def until(condition: Callable[[], object], what: str = "it came to that") -> None:
+    """Wait until a condition holds. Raises AssertionError saying what did not happen."""
+    for _ in range(int(PATIENCE_S / 0.003)):
+        if condition():
+            return
+        threading.Event().wait(0.003)
+    raise AssertionError(f"never happened: {what}")
+
+
+def pause(seconds: float, why: str) -> None:
+    """Let time pass that is part of a test, which says why; to wait for something, use until()."""
+    assert why
+    time.sleep(seconds)
 
 
 # The proxy.

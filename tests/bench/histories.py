@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import ironcage_proxy as ic  # noqa: E402
+import ironcage_proxy as ic
 
 TOKENS, DAYS = 20, 200
 # Columns and rows as 0.2.3 wrote them, with usage and bills that add up at gpt-4o-mini's price.

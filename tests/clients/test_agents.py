@@ -24,8 +24,7 @@ from typing import Callable, NamedTuple, Optional
 
 import pytest
 from agents import DONE, SCENARIOS, SUBTASK, SUMMARY, TASK, Model
-from support import (ANTHROPIC_KEY, OPENAI_KEY, ROOT, kill_programs_of, proxy_environment,
-                     rates)
+from support import ANTHROPIC_KEY, OPENAI_KEY, ROOT, kill_programs_of, proxy_environment, rates
 
 HERE = Path(__file__).resolve().parent
 PATIENCE_S = 120                        # for a client on a busy machine

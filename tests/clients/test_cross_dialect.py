@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from support import (TOKEN, Reply, anthropic_error, openai_error, settled_status, sse)
+from support import TOKEN, Reply, anthropic_error, openai_error, settled_status, sse
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")

@@ -9,8 +9,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from support import (ADMIN_TOKEN, MockProvider, Reply, call, program, settled_status,
-                     start_proxy)
+from support import ADMIN_TOKEN, MockProvider, Reply, call, program, settled_status, start_proxy
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}

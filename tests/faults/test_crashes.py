@@ -10,8 +10,8 @@ import threading
 import time
 
 import pytest
-from support import (PATIENCE_S, TOKEN, Gate, MockProvider, RawClient, Served, call, program,
-                     proxy_environment)
+from support import (PATIENCE_S, TOKEN, Gate, MockProvider, RawClient, Served, call, pause,
+                     program, proxy_environment)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 400,
         "messages": [{"role": "user", "content": "hello there"}]}
@@ -42,7 +42,7 @@ def load(port, is_over, seed):
                 if rng.random() < 0.8:
                     client.read_answer()
         except (OSError, EOFError, AssertionError, ValueError):
-            threading.Event().wait(0.002)
+            pause(0.002, "the server is being killed")
 
 
 def kill_under_load(mock, path, rng, *argv):
@@ -53,7 +53,7 @@ def kill_under_load(mock, path, rng, *argv):
                    for _ in range(6)]
         for thread in threads:
             thread.start()
-        threading.Event().wait(rng.uniform(0.01, 0.4))
+        pause(rng.uniform(0.01, 0.4), "load of some length")
         server.process.kill()
         server.process.wait(PATIENCE_S)
         is_over.set()
@@ -65,7 +65,7 @@ def settle_down(mock):
     before = -1
     while before != mock.billed_microdollars:
         before = mock.billed_microdollars
-        threading.Event().wait(0.05)
+        pause(0.05, "the mock bills what it has sent")
     return before
 
 

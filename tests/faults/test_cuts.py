@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from support import Close, Gate, RawClient, Raw, call, program, recordings, settled_status
+from support import Close, Gate, Raw, RawClient, call, program, recordings, settled_status
 from test_every_way_to_end import PATHS, stream  # noqa: F401  (a fixture)
 
 MANY = pytest.mark.parametrize("most", [60, pytest.param(200, marks=pytest.mark.soak)])

@@ -16,7 +16,7 @@ from typing import Callable, Optional
 
 import pytest
 from support import (OPENAI_KEY, PATIENCE_S, RATES, Close, Cut, Gate, Hang, MockProvider, Raw,
-                     RawClient, Reply, call, program, settled_status, sse, sse_events,
+                     RawClient, Reply, call, pause, program, settled_status, sse, sse_events,
                      start_proxy)
 
 PATHS = {
@@ -1123,7 +1123,7 @@ def test_a_client_that_reads_by_drops_does_not_hold_a_call_for_ever(mock, proxy_
                 read += len(data)
                 if not data:
                     break
-                threading.Event().wait(0.005 if slowly else 0)
+                pause(0.005 if slowly else 0, "it reads slowly")
 
     assert 200_000 <= read < 30_000_000
     assert 0 == settled_status(proxy)["reserved_microdollars"]

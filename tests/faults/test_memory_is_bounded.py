@@ -5,11 +5,10 @@ import gzip
 import json
 import sys
 import threading
-import time
 
 import pytest
-from support import (ROOT, TOKEN, Close, Gate, RawClient, Reply, Served, call, program,
-                     proxy_environment, settled_status, sse, status_of)
+from support import (ROOT, TOKEN, Close, Gate, RawClient, Reply, Served, call, pause, program,
+                     proxy_environment, settled_status, sse, status_of, until)
 
 sys.path.append(str(ROOT / "tests" / "bench"))
 from screenshots import conversation
@@ -35,14 +34,6 @@ def was_estimated(proxy):
     settled_status(proxy)
     row, = call(proxy.port, "GET", "/ironcage/usage").json["rows"]
     return row["estimated"] is not None and row["cost_microdollars"] > 0
-
-
-def until(condition, what):
-    for _ in range(2_000):
-        if condition():
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError(f"it never came to that: {what}")
 
 
 def head_of(length, token=TOKEN, path="/v1/chat/completions"):
@@ -228,7 +219,7 @@ def send_until_served(port, body, token=TOKEN):
             answer = client.read_answer()
         statuses.append(answer.status)
         if answer.status == 503:
-            time.sleep(float(answer.header("retry-after")))
+            pause(float(answer.header("retry-after")), "as it is asked to")
     return statuses
 
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Gate, RawClient, Reply, call, program,
-                     proxy_environment)
+                     proxy_environment, until)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -22,14 +22,6 @@ def asking(proxy, fields=CHAT):
                                                   fields))
     thread.start()
     return thread
-
-
-def until(condition):
-    for _ in range(10_000):
-        if condition():
-            return
-        threading.Event().wait(0.001)
-    raise AssertionError("it never came to that")
 
 
 @contextlib.contextmanager

@@ -27,12 +27,6 @@ def path(tmp_path):
     return str(tmp_path / "cage.db")
 
 
-@pytest.fixture
-def logged(caplog):
-    caplog.set_level("INFO", "ironcage")
-    return caplog
-
-
 @contextlib.contextmanager
 def serving(path, *argv):
     """A server on a ledger, with a provider behind it."""
@@ -520,7 +514,7 @@ def test_a_ledger_that_is_changed_under_the_server_takes_no_new_calls(path, chan
     assert [503, 503] == [answer.status for answer in refused]
     assert "iron_cage_ledger_unavailable" == refused[0].json["error"]["type"]
     assert "cage.db" in refused[0].json["error"]["message"]
-    assert 1 == logged.text.count("the ledger takes no new calls")
+    assert 1 == logged().count("the ledger takes no new calls")
     assert 1 == len(mock.seen) and spent(server) == mock.billed_microdollars
 
 
@@ -536,7 +530,7 @@ def test_a_ledger_that_is_put_back_takes_calls_again_and_has_lost_nothing(path, 
     server.stop()
 
     assert (503, 200) == (refused.status, again.status)
-    assert "the ledger is back" in logged.text
+    assert "the ledger is back" in logged()
     assert mock.billed_microdollars == spent_in(path) > 0
 
 
@@ -558,7 +552,7 @@ def test_what_happens_to_a_ledger_is_logged_also_while_nobody_calls(path, logged
         server._looked_s = 0
         server.service_actions()
 
-        assert "the ledger takes no new calls" in logged.text
+        assert "the ledger takes no new calls" in logged()
     finally:
         os.rename(path + ".away", path)
         server.stop()

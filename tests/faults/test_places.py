@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from support import (PATIENCE_S, TOKEN, Gate, RawClient, Served, call, program,
-                     proxy_environment, settled_status, turn_of)
+from support import (PATIENCE_S, TOKEN, Gate, RawClient, Served, call, pause, program,
+                     proxy_environment, settled_status, turn_of, until)
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -35,14 +35,6 @@ def config(tmp_path):
                                                {"name": "other", "token": OTHER}]}))
         return str(path)
     return write
-
-
-def until(condition, what="it came to that"):
-    for _ in range(PATIENCE_S * 100):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"never happened: {what}")
 
 
 def connected(port, data):
@@ -420,7 +412,7 @@ def test_a_slow_body_that_keeps_up_is_served_however_long_it_takes(mock, proxy_f
         client.send(HEAD.format(TOKEN, len(body)).encode())
         for at in range(0, len(body), 10):
             client.send(body[at:at + 10])
-            time.sleep(0.04)                   # 250 bytes a second, 1.2 s in all
+            pause(0.04, "250 bytes a second, 1.2 s in all")
 
         assert 200 == client.read_answer().status
     assert 0 == settled_status(proxy)["reserved_microdollars"]

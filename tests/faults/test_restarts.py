@@ -11,8 +11,8 @@ import sys
 import threading
 
 import pytest
-from support import (PATIENCE_S, ROOT, TOKEN, Hang, RawClient, Reply, call,
-                     program, proxy_environment, run_program, sse_events, start_proxy, started)
+from support import (PATIENCE_S, ROOT, TOKEN, Hang, RawClient, Reply, call, pause, program,
+                     proxy_environment, run_program, sse_events, start_proxy, started, until)
 
 ic = program()
 posix = pytest.mark.skipif(os.name != "posix", reason="sockets are handed over on POSIX")
@@ -186,8 +186,7 @@ def test_a_new_process_accepts_nothing_before_it_has_the_ledger(listener, tmp_pa
     ledger = ic.SqliteLedger(flags[-1])
     with Handed(listener, *flags) as handed, RawClient(port_of(listener)) as client:
         client.request("GET", "/ironcage/status")
-        while not any("waiting for the ledger" in line for line in handed.errors):
-            threading.Event().wait(0.01)
+        until(lambda: any("waiting for the ledger" in line for line in handed.errors))
         client.sock.settimeout(0.2)
         with pytest.raises(socket.timeout):
             client.sock.recv(1, socket.MSG_PEEK)           # it waits in the backlog
@@ -286,7 +285,7 @@ def restarts(mock, listener, ledger, rounds, threads, cuts):
             while not any(caller.fault for caller in callers) and (
                     sum(len(caller.outcomes) for caller in callers) < count + threads // 2
                     or (cuts and not hanging)):
-                threading.Event().wait(0.01)
+                pause(0.01, "between two looks at load that may take long")
             exits.append(stopped(serving, hanging))
             following.wait_until_it_serves()
             serving = following

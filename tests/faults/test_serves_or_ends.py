@@ -9,8 +9,8 @@ import sqlite3
 import threading
 
 import pytest
-from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, program, proxy_environment, run_program, sse)
+from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Gate, Hang, RawClient, Reply, Served, call,
+                     program, proxy_environment, run_program, sse, until)
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100, "stream": True,
@@ -18,21 +18,6 @@ CHAT = {"model": "gpt-4o-mini", "max_tokens": 100, "stream": True,
 STREAM = Reply(headers=(("content-type", "text/event-stream"),), framing="chunked", steps=(
     sse({"id": "c", "choices": [{"index": 0, "delta": {"content": "x"}}]}), Hang()))
 ALICE = "ic_alice_token_0123"
-
-
-def until(condition, what="it came to that"):
-    for _ in range(PATIENCE_S * 100):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"never happened: {what}")
-
-
-@pytest.fixture
-def logged(caplog):
-    """All that the log said so far, with its fields."""
-    return lambda: "\n".join(f"{record.levelname} {record.getMessage()} "
-                             f"{getattr(record, 'fields', {})}" for record in [*caplog.records])
 
 
 def is_refused(port):

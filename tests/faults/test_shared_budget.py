@@ -13,8 +13,8 @@ from random import Random
 
 import pytest
 from engines import BUDGET, NIL, FakeEngine, RealEngine, free_port, many
-from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, each_seed,
-                     settled_status, status_of)
+from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, each_seed, pause,
+                     settled_status, status_of, until)
 
 import ironcage_proxy as ic
 
@@ -24,14 +24,6 @@ CHAT = {"model": "gpt-4o-mini", "max_tokens": 500,
 
 def fixed(microdollars):
     return ic.fixed_bound(microdollars)
-
-
-def until(condition, what):
-    for _ in range(int(PATIENCE_S / 0.01)):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"never happened: {what}")
 
 
 @pytest.fixture
@@ -740,10 +732,10 @@ def test_an_engine_that_stalls_makes_nobody_dead(own_engine, quick):
     for process in processes:
         process.ask(fixed(100))
     engine.pause()
-    threading.Event().wait(1)                                # thrice what makes one dead
+    pause(1, "thrice what makes one dead")
     engine.go_on()
     until(lambda: all(process.accounts.fault is None for process in processes), "all are back")
-    threading.Event().wait(0.5)
+    pause(0.5, "they would be charged by now")
 
     assert (0, 300) == shared.amounts()
     shared.close()
@@ -916,7 +908,7 @@ def test_an_engine_that_is_away_is_asked_now_and_then_and_not_in_a_tight_loop(ow
         *args, **more))[1])
 
     until(lambda: asked, "it is asked again")
-    threading.Event().wait(2 * ic.CATCH_UP_S)
+    pause(2 * ic.CATCH_UP_S, "it would be asked for ever")
 
     assert len(asked) <= 20
     shared.close()

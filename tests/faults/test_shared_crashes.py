@@ -12,22 +12,13 @@ from random import Random
 
 import pytest
 from engines import RealEngine
-from support import Gate, MockProvider, Served, call, proxy_environment
+from support import Gate, MockProvider, Served, call, pause, proxy_environment, until
 
 import ironcage_proxy as ic
 
 QUICK = str(Path(__file__).resolve().parent / "quick_cage.py")
 TOKENS = [("day", "day", "0.8"), ("week", "week", "0.9"), ("total", "total", "1")]
 PATIENCE_S = 30
-
-
-def until(condition, what):
-    deadline_s = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline_s:
-        if condition():
-            return
-        threading.Event().wait(0.02)
-    raise AssertionError(f"never happened: {what}")
 
 
 def secret(name):
@@ -60,7 +51,7 @@ class Fleet:
             with contextlib.suppress(AssertionError):
                 return Served(*self.flags, "--ledger", str(self.ledgers[number]),
                               program=self.program, environ=proxy_environment(self.mock))
-            threading.Event().wait(0.1)
+            pause(0.1, "the engine may be away")
         raise AssertionError("a process did not start")
 
     def kill(self, number):
@@ -124,14 +115,14 @@ def survives(tmp_path, mock, *, seconds, threads, kill_every_s, kill_engine_ever
                         polls[0] += 1
                         if spent + reserved > limit or min(spent, reserved) < 0:
                             over.append((scope, spent, reserved, limit))
-            threading.Event().wait(0.01)
+            pause(0.01, "between two looks")
 
     def break_engine():
         while kill_engine_every_s and time.monotonic() + kill_engine_every_s < ends_s:
-            threading.Event().wait(kill_engine_every_s)
+            pause(kill_engine_every_s, "load of some length")
             with starts:
                 engine.kill()
-                threading.Event().wait(0.3)
+                pause(0.3, "the engine is away")
                 engine.start()
 
     running = [threading.Thread(target=spend, args=(number,)) for number in range(threads)] + [
@@ -140,7 +131,7 @@ def survives(tmp_path, mock, *, seconds, threads, kill_every_s, kill_engine_ever
         for thread in running:
             thread.start()
         while time.monotonic() + kill_every_s < ends_s:
-            threading.Event().wait(kill_every_s)
+            pause(kill_every_s, "load of some length")
             with starts:
                 fleet.kill(rng.randrange(4))
         for thread in running:
@@ -189,7 +180,7 @@ def test_a_process_that_is_stopped_and_goes_on_settles_late_and_is_corrected(
 
             fleet.processes[0].process.send_signal(signal.SIGSTOP)
             gate.event.set()
-            threading.Event().wait(stalled_s)
+            pause(stalled_s, "until it is taken for dead")
             until(lambda: fleet.amounts("day") == (bound, 0), "it is charged at its bound")
             fleet.processes[0].process.send_signal(signal.SIGCONT)
             until(lambda: fleet.amounts("day")[0] < bound, "that is corrected")

@@ -9,7 +9,7 @@ import tracemalloc
 from random import Random
 
 import pytest
-from support import ROOT
+from support import ROOT, until
 
 import ironcage_proxy as ic
 
@@ -41,8 +41,7 @@ def waiting(memory, claimed, megabytes, done):
 
     thread = threading.Thread(target=hold)
     thread.start()
-    while memory.as_json()["waiting"] == count:
-        threading.Event().wait(0.001)
+    until(lambda: memory.as_json()["waiting"] > count, "it waits in line")
     return thread
 
 
@@ -104,8 +103,7 @@ def test_who_gives_up_lets_those_behind_go_on(memory, monkeypatch):
         first = threading.Thread(target=lambda: pytest.raises(
             ic.ServerBusy, claim(memory, "bob").hold, 30 * MB))
         first.start()
-        while not memory.as_json()["waiting"]:
-            threading.Event().wait(0.001)
+        until(lambda: memory.as_json()["waiting"], "it waits in line")
     behind = waiting(memory, claim(memory, "carol"), 5, done)
 
     first.join()

@@ -72,9 +72,10 @@ def test_details_that_are_no_object_are_malformed_usage_or_nothing(api, name, ba
              name: bad}
 
     try:
-        ic.PriceBook({"m": PLAIN}).cost("m", usage, api=api)
+        cost = ic.PriceBook({"m": PLAIN}).cost("m", usage, api=api)
     except ic.MalformedUsage:
-        pass
+        return
+    assert cost == ic.PriceBook({"m": PLAIN}).cost("m", {**usage, name: None}, api=api) > 0
 
 
 @pytest.mark.parametrize("api, usage", [
@@ -114,7 +115,10 @@ def test_digits_that_only_python_reads_are_no_amount(value):
     ("messages", {"type": "error", "error": "boom"}),
 ], ids=repr)
 def test_events_of_the_wrong_shape_are_read_without_a_crash(api, event):
-    ic.AnswerMeter(api).read_event(json.dumps(event).encode())
+    meter = ic.AnswerMeter(api)
+    meter.read_event(json.dumps(event).encode())
+
+    assert not meter.usage_is_final
 
 
 def test_null_usage_of_the_chunk_is_what_goes_and_not_another():

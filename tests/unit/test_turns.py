@@ -4,10 +4,9 @@ import random
 import select
 import socket
 import threading
-import time
 
 import pytest
-from support import program, turn_of
+from support import pause, program, turn_of, until
 
 ic = program()
 LONG_S = 30
@@ -45,13 +44,6 @@ def all_end(threads):
     return not any(thread.is_alive() for thread in threads)
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.001)
-
-
 def test_who_waits_in_line_runs_in_order(turns):
     order = []
 
@@ -63,7 +55,7 @@ def test_who_waits_in_line_runs_in_order(turns):
     with turn_of(turns):
         for name in "abc":
             threads += started(lambda name=name: run(name))
-            wait_until(lambda: len(turns._line) == len(threads))
+            until(lambda: len(turns._line) == len(threads))
         assert [] == order
 
     assert all_end(threads)
@@ -111,7 +103,7 @@ def test_two_who_are_outside_do_not_come_back_together(turns):
                 with turns.outside():
                     pass
                 inside.append(1)
-                time.sleep(0)                  # offers the interpreter to all who want it
+                pause(0, "offers the interpreter to all who want it")
                 most.append(len(inside))
                 inside.pop()
 
@@ -143,7 +135,7 @@ def test_a_wait_ends_at_its_deadline_whoever_waits_for_the_sockets(turns):
         threads = started(lambda: wait(first, "first", 0.2))
         threads += started(lambda: wait(second, "second", 0.05))
         threads += started(lambda: wait(third, "third", LONG_S))
-        wait_until(lambda: len(ended) == 2)
+        until(lambda: len(ended) == 2)
         peer.send(b"x")
         assert all_end(threads)
     assert ["second", "first"] == ended
@@ -156,9 +148,9 @@ def test_when_who_waits_for_the_sockets_goes_another_does(turns):
 
     with wires(turns) as (first, first_peer), wires(turns) as (second, second_peer):
         threads = started(lambda: read(first, LONG_S))
-        wait_until(lambda: turns._is_polling or turns._epoll is None)
+        until(lambda: turns._is_polling or turns._epoll is None)
         threads += started(lambda: read(second, 100 * LONG_S))
-        wait_until(lambda: turns._parked or turns._epoll is None)
+        until(lambda: turns._parked or turns._epoll is None)
         first_peer.send(b"x")
         assert all_end(threads[:1])
         second_peer.send(b"x")
@@ -178,7 +170,7 @@ def test_who_waits_for_the_sockets_does_not_run_beside_who_took_the_turn_meanwhi
         begun.wait()
         with turn_of(turns):                   # so it waits for its socket now
             peer.send(b"x")
-            wait_until(lambda: turns._line)
+            until(lambda: turns._line)
             assert [] == got
         assert all_end(threads)
         assert [b"x"] == got
@@ -250,7 +242,7 @@ def test_many_who_read_write_time_out_and_work_outside(turns, seed):
     def check():
         running.append(1)
         overlaps.append(len(running) > 1)
-        time.sleep(0)                          # offers the interpreter to all who want it
+        pause(0, "offers the interpreter to all who want it")
         running.pop()
 
     def play(wire, begins, rng):
@@ -260,7 +252,7 @@ def test_many_who_read_write_time_out_and_work_outside(turns, seed):
                     wire.send(b"ping", LONG_S)
                 if rng.random() < 0.2:
                     with turns.outside():
-                        time.sleep(rng.random() / 2000)       # work of another length each time
+                        pause(rng.random() / 2000, "work of another length each time")
                 if rng.random() < 0.1:
                     with contextlib.suppress(TimeoutError):
                         wire.received = wire.receive(rng.random() / 1000)

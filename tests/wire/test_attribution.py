@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from support import (ADMIN_TOKEN, ROOT, TOKEN, Gate, RawClient, Served, call, run_program,
-                     program, settled_status, status_of)
+from support import (ADMIN_TOKEN, ROOT, TOKEN, Gate, RawClient, Served, call, program, run_program,
+                     settled_status, status_of, until)
 
 ALICE, BOB = "ic_alice_canary_0123456789", "ic_bob_canary_0123456789"
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -228,10 +228,8 @@ def test_a_changed_session_budget_holds_for_sessions_that_are_known(mock, caged,
 
     config.write_text(config.read_text().replace("0.000085", "0.5"))
     proxy.reload_asked = True
-    for _ in range(1_000):
-        if proxy.router.config.callers[0].session_budget_microdollars == 500_000:
-            break
-        time.sleep(0.01)
+    until(
+        lambda: proxy.router.config.callers[0].session_budget_microdollars == 500_000)
 
     assert 200 == chat(proxy, session("s1")).status
 

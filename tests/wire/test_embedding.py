@@ -10,8 +10,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, ANTHROPIC_KEY, OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, call,
-                     openai_error, program, proxy_environment, run_program,
-                     settled_status, started)
+                     openai_error, program, proxy_environment, run_program, settled_status, started)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -216,12 +215,8 @@ def test_metrics_say_what_happened_in_prometheus_text(mock, proxy_for):
     call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "gpt-mystery"})
     settled_status(proxy)
 
-    for _ in range(1_000):                   # a call is counted just after it is settled
-        answer = call(proxy.port, "GET", "/ironcage/metrics", token=ADMIN_TOKEN)
-        text = answer.body.decode()
-        if 'request_seconds_count{provider="openai"} 2' in text and "in_flight 1\n" in text:
-            break
-        threading.Event().wait(0.01)
+    answer = call(proxy.port, "GET", "/ironcage/metrics", token=ADMIN_TOKEN)
+    text = answer.body.decode()
 
     assert answer.header("content-type").startswith("text/plain; version=0.0.4")
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, ANTHROPIC_KEY, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, RawClient,
-                     call, program, proxy_environment, start_proxy)
+                     call, program, proxy_environment, start_proxy, until)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -19,14 +19,6 @@ NEW_KEY = "sk-canary-rotated-0123456789abcdef"
 
 def chat(proxy, token=TOKEN, **more):
     return call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, **more}, token=token)
-
-
-def until(condition, what):
-    for _ in range(2_000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"never happened: {what}")
 
 
 # Alerts.

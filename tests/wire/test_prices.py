@@ -6,7 +6,7 @@ import os
 import threading
 
 import pytest
-from support import Gate, call, program, proxy_environment, settled_status
+from support import Gate, call, program, proxy_environment, settled_status, until
 
 CHAT = {"max_completion_tokens": 100, "messages": [{"role": "user", "content": "hello"}]}
 IN, OUT = "input_cost_per_token", "output_cost_per_token"
@@ -47,26 +47,10 @@ def cost_of(answer):
     return int(answer.header("x-ironcage-cost-microdollars"))
 
 
-def until(condition, what):
-    for _ in range(1_000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"never happened: {what}")
-
-
-@pytest.fixture
-def told(caplog):
+def told(logged, words):
     """Wait until the log says something, and return all that it said by then."""
-
-    def wait(text):
-        until(lambda: text in said(), f"the log says {text!r}")
-        return said()
-
-    def said():
-        return "\n".join(f"{record.getMessage()} {getattr(record, 'fields', {})}"
-                         for record in list(caplog.records))
-    return wait
+    until(lambda: words in logged(), f"the log says {words!r}")
+    return logged()
 
 
 # Rows of the configuration.
@@ -244,19 +228,19 @@ def test_a_call_in_flight_settles_at_the_prices_it_was_admitted_with(mock, proxy
     ("{", "is not usable"), ("[]", "a price file is a JSON object"), (None, "does not exist"),
     ("{}", "there is no price for mine"),
 ], ids=["cut off", "no object", "removed", "without the row that stands in"])
-def test_a_broken_price_table_leaves_the_old_one(mock, proxy_with, files, told, text, reason):
+def test_a_broken_price_table_leaves_the_old_one(mock, proxy_with, files, logged, text, reason):
     proxy = proxy_with({"price_as": {"gpt-6.9-*": "mine"}}, {"mine": DOLLAR})
 
     path = files("prices.json", text or "{}")
     if text is None:
         os.unlink(path)
     proxy.reload_asked = True
-    told(reason)
+    told(logged, reason)
 
     assert tokens_of(chat(proxy)) == cost_of(chat(proxy))
 
 
-def test_a_broken_price_table_does_not_keep_a_revoked_token_in(mock, proxy_with, files, told):
+def test_a_broken_price_table_does_not_keep_a_revoked_token_in(mock, proxy_with, files, logged):
     alice = {"name": "alice", "token": "ic_alice_0123456789"}
     proxy = proxy_with({"tokens": [alice]}, {"gpt-6.9-sol": DOLLAR})
 
@@ -266,7 +250,7 @@ def test_a_broken_price_table_does_not_keep_a_revoked_token_in(mock, proxy_with,
     assert 200 == status()
 
     files("prices.json", "{")
-    told("the price table stays as it was")
+    told(logged, "the price table stays as it was")
     files("cage.json", {"tokens": []})
     until(lambda: status() == 401, "alice's token is revoked")
 
@@ -282,12 +266,12 @@ def test_a_broken_price_table_does_not_keep_a_revoked_token_in(mock, proxy_with,
     '{"prices": {"gpt-6.9-sol": {"input_cost_per_token": N, "output_cost_per_token": 1}}}',
 ], ids=["a budget", "a price"])
 def test_an_absurd_number_in_the_configuration_leaves_the_old_one(
-        mock, proxy_with, files, told, config, number):
+        mock, proxy_with, files, logged, config, number):
     proxy = proxy_with({"prices": {"gpt-6.9-sol": DOLLAR}})
 
     files("cage.json", config.replace("N", number))
     proxy.reload_asked = True
-    said = told("the configuration stays as it was")
+    said = told(logged, "the configuration stays as it was")
 
     assert "a fault of the proxy" not in said
     assert tokens_of(chat(proxy)) == cost_of(chat(proxy))
@@ -295,7 +279,7 @@ def test_an_absurd_number_in_the_configuration_leaves_the_old_one(
 
 @pytest.mark.parametrize("failing", ["load_config", "prices_under", "set_scopes"])
 @pytest.mark.parametrize("fault", [ArithmeticError, KeyError, MemoryError, RuntimeError])
-def test_no_fault_of_a_reload_ends_the_server(mock, proxy_with, files, told, monkeypatch,
+def test_no_fault_of_a_reload_ends_the_server(mock, proxy_with, files, logged, monkeypatch,
                                               failing, fault):
     def fail(*_, **__):
         raise fault("sk-canary-in-a-fault")
@@ -307,7 +291,7 @@ def test_no_fault_of_a_reload_ends_the_server(mock, proxy_with, files, told, mon
 
     files("cage.json", {"tokens": [{"name": "a", "token": "ic_0123456789"}]})
     proxy.reload_asked = True
-    said = told("the configuration stays as it was")
+    said = told(logged, "the configuration stays as it was")
 
     assert f"a fault of the proxy: {fault.__name__} in line " in said
     assert "canary" not in said

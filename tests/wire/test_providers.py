@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from support import OPENAI_KEY, Gate, Reply, RawClient, call, program, settled_status
+from support import OPENAI_KEY, Gate, RawClient, Reply, call, program, settled_status, until
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -191,16 +191,12 @@ def test_plain_http_to_another_machine_can_be_allowed(tmp_path):
 
 
 def test_providers_and_aliases_change_while_serving(mock, proxy_with, tmp_path):
-    import threading
     proxy = proxy_with({"models": {"fast": "gpt-4o"}})
     chat(proxy, "fast")
 
     (tmp_path / "cage.json").write_text(json.dumps({"models": {"fast": "gpt-4o-mini"}}))
     proxy.reload_asked = True
-    for _ in range(1_000):
-        if proxy.router.config.aliases == {"fast": "gpt-4o-mini"}:
-            break
-        threading.Event().wait(0.01)
+    until(lambda: proxy.router.config.aliases == {"fast": "gpt-4o-mini"}, "it is read")
     chat(proxy, "fast")
 
     assert ["gpt-4o", "gpt-4o-mini"] == [seen.json["model"] for seen in mock.seen]

@@ -9,7 +9,8 @@ import time
 from random import Random
 
 import pytest
-from support import ANTHROPIC_KEY, OPENAI_KEY, TOKEN, Served, call, program, proxy_environment
+from support import (ANTHROPIC_KEY, OPENAI_KEY, TOKEN, Served, call, program, proxy_environment,
+                     until)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -371,8 +372,7 @@ def test_a_lease_that_is_granted_while_the_proxy_stops_goes_back_too(
     server = proxy.router.server
 
     def granted_late(body):
-        while not server._is_stopping:
-            threading.Event().wait(0.01)
+        until(lambda: server._is_stopping)
         return cage.lease(body)
 
     def asked():

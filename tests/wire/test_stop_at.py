@@ -4,7 +4,8 @@ import threading
 from random import Random
 
 import pytest
-from support import ADMIN_TOKEN, TOKEN, Gate, RawClient, call, each_seed, program, settled_status
+from support import (ADMIN_TOKEN, TOKEN, Gate, RawClient, call, each_seed, program, settled_status,
+                     until)
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 400,
@@ -216,8 +217,7 @@ def test_a_call_that_waits_is_refused_at_once_when_the_stop_is_reached(mock, pro
         mock.wait_for_requests(1)
         second.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "max_tokens": 700}
                                                                   ).encode())
-        while not proxy.router.controller._line:
-            threading.Event().wait(0.01)
+        until(lambda: proxy.router.controller._line, "one waits in line")
         gate.event.set()
         answered, refused = first.read_answer(), second.read_answer()
 

@@ -8,8 +8,8 @@ import threading
 from fractions import Fraction
 
 import pytest
-from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, RawClient, Reply, call, openai_error,
-                     program, settled_status, sse_events, status_of)
+from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, RawClient, Reply, call,
+                     openai_error, program, settled_status, sse_events, status_of)
 
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
 CAPPED_CHAT = {**CHAT, "max_tokens": 100}

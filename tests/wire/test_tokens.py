@@ -11,7 +11,8 @@ import time
 from random import Random
 
 import pytest
-from support import (ADMIN_TOKEN, TOKEN, Gate, RawClient, call, program, settled_status, status_of)
+from support import (ADMIN_TOKEN, TOKEN, Gate, RawClient, call, program, settled_status, status_of,
+                     until)
 
 ALICE, BOB = "ic_alice_canary_0123456789", "ic_bob_canary_0123456789"
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -43,14 +44,6 @@ def caged(proxy_for, config):
 
 def chat(proxy, token=ALICE, fields=CHAT, path="/v1/chat/completions"):
     return call(proxy.port, "POST", path, fields, token=token)
-
-
-def until(proxy, condition, what):
-    for _ in range(1_000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"never happened: {what}")
 
 
 def test_a_token_and_its_sha256_let_in_and_no_other_does(mock, caged):
@@ -154,7 +147,7 @@ def test_more_requests_in_parallel_than_allowed_are_429(mock, caged):
         second = chat(proxy)
         gate.event.set()
         client.read_answer()
-    until(proxy, lambda: chat(proxy).status == 200, "a free place after the first was done")
+    until(lambda: chat(proxy).status == 200, "a free place after the first was done")
 
     assert 429 == second.status
 
@@ -271,7 +264,7 @@ def test_a_changed_file_is_read_within_a_second_or_so(mock, caged, config):
 
     write_config(config, {"name": "bob", "token": BOB, "budget_usd": "0"})
 
-    until(proxy, lambda: chat(proxy).status == 401, "alice's token is revoked")
+    until(lambda: chat(proxy).status == 401, "alice's token is revoked")
     assert 402 == chat(proxy, BOB).status
 
 
@@ -280,7 +273,7 @@ def test_a_broken_file_keeps_the_old_one_and_says_why(mock, caged, config, caplo
 
     config.write_text("{")
     proxy.reload_asked = True
-    until(proxy, lambda: "stays as it was" in caplog.text, "the log says why")
+    until(lambda: "stays as it was" in caplog.text, "the log says why")
 
     assert 200 == chat(proxy).status
 
@@ -297,7 +290,7 @@ def test_a_new_limit_wakes_one_who_waits(mock, caged, config):
     threads[0].start()
     mock.wait_for_requests(1)
     threads[1].start()
-    until(proxy, lambda: proxy.router.controller._line, "the second waits")
+    until(lambda: proxy.router.controller._line, "the second waits")
 
     write_config(config, {**alice, "budget_usd": "5"})
     proxy.reload_asked = True
@@ -320,11 +313,11 @@ def test_who_waits_in_line_when_its_token_is_withdrawn_is_not_served(mock, caged
     threads[0].start()
     mock.wait_for_requests(1)
     threads[1].start()
-    until(proxy, lambda: proxy.router.controller._line, "bob waits in line")
+    until(lambda: proxy.router.controller._line, "bob waits in line")
 
     write_config(config, alice)
     proxy.reload_asked = True
-    until(proxy, lambda: len(proxy.router.config.callers) == 1, "the file is read")
+    until(lambda: len(proxy.router.config.callers) == 1, "the file is read")
     gate.event.set()
     for thread in threads:
         thread.join()

@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from support import (Gate, RawClient, Reply, call, program, settled_status, status_of)
+from support import Gate, RawClient, Reply, call, program, settled_status, status_of, until
 
 CHAT = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
 AGENT = {**CHAT, "max_tokens": 64_000}          # at $0.60 a million, $0.0384 and the input
@@ -26,11 +26,7 @@ def in_thread(port, fields, path="/v1/chat/completions"):
 
 def wait_for_line(proxy, length):
     controller = proxy.router.controller
-    for _ in range(1_000):
-        if len(controller._line) == length:
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"{length} never waited in line")
+    until(lambda: len(controller._line) == length, f"{length} wait in line")
 
 
 def test_a_request_waits_for_what_another_holds_and_then_goes_as_it_is(mock, proxy_for):
