@@ -6028,7 +6028,7 @@ def _tool_use_blocks(row: Mapping[str, object]) -> list[Part]:
 
 
 def _tool_result_blocks(row: Mapping[str, object]) -> list[Part]:
-    pieces = _message_parts([piece if piece.get("type") in RESULT_BLOCKS
+    pieces = _message_parts([piece if str(piece.get("type")) in RESULT_BLOCKS
                              else {"type": "text", "text": json.dumps(piece)}
                              for piece in _parts_of(_content_of(row))])
     return [Part("result", id=str(row.get("tool_use_id") or ""), parts=pieces,
