@@ -29,6 +29,14 @@ TESTS = {
     "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
     "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
                         "faults/test_every_way_to_end.py",
+    "Names, ids and losses": "unit/test_translation.py unit/test_responses.py "
+                             "unit/test_peer_bugs.py wire/test_sloppy_servers.py "
+                             "unit/test_translation_fuzz.py wire/test_translated_calls.py",
+    "JSON schemas": "unit/test_translation.py unit/test_responses.py "
+                    "unit/test_translation_fuzz.py",
+    "Chat completions": "unit/test_translation.py unit/test_peer_bugs.py "
+                        "wire/test_sloppy_servers.py unit/test_translation_fuzz.py "
+                        "wire/test_hosts.py wire/test_three_dialects.py",
     "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py "
                        "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py faults/test_one_ledger_one_server.py faults/test_crashes.py",

@@ -1740,6 +1740,12 @@ def test_a_schema_that_wraps_another_is_that_one():
     assert [{"title": "U"}] == ic.claude_schema(extended)["allOf"]
 
 
+def test_what_may_be_anything_stays_so_in_a_schema():
+    schema = {"type": "object", "properties": {"a": True, "b": {"type": "array", "items": True}}}
+
+    assert schema["properties"] == ic.claude_schema(schema)["properties"]
+
+
 def test_marks_on_tools_and_told_system_messages_count_among_the_four():
     mark = {"cache_control": {"type": "ephemeral"}}
     texts = [text(str(n), **mark) for n in range(4)]

@@ -1,7 +1,7 @@
 """Hostile requests and broken answers: a translator refuses or carries over, and never fails."""
-import contextlib
 import copy
 import json
+import re
 from collections import Counter
 from random import Random
 
@@ -55,39 +55,40 @@ MESSAGES_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], "max_toke
 
 @each_seed(40)
 def test_hostile_requests_are_refused_or_carried_over(seed):
-    rng, carried = Random(seed), Counter()
+    rng = Random(seed)
     for client, api, model, requests in (
             ("chat", "messages", OLD, CHAT_REQUESTS),
             ("messages", "chat", "gpt-4o", MESSAGES_REQUESTS)):
+        carried = 0
         for request in requests:
             fields = {**mutated(rng, request), "model": model}
             try:
                 translator = ic.Translator(client, api, fields, ic.Losses(), ic.Target(64_000))
             except ic.BadRequest:
                 continue
-            json.dumps(translator.request)
-            carried[client] += 1
-
-    assert min(carried["chat"], carried["messages"])               # or nothing was tried
+            assert json.dumps(translator.request["messages"]) != "[]"
+            assert model == translator.request["model"]
+            carried += 1
+        assert carried > 2                 # of about a hundred: it does not refuse whatever comes
 
 
 @each_seed(40)
 def test_broken_answers_are_carried_over_or_said_to_be_broken(seed):
     rng = Random(seed)
-    chat, claude = to_chat({})[0], to_claude({})[0]
-    from_claude = [_is_carried(lambda answer=answer: claude.answer(mutated(rng, answer)))
-                   for answer in STREAMED.values()]
-    for answer in STREAMED.values():
-        _is_carried(lambda answer=answer: list(claude.events(
-            mutated(rng, event) for event in stream_of(answer))))
-    for deltas, finish, _ in CHAT_STREAMS.values():
-        _is_carried(lambda d=deltas, f=finish: list(chat.events(
-            mutated(rng, chunk) for chunk in chunks_of(*d, finish=f))))
-    _is_carried(lambda: chat.answer(mutated(rng, completion(content="x", tool_calls=[{}]))))
-    from_chat = [_is_carried(lambda: chat.answer(mutated(rng, completion(content="x"))))
-                 for _ in range(10)]
+    wholes = [_carried(lambda answer=answer: to_claude({})[0].answer(mutated(rng, answer)))
+              for answer in STREAMED.values()]
+    streams = [_carried(lambda answer=answer: list(to_claude({})[0].events(_some_mutated(
+        rng, stream_of(answer))))) for answer in STREAMED.values()]
+    chunks = [_carried(lambda d=deltas, f=finish: list(to_chat({})[0].events(_some_mutated(
+        rng, chunks_of(*d, finish=f))))) for deltas, finish, _ in CHAT_STREAMS.values()]
+    completions = [_carried(lambda: to_chat({})[0].answer(mutated(rng, completion(
+        content="hello", tool_calls=[call()])))) for _ in range(9)]
+    for answers in (wholes, streams, chunks, completions):
+        assert any(re.search(SAID, answer) for answer in answers)     # not all are broken, nor lost
 
-    assert any(from_claude) and any(from_chat)                     # or nothing was tried
+
+def _some_mutated(rng, events):
+    return (mutated(rng, event) if rng.random() < 0.3 else event for event in events)
 
 
 def chat_conversation(rng):
@@ -95,7 +96,7 @@ def chat_conversation(rng):
     messages, open_ids, number = [], [], 0
     for _ in range(rng.randrange(1, 9)):
         kind = rng.choice(("user", "user", "assistant", "calls", "tool", "system", "prefill"))
-        words = rng.choice(("hi", "", " ", "so \n", [text("a"), text("")], None))
+        words = rng.choice(("hello", "", " ", "so be it \n", [text("alpha"), text("")], None))
         if kind == "calls":
             open_ids = [f"{rng.choice(('call', 'toolu', 'x.y', 'é'))}_{number + n}"
                         for n in range(rng.randrange(1, 4))]
@@ -115,14 +116,14 @@ def messages_conversation(rng):
     messages, open_ids, number = [], [], 0
     for _ in range(rng.randrange(1, 9)):
         kind = rng.choice(("user", "assistant", "calls", "results", "system"))
-        content = [text(rng.choice(("hi", "", "so")))]
+        content = [text(rng.choice(("hello", "", "so be it")))]
         if kind == "calls":
             open_ids = [f"toolu_{number + n}" + "x" * rng.choice((0, 40)) for n in range(2)]
             number += 2
             content += [{"type": "tool_use", "id": call_id, "name": "f", "input": {}}
                         for call_id in open_ids]
         elif kind == "results":
-            content = [{"type": "tool_result", "tool_use_id": call_id, "content": "R"}
+            content = [{"type": "tool_result", "tool_use_id": call_id, "content": "alpha"}
                        for call_id in rng.sample(open_ids, rng.randrange(len(open_ids) + 1))] \
                 + rng.choice(([], content)) or content
         messages.append({"role": {"calls": "assistant", "results": "user"}.get(kind, kind),
@@ -130,28 +131,41 @@ def messages_conversation(rng):
     return messages
 
 
+def words_in(value):
+    """How often each of the words of the generators stands in a value."""
+    return Counter(re.findall("hello|so be it|alpha", json.dumps(value)))
+
+
+def check_carried(translate, fields, model):
+    """Nothing that was said is lost or doubled, but for results that another replaced; and a
+    conversation is refused only where nothing was said."""
+    said = words_in(fields["messages"])
+    try:
+        translator, losses = translate(fields, model)
+    except ic.BadRequest:
+        assert not said
+        return
+    carried = words_in([translator.request.get("system"), translator.request["messages"]])
+    assert carried == said or (carried < said and "paired" in losses.adjusted.values())
+
+
 @each_seed(300)
 def test_what_is_carried_over_meets_the_other_vendors_rules(seed):
     """to_claude and to_chat hold what comes out against them."""
-    rng, carried = Random(seed), Counter()
+    rng = Random(seed)
     for model in ("claude-3-haiku", OLD, "claude-opus-4-6", "claude-opus-4-8", "claude-opus-5-5"):
-        with contextlib.suppress(ic.BadRequest):
-            to_claude({"messages": chat_conversation(rng), "max_tokens": 9000, **rng.choice((
-                {}, {"reasoning_effort": "high"}, {"tools": [tool(), tool("a.b")]},
-                {"tools": [tool(), tool("a.b")], "tool_choice": "required",
-                 "reasoning_effort": "low"}, {"temperature": 0.3, "top_p": 0.5},
-                {"response_format": {"type": "json_schema", "json_schema": {
-                    "schema": OPEN_SCHEMA}}}))}, model)
-            carried["chat"] += 1
+        check_carried(to_claude, {"messages": chat_conversation(rng), "max_tokens": 9000,
+                                  **rng.choice((
+            {}, {"reasoning_effort": "high"}, {"tools": [tool(), tool("a.b")]},
+            {"tools": [tool(), tool("a.b")], "tool_choice": "required",
+             "reasoning_effort": "low"}, {"temperature": 0.3, "top_p": 0.5},
+            {"response_format": {"type": "json_schema", "json_schema": {
+                "schema": OPEN_SCHEMA}}}))}, model)
     for model in ("gpt-4o", "o3", "gpt-5-mini", "gpt-5.5", "gpt-5.6"):
-        with contextlib.suppress(ic.BadRequest):
-            to_chat({"messages": messages_conversation(rng), **rng.choice((
-                {}, {"tools": [{"name": "f"}]}, {"thinking": {"type": "disabled"}},
-                {"tools": [{"name": "f"}], "output_config": {"effort": "max"}},
-                {"temperature": 0.3, "stop_sequences": ["x"]}))}, model)
-            carried["messages"] += 1
-
-    assert carried["chat"] and carried["messages"]                 # or nothing was tried
+        check_carried(to_chat, {"messages": messages_conversation(rng), **rng.choice((
+            {}, {"tools": [{"name": "f"}]}, {"thinking": {"type": "disabled"}},
+            {"tools": [{"name": "f"}], "output_config": {"effort": "max"}},
+            {"temperature": 0.3, "stop_sequences": ["x"]}))}, model)
 
 
 def sloppy_stream(rng):
@@ -210,13 +224,15 @@ def test_a_sloppy_stream_says_the_same_as_a_message(seed, is_openai):
     assert ("tool_use" if calls else "end_turn") == message["stop_reason"]
 
 
-def _is_carried(carry):
-    """Whether an answer is carried over; else it must be said to be broken."""
+SAID = r'"(name": "|hel|he"|Th|so|raw|and)'             # by the answers that are mutated
+
+
+def _carried(carry):
+    """What an answer became, as JSON; "" where it is said to be broken."""
     try:
-        json.dumps(carry())
+        return json.dumps(carry())
     except ic.UpstreamBroke:
-        return False
-    return True
+        return ""
 
 
 NAMES = ("a", "b", "properties", "required", "anyOf", "type", "default")     # keywords too
