@@ -12670,6 +12670,7 @@ class EngineLink:
             sock = self._connected(address, max(0.001, deadline_s - time.monotonic()))
         self._wire, self._secret = Wire(sock, turns), address.password
         self._data, self._at, self._deadline_s = b"", 0, deadline_s
+        self.is_whole = False                 # all that was asked for came, and nothing else
         login = [[*(("AUTH", address.user) if address.user else ("AUTH",)), address.password]] \
             if address.password else []
         select_database = [["SELECT", address.database]] if address.database else []
@@ -12698,9 +12699,10 @@ class EngineLink:
     def exchange(self, commands: Sequence[Sequence], deadline_s: float) -> list[Reply]:
         """Send commands in one write, and read all of their replies. Raises EngineFailed for one
         that is an error."""
-        self._deadline_s = deadline_s
+        self._deadline_s, self.is_whole = deadline_s, False
         self._wire.send(b"".join(map(format_command, commands)), deadline_s - time.monotonic())
         replies = [read_reply(self._part) for _ in commands]
+        self.is_whole = self._at == len(self._data)
         for reply in replies:
             if isinstance(reply, EngineError):
                 raise engine_failure(reply, self._secret)
@@ -12722,11 +12724,6 @@ class EngineLink:
         if behind != b"\r\n":
             raise ValueError(NOT_A_REPLY)
         return part
-
-    @property
-    def has_ended_well(self) -> bool:
-        """Whether all that came was asked for."""
-        return self._at == len(self._data)
 
     def is_usable(self) -> bool:
         """Whether it is still open, and silent, as between two exchanges."""
@@ -12755,29 +12752,24 @@ class Engine:
         """Return the replies to commands, by a server of that run_id, if one is named."""
         deadline_s = time.monotonic() + self._deadline_s + extra_s
         while True:
-            link, is_new, was_sent = self._pooled(), False, False
+            link, was_sent = self._pooled(), False
+            is_old = link is not None
             try:
-                if link is None:
-                    link, is_new = EngineLink(self.address, self._turns, deadline_s), True
+                link = link or EngineLink(self.address, self._turns, deadline_s)
                 self.run_id = link.run_id
                 if run_id not in (None, link.run_id):
                     raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
                 was_sent = True
-                replies = link.exchange(commands, deadline_s)
-            except EngineFailed:
-                if link is not None:
-                    self._give_back(link)
-                raise
+                return link.exchange(commands, deadline_s)
             except (OSError, EOFError, ValueError) as err:
-                if link is not None:
-                    link.close()
                 is_late = isinstance(err, (TimeoutError, socket.timeout))    # two before 3.10
-                if link is not None and not is_new and not is_late:
+                if is_old and not is_late:
                     continue
                 reason = "it does not answer in time" if is_late else _reason(err)
                 raise EngineFailed(f"{self.address}: {reason}", was_sent=was_sent) from err
-            self._give_back(link)
-            return replies
+            finally:
+                if link is not None:
+                    self._give_back(link)
 
     def _pooled(self) -> Optional[EngineLink]:
         while True:
@@ -12788,11 +12780,11 @@ class Engine:
             link.close()
 
     def _give_back(self, link: EngineLink) -> None:
-        keeps = link.has_ended_well and len(self._idle) < ENGINE_CONNECTIONS_KEPT
-        if keeps:
-            with self._lock:
+        with self._lock:
+            keeps = link.is_whole and len(self._idle) < ENGINE_CONNECTIONS_KEPT
+            if keeps:
                 self._idle.append(link)
-        else:
+        if not keeps:
             link.close()
 
     def close(self) -> None:
