@@ -43,7 +43,8 @@ TESTS = {
     "Callers and configuration": "wire/test_tokens.py wire/test_providers.py wire/test_keys.py "
                                  "wire/test_access.py wire/test_manners.py",
     "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",
-    "Settlement": "unit/test_settlement.py faults/test_every_way_to_end.py",
+    "Settlement": "unit/test_settlement.py wire/test_learned_counts.py "
+                  "faults/test_every_way_to_end.py",
     "Shared budget": "faults/test_shared_budget.py",
     "Router": "wire/test_the_cage.py wire/test_waiting.py wire/test_providers.py "
               "wire/test_money_attacks.py faults/test_every_way_to_end.py",
