@@ -10881,9 +10881,14 @@ class Claim:
         self.is_under_way = False
 
     def hold(self, size: int, part: str = "body") -> None:
-        """Hold so much for a part, waiting for it if need be. Raises BodyTooLarge, ServerBusy."""
-        self.parts[part] = size
-        self._memory.hold(self, sum(self.parts.values()))
+        """Hold so much for a part, waiting for it if need be. Raises BodyTooLarge, ServerBusy, and
+        then holds what it held before."""
+        before, self.parts[part] = self.parts[part], size
+        try:
+            self._memory.hold(self, sum(self.parts.values()))
+        except IroncageError:
+            self.parts[part] = before
+            raise
 
     def grow(self, size: int, part: str = "body") -> None:
         """Hold enough for a part that grows; more than that, so that it need not do so often."""
@@ -10922,14 +10927,13 @@ class Memory:
 
     def hold(self, claim: Claim, size: int) -> None:
         """Let a claim hold so much. Raises BodyTooLarge where it never can, ServerBusy."""
-        size = size if size > UNCOUNTED_BYTES else 0
+        if claim.size <= size <= claim.size + UNCOUNTED_BYTES:
+            claim.is_under_way = True
+            return
         if size > (self.limit_bytes if claim.is_under_way else self.common_bytes):
             raise BodyTooLarge(
                 f"this would take {size} bytes of memory, with what is made of it, and the proxy "
                 f"may use {self.common_bytes} for one request; --max-memory-mb sets the limit")
-        if size == claim.size:
-            claim.is_under_way = True
-            return
         place = claim, size, threading.Event()
         with self._lock:
             if size < claim.size:

@@ -50,6 +50,58 @@ def test_little_is_not_counted(memory):
     assert 0 == memory.as_json()["reserved_bytes"]
 
 
+def test_what_grows_by_little_waits_for_nobody(memory):
+    """The answer of a call whose body is large, while the others hold all that is left."""
+    mine = claim(memory, "alice", 48)
+    claim(memory, "bob").hold(2 * MB)
+    for _ in range(7):
+        claim(memory, "carol").hold(2 * MB)
+
+    mine.hold(ic.UNCOUNTED_BYTES, "answer")
+
+    assert 64 * MB == memory.as_json()["reserved_bytes"]
+
+
+def test_what_was_refused_is_not_asked_for_again_with_the_next_part(memory, monkeypatch):
+    """It made the settlement of a call fail, which then cost all that was reserved."""
+    monkeypatch.setattr(ic, "MEMORY_WAIT_S", 0.01)
+    mine, _ = claim(memory, "alice", 40), [claim(memory, "bob", 2) for _ in range(8)]
+    with pytest.raises(ic.ServerBusy):
+        mine.hold(20 * MB, "answer")
+
+    mine.hold(40 * MB)
+
+    assert {"body": 40 * MB, "answer": 0} == mine.parts
+
+
+@pytest.mark.parametrize("under_way, cuts, waits", [
+    (False, False, False), (False, True, False), (True, False, True), (True, True, False)])
+def test_at_a_stop_nobody_waits_but_what_is_under_way_until_the_cut(
+        memory, under_way, cuts, waits):
+    _, mine, done = claim(memory, "alice", 48), claim(memory, "bob"), []
+    small = [claim(memory, "carol", 2) for _ in range(8)]
+    if under_way:
+        mine.hold(ic.UNCOUNTED_BYTES)
+
+    def hold():
+        try:
+            mine.hold(10 * MB)
+        except ic.ServerBusy as err:
+            done.append(err.message)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while not memory.as_json()["waiting"]:
+        threading.Event().wait(0.001)
+    memory.close(cuts=cuts)
+    if waits:
+        for one in small:
+            one.give_back()
+    thread.join(10)
+
+    assert ([] if waits else ["the proxy is stopping"]) == done and not thread.is_alive()
+
+
 def test_what_can_never_fit_is_refused_by_name(memory):
     with pytest.raises(ic.BodyTooLarge, match="--max-memory-mb"):
         claim(memory).hold(49 * MB)
