@@ -14888,7 +14888,7 @@ ic_...:</p><pre id="paste"></pre></div><div id="called"><h2>Spend of the last ca
 
 
 def dashboard_answer() -> Answer:
-    """The page, under a policy that lets nothing else run, load or frame it."""
+    """Return the page, under a policy that lets nothing else run, load or frame it."""
     def hashed(text: str) -> str:
         digest = hashlib.sha256(text.encode("utf-8")).digest()
         return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
@@ -15982,7 +15982,7 @@ _parse_field = text_like(r"[A-Za-z0-9_.-]{1,64}", "the name of a field, such as 
 
 
 def parse_moment(text: str, now_s: int) -> int:
-    """Unix seconds of what --since and --until take; a day or a month is its beginning, in UTC."""
+    """Return the Unix seconds of a --since or --until: of a day or month its beginning, in UTC."""
     today_s = period_start("day", now_s)
     span = re.fullmatch(r"([0-9]{1,5})([dh])", text)
     if span is not None:
@@ -16138,12 +16138,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _flags_of(command: str) -> list[Setting]:
-    """The flags that a command takes, beside those that all do."""
+    """Return the flags that a command takes, beside those that all do."""
     return [row for row in (*SETTINGS, *OPTIONS) if command in row.commands.split()]
 
 
 def help_text(name: str) -> str:
-    """What --help prints of a command; of `serve`, which none need name, what there is besides."""
+    """Return what --help prints of a command; for `serve`, the default, of the program."""
     command, rows = COMMANDS[name], _flags_of(name)
     about = command.about if name != "serve" else (
         "A proxy between AI agents and model providers that holds the keys and never lets spend "
@@ -16221,29 +16221,26 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     return given
 
 
-SWITCH_VALUES = MappingProxyType({"1": True, "true": True, "yes": True, "on": True,
-                                  "0": None, "false": None, "no": None, "off": None})
+_SWITCH_VALUES = MappingProxyType({"1": True, "true": True, "yes": True, "on": True,
+                                   "0": None, "false": None, "no": None, "off": None})
+_parse_switch = value_like(_SWITCH_VALUES.__contains__, "1 or 0", _SWITCH_VALUES.get)
+# What Kubernetes sets for services whose names begin with ironcage.
+_OF_A_SERVICE = re.compile(r"IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_\w+)=.*"
+                           r"|(\w+_)?PORT=(tcp|udp|sctp)://.*)", re.DOTALL)
 
 
 def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
-    """One setting's value, or None. Raises Misconfigured, naming where the bad value came from."""
-    if given:
-        with checking(f"{row.flag}:"):
-            return True if not row.metavar else \
-                tuple(map(row.parse, given)) if row.repeats else row.parse(given)
+    """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
     text = environ.get(row.env, "")
-    if not text or (row.flag == "--port" and text.startswith("tcp://")):    # Kubernetes sets that
-        return None                                                # for a service named ironcage
-    with checking(f"{row.env}:"):
-        check_unquoted(text)
-        if not row.metavar:
-            return value_like(SWITCH_VALUES.__contains__, "1 or 0", SWITCH_VALUES.get)(text.lower())
-        return tuple(map(row.parse, filter(None, map(str.strip, text.split(","))))) or None \
-            if row.repeats else row.parse(text)
-
-
-# What Kubernetes sets for services whose names begin with ironcage.
-_OF_A_SERVICE = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_\w+)")
+    if not given and (not text or _OF_A_SERVICE.fullmatch(f"{row.env}={text}")):
+        return None
+    with checking(f"{row.flag if given else row.env}:"):
+        if not given:
+            check_unquoted(text)
+            given = [part.strip() for part in text.split(",") if part.strip()] if row.repeats \
+                else text if row.metavar else _parse_switch(text.lower())
+        return given if not row.metavar else \
+            tuple(map(row.parse, given)) or None if row.repeats else row.parse(given)
 
 
 def unread_variables(environ: Mapping[str, str]) -> list[str]:
@@ -16254,12 +16251,12 @@ def unread_variables(environ: Mapping[str, str]) -> list[str]:
     """
     known = [row.env for row in SETTINGS] + [
         f"{row.env}_FILE" for row in SETTINGS if row.field in SECRETS]
-    names, start = [name[len("IRONCAGE_"):] for name in known], "IRONCAGE_"
-    unread = [name for name, value in environ.items() if name.startswith(start)
-              and name not in known and not _OF_A_SERVICE.fullmatch(name[len(start):])
-              and not re.match("(tcp|udp|sctp)://", value)]
+    start = len("IRONCAGE_")
+    names = [name[start:] for name in known]
+    unread = [name for name, value in environ.items() if name.startswith("IRONCAGE_")
+              and name not in known and not _OF_A_SERVICE.fullmatch(f"{name}={value}")]
     for name in unread:
-        hint = did_you_mean(name[len(start):], names).replace("mean ", f"mean {start}")
+        hint = did_you_mean(name[start:], names).replace("mean ", "mean IRONCAGE_")
         if hint:
             raise Misconfigured(f"the variable {shown_name(name)} sets nothing{hint}")
     return unread
@@ -16306,8 +16303,6 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
                                 "command could read it on our command line")
     with checking("--stop-at:"):
         check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
-    if "token" in values and values["token"] == values.get("admin_token"):
-        raise Misconfigured("--admin-token must differ from --token")
     if given["shared"] is not None and values["shared"].password:
         values["shared"] = values["shared"]._replace(is_public=True)
     if "server_url" in values and "shared" in values:
@@ -16327,7 +16322,7 @@ class LogFormatter(logging.Formatter):
         self._as_json = log_format == "json"
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record, with the pairs of its `fields`."""
+        """Return the line of a record, with the pairs of its `fields`."""
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
@@ -16422,15 +16417,15 @@ def on_handed_listener(settings: Settings, given: Mapping[str, object]) -> Setti
         return settings
     host, port = listener.getsockname()[:2]
     unused = [flag for flag in ("host", "port") if given[flag] is not None]
-    told = {"unused": " ".join(f"--{flag}" for flag in unused)} if unused else {}
+    more = {"unused": " ".join(f"--{flag}" for flag in unused)} if unused else {}
     log.log(logging.WARNING if unused else logging.INFO, "the socket that was handed over is used",
-            extra={"fields": {"host": host, "port": port, **told}})
+            extra={"fields": {"host": host, "port": port, **more}})
     return settings._replace(listener=listener, host=host, port=port, allow_hosts=(
         *settings.allow_hosts, *([settings.host] if "host" in unused else [])))
 
 
 def budget_text(settings: Settings) -> str:
-    """The budget in words, with its stop if it has one."""
+    """Return the budget in words, with its stop if it has one."""
     if settings.budget_microdollars is None:
         return "none: spend is counted, not limited"
     limit = format_usd(settings.budget_microdollars)
@@ -16439,7 +16434,8 @@ def budget_text(settings: Settings) -> str:
 
 
 def let_through(server: ProxyServer) -> list[tuple[str, str]]:
-    """What the operator lets through or prices by hand, and what sets nothing: (what, names)."""
+    """Return what the operator lets through or prices by hand, and what sets nothing: (what,
+    names)."""
     settings, unread = server.settings, unread_variables(server.settings.environ)
     rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
             ("unbounded content", settings.allow_contents))
@@ -16450,7 +16446,7 @@ def let_through(server: ProxyServer) -> list[tuple[str, str]]:
 
 
 def banner(server: ProxyServer) -> str:
-    """What a person needs to know at the start, and to paste into a shell."""
+    """Return what a person needs to know at the start, and to paste into a shell."""
     settings, router, shared = server.settings, server.router, server.router.controller.accounts
     token = settings.token if settings.token_is_generated else "<the token you chose>"
     found = [provider.key_file or provider.key_env
@@ -16567,7 +16563,7 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
 
 
 def bill(server: ProxyServer) -> str:
-    """What a wrapped command used and cost, in a few lines."""
+    """Return what a wrapped command used and cost, as text."""
     counts, budget = server.router.totals.snapshot(), server.router.controller.budget()
     shared, refused = server.router.controller.accounts.as_json(), counts["refused_requests"]
     cost = sum([cell["cost_microdollars"] for cell in counts["by_token"].values()])
@@ -16583,7 +16579,7 @@ def bill(server: ProxyServer) -> str:
 
 
 def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
-    """Run a command with the cage around it; its exit code, and the bill on stderr."""
+    """Run a command with the cage around it; return its exit code, print the bill on stderr."""
     import subprocess            # here only: serving does not need it
     _hide_from_other_processes()
     server = ProxyServer(settings)
@@ -16612,7 +16608,7 @@ def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
 
 
 def model_text(router: Router, model: str) -> str:
-    """Where a model would go, at which price, and what a small request would reserve."""
+    """Say where a model would go, at which price, and what a small request would reserve."""
     try:
         provider, name = router.routes.of_model(model)
     except UnknownProvider as err:
@@ -16623,7 +16619,7 @@ def model_text(router: Router, model: str) -> str:
     start, end = f"{model} -> {provider.name}/{name}, ", f", at {' and '.join(sorted(urls))}"
     if price is None:
         return f"{start}no price is known, so it is refused under a budget{end}"
-    told = "input {}, output {} for a million tokens".format(*price.per_million()) \
+    shown = "input {}, output {} for a million tokens".format(*price.per_million()) \
         + (f", as {price.key} (price_as)" if price.is_stand_in else "")
     body = parse_json_object(json_bytes({
         "model": name, "messages": [{"role": "user", "content": "x" * 1000}]}))
@@ -16633,8 +16629,8 @@ def model_text(router: Router, model: str) -> str:
             default_tier=provider.default_service_tier, data_residency=provider.data_residency,
             measured=router.settings.bound != "bytes")
     except BadRequest:                                 # as of a model that only embeds
-        return start + told + end
-    return (f"{start}{told}{end}; 1,000 bytes with max_tokens 1000 reserve "
+        return start + shown + end
+    return (f"{start}{shown}{end}; 1,000 bytes with max_tokens 1000 reserve "
             f"{format_usd(bound.microdollars(1000))}")
 
 
@@ -16655,7 +16651,7 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> None:
 
 def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
                  models: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The lines of `check`: (what, how it is). Raises Misconfigured."""
+    """Yield the lines of `check`: (what, how it is). Raises Misconfigured."""
     router = server.router
     yield "address", f"{settings.host} port {settings.port} is served by a proxy now" \
         if is_served else f"{server.url} is free"
@@ -16702,7 +16698,7 @@ def _is_served(settings: Settings) -> bool:
 
 
 def _ledger_state(path: str) -> str:
-    """What a ledger holds, which is only read. Raises Misconfigured where it cannot be one."""
+    """Say what a ledger holds, which is only read. Raises Misconfigured where it cannot be one."""
     if os.path.exists(path):
         [total] = usage_by(path, [])
         return f"{total['requests']} calls, {format_usd(total['cost_microdollars'])}"
@@ -16722,7 +16718,7 @@ def _ledger_path(settings: Settings) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], lefts: int = 1) -> str:
-    """Rows as text in columns, so many of them to the left and the others to the right."""
+    """Return rows as text in columns, the first ones to the left and the others to the right."""
     cells = [[re.sub(UNPRINTABLE, "?", str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(
@@ -16731,7 +16727,7 @@ def table(rows: Sequence[Sequence[object]], lefts: int = 1) -> str:
 
 
 def spend_table(groups: Sequence[str], rows: Iterable[Mapping], calls: str = "requests") -> str:
-    """Counts and costs as text, by the fields that are named."""
+    """Return counts and costs as text, by the fields that are named."""
     return table([(*groups, calls, "input", "cached", "output", "cost"), *(
         (*(row[group] or "-" for group in groups),
          *map(row.get, ("requests", *TOKEN_COUNTS)), format_usd(row["cost_microdollars"]))
@@ -16739,8 +16735,8 @@ def spend_table(groups: Sequence[str], rows: Iterable[Mapping], calls: str = "re
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows as CSV (RFC 4180), for spreadsheets that divide by ";" too. What one would take for a
-    formula begins with a quote."""
+    """Return rows as CSV (RFC 4180), for spreadsheets that divide by ";" too. What one would take
+    for a formula begins with a quote."""
     def cell(value: object) -> str:
         text = re.sub(r"^(?=[=+@\t\r]|-(?!\d+$))", "'", "" if value is None else str(value))
         return '"' + text.replace('"', '""') + '"' if re.search('[",;\\r\\n]', text) else text
@@ -16770,7 +16766,9 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> None:
         return _print_report(given, report, overview_text(report))
     path = _ledger_path(settings)
     if given["refused"]:
-        rows = refused_calls(path, since_s, until_s)
+        rows = ledger_rows(
+            path, f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE refused_ms >= ? AND "
+            "refused_ms < ? ORDER BY id", (since_s * 1000, until_s * 1000))
         return _print_report(given, {"refused": rows}, refusals_text(rows), REFUSAL_COLUMNS, rows)
     groups = given["by"] or (["day", "token", "model"] if given["csv"] else [])
     if not groups:
@@ -16784,7 +16782,7 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> None:
 
 
 def overview_text(report: Mapping[str, object]) -> str:
-    """What overview_of() returns, as text."""
+    """Return what overview_of() makes, as text."""
     total = report["total"]
     return "\n".join([
         *(spend_table([group], [*report[f"by_{group}"], {group: "total", **total}]) + "\n"
@@ -16793,14 +16791,8 @@ def overview_text(report: Mapping[str, object]) -> str:
         f"{total['unsettled_requests']} calls are in flight or were cut off"])
 
 
-def refused_calls(path: str, since_s: int, until_s: int) -> list[dict]:
-    """The refusals that a ledger holds of some time, the newest last."""
-    return ledger_rows(path, f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE refused_ms "
-                       ">= ? AND refused_ms < ? ORDER BY id", (since_s * 1000, until_s * 1000))
-
-
 def refusals_text(rows: Iterable[Mapping]) -> str:
-    """Refusals as text, one a line; times are in UTC."""
+    """Return refusals as text, one a line; times are in UTC."""
     return "\n".join(re.sub(UNPRINTABLE, "?", "  ".join((
         time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["refused_ms"] // 1000)),
         row["token"], str(row["status"]), row["reason"], row["model"] or "-", row["path"] or "-",
@@ -16808,14 +16800,14 @@ def refusals_text(rows: Iterable[Mapping]) -> str:
 
 
 def _cage_usage(settings: Settings, since_s: int) -> dict:
-    """What the whole cage spent. Raises Misconfigured."""
+    """Return what the whole cage spent. Raises Misconfigured."""
     with _engine(settings) as engine:
         return shared_usage(engine, settings.cage, since_s)
 
 
 @contextlib.contextmanager
 def _engine(settings: Settings) -> Iterator[Engine]:
-    """The engine of a shared budget, for a command. Raises Misconfigured."""
+    """Open the engine of a shared budget, for a command. Raises Misconfigured."""
     if settings.shared is None:
         raise Misconfigured("say where the shared budget is, with --shared URL or IRONCAGE_SHARED")
     engine = Engine(settings.shared, Turns())
@@ -16827,7 +16819,7 @@ def _engine(settings: Settings) -> Iterator[Engine]:
 
 
 def run_cage(settings: Settings, given: Mapping[str, object]) -> None:
-    """`cage new NAME`: make a cage in the engine of --shared, or begin it anew."""
+    """Make a cage in the engine of --shared, or begin it anew: `cage new NAME`."""
     action, name, *more = [*given["words"], "", ""]
     if action != "new" or not name or any(more):
         raise Misconfigured("cage takes: new NAME")
@@ -16871,8 +16863,7 @@ def audit_verdict(audit: LedgerAudit) -> dict:
         "rows": audit.rows, "cost_microdollars": audit.cost_microdollars,
         "estimated_rows": audit.estimated, "open_rows": audit.open,
         "folded_rows": state.get("folded", 0), "folded_until": None if state.get(
-            "folded_day", -1) < 0 else time.strftime("%Y-%m-%d", time.gmtime(
-                (state["folded_day"] + 1) * DAY_S)),
+            "folded_day", -1) < 0 else utc_text((state["folded_day"] + 1) * DAY_S)[:10],
         "total_microdollars": audit.total_microdollars,
         "sealed_rows": state.get("sealed", 0), "unsealed_rows": audit.unsealed,
         "last_seal": (state.get("seal") or b"").hex(),
@@ -16885,7 +16876,7 @@ def audit_verdict(audit: LedgerAudit) -> dict:
 
 
 def token_standing(caller: Caller, ledger_path: Optional[str], now_s: int) -> dict:
-    """A token's limits, and, where a ledger is given, what it spent and has left."""
+    """Return a token's limits and, where a ledger is given, what it spent and has left."""
     since_s, limit = period_start(caller.period, now_s), caller.budget_microdollars
     spent = None if ledger_path is None else 0
     if ledger_path is not None and os.path.exists(ledger_path):
@@ -16908,7 +16899,7 @@ TOKEN_COLUMNS = MappingProxyType({
 
 
 def tokens_table(rows: Iterable[Mapping[str, object]]) -> str:
-    """Tokens as text; "-" where there is no limit, or no ledger to look into."""
+    """Return tokens as text; "-" where there is no limit, or no ledger to look into."""
     def cell(row: Mapping, name: str) -> str:
         value = row[name]
         if name == "models":
@@ -16922,7 +16913,7 @@ def tokens_table(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def run_tokens(settings: Settings, given: Mapping[str, object]) -> None:
-    """`tokens list | add NAME [field=value ...] | revoke NAME`, on the file of --config."""
+    """Show or edit the tokens of --config: `list`, `add NAME [field=value ...]`, `revoke NAME`."""
     path, (action, *words) = settings.config_path, given["words"] or ["list"]
     if path is None:
         raise Misconfigured("say which configuration holds the tokens, with --config FILE")
@@ -16959,7 +16950,7 @@ def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, object]
 
 
 def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, object]:
-    """A token's fields from words like budget_usd=5.00. Raises ValueError."""
+    """Return a token's fields from words like budget_usd=5.00. Raises ValueError."""
     fields: dict[str, object] = {}
     for word in words:
         name, is_pair, value = word.partition("=")
@@ -17042,7 +17033,7 @@ class _Laboratory:
 
     def call(self, path: str = "/v1/chat/completions", token: Optional[str] = None,
              strict: bool = False, **fields: object) -> tuple[int, Mapping[str, str], bytes]:
-        """One POST, of a chat with other fields: (status, headers, body)."""
+        """Send one POST, a chat with other fields; return (status, headers, body)."""
         with contextlib.closing(http.client.HTTPConnection(
                 "127.0.0.1", self.server.port, timeout=10)) as connection:
             connection.request("POST", path, json.dumps({**self.CHAT, **fields}), {
@@ -17143,13 +17134,13 @@ def run_selftest(settings: Settings, given: Mapping[str, object]) -> int:
 
 
 def price_changes(old: PriceBook, new: PriceBook) -> Iterator[tuple[str, str]]:
-    """(kind, line) of each difference that a newer price table would make: "+" a model that it
-    adds, "-" one that it lacks, "~" a cell that differs."""
+    """Yield (kind, line) of each difference that a newer price table would make: "+" a model that
+    it adds, "-" one that it lacks, "~" a cell that differs."""
     for key in sorted({*old.keys(), *new.keys()}):
         was, becomes = old.cells(key), new.cells(key)
         if not was or not becomes:
-            told = "input {}, output {}".format(*(old if was else new).price(key).per_million())
-            yield "-" if was else "+", f"{key}: {told}"
+            rates = "input {}, output {}".format(*(old if was else new).price(key).per_million())
+            yield "-" if was else "+", f"{key}: {rates}"
             continue
         for cell in sorted({*was, *becomes}):
             if was.get(cell) != becomes.get(cell):
@@ -17173,7 +17164,7 @@ def run_models(settings: Settings, given: Mapping[str, object]) -> None:
         + "\nin USD for a million tokens")
 
 
-def run_version(settings: Settings, given: Mapping[str, object]) -> None:
+def run_version(settings: Optional[Settings], given: Mapping[str, object]) -> None:
     """Print the version."""
     print(f"ironcage_proxy {__version__}")
 
@@ -17211,7 +17202,7 @@ COMMANDS = MappingProxyType({
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the exit code: 0 fine, 1 runtime failure, 2 usage."""
+    """Run the command line. Returns the exit code: 0 fine, 1 runtime failure, 2 usage."""
     try:
         argv = sys.argv[1:] if argv is None else argv
         given = parse_arguments(argv)
@@ -17293,7 +17284,7 @@ class LlmRouter:
 
     @property
     def base_url(self) -> str:
-        """For an OpenAI client; an Anthropic one takes it without its /v1."""
+        """Where an OpenAI client calls; an Anthropic one takes it without its /v1."""
         return f"{self._server.url}/v1"
 
     @property
@@ -17323,13 +17314,13 @@ class LlmRouter:
 
     @property
     def budget_status(self) -> Optional[tuple[float, float]]:
-        """(spent, limit) in USD; None without a limit."""
+        """What is spent and the limit, in USD; None without a limit."""
         spent, limit = self._server.router.controller.get_status()
         return None if limit is None else (spent / MICRODOLLARS_PER_USD,
                                            limit / MICRODOLLARS_PER_USD)
 
     def total_spent(self) -> float:
-        """USD."""
+        """Return what is spent, in USD."""
         return self._server.router.controller.total_spent() / MICRODOLLARS_PER_USD
 
     def set_budget(self, usd: object) -> None:
@@ -17339,7 +17330,7 @@ class LlmRouter:
         self._server.router.controller.set_budget(parse_usd(usd))
 
     def usage(self) -> dict:
-        """Counts since the start by model, provider and token, and amounts in microdollars."""
+        """Return amounts in microdollars, and counts since the start by model, provider, token."""
         return {**self._server.router.controller.budget().as_json(),
                 **self._server.router.totals.snapshot()}
 
