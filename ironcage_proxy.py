@@ -10342,8 +10342,8 @@ class Headers(tuple):
 
 
 def parse_headers(lines: str) -> Headers:
-    """The headers in lines that each end in CRLF. Raises MalformedHttp for what is not one clear
-    header: bare CR or LF (2.2), a space before ":" (5.1), folding (5.2)."""
+    """Return the headers in lines that each end in CRLF. Raises MalformedHttp for what is not one
+    clear header: bare CR or LF (2.2), a space before ":" (5.1), folding (5.2)."""
     found, count = _HEADER_LINE.findall(lines), lines.count("\n")
     if count > MAX_HEADERS:
         raise MalformedHttp(f"more than {MAX_HEADERS} headers")
@@ -10368,7 +10368,7 @@ class RequestHead(NamedTuple):
 
 
 def connection_options(headers: Headers) -> Sequence[str]:
-    """What a Connection header names, in lower case (7.6.1)."""
+    """Return what a Connection header names, in lower case (7.6.1)."""
     value = headers.get("connection")
     return () if value is None else [option.strip(" \t") for option in value.lower().split(",")]
 
@@ -10386,12 +10386,12 @@ def offered_upgrades(headers: Headers) -> set[str]:
 
 
 def content_encoding(headers: Headers) -> str:
-    """How a body is encoded, in lower case; "identity" where it is not."""
+    """Return how a body is encoded, in lower case; "identity" where it is not."""
     return (headers.get("content-encoding") or "identity").strip().lower()
 
 
 def media_type(headers: Headers) -> str:
-    """The type of a body, in lower case and without parameters; "" where it is not said."""
+    """Return the type of a body, in lower case and without parameters; "" where it is not said."""
     return (headers.get("content-type") or "").partition(";")[0].strip().lower()
 
 
@@ -10421,7 +10421,7 @@ UNTIL_CLOSE = -2
 
 
 def body_length(headers: Headers, *, otherwise: int) -> int:
-    """Bytes of a message's body, or CHUNKED, or `otherwise` where the head does not say.
+    """Return the bytes of a message's body, or CHUNKED, or `otherwise` where the head does not say.
 
     Raises MalformedHttp for two lengths, or a length that is not plain digits (6.1, 6.3).
     """
@@ -10497,12 +10497,12 @@ class BodyDecoder:
         self.is_done = not line               # trailer fields are read and dropped
 
     def end(self) -> bool:
-        """The connection was closed: whether the body is whole."""
+        """Whether the body is whole, now that the connection was closed."""
         return self.is_done or self._may_end
 
 
 def format_chunks(pieces: Iterable[bytes]) -> bytes:
-    """Each piece as one chunk of a chunked body."""
+    """Write each piece as one chunk of a chunked body."""
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces if piece)
 
 
@@ -10510,13 +10510,13 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def format_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """A message head as bytes. Names and values were checked when they were parsed."""
+    """Write a message head. Names and values were checked when they were parsed."""
     return "\r\n".join([first_line, *map(": ".join, headers), "\r\n"]).encode("latin-1")
 
 
 def ready_of(sockets: Sequence[socket.socket], timeout_s: float, *,
              writing: bool = False) -> list[socket.socket]:
-    """Those that can be read (or written), or have ended, now or within a time."""
+    """Return those that can be read (or written), or have ended, now or within a time."""
     timeout_s = max(0.0, timeout_s)
     if not hasattr(select, "poll"):                   # Windows
         readable, writable, broken = select.select([] if writing else sockets,
@@ -10618,7 +10618,8 @@ class Turns:
         return self.outside(is_inside=True)
 
     def wait(self, wires: Sequence[Wire], deadline_s: float) -> list[Wire]:
-        """Those of one to two wires that can be read; none when a monotonic time has come."""
+        """Wait for one to two wires, and return those that can be read; none at a monotonic time.
+        """
         seat = self._here.seat
         if not seat.has_turn or not hasattr(select, "epoll"):
             with self.outside():
@@ -10697,7 +10698,7 @@ class Turns:
         return False
 
     def _await_turn(self, seat: Seat, deadline_s: float) -> None:
-        """Until the turn comes; from the end of the line, where a deadline passes first."""
+        """Wait until the turn comes; from the end of the line, where a deadline passes first."""
         if not seat.wake.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
             with self._lock:
                 if seat in self._parked:
@@ -10749,7 +10750,7 @@ class Wire:
         return bool(ready_of([self.sock], 0))
 
     def receive(self, timeout_s: float, watched: Optional[Wire] = None) -> bytes:
-        """Some bytes, or b"" at the end. `watched` is a client to give up with.
+        """Return some bytes, or b"" at the end. `watched` is a client to give up with.
 
         Raises: TimeoutError; OSError; ClientGone when the watched peer hangs up first.
         """
@@ -10807,7 +10808,7 @@ class Wire:
             self.received = begun + more
 
     def read_head(self, deadline_s: float, watched: Optional[Wire] = None) -> bytes:
-        """A message head, without the empty line that ends it, read by a monotonic time.
+        """Read a message head, without the empty line that ends it, by a monotonic time.
 
         Raises: MalformedHttp beyond MAX_HEAD_BYTES; TimeoutError; OSError; EOFError inside it.
         """
@@ -11001,7 +11002,7 @@ class Memory:
         claim.size, claim.is_small, claim.is_under_way = size, is_small, True
 
     def as_json(self) -> dict:
-        """What is in use, for the status."""
+        """Return what is in use, for the status."""
         with self._lock:
             return {"limit_bytes": self.limit_bytes, "reserved_bytes": sum(self._used),
                     "waiting": len(self._line)}
@@ -11032,7 +11033,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         self._tls: Optional[ssl.SSLContext] = None
 
     def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
-        """One exchange, on a connection that was kept or a new one; raises as said above."""
+        """Make one exchange, on a connection that was kept or a new one; raises as said above."""
         headers = dict(request.header_items())
         proxy_authorization = headers.pop("Proxy-authorization", None) \
             if request._tunnel_host else None        # else it is this request's own header
@@ -11053,7 +11054,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     https_open = http_open
 
     def _idle_wires(self, place: tuple) -> Iterator[Wire]:
-        """Pooled connections that are still open, newest first, each taken out of the pool."""
+        """Yield pooled connections that are still open, newest first, each taken out of the pool.
+        """
         while True:
             with self._lock:
                 pooled = self._idle.get(place)
@@ -11066,7 +11068,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 wire.close()                # too old, or the provider closed it or sent bytes
 
     def _connect(self, request: UpstreamRequest, proxy_authorization: Optional[str]) -> Wire:
-        """A new connection, through a tunnel where urllib's ProxyHandler asked for one."""
+        """Open a connection, through a tunnel where urllib's ProxyHandler asked for one."""
         options = {"timeout": self._timeouts.connect_s}
         headers = {"Proxy-Authorization": proxy_authorization} if proxy_authorization else {}
         try:
@@ -11151,7 +11153,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
 @functools.lru_cache(maxsize=64)
 def _request_to(url: str) -> urllib.request.Request:
-    """What urllib reads from a URL, kept since it is read from few of them again and again."""
+    """Return what urllib reads from a URL, kept since it is read from few of them again and again.
+    """
     return urllib.request.Request(url)
 
 
@@ -11174,8 +11177,8 @@ ESCAPE_BEGUN = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 
 @functools.lru_cache(maxsize=64)
 def _signs_of(key: str) -> tuple[bytes, re.Pattern]:
-    """By what a key is found fast: its longest part that nothing needs to escape, and the escapes
-    that JSON has for its characters."""
+    """Return by what a key is found fast: its longest part that nothing needs to escape, and the
+    escapes that JSON has for its characters."""
     run = max(re.findall(r"[\w.~-]*", key), key=len)
     codes = "|".join(sorted({f"{ord(char):02x}" for char in key}))
     return run.encode(), re.compile(rf"\\u00((?i:{codes}))".encode())
@@ -11185,7 +11188,7 @@ KEY_IN_ANSWER = "the provider's answer repeats its key; it is not passed on"
 
 
 def _unquoted(text: bytes) -> bytes:
-    """A text without the escapes of a URL, and without the backslashes of JSON."""
+    """Return a text without the escapes of a URL, and without the backslashes of JSON."""
     if b"%" not in text and b"\\" not in text:
         return text                          # as most are
     return urllib.parse.unquote_to_bytes(text).replace(b"\\", b"")
@@ -11217,7 +11220,7 @@ class KeyGuard:
                                 "deflate: its key could be in it unseen, so it is not passed on")
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
-        """What may be passed on of one read. Raises UpstreamBroke."""
+        """Return what may be passed on of one read. Raises UpstreamBroke."""
         if not self._key:
             return pieces
         came, at = b"".join(pieces), len(self._seen)
@@ -11239,7 +11242,7 @@ class KeyGuard:
         return [] if waits else pieces
 
     def _inflated(self, came: bytes) -> bytes:
-        """The end of the text, with what came inflated. Raises UpstreamBroke."""
+        """Return the end of the text, with what came inflated. Raises UpstreamBroke."""
         text = self._seen
         try:
             for step in self._inflate(came):
@@ -11253,7 +11256,7 @@ class KeyGuard:
         return text
 
     def rest(self) -> list[bytes]:
-        """What waits at the end of the body."""
+        """Return what waits at the end of the body."""
         return [self._waiting]
 
     def kept(self, headers: Headers) -> Headers:
@@ -11276,14 +11279,16 @@ class KeyGuard:
             self._raw in text or self._key in _unquoted(unescaped))
 
     def _unescaped(self, text: bytes) -> bytes:
-        """A text without those escapes of JSON that can hide the key; as it is where none can."""
+        """Return a text without those escapes of JSON that can hide the key; as it is where none
+        can."""
         if b"\\u00" not in text:
             return text
         shorter = self._escapes.sub(lambda escape: bytes.fromhex(escape[1].decode()), text)
         return text if len(shorter) == len(text) else shorter.replace(b"\\", b"")
 
     def _masked(self, text: bytes) -> bytes:
-        """A text with asterisks in place of the key, one a byte: lengths are stated already."""
+        """Return a text with asterisks in place of the key, one a byte: lengths are stated already.
+        """
         chars = (rb"(?:\\|(?:u00|%%)5[Cc])*(?:%b|(?:u00|%%)(?i:%02x))" % (
             re.escape(bytes([char])), char) for char in self._key)
         return re.sub(b"".join(chars), lambda key: b"*" * len(key[0]), text)
@@ -11342,8 +11347,8 @@ class UpstreamResponse:
         raise UpstreamBroke(f"the provider sent {MAX_INTERIM_ANSWERS} interim answers and no other")
 
     def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
-        """The body: for each read from the socket, its pieces, split as the provider split them;
-        and an empty list after each `tick_s` without a byte.
+        """Yield the body: for each read from the socket, its pieces, split as the provider split
+        them; and an empty list after each `tick_s` without a byte.
 
         Raises: UpstreamBroke when the body ends early; UpstreamTimedOut; ClientGone.
         """
@@ -11409,7 +11414,7 @@ SOCKET_FAILURES = (OSError, EOFError, MalformedHttp)          # TimeoutError is 
 
 
 def upstream_failure(err: Exception) -> UpstreamError:
-    """What one of SOCKET_FAILURES means for a call that was already sent."""
+    """Return what one of SOCKET_FAILURES means for a call that was already sent."""
     if isinstance(err, TimeoutError):
         return UpstreamTimedOut("the provider did not answer in time")
     if isinstance(err, MalformedHttp):
@@ -11428,7 +11433,7 @@ class EnvironmentProxies(urllib.request.ProxyHandler):
 
 
 def build_opener(transport: KeepAliveHandler) -> urllib.request.OpenerDirector:
-    """The opener for all upstream calls: no redirects, no cookies, no error processing."""
+    """Make the opener for all upstream calls: no redirects, no cookies, no error processing."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(EnvironmentProxies())
     opener.add_handler(transport)
@@ -11461,7 +11466,7 @@ def anthropic_betas(head: RequestHead, added: Iterable[str]) -> str:
 def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
                      translator: Optional[Translator] = None,
                      added_betas: Iterable[str] = ()) -> dict[str, str]:
-    """The headers of an upstream call: the client's end-to-end ones, and the provider's key.
+    """Return the headers of an upstream call: the client's end-to-end ones, and the provider's key.
 
     A translated call is the proxy's own: what one vendor's clients say to it stays behind, but
     for the features of Anthropic that a client of OpenAI's names.
@@ -11486,7 +11491,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
 
 
 def answer_headers(headers: Headers) -> list[tuple[str, str]]:
-    """The end-to-end headers of an answer."""
+    """Return the end-to-end headers of an answer."""
     named = connection_options(headers)
     return [(name, value) for name, value in headers
             if name not in ANSWER_HEADERS_KEPT_BACK and name not in named]
@@ -11499,7 +11504,7 @@ def own_ids(request_id: str) -> Sequence[tuple[str, str]]:
 
 def translated_rate_limits(headers: Iterable[tuple[str, str]],
                            upstream_api: str) -> list[tuple[str, str]]:
-    """A provider's headers with its rate limits in the other vendor's names and forms."""
+    """Return a provider's headers with its rate limits in the other vendor's names and forms."""
     to_openai = upstream_api == "messages"
     names = {(ours if to_openai else theirs): (theirs if to_openai else ours)
              for ours, theirs in RATE_LIMIT_HEADERS}
@@ -11540,7 +11545,7 @@ def with_notice(headers: Iterable[tuple[str, str]], api: str,
     share, reset_s = max(shares, key=operator.itemgetter(0), default=(Fraction(0), None))
     percent = int(share * 100)
     step = next((text for least, text in NOTICE_STEPS if percent >= least), None)
-    if step is None or api not in NOTICES:
+    if step is None:
         return headers
     family, used, form, passed, reset = NOTICES[api]
     told = [(used, form.format(min(percent, 99))), (passed, step), (reset, reset_s)]
@@ -11549,7 +11554,7 @@ def with_notice(headers: Iterable[tuple[str, str]], api: str,
 
 
 def duration_s(text: str) -> int:
-    """Whole seconds of "1s", "6m0s" or "120ms", rounded up. Raises ValueError."""
+    """Return whole seconds of "1s", "6m0s" or "120ms", rounded up. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d{1,5})h)?(?:(\d{1,6})m(?!s))?(?:(\d{1,9})(?:\.\d+)?s)?"
                          r"(?:(\d{1,9})ms)?", text, re.ASCII)
     if match is None or not text:
@@ -11935,12 +11940,12 @@ HISTOGRAM_BOUNDS = (*(f"{most / 1000:g}" for most in HISTOGRAM_MS), "+Inf")     
 
 
 def event_name(event: Event) -> str:
-    """"llm_request_completed" of LlmRequestCompleted."""
+    """Return "llm_request_completed" for LlmRequestCompleted."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
 
 
 def bucket_of(milliseconds: int) -> str:
-    """The bucket of a histogram that a time falls into, by its upper bound in seconds."""
+    """Return the bucket of a histogram that a time falls into, by its upper bound in seconds."""
     return HISTOGRAM_BOUNDS[bisect.bisect_left(HISTOGRAM_MS, milliseconds)]
 
 
@@ -11983,12 +11988,12 @@ class Totals:
             self._seen[observation] += 1
 
     def observed(self) -> dict:
-        """How often each observation was made."""
+        """Return how often each observation was made."""
         with self._lock:
             return dict(self._seen)
 
     def snapshot(self, token: Optional[str] = None) -> dict:
-        """The counts as JSON members of the status; of one token, or of all."""
+        """Return the counts as JSON members of the status; of one token, or of all."""
         with self._lock:
             cells = [(names, counts) for names, counts in sorted(self._cells.items())
                      if token in (None, names[0])]
@@ -12007,8 +12012,8 @@ class Totals:
 
 
 def _family(name: str, kind: str, text: str, samples: Iterable[tuple]) -> list[str]:
-    """The lines of a metric in Prometheus's text format; none without samples, which are (labels,
-    value) or (labels, value, the end of its name)."""
+    """Return the lines of a metric in Prometheus's text format; none without samples, which are
+    (labels, value) or (labels, value, the end of its name)."""
     name, lines = f"ironcage_{name}", []
     for labels, value, *end in samples:
         inside = ",".join(f'{label}="{shown}"' for label, shown in labels.items())
@@ -12050,7 +12055,7 @@ GAUGES = MappingProxyType({
 
 
 def metrics_text(totals: Totals, budgets: Sequence[Budget], gauges: Mapping[str, int]) -> str:
-    """Everything that is counted, in Prometheus's text format 0.0.4.
+    """Write everything that is counted, in Prometheus's text format 0.0.4.
 
     Labels come from closed sets: names of providers, priced models and tokens, statuses, reasons.
     """
@@ -12139,7 +12144,7 @@ class Outbox:
             self._changed.notify_all()
 
     def counts(self) -> tuple[int, int]:
-        """How many items wait, and how many were dropped."""
+        """Return how many items wait, and how many were dropped."""
         with self._changed:
             return len(self._waiting), self._dropped
 
@@ -12293,7 +12298,7 @@ class CageServer:
     # Its protocol.
 
     def _post(self, path: str, fields: Mapping[str, object]) -> tuple[int, dict]:
-        """(status, body) of one call. Raises UpstreamError."""
+        """Make one call, and return (status, body). Raises UpstreamError."""
         response = posted(self._opener, self.url + path, json_bytes(fields), self.token,
                           {"authorization": f"Bearer {self.token}"})
         try:
@@ -12309,7 +12314,8 @@ class CageServer:
 
     def _ask(self, path: str, fields: Mapping[str, object],
              read: Callable[[dict], _T]) -> _T:
-        """What `read` makes of an answer. Raises CageServerFailed, `is_final` where it was a no."""
+        """Return what `read` makes of an answer. Raises CageServerFailed, `is_final` where it was a
+        no."""
         try:
             status, body = self._post(path, fields)
             if 200 <= status < 300:
@@ -12358,7 +12364,7 @@ class CageServer:
     # What a call needs.
 
     def provider(self) -> Provider:
-        """The provider with its key. Raises CageServerFailed.
+        """Return the provider with its key. Raises CageServerFailed.
 
         A key is asked for once for all that need it; whoever has one, though an old one, does not
         wait for it.
@@ -12388,13 +12394,13 @@ class CageServer:
             return held
 
     def _usable(self) -> Optional[Provider]:
-        """The provider whose key is known, and was not refused."""
+        """Return the provider whose key is known, and was not refused."""
         held = self._held
         return None if held is None or held.key == self._refused_key else held
 
     def _ask_again(self, path: str, fields: Mapping[str, object],
                    read: Callable[[dict], _T]) -> _T:
-        """As _ask(), but a failure stands for SERVER_RETRY_S, in which the server is left alone."""
+        """Ask as _ask() does, but a failure stands for SERVER_RETRY_S: the server is left alone."""
         if self._is_stopping:
             raise CageServerFailed("the proxy is stopping")
         if self._failure is not None and time.monotonic() < self._failed_until_s:
@@ -12406,12 +12412,13 @@ class CageServer:
             raise
 
     def refused(self, provider: Provider) -> None:
-        """A provider answered 401: its key is fetched anew, unless that was done just now."""
+        """Note that a provider answered 401: its key is fetched anew, unless that was done just
+        now."""
         if time.monotonic() - self._fetched_s >= SERVER_RETRY_S:
             self._refused_key = provider.key
 
     def check_lease(self) -> None:
-        """There is a lease, or one is granted now. Raises CageServerFailed."""
+        """Ask for a lease, unless there is one. Raises CageServerFailed."""
         if self.lease is not None:
             return
         name = self.provider().name
@@ -12445,7 +12452,8 @@ class CageServer:
         self.events.start()
 
     def _held_leases(self) -> list[tuple[Lease, int]]:
-        """Leases that were not given back, and what was spent of each: until the next began."""
+        """Return leases that were not given back, and what was spent of each: until the next began.
+        """
         held = sorted(self._ledger.leases(), key=lambda lease: lease.spent_before)
         ends = [*(lease.spent_before for lease in held[1:]), self._ledger.spent(None, 0)]
         return [(lease, end - lease.spent_before) for lease, end in zip(held, ends)]
@@ -13712,7 +13720,7 @@ class ProviderFailed(Exception):
 
 
 def named_model(fields: Mapping[str, object]) -> str:
-    """The model that a request names; "" where a prompt stored at the provider names it.
+    """Return the model that a request names; "" where a prompt stored at the provider names it.
 
     Raises BadRequest.
     """
@@ -13725,7 +13733,7 @@ def named_model(fields: Mapping[str, object]) -> str:
 
 
 def other_models(fields: Mapping[str, object]) -> Iterator[str]:
-    """Models that a request names beside its own: in its tools, as fallbacks, in another case."""
+    """Yield models that a request names beside its own: in tools, as fallbacks, in another case."""
     for name, value in fields.items():
         if name in ("models", "fallbacks", "tools"):
             for row in value if isinstance(value, list) else ():
@@ -13740,7 +13748,7 @@ _CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
 
 
 def json_body(request: ClientRequest) -> JsonBody:
-    """The body of a metered request. Raises BadRequest, ServerBusy."""
+    """Return the body of a metered request. Raises BadRequest, ServerBusy."""
     charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
         raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
@@ -13866,7 +13874,7 @@ def check_models(caller: Caller, provider: Provider, models: Iterable[str]) -> N
 
 def known_input_tokens(call: Call, counts: KnownCounts, price: Price,
                        window: int) -> Optional[int]:
-    """A bound on a call's input from what its provider counted before; None: it did not."""
+    """Return a bound on a call's input from what its provider counted before; None: it did not."""
     fields, scope = call.body.fields, json.dumps(count_scope(call))
     previous = fields.get("previous_response_id")
     if previous is not None and fields.get("truncation") in (None, "disabled"):
@@ -13886,7 +13894,7 @@ NO_LAST_EVENT = "the provider's stream ended without its last event"
 
 
 def _row_told(row: Mapping[str, object]) -> dict:
-    """What the log says of a settled call, in the original's words."""
+    """Return what the log says of a settled call, in the original's words."""
     said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
     told = {"request_id": row["request_id"], "token": row["token"], **said,
             "model": row["price_key"] or "other", "provider": row["provider"],
@@ -13942,7 +13950,7 @@ class Router:
         yield from (provider.key for provider in self.providers.values())
 
     def _take_lease(self, lease: Lease) -> None:
-        """What a lease allows to be spent, which --budget can lower."""
+        """Set the limit that a lease allows, which --budget can lower."""
         limits = (self.settings.budget_microdollars, lease.spent_before + lease.granted)
         self.controller.set_budget(min(limit for limit in limits if limit is not None))
 
@@ -13988,7 +13996,7 @@ class Router:
 
     @property
     def routes(self) -> Routes:
-        """Where requests go, as it is configured now."""
+        """Return where requests go, as it is configured now."""
         return Routes(self.providers, self.config)
 
     def shut_down(self) -> None:
@@ -14006,7 +14014,7 @@ class Router:
 
     @contextlib.contextmanager
     def open(self, request: ClientRequest, client: Optional[Wire] = None) -> Iterator[Answer]:
-        """The answer to a request; leaving the context settles the call and ends it upstream.
+        """Yield the answer to a request; leaving the context settles the call and ends it upstream.
 
         `client` is looked at while a stream is awaited, so that a call ends with its client.
         Raises: any IroncageError; ClientGone.
@@ -14051,7 +14059,9 @@ class Router:
             try:
                 pieces = self._upstream_body(call)
                 self._check_is_still_wanted(call, client)
-                self._write_intent(call)
+                row = call.intent_row()
+                self.ledger.intent(row, call.reservation.shared)
+                call.row = row
                 response = self._sent(call, path, pieces, client)
                 try:
                     yield self._answered(call, response)
@@ -14066,8 +14076,8 @@ class Router:
                 self._settle(call)
 
     def _ready(self, provider: Provider) -> Provider:
-        """A provider with its key, from the Iron Cage server if there is one; then there is a
-        lease too. Raises NoProviderKey, CageServerFailed."""
+        """Return a provider with its key, from the Iron Cage server if there is one; then there is
+        a lease too. Raises NoProviderKey, CageServerFailed."""
         if self.server is not None:
             with self.turns.outside():
                 self.server.check_lease()
@@ -14107,7 +14117,7 @@ class Router:
 
     def _check_unmetered(self, request: ClientRequest, named: Optional[Provider],
                          path: str) -> None:
-        """Under a budget only routes that are free pass unmetered. Raises UnmeteredRoute."""
+        """Refuse, under a budget, all but the routes that are free. Raises UnmeteredRoute."""
         caller, method = request.caller, request.head.method
         if not caller.models and not self.controller.is_limited(request.scopes):
             return
@@ -14156,7 +14166,7 @@ class Router:
 
     def _admitted(self, request: ClientRequest, api: str, body: JsonBody, provider: Provider,
                   model: str, client: Optional[Wire]) -> Call:
-        """A call with its worst case set aside. Raises BadRequest and its kin, BudgetExceeded."""
+        """Set aside the worst case of a call. Raises BadRequest and its kin, BudgetExceeded."""
         scopes = request.scopes
         while True:
             free = self.controller.available(scopes)
@@ -14172,7 +14182,7 @@ class Router:
 
     def _planned(self, request: ClientRequest, api: str, body: JsonBody, provider: Provider,
                  model: str, free: Optional[int]) -> Call:
-        """A call as it will be sent, with its price and its bound; under a limit it has both.
+        """Make a call as it will be sent, with its price and its bound; under a limit it has both.
 
         Raises BadRequest and its kin.
         """
@@ -14203,7 +14213,7 @@ class Router:
     def _translated(self, request: ClientRequest, provider: Provider,
                     apis: tuple[str, Optional[str]], model: str, body: JsonBody,
                     price: Optional[Price], limited: bool) -> Call:
-        """A call in the API that its provider speaks. Raises BadRequest, Untranslatable.
+        """Make a call in the API that its provider speaks. Raises BadRequest, Untranslatable.
 
         Under a limit a cap that the client did not set is left to the reservation.
         """
@@ -14237,7 +14247,8 @@ class Router:
         return call
 
     def _bound(self, call: Call, price: Price, free: Optional[int]) -> Bound:
-        """A call's worst case: by bytes while that is little of what is free, else measured."""
+        """Return a call's worst case: by bytes while that is little of what is free, else measured.
+        """
         betas = anthropic_betas(call.request.head, call.added_betas)
         options = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
@@ -14252,7 +14263,7 @@ class Router:
                                                                 options["window"]))
 
     def _tight_bound(self, call: Call) -> Optional[Bound]:
-        """The bound of a call that is charged by it, where a closer look can pay."""
+        """Return the bound of a call that is charged by it, where a closer look can pay."""
         bound = call.bound
         if bound is None or bound.loops or len(call.body.raw) < LEAST_COUNTED_BYTES:
             return bound
@@ -14288,7 +14299,7 @@ class Router:
     # Sending.
 
     def _upstream_body(self, call: Call) -> Sequence[bytes]:
-        """The client's bytes in pieces, with only the fields changed that must be."""
+        """Return the client's bytes in pieces, with only the fields changed that must be."""
         changes: dict[str, object] = {}
         if call.body.fields.get("model", "") != call.model:
             changes["model"] = call.model
@@ -14342,12 +14353,6 @@ class Router:
             raise Unauthorized(f"the token {caller.name} was withdrawn while its call waited",
                                headers=DO_NOT_RETRY)
 
-    def _write_intent(self, call: Call) -> None:
-        """Write down that a call is about to be sent. Raises LedgerUnavailable."""
-        row = call.intent_row()
-        self.ledger.intent(row, call.reservation.shared)
-        call.row = row
-
     def _sent(self, call: Call, path: str, pieces: Sequence[bytes],
               client: Optional[Wire]) -> Response:
         """Send a call, and note what the head of its answer says. Raises UpstreamError, ClientGone.
@@ -14378,7 +14383,7 @@ class Router:
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: Sequence[bytes],
               watched: Optional[Wire], translator: Optional[Translator] = None,
               added_betas: Iterable[str] = ()) -> UpstreamResponse:
-        """One upstream call. Raises UpstreamError, ClientGone."""
+        """Make one upstream call. Raises UpstreamError, ClientGone."""
         query = "" if request.head.query is None or translator else f"?{request.head.query}"
         headers = upstream_headers(request.head, provider, sum(map(len, body)), translator,
                                    added_betas)
@@ -14395,16 +14400,22 @@ class Router:
     # Forwarding: as it came, or translated. What a client reads last is settled before.
 
     def _answered(self, call: Call, response: Response) -> Answer:
-        """The answer to send on: a stream as it arrives, anything else whole and settled.
+        """Return the answer to send on: a stream as it arrives, anything else whole and settled.
 
         Raises UpstreamError.
         """
         is_fine, headers = 200 <= response.status < 300, self._first_headers(call, response)
-        is_stream = is_fine and (call.wants_stream or (        # labelled as whatever it is
-            call.translator is None and media_type(response.headers) == "text/event-stream"))
         try:
-            answer = self._streamed_answer(call, response) if is_stream \
-                else self._whole_answer(call, response)
+            if is_fine and (call.wants_stream or (             # labelled as whatever it is
+                    call.translator is None
+                    and media_type(response.headers) == "text/event-stream")):
+                reads = self._streamed(call, response)
+                if call.translator is not None:            # a status waits: for an error, perhaps
+                    reads = itertools.chain([next(reads, [])], reads)
+                    headers.append(("content-type", "text/event-stream"))
+                answer = Answer(response.status, (), reads=self._to_its_end(call, reads))
+            else:
+                answer = self._whole_answer(call, response)
         except ProviderFailed as err:
             self._settle(call)
             no_retry = DO_NOT_RETRY if err.status == 402 or json_object(err.body["error"]).get(
@@ -14414,12 +14425,12 @@ class Router:
         headers += answer.headers
         if call.charge is not None:
             headers.append(("x-ironcage-cost-microdollars", str(call.charge.microdollars)))
-        if 200 <= answer.status < 300:
+        if 200 <= answer.status < 300 and call.client_api in NOTICES:
             headers = with_notice(headers, call.client_api, self.controller.standings(call.scopes))
         return answer._replace(headers=headers)
 
     def _first_headers(self, call: Call, response: Response) -> list[tuple[str, str]]:
-        """The headers that an answer has however it goes on. Raises UpstreamBroke."""
+        """Return the headers that an answer has however it goes on. Raises UpstreamBroke."""
         headers = answer_headers(response.headers)
         if call.translator is not None:
             if response.status in {205, *BODILESS_STATUSES}:
@@ -14466,7 +14477,8 @@ class Router:
 
     @staticmethod
     def _unread(call: Call, begun: bytes, reads: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
-        """An answer that is too large to be read: forwarded as it came, and charged for it."""
+        """Forward an answer that is too large to be read as it comes; it is charged for its bytes.
+        """
         for at in range(0, len(begun), JOINED_WRITE_BYTES):
             yield [begun[at:at + JOINED_WRITE_BYTES]]
         for read in reads:
@@ -14491,17 +14503,8 @@ class Router:
         return call.translator.answer_of((*events, {"type": "done"})) if events \
             else call.translator.answer(value)
 
-    def _streamed_answer(self, call: Call, response: Response) -> Answer:
-        """A stream as it arrives. Raises UpstreamError, ProviderFailed."""
-        reads = self._streamed(call, response)
-        if call.translator is None:
-            return Answer(response.status, (), reads=self._to_its_end(call, reads))
-        first = next(reads, [])                # before the status: it may be an error instead
-        return Answer(response.status, (("content-type", "text/event-stream"),),
-                      reads=self._to_its_end(call, itertools.chain([first], reads)))
-
     def _streamed(self, call: Call, response: Response) -> Iterator[list[bytes]]:
-        """A stream as its client reads it: metered, and translated if need be.
+        """Yield a stream as its client reads it: metered, and translated if need be.
 
         Raises UpstreamError, where it breaks or has no last event; ProviderFailed.
         """
@@ -14520,7 +14523,7 @@ class Router:
 
     def _reads(self, call: Call, response: Response, reader: StreamReader,
                tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
-        """A stream's reads, of which long ones are worked on outside the turn. That it breaks
+        """Yield a stream's reads, of which long ones are worked on outside the turn. That it breaks
         after its last event is nobody's loss."""
         try:
             for pieces in response.reads(tick_s):
@@ -14533,8 +14536,8 @@ class Router:
 
     def _provider_events(self, call: Call, response: Response,
                          reader: StreamReader) -> Iterator[dict]:
-        """What the provider streams, up to its end or its error, metered; and a ping where the
-        client has heard nothing for ping_s, whatever the provider sends.
+        """Yield what the provider streams, metered, up to its end or its error; and a ping where
+        the client has heard nothing for ping_s, whatever the provider sends.
 
         Raises UpstreamError, ProviderFailed.
         """
@@ -14562,8 +14565,8 @@ class Router:
         yield {"type": "done"}
 
     def _to_its_end(self, call: Call, reads: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
-        """A stream, settled before its client can see that it is over. One that breaks ends with
-        an error event of its client's API."""
+        """Yield a stream, settled before its client can see that it is over. One that breaks ends
+        with an error event of its client's API."""
         try:
             for pieces in reads:
                 if call.meter.has_ended:
@@ -14918,7 +14921,8 @@ SESSIONS_SHOWN = 50                          # of those with a budget of their o
 
 
 def host_name(authority: str) -> str:
-    """The host of `host`, `host:port` or `[address]:port`, in lower case; "?" for anything else."""
+    """Return the host of `host`, `host:port` or `[address]:port`, in lower case; "?" for anything
+    else."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::\d{1,5})?", authority)
     return (match[1] or match[2]).lower() if match else "?"
 
@@ -15001,7 +15005,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._memory.give_back()
 
     def _next_head(self) -> Optional[bytes]:
-        """The next request's head; None when the client has no more, or says nothing."""
+        """Read the next request's head; None when the client has no more, or says nothing."""
         timeouts = self.server.settings.timeouts
         first = self._served == 0
         self.server.turns.take()      # if the last request left it
@@ -15022,7 +15026,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise RequestTimedOut("the request's head did not arrive in time") from None
 
     def _serve(self, head: RequestHead, request_id: str) -> None:
-        """Steps of every request: method, host, who asks, what for."""
+        """Take the steps of every request: method, host, who asks, what for."""
         if head.method not in METHODS:
             raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
         is_open = head.path in OPEN_ROUTES and head.method in ("GET", "HEAD")
@@ -15068,7 +15072,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                             f"proxy with --allow-host {shown}")
 
     def _authenticated(self, head: RequestHead) -> Caller:
-        """Whose token a request has. Raises Unauthorized."""
+        """Return whose token a request has. Raises Unauthorized."""
         offered = head.headers
         scheme, _, bearer = offered.get("authorization", "").partition(" ")
         for credential in (bearer.strip() if scheme.lower() == "bearer" else None,
@@ -15089,8 +15093,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     # Reading the body.
 
     def _read_body(self, head: RequestHead, memory: Claim) -> bytes:
-        """The body, whole and without its content-encoding, with memory held for it. Raises 400,
-        408, 411, 413, 415, 503."""
+        """Read the body, whole and without its content-encoding, with memory held for it. Raises
+        400, 408, 411, 413, 415, 503."""
         settings = self.server.settings
         length = body_length(head.headers, otherwise=0)
         if length == 0 and head.method in ("POST", "PUT", "PATCH") \
@@ -15235,7 +15239,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
 def refusal_row(error: IroncageError, request_id: str, token: str,
                 head: Optional[RequestHead]) -> dict:
-    """What the ledger and the log say of a refusal: text that can be stored, of bounded length."""
+    """Return what the ledger and the log say of a refusal: text that can be stored, of bounded
+    length."""
     told = {"request_id": request_id, "token": token, "model": error.model,
             "path": head and head.path, "reason": error.openai_code or error.openai_type,
             "message": error.message, **(attribution_of(head.headers) if head else {})}
@@ -15268,7 +15273,7 @@ OPEN_ROUTES: Mapping[str, Callable[[ProxyServer], Answer]] = MappingProxyType({
 
 
 def _closing(error: IroncageError) -> IroncageError:
-    """An error after which the connection's next bytes cannot be trusted."""
+    """Mark an error as one after which the connection's next bytes cannot be trusted."""
     error.must_close = True
     return error
 
@@ -15284,12 +15289,12 @@ def open_files_limit() -> int:
 
 
 def most_connections() -> int:
-    """MAX_CONNECTIONS, or as many as this process may have two sockets for."""
+    """Return MAX_CONNECTIONS, or as many as this process may have two sockets for."""
     return max(1, min(MAX_CONNECTIONS, (open_files_limit() - SPARE_FILES) // 2))
 
 
 def most_waiting() -> int:
-    """LISTEN_BACKLOG, or as many connections beside those as there are files for."""
+    """Return LISTEN_BACKLOG, or as many connections beside those as there are files for."""
     files = open_files_limit() - SPARE_FILES - 2 * most_connections()
     return min(LISTEN_BACKLOG, max(SPARE_FILES // 2, files))
 
@@ -15493,7 +15498,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     # The configuration, which may change while we serve.
 
     def _read_config(self, held: Mapping[str, str] = MappingProxyType({})) -> Config:
-        """The configuration; read once more where it names files that were not watched before,
+        """Read the configuration; once more where it names files that were not watched before,
         whose states are to be those before they are read."""
         settings = self.settings
         for _ in range(2 if settings.config_path is not None else 0):
@@ -15526,8 +15531,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                     "fields": {"file": path}})
 
     def service_actions(self) -> None:
-        """What serve_forever calls in each round: look whether a file was changed, and read it;
-        and what became of the ledger's."""
+        """Look, in each round of serve_forever, whether a file was changed, and read it; and what
+        became of the ledger's."""
         if time.monotonic() - self._looked_s < CONFIG_LOOK_S and not self.reload_asked:
             return
         self._looked_s = time.monotonic()
@@ -15563,7 +15568,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
 
     def unreadiness(self) -> Optional[str]:
-        """Why no call can be admitted, which is tried once a second at most; None: one can be."""
+        """Return why no call can be admitted, which is tried once a second at most; None: one can
+        be."""
         if self.is_stopping:
             return "the proxy is stopping"
         if time.monotonic() - self._tried_s >= CONFIG_LOOK_S:
@@ -15647,7 +15653,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._turn_away(sock)
 
     def _waiting_outside(self) -> Iterator[tuple[socket.socket, object]]:
-        """The connections that can be accepted now, as many as may wait."""
+        """Yield the connections that can be accepted now, as many as may wait."""
         with contextlib.suppress(OSError):
             for _ in range(most_waiting()):
                 yield self.socket.accept()
@@ -15663,7 +15669,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def _count(self, which: Callable[[Place], bool] = lambda place: True) -> int:
-        """How many places are taken, in all or by such."""
+        """Return how many places are taken, in all or by such."""
         with self._lock:
             return sum(place.does != CLOSED and which(place) for place in self._places.values())
 
@@ -15748,13 +15754,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._changed.notify_all()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """What socketserver calls for an exception outside a request; never to stderr raw."""
+        """Log an exception outside a request, for socketserver; never to stderr raw."""
         log.exception("a connection failed by a fault of the proxy")
 
     # Own routes.
 
     def metrics(self, request: ClientRequest) -> str:
-        """For Prometheus: the callers and the admin of the command line may read it."""
+        """Write the counts for Prometheus: the callers and the admin of the command line may read
+        it."""
         if request.caller.scopes:
             raise Forbidden("metrics are read with --token or --admin-token")
         scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
@@ -15774,7 +15781,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 if name.startswith("events_")}})
 
     def status(self, request: ClientRequest) -> dict:
-        """The whole state, as PRODUCT names it: amounts in microdollars, counts since start.
+        """Return the whole state: amounts in microdollars, counts since the start.
 
         A token of --config sees its own part.
         """
@@ -15801,13 +15808,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 "uptime_s": int(time.monotonic() - self.started_s), "version": __version__}
 
     def get_budget(self, request: ClientRequest) -> dict:
-        """The five amounts: the proxy's, or those of a token of --config."""
+        """Return the five amounts: the proxy's, or those of a token of --config."""
         scope = next(iter(request.caller.scopes), PROXY_SCOPE)
         return self.router.controller.budget(scope).as_json()
 
     def usage(self, request: ClientRequest) -> bytes:
-        """The newest rows of the ledger, `?limit=` of them, and as many calls that were refused
-        here: all, or those of one's own token."""
+        """Return the newest rows of the ledger, `?limit=` of them, and as many calls that were
+        refused here: all, or those of one's own token."""
         asked = urllib.parse.parse_qs(request.head.query or "").get("limit", ["100"])[-1]
         if not re.fullmatch(r"\d{1,4}", asked, re.ASCII):
             raise BadRequest("limit must be a number of rows from 0 to 9999", param="limit")
@@ -15886,13 +15893,13 @@ SECRETS: Mapping[str, Callable] = MappingProxyType({
 
 
 def _secret_paths(named: Union[Settings, Config]) -> set[str]:
-    """The files that hold secrets of settings or of a configuration."""
+    """Return the files that hold secrets of settings or of a configuration."""
     return {*(provider.key_file for provider in named.providers if provider.key_file),
             *getattr(named, "secret_files", {}).values()}
 
 
 def with_secrets_of_files(settings: Settings, held: Mapping[str, str]) -> Settings:
-    """Settings with what their files hold now; one that is broken changes nothing."""
+    """Return settings with what their files hold now; one that is broken changes nothing."""
     return settings._replace(
         providers=tuple(provider if not provider.key_file else with_key(
             provider, settings.environ, held=held, allow_plain_http=settings.allow_plain_http)
@@ -15920,13 +15927,13 @@ def _old_stays(what: str) -> Iterator[None]:
 
 
 def prices_path(settings: Settings) -> str:
-    """Where the price table is: --pricing, else pricing.json beside this file."""
+    """Return where the price table is: --pricing, else pricing.json beside this file."""
     return settings.pricing_path or os.path.join(
         os.path.dirname(os.path.abspath(__file__)), "pricing.json")
 
 
 def read_prices(path: str) -> PriceBook:
-    """A price table. Raises Misconfigured where it cannot be read."""
+    """Read a price table. Raises Misconfigured where it cannot be read."""
     try:
         return PriceBook.load(path)
     except FileNotFoundError as err:
@@ -15938,14 +15945,14 @@ def read_prices(path: str) -> PriceBook:
 
 
 def prices_under(config: Config, book: PriceBook) -> PriceBook:
-    """The prices that hold under a configuration. Raises Misconfigured."""
+    """Return the prices that hold under a configuration. Raises Misconfigured."""
     with checking("the configuration:"):
         return book.with_own(config.prices, price_as=config.price_as,
                              providers=config.providers)
 
 
 def load_prices(settings: Settings) -> PriceBook:
-    """The price table of the settings. Raises Misconfigured where it cannot be read.
+    """Read the price table of the settings. Raises Misconfigured where it cannot be read.
 
     Without --pricing and without a pricing.json beside this file there are no prices: that
     serves without a budget only.

@@ -42,12 +42,17 @@ TESTS = {
     "Ledger": "unit/test_ledger.py faults/test_one_ledger_one_server.py faults/test_crashes.py",
     "Callers and configuration": "wire/test_tokens.py wire/test_providers.py wire/test_keys.py "
                                  "wire/test_access.py wire/test_manners.py",
+    "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_turns.py "
+                        "faults/test_malformed_requests.py",
     "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",
     "Settlement": "unit/test_settlement.py wire/test_learned_counts.py "
                   "faults/test_every_way_to_end.py",
     "Shared budget": "faults/test_shared_budget.py",
+    "Iron Cage server": "wire/test_server_mode.py",
     "Router": "wire/test_the_cage.py wire/test_waiting.py wire/test_providers.py "
               "wire/test_money_attacks.py faults/test_every_way_to_end.py",
+    "Server": "faults/test_malformed_requests.py faults/test_places.py wire/test_access.py "
+              "wire/test_operations.py wire/test_tokens.py wire/test_stop_at.py",
 }
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
            ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn,
