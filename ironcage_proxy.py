@@ -7160,27 +7160,25 @@ class _Shown(NamedTuple):
     member: str = ""                     # that holds the whole text
     event: str = ""                      # of which there are .delta and .done; "": none
     notes: Mapping[str, object] = MappingProxyType({})     # what those have beside it
-    inside: str = ""                     # of which there are .added and .done
-    type: str = ""                       # of what is inside
-    index: str = ""                      # names its place there
-    blank: Mapping[str, object] = MappingProxyType({})     # what it has beside its text
+    inside: str = ""                     # the item's list, if it has one of parts
+    blank: Mapping[str, object] = MappingProxyType({})     # a part there, but for its text
 
 
 _SHOWN = MappingProxyType({
-    "text": _Shown("message", "msg", "text", "response.output_text", {"logprobs": []},
-                   "response.content_part", "output_text", "content_index",
-                   {"annotations": [], "logprobs": []}),
-    "refusal": _Shown("message", "msg", "refusal", "response.refusal", {},
-                      "response.content_part", "refusal", "content_index"),
-    "thought": _Shown("reasoning", "rs", "text", "response.reasoning_summary_text", {},
-                      "response.reasoning_summary_part", "summary_text", "summary_index"),
+    "text": _Shown("message", "msg", "text", "response.output_text", {"logprobs": []}, "content",
+                   {"type": "output_text", "annotations": [], "logprobs": []}),
+    "refusal": _Shown("message", "msg", "refusal", "response.refusal", {}, "content",
+                      {"type": "refusal"}),
+    "thought": _Shown("reasoning", "rs", "text", "response.reasoning_summary_text", {}, "summary",
+                      {"type": "summary_text"}),
     "call": _Shown("function_call", "fc", "arguments", "response.function_call_arguments"),
     "text call": _Shown("custom_tool_call", "ctc", "input", "response.custom_tool_call_input"),
     "search": _Shown("web_search_call", "ws"),
     **{kind: _Shown(row.call, row.prefix) for kind, row in OPENAI_CLIENT_TOOLS.items()},
 })
-_ITEM_BLANKS = MappingProxyType({"message": {"role": "assistant", "content": []},
-                                 "reasoning": {"summary": []}})
+# A list of parts -> what begins the names of the events of one: .added and .done.
+_INSIDE = MappingProxyType({"content": "response.content_part",
+                            "summary": "response.reasoning_summary_part"})
 # Fields of the request that a response repeats -> what is said of those that were not given.
 _ECHOED = MappingProxyType({
     "instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto", "temperature": None,
@@ -7190,10 +7188,9 @@ _INCOMPLETE = MappingProxyType({"length": "max_output_tokens", "refused": "conte
 
 
 class _Item(NamedTuple):
-    """An item of a response: what it is, where it stands, and what is inside."""
+    """An item of a response: what it is so far, and where it stands."""
     body: dict
-    where: dict
-    inside: list
+    where: Mapping[str, object]
 
 
 KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
@@ -7253,11 +7250,7 @@ class ResponsesWriter(AnswerWriter):
                 for kind in ("created", "in_progress")]
 
     def _opened(self, event: Opened) -> Iterator[dict]:
-        part = event.part
-        kind = part.kind if part.kind != "call" else part.name \
-            if part.name in self._client_tools and not part.namespace \
-            else "text call" if part.is_text else "call"
-        row, item = _SHOWN.get(kind), self._message
+        part, row, item = event.part, self._row_of(event.part), self._message
         if row is None:
             return
         if row.item != "message" or item is None or self._is_open(item):
@@ -7273,33 +7266,42 @@ class ResponsesWriter(AnswerWriter):
             for step in ("in_progress", "searching"):
                 yield self._event(f"response.{row.item}.{step}", **item.where)
 
+    def _row_of(self, part: Part) -> Optional[_Shown]:
+        if part.kind == "call" and part.name in self._client_tools and not part.namespace:
+            return _SHOWN[part.name]
+        return _SHOWN.get("text call" if part.is_text else part.kind)
+
     def _is_open(self, item: _Item) -> bool:
         return any(one is item for _, one, _ in self._open.values())
 
     def _new_item(self, part: Part, row: _Shown) -> _Item:
         index = len(self._output)
-        body = {"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item,
-                **_ITEM_BLANKS.get(row.item, {})}
-        if part.kind == "call":
+        body = {"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item}
+        if row.inside:
+            body[row.inside] = []
+        if row.item == "message":
+            body["role"] = "assistant"
+        elif part.kind == "call":
             body.update({"call_id": part.id, "name": part.name, row.member: ""} if row.member
                         else {"call_id": part.id, **OPENAI_CLIENT_TOOLS[part.name].item})
         if part.namespace:
             body["namespace"] = part.namespace
         self._output.append({})
-        return _Item(body, {"item_id": body["id"], "output_index": index}, [])
+        return _Item(body, {"item_id": body["id"], "output_index": index})
 
     def _begin_inside(self, part: Part) -> dict:
-        row, item, where = self._open[part]
-        where[row.index] = len(item.inside)
-        item.inside.append({"type": row.type, row.member: "", **row.blank})
-        return self._event(f"{row.inside}.added", **where, part={**item.inside[-1]})
+        row, (body, _), where = self._open[part]
+        where[f"{row.inside}_index"] = len(body[row.inside])
+        inside = {**row.blank, row.member: ""}
+        body[row.inside] = [*body[row.inside], inside]       # events before have the list as it was
+        return self._event(f"{_INSIDE[row.inside]}.added", **where, part={**inside})
 
     def _more(self, event: More) -> Iterator[dict]:
         part, text = event
         row, _, where = self._open.get(part, (None, None, None))
         if row is None or not row.event or not text:
             return
-        if row.inside and row.index not in where:            # a summary, now that there is one
+        if row.inside and f"{row.inside}_index" not in where:      # a summary, now there is one
             yield self._begin_inside(part)
         yield self._event(f"{row.event}.delta", **where, delta=text, **row.notes)
 
@@ -7308,18 +7310,17 @@ class ResponsesWriter(AnswerWriter):
         row, item, where = self._open.pop(part, (None, None, None))
         if row is None:
             return
+        at = where.get(f"{row.inside}_index")
         notes = [{"type": "url_citation", **note} for note in annotations_of(part)]
-        if row.event and (row.index in where or not row.inside):
+        if row.event and (at is not None or not row.inside):
             for number, note in enumerate(notes):
                 yield self._event(f"{row.event}.annotation.added", **where,
                                   annotation_index=number, annotation=note)
             yield self._event(f"{row.event}.done", **where, **{row.member: part.text}, **row.notes)
-        if row.index in where:
-            inside = item.inside[where[row.index]]
-            inside[row.member] = part.text
-            if part.citations:
-                inside["annotations"] = notes
-            yield self._event(f"{row.inside}.done", **where, part={**inside})
+        if at is not None:
+            inside = item.body[row.inside][at]
+            inside.update({row.member: part.text}, **({"annotations": notes} if notes else {}))
+            yield self._event(f"{_INSIDE[row.inside]}.done", **where, part={**inside})
         if item is not self._message and not self._is_open(item):
             yield from self._end_item(item, part)
 
@@ -7330,20 +7331,16 @@ class ResponsesWriter(AnswerWriter):
 
     def _end_item(self, item: _Item, part: Part = Part("text"),
                   status: str = "completed") -> Iterator[dict]:
-        kind = item.body["type"]
-        body = {**item.body, "status": status}
-        if kind == "message":
-            body["content"] = item.inside
-        elif kind == "reasoning":
-            body.update(summary=item.inside, encrypted_content=sealed(part)
-                        if part.native else None)
+        kind, body = item.body["type"], {**item.body, "status": status}
+        if kind == "reasoning":
+            body["encrypted_content"] = sealed(part) if part.native else None
         elif kind == "web_search_call":
             yield self._event(f"response.{kind}.completed", **item.where)
             body["action"] = {"type": "search", "query": part.text, "sources": [
                 {"type": "url", "url": row.url} for row in part.citations]}
         elif "name" in body:
             body["input" if part.is_text else "arguments"] = part.text
-        else:
+        elif kind != "message":
             tool = OPENAI_CLIENT_TOOLS[part.name]
             body[tool.member] = {**tool.blank, **arguments_to_input(part.text)}
         self._output[item.where["output_index"]] = body
@@ -7746,11 +7743,10 @@ STREAM_ENDS = MappingProxyType(dict.fromkeys(("chat", "completions"), (b"data: [
 
 def wire_event(api: str, event: dict) -> bytes:
     """Return an event of a client's API as bytes; a ping is a comment where it has none."""
-    if api in STREAM_ENDS:
-        return SSE_PING if event.get("type") == "ping" else format_event(event)
-    if event["type"] == "ping" and api != "messages":
+    kind = event.get("type")
+    if kind == "ping" and api != "messages":
         return SSE_PING
-    return format_event(event, event["type"])
+    return format_event(event) if api in STREAM_ENDS else format_event(event, event["type"])
 
 
 # Over 814 texts in many languages and formats o200k's median is a token for 3.67 bytes.

@@ -37,6 +37,10 @@ TESTS = {
     "Chat completions": "unit/test_translation.py unit/test_peer_bugs.py "
                         "wire/test_sloppy_servers.py unit/test_translation_fuzz.py "
                         "wire/test_hosts.py wire/test_three_dialects.py",
+    "Messages": "unit/test_translation.py unit/test_responses.py wire/test_three_dialects.py",
+    "Responses": "unit/test_responses.py unit/test_translation.py wire/test_three_dialects.py",
+    "Translators": "unit/test_translation.py unit/test_responses.py wire/test_three_dialects.py "
+                   "wire/test_translated_calls.py",
     "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py "
                        "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py faults/test_one_ledger_one_server.py faults/test_crashes.py",
