@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from support import each_seed, recordings
 from test_translation_fuzz import mutated
-from translation_checker import check_response, check_response_stream
+from translation_checker import check_message_stream, check_response, check_response_stream
 from vendor_answers import (Answer, Refuse, Say, Search, Think, Use, answer_of, counted,
                             openai_seal)
 from vendor_rules import refused_by_responses
@@ -541,6 +541,14 @@ def test_items_become_turns(case):
     assert turns == turns_of(*items)
 
 
+def test_tools_that_come_along_are_nobodys_result():
+    added = read(input=[
+        {"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]},
+        {"type": "tool_search_output", "tools": [{"type": "function", "name": "g"}]}])
+
+    assert (["f", "g"], []) == ([tool.name for tool in added.tools], added.turns)
+
+
 def test_instructions_are_the_first_system_turn_and_a_string_is_the_users():
     conversation = read(instructions="Be brief.", input="hi")
 
@@ -1003,6 +1011,25 @@ def test_what_was_written_is_read_again_as_it_was(seed):
             if part["kind"] == "search":
                 part.pop("id", None)
         assert before == after
+
+
+def test_a_search_at_the_provider_is_two_blocks_of_messages_and_what_only_it_knows_is_none():
+    search = ic.Part("search", "ice", id="ws_1", citations=(ic.Citation("https://x/y"),))
+    other = ic.Part("other", native={"type": "image_generation_call"}, origin="responses")
+    began, ended = ic.Began("1", "m"), ic.Ended("end")
+    steps = [step(part) for part in (search, other) for step in (ic.Opened, ic.Closed)]
+
+    whole = ic.MessagesWriter({}, 1).whole(ic.Whole(began, [search, other], ended))
+    events = [*ic.MessagesWriter({}, 1).events([began, *steps, ended])]
+
+    check_message_stream(events)
+    assert [{"type": "server_tool_use", "id": "srvtoolu_ws_1", "name": "web_search",
+             "input": {"query": "ice"}},
+            {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_ws_1", "content": [{
+                "type": "web_search_result", "url": "https://x/y", "title": "https://x/y",
+                "encrypted_content": "", "page_age": None}]}] == whole["content"]
+    assert whole["content"] == [event["content_block"] for event in events
+                                if event["type"] == "content_block_start"]
 
 
 # Hostile requests and broken answers.

@@ -1811,3 +1811,17 @@ def test_a_message_between_cleared_system_messages_is_not_lost():
 
     assert ["a", "b"] == [turn["content"] for turn in translator.request["messages"]
                           if turn["role"] == "assistant"]
+
+
+def test_deltas_of_a_kind_that_is_not_known_and_empty_ones_add_nothing():
+    deltas = [{"type": "text_delta", "text": "a"}, {"type": "news_delta", "news": "b"},
+              {"type": "text_delta", "text": None}, {"type": "text_delta", "text": ""}]
+    start, stop = ({"type": f"content_block_{which}", "index": 0, "content_block": text("")}
+                   for which in ("start", "stop"))
+    stream = [start, *({"type": "content_block_delta", "index": 0, "delta": delta}
+                       for delta in deltas), stop]
+
+    events = [*ic.messages_events(stream, None)]
+
+    assert ["Opened", "More", "Closed"] == [type(event).__name__ for event in events]
+    assert "a" == events[-1].part.text
