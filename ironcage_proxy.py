@@ -4295,7 +4295,7 @@ def carried_call_id(given: str, used: Container[str]) -> str:
 
 def own_call_id(carried: str) -> str:
     """Return the id that a provider gave a call."""
-    match = re.fullmatch(CARRIED_ID, carried)
+    match = re.fullmatch(CARRIED_ID, carried) if carried.startswith("icid") else None
     try:
         return match and base64.b64decode(match[1] + "==", b"-_").decode(
             "utf-8", "surrogatepass") or carried
@@ -4728,7 +4728,7 @@ class Gpt(NamedTuple):
 
     @property
     def responses_efforts(self) -> tuple[str, ...]:
-        """The efforts of reasoning that the Responses API takes, rising."""
+        """Return the efforts of reasoning that the Responses API takes, rising."""
         return (*self.efforts, *self.responses_adds)
 
 
@@ -4759,7 +4759,7 @@ GPT_FAMILIES = (
 
 @functools.lru_cache(maxsize=64)
 def gpt_of(model: str) -> Gpt:
-    """The family that a model belongs to."""
+    """Return the family that a model belongs to."""
     return next(family for pattern, family in GPT_FAMILIES if re.match(pattern, model))
 
 
@@ -5191,11 +5191,12 @@ class _ChatRequest(_OpenAIRequest):
             "parameters": plain_schema(TEXT_TOOL_SCHEMA if is_text else tool.schema)}}
 
     def _write_messages(self) -> None:
+        write = {"system": self._system, "user": self._user, "assistant": self._assistant}
         system, turns = self._turns(
             CallIds(self._target.manners.call_ids or "(?s).{0,40}", "call_"))
         self._system(system)
         for role, parts in turns:
-            _CHAT_TURNS_WRITTEN[role](self, parts)
+            write[role](parts)
         if not self._messages:
             raise BadRequest("messages have no content", param="messages")
         if self._messages[-1]["role"] == "assistant":
@@ -5323,11 +5324,6 @@ class _ChatRequest(_OpenAIRequest):
         raise untaken(part)
 
 
-_CHAT_TURNS_WRITTEN = MappingProxyType({
-    "system": _ChatRequest._system, "user": _ChatRequest._user,
-    "assistant": _ChatRequest._assistant})
-
-
 # Its answers: (the finish_reason of an answer, our reason), both ways.
 FINISH_REASONS = MappingProxyType({"end": "stop", "stop": "stop", "length": "length",
                                    "calls": "tool_calls", "refused": "content_filter"})
@@ -5450,26 +5446,23 @@ class _ChunkReader:
         if part is None or part.kind != kind:
             before = [*self._close_said(),
                       *self._close_calls(whole_only=not self._terms.calls_in_order)]
-            part = self._said = Part(kind, pieces=[])
+            part = self._said = Part(kind)
             self._kinds.add(kind)
-            before.append(Opened(part))
-        part.pieces.append(text)
-        return (*before, More(part, text))
+            before.append(part.opened())
+        return (*before, part.grown(text))
 
     def _close_said(self) -> Iterator[AnswerEvent]:
         part, self._said = self._said, None
         if part is not None:
-            part.text = "".join(part.pieces)
             if part.kind == "thought" and self._back:
                 part.native, part.origin, self._back = self._back, "chat", {}
-            yield Closed(part)
+            yield part.closed()
 
     def _carry_back(self) -> Iterator[AnswerEvent]:
         """Yield a thought without words that carries what the server wants back."""
         if self._back:
             part, self._back = Part("thought", native=self._back, origin="chat"), {}
-            yield Opened(part)
-            yield Closed(part)
+            yield from (part.opened(), part.closed())
 
     def _call_of(self, call_id: str, index: object, name: str, more: str) -> Part:
         """Return the call that a delta belongs to; servers get ids and indexes wrong.
@@ -5521,19 +5514,19 @@ class _ChunkReader:
             call.name = name if name.startswith(call.name) else call.name + name
             call.is_text = "input" in inner
             yield from self._open_call(call)
-        if more and not call.is_closed:
+        if more and not call.is_open:                # it waits for its name
             call.pieces.append(more)
-            if call.is_open:
-                yield More(call, more)
+        elif more and not call.is_closed:
+            yield call.grown(more)
 
     def _open_call(self, call: Part) -> Iterator[AnswerEvent]:
         yield from self._close_said()
         yield from self._close_calls(whole_only=True)
         yield from self._carry_back()
-        call.is_open = True
-        yield Opened(call)
-        for text in call.pieces:
-            yield More(call, text)
+        call.is_open, waited = True, call.pieces
+        yield call.opened()
+        for text in waited:
+            yield call.grown(text)
 
     def _close_calls(self, *, whole_only: bool) -> Iterator[AnswerEvent]:
         """Close the calls that are open, and open those that waited for a name in vain."""
@@ -5542,11 +5535,10 @@ class _ChunkReader:
                 continue
             if not call.is_open:
                 yield from self._open_call(call)
-            call.is_closed, call.text = True, "".join(call.pieces)
-            if not call.text.strip() and not call.is_text:
-                call.text += "{}"
-                yield More(call, "{}")
-            yield Closed(call)
+            call.is_closed = True
+            if not call.is_text and not any(map(str.strip, call.pieces)):
+                yield call.grown("{}")
+            yield call.closed()
 
     def finish(self) -> Iterator[AnswerEvent]:
         """Yield what ends the answer. Raises UpstreamBroke where the provider never did."""
