@@ -4971,61 +4971,62 @@ def _chat_parts(message: Mapping[str, object]) -> list[Part]:
     if isinstance(content, str):
         return [Part("text", content)] if content else []
     for row in _parts_of(content):
-        read = _CHAT_PARTS_READ.get(str(row.get("type")))
-        if read is None:
+        part = openai_part(row, IN_MESSAGES)
+        if row.get("type") == "thinking":                      # Mistral's
+            part = Part("thought", _reasoning_of({"content": [row]}))
+        if part is None:
             raise BadRequest(f"content of the type {shown_name(str(row.get('type')))} cannot be "
                              "carried over to this model's provider", param="messages")
-        part = read(row)
-        part.mark = _mark_of(row)
         if part.kind not in ("text", "refusal") or part.text:
             parts.append(part)
     return parts
 
 
-def _image_part(row: Mapping[str, object]) -> Part:
-    image = row.get("image_url")
-    image = {"url": image} if isinstance(image, str) else object_in(row, "image_url", IN_MESSAGES)
-    return image_at(text_in(image, "url", IN_MESSAGES), text_in(image, "detail", IN_MESSAGES))
+TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the member with its text
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"), "refusal": "refusal",
+    "encrypted_content": "encrypted_content"})     # of subagents; only OpenAI encrypts it
 
 
-def image_at(url: str, detail: str = "") -> Part:
-    """Return the image at a URL, which may be its data."""
-    data = re.match(DATA_URL, url)
-    if data is None:
-        return Part("image", url=url, detail=detail)
-    return Part("image", media=data[1].lower(), data=url[data.end():], detail=detail)
+def openai_part(row: Mapping[str, object], fault: Fault) -> Optional[Part]:
+    """Read text, a refusal, an image or a file of OpenAI's APIs; None for another type. What an
+    image or a file is stands in the part, in Responses, or in a member of it, in chat."""
+    kind, image = str(row.get("type")), row.get("image_url")
+    if kind in TEXT_MEMBERS:
+        part = Part("refusal" if kind == "refusal" else "text",
+                    text_in(row, TEXT_MEMBERS[kind], fault))
+    elif kind in ("image_url", "input_image") and not row.get("file_id"):
+        url, detail = (text_in(image, name, fault) for name in ("url", "detail")) \
+            if isinstance(image, dict) else (text_in(row, name, fault)
+                                             for name in ("image_url", "detail"))
+        data = re.match(DATA_URL, url)
+        part = Part("image", detail=detail, **(
+            {"media": data[1].lower(), "data": url[data.end():]} if data else {"url": url}))
+    elif kind in ("file", "input_file"):
+        part = _file_part(object_in(row, "file", fault) if kind == "file" else row, fault)
+    else:
+        return None
+    part.mark = _mark_of(row)
+    return part
 
 
-def _file_part(row: Mapping[str, object]) -> Part:
-    file = object_in(row, "file", IN_MESSAGES)
-    return document_of(*(text_in(file, name, IN_MESSAGES) for name in (
-        "file_data", "filename", "file_id")), field="messages")
-
-
-def document_of(data: str, title: str, file_id: str, *, field: str) -> Part:
-    """Return a file of OpenAI's: a PDF, or text, in base64, or its id. Raises BadRequest."""
+def _file_part(file: Mapping[str, object], fault: Fault) -> Part:
+    """Return a file: a PDF, or text, in base64; or where it is."""
+    data, title, file_id, url = (text_in(file, name, fault) for name in (
+        "file_data", "filename", "file_id", "file_url"))
+    if url or (file_id and not data):
+        return Part("document", url=url, file_id=file_id, name=title)
     header = re.match(DATA_URL, data)
-    media = header[1].lower() if header else "application/pdf"
-    encoded = data[header.end():] if header else data
-    if not data and file_id:
-        return Part("document", file_id=file_id, name=title)
-    if not encoded or (header is None and data.startswith("data:")) \
+    media, encoded = (header[1].lower(), data[header.end():]) if header \
+        else ("application/pdf", data)
+    if not encoded or encoded.startswith("data:") \
             or not (media == "application/pdf" or media.startswith("text/")):
-        raise BadRequest("a file must be inline, and a PDF or text", param=field)
+        raise fault("file_data", "a PDF or text, inline")
     if media == "application/pdf":
         return Part("document", media=media, data=encoded, name=title)
     try:
         return Part("document", base64.b64decode(encoded).decode("utf-8"), name=title)
     except ValueError:
-        raise BadRequest("a text file is not base64 of UTF-8", param=field) from None
-
-
-_CHAT_PARTS_READ = MappingProxyType({
-    "text": lambda row: Part("text", text_in(row, "text", IN_MESSAGES)),
-    "refusal": lambda row: Part("refusal", text_in(row, "refusal", IN_MESSAGES)),
-    "thinking": lambda row: Part("thought", _reasoning_of({"content": [row]}),     # Mistral's
-                                 native={}),
-    "image_url": _image_part, "file": _file_part})
+        raise fault("file_data", "base64 of UTF-8") from None
 
 
 # Requests that are written for OpenAI, or for a server that speaks its format.
@@ -6710,9 +6711,6 @@ RESPONSES_NAMES = MappingProxyType({
     "later_system": "input.system", "prefill": "input.prefill", "thoughts": "input.reasoning",
     "thinking": "reasoning", "turns": "input", "tier": "service_tier"})
 IN_INPUT = in_request("input")
-TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the member with its text
-    **dict.fromkeys(("input_text", "output_text", "text"), "text"), "refusal": "refusal",
-    "encrypted_content": "encrypted_content"})     # of subagents; only OpenAI encrypts it
 MIN_RESPONSE_TOKENS = 16                           # the least max_output_tokens that it takes
 
 
@@ -6934,31 +6932,16 @@ def _content_parts(holder: Mapping[str, object], fault: Fault,
 
 def _content_part(row: Mapping[str, object], fault: Fault) -> Part:
     """Read a part of a message, or of a result. Raises what `fault` makes."""
-    kind = str(row.get("type"))
-    if kind not in TEXT_MEMBERS:
-        part = _media_part(kind, row, fault)
-    else:
-        part = Part("refusal" if kind == "refusal" else "text",
-                    text_in(row, TEXT_MEMBERS[kind], fault))
-        part.citations = tuple(
-            Citation(text_in(note, "url", fault), text_in(note, "title", fault), *(
-                note[name] if isinstance(note.get(name), int) else None
-                for name in ("start_index", "end_index")))
-            for note in rows_in(row, "annotations", fault) if note.get("type") == "url_citation")
-    part.mark = _mark_of(row)
+    part = openai_part(row, fault)
+    if part is None or (fault is IN_ANSWER and part.kind in ("image", "document")):
+        raise fault("content", "text, an image or a file, and of a type and in a form that can be "
+                    "carried over to this model's provider")
+    part.citations = tuple(
+        Citation(text_in(note, "url", fault), text_in(note, "title", fault), *(
+            note[name] if isinstance(note.get(name), int) else None
+            for name in ("start_index", "end_index")))
+        for note in rows_in(row, "annotations", fault) if note.get("type") == "url_citation")
     return part
-
-
-def _media_part(kind: str, row: Mapping[str, object], fault: Fault) -> Part:
-    if fault is IN_INPUT and kind == "input_image" and not row.get("file_id"):
-        return image_at(text_in(row, "image_url", fault), text_in(row, "detail", fault))
-    if fault is IN_INPUT and kind == "input_file":
-        data, name, file_id, url = (text_in(row, key, fault) for key in (
-            "file_data", "filename", "file_id", "file_url"))
-        return Part("document", url=url, name=name) if url else document_of(
-            data, name, file_id, field="input")
-    raise fault("content", "text, an image or a file, and of a type and in a form that can be "
-                "carried over to this model's provider")
 
 
 # What its items say, in a history and in an answer.
