@@ -16203,14 +16203,14 @@ _SWITCH_VALUES = MappingProxyType({"1": True, "true": True, "yes": True, "on": T
                                    "0": None, "false": None, "no": None, "off": None})
 _parse_switch = value_like(_SWITCH_VALUES.__contains__, "1 or 0", _SWITCH_VALUES.get)
 # What Kubernetes sets for services whose names begin with ironcage.
-_OF_A_SERVICE = re.compile(r"IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_\w+)=.*"
-                           r"|(\w+_)?PORT=(tcp|udp|sctp)://.*)", re.DOTALL)
+_OF_A_SERVICE = (r"(?s)IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_\w+)=.*"
+                 r"|(\w+_)?PORT=(tcp|udp|sctp)://.*)")
 
 
 def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
     """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
     text = environ.get(row.env, "")
-    if not given and (not text or _OF_A_SERVICE.fullmatch(f"{row.env}={text}")):
+    if not given and (not text or re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}")):
         return None
     with checking(f"{row.flag if given else row.env}:"):
         if not given:
@@ -16232,7 +16232,7 @@ def unread_variables(environ: Mapping[str, str]) -> list[str]:
     start = len("IRONCAGE_")
     names = [name[start:] for name in known]
     unread = [name for name, value in environ.items() if name.startswith("IRONCAGE_")
-              and name not in known and not _OF_A_SERVICE.fullmatch(f"{name}={value}")]
+              and name not in known and not re.fullmatch(_OF_A_SERVICE, f"{name}={value}")]
     for name in unread:
         hint = did_you_mean(name[start:], names).replace("mean ", "mean IRONCAGE_")
         if hint:
@@ -16514,7 +16514,7 @@ def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
 # Clients read one of two variables; interactive Claude Code asks about the second, its default
 # answer is No, and then it is not logged in (2.1.332, November 2026).
 ANTHROPIC_TOKENS = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")
-ONE_TOKEN_COMMANDS = re.compile(r"(.*[/\\])?claude(\.exe|\.cmd)?", re.IGNORECASE | re.DOTALL)
+ONE_TOKEN_COMMANDS = r"(?is)(.*[/\\])?claude(\.exe|\.cmd)?"
 
 
 def child_environment(server: ProxyServer, environ: Mapping[str, str],
@@ -16533,11 +16533,12 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
             and not any(secret in value for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))
-    tokens = ANTHROPIC_TOKENS[:1] if ONE_TOKEN_COMMANDS.fullmatch(command) else ANTHROPIC_TOKENS
+    takes_one = re.fullmatch(ONE_TOKEN_COMMANDS, command) is not None
     return {**kept, "NO_PROXY": no_proxy, "no_proxy": no_proxy,
             "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_BASE": f"{server.url}/v1",
             "OPENAI_API_KEY": settings.token, "ANTHROPIC_BASE_URL": server.url,
-            **dict.fromkeys(tokens, settings.token)}
+            **dict.fromkeys(ANTHROPIC_TOKENS[:1] if takes_one else ANTHROPIC_TOKENS,
+                            settings.token)}
 
 
 def bill(server: ProxyServer) -> str:

@@ -21,7 +21,8 @@ import types
 from pathlib import Path
 
 import pytest
-from support import OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, call, program, start_proxy
+from support import (OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, call, compiled_program, program,
+                     start_proxy)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 A_COMMAND = re.compile(r"([A-Z_]+=\S+ +(\\\n *)?)*(python3|curl|export) ")
@@ -64,14 +65,16 @@ def test_every_block_is_of_a_kind_and_every_kind_is_there():
 
 @pytest.fixture
 def folder(tmp_path):
-    """The two files, and a PATH whose python3 is this one and whose agents say what they were given."""
+    """The two files, and a PATH whose python3 is this one, with the program as it compiles it, and
+    whose agents say what they were given."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not on this machine")
     place, programs = tmp_path / "work", tmp_path / "bin"
     place.mkdir(), programs.mkdir()
     for name in ("ironcage_proxy.py", "pricing.json"):
         shutil.copy(ROOT / name, place)
-    for name, line in (("python3", f'exec "{sys.executable}" "$@"'),
+    compiled = f'[ "$1" != ironcage_proxy.py ] || {{ shift; set -- "{compiled_program()}" "$@"; }}'
+    for name, line in (("python3", f'{compiled}\nexec "{sys.executable}" "$@"'),
                        *((agent, 'echo "ran $0 at $ANTHROPIC_BASE_URL"')
                          for agent in ("claude", "codex", "opencode", "aider", "python"))):
         (programs / name).write_text(f"#!/bin/sh\n{line}\n")
