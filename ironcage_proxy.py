@@ -12273,11 +12273,9 @@ class CageServer:
         response = posted(self._opener, self.url + path, json_bytes(fields), self.token,
                           {"authorization": f"Bearer {self.token}"})
         try:
-            raw, is_whole = whole_body(response.reads(), most_bytes=MAX_SERVER_ANSWER_BYTES)
+            raw, _ = whole_body(response.reads(), most_bytes=MAX_SERVER_ANSWER_BYTES)
         finally:
             response.close()
-        if not is_whole:
-            raise UpstreamBroke(f"the answer is longer than {MAX_SERVER_ANSWER_BYTES} bytes")
         try:
             return response.status, json_object(json.loads(raw))
         except (ValueError, RecursionError):
@@ -12341,13 +12339,9 @@ class CageServer:
         wait for it.
         """
         held = self._usable()
-        if held is not None and time.monotonic() < self._fresh_until_s:
-            return held
         with tried(self._asking, -1 if held is None else 0) as may_ask:
-            if not may_ask:
-                return held
-            held = self._usable()                      # it may have come meanwhile
-            if held is not None and time.monotonic() < self._fresh_until_s:
+            held = self._usable() if may_ask else held           # it may have come meanwhile
+            if not may_ask or (held is not None and time.monotonic() < self._fresh_until_s):
                 return held
             try:
                 held = self._ask_again("/api/v1/agents/provider-key", {"ic_token": self.token},
@@ -14949,28 +14943,23 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
         self._is_head, self._caller, self._asked, self._memory = False, None, None, None
-        self._request_id = request_id = \
-            f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
-        dialect = "openai"
+        self._request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
         try:
             raw_head = self._next_head()
             if raw_head is not None:
-                head = self._asked = parse_request_head(raw_head)
-                dialect = dialect_of(head.path)
-                self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
-                self._takes_chunks = head.minor_version == 1
-                self._serve(head, request_id)
+                self._asked = parse_request_head(raw_head)
+                self._serve(self._asked)
         except IroncageError as err:
-            self._refuse(err, dialect, request_id)
+            self._refuse(err)
         except (ClientGone, OSError, EOFError):
             self.close_connection = True
         except MemoryError:                  # of what others of this machine left us
-            self._refuse(out_of_memory(), dialect, request_id)
+            self._refuse(out_of_memory())
         except Exception:
             log.exception("a request failed by a fault of the proxy",
-                          extra={"fields": {"request_id": request_id}})
+                          extra={"fields": {"request_id": self._request_id}})
             self._refuse(_closing(IroncageError(
-                "the proxy failed on this request; its log says why")), dialect, request_id)
+                "the proxy failed on this request; its log says why")))
         finally:
             if self._memory is not None:
                 self._memory.give_back()
@@ -14996,8 +14985,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except TimeoutError:
             raise RequestTimedOut("the request's head did not arrive in time") from None
 
-    def _serve(self, head: RequestHead, request_id: str) -> None:
+    def _serve(self, head: RequestHead) -> None:
         """Take the steps of every request: method, host, who asks, what for."""
+        self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
+        self._takes_chunks = head.minor_version == 1
         if head.method not in METHODS:
             raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
         is_open = head.path in OPEN_ROUTES and head.method in ("GET", "HEAD")
@@ -15018,8 +15009,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.nullcontext() if is_own else self.server.traffic.entered(caller):
             self.server.take_place(self.place, caller)
             self._memory = Claim(self.server.router.memory, caller.name)
-            request = ClientRequest(head, self._read_body(head, self._memory), request_id, caller,
-                                    self._memory)
+            request = ClientRequest(head, self._read_body(head, self._memory), self._request_id,
+                                    caller, self._memory)
             self.server.note(self.place, SERVING)
             if head.path == "/":
                 return self._write_answer(greeting())
@@ -15146,24 +15137,26 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         headers = (("content-type", kind), ("cache-control", "no-store"))
         self._write_answer(Answer(200, headers, body))
 
-    def _refuse(self, error: IroncageError, dialect: str, request_id: str) -> None:
+    def _refuse(self, error: IroncageError) -> None:
         """Answer with an error, or cut the connection if an answer is under way already."""
         self.close_connection = True
         if self._head_written:
             return
-        headers = (("content-type", "application/json"), *own_ids(request_id), *error.headers)
-        body = json_bytes(error_object(error, dialect, request_id))
-        self._note_refusal(error, request_id)
+        dialect = dialect_of(self._asked.path) if self._asked is not None else "openai"
+        body = json_bytes(error_object(error, dialect, self._request_id))
+        self._note_refusal(error)
         with contextlib.suppress(ClientGone):
-            self._write_answer(Answer(error.status, headers, body), must_close=error.must_close)
+            self._write_answer(Answer(error.status, (
+                ("content-type", "application/json"), *own_ids(self._request_id), *error.headers),
+                body), must_close=error.must_close)
             if error.must_close:             # the client may still be sending its request
                 self.server.note(self.place, LEAVING)
                 self.wire.linger(self.server.settings.timeouts.linger_s)
 
-    def _note_refusal(self, error: IroncageError, request_id: str) -> None:
+    def _note_refusal(self, error: IroncageError) -> None:
         """Count and log a refusal; one of a known token is kept as well."""
         token = self._caller.name if self._caller is not None else ""
-        row = refusal_row(error, request_id, token, self._asked)
+        row = refusal_row(error, self._request_id, token, self._asked)
         totals = self.server.router.totals
         totals.observe(("refusal", row["reason"]))
         if token:

@@ -299,6 +299,26 @@ def test_events_outlive_an_outage_and_what_has_no_room_is_counted(
         "events_waiting"])
 
 
+def test_a_server_that_failed_is_left_alone_for_a_while(cage, proxy_of, monkeypatch):
+    cage.answers[LEASE_PATH] = lambda body: (503, {})
+    proxy, at_the_start = proxy_of(), len(cage.bodies(LEASE_PATH))
+    monkeypatch.setattr(program(), "SERVER_RETRY_S", 60)
+
+    assert [502] * 3 == [chat(proxy).status for _ in range(3)]
+    assert at_the_start + 1 == len(cage.bodies(LEASE_PATH))
+
+
+def test_while_the_proxy_stops_its_server_is_asked_for_no_lease(cage, proxy_of):
+    cage.answers[LEASE_PATH] = lambda body: (503, {})
+    server = proxy_of().router.server
+    before, server._is_stopping = len(cage.asked), True
+
+    with pytest.raises(program().CageServerFailed, match="stopping"):
+        server.check_lease()
+
+    assert before == len(cage.asked)
+
+
 def test_events_that_the_server_never_took_are_counted_at_the_end(mock, cage, proxy_of):
     cage.answers[EVENTS_PATH] = lambda body: (503, {})
     proxy = proxy_of()
