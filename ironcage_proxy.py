@@ -7919,9 +7919,9 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
 #
 # The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
 # has set aside, in microdollars, behind one lock that is held for arithmetic only. The names and
-# rules are the original's (iron_runtime's CostController); scopes, periods and the line are ours.
+# rules are the original's (iron_runtime's CostController); scopes, periods, the queue are ours.
 #
-# The line: a request that does not fit now, but would if calls in flight cost less than they set
+# The queue: a request that does not fit now, but would if calls in flight cost less than they set
 # aside, waits. Rule: first come, first served, in every scope. One that waits holds up only later
 # requests that need a scope it lacks, small or big; so a big one is not starved by small ones that
 # fit into every gap, and a small one waits no longer than the big one's --wait, at the end of
@@ -8034,9 +8034,9 @@ def decided(bound: Bound, budgets: Sequence[Budget], *, may_wait: bool,
 
 
 class Reservation:
-    """One request's claim on its scopes: in line, then a part set aside, then settled.
+    """One request's claim on its scopes: in the queue, then a part set aside, then settled.
 
-    Guarded by its controller's lock once it is in line; before, one thread knows it.
+    Guarded by its controller's lock once it is in the queue; before, one thread knows it.
     """
     __slots__ = ("bound", "scopes", "microdollars", "caps", "admitted_s", "number", "shared",
                  "is_open", "is_limited", "may_wait", "refused_by", "failure", "decided")
@@ -8291,8 +8291,8 @@ class CostController:
                  accounts: Optional[Accounts] = None) -> None:
         self.accounts = accounts or Accounts(limit_microdollars, stop_at, spent_microdollars,
                                              clock)
-        self._lock = threading.Lock()     # guards all below, and each Reservation in line
-        self._line: list[Reservation] = []          # what waits, in the order of arrival
+        self._lock = threading.Lock()     # guards all below, and each Reservation there
+        self._queue: list[Reservation] = []         # what waits, in the order of arrival
         self._blocked: frozenset = frozenset()      # the scopes that it waits for
         self._serving = threading.Lock()            # held while it is decided about; never awaited
         self._must_serve = False                    # it is to be decided about (again)
@@ -8304,7 +8304,7 @@ class CostController:
 
     def ask(self, bound: Bound, scopes: Sequence[str] = (), *,
             may_wait: bool = False) -> Reservation:
-        """Return a reservation for a request's bound: open, refused, or waiting in line.
+        """Return a reservation for a request's bound: open, refused, or in the queue.
 
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
@@ -8319,8 +8319,8 @@ class CostController:
         claim.decided = threading.Event()
         with self._lock:
             claim.may_wait = not self._is_closed
-            self._line.append(claim)
-        self._serve_line()
+            self._queue.append(claim)
+        self._serve_queue()
         return claim
 
     def _lacking(self, claim: Reservation, microdollars: int, budgets: Optional[Sequence[Budget]],
@@ -8352,7 +8352,7 @@ class CostController:
     def admit(self, bound: Bound, scopes: Sequence[str] = (), *, wait_s: int = 0,
               has_left: Callable[[], bool] = lambda: False,
               waiting: Callable[[], ContextManager] = contextlib.nullcontext) -> Reservation:
-        """Do as ask(), waiting up to `wait_s` seconds in line, while the client has not left.
+        """Do as ask(), waiting up to `wait_s` seconds in the queue, while the client has not left.
 
         A wait is done inside the context `waiting`. Raises: BudgetExceeded, InsufficientBudget;
         ServerBusy when the proxy stops; LedgerUnavailable; ClientGone.
@@ -8379,7 +8379,7 @@ class CostController:
                 self.leave(claim)
                 raise ClientGone
             elif self.accounts.is_shared and now_s >= self._served_s + WAIT_POLL_S:
-                self._serve_line()
+                self._serve_queue()
             claim.decided.wait(min(max(deadline_s - now_s, 0) or WAIT_POLL_S, WAIT_POLL_S))
 
     def reserve(self, max_cost_microdollars: int) -> Reservation:
@@ -8394,33 +8394,33 @@ class CostController:
         return claim
 
     def expire(self, claim: Reservation) -> None:
-        """End a claim's time in line: it takes what is free, if that is enough, or is refused."""
+        """End a claim's time in the queue: it takes what is free, or is refused."""
         with self._lock:
             claim.may_wait = False
-        self._serve_line()
+        self._serve_queue()
 
     def leave(self, claim: Reservation) -> None:
-        """Take a claim whose client is gone out of the line, or release what it was given."""
+        """Take a claim whose client is gone from the queue, or release what it was given."""
         with self._lock:
             was_open, claim.is_open = claim.is_open, False
-            self._line = [other for other in self._line if other is not claim]
+            self._queue = [other for other in self._queue if other is not claim]
         if was_open:
             self.accounts.settle(claim, 0)
-        self._serve_line()
+        self._serve_queue()
 
     def close(self) -> None:
         """Refuse all requests that wait, and let none wait from now on."""
         budget = self.accounts.known([PROXY_SCOPE])[0]
         with self._lock:
-            self._is_closed, waiting, self._line = True, self._line, []
+            self._is_closed, waiting, self._queue = True, self._queue, []
             for claim in waiting:
                 claim.refused_by = budget
                 claim.decided.set()
-        self._serve_line()
+        self._serve_queue()
 
-    def _serve_line(self) -> None:
-        """Have all in line decided about, by this thread or by the one that is at it."""
-        if not (self._line or self._blocked):
+    def _serve_queue(self) -> None:
+        """Have all in the queue decided about, by this thread or by the one that is at it."""
+        if not (self._queue or self._blocked):
             return
         self._must_serve = True
         while self._must_serve and self._serving.acquire(blocking=False):
@@ -8428,18 +8428,18 @@ class CostController:
                 self._must_serve = False
                 self._serve_once()
             except IroncageError as err:
-                self._fail_line(err)
+                self._fail_queue(err)
             finally:
                 self._serving.release()
 
     def _serve_once(self) -> None:
-        """Decide about all in line, in order: set aside, refuse, or leave waiting."""
+        """Decide about all in the queue, in order: set aside, refuse, or leave waiting."""
         with self._lock:
-            line, self._served_s = [*self._line], time.monotonic()
-        scopes = [*{scope: None for claim in line for scope in claim.scopes}]
-        budgets = dict(zip(scopes, self.accounts.budgets(scopes) if line else ()))
+            queue, self._served_s = [*self._queue], time.monotonic()
+        scopes = [*{scope: None for claim in queue for scope in claim.scopes}]
+        budgets = dict(zip(scopes, self.accounts.budgets(scopes) if queue else ()))
         blocked: set[str] = set()             # the scopes that one further ahead waits for
-        for claim in line:
+        for claim in queue:
             lacking = self._lacking(claim, 0, [budgets[scope] for scope in claim.scopes], blocked)
             blocked.update(lacking)
             if not lacking:
@@ -8453,20 +8453,20 @@ class CostController:
     def _end_wait(self, claim: Reservation) -> None:
         """Wake the request of a decided claim; for one that has left, give it all back."""
         with self._lock:
-            is_here = claim in self._line
+            is_here = claim in self._queue
             if is_here:
-                self._line.remove(claim)
+                self._queue.remove(claim)
                 claim.is_open = claim.refused_by is None
                 claim.decided.set()
         if not is_here and claim.refused_by is None:
             self.accounts.settle(claim, 0)
 
-    def _fail_line(self, failure: IroncageError) -> None:
+    def _fail_queue(self, failure: IroncageError) -> None:
         with self._lock:
-            for claim in self._line:
+            for claim in self._queue:
                 claim.failure = failure
                 claim.decided.set()
-            self._line, self._blocked = [], frozenset()
+            self._queue, self._blocked = [], frozenset()
 
     # Settlement.
 
@@ -8483,7 +8483,7 @@ class CostController:
             reservation.is_open = False
             self._bound_exceeded += actual_microdollars > reservation.microdollars
         self.accounts.settle(reservation, actual_microdollars, row)
-        self._serve_line()
+        self._serve_queue()
 
     def cancel(self, reservation: Reservation) -> None:
         """Release a reservation and charge nothing. Raises ValueError if settled."""
@@ -8499,17 +8499,17 @@ class CostController:
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
         """Set the proxy's limit, at any time; it can block and unblock."""
         self.accounts.set_budget(limit_microdollars)
-        self._serve_line()
+        self._serve_queue()
 
     def set_limits(self, **changes: object) -> None:
         """Set the proxy's `limit` or `stop_at`, or both in one step, as Accounts has it."""
         self.accounts.set_limits(changes)
-        self._serve_line()
+        self._serve_queue()
 
     def set_scopes(self, rows: Sequence[Scope]) -> None:
         """Open scopes, or change their limits and periods."""
         self.accounts.set_scopes(rows)
-        self._serve_line()
+        self._serve_queue()
 
     def is_limited(self, scopes: Sequence[str] = ()) -> bool:
         """Whether any of a request's scopes has a limit."""
@@ -13615,7 +13615,7 @@ class Settings(NamedTuple):
     allow_contents: tuple[str, ...] = ()               # likewise types of content
     no_hosted_tools: bool = False
     bound: str = "measured"                            # or "bytes"
-    wait_s: int = 30                                   # in line for what calls in flight hold
+    wait_s: int = 30                                   # in the queue for what calls in flight hold
     no_fit: bool = False                               # never lower a client's output cap
     strict: bool = False                               # refuse what a translation would lose
     shared: Optional[EngineAddress] = None             # where many processes keep one budget
@@ -14237,7 +14237,7 @@ class Router:
                    key=lambda one: one.input_picodollars)
 
     def _reserved(self, call: Call, client: Optional[Wire]) -> Reservation:
-        """Set a call's worst case aside in all of its scopes, waiting in line if need be.
+        """Set a call's worst case aside in all of its scopes, waiting if need be.
 
         Under a limit a call without an output cap, or with one that does not fit, gets one that
         does. Raises BudgetExceeded, InsufficientBudget; ServerBusy; ClientGone.

@@ -130,7 +130,7 @@ def a_wait_for_budget(mock, proxy_for, **_):
     threads = [asking(proxy, {**CHAT, "max_tokens": 9_000})]
     mock.wait_for_requests(1)
     threads.append(asking(proxy, {**CHAT, "max_tokens": 9_000}))
-    until(lambda: proxy.router.controller._line)
+    until(lambda: proxy.router.controller._queue)
     try:
         yield proxy
         assert all(thread.is_alive() for thread in threads)

@@ -529,7 +529,7 @@ def test_one_that_waits_is_admitted_when_another_process_settles(shared):
     thread = threading.Thread(target=lambda: admitted.append(
         other.admit(fixed(900), wait_s=6 * PATIENCE_S)), daemon=True)
     thread.start()
-    until(lambda: other._line, "it waits")
+    until(lambda: other._queue, "it waits")
 
     one.commit(held, 10)
     thread.join(PATIENCE_S)
@@ -544,7 +544,7 @@ def test_one_that_waits_hears_of_a_limit_that_another_process_raises(shared):
     thread = threading.Thread(target=lambda: admitted.append(
         other.admit(fixed(900), wait_s=6 * PATIENCE_S)), daemon=True)
     thread.start()
-    until(lambda: other._line, "it waits")
+    until(lambda: other._queue, "it waits")
 
     one.set_budget(2_000)
     thread.join(PATIENCE_S)

@@ -217,7 +217,7 @@ def test_a_call_that_waits_is_refused_at_once_when_the_stop_is_reached(mock, pro
         mock.wait_for_requests(1)
         second.request("POST", "/v1/chat/completions", json.dumps({**CHAT, "max_tokens": 700}
                                                                   ).encode())
-        until(lambda: proxy.router.controller._line, "one waits in line")
+        until(lambda: proxy.router.controller._queue, "one waits in line")
         gate.event.set()
         answered, refused = first.read_answer(), second.read_answer()
 

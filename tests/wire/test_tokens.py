@@ -290,7 +290,7 @@ def test_a_new_limit_wakes_one_who_waits(mock, caged, config):
     threads[0].start()
     mock.wait_for_requests(1)
     threads[1].start()
-    until(lambda: proxy.router.controller._line, "the second waits")
+    until(lambda: proxy.router.controller._queue, "the second waits")
 
     write_config(config, {**alice, "budget_usd": "5"})
     proxy.reload_asked = True
@@ -313,7 +313,7 @@ def test_who_waits_in_line_when_its_token_is_withdrawn_is_not_served(mock, caged
     threads[0].start()
     mock.wait_for_requests(1)
     threads[1].start()
-    until(lambda: proxy.router.controller._line, "bob waits in line")
+    until(lambda: proxy.router.controller._queue, "bob waits in line")
 
     write_config(config, alice)
     proxy.reload_asked = True

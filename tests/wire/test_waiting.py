@@ -26,7 +26,7 @@ def in_thread(port, fields, path="/v1/chat/completions"):
 
 def wait_for_line(proxy, length):
     controller = proxy.router.controller
-    until(lambda: len(controller._line) == length, f"{length} wait in line")
+    until(lambda: len(controller._queue) == length, f"{length} wait in line")
 
 
 def test_a_request_waits_for_what_another_holds_and_then_goes_as_it_is(mock, proxy_for):
