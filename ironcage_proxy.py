@@ -9098,6 +9098,69 @@ def count_from_cells(scope: str, digest: bytes, tokens: int, parts: bytes, has_t
     return CountRow(scope, digest, Counted(tokens, digests, bool(has_tools)), model, learned_s)
 
 
+# Upkeep. Each step is inside one transaction, knows the row of `chain`, and returns whether it did
+# something.
+
+def _keep_refused(rows: Sequence[Mapping[str, object]], db: sqlite3.Connection,
+                  state: Mapping[str, object]) -> bool:
+    """Write calls that were refused, and forget the oldest."""
+    for row in rows:
+        with contextlib.suppress(ValueError, OverflowError):   # one that SQLite cannot hold
+            db.execute(_REFUSE, row)
+    if rows:
+        db.execute("DELETE FROM refusals WHERE id <= (SELECT MAX(id) FROM refusals) - ?",
+                   (REFUSALS_KEPT,))
+    return bool(rows)
+
+
+def _settled_after(db: sqlite3.Connection, last_id: object) -> list[sqlite3.Row]:
+    """Return the next rows in the order of their ids, up to the first that is in flight."""
+    rows = db.execute("SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?", (last_id, STEP_ROWS))
+    return [*itertools.takewhile(lambda row: row["settled_ms"] is not None, rows)]
+
+
+def _seal_rows(db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
+    """Give the next rows their seals."""
+    rows, seal = _settled_after(db, state["sealed_id"]), state["seal"]
+    for row in rows:
+        seal = seal_of(row, seal)
+        db.execute("UPDATE calls SET seal = ? WHERE id = ?", (seal, row["id"]))
+    if rows:
+        db.execute("UPDATE chain SET sealed = sealed + ?, sealed_id = ?, seal = ?",
+                   (len(rows), rows[-1]["id"], seal))
+    return bool(rows)
+
+
+def _add_up_rows(least: int, db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
+    """Add the next rows to the totals of their days, once there are so many."""
+    rows = _settled_after(db, state["tallied_id"])
+    if len(rows) < least:
+        return False
+    ids = (state["tallied_id"], rows[-1]["id"])
+    db.execute(_ADD_UP_MORE, ids)
+    db.execute("UPDATE chain SET tallied_id = ?2, tallied = tallied + ?3, tallied_microdollars = "
+               "tallied_microdollars + (SELECT SUM(cost_microdollars) FROM calls "
+               "WHERE id > ?1 AND id <= ?2)", (*ids, len(rows)))
+    return True
+
+
+def _fold_rows(keep_days: int, db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
+    """Delete the next rows, as long as they are old: the totals have them."""
+    end_day = int(time.time()) // DAY_S - keep_days
+    rows = db.execute(
+        f"SELECT id, seal, admitted_s / {DAY_S} AS day, id IN (SELECT id FROM shared_calls "
+        "WHERE NOT is_confirmed) AS is_owed FROM calls WHERE id > ? AND id <= ? "
+        "ORDER BY id LIMIT ?",
+        (state["folded_id"], min(state["tallied_id"], state["sealed_id"]), STEP_ROWS))
+    old = [*itertools.takewhile(lambda row: row["day"] < end_day and not row["is_owed"], rows)]
+    if old:
+        db.execute("DELETE FROM calls WHERE id <= ?", (old[-1]["id"],))
+        db.execute("UPDATE chain SET folded = folded + ?, folded_id = ?, folded_seal = ?, "
+                   "folded_day = MAX(folded_day, ?)", (
+                       len(old), old[-1]["id"], old[-1]["seal"], max([row["day"] for row in old])))
+    return bool(old)
+
+
 class SqliteLedger:
     """A ledger in an SQLite file, in WAL mode: what is committed survives the process, and with
     `fsync` a loss of power too. One process at a time has it open for writing; another waits for
@@ -9119,7 +9182,9 @@ class SqliteLedger:
         self._queue: list[_Write] = []        # appended by all, emptied under _turn
         self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
         self._reading = threading.Lock()      # one query at a time on a connection of its own
-        self._keep_days = keep_days
+        self._upkeep = [_seal_rows, functools.partial(_add_up_rows, STEP_ROWS)] \
+            if keep_days is None else [_seal_rows, functools.partial(_add_up_rows, 1),
+                                       functools.partial(_fold_rows, keep_days)]
         self._path = path = os.path.realpath(path)
         self._lock = LedgerLock(path)
         with contextlib.ExitStack() as undo:
@@ -9388,77 +9453,19 @@ class SqliteLedger:
         What cannot be written now is left to the next time.
         """
         refused = [*self._refusals][:STEP_ROWS]
-        is_kept = self._step(lambda state: self._keep_refused(refused))
+        is_kept = self._step(functools.partial(_keep_refused, refused))
         for row in refused if is_kept else ():
             if self._refusals and self._refusals[0] is row:   # else it has fallen out meanwhile
                 self._refusals.popleft()
-        return any([is_kept, *map(self._step, (self._seal, self._add_up, self._fold))])
+        return any([is_kept, *map(self._step, self._upkeep)])
 
-    def _step(self, work: Callable[[Mapping[str, object]], bool]) -> bool:
+    def _step(self, work: Callable[[sqlite3.Connection, Mapping[str, object]], bool]) -> bool:
         """Do work in one transaction, and return whether there was some; no if it fails."""
         try:
             with self._turn, self._transaction():
-                return work(self._db.execute("SELECT * FROM chain").fetchone())
+                return work(self._db, self._db.execute("SELECT * FROM chain").fetchone())
         except self._unwritable:
             return False
-
-    def _keep_refused(self, rows: Sequence[Mapping[str, object]]) -> bool:
-        for row in rows:
-            with contextlib.suppress(ValueError, OverflowError):   # one that SQLite cannot hold
-                self._db.execute(_REFUSE, row)
-        if rows:
-            self._db.execute("DELETE FROM refusals WHERE id <= (SELECT MAX(id) FROM refusals) - ?",
-                             (REFUSALS_KEPT,))
-        return bool(rows)
-
-    def _settled_after(self, last_id: int) -> list[sqlite3.Row]:
-        """Return the next rows in the order of their ids, up to the first that is in flight."""
-        rows = self._db.execute("SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?",
-                                (last_id, STEP_ROWS))
-        return [*itertools.takewhile(lambda row: row["settled_ms"] is not None, rows)]
-
-    def _seal(self, state: Mapping[str, object]) -> bool:
-        """Give the next rows their seals."""
-        rows, seal = self._settled_after(state["sealed_id"]), state["seal"]
-        for row in rows:
-            seal = seal_of(row, seal)
-            self._db.execute("UPDATE calls SET seal = ? WHERE id = ?", (seal, row["id"]))
-        if rows:
-            self._db.execute("UPDATE chain SET sealed = sealed + ?, sealed_id = ?, seal = ?",
-                             (len(rows), rows[-1]["id"], seal))
-        return bool(rows)
-
-    def _add_up(self, state: Mapping[str, object]) -> bool:
-        """Add the next rows to the totals of their days."""
-        rows = self._settled_after(state["tallied_id"])
-        if len(rows) < (STEP_ROWS if self._keep_days is None else 1):
-            return False
-        ids = (state["tallied_id"], rows[-1]["id"])
-        self._db.execute(_ADD_UP_MORE, ids)
-        self._db.execute("UPDATE chain SET tallied_id = ?2, tallied = tallied + ?3, "
-                         "tallied_microdollars = tallied_microdollars + (SELECT SUM("
-                         "cost_microdollars) FROM calls WHERE id > ?1 AND id <= ?2)",
-                         (*ids, len(rows)))
-        return True
-
-    def _fold(self, state: Mapping[str, object]) -> bool:
-        """Delete the next rows, as long as they are old: the totals have them."""
-        if self._keep_days is None:
-            return False
-        end_day = int(time.time()) // DAY_S - self._keep_days
-        rows = self._db.execute(
-            f"SELECT id, seal, admitted_s / {DAY_S} AS day, id IN (SELECT id FROM shared_calls "
-            "WHERE NOT is_confirmed) AS is_owed FROM calls WHERE id > ? AND id <= ? "
-            "ORDER BY id LIMIT ?",
-            (state["folded_id"], min(state["tallied_id"], state["sealed_id"]), STEP_ROWS))
-        old = [*itertools.takewhile(lambda row: row["day"] < end_day and not row["is_owed"], rows)]
-        if old:
-            self._db.execute("DELETE FROM calls WHERE id <= ?", (old[-1]["id"],))
-            self._db.execute(
-                "UPDATE chain SET folded = folded + ?, folded_id = ?, folded_seal = ?, "
-                "folded_day = MAX(folded_day, ?)", (
-                    len(old), old[-1]["id"], old[-1]["seal"], max([row["day"] for row in old])))
-        return bool(old)
 
     def leases(self) -> list[Lease]:
         """Return those that were not given back, of earlier processes too."""
