@@ -12660,10 +12660,8 @@ class EngineLink:
         select_database = [["SELECT", address.database]] if address.database else []
         try:
             *_, info = self.exchange([*login, *select_database, ["INFO", "server"]], deadline_s)
-            found = re.search(rb"run_id:(\w+)", info) if isinstance(info, bytes) else None
-            if found is None:
-                raise ValueError(NOT_A_REPLY)
-            self.run_id = found[1].decode("ascii")
+            with replied():
+                self.run_id = re.search(rb"run_id:(\w+)", info)[1].decode("ascii")
         except BaseException:
             self.close()
             raise
