@@ -1002,21 +1002,14 @@ class Usage(NamedTuple):
         return sum([self.buckets.get(bucket, 0) for bucket in READ_BUCKETS])
 
 
-def _count(holder: object, name: str) -> int:
+def _count(holder: object, name: str, *, is_required: bool = False) -> int:
     """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
     value = json_object(holder).get(name)
-    if value is None:
+    if value is None and not is_required:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_TOKENS:
         raise MalformedUsage(f"{name} is not a token count")
     return value
-
-
-def _required_count(usage: Mapping[str, object], name: str) -> int:
-    """A token count that every usage object has. Raises MalformedUsage."""
-    if usage.get(name) is None:
-        raise MalformedUsage(f"{name} is missing")
-    return _count(usage, name)
 
 
 def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_tokens",
@@ -1026,7 +1019,8 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     Where it is not reported which tokens were cached, those of images were not. `image_output` is
     a bucket only where it is reported: a seller that leaves it out may have made images.
     """
-    prompt, completion = (_required_count(usage, name) for name in (prompt_name, completion_name))
+    prompt, completion = (_count(usage, name, is_required=True)
+                          for name in (prompt_name, completion_name))
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
     read = json_object(usage.get(f"{prompt_name}_details"))
     made = usage.get(f"{completion_name}_details")
@@ -1058,12 +1052,13 @@ def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
     """
-    plain, read = _required_count(usage, "input_tokens"), _count(usage, "cache_read_input_tokens")
+    plain = _count(usage, "input_tokens", is_required=True)
+    read = _count(usage, "cache_read_input_tokens")
     split = usage.get("cache_creation")
     written_1h = _count(split, "ephemeral_1h_input_tokens")
     written = max(_count(usage, "cache_creation_input_tokens"),
                   written_1h + _count(split, "ephemeral_5m_input_tokens"))
-    output = _required_count(usage, "output_tokens")
+    output = _count(usage, "output_tokens", is_required=True)
     reasoned = min(output, _count(usage.get("output_tokens_details"), "thinking_tokens"))
     return Usage(plain + read + written, output, {
         "input": plain, "cache_read": read, "cache_write": written - written_1h,
@@ -1930,6 +1925,9 @@ HOSTED_OPTIONS = frozenset("""
 SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
 DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
 MOST_SAMPLINGS = 11                     # of one Anthropic call
+# (samplings beyond the uses, the most samplings) of one call.
+SAMPLINGS = MappingProxyType({"responses": (1, 1 + MOST_HOSTED_USES),
+                              "messages": (2, MOST_SAMPLINGS)})
 DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where it has none
 FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
 
@@ -2557,46 +2555,51 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, win
     if not declared and not compacts:
         return None
     capped = [(tool, row) for kind, tool, row in declared if kind.startswith("web_")]
-    is_openai = api == "responses"
-    caps = [optional_count(body.fields if is_openai else tool,
-                           "max_tool_calls" if is_openai else "max_uses") for tool, _ in capped]
+    caps = [optional_count(body.fields, "max_tool_calls") if api == "responses" else
+            optional_count(tool, "max_uses") for tool, _ in capped]
     tools = [(min(DEFAULT_HOSTED_USES if cap is None else cap, MOST_HOSTED_USES),
               row.result_tokens or _fetched_tokens(tool), row)
              for cap, (tool, row) in zip(caps, capped)]
-    if is_openai and tools:                 # one cap for all of them
+    if api == "responses" and tools:        # one cap for all of them
         tools = [max(tools, key=operator.itemgetter(1))]
     visible = visible_tokens + sum(row.prompt_tokens for *_, row in declared) \
         + TOOL_PROMPT_TOKENS * compacts
     context = max(price.max_input_tokens, window) if price.max_input_tokens else None
-    most = context or sys.maxsize
     # Usage is summed over the samplings, so that any long-context price may hold.
-    rates, looped_rates = rates_up_to(visible_tokens), rates_up_to(MOST_TOKENS)
-    retries, most_samplings = (1, 1 + MOST_HOSTED_USES) if is_openai else (2, MOST_SAMPLINGS)
-    # Without any use: of tool search, and of compaction.
+    rates = rates_up_to(visible_tokens), rates_up_to(MOST_TOKENS)
+    # Tool search and compaction read again without any use.
     least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
-
-    def level(uses: int) -> Level:
-        """The first sampling of the model reads what is visible; each later one that, all results
-        and all output before it. None reads more than the context."""
-        counted = [(min(uses, asked), result, row) for asked, result, row in tools]
-        total = sum(count for count, _, _ in counted)
-        results = sum(count * result for count, result, _ in counted)
-        loops_freely = any(count and row.loops_freely for count, _, row in counted)
-        samplings = most_samplings if loops_freely else min(total + retries, most_samplings)
-        later = max(samplings if total else 1, least_samplings) - 1
-        first, others = min(visible, most), min(visible + results, most)
-        lines = [(first + later * others, later), (first + later * most, 0)]
-        return Level(1 + later, tuple(lines if context else lines[:1]),
-                     looped_rates if later else rates, price.search_picodollars * sum(
-                         count for count, _, row in counted if row.has_fee))
-
     return HostedUses(
-        levels=tuple(map(level, range(1 + max((asked for asked, *_ in tools), default=0)))),
+        levels=tuple([_level(uses, tools, visible, context, least_samplings, SAMPLINGS[api], rates,
+                             price.search_picodollars)
+                      for uses in range(1 + max((asked for asked, *_ in tools), default=0))]),
         is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
         has_caps=bool(tools),
         least=int(_forces_hosted(body.fields.get("tool_choice"),
                                  {str(tool.get("name")) for tool, _ in capped})),
         are_all=len(capped) == len(contents.tools))
+
+
+def _level(uses: int, tools: Sequence[tuple[int, int, HostedTool]], visible: int,
+           context: Optional[int], least_samplings: int, more_and_most: tuple[int, int],
+           rates: tuple, fee: Rate) -> Level:
+    """The worst case with `uses` of each of (uses asked for, tokens of a result, tool).
+
+    The first sampling of the model reads what is visible; each later one that, all results and all
+    output before it. None reads more than the context.
+    """
+    counted = [(min(uses, asked), result, row) for asked, result, row in tools]
+    total = sum(count for count, _, _ in counted)
+    results = sum(count * result for count, result, _ in counted)
+    more, most = more_and_most
+    if not any(count and row.loops_freely for count, _, row in counted):
+        most = min(total + more, most) if total else 1
+    later = max(most, least_samplings) - 1
+    window = context or sys.maxsize
+    first, others = min(visible, window), min(visible + results, window)
+    lines = [(first + later * others, later), (first + later * window, 0)]
+    return Level(1 + later, tuple(lines if context else lines[:1]), rates[later > 0],
+                 fee * sum(count for count, _, row in counted if row.has_fee))
 
 
 def _fetch_cap(tool: Mapping[str, object]) -> int:
@@ -2853,9 +2856,9 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         return None
     if b"cache_control" in body.text or b"\\u" in body.text:
         messages = without_cache_marks(messages)
-    equal = {name: value for name, value in fields.items() if value is not None
-             and name not in UNCOUNTED_FIELDS and name not in COUNTED_PARTS
-             and name != CONVERSATION_FIELDS[api]}
+    apart = {*UNCOUNTED_FIELDS, *COUNTED_PARTS, CONVERSATION_FIELDS[api]}
+    equal = {name: value for name, value in fields.items()
+             if value is not None and name not in apart}
     if isinstance(equal.get("thinking"), dict):           # its budget is a cap
         equal["thinking"] = {**equal["thinking"], "budget_tokens": None}
     chain = [_digest(api, *scope, equal)]
@@ -2864,8 +2867,7 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         if isinstance(content, str):        # a cache mark makes it a block, and back
             message = {**message, "content": [{"type": "text", "text": content}]}
         hashed = mapped_strings(message, _with_hash) if body.data else message
-        chain.append(_digest(chain[-1].hex(), message) if hashed == message
-                     else _digest(chain[-1].hex(), "with hashes", hashed))
+        chain.append(_digest(chain[-1].hex(), hashed, hashed != message))
     declared = [(name, part) for name in COUNTED_PARTS for part in _listed(fields.get(name))]
     parts, alike = {}, Counter()
     for name, part in declared:

@@ -194,7 +194,7 @@ def test_plain_objects_are_read(raw, expected):
     body = ic.parse_json_object(raw)
 
     assert expected == body.fields
-    assert raw == body.raw
+    assert raw is body.raw is body.text          # no copy is made of what has no long data
 
 
 # Setting fields.
