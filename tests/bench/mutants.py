@@ -25,7 +25,8 @@ FILE = "ironcage_proxy.py"
 TESTS = {
     "JSON bodies": "unit/test_json_bodies.py unit/test_regressions.py",
     "Money": "unit/test_money.py",
-    "Bounds": "unit/test_bounds.py unit/test_hosted_tools.py unit/test_known_counts.py",
+    "Bounds": "unit/test_hosted_tools.py unit/test_known_counts.py unit/test_admission.py "
+              "unit/test_bounds.py",
     "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
     "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
                         "faults/test_every_way_to_end.py",

@@ -1085,6 +1085,17 @@ def test_it_does_not_matter_where_a_text_is_cut_into_slices(monkeypatch, seed):
     assert whole <= sliced <= (whole if "  " not in text else whole + cuts)
 
 
+def test_prose_and_its_escapes_count_for_less_than_half_of_their_bytes():
+    prose = "It was the best of times, it was the worst of times.\\n" * 100
+
+    assert ic.input_tokens_upper_bound(prose) < len(prose) // 2
+
+
+def test_strings_are_changed_wherever_they_stand_but_names_are_not():
+    assert {"a": ["B", {"c": "D"}, 1], "e": None} == ic.mapped_strings(
+        {"a": ["b", {"c": "d"}, 1], "e": None}, str.upper)
+
+
 def test_parts_of_a_text_count_for_no_less_than_the_text():
     texts = [adversarial_texts.text_of(kind, seed) for kind, seed, _ in COUNTED[::7]]
     for at, text in enumerate(texts):

@@ -153,6 +153,20 @@ def test_a_request_about_nothing_but_a_search_waits_rather_than_lose_it():
     assert 0 == alone.fitting_caps(little, at_last=True).hosted_uses
 
 
+def test_what_the_client_asked_for_is_not_lowered_where_that_is_not_wanted():
+    asked = bound_of([{**SEARCH, "max_uses": 3}])._replace(may_be_lowered=False)
+    needed = asked.microdollars(*asked.asked_caps)
+
+    assert asked.asked_caps == asked.fitting_caps(needed, at_last=True)
+    assert asked.fitting_caps(needed - 1, at_last=True) is None
+
+
+def test_a_request_without_hosted_tools_is_bounded_alike_once_it_is_admitted():
+    bound = bound_of([FUNCTION])
+
+    assert bound == bound.admitted(ic.Caps(9))
+
+
 @pytest.mark.parametrize("choice, least", [
     (None, 0), ({"type": "auto"}, 0), ({"type": "none"}, 0), ({"type": "any"}, 1),
     ({"type": "tool", "name": "f"}, 0), ({"type": "tool", "name": "web_search"}, 1)])
