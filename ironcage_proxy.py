@@ -1650,15 +1650,24 @@ def _fees(price: Price, usage: Mapping[str, object], api: str,
 
 # ==== 5. Bounds =================================================================================
 #
-# The most that a request can cost, computed from its body before anything is sent. Text is
-# bounded in one of two ways. By bytes: a token of a byte-level tokenizer is at least one byte,
-# and a JSON body is never shorter than the text in it, so the body's length bounds all text, keys
-# and schemas in it; that is a proof. By the measured rule: a weight for each pair of adjacent
-# bytes, fitted until no text of two corpora had more tokens, prose or made to beat such a rule.
-# What is not text (images, files, audio, state kept at the provider) counts as the model's whole
-# context. What cannot be bounded at all (tools that the provider runs) is refused under a budget.
+# The most that a request can cost, computed from its body before anything is sent, in six steps:
+#
+#   1. What a text can count. By bytes: a token of a byte-level tokenizer is at least one byte, and
+#      a JSON body is never shorter than the text in it, so the body's length bounds all text, keys
+#      and schemas in it; that is a proof. Or by the measured rule: a weight for each pair of
+#      adjacent bytes, fitted until no text of two corpora had more tokens, prose or made to beat it.
+#   2. What a request consists of: its parts, and the tools that it declares.
+#   3. What no bound covers, which is refused: fields, content and tools that are not known.
+#   4. What its input can count: text; what is not text, by a table or as the model's whole context;
+#      and what the provider adds.
+#   5. What it can cost: input and output at their dearest, which caps fit into what is free, and
+#      how they travel upstream. Tools that the provider runs make it read its input again.
+#   6. What a provider has counted before, which need not be guessed again.
+#
 # Assumed: the provider honours its max-token field; the price table is right; the measured rule
 # holds for texts that nobody measured (--bound bytes does without that one).
+
+# 1. What a text can count.
 
 # The measured rule: what a byte adds to a text's tokens, by what it is and by the byte before it,
 # in hundredths of a token, for (OpenAI, Anthropic). Fitted by linear programming to o200k, cl100k
@@ -1786,43 +1795,7 @@ def _measured_tokens(raw: bytes, provider: str) -> int:
     return int(tokens) + ESTIMATE_SLACK_TOKENS
 
 
-# The caps a client can put on its answer, by API; the first is set when a client puts none.
-MAX_TOKENS_FIELDS = MappingProxyType({
-    "chat": ("max_completion_tokens", "max_tokens"),
-    "responses": ("max_output_tokens",),
-    "completions": ("max_tokens",),
-    "messages": ("max_tokens",),
-    "embeddings": (),
-})
-PLAIN_PROMPTS = MappingProxyType({"completions": "prompt", "embeddings": "input"})
-DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
-UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
-LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
-# How Claude Code names a model with that window. It takes this off, and sends the beta, before it
-# calls a provider; in some calls it forgets to (2.1.332, November 2026).
-LONG_WINDOW_SUFFIX = re.compile(r"\[1m\]$", re.IGNORECASE)
-LONG_WINDOW_BETA = "context-1m-2025-08-07"
-# What a provider adds to the prompt unseen: message framing, and the system prompts that come
-# with tools and structured output. Anthropic documents up to 530 tokens for tools in general; its
-# memory tool was seen to add about 1,500 (a recorded exchange). The rest is margin, assumed.
-FRAMING_TOKENS = 64
-TOOL_PROMPT_TOKENS = 4096
-
-COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is free, above this
-LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
-LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_tokens
-LEAST_THINKING_TOKENS = 1024            # Anthropic refuses a lower thinking budget
-LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
-
-# The most that one image is billed as, by LiteLLM's provider and how the row begins; elsewhere an
-# image counts as a whole context. Sources: Anthropic's vision guide (at most 4,784 tokens, images
-# are scaled down to that); OpenAI's (at most 10,000 patches at up to 2.46 tokens; gpt-4o-mini
-# bills 2,833 tokens and 5,667 for each of at most 8 tiles). Read November 2026.
-IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", r"(.*[:/])?gpt-4o-mini", 50_000),
-                ("openai", "", 25_000))
-INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it looks like that
-INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
-IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
+# 2. What a request consists of.
 
 # Content whose tokens its own bytes bound; content whose input those do not show, which counts as
 # a whole context; and results of hosted searches, which count as text and as one more result. Any
@@ -1852,7 +1825,8 @@ UNSEEN_PART_TYPES = (
     r"(_tool)?(_search)?(_result|_result_error)|encrypted_.*")
 HOSTED_RESULT_TYPES = frozenset({
     "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
-HOSTED_RESULT_TOKENS = 17_000           # the largest result_tokens of HOSTED_TOOLS
+IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
+RECONFIGURING_TYPE = "configuration_update"     # content that changes reasoning, or the format
 # What hangs on content without being content: who called, what was cited, arguments, how a tool
 # of the client ran and ended, and the format of the answers that follow.
 NOT_CONTENT_FIELDS = frozenset({
@@ -1860,29 +1834,24 @@ NOT_CONTENT_FIELDS = frozenset({
     "state_changes", "citations", "annotations", "logprobs", "parameters", "arguments", "metadata",
     "format",
 })
-# Content that declares tools -> the member that holds them, and that is not content itself.
-TOOL_BRINGERS = MappingProxyType({
-    "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
-    "tool_removal": "tool"})
 # Fields that make an object without a type an image or a file (vLLM; multimodal embeddings).
 MEDIA_FIELDS = MappingProxyType({
     **dict.fromkeys(("image", "image_url", "input_image"), "image"),
     **dict.fromkeys(("audio", "audio_url", "document", "document_url", "file", "file_data",
                      "file_id", "file_url", "image_embeds", "image_pil", "inline_data",
                      "input_audio", "input_file", "video", "video_url"), "file")})
+# Content that declares tools -> the member that holds them, and that is not content itself.
+TOOL_BRINGERS = MappingProxyType({
+    "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
+    "tool_removal": "tool"})
+STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
 # Tools that the client runs.
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}|(computer|browser)_toolset_20260801")
 # (type, where it says that it runs) of those that may run at the provider too.
 CLIENT_TOOL_PLACES = (("tool_search", "client"), ("shell", "local"))
-RECONFIGURING_TYPE = "configuration_update"     # content that changes reasoning, or the format
-TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
 SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # the request has all
-STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
-# What begins a thread; the request itself still holds all of the conversation. The newest
-# anthropic SDKs' tool_runner sends it by default (Python 2.14, Node 1.14; November 2026).
-NEW_THREAD = MappingProxyType({"type": "create"})
 
 
 class HostedTool(NamedTuple):
@@ -1915,21 +1884,156 @@ HOSTED_TOOLS = (
                5000, 5000, True, False),
     HostedTool("responses", "openai", r"web_search(_2025_08_26)?", "", 5000, 17_000, True, False),
 )
-# Their options that cost nothing beyond that. Sources: the types of openai 3.57.0 and anthropic
-# 2.14.0; Codex 0.171; read 2026-11-28.
-HOSTED_OPTIONS = frozenset("""
-    type name allowed_callers allowed_domains blocked_domains cache_control citations defer_loading
-    eager_input_streaming external_web_access filters image_settings indexed_web_access
-    max_content_tokens max_uses response_inclusion search_content_types search_context_size strict
-    url_sources use_cache user_location""".split())
-SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
-DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
-MOST_SAMPLINGS = 11                     # of one Anthropic call
-# (samplings beyond the uses, the most samplings) of one call.
-SAMPLINGS = MappingProxyType({"responses": (1, 1 + MOST_HOSTED_USES),
-                              "messages": (2, MOST_SAMPLINGS)})
-DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where it has none
-FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
+
+
+class Contents(NamedTuple):
+    """What a request consists of, for a bound."""
+    parts: Sequence[tuple[str, str, dict]]  # (field, type, part) of its prompt, wherever they stand
+    tools: Sequence[tuple[str, str, Mapping[str, object]]]      # likewise all that it declares
+    kinds: frozenset                        # the types of its parts
+    is_unseen: bool                         # it brings input that its own bytes do not bound
+    images: Sequence[dict]
+    cited: Sequence[dict]                   # documents and search results: read again in pieces
+
+
+def contents_of(body: JsonBody) -> Contents:
+    """What a request consists of, looked for once."""
+    if body.contents is None:
+        fields = body.fields
+        parts = [(name, *found) for name in ("messages", "input", "system")
+                 for found in _parts(fields.get(name))]
+        body.contents = Contents(
+            parts, [*_flat_tools("tools", fields.get("tools")), *_brought_tools(parts)],
+            frozenset([kind for _, kind, _ in parts]),
+            any([fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()]
+                + [_is_unseen(kind, part) for _, kind, part in parts]),
+            [part for _, kind, part in parts if kind in IMAGE_PART_TYPES],
+            [part for _, kind, part in parts if kind in ("document", "search_result")
+             and json_object(part.get("citations")).get("enabled")])
+    return body.contents
+
+
+def _parts(value: object) -> Sequence[tuple[str, dict]]:
+    """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
+
+    What stands for content kept at the provider, by its id alone, counts as "item_reference".
+    """
+    found: list[tuple[str, dict]] = []
+    waiting = [value]
+    for value in waiting:                      # which grows as we go
+        if isinstance(value, list):
+            waiting += value
+        if not isinstance(value, dict):
+            continue
+        kind = value.get("type")
+        if kind is not None:
+            kind = kind if isinstance(kind, str) else "?"
+            found.append((kind, value))
+        elif "id" in value and value.get("content") is None:
+            found.append(("item_reference", value))
+        if kind is None:                       # servers take the type from the field that is there
+            found += [(MEDIA_FIELDS[name], value) for name in MEDIA_FIELDS.keys() & value.keys()
+                      if value[name] is not None]
+        if kind in ("reasoning", "compaction") and not value.get("encrypted_content") \
+                and not (kind == "compaction" and value.get("content")):
+            found.append(("item_reference", value))
+        for name, child in value.items():
+            if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
+                    and not (name == "input" and kind in ("tool_use", "server_tool_use")) \
+                    and not (kind in TOOL_BRINGERS and name == TOOL_BRINGERS[kind]) \
+                    and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child)):
+                waiting.append(child)
+    return found
+
+
+def _is_image_data(name: str, child: object) -> bool:
+    """Whether a field of an image is where its data stands, and nothing else."""
+    return name == "image_url" or (name == "source" and json_object(child).get("type") in (
+        None, "base64", "url", "file"))
+
+
+def _is_unseen(kind: str, part: Mapping[str, object]) -> bool:
+    """Whether a part brings input that its own bytes do not bound."""
+    if kind == "document":
+        return json_object(part.get("source")).get("type") not in ("text", "content")
+    return kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES \
+        and kind not in HOSTED_RESULT_TYPES
+
+
+def _brought_tools(parts: Iterable[tuple[str, str, dict]]) -> Iterator[tuple[str, str, Mapping]]:
+    """The tools that content declares."""
+    for field, kind, part in parts:
+        if kind == "tool_addition":         # of a tool that was declared, or that it defines
+            added = json_object(part.get("tool"))
+            if added.get("type") != "tool_reference":
+                yield from _flat_tools(field, [added.get("definition")])
+        elif TOOL_BRINGERS.get(kind) == "tools":
+            yield from _flat_tools(field, part.get("tools"))
+
+
+def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[str, object]]]:
+    """Each tool of a list, also those in namespaces; of the type "?" where it is not a tool."""
+    if tools is not None and not isinstance(tools, list):
+        yield field, "?", {}
+    for tool in tools if isinstance(tools, list) else ():
+        fields = json_object(tool)
+        kind = fields.get("type")
+        kind = "function" if kind is None else kind
+        if not isinstance(tool, dict) or not isinstance(kind, str) \
+                or any(name != name.casefold() for name in tool):
+            kind = "?"
+        yield field, kind, fields
+        if kind == "namespace":
+            yield from _flat_tools(field, fields.get("tools"))
+
+
+def _runs_at_client(kind: str, tool: Mapping[str, object]) -> bool:
+    place = tool.get("execution") if kind == "tool_search" else \
+        json_object(tool.get("environment")).get("type")
+    return re.fullmatch(CLIENT_TOOL_TYPES, kind) is not None or (kind, place) in CLIENT_TOOL_PLACES
+
+
+def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
+    """What is known of a type of tool that the provider of a price row runs."""
+    return next((row for row in HOSTED_TOOLS
+                 if (row.api, row.provider) == (api, price.provider)
+                 and re.fullmatch(row.types, kind)
+                 and re.match(row.models, price.key.rpartition("/")[2])), None)
+
+
+def mapped_strings(value: object, change: Callable[[str], str]) -> object:
+    """A value with its strings changed, but for names."""
+    if isinstance(value, list):
+        return [mapped_strings(child, change) for child in value]
+    if isinstance(value, dict):
+        return {name: mapped_strings(child, change) for name, child in value.items()}
+    return change(value) if isinstance(value, str) else value
+
+
+def strings_in(value: object, without: frozenset = frozenset()) -> list[str]:
+    """All strings in a value, but for names, and for what stands under some names."""
+    found, waiting = [], [value]
+    for part in waiting:                       # which grows as we go
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += [child for name, child in part.items() if name not in without]
+    return found
+
+
+def _listed(value: object) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_deferred(tool: object) -> bool:
+    """Whether a tool, or one in it, counts only once it is loaded."""
+    fields = json_object(tool)
+    return bool(fields.get("defer_loading")) or any(map(_is_deferred, _listed(fields.get("tools"))))
+
+
+# 3. What no bound covers.
 
 # Top-level fields of a request under a budget. None: it costs nothing beyond what the bound
 # counts (text, caps, choices, tier). An object of rules: the members that it may have. Values, or
@@ -2016,13 +2120,28 @@ COMPATIBLE_FIELDS = _rules(
     thinking=_rules("type budget_tokens clear_thinking keep"),
     provider=_rules("allow_fallbacks data_collection enforce_distillable_text ignore max_price "
                     "quantizations require_parameters zdr"))
-# A provider writes a prompt of its own for these (Mistral's and the templates of open models too).
-PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
-                              "output_format", "prompt_mode", "safe_prompt", "documents",
-                              "chat_template_kwargs"})
+# Their options that cost nothing beyond that. Sources: the types of openai 3.57.0 and anthropic
+# 2.14.0; Codex 0.171; read 2026-11-28.
+HOSTED_OPTIONS = frozenset("""
+    type name allowed_callers allowed_domains blocked_domains cache_control citations defer_loading
+    eager_input_streaming external_web_access filters image_settings indexed_web_access
+    max_content_tokens max_uses response_inclusion search_content_types search_context_size strict
+    url_sources use_cache user_location""".split())
 # Models that search, or run others, by themselves: xAI bills the tokens of all its agents, and
 # Groq's compound those of all its models and tools. Sources: their model pages, November 2026.
 SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound")
+# The caps a client can put on its answer, by API; the first is set when a client puts none.
+MAX_TOKENS_FIELDS = MappingProxyType({
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "responses": ("max_output_tokens",),
+    "completions": ("max_tokens",),
+    "messages": ("max_tokens",),
+    "embeddings": (),
+})
+PLAIN_PROMPTS = MappingProxyType({"completions": "prompt", "embeddings": "input"})
+# What begins a thread; the request itself still holds all of the conversation. The newest
+# anthropic SDKs' tool_runner sends it by default (Python 2.14, Node 1.14; November 2026).
+NEW_THREAD = MappingProxyType({"type": "create"})
 
 
 class Hatches(NamedTuple):
@@ -2036,6 +2155,263 @@ class Hatches(NamedTuple):
         """As check_boundable() reports them."""
         return {*(f"field {name}" for name in self.fields),
                 *(f"content {kind}" for kind in self.contents)}
+
+
+def check_thread(fields: Mapping[str, object]) -> None:
+    """Refuse a thread that goes on from a conversation kept at the provider."""
+    if fields.get("thread") not in (None, NEW_THREAD):
+        raise ThreadRefused("thread, as asked for here, goes on from a conversation that is kept "
+                            "at the provider; send all of its messages, without thread",
+                            param="thread")
+
+
+def check_boundable(api: str, body: JsonBody, price: Price, *,
+                    provider: Provider = KNOWN_PROVIDERS["openai"],
+                    model: str = "", hatches: Hatches = Hatches()) -> list[str]:
+    """Refuse what no bound covers; return the hatches that let something through. `model` is the
+    name that goes upstream, which the price may not have.
+
+    Raises UnboundedRequest, naming the field and what to do.
+    """
+    check_thread(body.fields)
+    opened = []
+    for fault, hatch in _unbounded(api, body, price, provider, model, hatches):
+        if hatch not in hatches.names:
+            raise fault
+        opened.append(hatch)
+    return opened
+
+
+def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model: str,
+               hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
+    """(why not, the hatch that would let it through or "") of all that no bound covers.
+
+    Models that are free may have fields that are not known.
+    """
+    fields, contents = body.fields, contents_of(body)
+    rules, costs = FIELD_RULES[api], any(price.amounts.values())
+    if provider.fields is not None and api != "messages":
+        rules = {**COMPATIBLE_FIELDS, **_rules(" ".join(provider.fields)), **rules}
+    for name, is_known in _unbounded_fields(rules, fields, price, ""):
+        shown = shown_name(name)
+        if is_known:
+            yield UnboundedRequest(
+                f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot "
+                "be bounded before it is sent", param=shown), ""
+        elif costs:
+            yield UnboundedRequest(
+                f"{shown} is not known here, so what it costs cannot be bounded under a budget; "
+                f"the operator can let it through with --allow-field {shown}",
+                param=shown), f"field {name}"
+    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
+        yield UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
+                               "under a budget: what it does cannot be bounded", param="model"), ""
+    if api in PLAIN_PROMPTS and not _is_plain(fields.get(PLAIN_PROMPTS[api])):
+        yield UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
+                               "budget", param=PLAIN_PROMPTS[api]), ""
+    if costs and not provider.zero_is_a_cap \
+            and any(fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
+        yield UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
+                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0]), ""
+    for field, kind, _ in contents.parts:
+        if kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES \
+                and not re.fullmatch(UNSEEN_PART_TYPES, kind):
+            yield UnboundedRequest(
+                f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
+                f"under a budget; the operator can count it as a whole context with "
+                f"--allow-content {shown_name(kind)}", param=field), f"content {kind}"
+    for field, kind, tool in contents.tools:
+        if not _runs_at_client(kind, tool):
+            yield from _unbounded_tool(api, field, kind, tool, price, hatches)
+
+
+def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, object], price: Price,
+                      inside: str) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is known) of what the rules do not bound, also inside objects."""
+    for name, value in fields.items():
+        rule = rules.get(name)
+        if value is None or (rule is None and name in rules):
+            continue
+        if callable(rule) or isinstance(rule, tuple):
+            if not _is_allowed(rule, value, price):
+                yield inside + name, True
+        elif name not in rules:
+            yield inside + name, False
+        else:
+            for row in value if isinstance(value, list) else [value]:
+                if isinstance(row, dict):
+                    yield from _unbounded_fields(rule, row, price, f"{inside}{name}.")
+                elif row not in ("auto", "default", "none", "", False):
+                    yield inside + name, True
+
+
+def _is_allowed(rule: FieldRule, value: object, price: Price) -> bool:
+    if isinstance(rule, tuple):
+        return value in rule
+    return isinstance(value, rule) if isinstance(rule, type) else rule(value, price)
+
+
+def _is_plain(prompt: object) -> bool:
+    """Whether a prompt is text or tokens, or lists of those."""
+    return all(map(_is_plain, prompt)) if isinstance(prompt, list) \
+        else prompt is None or isinstance(prompt, (str, int))
+
+
+def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, object], price: Price,
+                    hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
+    """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
+    options known."""
+    shown = f"the tool type {shown_name(kind)}"
+    if kind == "?":
+        yield UnboundedRequest("a tool has no type that is known, so it cannot be bounded under a "
+                               "budget", param=field), ""
+    if hosted_tool(api, kind, price) is None:
+        yield UnboundedRequest(f"{shown} runs at the provider, which a budget cannot bound; "
+                               f"remove it from {field}", param=field), ""
+    if not hatches.hosted_tools:
+        yield UnboundedRequest(f"{shown} runs at the provider, and this proxy was started with "
+                               f"--no-hosted-tools or --bound bytes; remove it from {field}",
+                               param=field), ""
+    if field != "tools" and api == "messages":
+        yield UnboundedRequest(f"{shown} runs at the provider, and its uses can be capped in tools "
+                               "only; declare it there", param=field), ""
+    for name, value in tool.items():
+        if value is not None and name not in HOSTED_OPTIONS:
+            yield UnboundedRequest(
+                f"{shown_name(name)} of {shown} is not known here, so what it costs cannot be "
+                "bounded under a budget; the operator can let it through with --allow-field "
+                f"{shown_name(name)}", param="tools"), f"field {name}"
+
+
+# 4. What its input can count.
+
+# What a provider adds to the prompt unseen: message framing, and the system prompts that come
+# with tools and structured output. Anthropic documents up to 530 tokens for tools in general; its
+# memory tool was seen to add about 1,500 (a recorded exchange). The rest is margin, assumed.
+FRAMING_TOKENS = 64
+TOOL_PROMPT_TOKENS = 4096
+TOOLSET_PROMPT_TOKENS = 8192            # of each toolset, whose schemas the provider has; assumed
+HOSTED_RESULT_TOKENS = 17_000           # the largest result_tokens of HOSTED_TOOLS
+# A provider writes a prompt of its own for these (Mistral's and the templates of open models too).
+PROMPTING_FIELDS = frozenset({"tools", "functions", "response_format", "text", "output_config",
+                              "output_format", "prompt_mode", "safe_prompt", "documents",
+                              "chat_template_kwargs"})
+# The most that one image is billed as, by LiteLLM's provider and how the row begins; elsewhere an
+# image counts as a whole context. Sources: Anthropic's vision guide (at most 4,784 tokens, images
+# are scaled down to that); OpenAI's (at most 10,000 patches at up to 2.46 tokens; gpt-4o-mini
+# bills 2,833 tokens and 5,667 for each of at most 8 tiles). Read November 2026.
+IMAGE_TOKENS = (("anthropic", "", 5_000), ("openai", r"(.*[:/])?gpt-4o-mini", 50_000),
+                ("openai", "", 25_000))
+INLINE_IMAGE_CHARS = 256        # a longer string in an image is its data, if it looks like that
+INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
+
+
+def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
+                       window: int = 0) -> int:
+    """Tokens that a request can be billed for as input. Raises UnboundedRequest.
+
+    By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
+    `window` is a context window that the request asks for beyond the model's own, in tokens.
+    """
+    contents = contents_of(body)
+    per_image = next((tokens for provider, start, tokens in IMAGE_TOKENS
+                      if price.provider == provider and re.match(start, price.key)), None)
+    context = max(price.max_input_tokens or 0, window)
+    if contents.is_unseen or (contents.images and per_image is None):
+        if price.max_input_tokens is None:
+            raise UnboundedRequest(
+                "the request has content other than text, and the price table has no "
+                f"max_input_tokens for {price.key} to bound it with")
+        return context
+    tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
+    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body)
+    if not contents.images:
+        return tokens
+    tokens += len(contents.images) * per_image
+    return min(tokens, context) if price.max_input_tokens else tokens
+
+
+def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
+    """Tokens of all text in a request whose images are known: by its bytes, or by a scan."""
+    text, utf8_bytes = body.text, len(body.raw)
+    if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
+        # Claude 2's tokenizer took the NFKC form, in which one character can become many.
+        fields = mapped_strings(body.fields, lambda text: "" if isinstance(text, InlineData) else
+                                text) if body.data else body.fields
+        text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
+            .encode("utf-8", "surrogatepass")
+        utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
+    of_images = {id(data): data for data in _inline_data(contents_of(body).images)}
+    again = [json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
+             for cited in contents_of(body).cited]
+    utf8_bytes += sum(map(len, again)) - sum(map(len, of_images.values()))
+    if not measured:
+        return utf8_bytes
+    other_data = [data.raw for data in body.data.values() if id(data) not in of_images]
+    return min(utf8_bytes, _measured_tokens(b"".join([text, *other_data, *again]), tokenizer))
+
+
+def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    """The data of images that is in the request itself; all else about them is text."""
+    for image in images:
+        url, source = image.get("image_url"), json_object(image.get("source"))
+        for data in (url, json_object(url).get("url"), source.get("data")):
+            if isinstance(data, InlineData) or (
+                    isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS
+                    and re.fullmatch(INLINE_DATA, data)):
+                yield data
+
+
+def _unseen_tokens(body: JsonBody) -> int:
+    """What the provider adds to a prompt that is text and images: framing, prompts of tools and
+    of formats, and what results of earlier hosted searches may hold beyond their own text."""
+    fields, contents = body.fields, contents_of(body)
+    is_prompted = contents.tools or contents.cited or RECONFIGURING_TYPE in contents.kinds \
+        or any(fields[name] for name in PROMPTING_FIELDS & fields.keys()) \
+        or any(json_object(json_object(message).get("output_config")).get("format")
+               for message in _listed(fields.get("messages")))
+    results = sum([kind in HOSTED_RESULT_TYPES for _, kind, _ in contents.parts])
+    return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
+        + results * HOSTED_RESULT_TOKENS + _loaded_bytes(contents) \
+        + TOOLSET_PROMPT_TOKENS * sum(["_toolset_" in kind for _, kind, _ in contents.tools])
+
+
+def _loaded_bytes(contents: Contents) -> int:
+    """The definitions of tools that content loads by name, once for each time that it does; but
+    for the first of a deferred one, which does not count where it is declared."""
+    if contents.kinds.isdisjoint(("tool_reference", "tool_addition")):
+        return 0
+    loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
+               for _, kind, part in contents.parts if kind in ("tool_reference", "tool_addition")]
+    names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
+    return sum([
+        len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
+                                    - (field == "tools" and _is_deferred(tool)))
+        for field, _, tool in contents.tools])
+
+
+# 5. What it can cost.
+
+DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
+UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
+LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
+# How Claude Code names a model with that window. It takes this off, and sends the beta, before it
+# calls a provider; in some calls it forgets to (2.1.332, November 2026).
+LONG_WINDOW_SUFFIX = re.compile(r"\[1m\]$", re.IGNORECASE)
+LONG_WINDOW_BETA = "context-1m-2025-08-07"
+COMFORTABLE_OUTPUT_TOKENS = 8192        # a default cap leaves half of what is free, above this
+LEAST_OUTPUT_TOKENS = 1024              # below this an answer is not worth sending for
+LEAST_RESPONSES_TOKENS = 16             # OpenAI refuses a lower max_output_tokens
+LEAST_THINKING_TOKENS = 1024            # Anthropic refuses a lower thinking budget
+LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not worth a scan
+SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
+DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
+MOST_SAMPLINGS = 11                     # of one Anthropic call
+# (samplings beyond the uses, the most samplings) of one call.
+SAMPLINGS = MappingProxyType({"responses": (1, 1 + MOST_HOSTED_USES),
+                              "messages": (2, MOST_SAMPLINGS)})
+DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where it has none
+FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
 
 
 class Caps(NamedTuple):
@@ -2194,351 +2570,100 @@ def fixed_bound(microdollars: int) -> Bound:
                  most_output_tokens=0)
 
 
-def _parts(value: object) -> Sequence[tuple[str, dict]]:
-    """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
+def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
+                     data_residency: Optional[str] = None, measured: bool = False,
+                     window: int = 0, may_be_lowered: bool = True,
+                     input_tokens: Optional[int] = None) -> Bound:
+    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known.
 
-    What stands for content kept at the provider, by its id alone, counts as "item_reference".
+    Raises BadRequest, UnboundedRequest.
     """
-    found: list[tuple[str, dict]] = []
-    waiting = [value]
-    for value in waiting:                      # which grows as we go
-        if isinstance(value, list):
-            waiting += value
-        if not isinstance(value, dict):
-            continue
-        kind = value.get("type")
-        if kind is not None:
-            kind = kind if isinstance(kind, str) else "?"
-            found.append((kind, value))
-        elif "id" in value and value.get("content") is None:
-            found.append(("item_reference", value))
-        if kind is None:                       # servers take the type from the field that is there
-            found += [(MEDIA_FIELDS[name], value) for name in MEDIA_FIELDS.keys() & value.keys()
-                      if value[name] is not None]
-        if kind in ("reasoning", "compaction") and not value.get("encrypted_content") \
-                and not (kind == "compaction" and value.get("content")):
-            found.append(("item_reference", value))
-        for name, child in value.items():
-            if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
-                    and not (name == "input" and kind in ("tool_use", "server_tool_use")) \
-                    and not (kind in TOOL_BRINGERS and name == TOOL_BRINGERS[kind]) \
-                    and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child)):
-                waiting.append(child)
-    return found
+    fields = body.fields
+    if input_tokens is None:
+        input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
+    multiplier = price.residency_multiplier(data_residency)
+    if api == "messages":
+        multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
+        if fields.get("speed") is not None:
+            multiplier *= price.fast_multiplier
+
+    def rates_up_to(most_tokens: int) -> tuple[Rate, Rate]:
+        dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
+        return dearest[0] * multiplier, dearest[1] * multiplier * _choices(api, fields)
+
+    rates = rates_up_to(input_tokens)
+    return Bound(
+        input_tokens=input_tokens, input_picodollars=input_tokens * rates[0],
+        output_picodollars=rates[1], fees_picodollars=price.call_fee({}),
+        unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
+        asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
+        most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
+        least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
+        may_be_lowered=may_be_lowered,
+        hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to))
 
 
-def _is_image_data(name: str, child: object) -> bool:
-    """Whether a field of an image is where its data stands, and nothing else."""
-    return name == "image_url" or (name == "source" and json_object(child).get("type") in (
-        None, "base64", "url", "file"))
+def _choices(api: str, fields: Mapping[str, object]) -> int:
+    """How many answers a request asks for."""
+    n = optional_count(fields, "n", least=1, most=128) or 1
+    if api != "completions":
+        return n if api == "chat" else 1
+    prompt = fields.get("prompt")
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    prompts = len(prompt) if several else 1
+    return prompts * max(n, optional_count(fields, "best_of", least=1, most=128) or 1)
 
 
-class Contents(NamedTuple):
-    """What a request consists of, for a bound."""
-    parts: Sequence[tuple[str, str, dict]]  # (field, type, part) of its prompt, wherever they stand
-    tools: Sequence[tuple[str, str, Mapping[str, object]]]      # likewise all that it declares
-    kinds: frozenset                        # the types of its parts
-    is_unseen: bool                         # it brings input that its own bytes do not bound
-    images: Sequence[dict]
-    cited: Sequence[dict]                   # documents and search results: read again in pieces
+def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]:
+    """The largest of the client's caps on its answer, or None. Raises BadRequest."""
+    caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api] if name in fields]
+    asked = max([cap for cap in caps if cap is not None], default=None)
+    return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
 
 
-def contents_of(body: JsonBody) -> Contents:
-    """What a request consists of, looked for once."""
-    if body.contents is None:
-        fields = body.fields
-        parts = [(name, *found) for name in ("messages", "input", "system")
-                 for found in _parts(fields.get(name))]
-        body.contents = Contents(
-            parts, [*_flat_tools("tools", fields.get("tools")), *_brought_tools(parts)],
-            frozenset([kind for _, kind, _ in parts]),
-            any([fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()]
-                + [_is_unseen(kind, part) for _, kind, part in parts]),
-            [part for _, kind, part in parts if kind in IMAGE_PART_TYPES],
-            [part for _, kind, part in parts if kind in ("document", "search_result")
-             and json_object(part.get("citations")).get("enabled")])
-    return body.contents
+def _thinking_budget(fields: Mapping[str, object]) -> int:
+    return optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0
 
 
-def _brought_tools(parts: Iterable[tuple[str, str, dict]]) -> Iterator[tuple[str, str, Mapping]]:
-    """The tools that content declares."""
-    for field, kind, part in parts:
-        if kind == "tool_addition":         # of a tool that was declared, or that it defines
-            added = json_object(part.get("tool"))
-            if added.get("type") != "tool_reference":
-                yield from _flat_tools(field, [added.get("definition")])
-        elif TOOL_BRINGERS.get(kind) == "tools":
-            yield from _flat_tools(field, part.get("tools"))
+def _least_output_tokens(api: str, fields: Mapping[str, object], may_be_lowered: bool) -> int:
+    """The least cap that leaves a request valid: Anthropic's must be above its thinking budget,
+    which falls with it."""
+    if api != "messages":
+        return LEAST_RESPONSES_TOKENS if api == "responses" else 1
+    least = 1 + _thinking_budget(fields)
+    return min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
 
 
-def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[str, object]]]:
-    """Each tool of a list, also those in namespaces; of the type "?" where it is not a tool."""
-    if tools is not None and not isinstance(tools, list):
-        yield field, "?", {}
-    for tool in tools if isinstance(tools, list) else ():
-        fields = json_object(tool)
-        kind = fields.get("type")
-        kind = "function" if kind is None else kind
-        if not isinstance(tool, dict) or not isinstance(kind, str) \
-                or any(name != name.casefold() for name in tool):
-            kind = "?"
-        yield field, kind, fields
-        if kind == "namespace":
-            yield from _flat_tools(field, fields.get("tools"))
+def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> tuple:
+    """The service tiers that may serve a request; an unknown one may be any."""
+    asked = fields.get("service_tier")
+    if asked in (None, "auto"):
+        return None, default_tier
+    return None, asked if isinstance(asked, str) else UNKNOWN_TIER
 
 
-def _runs_at_client(kind: str, tool: Mapping[str, object]) -> bool:
-    place = tool.get("execution") if kind == "tool_search" else \
-        json_object(tool.get("environment")).get("type")
-    return re.fullmatch(CLIENT_TOOL_TYPES, kind) is not None or (kind, place) in CLIENT_TOOL_PLACES
+def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
+                   default_tier: str) -> tuple[Rate, Rate]:
+    """The highest (input, output) rates that a request can meet.
 
-
-def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
-    """What is known of a type of tool that the provider of a price row runs."""
-    return next((row for row in HOSTED_TOOLS
-                 if (row.api, row.provider) == (api, price.provider)
-                 and re.fullmatch(row.types, kind)
-                 and re.match(row.models, price.key.rpartition("/")[2])), None)
-
-
-def _is_unseen(kind: str, part: Mapping[str, object]) -> bool:
-    """Whether a part brings input that its own bytes do not bound."""
-    if kind == "document":
-        return json_object(part.get("source")).get("type") not in ("text", "content")
-    return kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES \
-        and kind not in HOSTED_RESULT_TYPES
-
-
-def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
-    """The data of images that is in the request itself; all else about them is text."""
-    for image in images:
-        url, source = image.get("image_url"), json_object(image.get("source"))
-        for data in (url, json_object(url).get("url"), source.get("data")):
-            if isinstance(data, InlineData) or (
-                    isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS
-                    and re.fullmatch(INLINE_DATA, data)):
-                yield data
-
-
-def mapped_strings(value: object, change: Callable[[str], str]) -> object:
-    """A value with its strings changed, but for names."""
-    if isinstance(value, list):
-        return [mapped_strings(child, change) for child in value]
-    if isinstance(value, dict):
-        return {name: mapped_strings(child, change) for name, child in value.items()}
-    return change(value) if isinstance(value, str) else value
-
-
-def strings_in(value: object, without: frozenset = frozenset()) -> list[str]:
-    """All strings in a value, but for names, and for what stands under some names."""
-    found, waiting = [], [value]
-    for part in waiting:                       # which grows as we go
-        if isinstance(part, str):
-            found.append(part)
-        elif isinstance(part, list):
-            waiting += part
-        elif isinstance(part, dict):
-            waiting += [child for name, child in part.items() if name not in without]
-    return found
-
-
-def check_thread(fields: Mapping[str, object]) -> None:
-    """Refuse a thread that goes on from a conversation kept at the provider."""
-    if fields.get("thread") not in (None, NEW_THREAD):
-        raise ThreadRefused("thread, as asked for here, goes on from a conversation that is kept "
-                            "at the provider; send all of its messages, without thread",
-                            param="thread")
-
-
-def _is_plain(prompt: object) -> bool:
-    """Whether a prompt is text or tokens, or lists of those."""
-    return all(map(_is_plain, prompt)) if isinstance(prompt, list) \
-        else prompt is None or isinstance(prompt, (str, int))
-
-
-def check_boundable(api: str, body: JsonBody, price: Price, *,
-                    provider: Provider = KNOWN_PROVIDERS["openai"],
-                    model: str = "", hatches: Hatches = Hatches()) -> list[str]:
-    """Refuse what no bound covers; return the hatches that let something through. `model` is the
-    name that goes upstream, which the price may not have.
-
-    Raises UnboundedRequest, naming the field and what to do.
+    A JSON escape can hide a word, so a body with escapes counts as having it.
     """
-    check_thread(body.fields)
-    opened = []
-    for fault, hatch in _unbounded(api, body, price, provider, model, hatches):
-        if hatch not in hatches.names:
-            raise fault
-        opened.append(hatch)
-    return opened
+    def may_say(*words: bytes) -> bool:
+        return any(word in body.text for word in (b"\\u", *words))
 
-
-def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model: str,
-               hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
-    """(why not, the hatch that would let it through or "") of all that no bound covers.
-
-    Models that are free may have fields that are not known.
-    """
-    fields, contents = body.fields, contents_of(body)
-    rules, costs = FIELD_RULES[api], any(price.amounts.values())
-    if provider.fields is not None and api != "messages":
-        rules = {**COMPATIBLE_FIELDS, **_rules(" ".join(provider.fields)), **rules}
-    for name, is_known in _unbounded_fields(rules, fields, price, ""):
-        shown = shown_name(name)
-        if is_known:
-            yield UnboundedRequest(
-                f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot "
-                "be bounded before it is sent", param=shown), ""
-        elif costs:
-            yield UnboundedRequest(
-                f"{shown} is not known here, so what it costs cannot be bounded under a budget; "
-                f"the operator can let it through with --allow-field {shown}",
-                param=shown), f"field {name}"
-    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
-        yield UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
-                               "under a budget: what it does cannot be bounded", param="model"), ""
-    if api in PLAIN_PROMPTS and not _is_plain(fields.get(PLAIN_PROMPTS[api])):
-        yield UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
-                               "budget", param=PLAIN_PROMPTS[api]), ""
-    if costs and not provider.zero_is_a_cap \
-            and any(fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
-        yield UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
-                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0]), ""
-    for field, kind, _ in contents.parts:
-        if kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES \
-                and not re.fullmatch(UNSEEN_PART_TYPES, kind):
-            yield UnboundedRequest(
-                f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
-                f"under a budget; the operator can count it as a whole context with "
-                f"--allow-content {shown_name(kind)}", param=field), f"content {kind}"
-    for field, kind, tool in contents.tools:
-        if not _runs_at_client(kind, tool):
-            yield from _unbounded_tool(api, field, kind, tool, price, hatches)
-
-
-def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, object], price: Price,
-                    hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
-    """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
-    options known."""
-    shown = f"the tool type {shown_name(kind)}"
-    if kind == "?":
-        yield UnboundedRequest("a tool has no type that is known, so it cannot be bounded under a "
-                               "budget", param=field), ""
-    if hosted_tool(api, kind, price) is None:
-        yield UnboundedRequest(f"{shown} runs at the provider, which a budget cannot bound; "
-                               f"remove it from {field}", param=field), ""
-    if not hatches.hosted_tools:
-        yield UnboundedRequest(f"{shown} runs at the provider, and this proxy was started with "
-                               f"--no-hosted-tools or --bound bytes; remove it from {field}",
-                               param=field), ""
-    if field != "tools" and api == "messages":
-        yield UnboundedRequest(f"{shown} runs at the provider, and its uses can be capped in tools "
-                               "only; declare it there", param=field), ""
-    for name, value in tool.items():
-        if value is not None and name not in HOSTED_OPTIONS:
-            yield UnboundedRequest(
-                f"{shown_name(name)} of {shown} is not known here, so what it costs cannot be "
-                "bounded under a budget; the operator can let it through with --allow-field "
-                f"{shown_name(name)}", param="tools"), f"field {name}"
-
-
-def _is_allowed(rule: FieldRule, value: object, price: Price) -> bool:
-    if isinstance(rule, tuple):
-        return value in rule
-    return isinstance(value, rule) if isinstance(rule, type) else rule(value, price)
-
-
-def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, object], price: Price,
-                      inside: str) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is known) of what the rules do not bound, also inside objects."""
-    for name, value in fields.items():
-        rule = rules.get(name)
-        if value is None or (rule is None and name in rules):
-            continue
-        if callable(rule) or isinstance(rule, tuple):
-            if not _is_allowed(rule, value, price):
-                yield inside + name, True
-        elif name not in rules:
-            yield inside + name, False
-        else:
-            for row in value if isinstance(value, list) else [value]:
-                if isinstance(row, dict):
-                    yield from _unbounded_fields(rule, row, price, f"{inside}{name}.")
-                elif row not in ("auto", "default", "none", "", False):
-                    yield inside + name, True
-
-
-def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
-                       window: int = 0) -> int:
-    """Tokens that a request can be billed for as input. Raises UnboundedRequest.
-
-    By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
-    `window` is a context window that the request asks for beyond the model's own, in tokens.
-    """
-    contents = contents_of(body)
-    per_image = next((tokens for provider, start, tokens in IMAGE_TOKENS
-                      if price.provider == provider and re.match(start, price.key)), None)
-    context = max(price.max_input_tokens or 0, window)
-    if contents.is_unseen or (contents.images and per_image is None):
-        if price.max_input_tokens is None:
-            raise UnboundedRequest(
-                "the request has content other than text, and the price table has no "
-                f"max_input_tokens for {price.key} to bound it with")
-        return context
-    tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
-    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body)
-    if not contents.images:
-        return tokens
-    tokens += len(contents.images) * per_image
-    return min(tokens, context) if price.max_input_tokens else tokens
-
-
-def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
-    """Tokens of all text in a request whose images are known: by its bytes, or by a scan."""
-    text, utf8_bytes = body.text, len(body.raw)
-    if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
-        # Claude 2's tokenizer took the NFKC form, in which one character can become many.
-        fields = mapped_strings(body.fields, lambda text: "" if isinstance(text, InlineData) else
-                                text) if body.data else body.fields
-        text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
-            .encode("utf-8", "surrogatepass")
-        utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
-    of_images = {id(data): data for data in _inline_data(contents_of(body).images)}
-    again = [json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
-             for cited in contents_of(body).cited]
-    utf8_bytes += sum(map(len, again)) - sum(map(len, of_images.values()))
-    if not measured:
-        return utf8_bytes
-    other_data = [data.raw for data in body.data.values() if id(data) not in of_images]
-    return min(utf8_bytes, _measured_tokens(b"".join([text, *other_data, *again]), tokenizer))
-
-
-def _unseen_tokens(body: JsonBody) -> int:
-    """What the provider adds to a prompt that is text and images: framing, prompts of tools and
-    of formats, and what results of earlier hosted searches may hold beyond their own text."""
-    fields, contents = body.fields, contents_of(body)
-    is_prompted = contents.tools or contents.cited or RECONFIGURING_TYPE in contents.kinds \
-        or any(fields[name] for name in PROMPTING_FIELDS & fields.keys()) \
-        or any(json_object(json_object(message).get("output_config")).get("format")
-               for message in _listed(fields.get("messages")))
-    results = sum([kind in HOSTED_RESULT_TYPES for _, kind, _ in contents.parts])
-    return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
-        + results * HOSTED_RESULT_TOKENS + _loaded_bytes(contents) \
-        + TOOLSET_PROMPT_TOKENS * sum(["_toolset_" in kind for _, kind, _ in contents.tools])
-
-
-def _loaded_bytes(contents: Contents) -> int:
-    """The definitions of tools that content loads by name, once for each time that it does; but
-    for the first of a deferred one, which does not count where it is declared."""
-    if contents.kinds.isdisjoint(("tool_reference", "tool_addition")):
-        return 0
-    loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
-               for _, kind, part in contents.parts if kind in ("tool_reference", "tool_addition")]
-    names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
-    return sum([
-        len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
-                                    - (field == "tools" and _is_deferred(tool)))
-        for field, _, tool in contents.tools])
+    dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
+    output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
+    if body.fields.get("audio") is not None or body.fields.get("modalities") is not None:
+        output = max(output, dearest["audio_output"])
+    # The body is searched only for what would change the rate.
+    plain = max([dearest[bucket] for bucket in INPUT_BUCKETS - WRITE_BUCKETS])
+    write, long_write = dearest["cache_write"], max(dearest["cache_write_1h"],
+                                                    dearest["cache_write_12h"])
+    if max(write, long_write) > plain and (api != "messages" or may_say(b"cache_control")):
+        plain = max(plain, write)
+        if long_write > plain and may_say(b'"1h"', b'"12h"'):
+            plain = long_write
+    return plain, output
 
 
 def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, window: int,
@@ -2621,6 +2746,41 @@ def _forces_hosted(choice: object, names: set) -> bool:
     return kind not in (None, "auto", "none", "function", "custom")
 
 
+def honoured_caps(api: str, provider: Provider) -> tuple[str, ...]:
+    """The caps on an answer that a provider honours; the first is the one to set."""
+    return provider.caps if api == "chat" else MAX_TOKENS_FIELDS[api]
+
+
+def capped_output(api: str, provider: Provider, fields: Mapping[str, object],
+                  cap: Optional[int]) -> tuple[dict, frozenset]:
+    """(fields to set, fields to leave out) so that a provider heeds the client's caps, and `cap`.
+
+    A cap in a field that it does not honour is moved to the one that it does.
+    """
+    honoured = honoured_caps(api, provider)
+    asked = {name: fields[name] for name in MAX_TOKENS_FIELDS[api] if fields.get(name) is not None}
+    caps = {name: value for name, value in asked.items() if name in honoured}
+    if not caps and (asked or cap is not None):
+        caps = {honoured[0]: max(asked.values(), default=cap)}
+    if cap is not None:
+        caps = {name: min(cap, value) for name, value in caps.items()}
+    return ({name: value for name, value in caps.items() if fields.get(name) != value},
+            frozenset(asked) - frozenset(honoured))
+
+
+def lowered_thinking(fields: Mapping[str, object], cap: int) -> dict:
+    """The `thinking` to set beside a lower cap; {} where it may stay.
+
+    It is halved, so that it changes seldom: each change makes Anthropic write its cache anew.
+    """
+    budget = _thinking_budget(fields)
+    lowered = budget
+    while lowered + LEAST_OUTPUT_TOKENS > cap and lowered > LEAST_THINKING_TOKENS:
+        lowered = max(LEAST_THINKING_TOKENS, lowered // 2)
+    return {} if lowered == budget else {"thinking": {**fields["thinking"],
+                                                      "budget_tokens": lowered}}
+
+
 def hosted_changes(api: str, fields: Mapping[str, object],
                    uses: int) -> tuple[dict, frozenset, dict[str, object]]:
     """(fields to set, fields to leave out, what to report) so that no hosted tool is used more."""
@@ -2650,136 +2810,7 @@ def hosted_changes(api: str, fields: Mapping[str, object],
         {}, frozenset({"tools", "tool_choice"}), reported)
 
 
-def _choices(api: str, fields: Mapping[str, object]) -> int:
-    """How many answers a request asks for."""
-    n = optional_count(fields, "n", least=1, most=128) or 1
-    if api != "completions":
-        return n if api == "chat" else 1
-    prompt = fields.get("prompt")
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    prompts = len(prompt) if several else 1
-    return prompts * max(n, optional_count(fields, "best_of", least=1, most=128) or 1)
-
-
-def honoured_caps(api: str, provider: Provider) -> tuple[str, ...]:
-    """The caps on an answer that a provider honours; the first is the one to set."""
-    return provider.caps if api == "chat" else MAX_TOKENS_FIELDS[api]
-
-
-def capped_output(api: str, provider: Provider, fields: Mapping[str, object],
-                  cap: Optional[int]) -> tuple[dict, frozenset]:
-    """(fields to set, fields to leave out) so that a provider heeds the client's caps, and `cap`.
-
-    A cap in a field that it does not honour is moved to the one that it does.
-    """
-    honoured = honoured_caps(api, provider)
-    asked = {name: fields[name] for name in MAX_TOKENS_FIELDS[api] if fields.get(name) is not None}
-    caps = {name: value for name, value in asked.items() if name in honoured}
-    if not caps and (asked or cap is not None):
-        caps = {honoured[0]: max(asked.values(), default=cap)}
-    if cap is not None:
-        caps = {name: min(cap, value) for name, value in caps.items()}
-    return ({name: value for name, value in caps.items() if fields.get(name) != value},
-            frozenset(asked) - frozenset(honoured))
-
-
-def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]:
-    """The largest of the client's caps on its answer, or None. Raises BadRequest."""
-    caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api] if name in fields]
-    asked = max([cap for cap in caps if cap is not None], default=None)
-    return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
-
-
-def _thinking_budget(fields: Mapping[str, object]) -> int:
-    return optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0
-
-
-def _least_output_tokens(api: str, fields: Mapping[str, object], may_be_lowered: bool) -> int:
-    """The least cap that leaves a request valid: Anthropic's must be above its thinking budget,
-    which falls with it."""
-    if api != "messages":
-        return LEAST_RESPONSES_TOKENS if api == "responses" else 1
-    least = 1 + _thinking_budget(fields)
-    return min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
-
-
-def lowered_thinking(fields: Mapping[str, object], cap: int) -> dict:
-    """The `thinking` to set beside a lower cap; {} where it may stay.
-
-    It is halved, so that it changes seldom: each change makes Anthropic write its cache anew.
-    """
-    budget = _thinking_budget(fields)
-    lowered = budget
-    while lowered + LEAST_OUTPUT_TOKENS > cap and lowered > LEAST_THINKING_TOKENS:
-        lowered = max(LEAST_THINKING_TOKENS, lowered // 2)
-    return {} if lowered == budget else {"thinking": {**fields["thinking"],
-                                                      "budget_tokens": lowered}}
-
-
-def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> tuple:
-    """The service tiers that may serve a request; an unknown one may be any."""
-    asked = fields.get("service_tier")
-    if asked in (None, "auto"):
-        return None, default_tier
-    return None, asked if isinstance(asked, str) else UNKNOWN_TIER
-
-
-def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
-                   default_tier: str) -> tuple[Rate, Rate]:
-    """The highest (input, output) rates that a request can meet.
-
-    A JSON escape can hide a word, so a body with escapes counts as having it.
-    """
-    def may_say(*words: bytes) -> bool:
-        return any(word in body.text for word in (b"\\u", *words))
-
-    dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
-    output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
-    if body.fields.get("audio") is not None or body.fields.get("modalities") is not None:
-        output = max(output, dearest["audio_output"])
-    # The body is searched only for what would change the rate.
-    plain = max([dearest[bucket] for bucket in INPUT_BUCKETS - WRITE_BUCKETS])
-    write, long_write = dearest["cache_write"], max(dearest["cache_write_1h"],
-                                                    dearest["cache_write_12h"])
-    if max(write, long_write) > plain and (api != "messages" or may_say(b"cache_control")):
-        plain = max(plain, write)
-        if long_write > plain and may_say(b'"1h"', b'"12h"'):
-            plain = long_write
-    return plain, output
-
-
-def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
-                     data_residency: Optional[str] = None, measured: bool = False,
-                     window: int = 0, may_be_lowered: bool = True,
-                     input_tokens: Optional[int] = None) -> Bound:
-    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known.
-
-    Raises BadRequest, UnboundedRequest.
-    """
-    fields = body.fields
-    if input_tokens is None:
-        input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
-    multiplier = price.residency_multiplier(data_residency)
-    if api == "messages":
-        multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
-        if fields.get("speed") is not None:
-            multiplier *= price.fast_multiplier
-
-    def rates_up_to(most_tokens: int) -> tuple[Rate, Rate]:
-        dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
-        return dearest[0] * multiplier, dearest[1] * multiplier * _choices(api, fields)
-
-    rates = rates_up_to(input_tokens)
-    return Bound(
-        input_tokens=input_tokens, input_picodollars=input_tokens * rates[0],
-        output_picodollars=rates[1], fees_picodollars=price.call_fee({}),
-        unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
-        asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
-        most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
-        least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
-        may_be_lowered=may_be_lowered,
-        hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to))
-
+# 6. What a provider has counted.
 
 # What a provider has counted need not be guessed again. A request is a chain of digests, one for
 # each message: of a later request whose beginning was counted the rule bounds only the rest.
@@ -2883,16 +2914,6 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         and not any(_is_kept_elsewhere(kind, part) for _, kind, part in contents_of(body).parts)
     return Prompt(tuple(chain[1:]), parts, tuple(row for row in declared if _is_deferred(row[1])),
                   bool(fields.get("tools") or fields.get("functions")), is_stable)
-
-
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _is_deferred(tool: object) -> bool:
-    """Whether a tool, or one in it, counts only once it is loaded."""
-    fields = json_object(tool)
-    return bool(fields.get("defer_loading")) or any(map(_is_deferred, _listed(fields.get("tools"))))
 
 
 def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
