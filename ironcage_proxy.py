@@ -1655,7 +1655,7 @@ def _fees(price: Price, usage: Mapping[str, object], api: str,
 #   1. What a text can count. By bytes: a token of a byte-level tokenizer is at least one byte, and
 #      a JSON body is never shorter than the text in it, so the body's length bounds all text, keys
 #      and schemas in it; that is a proof. Or by the measured rule: a weight for each pair of
-#      adjacent bytes, fitted until no text of two corpora had more tokens, prose or made to beat it.
+#      adjacent bytes, fitted until no text of two corpora, prose or made to beat it, had more.
 #   2. What a request consists of: its parts, and the tools that it declares.
 #   3. What no bound covers, which is refused: fields, content and tools that are not known.
 #   4. What its input can count: text; what is not text, by a table or as the model's whole context;
@@ -2379,15 +2379,13 @@ def _unseen_tokens(body: JsonBody) -> int:
 def _loaded_bytes(contents: Contents) -> int:
     """The definitions of tools that content loads by name, once for each time that it does; but
     for the first of a deferred one, which does not count where it is declared."""
-    if contents.kinds.isdisjoint(("tool_reference", "tool_addition")):
-        return 0
     loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
                for _, kind, part in contents.parts if kind in ("tool_reference", "tool_addition")]
     names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
     return sum([
         len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
                                     - (field == "tools" and _is_deferred(tool)))
-        for field, _, tool in contents.tools])
+        for field, _, tool in contents.tools if str(tool.get("name")) in names])
 
 
 # 5. What it can cost.
