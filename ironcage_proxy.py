@@ -16135,13 +16135,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _flags_of(command: str) -> list[Setting]:
-    """Return the flags that a command takes, beside those that all do."""
-    return [row for row in (*SETTINGS, *OPTIONS) if command in row.commands.split()]
+    return [row for row in (*SETTINGS, *OPTIONS)
+            if command in row.commands.split() or row.field == "help"]
 
 
 def help_text(name: str) -> str:
     """Return what --help prints of a command; for `serve`, the default, of the program."""
-    command, rows = COMMANDS[name], _flags_of(name)
+    command = COMMANDS[name]
     about = command.about if name != "serve" else (
         "A proxy between AI agents and model providers that holds the keys and never lets spend "
         "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n"
@@ -16152,12 +16152,10 @@ def help_text(name: str) -> str:
         "holds the value.\nProvider keys come from the environment, or from the file that "
         "OPENAI_API_KEY_FILE and so on name:\n" + ", ".join(
             filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
-    helping = [row for row in OPTIONS if row.field == "help" and row not in rows]
-    usage = f"ironcage_proxy.py {name}{' [FLAG ...]' if rows else ''} {command.words}"
-    return _Parser([*rows, *helping], usage=usage.rstrip(), description=about,
-                   formatter_class=argparse.RawDescriptionHelpFormatter,
-                   epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}"
-                   ).format_help()
+    return _Parser(
+        _flags_of(name), usage=f"ironcage_proxy.py {name} [FLAG ...] {command.words}".rstrip(),
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}").format_help()
 
 
 def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
@@ -16392,13 +16390,12 @@ def handed_listener(environ: Mapping[str, str]) -> Optional[socket.socket]:
     if count != "1":
         raise Misconfigured(f"LISTEN_FDS is {count[:20]!r}, but one socket can be served: give the "
                             "unit one ListenStream= (a port alone takes IPv4 and IPv6)")
-    try:
+    is_right = False
+    with contextlib.suppress(OSError):
         sock = socket.socket(fileno=FIRST_HANDED)
         is_right = sock.family in (socket.AF_INET, socket.AF_INET6) \
             and sock.type == socket.SOCK_STREAM \
             and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError:
-        is_right = False
     if not is_right:
         raise Misconfigured(f"descriptor {FIRST_HANDED}, which LISTEN_FDS hands over, is not a "
                             "TCP socket that listens: give the unit ListenStream=HOST:PORT")
@@ -16637,14 +16634,13 @@ def run_check(settings: Settings, given: Mapping[str, object]) -> None:
 
     A proxy that serves already is left alone: its port and its ledger's lock are not taken.
     """
-    trial = settings._replace(ledger_path=None, shared=None)
     is_served = _is_served(settings)
-    server = ProxyServer(trial._replace(port=0) if is_served else trial)
-    try:
+    server = ProxyServer(settings._replace(
+        ledger_path=None, shared=None, port=0 if is_served else settings.port))
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(server.server_close)
         for what, text in _check_lines(settings, server, is_served, given["words"]):
             print(f"{what:9} {text}")
-    finally:
-        server.server_close()
 
 
 def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
@@ -16685,14 +16681,12 @@ def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
 def _is_served(settings: Settings) -> bool:
     """Whether a proxy answers at the address of the settings."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    connection = http.client.HTTPConnection(host, settings.port, timeout=GREETING_S)
-    try:
+    with contextlib.closing(http.client.HTTPConnection(
+            host, settings.port, timeout=GREETING_S)) as connection, \
+            contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/")
         return connection.getresponse().read(64) == b"LlmRouter OK"
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return False
 
 
 def _ledger_state(path: str) -> str:
@@ -17047,71 +17041,55 @@ class _Laboratory:
         self.fake.shutdown()
         self.fake.server_close()
 
-    def is_exact(self) -> bool:
-        return self.call()[1].get("x-ironcage-cost-microdollars") == "9"
 
-    def is_transparent(self) -> bool:
-        body = self.call(user="\u00fc  x")[2]
-        return self.seen[-1][1] == json.dumps({**self.CHAT, "user": "\u00fc  x"}).encode() \
-            and json.loads(body)["id"] == "chatcmpl-1"
-
-    def is_lossless_or_loud(self) -> bool:
-        _, headers, body = self.call(model="claude-haiku-4-5", seed=7)
-        return (headers.get("x-ironcage-dropped-params"), json.loads(body)["object"]) \
-            == ("seed", "chat.completion") \
-            and self.call(model="claude-haiku-4-5", seed=7, strict=True)[0] == 400
-
-    def fails_closed(self) -> bool:
-        refused = (self.call(model="gpt-mystery"), self.call("/v1/images/generations"),
-                   self.call("/v1/responses", input="x", background=True))
-        return [status for status, *_ in refused] == [400] * 3 \
-            and self.call(token="wrong")[0] == 401
-
-    def keeps_keys(self) -> bool:
-        self.call("/v1/messages", model="claude-haiku-4-5")
-        self.call()
-        sent = {("messages" in path, key) for path, _, key in self.seen}
-        return sent == {(False, f"Bearer {self.KEYS[0]} None"), (True, f"None {self.KEYS[1]}")} \
-            and not any(key.encode() in self.answered for key in self.KEYS)
-
-    def is_never_over(self) -> bool:
-        """Whether calls of many threads, and one that is too large, stay within the limit."""
-        threads = [threading.Thread(target=lambda: [self.call() for _ in range(15)])
-                   for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        budget = self.server.router.controller.budget()
-        return budget.spent == 9 * len(self.seen) <= budget.limit and budget.reserved == 0 \
-            and self.call(max_tokens=20_000)[0] == 402
-
-    def is_never_under_counted(self) -> bool:
-        path = os.path.join(self.folder, "cage.db")
-        ledger = SqliteLedger(path)
-        ledger.intent({**_NO_ROW, "request_id": "r", "admitted_s": 1, "token": "t", "stream": 0,
-                       "provider": "p", "model": "m", "api": "chat", "bound_microdollars": 77})
-        ledger.close()                                 # as after a crash: it was never settled
-        with contextlib.closing(SqliteLedger(path)) as again:
-            return (again.recovered, again.spent(None, 0)) == (1, 77)
-
-    def is_quiet(self) -> bool:
-        return LOOPBACK_HOST.fullmatch(self.server.server_address[0]) is not None
+def _keeps_keys(lab: _Laboratory) -> bool:
+    lab.call("/v1/messages", model="claude-haiku-4-5")
+    lab.call()
+    sent = {("messages" in path, key) for path, _, key in lab.seen}
+    return sent == {(False, f"Bearer {lab.KEYS[0]} None"), (True, f"None {lab.KEYS[1]}")} \
+        and not any(key.encode() in lab.answered for key in lab.KEYS)
 
 
-SELF_TESTS = (
-    ("exact", "a call costs its price to the microdollar", _Laboratory.is_exact),
+def _is_never_over(lab: _Laboratory) -> bool:
+    threads = [threading.Thread(target=lambda: [lab.call() for _ in range(15)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    budget = lab.server.router.controller.budget()
+    return budget.spent == 9 * len(lab.seen) <= budget.limit and budget.reserved == 0 \
+        and lab.call(max_tokens=20_000)[0] == 402
+
+
+def _is_never_under_counted(lab: _Laboratory) -> bool:
+    path = os.path.join(lab.folder, "cage.db")
+    ledger = SqliteLedger(path)
+    ledger.intent({**_NO_ROW, "request_id": "r", "admitted_s": 1, "token": "t", "stream": 0,
+                   "provider": "p", "model": "m", "api": "chat", "bound_microdollars": 77})
+    ledger.close()                                     # as after a crash: it was never settled
+    with contextlib.closing(SqliteLedger(path)) as again:
+        return (again.recovered, again.spent(None, 0)) == (1, 77)
+
+
+SELF_TESTS: Sequence[tuple[str, str, Callable[[_Laboratory], bool]]] = (
+    ("exact", "a call costs its price to the microdollar",
+     lambda lab: lab.call()[1]["x-ironcage-cost-microdollars"] == "9"),
     ("transparent", "bytes travel unchanged between clients and providers of one format",
-     _Laboratory.is_transparent),
+     lambda lab: json.loads(lab.call(user="\u00fc  x")[2])["id"] == "chatcmpl-1"
+     and lab.seen[-1][1] == json.dumps({**lab.CHAT, "user": "\u00fc  x"}).encode()),
     ("lossless or loud", "what a translation loses is named, or refused",
-     _Laboratory.is_lossless_or_loud),
+     lambda lab: lab.call(model="claude-haiku-4-5", seed=7)[1]["x-ironcage-dropped-params"]
+     == "seed" and lab.call(model="claude-haiku-4-5", seed=7, strict=True)[0] == 400),
     ("fail closed", "what cannot be priced, metered or vouched for is refused",
-     _Laboratory.fails_closed),
-    ("keys stay", "keys go to their provider and appear in no answer", _Laboratory.keeps_keys),
-    ("never over", "many threads spend no more than the limit", _Laboratory.is_never_over),
+     lambda lab: [lab.call(model="gpt-mystery")[0], lab.call("/v1/images/generations")[0],
+                  lab.call("/v1/responses", input="x", background=True)[0],
+                  lab.call(token="wrong")[0]] == [400, 400, 400, 401]),
+    ("keys stay", "keys go to their provider and appear in no answer", _keeps_keys),
+    ("never over", "many threads spend no more than the limit", _is_never_over),
     ("never under-counted", "an unsettled call is charged on the next start",
-     _Laboratory.is_never_under_counted),
-    ("quiet", "only this machine is listened to", _Laboratory.is_quiet),
+     _is_never_under_counted),
+    ("quiet", "only this machine is listened to",
+     lambda lab: LOOPBACK_HOST.fullmatch(lab.server.server_address[0]) is not None),
 )
 
 
