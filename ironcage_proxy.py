@@ -306,7 +306,7 @@ REGIONAL_HOST = r"(?i)https?://([a-z]{2})\.api\.openai\.com(?![\w.-])"
 @functools.lru_cache(maxsize=64)
 def _host_and_region(base_url: str) -> tuple[str, Optional[str]]:
     region = re.match(REGIONAL_HOST, base_url)
-    return urllib.parse.urlsplit(base_url).netloc, region and region[1].lower()
+    return urllib.parse.urlsplit(base_url).netloc, region[1].lower() if region else None
 
 
 ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
@@ -496,8 +496,8 @@ class IroncageError(Exception):
 
 class BadRequest(IroncageError):
     """The request itself is at fault; sent again unchanged it fails again."""
-    status, openai_type, openai_code = 400, "invalid_request_error", None
-    anthropic_type = "invalid_request_error"
+    status, openai_type, anthropic_type = 400, "invalid_request_error", "invalid_request_error"
+    openai_code: Optional[str] = None
 
 
 class MalformedHttp(BadRequest):
@@ -667,7 +667,7 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
     Shape: OpenAI {"error": {message, type, param, code}}; Anthropic {"type": "error",
     "error": {type, message, details}, "request_id"}. `ironcage` is added where there are details.
     """
-    extra = {} if error.details is None else {"ironcage": dict(error.details)}
+    extra: dict = {} if error.details is None else {"ironcage": dict(error.details)}
     if dialect == "anthropic":
         if error.openai_type.startswith("iron_cage_"):
             extra["code"] = error.openai_type
@@ -733,7 +733,7 @@ class JsonBody:
                 for piece in pieces for part in words.split(piece)]
 
 
-_scan_json = json.JSONDecoder().scan_once
+_scan_json = json.JSONDecoder().scan_once          # type: ignore[attr-defined]
 _json_sign = re.compile(r"[ \t\n\r]*[{,:}][ \t\n\r]*").match
 
 
@@ -860,7 +860,7 @@ def bytes_to_parse(text: bytes) -> int:
         + sum(marks.count(mark) * size for mark, size in BYTES_OF_MARKS)
 
 
-def parse_json_object(raw: bytes, hold: Callable[[int], None] = abs) -> JsonBody:
+def parse_json_object(raw: bytes, hold: Callable[[int], object] = abs) -> JsonBody:
     """Read a request body strictly; `hold` is called with the memory that this takes beyond it.
 
     Raises: BadRequest for what is not UTF-8, not JSON, not an object, or ambiguous (byte-order
@@ -904,7 +904,7 @@ def optional_flag(fields: Mapping[str, object], name: str) -> bool:
     return bool(value)
 
 
-def json_object(value: object) -> Mapping[str, object]:
+def json_object(value: object) -> dict:
     """A value that should be an object; an empty one where it is something else."""
     return value if isinstance(value, dict) else {}
 
@@ -1131,7 +1131,7 @@ FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
 CONTAINER_PICODOLLARS = 3 * 10 ** 10    # OpenAI code interpreter: $0.03 each session
 
 
-def _exact(value: Union[Decimal, int], factor: int = 1) -> Rate:
+def _exact(value: Union[Decimal, Rate], factor: int = 1) -> Rate:
     exact = Fraction(value) * factor
     return exact.numerator if exact.denominator == 1 else exact
 
@@ -1182,7 +1182,7 @@ class Price(NamedTuple):
 
     def _dearest_amount(self, key: str, reached: Sequence[int]) -> Rate:
         """The highest price of a key in any tier, up to the thresholds reached; 0: it has none."""
-        return max(self.amounts.get(f"{key}{place}{suffix}") or 0
+        return max(self.amounts.get(f"{key}{place}{suffix}", 0)
                    for suffix in set(TIER_SUFFIXES.values()) for place in _places(reached))
 
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
@@ -3034,6 +3034,7 @@ class KnownCounts:
                 self._answered[scope] = ""
             self._counts.pop((scope, row.digest), None)
             self._counts[scope, row.digest] = (row.learned_s, row.counted)
+            kept: dict
             for kept in (self._counts, self._answered):
                 if len(kept) > MOST_COUNTS:
                     del kept[next(iter(kept))]
@@ -3213,7 +3214,7 @@ class AnswerMeter:
     body_has_ended = False                      # in order, whatever it held
     awaits_usage = True                         # the last report is not known to be the last
     is_beyond_limits = False                    # a part that might be JSON was not parsed
-    hold: Callable[[int], None] = staticmethod(abs)       # called with the memory that it takes
+    hold: Callable[[int], object] = staticmethod(abs)       # called with the memory that it takes
     _bytes_at_usage = 0                         # `output_bytes` at the last report
     _done_bytes = 0                             # of those, what whole items of a response hold
 
@@ -3672,6 +3673,12 @@ class Part:
     maker = ""                           # the provider of `native`, where that is known
     mark: Optional[Mapping[str, object]] = None            # Anthropic's cache_control
     index = 0                            # its place in an answer
+    pieces: list[str]                    # of its text, while it is read or written as a stream
+    at: str                              # its place in an answer of Responses that is read
+    carried_id: str                      # of a call that is written, where it has another there
+    given_id: str                        # of a call that is read in pieces: the server's
+    is_open: bool                        # and how far that is
+    is_closed: bool
 
     def __init__(self, kind: str, text: str = "", **more: object) -> None:
         self.__dict__ = more
@@ -3861,7 +3868,8 @@ class Whole(NamedTuple):
 
 def folded(events: Iterable[AnswerEvent]) -> Whole:
     """Return an answer at once. Its parts are in the order in which they were opened."""
-    newest, parts = {Began: Began("", None), Ended: Ended("end")}, []
+    newest: dict = {Began: Began("", None), Ended: Ended("end")}
+    parts = []
     for event in events:
         newest[type(event)] = event
         if type(event) is Opened:
@@ -3872,6 +3880,12 @@ def folded(events: Iterable[AnswerEvent]) -> Whole:
 class AnswerWriter:
     """Writes an answer in a client's API, made for one request. A subclass has a method for each
     event, and `whole`, which returns an answer at once."""
+    _began: Callable
+    _opened: Callable
+    _more: Callable
+    _closed: Callable
+    _ended: Callable
+    whole: Callable
 
     def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
         """Yield an answer as the stream's events; a ping is {"type": "ping"}."""
@@ -4064,7 +4078,7 @@ def IN_ANSWER(name: str, kind: str) -> IroncageError:
 IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
 
 
-def _member(holder: Mapping[str, object], name: str, fault: Optional[Fault], kind: Callable[[], _T],
+def _member(holder: Mapping[str, object], name: str, fault: Optional[Fault], kind: type[_T],
             words: str) -> _T:
     """Return a member of an object; absent and null are an empty one. Raises what `fault` makes,
     which is in_request(name) unless that is given."""
@@ -4423,7 +4437,7 @@ def unseal(thought: Part, seal: str) -> None:
     thought.native = json_object(said.get("native"))
 
 
-def thinking_block(part: Part) -> Mapping[str, object]:
+def thinking_block(part: Part) -> dict:
     """Return a thought as Claude's block; another's carries its own form as the signature."""
     if part.origin == "messages":
         return part.native
@@ -4456,6 +4470,8 @@ class RequestWriter:
     """Writes a conversation as a request of a provider's API, once. A subclass has `request`,
     which returns it, and `_tool`, which returns a tool, or None where that has no place there."""
     api, most_name_chars = "", 64
+    request: Callable
+    _tool: Callable
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         self._asked, self._target, self._losses = conversation, target, losses
@@ -5330,7 +5346,7 @@ class _ChatRequest(_OpenAIRequest):
 
     def _part(self, part: Part) -> dict:
         if part.kind == "text":
-            row = {"type": "text", "text": part.text}
+            row: dict = {"type": "text", "text": part.text}
             if part.mark is not None and self._target.manners.cache_marks:
                 row["cache_control"] = part.mark
             return row
@@ -5648,7 +5664,7 @@ class ChatWriter(AnswerWriter):
             for kind in ("text", "call", "thought", "refusal"))
         content = "".join([part.text for part in texts])
         refusal = "".join([ended.refusal or "", *(part.text for part in refusals)])
-        said = {"role": "assistant", "refusal": refusal or None,
+        said: dict = {"role": "assistant", "refusal": refusal or None,
                 "content": content if texts or not calls else None}
         starts = itertools.accumulate((len(part.text) for part in texts), initial=0)
         annotations = [row for part, at in zip(texts, starts) for row in _chat_notes(part, at)]
@@ -5840,7 +5856,7 @@ def object_of(required: Sequence[str] = (), **properties: Mapping[str, object]) 
 
 STRING, INTEGER, STRINGS = {"type": "string"}, {"type": "integer"}, {
     "type": "array", "items": {"type": "string"}}
-_EDITOR_FIELDS = {
+_EDITOR_FIELDS: dict = {
     **dict.fromkeys(("path", "file_text", "old_str", "new_str", "insert_text"), STRING),
     "insert_line": INTEGER, "view_range": {"type": "array", "items": INTEGER},
     "command": {**STRING, "enum": ["view", "create", "str_replace", "insert", "undo_edit"]}}
@@ -6277,7 +6293,8 @@ class _MessagesRequest(RequestWriter):
             if wanted.mode == "tool":
                 choice["name"] = self._names.fitting(wanted.name, wanted.namespace)
         if self._asked.one_call_at_a_time and choice.get("type") != "none":
-            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
+            choice = {"type": "auto", **choice}
+            choice["disable_parallel_tool_use"] = True
         if choice.get("type") in ("any", "tool") and (
                 self._thinking.get("type") == "enabled" or not self._claude.forced_tools):
             which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
@@ -6347,7 +6364,7 @@ class _MessagesRequest(RequestWriter):
     def _blocks(self, parts: Iterable[Part]) -> list[dict]:
         blocks = []
         for part in parts:
-            block = _BLOCKS_WRITTEN[part.kind](self, part)
+            block: Optional[dict] = _BLOCKS_WRITTEN[part.kind](self, part)
             if block is not None:
                 if part.mark is not None:
                     block["cache_control"] = part.mark
@@ -6581,7 +6598,7 @@ class MessagesWriter(AnswerWriter):
         if row is None:                              # it is written at its end
             return ()
         self._held = "" if part.kind == "call" else None
-        own = {"id": part.id, "name": part.name} if part.kind == "call" else {}
+        own: dict = {"id": part.id, "name": part.name} if part.kind == "call" else {}
         return [self._start({**row[0], **own})]
 
     def _start(self, block: dict) -> dict:
@@ -6643,7 +6660,7 @@ def empty_message(began: Began) -> dict:
 
 def _stop_of(ended: Ended) -> dict:
     """Return stop_reason and stop_sequence of an answer."""
-    stop = {"stop_reason": STOP_REASONS[ended.reason], "stop_sequence": ended.stop}
+    stop: dict = {"stop_reason": STOP_REASONS[ended.reason], "stop_sequence": ended.stop}
     if ended.reason == "refused":
         stop["stop_details"] = {"type": "refusal", "category": None, "explanation": ended.refusal}
     return stop
@@ -6721,7 +6738,7 @@ RESPONSES_RULES = MappingProxyType({
     "previous_response_id": ("refuse",), "conversation": ("refuse",), "prompt": ("refuse",),
 })
 # Of what stands inside these fields, the same; Codex asks for all_turns, which is what happens.
-INNER_RULES = MappingProxyType({
+INNER_RULES: Mapping[str, Mapping[str, tuple]] = MappingProxyType({
     "reasoning": {"effort": ("own",), "summary": ("own",), "generate_summary": ("own",),
                   "context": ("rest", "auto", "all_turns"), "mode": ("rest", "standard")},
     "text": {"format": ("own",), "verbosity": ("hint",)}})
@@ -7001,7 +7018,7 @@ def _search_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
                  native=item, origin="responses")]
 
 
-_ITEM_PARTS = MappingProxyType({
+_ITEM_PARTS: Mapping[str, Callable] = MappingProxyType({
     "message": _content_parts, "reasoning": _reasoning_parts, "function_call": _call_parts,
     "custom_tool_call": _call_parts, "web_search_call": _search_parts})
 
@@ -7272,7 +7289,7 @@ class ResponsesWriter(AnswerWriter):
 
     def _new_item(self, part: Part, row: _Shown) -> _Item:
         index = len(self._output)
-        body = {"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item}
+        body: dict = {"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item}
         if row.inside:
             body[row.inside] = []
         if row.item == "message":
@@ -8317,7 +8334,7 @@ class CostController:
         self._blocked: frozenset = frozenset()      # the scopes that it waits for
         self._serving = threading.Lock()            # held while it is decided about; never awaited
         self._must_serve = False                    # it is to be decided about (again)
-        self._served_s = 0                          # when that was last begun, monotonic
+        self._served_s = 0.0                        # when that was last begun, monotonic
         self._bound_exceeded = 0
         self._is_closed = False
 
@@ -9030,7 +9047,7 @@ def _locked_file(path: str) -> Optional[int]:
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -9409,7 +9426,7 @@ class SqliteLedger:
     def _sum(self, which: str, since_s: int, **values: Optional[str]) -> int:
         """Return what some rows cost. On the connection that writes: a slow reader is not in the
         way of a call that asks."""
-        values = {**values, "since_s": since_s, "day": since_s // DAY_S}
+        known = {**values, "since_s": since_s, "day": since_s // DAY_S}
         with self._aside(), self._turn:
             return self._db.execute(_SPENT.format(which), values).fetchone()[0] or 0
 
@@ -11068,7 +11085,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def _connect(self, request: UpstreamRequest, proxy_authorization: Optional[str]) -> Wire:
         """Open a connection, through a tunnel where urllib's ProxyHandler asked for one."""
-        options = {"timeout": self._timeouts.connect_s}
+        options: dict = {"timeout": self._timeouts.connect_s}
         headers = {"Proxy-Authorization": proxy_authorization} if proxy_authorization else {}
         try:
             if request.type == "https":
@@ -11388,7 +11405,7 @@ class UpstreamResponse:
 
 def whole_body(reads: Iterable[list[bytes]],
                see: Callable[[list[bytes]], None] = lambda read: None,
-               grow: Callable[[int], None] = abs,
+               grow: Callable[[int], object] = abs,
                most_bytes: int = MAX_ANSWER_BYTES) -> tuple[bytes, bool]:
     """Return all of an answer's body, or as much as there is room for, and whether it is all.
 
@@ -12537,7 +12554,7 @@ AT_ONCE = 200                                 # scopes in one exchange, which ho
 MOST_SHARED = 2 ** 53 - 1                     # microdollars
 UNNAMED_TOKEN = "default"                     # the name of --token, which has no scope of its own
 NOT_A_REPLY = "what it answers is not Redis' protocol"
-Reply = Union[None, int, bytes, list, "EngineError"]
+Reply = Any                    # None, int, bytes, EngineError or a list of these
 
 
 class EngineError(NamedTuple):
@@ -12551,15 +12568,16 @@ class EngineAddress(NamedTuple):
     host: str                                 # or the path of a socket
     port: int
     database: int
-    user: str
-    password: str
+    user: Optional[str]
+    password: Optional[str]
     is_public: bool = False                   # the password came by the command line
 
     def __str__(self) -> str:
         return f"unix://{self.host}" if self.scheme == "unix" \
             else f"{self.scheme}://{self.host}:{self.port}/{self.database}"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def parse_engine_url(text: str) -> EngineAddress:
@@ -13842,7 +13860,8 @@ def answer_to_warming(fields: Mapping[str, object], request_id: str) -> Answer:
     end = {"stop_reason": "max_tokens", "stop_sequence": None}
     if not optional_flag(fields, "stream"):
         return made_answer(request_id, json_bytes({**message, **end}))
-    events = ({"type": "message_start", "message": message},
+    events: tuple[dict, ...] = (
+              {"type": "message_start", "message": message},
               {"type": "message_delta", "delta": end, "usage": message["usage"]},
               {"type": "message_stop"})
     return made_answer(request_id, b"".join(format_event(event, event["type"])
@@ -14085,7 +14104,8 @@ class Router:
         here; all else at its provider. What counts a call's tokens goes where that call would."""
         self._check_unmetered(request, named, path)
         method, api = request.head.method, COUNTING_ROUTES.get(path)
-        provider, pieces, betas = named or self.routes.of_path(request, path), [request.body], ()
+        provider, pieces = named or self.routes.of_path(request, path), [request.body]
+        betas: Sequence[str] = ()
         if api is not None and method == "POST":
             body = request.parsed()
             asked_model = named_model(body.fields)
@@ -14100,7 +14120,7 @@ class Router:
         elif method == "GET" and re.match(r"/v1/models(/|$)", path) \
                 and (named is None or named.key is None):      # else the provider's own list
             models = self.routes.known_models(self.prices, request.caller,
-                                              self.server and self.server.provider_name)
+                                              self.server.provider_name if self.server else None)
             dialect = self.routes.of_path(request, path).format
             yield made_answer(request.request_id, json_bytes(models_answer(path, dialect, models)))
             return
@@ -16125,7 +16145,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, rows: Iterable[Setting], **words: object) -> None:
         super().__init__(allow_abbrev=False, add_help=False, **words)
         for row in rows:
-            kind = {"action": "store_true"} if not row.metavar else {
+            kind: dict = {"action": "store_true"} if not row.metavar else {
                 "action": "append" if row.repeats else "store", "metavar": row.metavar}
             self.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
                               help=row.help.replace("%", "%%"), **kind)
@@ -17186,7 +17206,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(help_text(given["command"]), end="")
             return 0
         if given["version"]:
-            return run_version(None, given) or 0
+            run_version(None, given)
+            return 0
         settings = settings_from(argv)
         _set_up_logging(settings)
         run = COMMANDS[given["command"]].run
