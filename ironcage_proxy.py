@@ -102,7 +102,7 @@ from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (TYPE_CHECKING, Callable, Container, ContextManager, Iterable, Iterator,
+from typing import (TYPE_CHECKING, Any, Callable, Container, ContextManager, Iterable, Iterator,
                     Mapping, NamedTuple, Optional, Sequence, TypeVar, Union)
 
 if TYPE_CHECKING:
@@ -8334,7 +8334,7 @@ class CostController:
         self._blocked: frozenset = frozenset()      # the scopes that it waits for
         self._serving = threading.Lock()            # held while it is decided about; never awaited
         self._must_serve = False                    # it is to be decided about (again)
-        self._served_s = 0.0                        # when that was last begun, monotonic
+        self._served_s: float = 0                      # when that was last begun, monotonic
         self._bound_exceeded = 0
         self._is_closed = False
 
