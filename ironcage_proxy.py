@@ -10328,8 +10328,8 @@ class Traffic:
 # HTTP/1.1 messages read strictly from a socket, for both sides: requests of clients and answers
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
 # folded headers, bare CRs and two lengths, waits per read instead of in all, and http.client's
-# hands bytes on in blocks of its own; a proxy that holds keys can afford neither. Who must wait
-# for a socket lets another run: Turns says whom.
+# hands bytes on in blocks of its own; a proxy that holds keys can afford neither. A thread
+# that must wait for a socket lets another run: see Turns.
 # Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -10389,8 +10389,8 @@ def connection_options(headers: Headers) -> Sequence[str]:
     return () if value is None else [option.strip(" \t") for option in value.lower().split(",")]
 
 
-# Java's HttpClient offers HTTP/2 in every request over plain HTTP; who may not take it is
-# answered over HTTP/1.1. A 426 says what is spoken instead (RFC 9110, 7.8 and 15.5.22).
+# Java's HttpClient offers HTTP/2 in every request over plain HTTP, and takes an answer over
+# HTTP/1.1. A 426 says what is spoken instead (RFC 9110, 7.8 and 15.5.22).
 IGNORED_UPGRADES = frozenset({"h2c"})
 UPGRADES_SERVED = (("upgrade", "HTTP/1.1"), ("connection", "upgrade"))
 
@@ -10577,8 +10577,8 @@ class Turns:
 
     Python runs one thread at a time anyway, but offers the interpreter to the others at every
     system call: with 16 connections a small request took 12 switches of threads, and takes 2.
-    (Measured: 250 us of CPU rather than 420.) Who must wait for a socket hands the turn to the
-    first in line; who finds nobody in line waits for the sockets of all. What can block or takes
+    (Measured: 250 us of CPU rather than 420.) A thread that must wait for a socket hands the turn
+    to the first in line, or, where nobody is, waits for the sockets of all. What can block or takes
     long is done outside the turn, among the other threads of the process: connecting, files,
     waiting for budget, large bodies, code of others. No lock is held from one turn to the next.
 
@@ -10594,9 +10594,9 @@ class Turns:
         self._lock = threading.Lock()                # guards all but the last
         self._epoll: Optional[select.epoll] = None   # made by the first wait; Linux only
         self._wires: dict[int, Wire] = {}            # that it knows, by file descriptor
-        self._line: deque[Seat] = deque()            # who can go on, in order
-        self._parked: set[Seat] = set()              # who waits for sockets
-        self._is_taken = False                       # somebody runs, or was told to
+        self._line: deque[Seat] = deque()            # those that can go on, in order
+        self._parked: set[Seat] = set()              # those that wait for sockets
+        self._is_taken = False                       # somebody runs, or was woken to
         self._is_polling = False                     # somebody waits for the sockets of all
         self._here = _Here()
         self.on_fault: Callable[[str], None] = lambda name: None       # a thread of ours failed
@@ -10664,7 +10664,7 @@ class Turns:
                 self._epoll.unregister(wire.number)
 
     def _arm_locked(self, wire: Wire) -> None:
-        """Have the next poll tell, once, that a wire can be read."""
+        """Have the next poll show, once, that a wire can be read."""
         if self._epoll is None:
             self._epoll = select.epoll()
         is_known = self._wires.get(wire.number) is wire
@@ -10683,7 +10683,7 @@ class Turns:
         return True
 
     def _poll(self, seat: Seat, wires: Sequence[Wire], deadline_s: float) -> bool:
-        """Wait for the sockets of all, and line up whom they wake; True if `seat` runs on."""
+        """Wait for the sockets of all, and line up those they wake; True if `seat` runs on."""
         try:
             events = self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
         except BaseException:
@@ -10918,7 +10918,7 @@ class Claim:
 
 
 def out_of_memory() -> ServerBusy:
-    """Return the error of who finds no room."""
+    """Return the error of a request that finds no room."""
     return ServerBusy("the memory for bodies is in use; try again in a moment, or start the proxy "
                       "with more --max-memory-mb", headers=[("retry-after", "2")])
 
@@ -10929,7 +10929,7 @@ class Memory:
     A request that is under way may take all that is free, and is let in first. Of others a small
     one may take the part that is kept for small ones; any may take the rest, but for the last
     quarter of that an owner who holds something there already. They wait in order of arrival, the
-    owner who holds least first: who floods us with large bodies waits behind all others.
+    owner who holds least first: a flood of large bodies waits behind all others.
     """
 
     def __init__(self, limit_bytes: int, turns: Turns) -> None:
@@ -11564,9 +11564,9 @@ def with_notice(headers: Iterable[tuple[str, str]], api: str,
     if step is None:
         return headers
     family, used, form, passed, reset = NOTICES[api]
-    told = [(used, form.format(min(percent, 99))), (passed, step), (reset, reset_s)]
+    shown = [(used, form.format(min(percent, 99))), (passed, step), (reset, reset_s)]
     return [(name, value) for name, value in headers if not name.startswith(family)] \
-        + [(family + name, str(value)) for name, value in told if None not in (name, value)]
+        + [(family + name, str(value)) for name, value in shown if None not in (name, value)]
 
 
 def duration_s(text: str) -> int:
@@ -12259,7 +12259,7 @@ class Alerts:
 #
 # With --server-url the provider's key, the budget and the account of it all are another machine's:
 # an Iron Cage server, by the original's protocol. The key is fetched and kept for a while, budget
-# is leased before anything is spent, what is left goes back at the end, and each call is told of.
+# is leased before anything is spent, what is left goes back at the end, and each call is reported.
 # Nothing here is waited for by a call that has what it needs.
 
 SERVER_RETRY_S = 5                            # after a failure, before the server is asked again
@@ -12335,16 +12335,16 @@ class CageServer:
             if 200 <= status < 300:
                 return read(body)
         except UpstreamError as err:
-            told = err.message.replace("the provider's", "its").replace("the provider", "it")
+            reason = err.message.replace("the provider's", "its").replace("the provider", "it")
             status = 0
         except (ValueError, Misconfigured):
-            told = "its answer is not what its protocol says"
+            reason = "its answer is not what its protocol says"
         else:
-            told = self._without_keys(body.get("error"), body) \
+            reason = self._without_keys(body.get("error"), body) \
                 or f"it answered with the status {status}"
             code = self._without_keys(body.get("code"), body)
-            told += f" ({shown_name(code)})" if code else ""
-        failure = CageServerFailed(f"the Iron Cage server has not given what a call needs: {told}")
+            reason += f" ({shown_name(code)})" if code else ""
+        failure = CageServerFailed("the Iron Cage server has not given what a call needs: " + reason)
         failure.is_final = 400 <= status < 500
         raise failure
 
@@ -13672,7 +13672,7 @@ class Settings(NamedTuple):
     agent_id: Optional[str] = None                     # in events, instead of the token's name
     provider_id: Optional[str] = None                  # in events, instead of the provider's name
     on_event: Optional[Callable[[Event], None]] = None
-    alert_url: Optional[str] = None                    # a secret: who has it can post there
+    alert_url: Optional[str] = None                    # a secret: anybody can post there
     log_format: str = "text"
     quiet: bool = False
     timeouts: Timeouts = Timeouts()
@@ -13903,15 +13903,15 @@ NO_RESPONSES = ' (if this server has no /v1/responses, give its provider "respon
 NO_LAST_EVENT = "the provider's stream ended without its last event"
 
 
-def _row_told(row: Mapping[str, object]) -> dict:
+def row_shown(row: Mapping[str, object]) -> dict:
     """Return what the log says of a settled call, in the original's words."""
     said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
-    told = {"request_id": row["request_id"], "token": row["token"], **said,
+    shown = {"request_id": row["request_id"], "token": row["token"], **said,
             "model": row["price_key"] or "other", "provider": row["provider"],
             "status": row["status"],
             "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
             "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
-    return told if row["estimated"] is None else {**told, "estimated": row["estimated"]}
+    return shown if row["estimated"] is None else {**shown, "estimated": row["estimated"]}
 
 
 class Router:
@@ -14387,8 +14387,8 @@ class Router:
         if call.status == 401 and self.server is not None:
             self.server.refused(call.provider)
         call.first_byte_ms = (time.monotonic_ns() - call.sent_ns) // 10 ** 6
-        told_id = response.headers.get("x-request-id") or response.headers.get("request-id") or ""
-        call.provider_request_id = told_id if PRINTABLE_NAME.fullmatch(told_id) else None
+        stated_id = response.headers.get("x-request-id") or response.headers.get("request-id") or ""
+        call.provider_request_id = stated_id if PRINTABLE_NAME.fullmatch(stated_id) else None
         return response
 
     def _send(self, request: ClientRequest, provider: Provider, path: str, body: Sequence[bytes],
@@ -14459,10 +14459,10 @@ class Router:
 
     def _provider_failure(self, call: Call, status: int, body: object) -> ProviderFailed:
         """Make the exception for an error of a translated call's provider."""
-        told, translated = call.translator.error(status, body, call.request.request_id)
+        status_shown, translated = call.translator.error(status, body, call.request.request_id)
         if status == 404 and call.api == "responses":
             translated["error"]["message"] += NO_RESPONSES
-        return ProviderFailed(told, translated)
+        return ProviderFailed(status_shown, translated)
 
     def _whole_answer(self, call: Call, response: Response) -> Answer:
         """Read an answer, meter and settle it. One that is too large to be read is forwarded as it
@@ -14617,7 +14617,7 @@ class Router:
             row = call.row or call.intent_row()
             complete_row(row, call, call.charge, elapsed_ns)
             row["price_row"] = self._kept_price(call.charge.lines)
-            if call.row is not None:               # first: a restart can tell others of it
+            if call.row is not None:               # first: a restart can report it to others
                 self.ledger.settle(row)
             self.controller.commit(call.reservation, call.charge.microdollars, call.row)
             self._record(call, row)
@@ -14639,7 +14639,7 @@ class Router:
         return price.known_rates["digest"]
 
     def _record(self, call: Call, row: Mapping[str, object]) -> None:
-        """Count a settled call, log it, and tell of it."""
+        """Count a settled call, log it, and report it."""
         model, cost = row["price_key"] or "other", row["cost_microdollars"]
         provider, has_failed = row["provider"], call.has_failed
         observed = [("request", provider, model, str(call.status or "none")),
@@ -14653,10 +14653,10 @@ class Router:
             cached_input_tokens=row["cached_input_tokens"] or 0, cost_microdollars=cost), observed)
         if log.isEnabledFor(logging.INFO):
             log.info("LLM request failed" if has_failed else "LLM request completed",
-                     extra={"fields": _row_told(row)})
+                     extra={"fields": row_shown(row)})
         if cost > row["bound_microdollars"] and call.bound is not None:
             log.warning("bound exceeded", extra={"fields": {
-                **_row_told(row), "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
+                **row_shown(row), "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
             self.alert("bound_exceeded", f"a call to {model} cost {format_usd(cost)}, more than "
                        f"its bound of {format_usd(row['bound_microdollars'])}; the limit may be "
                        "passed", scope=PROXY_SCOPE, token=row["token"], model=model,
@@ -15066,7 +15066,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             with self.server.router.open(request, self.wire) as answer:
                 self._write_answer(answer)
 
-    # Who may ask.
+    # Whose token it is.
 
     def _check_host(self, head: RequestHead) -> None:
         """Refuse names that are not ours, so that no web page reaches us by DNS rebinding."""
@@ -15090,7 +15090,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             # Looked up by its hash, so that the time says nothing of how much of it was right.
             caller = self.server.callers.get(token_sha256(credential))
             if caller is not None and caller.has_expired():
-                self._caller = caller                  # whom the refusal is about
+                self._caller = caller                  # the refusal is about this one
                 raise Unauthorized(f"the token {caller.name} has expired", headers=DO_NOT_RETRY)
             if caller is not None:
                 return caller
@@ -15251,12 +15251,12 @@ def refusal_row(error: IroncageError, request_id: str, token: str,
                 head: Optional[RequestHead]) -> dict:
     """Return what the ledger and the log say of a refusal: text that can be stored, of bounded
     length."""
-    told = {"request_id": request_id, "token": token, "model": error.model,
+    stated = {"request_id": request_id, "token": token, "model": error.model,
             "path": head and head.path, "reason": error.openai_code or error.openai_type,
             "message": error.message, **(attribution_of(head.headers) if head else {})}
     amounts = {name: (error.details or {}).get(name) for name in REFUSAL_COLUMNS}
     texts = {name: text and re.sub(UNPRINTABLE, "?", text[:MOST_REFUSAL_CHARS].encode(
-        "ascii", "backslashreplace").decode("ascii")) for name, text in told.items()}
+        "ascii", "backslashreplace").decode("ascii")) for name, text in stated.items()}
     return {**amounts, **texts, "status": error.status, "refused_ms": time.time_ns() // 10 ** 6}
 
 
@@ -15776,7 +15776,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise Forbidden("metrics are read with --token or --admin-token")
         scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
         in_flight = self._count(lambda place: place.does in (READING, SERVING))
-        told = {} if self.router.server is None else self.router.server.as_json()
+        of_server = {} if self.router.server is None else self.router.server.as_json()
         shared = self.router.controller.accounts.as_json()
         return metrics_text(
             self.router.totals, self.router.controller.budgets(scopes),
@@ -15787,7 +15787,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
              **({} if shared is None else {
                  "shared_unconfirmed": shared["unconfirmed_settlements"],
                  "shared_usable": int(shared["fault"] is None)}),
-             **{f"server_{name}": count for name, count in told.items()
+             **{f"server_{name}": count for name, count in of_server.items()
                 if name.startswith("events_")}})
 
     def status(self, request: ClientRequest) -> dict:

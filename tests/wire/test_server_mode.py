@@ -319,6 +319,17 @@ def test_while_the_proxy_stops_its_server_is_asked_for_no_lease(cage, proxy_of):
     assert before == len(cage.asked)
 
 
+def test_an_event_that_cannot_be_taken_now_is_sent_again(mock, cage, proxy_of):
+    answers = iter([(503, {})])
+    cage.answers[EVENTS_PATH] = lambda body: next(answers, (200, {}))
+    proxy = proxy_of()
+    chat(proxy)
+    proxy.stop()
+
+    assert 2 == len(cage.bodies(EVENTS_PATH))
+    assert 0 == proxy.router.server.as_json()["events_dropped"]
+
+
 def test_events_that_the_server_never_took_are_counted_at_the_end(mock, cage, proxy_of):
     cage.answers[EVENTS_PATH] = lambda body: (503, {})
     proxy = proxy_of()
