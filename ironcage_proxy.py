@@ -3806,18 +3806,6 @@ class Tokens(NamedTuple):
     thought: int = 0
 
 
-def tokens_of(api: str, usage: object) -> Tokens:
-    """Return a provider's usage in our counting, as it is billed; of a malformed one, nothing."""
-    reported = {name: value for name, value in json_object(usage).items() if value is not None}
-    try:
-        used = USAGE_READERS[api]({**NO_TOKENS, **reported})
-    except MalformedUsage:
-        return Tokens()
-    written = sum([used.buckets.get(bucket, 0) for bucket in WRITE_BUCKETS])
-    return Tokens(used.prompt_tokens, used.cached_tokens, written, used.completion_tokens,
-                  used.buckets["reasoning"])
-
-
 class Began(NamedTuple):
     """The first event of an answer."""
     id: str                              # as the provider gave it; "" where it did not
@@ -4017,7 +4005,7 @@ def _sizes_in(words: str) -> tuple[int, int, int]:
 class Losses:
     """What a translation could not carry over. With `strict`, a loss raises BadRequest.
 
-    A name is a field of the client's, or a word of LOSS_NAMES for one.
+    A name is a field of the client's, or a word for one that its API spells out in `names`.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -4115,6 +4103,12 @@ def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
     if not all(isinstance(text, str) for text in texts):
         raise BadRequest(f"{name} must be a list of strings", param=name)
     return texts
+
+
+def count_or_zero(usage: object, name: str) -> int:
+    """Return a count in a usage object that is carried over; 0 where there is none."""
+    value = json_object(usage).get(name)
+    return value if type(value) is int and value > 0 else 0
 
 
 def _parts_of(content: object) -> list[dict]:
@@ -5379,13 +5373,18 @@ FAILED_FINISHES = frozenset({"error", "abort", "network_error", "insufficient_sy
                              "malformed_function_call", "unexpected_tool_call"})
 
 
-def chat_tokens(usage: object) -> Tokens:
-    """Return chat usage in our counting; some servers have a name of their own for writes."""
-    details = json_object(json_object(usage).get("prompt_tokens_details"))
-    if details.get("cache_creation_tokens") and not details.get("cache_write_tokens"):
-        usage = {**usage, "prompt_tokens_details": {
-            **details, "cache_write_tokens": details["cache_creation_tokens"]}}
-    return tokens_of("chat", usage)
+def chat_tokens(usage: object, prompt_name: str = "prompt_tokens",
+                completion_name: str = "completion_tokens") -> Tokens:
+    """Return usage of OpenAI's format in our counting. Where a server's total is more than prompt
+    and completion, the rest was reasoning; some have a name of their own for cache writes."""
+    prompt = count_or_zero(usage, prompt_name)
+    read, made = (json_object(usage).get(f"{name}_details")
+                  for name in (prompt_name, completion_name))
+    return Tokens(
+        prompt, count_or_zero(read, "cached_tokens"),
+        count_or_zero(read, "cache_write_tokens") or count_or_zero(read, "cache_creation_tokens"),
+        max(count_or_zero(usage, completion_name), count_or_zero(usage, "total_tokens") - prompt),
+        count_or_zero(made, "reasoning_tokens"))
 
 
 def chat_usage(tokens: Tokens) -> dict:
@@ -6436,6 +6435,15 @@ BLOCK_KINDS = MappingProxyType({"text": "text", "thinking": "thought", "tool_use
                                 "redacted_thinking": "thought", "server_tool_use": "search"})
 
 
+def messages_tokens(usage: Mapping[str, object]) -> Tokens:
+    """Return Anthropic's usage in our counting."""
+    plain, read, written, output = (count_or_zero(usage, name) for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
+        "output_tokens"))
+    return Tokens(plain + read + written, read, written, output,
+                  count_or_zero(usage.get("output_tokens_details"), "thinking_tokens"))
+
+
 def messages_usage(tokens: Tokens, tier: object = None) -> dict:
     """Return usage as Anthropic counts it: what was cached is beside input_tokens."""
     return {"input_tokens": max(0, tokens.input - tokens.cached - tokens.written),
@@ -6541,7 +6549,7 @@ def _end_of_message(end: Mapping[str, object], usage: Mapping[str, object]) -> E
     stop, details = str(end.get("stop_reason")), json_object(end.get("stop_details"))
     refusal = str(details.get("explanation")
                   or f"refused: {details.get('category') or 'no reason given'}")
-    return Ended(REASONS_OF_STOP.get(stop, "end"), tokens_of("messages", usage),
+    return Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(usage),
                  end.get("stop_sequence"), refusal if stop == "refusal" else None, _tier_of(usage))
 
 
@@ -7130,7 +7138,7 @@ class _ItemReader:
             reason = "length"
         else:
             reason = "calls" if "call" in self._kinds else "end"
-        yield Ended(reason, tokens_of("responses", response.get("usage")),
+        yield Ended(reason, chat_tokens(response.get("usage"), "input_tokens", "output_tokens"),
                     tier=_served_tier(response))
 
 
