@@ -15,13 +15,30 @@ Agents get a token and a base URL, never the real key; what they spend can never
     python ironcage_proxy.py --budget 2.00 -- claude -p "…"  # run one command inside the cage
     with LlmRouter(budget="5.00") as router: ...             # embed
 
-Promises, each with a test that attacks it: only the standard library is used; connections are
-opened to the configured providers, Iron Cage server, receiver of alerts and engine of a shared
-budget, or to the proxy that the environment names for all but the last, and to nobody else (`check`
-greets its own address); spent + reserved never passes the limit by an admission; every request
-settles exactly once; a model, route or price that is not known is refused while a budget is set;
-provider keys go to their provider's host and nowhere else; between a client and a provider of one
-format bytes travel unchanged, but for fields that the budget must set, which are spliced in.
+Promises, each with the test that attacks it first:
+
+    Never over: spent + reserved never passes a limit by an admission
+        tests/wire/test_the_cage.py::test_64_threads_never_pass_a_budget_that_fits_a_few_requests
+    Never under-counted: with a ledger a reservation is on disk before its call is sent
+        tests/faults/test_crashes.py
+    Exact: a finished call costs what the price table says for the usage that was reported
+        tests/unit/test_money.py::test_a_charge_is_the_exact_sum_or_less_than_a_microdollar_above_it
+    Settled once: every request settles exactly once, whatever happens
+        tests/faults/test_every_way_to_end.py::test_every_way_to_end
+    Fail closed: a model, route, field or price that is not known is refused under a budget
+        tests/wire/test_the_cage.py::test_what_no_bound_covers_is_refused_under_a_budget
+    Keys stay: a provider's key goes to its provider's host and appears nowhere else
+        tests/wire/test_keys.py::test_a_key_in_a_body_is_masked_in_whatever_way_json_writes_it
+    Transparent: between a client and a provider of one format bytes travel unchanged, but for
+    fields that the budget must set, which are spliced in
+        tests/wire/test_identity.py::test_a_request_body_reaches_the_provider_byte_for_byte
+    Quiet: connections are opened to the configured providers, Iron Cage server, receiver of alerts
+    and engine of a shared budget, or to the proxy that the environment names for all but the last,
+    and to nobody else (`check` greets its own address)
+        tests/wire/test_tls_and_proxies.py::test_no_connection_is_opened_but_to_configured_providers
+    Self-contained: only the standard library is used
+        tests/unit/test_house.py::test_only_known_modules_of_the_standard_library_are_imported
+
 That a request cannot cost more than its bound rests on assumptions, which the README lists and
 which stand beside their figures in chapters 5 and 21.
 

@@ -1,4 +1,4 @@
-"""The way to a provider: TLS, verified, and proxies from the environment.
+"""The way to a provider: TLS, verified, proxies from the environment, and none to anybody else.
 
 Certificates are made with the `openssl` command; where it is absent these tests skip.
 """
@@ -11,7 +11,8 @@ import subprocess
 import threading
 
 import pytest
-from support import MockProvider, RawClient, call, proxy_environment, settled_status, start_proxy
+from support import (TOKEN, MockProvider, RawClient, Served, call, proxy_environment,
+                     settled_status, start_proxy)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -195,3 +196,39 @@ def test_a_provider_on_this_machine_is_never_reached_through_a_proxy(mock, monke
 
     proxy.stop()
     assert 200 == answer.status
+
+
+# Nobody else.
+
+WATCHED = """
+import sys, ironcage_proxy
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "subprocess.Popen"):
+        print("SEEN", event, arguments[-1] if event == "socket.connect" else arguments[:2],
+              file=sys.stderr)
+sys.addaudithook(watch)
+sys.exit(ironcage_proxy.main())
+"""
+
+
+def test_no_connection_is_opened_but_to_configured_providers(mock, tmp_path):
+    """Python reports each connection, look-up and process of the program."""
+    with Served("--token", TOKEN, "--budget", "1", "--ledger", str(tmp_path / "cage.db"),
+                code=WATCHED, environ=proxy_environment(mock)) as served:
+        statuses = [call(served.port, "POST", path, {**CHAT, **more}).status for path, more in (
+            ("/v1/chat/completions", {}), ("/v1/messages", {"stream": True}),
+            ("/v1/messages", {"model": "claude-haiku-4-5"}),
+            ("/v1/chat/completions", {"model": "claude-haiku-4-5", "stream": True}),
+            ("/v1/chat/completions", {"model": "http://elsewhere.example/gpt"}),
+            ("/https://elsewhere.example/v1/chat/completions", {}))]
+        statuses += [call(served.port, "GET", path).status for path in (
+            "/", "/v1/models", "/ironcage/status", "/ironcage/metrics", "/ironcage/usage",
+            "http://elsewhere.example/v1/models")]
+        _, _, log = served.stop()
+    seen = [line for line in log.splitlines() if line.startswith("SEEN ")]
+
+    assert [200] * 4 == statuses[:4] and 400 <= min(statuses[4:6])
+    assert f"SEEN socket.connect ('127.0.0.1', {mock.port})" in seen
+    assert {f"SEEN socket.connect ('127.0.0.1', {mock.port})",
+            "SEEN socket.getaddrinfo ('127.0.0.1', 0)",                 # to listen
+            f"SEEN socket.getaddrinfo ('127.0.0.1', {mock.port})"} >= set(seen)

@@ -1,0 +1,157 @@
+"""The house rules of the tests, checked on their syntax trees.
+
+Each test asserts something; none sleeps to wait for something, nor asserts that something was quick;
+long rows name their fields; each chapter has its tests, and each promise the test that attacks it.
+"""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+sys.path.insert(0, str(TESTS / "bench"))
+
+from mutants import TESTS as TESTS_OF_CHAPTERS, chapters  # noqa: E402
+
+PROGRAM = (ROOT / "ironcage_proxy.py").read_text(encoding="utf-8")
+FILES = {str(path.relative_to(TESTS)): ast.parse(path.read_text(encoding="utf-8"))
+         for path in sorted(TESTS.rglob("*.py")) if path.parent.name != "bench"}
+TEST_FILES = {name: tree for name, tree in FILES.items() if "/test_" in name}
+CLOCKS = {"time.monotonic", "time.perf_counter", "time.process_time", "time.thread_time"}
+ASSERTING = {"pytest.raises", "pytest.fail"}
+MAY_SLEEP = {"support.py", "clients/terminal.py"}      # until() and pause(); what a screen shows
+UNNAMED_FIELDS = 5                                     # in a row of a table; more have names
+# Of no one chapter: rules, the README, the mock, and bugs by where they were found.
+UNIT_FILES_OF_ALL = {"unit/test_house.py", "unit/test_house_of_tests.py", "unit/test_peer_bugs.py",
+                     "unit/test_readme.py", "unit/test_regressions.py", "unit/test_support.py"}
+
+
+def functions(tree):
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def calls(node):
+    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+
+
+def names_called(node):
+    """The helpers that may be called, which are not the program's own functions."""
+    return {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls(node)
+            if not ast.unparse(call.func).startswith(("ic.", "module.", "program()."))}
+
+
+def asserts(node):
+    return any(isinstance(inner, ast.Assert) for inner in ast.walk(node)) or any(
+        ast.unparse(call.func) in ASSERTING for call in calls(node))
+
+
+def asserting_helpers():
+    """The names of all functions that assert something, themselves or by one that they call."""
+    everything = [(name, node) for tree in FILES.values() for name, node in functions(tree).items()]
+    found = {name for name, node in everything if asserts(node)}
+    while True:
+        more = {name for name, node in everything if names_called(node) & found} - found
+        if not more:
+            return found
+        found |= more
+
+
+def is_at_least(test):
+    return isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Gt, ast.GtE))
+
+
+def test_no_test_is_without_an_assertion():
+    helpers = asserting_helpers()
+    idle = [(file, name) for file, tree in TEST_FILES.items()
+            for name, node in functions(tree).items()
+            if name.startswith("test_") and not asserts(node) and not names_called(node) & helpers]
+
+    assert [] == idle
+
+
+def test_nothing_is_waited_for_by_sleeping():
+    sleeps = [(file, call.lineno) for file, tree in FILES.items() if file not in MAY_SLEEP
+              for call in calls(tree)
+              if ast.unparse(call.func) in ("time.sleep", "sleep", "threading.Event().wait")]
+
+    assert [] == sleeps
+
+
+def test_no_test_asserts_that_something_was_quick():
+    """That something waits at least so long is no matter of the machine's speed."""
+    timed = []
+    for file, tree in TEST_FILES.items():
+        for node in functions(tree).values():
+            taken = {target.id for inner in ast.walk(node) if isinstance(inner, ast.Assign)
+                     for target in inner.targets if isinstance(target, ast.Name)
+                     if any(ast.unparse(call.func) in CLOCKS for call in calls(inner.value))}
+            timed += [(file, inner.lineno) for inner in ast.walk(node)
+                      if isinstance(inner, ast.Assert) and not is_at_least(inner.test) and any(
+                          ast.unparse(part) in CLOCKS or getattr(part, "id", None) in taken
+                          for part in ast.walk(inner.test))]
+
+    assert [] == timed
+
+
+def test_long_rows_of_a_table_name_their_fields():
+    unnamed = [(file, row.lineno) for file, tree in TEST_FILES.items() for table in tree.body
+               if isinstance(table, ast.Assign) and isinstance(table.value, (ast.List, ast.Tuple))
+               for row in table.value.elts
+               if isinstance(row, ast.Tuple) and len(row.elts) > UNNAMED_FIELDS]
+
+    assert [] == unnamed
+
+
+# Chapters.
+
+def rows():
+    return {title: files.split() for title, files in TESTS_OF_CHAPTERS.items()}
+
+
+def test_each_chapter_has_its_tests_and_each_unit_file_its_chapter():
+    in_rows = {file for files in rows().values() for file in files}
+
+    assert [*chapters(PROGRAM)] == [*rows()]
+    assert [] == [file for file in in_rows if not (TESTS / file).is_file()]
+    assert {file for file in TEST_FILES if file.startswith("unit/")} == UNIT_FILES_OF_ALL | {
+        file for file in in_rows if file.startswith("unit/")}
+
+
+@pytest.mark.parametrize("title", TESTS_OF_CHAPTERS)
+def test_a_file_that_is_named_after_a_chapter_comes_first_in_its_row(title):
+    file = "unit/test_" + re.sub(r"\W+", "_", title.lower()) + ".py"
+
+    assert file not in TEST_FILES or rows()[title][0] == file
+
+
+# Promises.
+
+def promises_of_the_program():
+    """{title: the test that attacks it, or a file of them} of the file's docstring."""
+    found = re.findall(r"^ {4}([A-Z][^:\n]+): .*?\n {8}tests/(\S+)$", ast.get_docstring(
+        ast.parse(PROGRAM), clean=False), re.MULTILINE | re.DOTALL)
+    return dict(found)
+
+
+def promises_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## What it guarantees")[1].split("\n**What \"never over\"")[0]
+    return {re.match(r"\*\*(.+?)[.,]", item)[1]: re.findall(r"`tests/(\S+?)`", item)
+            for item in re.split(r"\n\d\. ", section)[1:]}
+
+
+def test_the_docstring_and_the_readme_promise_the_same_and_name_the_same_tests():
+    assert {title: [test] for title, test in promises_of_the_program().items()} \
+        == promises_of_the_readme()
+
+
+@pytest.mark.parametrize("title", promises_of_the_program())
+def test_the_test_that_attacks_a_promise_is_there_and_runs_by_default(title):
+    file, _, name = promises_of_the_program()[title].partition("::")
+    tests = [node for found, node in functions(TEST_FILES[file]).items()
+             if found == name or not name and found.startswith("test_")]
+
+    assert any("soak" not in "".join(map(ast.unparse, node.decorator_list)) for node in tests)
