@@ -11,6 +11,7 @@ import unicodedata
 from decimal import Decimal
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import pytest
 
@@ -1105,28 +1106,43 @@ def test_parts_of_a_text_count_for_no_less_than_the_text():
         assert ic.input_tokens_upper_bound(text) <= parts
 
 
-# (label, alphabet, letters in a word, separator, tokens: the larger of o200k and cl100k, Claude 2)
-# of about 4,000 random letters; counted with tiktoken 0.14 and Claude 2's published tokenizer.
+class RandomText(NamedTuple):
+    """About 4,000 random letters, and their tokens by the larger of o200k and cl100k and by Claude
+    2; counted with tiktoken 0.14 and Claude 2's published tokenizer."""
+    label: str
+    alphabet: str
+    size: int                   # letters in a word
+    separator: str
+    openai: int
+    claude: int
+
+
 RANDOM_TEXTS = [
-    ('10-digit numbers, one a line', '0123456789', 10, '\n', 1999, 2074),
-    ('13-digit numbers with commas', '0123456789', 13, ',', 1841, 1972),
-    ('16-digit numbers', '0123456789', 16, ' ', 1749, 1735),
-    ('19-digit numbers', '0123456789', 19, ', ', 1888, 1948),
-    ('23-digit numbers', '0123456789', 23, ' ', 1556, 1698),
-    ('one long number', '0123456789', 4000, '', 1334, 1692),
-    ('DNA in blocks', 'ACGT', 20, ' ', 2095, 1792),
-    ('protein in blocks', 'ACDEFGHIKLMNPQRSTVWY', 10, ' ', 2329, 2344),
-    ('random words', 'abcdefghijklmnopqrstuvwxyz', 23, ' ', 2207, 2154),
-    ('random consonants', 'qxzjvkwbf', 23, ' ', 2562, 2377),
-    ('random capitals', 'QXZJVKWBF', 23, ' ', 2846, 2588),
-    ('licence keys', 'BCDFGHJKMPQRTVWXY', 5, '.', 2850, 3306),
-    ('one long word', 'qxzjvkwbf', 4000, '', 2530, 2316),
-    ('ligatures', '\ufdfa', 3, ' ', 11997, 61317),
+    RandomText('10-digit numbers, one a line', '0123456789', size=10, separator='\n', openai=1999,
+        claude=2074),
+    RandomText('13-digit numbers with commas', '0123456789', size=13, separator=',', openai=1841,
+        claude=1972),
+    RandomText('16-digit numbers', '0123456789', size=16, separator=' ', openai=1749, claude=1735),
+    RandomText('19-digit numbers', '0123456789', size=19, separator=', ', openai=1888,
+        claude=1948),
+    RandomText('23-digit numbers', '0123456789', size=23, separator=' ', openai=1556, claude=1698),
+    RandomText('one long number', '0123456789', size=4000, separator='', openai=1334, claude=1692),
+    RandomText('DNA in blocks', 'ACGT', size=20, separator=' ', openai=2095, claude=1792),
+    RandomText('protein in blocks', 'ACDEFGHIKLMNPQRSTVWY', size=10, separator=' ', openai=2329,
+        claude=2344),
+    RandomText('random words', 'abcdefghijklmnopqrstuvwxyz', size=23, separator=' ', openai=2207,
+        claude=2154),
+    RandomText('random consonants', 'qxzjvkwbf', size=23, separator=' ', openai=2562, claude=2377),
+    RandomText('random capitals', 'QXZJVKWBF', size=23, separator=' ', openai=2846, claude=2588),
+    RandomText('licence keys', 'BCDFGHJKMPQRTVWXY', size=5, separator='.', openai=2850,
+        claude=3306),
+    RandomText('one long word', 'qxzjvkwbf', size=4000, separator='', openai=2530, claude=2316),
+    RandomText('ligatures', '\ufdfa', size=3, separator=' ', openai=11997, claude=61317),
 ]
 
 
 @pytest.mark.parametrize("label, alphabet, size, separator, openai, claude", RANDOM_TEXTS,
-                         ids=[row[0] for row in RANDOM_TEXTS])
+                         ids=[row.label for row in RANDOM_TEXTS])
 def test_random_words_and_numbers_do_not_beat_the_rule(label, alphabet, size, separator, openai,
                                                        claude):
     rng = Random(label)

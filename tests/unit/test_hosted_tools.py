@@ -4,6 +4,7 @@ The oracle adds up the samplings one by one, as the providers were seen to bill 
 """
 import json
 from random import Random
+from typing import NamedTuple
 
 import pytest
 from support import each_seed, program
@@ -190,26 +191,37 @@ def test_a_number_of_uses_that_is_none_is_refused(count):
         bound_of([{"type": "web_search"}], key="gpt-5.5", max_tool_calls=count)
 
 
-# What goes upstream: (API, fields, uses) -> (fields set, fields left out, what is reported)
+class Change(NamedTuple):
+    """What goes upstream: the fields that are set and left out, and what is reported of it."""
+    api: str
+    fields: dict
+    uses: int
+    changed: dict = {}
+    without: set = frozenset()
+    reported: dict = {}
+
+
 CHANGES = [
-    ("responses", {"tools": [{"type": "web_search"}]}, 5,
-     {"max_tool_calls": 5}, set(), {"max_tool_calls": 5}),
-    ("responses", {"max_tool_calls": 3}, 3, {}, set(), {}),
-    ("responses", {"max_tool_calls": 3}, 0, {"max_tool_calls": 0}, set(), {"max_tool_calls": 0}),
-    ("messages", {"tools": [FUNCTION, SEARCH]}, 5,
-     {"tools": [FUNCTION, {**SEARCH, "max_uses": 5}]}, set(), {"tools.web_search.max_uses": 5}),
-    ("messages", {"tools": [{**SEARCH, "max_uses": 2}]}, 5, {}, set(), {}),
-    ("messages", {"tools": [{**SEARCH, "max_uses": 8}]}, 1,
-     {"tools": [{**SEARCH, "max_uses": 1}]}, set(), {"tools.web_search.max_uses": 1}),
-    ("messages", {"tools": [{**FETCH, "max_uses": 1}]}, 1,
-     {"tools": [{**FETCH, "max_uses": 1, "max_content_tokens": 25_000}]}, set(),
-     {"tools.web_fetch.max_content_tokens": 25_000}),
-    ("messages", {"tools": [FUNCTION, SEARCH]}, 0,
-     {"tools": [FUNCTION]}, set(), {"tools.web_search": "removed"}),
-    ("messages", {"tools": [SEARCH, FETCH]}, 0, {}, {"tools", "tool_choice"},
-     {"tools.web_search": "removed", "tools.web_fetch": "removed"}),
-    ("messages", {"tools": [{**SEARCH, "max_uses": 0}]}, 0, {}, set(), {}),
-    ("messages", {"tools": [TOOL_SEARCH, FUNCTION]}, 0, {}, set(), {}),
+    Change("responses", {"tools": [{"type": "web_search"}]}, uses=5, changed={"max_tool_calls": 5},
+        reported={"max_tool_calls": 5}),
+    Change("responses", {"max_tool_calls": 3}, uses=3),
+    Change("responses", {"max_tool_calls": 3}, uses=0, changed={"max_tool_calls": 0},
+        reported={"max_tool_calls": 0}),
+    Change("messages", {"tools": [FUNCTION, SEARCH]}, uses=5,
+        changed={"tools": [FUNCTION, {**SEARCH, "max_uses": 5}]},
+        reported={"tools.web_search.max_uses": 5}),
+    Change("messages", {"tools": [{**SEARCH, "max_uses": 2}]}, uses=5),
+    Change("messages", {"tools": [{**SEARCH, "max_uses": 8}]}, uses=1,
+        changed={"tools": [{**SEARCH, "max_uses": 1}]}, reported={"tools.web_search.max_uses": 1}),
+    Change("messages", {"tools": [{**FETCH, "max_uses": 1}]}, uses=1,
+        changed={"tools": [{**FETCH, "max_uses": 1, "max_content_tokens": 25_000}]},
+        reported={"tools.web_fetch.max_content_tokens": 25_000}),
+    Change("messages", {"tools": [FUNCTION, SEARCH]}, uses=0, changed={"tools": [FUNCTION]},
+        reported={"tools.web_search": "removed"}),
+    Change("messages", {"tools": [SEARCH, FETCH]}, uses=0, without={"tools", "tool_choice"},
+        reported={"tools.web_search": "removed", "tools.web_fetch": "removed"}),
+    Change("messages", {"tools": [{**SEARCH, "max_uses": 0}]}, uses=0),
+    Change("messages", {"tools": [TOOL_SEARCH, FUNCTION]}, uses=0),
 ]
 
 

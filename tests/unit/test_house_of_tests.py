@@ -14,7 +14,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS / "bench"))
 
-from mutants import TESTS as TESTS_OF_CHAPTERS, chapters  # noqa: E402
+from mutants import TESTS as TESTS_OF_CHAPTERS, chapters
 
 PROGRAM = (ROOT / "ironcage_proxy.py").read_text(encoding="utf-8")
 FILES = {str(path.relative_to(TESTS)): ast.parse(path.read_text(encoding="utf-8"))
@@ -96,10 +96,19 @@ def test_no_test_asserts_that_something_was_quick():
     assert [] == timed
 
 
+def call_tables(node):
+    """The rows that a parametrize() has in it."""
+    return node.args[1:2] if isinstance(node, ast.Call) \
+        and ast.unparse(node.func) == "pytest.mark.parametrize" else []
+
+
 def test_long_rows_of_a_table_name_their_fields():
-    unnamed = [(file, row.lineno) for file, tree in TEST_FILES.items() for table in tree.body
-               if isinstance(table, ast.Assign) and isinstance(table.value, (ast.List, ast.Tuple))
-               for row in table.value.elts
+    tables = [(file, table) for file, tree in TEST_FILES.items() for node in ast.walk(tree)
+              for table in (
+                  [node.value] if isinstance(node, ast.Assign) and node in tree.body else
+                  call_tables(node))]
+    unnamed = [(file, row.lineno) for file, table in tables
+               if isinstance(table, (ast.List, ast.Tuple)) for row in table.elts
                if isinstance(row, ast.Tuple) and len(row.elts) > UNNAMED_FIELDS]
 
     assert [] == unnamed

@@ -91,8 +91,7 @@ def test_at_a_stop_nobody_waits_but_what_is_under_way_until_the_cut(
 
     thread = threading.Thread(target=hold)
     thread.start()
-    while not memory.as_json()["waiting"]:
-        threading.Event().wait(0.001)
+    until(lambda: memory.as_json()["waiting"], "it waits in line")
     memory.close(cuts=cuts)
     if waits:
         for one in small:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 from random import Random
+from typing import NamedTuple, Optional
 
 import pytest
 from support import each_seed, recordings
@@ -874,23 +875,33 @@ def test_a_form_that_is_no_object_is_asked_for_in_words():
     assert {"format": "instructed"} == losses.adjusted
 
 
-@pytest.mark.parametrize("model, effort, sampling, reasoning, adjusted, dropped", [
-    ("gpt-6.1-sol", None, {}, None, {}, []),
-    ("gpt-6.1-sol", "max", {}, {"effort": "max"}, {}, []),
-    ("gpt-6.1-sol", "none", {}, {"effort": "low"}, {"effort": "low"}, []),
-    ("gpt-6.1-sol", "low", {"temperature": 0.5, "top_p": 1}, {"effort": "low"}, {},
-     ["temperature"]),
-    ("gpt-5.6-terra", "none", {"temperature": 0.5}, {"effort": "none"}, {}, []),
-    ("gpt-5-pro", "low", {}, {"effort": "high"}, {"effort": "high"}, []),
-    ("gpt-5.3-codex", "max", {}, {"effort": "xhigh"}, {"effort": "xhigh"}, []),
-    ("gpt-4o", "high", {"temperature": 0.5, "top_k": 3}, None, {}, ["top_k"])])
-def test_efforts_and_sampling_by_family(model, effort, sampling, reasoning, adjusted, dropped):
-    request, losses, _ = written(asked(model=model, effort=effort, sampling=sampling))
+class Family(NamedTuple):
+    """What a model is asked for, and what it gets."""
+    model: str
+    effort: Optional[str] = None
+    sampling: dict = {}
+    reasoning: Optional[dict] = None
+    adjusted: dict = {}
+    dropped: list = []
 
-    assert (reasoning, adjusted, dropped) == (
+
+@pytest.mark.parametrize("row", [
+    Family("gpt-6.1-sol"),
+    Family("gpt-6.1-sol", "max", reasoning={"effort": "max"}),
+    Family("gpt-6.1-sol", "none", reasoning={"effort": "low"}, adjusted={"effort": "low"}),
+    Family("gpt-6.1-sol", "low", {"temperature": 0.5, "top_p": 1}, reasoning={"effort": "low"},
+           dropped=["temperature"]),
+    Family("gpt-5.6-terra", "none", {"temperature": 0.5}, reasoning={"effort": "none"}),
+    Family("gpt-5-pro", "low", reasoning={"effort": "high"}, adjusted={"effort": "high"}),
+    Family("gpt-5.3-codex", "max", reasoning={"effort": "xhigh"}, adjusted={"effort": "xhigh"}),
+    Family("gpt-4o", "high", {"temperature": 0.5, "top_k": 3}, dropped=["top_k"])])
+def test_efforts_and_sampling_by_family(row):
+    request, losses, _ = written(asked(model=row.model, effort=row.effort, sampling=row.sampling))
+
+    assert (row.reasoning, row.adjusted, row.dropped) == (
         request.get("reasoning"), losses.adjusted, losses.dropped)
-    assert ("temperature" in request) == ("temperature" in sampling
-                                          and "temperature" not in dropped)
+    assert ("temperature" in request) == ("temperature" in row.sampling
+                                          and "temperature" not in row.dropped)
 
 
 @pytest.mark.parametrize("model, sent", [("gpt-6.1-sol", {"verbosity": "low"}), ("gpt-4o", None)])

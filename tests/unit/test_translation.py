@@ -2,6 +2,7 @@
 checkers that know nothing of the translators; the bugs of other gateways, each by its name."""
 import base64
 import json
+from typing import NamedTuple
 
 import pytest
 from support import recordings
@@ -65,167 +66,185 @@ def call(name="f", arguments="{}", call_id="call_1"):
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-# (rule, model, chat fields, what Claude gets, what is dropped, what is adjusted)
+class ToClaude(NamedTuple):
+    """What Claude gets of a field of chat completions."""
+    rule: str
+    fields: dict
+    gets: dict
+    model: str = OLD
+    dropped: list = []
+    adjusted: dict = {}
+
+
 TO_CLAUDE = [
-    ("tools", OLD, {"tools": [{"type": "bash_20250124", "name": "bash"}]},
-     {"tools": [{"type": "bash_20250124", "name": "bash"}]}, [], {}),
-    ("model", OLD, {}, {"model": OLD}, [], {}),
-    ("max_tokens", OLD, {"max_tokens": 7}, {"max_tokens": 7}, [], {}),
-    ("max_completion_tokens", OLD, {"max_completion_tokens": 9, "max_tokens": 7},
-     {"max_tokens": 9}, [], {}),
-    ("max_tokens", OLD, {"max_tokens": 99_999}, {"max_tokens": 64_000}, [],
-     {"max_tokens": "64000"}),
-    ("max_tokens", OLD, {}, {"max_tokens": 21_333}, [], {}),
-    ("stream", OLD, {"stream": True}, {"stream": True, "max_tokens": 64_000}, [], {}),
-    ("stream_options", OLD, {"stream": True, "stream_options": {"include_usage": True}}, {}, [],
-     {}),
-    ("temperature", OLD, {"temperature": 0.5}, {"temperature": 0.5}, [], {}),
-    ("temperature", OLD, {"temperature": 1.7}, {"temperature": 1}, [], {"temperature": "1"}),
-    ("temperature", NEW, {"temperature": 1}, {"temperature": None}, [], {}),
-    ("temperature", NEW, {"temperature": 0.5}, {"temperature": None}, ["temperature"], {}),
-    ("top_p", OLD, {"top_p": 0.5}, {"top_p": 0.5}, [], {}),
-    ("top_p", OLD, {"top_p": 0.5, "temperature": 0.2}, {"top_p": None}, ["top_p"], {}),
-    ("top_k", OLD, {"top_k": 5}, {"top_k": 5}, [], {}),
-    ("stop", OLD, {"stop": "END"}, {"stop_sequences": ["END"]}, [], {}),
-    ("stop", OLD, {"stop": ["a", " ", "\n"]}, {"stop_sequences": ["a"]}, ["stop"], {}),
-    ("n", OLD, {"n": 1}, {"n": None}, [], {}),
-    ("user", OLD, {"user": "u-1"}, {"metadata": {"user_id": "u-1"}}, [], {}),
-    ("user", OLD, {"user": "a@b.c"}, {"metadata": {"user_id": ic._hashed("a@b.c", 64)}}, [], {}),
-    ("safety_identifier", OLD, {"user": "u", "safety_identifier": "s"},
-     {"metadata": {"user_id": "s"}}, [], {}),
-    ("metadata", OLD, {"metadata": {"user_id": "u", "k": "v"}},
-     {"metadata": {"user_id": "u"}}, ["metadata"], {}),
-    ("service_tier", OLD, {"service_tier": "auto"}, {"service_tier": "auto"}, [], {}),
-    ("service_tier", OLD, {"service_tier": "default"}, {"service_tier": "standard_only"}, [], {}),
-    ("service_tier", OLD, {"service_tier": "flex"}, {"service_tier": "standard_only"}, [],
-     {"service_tier": "standard_only"}),
-    ("store", OLD, {"store": False}, {"store": None}, [], {}),
-    ("store", OLD, {"store": True}, {"store": None}, ["store"], {}),
-    ("modalities", OLD, {"modalities": ["text"]}, {"modalities": None}, [], {}),
-    *[(name, OLD, {name: value}, {name: None}, [], {}) for name, value in (
+    ToClaude("tools", {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+        gets={"tools": [{"type": "bash_20250124", "name": "bash"}]}),
+    ToClaude("model", {}, gets={"model": OLD}),
+    ToClaude("max_tokens", {"max_tokens": 7}, gets={"max_tokens": 7}),
+    ToClaude("max_completion_tokens", {"max_completion_tokens": 9, "max_tokens": 7},
+        gets={"max_tokens": 9}),
+    ToClaude("max_tokens", {"max_tokens": 99_999}, gets={"max_tokens": 64_000},
+        adjusted={"max_tokens": "64000"}),
+    ToClaude("max_tokens", {}, gets={"max_tokens": 21_333}),
+    ToClaude("stream", {"stream": True}, gets={"stream": True, "max_tokens": 64_000}),
+    ToClaude("stream_options", {"stream": True, "stream_options": {"include_usage": True}},
+        gets={}),
+    ToClaude("temperature", {"temperature": 0.5}, gets={"temperature": 0.5}),
+    ToClaude("temperature", {"temperature": 1.7}, gets={"temperature": 1},
+        adjusted={"temperature": "1"}),
+    ToClaude("temperature", {"temperature": 1}, gets={"temperature": None}, model=NEW),
+    ToClaude("temperature", {"temperature": 0.5}, gets={"temperature": None}, model=NEW,
+        dropped=["temperature"]),
+    ToClaude("top_p", {"top_p": 0.5}, gets={"top_p": 0.5}),
+    ToClaude("top_p", {"top_p": 0.5, "temperature": 0.2}, gets={"top_p": None}, dropped=["top_p"]),
+    ToClaude("top_k", {"top_k": 5}, gets={"top_k": 5}),
+    ToClaude("stop", {"stop": "END"}, gets={"stop_sequences": ["END"]}),
+    ToClaude("stop", {"stop": ["a", " ", "\n"]}, gets={"stop_sequences": ["a"]}, dropped=["stop"]),
+    ToClaude("n", {"n": 1}, gets={"n": None}),
+    ToClaude("user", {"user": "u-1"}, gets={"metadata": {"user_id": "u-1"}}),
+    ToClaude("user", {"user": "a@b.c"}, gets={"metadata": {"user_id": ic._hashed("a@b.c", 64)}}),
+    ToClaude("safety_identifier", {"user": "u", "safety_identifier": "s"},
+        gets={"metadata": {"user_id": "s"}}),
+    ToClaude("metadata", {"metadata": {"user_id": "u", "k": "v"}},
+        gets={"metadata": {"user_id": "u"}}, dropped=["metadata"]),
+    ToClaude("service_tier", {"service_tier": "auto"}, gets={"service_tier": "auto"}),
+    ToClaude("service_tier", {"service_tier": "default"}, gets={"service_tier": "standard_only"}),
+    ToClaude("service_tier", {"service_tier": "flex"}, gets={"service_tier": "standard_only"},
+        adjusted={"service_tier": "standard_only"}),
+    ToClaude("store", {"store": False}, gets={"store": None}),
+    ToClaude("store", {"store": True}, gets={"store": None}, dropped=["store"]),
+    ToClaude("modalities", {"modalities": ["text"]}, gets={"modalities": None}),
+    *[ToClaude(name, {name: value}, gets={name: None}) for name, value in (
         ("prediction", {"type": "content", "content": "x"}), ("prompt_cache_key", "k"),
         ("prompt_cache_retention", "24h"), ("prompt_cache_options", {}), ("seed", None),
         ("frequency_penalty", 0), ("presence_penalty", 0), ("logit_bias", {}),
         ("logprobs", False), ("top_logprobs", 0), ("verbosity", None), ("moderation", None),
         ("web_search_options", None), ("audio", None))],
-    *[(name, OLD, {name: value}, {name: None}, [name], {}) for name, value in (
+    *[ToClaude(name, {name: value}, gets={name: None}, dropped=[name]) for name, value in (
         ("seed", 7), ("frequency_penalty", 0.5), ("presence_penalty", 0.5),
         ("logit_bias", {"1": 1}), ("logprobs", True), ("top_logprobs", 3), ("verbosity", "low"),
         ("moderation", {"model": "m", "policy": {"input": {"mode": "score"}, "output": None}}),
         ("web_search_options", {}), ("field_of_tomorrow", 1))],
-    *[(name, NEW, {name: value}, {name: value}, [], {}) for name, value in (
+    *[ToClaude(name, {name: value}, gets={name: value}, model=NEW) for name, value in (
         ("thinking", {"type": "adaptive"}), ("output_config", {"effort": "low"}),
         ("cache_control", {"type": "ephemeral"}), ("speed", "fast"), ("inference_geo", "us"),
         ("context_management", {"edits": []}), ("mcp_servers", []), ("container", "c"))],
-    ("reasoning_effort", NEW, {"reasoning_effort": "high"}, {
-        "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}, [], {}),
-    ("reasoning_effort", NEW, {"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}}, [],
-     {}),
-    ("reasoning_effort", "claude-fable-5", {"reasoning_effort": "none"}, {
-        "thinking": None, "output_config": {"effort": "low"}}, [], {"reasoning_effort": "low"}),
-    ("reasoning_effort", "claude-opus-4-6", {"reasoning_effort": "xhigh"}, {
-        "output_config": {"effort": "high"}}, [], {"reasoning_effort": "high"}),
-    ("reasoning_effort", OLD, {"reasoning_effort": "high", "max_tokens": 32_000}, {
-        "thinking": {"type": "enabled", "budget_tokens": 16_384}}, [], {}),
-    ("reasoning_effort", OLD, {"reasoning_effort": "high", "max_tokens": 2_000}, {
-        "thinking": {"type": "enabled", "budget_tokens": 1_999}}, [], {}),
-    ("reasoning_effort", OLD, {"reasoning_effort": "high", "max_tokens": 100}, {
-        "thinking": None}, ["reasoning_effort"], {}),
-    ("reasoning_effort", OLD, {"reasoning_effort": "none"}, {"thinking": None}, [], {}),
-    ("response_format", OLD, {"response_format": {"type": "text"}}, {"output_config": None}, [],
-     {}),
-    ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
-        "name": "x", "schema": SCHEMA}}}, {"output_config": {"format": {
+    ToClaude("reasoning_effort", {"reasoning_effort": "high"}, gets={
+        "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}, model=NEW),
+    ToClaude("reasoning_effort", {"reasoning_effort": "none"},
+        gets={"thinking": {"type": "disabled"}}, model=NEW),
+    ToClaude("reasoning_effort", {"reasoning_effort": "none"}, gets={
+        "thinking": None, "output_config": {"effort": "low"}}, model="claude-fable-5",
+        adjusted={"reasoning_effort": "low"}),
+    ToClaude("reasoning_effort", {"reasoning_effort": "xhigh"}, gets={
+        "output_config": {"effort": "high"}}, model="claude-opus-4-6",
+        adjusted={"reasoning_effort": "high"}),
+    ToClaude("reasoning_effort", {"reasoning_effort": "high", "max_tokens": 32_000}, gets={
+        "thinking": {"type": "enabled", "budget_tokens": 16_384}}),
+    ToClaude("reasoning_effort", {"reasoning_effort": "high", "max_tokens": 2_000}, gets={
+        "thinking": {"type": "enabled", "budget_tokens": 1_999}}),
+    ToClaude("reasoning_effort", {"reasoning_effort": "high", "max_tokens": 100}, gets={
+        "thinking": None}, dropped=["reasoning_effort"]),
+    ToClaude("reasoning_effort", {"reasoning_effort": "none"}, gets={"thinking": None}),
+    ToClaude("response_format", {"response_format": {"type": "text"}},
+        gets={"output_config": None}),
+    ToClaude("response_format", {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": SCHEMA}}}, gets={"output_config": {"format": {
             "type": "json_schema", "schema": {
                 "type": "object", "required": ["n"], "additionalProperties": False,
-                "properties": {"n": {"type": "integer", "description": "minimum: 1"}}}}}}, [], {}),
-    ("response_format", OLD, {"response_format": {"type": "json_object"}}, {
-        "system": [text("Respond with one JSON object and nothing else.")]}, [],
-     {"response_format": "instructed"}),
-    ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
-        "schema": OPEN_SCHEMA}}}, {"output_config": None, "tools": [
+                "properties": {"n": {"type": "integer", "description": "minimum: 1"}}}}}}),
+    ToClaude("response_format", {"response_format": {"type": "json_object"}}, gets={
+        "system": [text("Respond with one JSON object and nothing else.")]},
+        adjusted={"response_format": "instructed"}),
+    ToClaude("response_format", {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": OPEN_SCHEMA}}}, gets={"output_config": None, "tools": [
             {"name": "json_response", "description": "The answer.", "input_schema": OPEN_SCHEMA}],
             "tool_choice": {"type": "tool", "name": "json_response",
-                            "disable_parallel_tool_use": True}}, [], {"response_format": "tool"}),
-    ("response_format", NEW, {"response_format": {"type": "json_schema", "json_schema": {
-        "schema": RECURSIVE_SCHEMA}}}, {"output_config": None, "tools": None}, [],
-     {"response_format": "instructed"}),
-    ("response_format", "claude-3-haiku", {"response_format": {
+                            "disable_parallel_tool_use": True}},
+        adjusted={"response_format": "tool"}),
+    ToClaude("response_format", {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": RECURSIVE_SCHEMA}}}, gets={"output_config": None, "tools": None}, model=NEW,
+        adjusted={"response_format": "instructed"}),
+    ToClaude("response_format", {"response_format": {
         "type": "json_schema", "json_schema": {"schema": SCHEMA}}, "tools": [tool()]},
-     {"tool_choice": None}, [], {"response_format": "instructed"}),
-    ("response_format", "claude-opus-4-6", {"reasoning_effort": "high", "response_format": {
-        "type": "json_schema", "json_schema": {"schema": OPEN_SCHEMA}}}, {"tools": None}, [],
-     {"response_format": "instructed"}),
-    ("response_format", OLD, {"response_format": {"type": "json_schema", "json_schema": {
-        "schema": MANY_OPTIONAL}}}, {"output_config": None}, [], {"response_format": "tool"}),
-    ("response_format", NEW, {"reasoning_effort": "low", "response_format": {
-        "type": "json_schema", "json_schema": {"schema": REFERRING_SCHEMA}}}, {
+        gets={"tool_choice": None}, model="claude-3-haiku",
+        adjusted={"response_format": "instructed"}),
+    ToClaude("response_format", {"reasoning_effort": "high", "response_format": {
+        "type": "json_schema", "json_schema": {"schema": OPEN_SCHEMA}}}, gets={"tools": None},
+        model="claude-opus-4-6", adjusted={"response_format": "instructed"}),
+    ToClaude("response_format", {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": MANY_OPTIONAL}}}, gets={"output_config": None},
+        adjusted={"response_format": "tool"}),
+    ToClaude("response_format", {"reasoning_effort": "low", "response_format": {
+        "type": "json_schema", "json_schema": {"schema": REFERRING_SCHEMA}}}, gets={
             "output_config": {"effort": "low", "format": {
-                "type": "json_schema", "schema": ic.claude_schema(REFERRING_SCHEMA)}}}, [], {}),
-    ("tools", OLD, {"tools": [tool(str(n), strict=True) for n in range(21)]},
-     {}, ["tools.function.strict"], {}),
-    ("tools", OLD, {"tools": [{"type": "function", "eager_input_streaming": True, "function": {
+                "type": "json_schema", "schema": ic.claude_schema(REFERRING_SCHEMA)}}}, model=NEW),
+    ToClaude("tools", {"tools": [tool(str(n), strict=True) for n in range(21)]}, gets={},
+        dropped=["tools.function.strict"]),
+    ToClaude("tools", {"tools": [{"type": "function", "eager_input_streaming": True, "function": {
         "name": "f", "parameters": {"$defs": {"B": {"properties": {"b": {}}, "required": ["b", "x"]}},
                                     "properties": {"x": {}}, "anyOf": [
             {"properties": {"a": {}}, "required": ["a", "x"]}, {"$ref": "#/$defs/B"}]}}}]},
-     {"tools": [{"name": "f", "eager_input_streaming": True, "input_schema": {
+        gets={"tools": [{"name": "f", "eager_input_streaming": True, "input_schema": {
          "type": "object", "$defs": {"B": {"properties": {"b": {}}, "required": ["b", "x"]}},
-         "properties": {"a": {}, "b": {}, "x": {}}, "required": ["x"]}}]}, [],
-     {"tools.function.parameters": "merged"}),
-    ("tools", OLD, {"tools": [tool(parameters={"oneOf": [
+         "properties": {"a": {}, "b": {}, "x": {}}, "required": ["x"]}}]},
+        adjusted={"tools.function.parameters": "merged"}),
+    ToClaude("tools", {"tools": [tool(parameters={"oneOf": [
         {"properties": {"kind": {"const": "file"}, "at": {"type": "string"}}, "required": ["kind"]},
         {"properties": {"kind": {"const": "url"}, "at": {"type": "string"}}, "required": ["kind"]},
         {"properties": {"kind": {"const": "url"}}, "required": ["kind"]}]})]},
-     {"tools": [{"name": "f", "input_schema": {
+        gets={"tools": [{"name": "f", "input_schema": {
          "type": "object", "required": ["kind"], "properties": {
              "kind": {"anyOf": [{"const": "file"}, {"const": "url"}]},
-             "at": {"type": "string"}}}}]}, [], {"tools.function.parameters": "merged"}),
-    ("tool_choice", OLD, {"tools": [tool(), tool("g"), {"type": "custom", "custom": {"name": "h"}}],
+             "at": {"type": "string"}}}}]}, adjusted={"tools.function.parameters": "merged"}),
+    ToClaude("tool_choice",
+        {"tools": [tool(), tool("g"), {"type": "custom", "custom": {"name": "h"}}],
                           "tool_choice": {"type": "allowed_tools", "allowed_tools": {
         "mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]}}},
-     {"tool_choice": {"type": "any"}, "tools": [{"name": "g", "input_schema": SCHEMA}]}, [], {}),
-    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "required", "max_tokens": 9000,
+        gets={"tool_choice": {"type": "any"}, "tools": [{"name": "g", "input_schema": SCHEMA}]}),
+    ToClaude("tool_choice", {"tools": [tool()], "tool_choice": "required", "max_tokens": 9000,
                           "reasoning_effort": "low"},
-     {"tool_choice": {"type": "auto"}, "thinking": {"type": "enabled", "budget_tokens": 2048}}, [],
-     {"tool_choice": "auto"}),
-    ("thinking", OLD, {"thinking": {"type": "enabled", "budget_tokens": 2000}, "temperature": 0.5,
-                       "max_tokens": 9000}, {
-        "temperature": None}, ["temperature"], {}),
-    ("tools", OLD, {"tools": [tool(description="d")]}, {"tools": [
-        {"name": "f", "description": "d", "input_schema": SCHEMA}]}, [], {}),
-    ("tools", OLD, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tools": [
-        {"name": "f", "input_schema": {"type": "object", "properties": {}}}]}, [], {}),
-    ("tools", OLD, {"tools": [{"type": "custom", "custom": {"name": "c"}}]}, {"tools": [
+        gets={"tool_choice": {"type": "auto"}, "thinking": {"type": "enabled", "budget_tokens": 2048}},
+        adjusted={"tool_choice": "auto"}),
+    ToClaude("thinking",
+        {"thinking": {"type": "enabled", "budget_tokens": 2000}, "temperature": 0.5,
+                       "max_tokens": 9000}, gets={
+        "temperature": None}, dropped=["temperature"]),
+    ToClaude("tools", {"tools": [tool(description="d")]}, gets={"tools": [
+        {"name": "f", "description": "d", "input_schema": SCHEMA}]}),
+    ToClaude("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        gets={"tools": [
+        {"name": "f", "input_schema": {"type": "object", "properties": {}}}]}),
+    ToClaude("tools", {"tools": [{"type": "custom", "custom": {"name": "c"}}]}, gets={"tools": [
         {"name": "c", "input_schema": {
             "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
-            "additionalProperties": False}}]}, [], {}),
-    ("tools", OLD, {"tools": [tool(strict=True)]}, {"tools": [{
-        "name": "f", "strict": True, "input_schema": ic.claude_schema(SCHEMA)}]}, [], {}),
-    ("tools", OLD, {"tools": [{"type": "function", "function": {
-        "name": "f", "strict": True, "parameters": OPEN_SCHEMA}}]}, {"tools": [{
-            "name": "f", "input_schema": OPEN_SCHEMA}]}, ["tools.function.strict"], {}),
-    ("functions", OLD, {"functions": [{"name": "f", "parameters": SCHEMA}]}, {"tools": [
-        {"name": "f", "input_schema": SCHEMA}]}, [], {}),
-    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "auto"},
-     {"tool_choice": {"type": "auto"}}, [], {}),
-    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "none"},
-     {"tool_choice": {"type": "none"}}, [], {}),
-    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": "required"},
-     {"tool_choice": {"type": "any"}}, [], {}),
-    ("tool_choice", OLD, {"tools": [tool()], "tool_choice": {
+            "additionalProperties": False}}]}),
+    ToClaude("tools", {"tools": [tool(strict=True)]}, gets={"tools": [{
+        "name": "f", "strict": True, "input_schema": ic.claude_schema(SCHEMA)}]}),
+    ToClaude("tools", {"tools": [{"type": "function", "function": {
+        "name": "f", "strict": True, "parameters": OPEN_SCHEMA}}]}, gets={"tools": [{
+            "name": "f", "input_schema": OPEN_SCHEMA}]}, dropped=["tools.function.strict"]),
+    ToClaude("functions", {"functions": [{"name": "f", "parameters": SCHEMA}]}, gets={"tools": [
+        {"name": "f", "input_schema": SCHEMA}]}),
+    ToClaude("tool_choice", {"tools": [tool()], "tool_choice": "auto"},
+        gets={"tool_choice": {"type": "auto"}}),
+    ToClaude("tool_choice", {"tools": [tool()], "tool_choice": "none"},
+        gets={"tool_choice": {"type": "none"}}),
+    ToClaude("tool_choice", {"tools": [tool()], "tool_choice": "required"},
+        gets={"tool_choice": {"type": "any"}}),
+    ToClaude("tool_choice", {"tools": [tool()], "tool_choice": {
         "type": "function", "function": {"name": "f"}}},
-     {"tool_choice": {"type": "tool", "name": "f"}}, [], {}),
-    ("tool_choice", NEW, {"tools": [tool()], "tool_choice": "required"},
-     {"tool_choice": {"type": "auto"}, "system": [text("Call one of the tools now.")]}, [],
-     {"tool_choice": "auto"}),
-    ("tool_choice", OLD, {"tool_choice": "required"}, {"tool_choice": None}, [], {}),
-    ("function_call", OLD, {"functions": [{"name": "f"}], "function_call": {"name": "f"}},
-     {"tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True}}, [], {}),
-    ("parallel_tool_calls", OLD, {"tools": [tool()], "parallel_tool_calls": False},
-     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, [], {}),
-    ("parallel_tool_calls", OLD, {"tools": [tool()], "parallel_tool_calls": False,
-                                  "tool_choice": "none"},
-     {"tool_choice": {"type": "none"}}, [], {}),
+        gets={"tool_choice": {"type": "tool", "name": "f"}}),
+    ToClaude("tool_choice", {"tools": [tool()], "tool_choice": "required"},
+        gets={"tool_choice": {"type": "auto"}, "system": [text("Call one of the tools now.")]},
+        model=NEW, adjusted={"tool_choice": "auto"}),
+    ToClaude("tool_choice", {"tool_choice": "required"}, gets={"tool_choice": None}),
+    ToClaude("function_call", {"functions": [{"name": "f"}], "function_call": {"name": "f"}},
+        gets={"tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True}}),
+    ToClaude("parallel_tool_calls", {"tools": [tool()], "parallel_tool_calls": False},
+        gets={"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    ToClaude("parallel_tool_calls", {"tools": [tool()], "parallel_tool_calls": False,
+                                  "tool_choice": "none"}, gets={"tool_choice": {"type": "none"}}),
 ]
 REFUSED_BY_CLAUDE = {
     **{name: {"messages": [{"role": "user", "content": [
@@ -250,17 +269,17 @@ REFUSED_BY_CLAUDE = {
 }
 
 
-@pytest.mark.parametrize("rule, model, fields, expected, dropped, adjusted", TO_CLAUDE,
-                         ids=[f"{row[0]}-{number}" for number, row in enumerate(TO_CLAUDE)])
-def test_a_chat_field_on_claude(rule, model, fields, expected, dropped, adjusted):
-    translator, losses = to_claude(fields, model)
+@pytest.mark.parametrize("row", TO_CLAUDE, ids=[f"{row.rule}-{number}"
+                                                for number, row in enumerate(TO_CLAUDE)])
+def test_a_chat_field_on_claude(row):
+    translator, losses = to_claude(row.fields, row.model)
 
-    assert expected == {name: translator.request.get(name) for name in expected}
-    assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
+    assert row.gets == {name: translator.request.get(name) for name in row.gets}
+    assert (row.dropped, row.adjusted) == (losses.dropped, losses.adjusted)
 
 
 def test_every_rule_of_chat_fields_has_a_golden_pair():
-    assert set(ic.CHAT_RULES) - {row[0] for row in TO_CLAUDE} == {"messages"}
+    assert set(ic.CHAT_RULES) - {row.rule for row in TO_CLAUDE} == {"messages"}
 
 
 @pytest.mark.parametrize("fields", REFUSED_BY_CLAUDE.values(), ids=REFUSED_BY_CLAUDE)
@@ -269,11 +288,11 @@ def test_what_cannot_be_said_to_claude_is_refused(fields):
         to_claude(fields)
 
 
-@pytest.mark.parametrize("rule, model, fields, expected, dropped, adjusted", [
-    row for row in TO_CLAUDE if row[4] or row[5]])
-def test_strict_mode_refuses_every_loss(rule, model, fields, expected, dropped, adjusted):
+@pytest.mark.parametrize("row", [row for row in TO_CLAUDE if row.dropped or row.adjusted],
+                         ids=lambda row: row.rule)
+def test_strict_mode_refuses_every_loss(row):
     with pytest.raises(ic.BadRequest, match="strict mode"):
-        to_claude(fields, model, strict=True)
+        to_claude(row.fields, row.model, strict=True)
 
 
 def test_losses_are_told_in_headers_that_hold_names_only():
@@ -915,52 +934,64 @@ def test_errors_of_claude_in_openais_words(status, kind, told, expected):
     assert told == body["error"]["message"]
 
 
-# Anthropic clients. (rule, model, is it OpenAI, fields, what the server gets, dropped, adjusted)
+class ToChat(NamedTuple):
+    """What a server of chat completions gets of a field of Messages."""
+    rule: str
+    fields: dict
+    gets: dict
+    model: str = "gpt-4o"
+    is_openai: bool = True
+    dropped: list = []
+    adjusted: dict = {}
+
+
 TO_CHAT = [
-    ("model", "gpt-4o", True, {}, {"model": "gpt-4o"}, [], {}),
-    ("max_tokens", "gpt-4o", True, {}, {"max_completion_tokens": 100}, [], {}),
-    ("max_tokens", "qwen", False, {}, {"max_tokens": 100, "max_completion_tokens": None}, [], {}),
-    ("max_tokens", "gpt-4o", True, {"max_tokens": 10 ** 6}, {"max_completion_tokens": 128_000}, [],
-     {"max_tokens": "128000"}),
-    ("stop_sequences", "gpt-4o", True, {"stop_sequences": ["a"]}, {"stop": ["a"]}, [], {}),
-    ("stop_sequences", "gpt-4o", True, {"stop_sequences": list("abcde")}, {"stop": list("abcd")},
-     ["stop_sequences"], {}),
-    ("stop_sequences", "gpt-5.5", True, {"stop_sequences": ["a"]}, {"stop": None},
-     ["stop_sequences"], {}),
-    ("temperature", "gpt-4o", True, {"temperature": 0.5}, {"temperature": 0.5}, [], {}),
-    ("temperature", "gpt-5.5", True, {"temperature": 0.5}, {"temperature": None}, ["temperature"],
-     {}),
-    ("temperature", "gpt-5.5", True, {"temperature": 1}, {"temperature": None}, [], {}),
-    ("top_p", "gpt-4o", True, {"top_p": 0.5}, {"top_p": 0.5}, [], {}),
-    ("top_k", "gpt-4o", True, {"top_k": 5}, {"top_k": None}, ["top_k"], {}),
-    ("stream", "gpt-4o", True, {"stream": True}, {"stream": True}, [], {}),
-    ("thinking", "gpt-5.5", True, {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
-     {"reasoning_effort": "medium"}, [], {}),
-    ("thinking", "gpt-4o", True, {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
-     {"reasoning_effort": None}, [], {}),
-    ("output_config", "gpt-5.5", True, {"output_config": {"effort": "max"}},
-     {"reasoning_effort": "xhigh"}, [], {"output_config.effort": "xhigh"}),
-    ("output_config", "gpt-5.5", True, {"output_config": {"task_budget": {}}}, {},
-     ["output_config.task_budget"], {}),
-    ("output_config", "gpt-4o", True, {"output_config": {"format": {
-        "type": "json_schema", "schema": SCHEMA}}}, {"response_format": {
+    ToChat("model", {}, gets={"model": "gpt-4o"}),
+    ToChat("max_tokens", {}, gets={"max_completion_tokens": 100}),
+    ToChat("max_tokens", {}, gets={"max_tokens": 100, "max_completion_tokens": None}, model="qwen",
+        is_openai=False),
+    ToChat("max_tokens", {"max_tokens": 10 ** 6}, gets={"max_completion_tokens": 128_000},
+        adjusted={"max_tokens": "128000"}),
+    ToChat("stop_sequences", {"stop_sequences": ["a"]}, gets={"stop": ["a"]}),
+    ToChat("stop_sequences", {"stop_sequences": list("abcde")}, gets={"stop": list("abcd")},
+        dropped=["stop_sequences"]),
+    ToChat("stop_sequences", {"stop_sequences": ["a"]}, gets={"stop": None}, model="gpt-5.5",
+        dropped=["stop_sequences"]),
+    ToChat("temperature", {"temperature": 0.5}, gets={"temperature": 0.5}),
+    ToChat("temperature", {"temperature": 0.5}, gets={"temperature": None}, model="gpt-5.5",
+        dropped=["temperature"]),
+    ToChat("temperature", {"temperature": 1}, gets={"temperature": None}, model="gpt-5.5"),
+    ToChat("top_p", {"top_p": 0.5}, gets={"top_p": 0.5}),
+    ToChat("top_k", {"top_k": 5}, gets={"top_k": None}, dropped=["top_k"]),
+    ToChat("stream", {"stream": True}, gets={"stream": True}),
+    ToChat("thinking", {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
+        gets={"reasoning_effort": "medium"}, model="gpt-5.5"),
+    ToChat("thinking", {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
+        gets={"reasoning_effort": None}),
+    ToChat("output_config", {"output_config": {"effort": "max"}},
+        gets={"reasoning_effort": "xhigh"}, model="gpt-5.5",
+        adjusted={"output_config.effort": "xhigh"}),
+    ToChat("output_config", {"output_config": {"task_budget": {}}}, gets={}, model="gpt-5.5",
+        dropped=["output_config.task_budget"]),
+    ToChat("output_config", {"output_config": {"format": {
+        "type": "json_schema", "schema": SCHEMA}}}, gets={"response_format": {
             "type": "json_schema", "json_schema": {"name": "output", "schema": SCHEMA,
-                                                   "strict": True}}}, [], {}),
-    ("output_format", "gpt-4o", True, {"output_format": {
+                                                   "strict": True}}}),
+    ToChat("output_format", {"output_format": {
         "type": "json_schema", "schema": {"type": "object", "properties": {"n": {}}}}},
-     {"response_format": {"type": "json_schema", "json_schema": {
+        gets={"response_format": {"type": "json_schema", "json_schema": {
          "name": "output", "schema": {"type": "object", "properties": {"n": {}}},
-         "strict": False}}}, [], {}),
-    *[("output_config", model, True, {"output_config": {"effort": asked}},
-       {"reasoning_effort": told}, [], {} if told == asked else {"output_config.effort": told})
+         "strict": False}}}),
+    *[ToChat("output_config", {"output_config": {"effort": asked}}, gets={"reasoning_effort": told},
+        model=model, adjusted={} if told == asked else {"output_config.effort": told})
       for model, asked, told in (
           ("o3", "xhigh", "high"), ("gpt-5-mini", "low", "low"), ("gpt-5.1", "max", "high"),
           ("gpt-5.2", "xhigh", "xhigh"), ("gpt-5.1-chat-latest", "low", "medium"),
           ("gpt-6-astra", "max", "xhigh"), ("gpt-5.6-luna", "max", "xhigh"),
           ("gpt-6.1-sol", "none", "low"), ("gpt-6-astra", "minimal", "low"),
           ("gpt-5.6", "none", "none"), ("gpt-7", "none", "low"))],
-    *[("thinking", model, True, {"thinking": thinking}, {"reasoning_effort": told}, [],
-       {"thinking": told} if changed else {})
+    *[ToChat("thinking", {"thinking": thinking}, gets={"reasoning_effort": told}, model=model,
+        adjusted={"thinking": told} if changed else {})
       for model, thinking, told, changed in (
           ("gpt-5.5", {"type": "disabled"}, "none", False), ("o3", {"type": "disabled"}, "low", True),
           ("gpt-5", {"type": "disabled"}, "minimal", True),
@@ -970,96 +1001,102 @@ TO_CHAT = [
           ("gpt-5.5", {"type": "enabled", "budget_tokens": 40_000}, "xhigh", False),
           ("gpt-5.5", {"type": "adaptive"}, None, False))],
     # OpenAI's 400s of reasoning beside tools
-    ("output_config", "gpt-5.5", True, {"tools": [{"name": "f"}], "output_config": {
-        "effort": "high"}}, {"reasoning_effort": None}, ["output_config.effort"], {}),
-    ("thinking", "gpt-5.4", True, {"tools": [{"name": "f"}], "thinking": {
-        "type": "enabled", "budget_tokens": 4096}}, {"reasoning_effort": None}, ["thinking"], {}),
-    ("thinking", "gpt-5.4", True, {"tools": [{"name": "f"}], "thinking": {"type": "disabled"}},
-     {"reasoning_effort": None}, [], {}),
-    ("output_config", "gpt-5.6-terra", True, {"tools": [{"name": "f"}], "output_config": {
-        "effort": "high"}}, {"reasoning_effort": "none"}, [], {"output_config.effort": "none"}),
-    ("output_config", "gpt-6-sol", True, {"tools": [{"name": "f"}]}, {"reasoning_effort": "none"},
-     [], {"output_config.effort": "none"}),
-    ("output_config", "gpt-5.1", True, {"tools": [{"name": "f"}], "output_config": {
-        "effort": "high"}}, {"reasoning_effort": "high"}, [], {}),
-    ("temperature", "gpt-5.6", True, {"tools": [{"name": "f"}], "temperature": 0.5},
-     {"temperature": 0.5}, [], {"output_config.effort": "none"}),
-    ("metadata", "gpt-4o", True, {"metadata": {"user_id": json.dumps({
+    ToChat("output_config", {"tools": [{"name": "f"}], "output_config": {
+        "effort": "high"}}, gets={"reasoning_effort": None}, model="gpt-5.5",
+        dropped=["output_config.effort"]),
+    ToChat("thinking", {"tools": [{"name": "f"}], "thinking": {
+        "type": "enabled", "budget_tokens": 4096}}, gets={"reasoning_effort": None},
+        model="gpt-5.4", dropped=["thinking"]),
+    ToChat("thinking", {"tools": [{"name": "f"}], "thinking": {"type": "disabled"}},
+        gets={"reasoning_effort": None}, model="gpt-5.4"),
+    ToChat("output_config", {"tools": [{"name": "f"}], "output_config": {
+        "effort": "high"}}, gets={"reasoning_effort": "none"}, model="gpt-5.6-terra",
+        adjusted={"output_config.effort": "none"}),
+    ToChat("output_config", {"tools": [{"name": "f"}]}, gets={"reasoning_effort": "none"},
+        model="gpt-6-sol", adjusted={"output_config.effort": "none"}),
+    ToChat("output_config", {"tools": [{"name": "f"}], "output_config": {
+        "effort": "high"}}, gets={"reasoning_effort": "high"}, model="gpt-5.1"),
+    ToChat("temperature", {"tools": [{"name": "f"}], "temperature": 0.5},
+        gets={"temperature": 0.5}, model="gpt-5.6", adjusted={"output_config.effort": "none"}),
+    ToChat("metadata", {"metadata": {"user_id": json.dumps({
         "device_id": "d", "session_id": "01234567-89ab-cdef-0123-456789abcdef"})}},
-     {"prompt_cache_key": "01234567-89ab-cdef-0123-456789abcdef"}, [], {}),
-    ("metadata", "gpt-4o", True, {"metadata": {
+        gets={"prompt_cache_key": "01234567-89ab-cdef-0123-456789abcdef"}),
+    ToChat("metadata", {"metadata": {
         "user_id": "user_ab_account__session_01234567-89ab-cdef-0123-456789abcdef"}},
-     {"prompt_cache_key": "01234567-89ab-cdef-0123-456789abcdef"}, [], {}),
-    ("metadata", "gpt-4o", True, {"metadata": {"user_id": "u"}},
-     {"safety_identifier": ic._hashed("u", 64)}, [], {}),
-    ("metadata", "qwen", False, {"metadata": {"user_id": "u"}}, {"safety_identifier": None}, [],
-     {}),
-    ("service_tier", "gpt-4o", True, {"service_tier": "standard_only"},
-     {"service_tier": "default"}, [], {}),
-    ("speed", "gpt-4o", True, {"speed": "fast"}, {"speed": None}, ["speed"], {}),
-    ("cache_control", "gpt-4o", True, {"cache_control": {"type": "ephemeral"}},
-     {"cache_control": None}, [], {}),
-    ("context_management", "gpt-4o", True, {"context_management": {"edits": [
-        {"type": "clear_thinking_20251015"}]}}, {"context_management": None}, [], {}),
-    ("context_management", "gpt-4o", True, {"context_management": {"edits": [
-        {"type": "compact_20260112"}]}}, {}, ["context_management"], {}),
-    ("mcp_servers", "gpt-4o", True, {"mcp_servers": []}, {"mcp_servers": None}, [], {}),
-    ("skills", "gpt-4o", True, {"skills": []}, {"skills": None}, [], {}),
-    *[(name, "gpt-4o", True, {name: None}, {name: None}, [], {})
+        gets={"prompt_cache_key": "01234567-89ab-cdef-0123-456789abcdef"}),
+    ToChat("metadata", {"metadata": {"user_id": "u"}},
+        gets={"safety_identifier": ic._hashed("u", 64)}),
+    ToChat("metadata", {"metadata": {"user_id": "u"}}, gets={"safety_identifier": None},
+        model="qwen", is_openai=False),
+    ToChat("service_tier", {"service_tier": "standard_only"}, gets={"service_tier": "default"}),
+    ToChat("speed", {"speed": "fast"}, gets={"speed": None}, dropped=["speed"]),
+    ToChat("cache_control", {"cache_control": {"type": "ephemeral"}},
+        gets={"cache_control": None}),
+    ToChat("context_management", {"context_management": {"edits": [
+        {"type": "clear_thinking_20251015"}]}}, gets={"context_management": None}),
+    ToChat("context_management", {"context_management": {"edits": [
+        {"type": "compact_20260112"}]}}, gets={}, dropped=["context_management"]),
+    ToChat("mcp_servers", {"mcp_servers": []}, gets={"mcp_servers": None}),
+    ToChat("skills", {"skills": []}, gets={"skills": None}),
+    *[ToChat(name, {name: None}, gets={name: None})
       for name in ("container", "compaction", "thread")],
-    ("thread", "gpt-4o", True, {"thread": {"type": "create"}}, {"thread": None}, [], {}),
-    ("unknown", "gpt-4o", True, {"fallbacks": ["x"]}, {"fallbacks": None}, ["fallbacks"], {}),
-    ("system", "gpt-4o", True, {"system": "S"}, {"messages": [
-        {"role": "system", "content": "S"}, USER]}, [], {}),
-    ("system", "gpt-5.5", True, {"system": [text("x-anthropic-billing-header: v1"), text("S"),
+    ToChat("thread", {"thread": {"type": "create"}}, gets={"thread": None}),
+    ToChat("unknown", {"fallbacks": ["x"]}, gets={"fallbacks": None}, dropped=["fallbacks"]),
+    ToChat("system", {"system": "S"}, gets={"messages": [
+        {"role": "system", "content": "S"}, USER]}),
+    ToChat("system", {"system": [text("x-anthropic-billing-header: v1"), text("S"),
                                             text("T")]},
-     {"messages": [{"role": "developer", "content": [text("S"), text("T")]}, USER]}, [], {}),
-    ("system", "qwen", False, {"system": [text("S"), text("T")]},
-     {"messages": [{"role": "system", "content": "S\n\nT"}, USER]}, [], {}),
-    ("tools", "gpt-4o", True, {"tools": [{"name": "f", "description": "d",
+        gets={"messages": [{"role": "developer", "content": [text("S"), text("T")]}, USER]},
+        model="gpt-5.5"),
+    ToChat("system", {"system": [text("S"), text("T")]},
+        gets={"messages": [{"role": "system", "content": "S\n\nT"}, USER]}, model="qwen",
+        is_openai=False),
+    ToChat("tools", {"tools": [{"name": "f", "description": "d",
                                           "input_schema": SCHEMA}]},
-     {"tools": [{"type": "function", "function": {
-         "name": "f", "parameters": SCHEMA, "description": "d"}}]}, [], {}),
-    ("tools", "gpt-4o", True, {"tools": [
+        gets={"tools": [{"type": "function", "function": {
+         "name": "f", "parameters": SCHEMA, "description": "d"}}]}),
+    ToChat("tools", {"tools": [
         {"name": "DeferredToolPlaceholder", "defer_loading": True},
         {"name": "f", "input_schema": {"$schema": "x", **SCHEMA}, "strict": True,
          "cache_control": {"type": "ephemeral"}, "input_examples": [{}]}]},
-     {"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA,
-                                                  "strict": True}}]}, [], {}),
-    ("tools", "gpt-4o", True, {"tools": [{"name": "f", "strict": True, "input_schema": {
-        "type": "object", "properties": {"n": {}}}}]}, {"tools": [{
+        gets={"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA,
+                                                  "strict": True}}]}),
+    ToChat("tools", {"tools": [{"name": "f", "strict": True, "input_schema": {
+        "type": "object", "properties": {"n": {}}}}]}, gets={"tools": [{
             "type": "function", "function": {"name": "f", "parameters": {
-                "type": "object", "properties": {"n": {}}}}}]}, ["tools.strict"], {}),
-    ("tools", "gpt-4o", True, {"tools": [
+                "type": "object", "properties": {"n": {}}}}}]}, dropped=["tools.strict"]),
+    ToChat("tools", {"tools": [
         {"type": "web_search_20250305", "name": "web_search"}, {"name": "f"}]},
-     {"tools": [{"type": "function", "function": {
+        gets={"tools": [{"type": "function", "function": {
          "name": "f", "parameters": {"type": "object", "properties": {}}}}]},
-     ["tools.web_search_20250305"], {}),
-    ("tools", "gpt-4o", True, {"tools": [{"type": "bash_20250124", "name": "bash"}]},
-     {"tools": [{"type": "function", "function": {
+        dropped=["tools.web_search_20250305"]),
+    ToChat("tools", {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+        gets={"tools": [{"type": "function", "function": {
          "name": "bash", "parameters": ic.CLIENT_TOOLS[0][2],
-         "description": ic.CLIENT_TOOLS[0][1]}}]}, [], {"tools.bash_20250124": "function"}),
-    ("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {
-        "type": "tool", "name": "gone"}}, {"tool_choice": None}, [], {"tool_choice": "auto"}),
-    *[("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {"type": kind}},
-       {"tool_choice": told}, [], {}) for kind, told in (
+         "description": ic.CLIENT_TOOLS[0][1]}}]}, adjusted={"tools.bash_20250124": "function"}),
+    ToChat("tool_choice", {"tools": [{"name": "f"}], "tool_choice": {
+        "type": "tool", "name": "gone"}}, gets={"tool_choice": None},
+        adjusted={"tool_choice": "auto"}),
+    *[ToChat("tool_choice", {"tools": [{"name": "f"}], "tool_choice": {"type": kind}},
+        gets={"tool_choice": told}) for kind, told in (
            ("auto", "auto"), ("any", "required"), ("none", "none"))],
-    ("output_config", "gpt-5.1", True, {"output_config": {"effort": "high"}, "messages": [
-        {**USER, "output_config": {"effort": "low"}}]}, {"reasoning_effort": "low"}, [], {}),
-    ("tool_choice", "gpt-4o", True, {"tools": [{"name": "f"}], "tool_choice": {
+    ToChat("output_config", {"output_config": {"effort": "high"}, "messages": [
+        {**USER, "output_config": {"effort": "low"}}]}, gets={"reasoning_effort": "low"},
+        model="gpt-5.1"),
+    ToChat("tool_choice", {"tools": [{"name": "f"}], "tool_choice": {
         "type": "tool", "name": "f", "disable_parallel_tool_use": True}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}},
-      "parallel_tool_calls": False}, [], {}),
+        gets={"tool_choice": {"type": "function", "function": {"name": "f"}},
+      "parallel_tool_calls": False}),
 ]
 
 
-@pytest.mark.parametrize("rule, model, is_openai, fields, expected, dropped, adjusted", TO_CHAT,
-                         ids=[f"{row[0]}-{number}" for number, row in enumerate(TO_CHAT)])
-def test_a_messages_field_on_chat(rule, model, is_openai, fields, expected, dropped, adjusted):
-    translator, losses = to_chat(fields, model, is_openai)
+@pytest.mark.parametrize("row", TO_CHAT, ids=[f"{row.rule}-{number}"
+                                              for number, row in enumerate(TO_CHAT)])
+def test_a_messages_field_on_chat(row):
+    translator, losses = to_chat(row.fields, row.model, row.is_openai)
 
-    assert expected == {name: translator.request.get(name) for name in expected}
-    assert (dropped, adjusted) == (losses.dropped, losses.adjusted)
+    assert row.gets == {name: translator.request.get(name) for name in row.gets}
+    assert (row.dropped, row.adjusted) == (losses.dropped, losses.adjusted)
 
 
 LOW_TO_XHIGH = ("low", "medium", "high", "xhigh")
@@ -1081,7 +1118,7 @@ def test_the_greatest_effort_is_for_the_newest_families_in_responses(model, effo
 
 
 def test_every_rule_of_messages_fields_has_a_golden_pair():
-    assert set(ic.MESSAGES_RULES) - {row[0] for row in TO_CHAT} == {"messages"}
+    assert set(ic.MESSAGES_RULES) - {row.rule for row in TO_CHAT} == {"messages"}
 
 
 @pytest.mark.parametrize("fields", [

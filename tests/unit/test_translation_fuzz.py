@@ -46,9 +46,11 @@ def mutated(rng, value):
     return value
 
 
-CHAT_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], **row[2]} for row in TO_CLAUDE] \
+CHAT_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], **row.fields}
+                 for row in TO_CLAUDE] \
     + [{"messages": row[1], "tools": []} for row in TURNS.values()]
-MESSAGES_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **row[3]}
+MESSAGES_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9,
+                      **row.fields}
                      for row in TO_CHAT] + [
     {"messages": row[0], "max_tokens": 9} for row in CHAT_TURNS.values()]
 
