@@ -12369,7 +12369,8 @@ class CageServer:
                 or f"it answered with the status {status}"
             code = self._without_keys(body.get("code"), body)
             reason += f" ({shown_name(code)})" if code else ""
-        failure = CageServerFailed("the Iron Cage server has not given what a call needs: " + reason)
+        failure = CageServerFailed(
+            f"the Iron Cage server has not given what a call needs: {reason}")
         failure.is_final = 400 <= status < 500
         raise failure
 
