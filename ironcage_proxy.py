@@ -14776,24 +14776,22 @@ pre { white-space: pre-wrap; }
 """
 DASHBOARD_SCRIPT = """
 const at = id => document.getElementById(id);
-const made = (kind, name = '', text = '') => {
+const made = (kind, name = '', ...parts) => {   // strings among the parts become text
   const box = document.createElement(kind);
   box.className = name;
-  box.textContent = text;
+  box.append(...parts.map(part => part ?? ''));
   return box;
 };
+const listed = parts => parts.filter(Boolean).join(', ');
 const usd = n => '$' + (n / 1e6).toLocaleString('en', {minimumFractionDigits: 2,
                                                       maximumFractionDigits: 6});
 const when = ms => new Date(ms).toLocaleString([], {dateStyle: 'short', timeStyle: 'medium'});
-const fill = (id, head, rows) => at(id).replaceChildren(...[head, ...rows].map((cells, y) => {
-  const line = made('tr');
-  cells.forEach((cell, x) => {
-    const box = line.appendChild(made(y ? 'td' : 'th', head[x], cell instanceof Node ? '' : cell));
-    if (cell instanceof Node) box.append(cell);
+const fill = (id, head, rows) => at(id).replaceChildren(...[head, ...rows].map((cells, y) =>
+  made('tr', '', ...cells.map((cell, x) => {
+    const box = made(y ? 'td' : 'th', head[x], cell);
     box.dataset.head = head[x];
-  });
-  return line;
-}));
+    return box;
+  }))));
 const get = async path => {
   const headers = {authorization: 'Bearer ' + sessionStorage.getItem('token')};
   const answer = await fetch(path, {headers});
@@ -14803,27 +14801,21 @@ const get = async path => {
 const counts = ['calls', 'input', 'cached', 'output'];
 const counted = c => [c.requests, c.input_tokens, c.cached_input_tokens, c.output_tokens];
 const end = a => Math.min(a.limit_microdollars ?? Infinity, a.stop_at_microdollars ?? Infinity);
-const standing = a => {
-  const box = made('div', '', usd(a.spent_microdollars) + ' spent, ' + usd(a.reserved_microdollars)
-    + ' reserved, ' + (a.limit_microdollars === null ? 'no limit'
-      : usd(a.available_microdollars) + ' free of ' + usd(a.limit_microdollars))
-    + (a.stop_at_microdollars == null ? '' : ', stop at ' + usd(a.stop_at_microdollars))
-    + (a.resets_s == null ? '' : ', until ' + when(1e3 * a.resets_s)));
-  const bar = made('div', 'gauge ' + a.tone);
-  const whole = Math.max(end(a), a.spent_microdollars + a.reserved_microdollars, 1);
+const standing = (a, ...more) => {
+  const bar = made('div', 'gauge ' + a.tone), whole = Math.max(
+    end(a), a.spent_microdollars + a.reserved_microdollars, 1);
   for (const name of ['spent', 'reserved'])
     bar.appendChild(made('div', name)).style.width = 100 * a[name + '_microdollars'] / whole + '%';
-  box.prepend(bar);
-  return box;
+  return made('div', '', bar, listed([
+    usd(a.spent_microdollars) + ' spent', usd(a.reserved_microdollars) + ' reserved',
+    a.limit_microdollars === null ? 'no limit'
+      : usd(a.available_microdollars) + ' free of ' + usd(a.limit_microdollars),
+    a.stop_at_microdollars != null && 'stop at ' + usd(a.stop_at_microdollars),
+    a.resets_s != null && 'until ' + when(1e3 * a.resets_s)]), ...more);
 };
-const limits = t => {
-  const terms = [
-    t.session_limit_microdollars == null ? '' : usd(t.session_limit_microdollars) + ' a session',
-    t.expires && (t.has_expired ? 'expired ' : 'expires ') + when(Date.parse(t.expires))];
-  const box = standing(t);
-  box.append(made('div', '', terms.filter(Boolean).join(', ')));
-  return box;
-};
+const limits = t => standing(t, made('div', '', listed([
+  t.session_limit_microdollars != null && usd(t.session_limit_microdollars) + ' a session',
+  t.expires && (t.has_expired ? 'expired ' : 'expires ') + when(Date.parse(t.expires))])));
 const judged = (a, refusals) => {
   const share = a.spent_microdollars / Math.max(end(a), 1), isOver = a.spent_microdollars >= end(a);
   const again = refusals.filter(r => r.scope === a.scope
