@@ -9963,21 +9963,25 @@ def secret_in(path: str, held: Mapping[str, str],
     try:
         if path in held:
             check_can_be_reread(path)
+        return _secret_line(path, read)
+    except Misconfigured as err:
+        if path not in held:
+            raise
+        log.error("a secret stays as it was", extra={"fields": {"reason": str(err)}})
+        return held[path]
+
+
+def _secret_line(path: str, read: Callable[[str], str]) -> str:
+    try:
         with open(path, "rb") as file:
             line = re.fullmatch(rb"(?:\xef\xbb\xbf)?\s*([!-~]+)\s*", file.read(MAX_SECRET_BYTES))
-        with checking(f"the file {path}"):
-            if line is None:
-                raise ValueError("must hold one line of printable characters without spaces")
-            check_unquoted(line[1].decode())
-            return read(line[1].decode())
     except OSError as err:
-        failure = Misconfigured(f"the file {path} cannot be read: {_reason(err)}")
-    except Misconfigured as err:
-        failure = err
-    if path not in held:
-        raise failure
-    log.error("a secret stays as it was", extra={"fields": {"reason": str(failure)}})
-    return held[path]
+        raise Misconfigured(f"the file {path} cannot be read: {_reason(err)}") from err
+    with checking(f"the file {path}"):
+        if line is None:
+            raise ValueError("must hold one line of printable characters without spaces")
+        check_unquoted(line[1].decode())
+        return read(line[1].decode())
 
 
 def with_key(provider: Provider, environ: Mapping[str, str], *, allow_plain_http: bool = False,
