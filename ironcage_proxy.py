@@ -8626,8 +8626,7 @@ class CostController:
 
     def get_status(self) -> tuple[int, Optional[int]]:
         """Return (spent, limit) at one instant."""
-        budget = self.accounts.known([PROXY_SCOPE])[0]
-        return budget.spent, budget.limit
+        return self.get_full_status()[::2]
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """Return (spent, reserved, limit) at one instant."""
