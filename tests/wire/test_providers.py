@@ -38,6 +38,26 @@ def test_a_key_goes_to_its_own_provider_only(mock, proxy_with):
         seen.header("authorization") for seen in mock.seen]
 
 
+@pytest.mark.parametrize("model", [None, "", 7, ["gpt-4o-mini"]])
+def test_a_request_names_its_model(mock, proxy, model):
+    answer = call(proxy.port, "POST", "/v1/responses", {"model": model, "input": "hello"})
+
+    assert (400, "model") == (answer.status, answer.json["error"]["param"])
+    assert [] == mock.seen
+
+
+def test_a_model_that_a_stored_prompt_names_is_left_to_the_provider(mock, proxy_for):
+    call(proxy_for().port, "POST", "/v1/responses", {"prompt": {"id": "pmpt_1"}})
+
+    assert {"prompt": {"id": "pmpt_1"}} == mock.seen[0].json
+
+
+def test_the_echo_model_has_its_own_name_whatever_the_path(mock, proxy):
+    for path in ("/v1/chat/completions", "/openai/v1/chat/completions"):
+        assert "ironcage/echo" == chat(proxy, "ironcage/echo", path).json["model"]
+    assert [] == mock.seen
+
+
 @pytest.mark.parametrize("name, options, wanted", [
     ("deepseek", {}, True), ("lab", {"echo_reasoning": True}, True), ("lab", {}, False)])
 def test_reasoning_goes_back_to_the_servers_that_want_it(mock, proxy_with, name, options, wanted):
