@@ -8626,7 +8626,8 @@ class CostController:
 
     def get_status(self) -> tuple[int, Optional[int]]:
         """Return (spent, limit) at one instant."""
-        return self.get_full_status()[::2]
+        spent, _, limit = self.get_full_status()
+        return spent, limit
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """Return (spent, reserved, limit) at one instant."""

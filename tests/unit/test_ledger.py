@@ -171,6 +171,16 @@ def test_a_ledger_of_a_newer_version_is_refused(path):
         ic.SqliteLedger(path)
 
 
+def test_a_ledger_whose_chain_was_emptied_is_refused(path):
+    ic.SqliteLedger(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM chain")
+    db.close()
+
+    with pytest.raises(ic.Misconfigured, match="chain is empty"):
+        ic.SqliteLedger(path)
+
+
 @pytest.mark.parametrize("content", [b"not a database, but long enough to be one" * 100,
                                      b"SQLite format 3\0" + b"\xff" * 4_000])
 def test_a_file_that_is_no_ledger_is_refused_with_one_line(path, content):
