@@ -5895,7 +5895,7 @@ CLAUDE_CODE_BILLING = "x-anthropic-billing-header:"      # its first system bloc
 
 @functools.lru_cache(maxsize=64)
 def claude_of(model: str) -> Claude:
-    """The family that a model belongs to."""
+    """Return the family that a model belongs to."""
     name = model.rpartition("/")[2]
     return next(family for pattern, family in CLAUDE_FAMILIES if re.match(pattern, name))
 
@@ -7744,7 +7744,7 @@ class ThinkingMemory:
                 self._bytes -= size
 
     def recall(self, key: tuple) -> list[dict]:
-        """What was kept under a key; nothing where that is too long ago."""
+        """Return what was kept under a key; nothing where that is too long ago."""
         with self._lock:
             since_s, _, thoughts = self._kept.get(key, (0, 0, []))
         return thoughts if self._clock() - since_s <= THINKING_KEPT_S else []
@@ -7826,7 +7826,7 @@ ECHO_DIMENSIONS = 8                              # of an embedding, unless asked
 
 
 def _texts(value: object) -> Iterator[str]:
-    """All text of a prompt, in order: strings, and the text of content parts."""
+    """Yield all text of a prompt, in order: strings, and the text of content parts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -7838,7 +7838,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def echo_input_tokens(fields: Mapping[str, object]) -> int:
-    """Words in everything that the echo model reads."""
+    """Count the words in everything that the echo model reads."""
     read = [fields.get(name) for name in ("system", "instructions", "messages", "input", "prompt")]
     return sum(len(re.findall(_ECHO_TOKEN, text)) for text in _texts(read))
 
@@ -7856,6 +7856,10 @@ class EchoAnswer(NamedTuple):
     def text(self) -> str:
         return "".join(self.tokens)
 
+    @property
+    def usage(self) -> Tokens:
+        return Tokens(self.input_tokens, output=len(self.tokens))
+
     def events(self) -> Iterator[AnswerEvent]:
         """Yield the answer, token by token."""
         part = Part("text", self.text)
@@ -7864,13 +7868,12 @@ class EchoAnswer(NamedTuple):
         for token in self.tokens:
             yield More(part, token)
         yield Closed(part)
-        yield Ended("length" if self.is_cut else "end",
-                    Tokens(self.input_tokens, output=len(self.tokens)))
+        yield Ended("length" if self.is_cut else "end", self.usage)
 
 
 def echo(api: str, fields: Mapping[str, object], *, answer_id: str,
          created_at: int) -> EchoAnswer:
-    """The echo model's answer to a request. Raises BadRequest for more than one choice."""
+    """Return the answer to a request. Raises BadRequest for more than one choice."""
     if api != "embeddings" and _choices(api, fields) != 1:
         raise BadRequest(f"{ECHO_MODEL} gives one answer to one prompt", param="n")
     source = next((fields[name] for name in ("messages", "input", "prompt") if name in fields), "")
@@ -7888,24 +7891,23 @@ def _echo_completion(answer: EchoAnswer) -> dict:
             "created": answer.created_at, "model": ECHO_MODEL,
             "choices": [{"index": 0, "text": answer.text, "logprobs": None,
                          "finish_reason": "length" if answer.is_cut else "stop"}],
-            "usage": chat_usage(Tokens(answer.input_tokens, output=len(answer.tokens)))}
+            "usage": chat_usage(answer.usage)}
 
 
 def _echo_completion_events(answer: EchoAnswer) -> Iterator[dict]:
     whole = _echo_completion(answer)
-    asks_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
-    base = {name: value for name, value in whole.items() if name != "usage"}
-    if asks_usage:
-        base["usage"] = None
+    [choice], usage = whole["choices"], whole.pop("usage")
+    wants_usage = json_object(answer.fields.get("stream_options")).get("include_usage")
+    base = {**whole, "usage": None} if wants_usage else whole
     for token in answer.tokens:
-        yield {**base, "choices": [{**whole["choices"][0], "text": token, "finish_reason": None}]}
-    yield {**base, "choices": [{**whole["choices"][0], "text": ""}]}
-    if asks_usage:
-        yield {**whole, "choices": []}
+        yield {**base, "choices": [{**choice, "text": token, "finish_reason": None}]}
+    yield {**base, "choices": [{**choice, "text": ""}]}
+    if wants_usage:
+        yield {**base, "choices": [], "usage": usage}
 
 
 def _echo_vector(text: str, dimensions: int) -> list[float]:
-    """A unit vector that depends on the text alone."""
+    """Return a unit vector that depends on the text alone."""
     stream = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(dimensions)
     raw = [byte - 127.5 for byte in stream]
     length = sum(x * x for x in raw) ** 0.5
@@ -7915,22 +7917,18 @@ def _echo_vector(text: str, dimensions: int) -> list[float]:
 def _echo_embeddings(answer: EchoAnswer) -> dict:
     fields = answer.fields
     source = fields.get("input", "")
-    if isinstance(source, list) and source and all(isinstance(item, int) for item in source):
-        source = [source]                                        # one text, given as token ids
-    texts = source if isinstance(source, list) else [source]
+    is_one = not isinstance(source, list) or (      # a text, as it is or as the ids of its tokens
+        source and all(isinstance(item, int) for item in source))
     dimensions = optional_count(fields, "dimensions", least=1, most=4096) or ECHO_DIMENSIONS
-
-    def encoded(text: object) -> Union[str, list]:
-        vector = _echo_vector(text if isinstance(text, str) else json.dumps(text), dimensions)
-        if fields.get("encoding_format") != "base64":
-            return vector
-        return base64.b64encode(struct.pack(f"<{dimensions}f", *vector)).decode("ascii")
-
-    return {"object": "list", "model": ECHO_MODEL,
-            "data": [{"object": "embedding", "index": index, "embedding": encoded(text)}
-                     for index, text in enumerate(texts)],
-            "usage": {"prompt_tokens": answer.input_tokens,
-                      "total_tokens": answer.input_tokens}}
+    rows = []
+    for index, text in enumerate([source] if is_one else source):
+        vector: Union[str, list[float]] = _echo_vector(
+            text if isinstance(text, str) else json.dumps(text), dimensions)
+        if fields.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack(f"<{dimensions}f", *vector)).decode("ascii")
+        rows.append({"object": "embedding", "index": index, "embedding": vector})
+    return {"object": "list", "model": ECHO_MODEL, "data": rows, "usage": {
+        "prompt_tokens": answer.input_tokens, "total_tokens": answer.input_tokens}}
 
 
 def echo_whole(api: str, answer: EchoAnswer) -> dict:
@@ -7951,7 +7949,7 @@ def echo_stream(api: str, answer: EchoAnswer) -> Iterator[bytes]:
 
 
 def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price]]) -> dict:
-    """The answer to /v1/models and /v1/models/{id}: name -> (its provider, its price).
+    """Return the answer to /v1/models or /v1/models/{id}; models: name -> (provider, price).
 
     Raises NotFound for a model that is not among them.
     """
