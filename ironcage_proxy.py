@@ -926,9 +926,12 @@ def json_object(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+compact_json = json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one a call
+
+
 def json_bytes(value: object) -> bytes:
     """JSON as we send it: compact, ASCII only."""
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return compact_json(value).encode("ascii")
 
 
 # ==== 4. Money ==================================================================================
@@ -3126,7 +3129,7 @@ SSE_PING = b": ping\n\n"                           # a comment, which keeps a co
 
 def format_event(data: Union[dict, str], name: Optional[str] = None) -> bytes:
     """One event as bytes; the only place that writes them. A dict is sent as JSON."""
-    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    text = data if isinstance(data, str) else compact_json(data)
     prefix = f"event: {name}\n" if name else ""
     return f"{prefix}data: {text}\n\n".encode("utf-8")
 
@@ -4097,7 +4100,8 @@ def _member(holder: Mapping[str, object], name: str, fault: Optional[Fault], kin
 
 def text_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> str:
     """Return a string among fields; see _member()."""
-    return _member(holder, name, fault, str, "a string")
+    value = holder.get(name)                       # as nearly all are
+    return value if isinstance(value, str) else _member(holder, name, fault, str, "a string")
 
 
 def object_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> dict:
