@@ -7,16 +7,21 @@ import json
 import signal
 import threading
 import time
-from pathlib import Path
 from random import Random
 
 import pytest
 from engines import RealEngine
+from forked import MAIN
 from support import Gate, MockProvider, Served, call, pause, proxy_environment, until
 
 import ironcage_proxy as ic
 
-QUICK = str(Path(__file__).resolve().parent / "quick_cage.py")
+# The program with short heartbeats: what takes half a minute in a cage takes a second or two.
+QUICK = """
+import sys, ironcage_proxy as ic
+ic.HEARTBEAT_S, ic.DEAD_S, ic.CATCH_UP_S = 0.3, 1.5, 0.1
+sys.exit(ic.main())
+"""
 TOKENS = [("day", "day", "0.8"), ("week", "week", "0.9"), ("total", "total", "1")]
 PATIENCE_S = 30
 
@@ -28,8 +33,8 @@ def secret(name):
 class Fleet:
     """Processes on one cage of an engine, each with a ledger of its own, that come back."""
 
-    def __init__(self, folder, engine, mock, budget, count=4, program=QUICK):
-        self.folder, self.engine, self.mock, self.program = folder, engine, mock, program
+    def __init__(self, folder, engine, mock, budget, count=4, code=QUICK):
+        self.folder, self.engine, self.mock, self.code = folder, engine, mock, code
         self.cage = engine.cage()
         self.limit = ic.parse_usd(budget)
         self.limits = {"proxy": self.limit}
@@ -50,7 +55,7 @@ class Fleet:
         for _ in range(100):                    # the engine may be away just now
             with contextlib.suppress(AssertionError):
                 return Served(*self.flags, "--ledger", str(self.ledgers[number]),
-                              program=self.program, environ=proxy_environment(self.mock))
+                              code=self.code, environ=proxy_environment(self.mock))
             pause(0.1, "the engine may be away")
         raise AssertionError("a process did not start")
 
@@ -153,7 +158,7 @@ def survives(tmp_path, mock, *, seconds, threads, kill_every_s, kill_engine_ever
 
 
 def test_processes_and_the_engine_are_killed_and_no_limit_is_passed(tmp_path, mock):
-    survives(tmp_path, mock, seconds=7, threads=8, kill_every_s=1.5, kill_engine_every_s=3,
+    survives(tmp_path, mock, seconds=4, threads=8, kill_every_s=0.8, kill_engine_every_s=1.5,
              budget="2")
 
 
@@ -163,12 +168,12 @@ def test_for_two_minutes_processes_and_the_engine_are_killed(tmp_path, mock):
              budget="20")
 
 
-@pytest.mark.parametrize("program, stalled_s", [
-    (QUICK, 3), pytest.param(ic.__file__, 60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("code, stalled_s", [
+    (QUICK, 3), pytest.param(MAIN, 60, marks=pytest.mark.soak)])
 def test_a_process_that_is_stopped_and_goes_on_settles_late_and_is_corrected(
-        tmp_path, engine, program, stalled_s):
+        tmp_path, engine, code, stalled_s):
     with MockProvider() as mock:
-        fleet = Fleet(tmp_path, engine, mock, "1", 2, program)
+        fleet = Fleet(tmp_path, engine, mock, "1", 2, code)
         gate = Gate()
         mock.script(lambda request: mock.default_reply(request).with_steps(
             [gate, *mock.default_reply(request).steps]))

@@ -1,4 +1,4 @@
-"""Chapter 9: who is admitted, who waits, who is lowered and who is refused, in which scopes.
+"""The cost controller: who is admitted, who waits, who is lowered and who is refused, in which scopes.
 
 The line has no threads of its own: ask(), expire(), leave() and commit() are the steps, so that
 every schedule can be played here one step at a time.

@@ -1,4 +1,4 @@
-"""Chapter 5: no call that a provider can bill for a request costs more than the request's bound,
+"""Bounds: no call that a provider can bill for a request costs more than the request's bound,
 whatever its text, tools, tier, place or cache; the output cap that is derived from an amount is
 the largest that fits; and what no bound covers is refused."""
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chapter 9: no reservation ever takes spent + reserved past the limit, under any order of calls
+"""The cost controller: no reservation ever takes spent + reserved past the limit, under any order of calls
 and any number of threads; each is settled once; the original's rules hold one by one."""
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chapters 6 and 7: a stream cut anywhere gives the same events and loses no byte; what an answer
+"""Event streams, and the usage of answers: a stream cut anywhere gives the same events and loses no byte; what an answer
 says of its usage is read by each API's own rules, whole or streamed; and hiding usage from a client
 that did not ask for it changes nothing else."""
 from __future__ import annotations

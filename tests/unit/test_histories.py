@@ -1,4 +1,4 @@
-"""Chapter 17, long histories: what is sealed, added up and folded still counts; what was edited shows.
+"""Long histories of a ledger: what is sealed, added up and folded still counts; what was edited shows.
 
 Days and hours are UTC's everywhere. `make_old_ledger` of the benchmark writes ledgers as 0.2.3 did.
 """

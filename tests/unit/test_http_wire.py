@@ -1,4 +1,4 @@
-"""Chapter 10: a message head or body is read in one way only, or refused; a body cut anywhere is
+"""HTTP on a socket: a message head or body is read in one way only, or refused; a body cut anywhere is
 the same body; each read and write on a socket ends, in bytes, in a time-out or in a hang-up."""
 from __future__ import annotations
 

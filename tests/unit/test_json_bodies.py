@@ -1,4 +1,4 @@
-"""Chapter 3: a request body is read in one way only, or refused with a 400; and a body in which
+"""JSON bodies: a request body is read in one way only, or refused with a 400; and a body in which
 the budget sets a field keeps every other byte that the client sent."""
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chapter 10: a row is on disk before its call is sent, is completed once, and adds up."""
+"""The ledger: a row is on disk before its call is sent, is completed once, and adds up."""
 import os
 import sqlite3
 import stat

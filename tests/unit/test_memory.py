@@ -1,4 +1,4 @@
-"""Chapter 18: what bodies and answers in work may take of memory, all together."""
+"""HTTP on a socket: what bodies and answers in work may take of memory, all together."""
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Chapter 4: amounts are exact whole microdollars, a finished call costs what the price list says
+"""Money: amounts are exact whole microdollars, a finished call costs what the price list says
 to the microdollar (against figures made elsewhere, and against a computation of this file's own),
 and a name or a row that is not surely priced has no price at all."""
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chapters 12 and 13: a charge belongs to the period of its admission, whatever is reloaded when.
+"""Periods of budgets: a charge belongs to the period of its admission, whatever is reloaded when.
 
 The model keeps a list of calls and sums it. A call is reserved, written down, settled in memory
 and settled in the ledger as four steps, as in the Router, so that a reload falls between any two.

@@ -1,4 +1,4 @@
-"""Chapter 20: what a call costs, from how it ended; pure, so without a socket or a clock."""
+"""Settlement: what a call costs, from how it ended; pure, so without a socket or a clock."""
 import json
 from types import SimpleNamespace
 

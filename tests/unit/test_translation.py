@@ -1,4 +1,4 @@
-"""Chapters 9 to 11: golden pairs for each rule of the translation, both ways; streams against
+"""Chat completions and Messages: golden pairs for each rule of the translation, both ways; streams against
 checkers that know nothing of the translators; the bugs of other gateways, each by its name."""
 import base64
 import json

@@ -240,7 +240,7 @@ def test_the_units_start_what_parses():
 def test_the_container_starts_what_parses(tmp_path):
     [block] = of_kind("Dockerfile")
     steps = [line.split(" ", 1) for line in block.splitlines()]
-    words = {step: rest for step, rest in steps}
+    words = dict(steps)
     environ = dict(pair.split("=") for pair in words["ENV"].split())
     (tmp_path / "key").write_text(OPENAI_KEY)
     assert environ.pop("OPENAI_API_KEY_FILE").startswith("/run/secrets/")

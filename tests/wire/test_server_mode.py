@@ -2,15 +2,13 @@
 import contextlib
 import http.server
 import json
-import subprocess
-import sys
 import threading
 import time
 from random import Random
 
 import pytest
 from support import (ANTHROPIC_KEY, OPENAI_KEY, TOKEN, Served, call, program, proxy_environment,
-                     until)
+                     run_program, until)
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
@@ -468,8 +466,7 @@ def test_models_of_the_servers_provider_are_listed(cage, proxy_of):
     (["--server-url", "http://cage.example", "--server-token", SERVER_TOKEN], "http"),
     (["--server-url", "nonsense", "--server-token", SERVER_TOKEN], "--server-url")])
 def test_wrong_settings_are_one_line(flags, words):
-    done = subprocess.run([sys.executable, program().__file__, "--port", "0", *flags],
-                          capture_output=True, text=True, timeout=30)
+    done = run_program("--port", "0", *flags)
 
     assert (2, "") == (done.returncode, done.stdout)
     assert words in done.stderr and 1 == done.stderr.count("\n")
