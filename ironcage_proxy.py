@@ -9455,7 +9455,7 @@ class SqliteLedger:
         way of a call that asks."""
         known = {**values, "since_s": since_s, "day": since_s // DAY_S}
         with self._aside(), self._turn:
-            return self._db.execute(_SPENT.format(which), values).fetchone()[0] or 0
+            return self._db.execute(_SPENT.format(which), known).fetchone()[0] or 0
 
     def spent(self, token: Optional[str], since_s: int) -> int:
         """Return what one token, or None for all, spent since a day began; calls in flight at their
