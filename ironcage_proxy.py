@@ -1649,7 +1649,7 @@ def _reported_picodollars(usage: Mapping[str, object], names: Iterable[str]) -> 
     value: object = usage if path else None
     for name in path:
         value = json_object(value).get(name)
-    amount = exact_number(str(value))
+    amount: Any = exact_number(str(value))
     return _picodollars(amount) if _is_amount(amount) else 0
 
 
@@ -2268,7 +2268,8 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, objec
 def _is_allowed(rule: FieldRule, value: object, price: Price) -> bool:
     if isinstance(rule, tuple):
         return value in rule
-    return isinstance(value, rule) if isinstance(rule, type) else rule(value, price)
+    return isinstance(value, rule) if isinstance(rule, type) else bool(
+        callable(rule) and rule(value, price))
 
 
 def _is_plain(prompt: object) -> bool:
@@ -2813,7 +2814,7 @@ def hosted_changes(api: str, fields: Mapping[str, object],
             continue
         name = f"tools.{tool.get('name')}"
         own = optional_count(tool, "max_uses")
-        caps = {"max_uses": uses if own is None else min(own, uses)}
+        caps: dict[str, Any] = {"max_uses": uses if own is None else min(own, uses)}
         if kind.startswith("web_fetch"):
             caps["max_content_tokens"] = _fetch_cap(tool)
         if uses or own == 0:
@@ -3054,7 +3055,7 @@ class KnownCounts:
                 self._answered[scope] = ""
             self._counts.pop((scope, row.digest), None)
             self._counts[scope, row.digest] = (row.learned_s, row.counted)
-            kept: dict
+            kept: Any
             for kept in (self._counts, self._answered):
                 if len(kept) > MOST_COUNTS:
                     del kept[next(iter(kept))]
@@ -3173,7 +3174,7 @@ _parse_json = json.JSONDecoder().decode      # json.loads, without its look at t
 # cache reads and writes (a first report may hold all of it as plain input), the output, others.
 _CHAT_PARTS = (("prompt_tokens", "prompt_tokens_details"),
                ("completion_tokens", "completion_tokens_details"), ("total_tokens",))
-USAGE_PARTS = MappingProxyType({
+USAGE_PARTS: Mapping[str, tuple] = MappingProxyType({
     "chat": _CHAT_PARTS,
     "completions": _CHAT_PARTS,
     "embeddings": (_CHAT_PARTS[0], (), *_CHAT_PARTS[1:]),           # no output is expected
@@ -3252,8 +3253,8 @@ class AnswerMeter:
     @property
     def reported(self) -> Usage:
         """Return the counts of `usage`; what was not reported is 0. A total needs its input."""
-        usage = self.usage or {}
-        total = usage.get("total_tokens") if USAGE_PARTS[self.api][0][0] in usage else None
+        usage, (of_input, *_) = self.usage or {}, USAGE_PARTS[self.api]
+        total = usage.get("total_tokens") if of_input[0] in usage else None
         return USAGE_READERS[self.api]({**NO_TOKENS, **usage, "total_tokens": total})
 
     @property
@@ -3687,8 +3688,8 @@ class Part:
     text = id = name = namespace = media = data = url = file_id = detail = ""
     is_text = is_error = False
     parts: Sequence[Part] = ()
-    citations: Sequence[Citation] = ()
-    native: Mapping[str, object] = MappingProxyType({})    # verbatim, in the form of `origin`
+    citations: tuple[Citation, ...] = ()
+    native: Any = MappingProxyType({})                     # verbatim, in the form of `origin`
     origin = ""                          # the API of `native`: "messages", "responses", "chat"
     maker = ""                           # the provider of `native`, where that is known
     mark: Optional[Mapping[str, object]] = None            # Anthropic's cache_control
@@ -3908,8 +3909,8 @@ class AnswerWriter:
 
     end_of_ids = ""                      # servers may give each answer the same id: what tells them
 
-    def keep(self, item: Mapping[str, object]) -> None:
-        """Take an item that its client may name by its id alone; Translator says where to."""
+    # Takes an item that its client may name by its id alone; Translator says where to.
+    keep: Callable = staticmethod(lambda item: None)
 
 
 class Failure(NamedTuple):
@@ -4617,7 +4618,7 @@ def _is_object(schema: Mapping[str, object]) -> bool:
     return kind == "object" or (isinstance(kind, list) and "object" in kind)
 
 
-def _unwrapped(schema: object) -> object:
+def _unwrapped(schema: Any) -> Any:
     """Return a schema that does no more than wrap another in allOf, as pydantic does, as that."""
     while isinstance(schema, dict) and len(schema.get("allOf", ())) == 1 \
             and schema.keys() <= WRAPPER_KEYWORDS:
@@ -4626,7 +4627,7 @@ def _unwrapped(schema: object) -> object:
     return schema
 
 
-def _referred(ref: str, root: Mapping[str, object]) -> dict:
+def _referred(ref: str, root: Mapping[str, object]) -> Mapping[str, object]:
     """Return the schema that a local reference points to; an empty one where there is none."""
     target, is_map = root, False
     for step in ref[2:].split("/"):
@@ -5419,7 +5420,7 @@ def chat_usage(tokens: Tokens) -> dict:
                 "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
 
 
-def chat_stream_of(completion: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
+def chat_stream_of(completion: dict) -> Iterable[dict]:
     """Return a whole completion as a stream. Raises UpstreamBroke where it is none."""
     choice = _first_choice(completion)
     if not choice:
@@ -6307,14 +6308,14 @@ class _MessagesRequest(RequestWriter):
         return written
 
     def _set_tool_choice(self, request: dict) -> None:
-        wanted, choice = self._asked.choice, {}
+        choice: dict[str, Any] = {}
+        wanted = self._asked.choice
         if wanted is not None:
             choice = {"type": {"required": "any"}.get(wanted.mode, wanted.mode)}
             if wanted.mode == "tool":
                 choice["name"] = self._names.fitting(wanted.name, wanted.namespace)
         if self._asked.one_call_at_a_time and choice.get("type") != "none":
-            choice = {"type": "auto", **choice}
-            choice["disable_parallel_tool_use"] = True
+            choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
         if choice.get("type") in ("any", "tool") and (
                 self._thinking.get("type") == "enabled" or not self._claude.forced_tools):
             which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
@@ -6384,7 +6385,7 @@ class _MessagesRequest(RequestWriter):
     def _blocks(self, parts: Iterable[Part]) -> list[dict]:
         blocks = []
         for part in parts:
-            block: Optional[dict] = _BLOCKS_WRITTEN[part.kind](self, part)
+            block: Any = _BLOCKS_WRITTEN[part.kind](self, part)
             if block is not None:
                 if part.mark is not None:
                     block["cache_control"] = part.mark
@@ -6477,7 +6478,7 @@ def messages_usage(tokens: Tokens, tier: object = None) -> dict:
             "service_tier": "priority" if tier == "priority" else "standard"}
 
 
-def messages_stream_of(message: Mapping[str, object]) -> Iterator[dict]:
+def messages_stream_of(message: dict) -> Iterator[dict]:
     """Return a whole message as a stream of its blocks, each whole at its start."""
     yield {"type": "message_start", "message": message}
     for index, block in enumerate(_parts_of(message.get("content"))):
@@ -6641,7 +6642,7 @@ class MessagesWriter(AnswerWriter):
             if part.is_text or not re.match(OBJECT_START, text):
                 return ()
             self._held = None
-        return () if row is None else [self._delta(*row[1:], text)]
+        return () if row is None else [self._delta(row[1], row[2], text)]
 
     def _delta(self, kind: str, name: str, text: str) -> dict:
         return {"type": "content_block_delta", "index": self._index,
@@ -6673,7 +6674,7 @@ class MessagesWriter(AnswerWriter):
 
 OBJECT_START = r'\s*\{\s*["}]'
 # Kind of a part -> its block before it goes on; type and member of what that goes on by.
-_STREAMED_BLOCKS = MappingProxyType({
+_STREAMED_BLOCKS: Mapping[str, tuple] = MappingProxyType({
     **dict.fromkeys(("text", "refusal"), ({"type": "text", "text": ""}, "text_delta", "text")),
     "thought": ({"type": "thinking", "thinking": "", "signature": ""},
                 "thinking_delta", "thinking"),
@@ -7055,7 +7056,7 @@ _ITEM_PARTS: Mapping[str, Callable] = MappingProxyType({
 # Its answers, read.
 
 
-def responses_stream_of(answer: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
+def responses_stream_of(answer: dict) -> Iterable[dict]:
     """Return a whole response as a stream of its last event. Raises UpstreamBroke where it
     failed."""
     status = answer.get("status")
@@ -7558,7 +7559,7 @@ class Dialect(NamedTuple):
     read_request: Callable[[Mapping[str, object]], Conversation]
     request_writer: Callable[[Conversation, Target, Losses], RequestWriter]
     read_answer: Callable[[Iterable[Mapping[str, object]], Terms], Iterator[AnswerEvent]]
-    stream_of: Callable[[Mapping[str, object]], Iterable[Mapping[str, object]]]
+    stream_of: Callable[[dict], Iterable[dict]]
     writer: Callable[[Mapping[str, object], int], AnswerWriter]
     read_error: Callable[[int, object], Failure]
     write_error: Callable[[Failure, str], tuple[int, dict]]
@@ -7624,11 +7625,11 @@ class Translator:
         self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
 
-    def stream_of(self, body: Mapping[str, object]) -> Iterable[Mapping[str, object]]:
+    def stream_of(self, body: dict) -> Iterable[dict]:
         """Return a whole answer as a stream of the provider's. Raises UpstreamBroke."""
         return self._provider.stream_of(body)
 
-    def answer(self, body: Mapping[str, object]) -> dict:
+    def answer(self, body: dict) -> dict:
         """Return a whole answer. Raises UpstreamBroke."""
         return self.answer_of(self.stream_of(body))
 
@@ -7672,9 +7673,9 @@ class Translator:
                     wrapped[event.part] = TextInput()
             elif kind is Closed:
                 yield from self._over(event.part, wrapped.get(event.part))
-            elif kind is Began:
+            elif isinstance(event, Began):
                 event = event._replace(model=self._asked_model or event.model)
-            elif kind is Ended:
+            elif isinstance(event, Ended):
                 event = self._end(event)
             yield event
 
@@ -8353,7 +8354,7 @@ class CostController:
     def __init__(self, limit_microdollars: Optional[int] = None, *,
                  stop_at: Optional[int] = None, spent_microdollars: int = 0,
                  clock: Callable[[], float] = time.time,
-                 accounts: Optional[Accounts] = None) -> None:
+                 accounts: Any = None) -> None:
         self.accounts = accounts or Accounts(limit_microdollars, stop_at, spent_microdollars,
                                              clock)
         self._lock = threading.Lock()     # guards all below, and each Reservation there
@@ -8871,7 +8872,7 @@ def row_json(row: Mapping[str, object]) -> str:
 _seal_text = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def seal_of(row: Mapping[str, object], before: bytes) -> bytes:
+def seal_of(row: Any, before: bytes) -> bytes:
     """Return the digest of a settled row and of the seal before it.
 
     Absent values are left out, so that a further column changes no seal that was made.
@@ -8963,7 +8964,7 @@ class _Write:
     """One statement that waits to be committed."""
     __slots__ = ("statement", "row", "is_intent", "shared", "error", "is_written")
 
-    def __init__(self, statement: str, row: Union[dict, Sequence], *, is_intent: bool = False,
+    def __init__(self, statement: str, row: Any, *, is_intent: bool = False,
                  shared: Optional[str] = None) -> None:
         self.statement, self.row = statement, row
         self.is_intent = is_intent            # it is given up where it cannot be written at once
@@ -9247,7 +9248,7 @@ class SqliteLedger:
         self._queue: list[_Write] = []        # appended by all, emptied under _turn
         self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
         self._reading = threading.Lock()      # one query at a time on a connection of its own
-        self._upkeep = [_seal_rows, functools.partial(_add_up_rows, STEP_ROWS)] \
+        self._upkeep: list[Callable] = [_seal_rows, functools.partial(_add_up_rows, STEP_ROWS)] \
             if keep_days is None else [_seal_rows, functools.partial(_add_up_rows, 1),
                                        functools.partial(_fold_rows, keep_days)]
         self._path = path = os.path.realpath(path)
@@ -9738,7 +9739,7 @@ class LedgerAudit:
     """
 
     def __init__(self, path: str, prices: Optional[PriceBook] = None) -> None:
-        self.faults: list[tuple[Optional[dict], str]] = []
+        self.faults: list[tuple[Optional[Mapping[str, object]], str]] = []
         self.fault_count = self.rows = self.cost_microdollars = self.estimated = self.open = 0
         self.unsealed = self.unchecked = 0             # rows; the latter without known rates
         self.repriced = 0                              # rows at rates that today's table has not
@@ -9956,7 +9957,7 @@ def named_file(name: str, environ: Mapping[str, str]) -> str:
 
 
 def secret_in(path: str, held: Mapping[str, str],
-              read: Callable[[str], str] = lambda text: text) -> str:
+              read: Callable = lambda text: text) -> str:
     """Read the secret that a file holds on its one line. A fault says nothing of what it is.
 
     `held`: what files held before, by their paths: one that is broken now changes nothing, which
@@ -10670,8 +10671,8 @@ class Turns:
         seat = self._here.seat
         if not seat.has_turn or not hasattr(select, "epoll"):
             with self.outside():
-                ready = ready_of([wire.sock for wire in wires], deadline_s - time.monotonic())
-            return [wire for wire in wires if wire.sock in ready]
+                readable = ready_of([wire.sock for wire in wires], deadline_s - time.monotonic())
+            return [wire for wire in wires if wire.sock in readable]
         with self._lock:
             for wire in wires:
                 wire.seat, wire.is_ready = seat, False
@@ -11208,6 +11209,8 @@ def _request_to(url: str) -> urllib.request.Request:
 class UpstreamRequest(urllib.request.Request):
     """A request to a provider. `body` is in pieces, `watched` the client's wire, whose hang-up
     ends the wait, and `key` what its answer must not hold."""
+    _tunnel_host: Optional[str]              # the base class's, for a proxy on the way
+    data: Any
 
     def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: Sequence[bytes],
                  watched: Optional[Wire], key: Optional[str] = None) -> None:
@@ -14293,7 +14296,7 @@ class Router:
         """Return a call's worst case: by bytes while that is little of what is free, else measured.
         """
         betas = anthropic_betas(call.request.head, call.added_betas)
-        options = {"default_tier": call.provider.default_service_tier,
+        options: dict = {"default_tier": call.provider.default_service_tier,
                    "data_residency": call.provider.data_residency,
                    "may_be_lowered": not self.settings.no_fit,
                    "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
@@ -15012,7 +15015,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
-        self._is_head, self._caller, self._asked, self._memory = False, None, None, None
+        self._is_head, self._asked = False, None
+        self._caller: Optional[Caller] = None
+        self._memory: Optional[Claim] = None
         self._request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
         try:
             raw_head = self._next_head()
@@ -15374,7 +15379,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
             for name in (settings.host, *settings.allow_hosts)}
         self.started_s = time.monotonic()
-        self._unready, self._tried_s = None, NEVER_S  # what unreadiness() found, and when
+        self._unready: Optional[str] = None           # what unreadiness() found,
+        self._tried_s = NEVER_S                       # and when
         self.is_stopping = False
         self.cuts_now = False                          # a second signal: do not wait
         self.failure: Optional[str] = None             # the thread that failed: nothing is served
@@ -15399,7 +15405,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 settings.host, settings.port, type=socket.SOCK_STREAM,
                 flags=socket.AI_PASSIVE)[0]
             self.address_family = family
-            super().__init__(address[:2], ProxyHandler)
+            super().__init__(address[:2], ProxyHandler)      # type: ignore[arg-type]
         except (OSError, OverflowError, ValueError, TypeError) as err:      # of an embedder's port
             self.router.controller.accounts.close()
             self.ledger.close()
@@ -15662,7 +15668,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 time.sleep(STOP_POLL_S)
             raise
 
-    def process_request(self, request: socket.socket, client_address: object) -> None:
+    def process_request(self, request: Any, client_address: object) -> None:
         """Let in a connection, and at once all that wait behind it.
 
         It takes its turn as the connections do: where many ask, a thread without a turn gets the
@@ -15780,7 +15786,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with self._lock:
             return self._places[connection]
 
-    def shutdown_request(self, request: socket.socket) -> None:
+    def shutdown_request(self, request: Any) -> None:
         """End a connection and forget it."""
         super().shutdown_request(request)
         with self._changed:
@@ -16190,7 +16196,7 @@ def help_text(name: str) -> str:
         "A proxy between AI agents and model providers that holds the keys and never lets spend "
         "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n"
         + table([(f"  {name}", one.about) for name, one in COMMANDS.items()], lefts=2))
-    variables = "" if name not in SERVING else (
+    variables = "" if name not in SERVERS else (
         "\n\nEach setting has a variable, IRONCAGE_BUDGET for --budget and so on (1 for a switch, "
         "commas\nbetween several values); a flag goes first. IRONCAGE_TOKEN_FILE names a file that "
         "holds the value.\nProvider keys come from the environment, or from the file that "
@@ -16331,7 +16337,7 @@ def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = No
     found = {row.field: SECRETS[row.field](files[row.field], {}) if row.field in files
              else _setting_value(row, given[row.field], environ) for row in used}
     values = {name: value for name, value in found.items() if value is not None}
-    environ = environ if given["command"] in SERVING else {}         # others need no key
+    environ = environ if given["command"] in SERVERS else {}         # others need no key
     providers = _providers_from(values, environ)
     if given["wrapped"] is not None:
         values = {"port": 0, "quiet": True, **values}
@@ -16434,7 +16440,7 @@ def handed_listener(environ: Mapping[str, str]) -> Optional[socket.socket]:
     if count != "1":
         raise Misconfigured(f"LISTEN_FDS is {count[:20]!r}, but one socket can be served: give the "
                             "unit one ListenStream= (a port alone takes IPv4 and IPv6)")
-    is_right = False
+    is_right: object = False
     with contextlib.suppress(OSError):
         sock = socket.socket(fileno=FIRST_HANDED)
         is_right = sock.family in (socket.AF_INET, socket.AF_INET6) \
@@ -16856,7 +16862,8 @@ def _engine(settings: Settings) -> Iterator[Engine]:
 
 def run_cage(settings: Settings, given: Mapping[str, object]) -> None:
     """Make a cage in the engine of --shared, or begin it anew: `cage new NAME`."""
-    action, name, *more = [*given["words"], "", ""]
+    words: Sequence[str] = given["words"]
+    action, name, *more = [*words, "", ""]
     if action != "new" or not name or any(more):
         raise Misconfigured("cage takes: new NAME")
     with checking("the cage's name:"):
@@ -17133,7 +17140,7 @@ SELF_TESTS: Sequence[tuple[str, str, Callable[[_Laboratory], bool]]] = (
     ("never under-counted", "an unsettled call is charged on the next start",
      _is_never_under_counted),
     ("quiet", "only this machine is listened to",
-     lambda lab: LOOPBACK_HOST.fullmatch(lab.server.server_address[0]) is not None),
+     lambda lab: LOOPBACK_HOST.fullmatch(str(lab.server.server_address[0])) is not None),
 )
 
 
@@ -17197,8 +17204,8 @@ class Command(NamedTuple):
     example: str = ""
 
 
-SERVING = ("serve", "check")                  # they use the settings of a server, and keys
-COMMANDS = MappingProxyType({
+SERVERS = ("serve", "check")                  # they use the settings of a server, and keys
+COMMANDS: Mapping[str, Command] = MappingProxyType({
     "serve": Command(run_serve, "serve (the default); with -- CMD run one command in the cage",
                      "[-- CMD ...]", "--budget 2 -- claude -p \"fix the failing test\""),
     "check": Command(run_check, "what is configured, and what would happen to a model",

@@ -67,7 +67,10 @@ def test_contents_list_equals_the_chapters():
 
 
 def test_no_name_is_defined_twice():
-    names = [node.name for node in TREE.body if hasattr(node, "name")]
+    names = [name for node in TREE.body for name in (
+        [node.name] if hasattr(node, "name") else
+        [part.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target
+         for part in ast.walk(target) if isinstance(part, ast.Name)])]
 
     assert [] == [name for name in set(names) if names.count(name) > 1]
 
