@@ -51,7 +51,7 @@ TESTS = {
     "Ledger": "unit/test_ledger.py unit/test_histories.py faults/test_one_ledger_one_server.py "
               "faults/test_crashes.py",
     "Callers and configuration": "wire/test_tokens.py wire/test_providers.py wire/test_keys.py "
-                                 "wire/test_access.py wire/test_manners.py",
+                                 "wire/test_manners.py wire/test_operations.py",
     "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_turns.py "
                         "faults/test_malformed_requests.py",
     "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",

@@ -855,6 +855,50 @@ def test_a_start_on_a_hostile_engine_is_one_line(fake, soon, capsys, monkeypatch
     assert "Traceback" not in err and "s3cr3t" not in err + out
 
 
+@pytest.mark.parametrize("answer", [
+    many(b"$18\r\n9|1795996800|proxy\r\n"), many(NIL), b"+" + b"x" * 300_000], ids=len)
+def test_a_reply_without_amounts_or_without_an_end_is_no_reply(fake, soon, answer):
+    controller = Shared(fake, "x").process()
+    fake.answers.update({"take": answer, "scopes": answer})
+
+    with pytest.raises(ic.EngineFailed, match="not Redis' protocol"):
+        controller.ask(fixed(9))
+    with pytest.raises(ic.Misconfigured):
+        controller.set_scopes([ic.Scope("ci", None, "day", None, None)])
+
+
+def test_what_is_settled_is_not_tried_for_each_call_while_the_engine_is_away(fake, monkeypatch):
+    accounts, asked = Shared(fake, "x").process().accounts, []
+    for number in range(3):
+        accounts._end(ic.Settlement(accounts._process, number, "", 0))
+
+    def away(*words, **options):
+        asked.append(words)
+        raise ic.EngineFailed("away")
+    monkeypatch.setattr(accounts.engine, "ask", away)
+
+    with pytest.raises(ic.EngineFailed):
+        accounts._catch_up()
+    assert 1 == len(asked)
+
+
+def test_while_a_process_enters_what_may_be_forgotten_it_reserves_nothing(shared):
+    controller = shared.process(limit=1_000)
+    controller.accounts._is_entering = True
+
+    with pytest.raises(ic.EngineFailed, match="restarted"):
+        controller.ask(fixed(1))
+    assert (0, 0) == shared.amounts()
+
+
+def test_after_its_end_a_process_asks_the_engine_nothing(fake, soon):
+    controller = Shared(fake, "x").process()
+    controller.accounts.close()
+    seen = len(fake.seen)
+
+    assert (10_000_000, seen) == (controller.budget().limit, len(fake.seen))
+
+
 def test_an_engine_that_offers_money_and_never_gives_it_is_not_asked_for_ever(fake, mock,
                                                                              proxy_for, soon):
     proxy = proxy_for("--shared", fake.url)
@@ -1107,6 +1151,7 @@ def test_a_start_that_finds_no_cage_names_the_command_which_makes_one(engine, ca
     assert 2 == ic.main(["serve", "--port", "0", *flags])
     assert "cage new never-made --shared URL" in capsys.readouterr().err
     assert 2 == ic.main(["usage", *flags])
+    assert "there is no cage never-made" in capsys.readouterr().err
     for words in ([], ["old"], ["new"], ["new", "a", "b"], ["new", "a b"]):
         assert 2 == ic.main(["cage", *words, "--shared", engine.url])
     assert 2 == ic.main(["cage", "new", "x"])

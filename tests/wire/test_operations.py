@@ -255,6 +255,20 @@ def test_a_key_in_a_file_is_read_again_and_a_broken_one_changes_nothing(mock, pr
     assert NEW_KEY not in caplog.text
 
 
+@pytest.mark.parametrize("environ, fault", [
+    ({"OPENAI_API_KEY": "sk-1\x012345"}, "holds a character that a key cannot have"),
+    ({"OPENAI_API_KEY": "'sk-12345'"}, "holds quotes"),
+    ({"OPENAI_API_KEY": "sk-12345", "OPENAI_API_KEY_FILE": "/k"}, "leave one out"),
+])
+def test_a_key_that_cannot_be_one_is_refused_and_not_shown(environ, fault):
+    provider = program().KNOWN_PROVIDERS["openai"]
+
+    with pytest.raises(program().Misconfigured, match=fault) as refused:
+        program().with_key(provider, environ)
+
+    assert "sk-1" not in str(refused.value)
+
+
 def test_a_stream_in_flight_keeps_its_key_and_a_removed_file_does_too(mock, proxy_for, tmp_path):
     path, gate = tmp_path / "key", Gate()
     path.write_text(OPENAI_KEY)
