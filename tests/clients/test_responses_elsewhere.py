@@ -13,7 +13,7 @@ openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 pydantic = pytest.importorskip("pydantic")
 
-from openai.types.responses import Response, ResponseStreamEvent  # noqa: E402
+from openai.types.responses import Response, ResponseStreamEvent
 
 EACH_API = pytest.mark.parametrize("api", PATHS)
 WEATHER = {"type": "function", "name": "weather", "strict": True, "parameters": {

@@ -9,11 +9,11 @@ pydantic = pytest.importorskip("pydantic")
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
 
-from anthropic.types import Message, RawMessageStreamEvent  # noqa: E402
-from anthropic.types.message_create_params import (  # noqa: E402
+from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types.message_create_params import (
     MessageCreateParamsNonStreaming, MessageCreateParamsStreaming)
-from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
-from openai.types.chat.completion_create_params import (  # noqa: E402
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.completion_create_params import (
     CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming)
 
 MESSAGES = {False: MessageCreateParamsNonStreaming, True: MessageCreateParamsStreaming}
