@@ -4135,11 +4135,9 @@ def count_or_zero(usage: object, name: str) -> int:
 
 def _parts_of(content: object) -> list[dict]:
     """Return a message's content as a list of parts; a string is a text part, null is none."""
-    if content is None:
-        return []
-    return [part if isinstance(part, dict) else {"type": "text", "text": part}
-            for part in (content if isinstance(content, list) else (content,))
-            if isinstance(part, (dict, str))]
+    rows = content if isinstance(content, list) else (content,)
+    return [row if isinstance(row, dict) else {"type": "text", "text": row}
+            for row in rows if isinstance(row, (dict, str))]
 
 
 def _content_of(message: Mapping[str, object]) -> object:
@@ -4310,18 +4308,17 @@ class CallIds:
     """Ids of calls as a provider takes them, each but once."""
 
     def __init__(self, pattern: str, prefix: str) -> None:
-        self._pattern, self._prefix = pattern, prefix
+        self._fits, self._prefix = re.compile(pattern).fullmatch, prefix
         self._uses: dict[str, int] = {}            # of each of the client's ids
 
     def fitting(self, own: str) -> str:
         """Return the id of one call; a changed one depends on the client's alone."""
         again = self._uses.get(own, 0)
         self._uses[own] = again + 1
-        if not again and re.fullmatch(self._pattern, own):
+        if not again and self._fits(own):
             return own
         hashed = _hashed(f"{own}#{again}" if again else own, 24)
-        return next((fit for fit in (self._prefix + hashed, hashed[:9])
-                     if re.fullmatch(self._pattern, fit)), own)
+        return next(filter(self._fits, (self._prefix + hashed, hashed[:9])), own)
 
 
 LEGAL_CALL_ID = r"(?!icid)[A-Za-z0-9_-]{1,64}"     # for both vendors
