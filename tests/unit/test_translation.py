@@ -620,6 +620,42 @@ def test_an_answer_through_a_tool_is_the_content():
     assert ({"n": 1, "ü": [2]}, "stop") == (json.loads(folded["content"]), finish)
 
 
+def test_an_answer_through_a_tool_that_was_cut_says_so():
+    asked = {"response_format": {"type": "json_schema", "json_schema": {"schema": OPEN_SCHEMA}}}
+    cut = message({"type": "tool_use", "id": "t", "name": "json_response", "input": {"n": 1}},
+                  stop="max_tokens")
+
+    assert "length" == to_claude(asked)[0].answer(cut)["choices"][0]["finish_reason"]
+
+
+def test_text_inside_an_object_comes_without_empty_pieces():
+    translator, _ = to_claude({"tools": [{"type": "custom", "custom": {"name": "run"}}]})
+    use = {"type": "tool_use", "id": "t", "name": "run", "input": {"input": "ls"}}
+
+    chunks = [*translator.events(stream_of(message(use, stop="tool_use"), pieces=15))]
+    calls = [call for chunk in chunks if "choices" in chunk
+             for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+
+    assert ["", "l", "s"] == [call["custom"]["input"] for call in calls]
+
+
+def test_an_api_that_no_provider_of_the_model_speaks_is_carried_by_none():
+    anthropic = ic.KNOWN_PROVIDERS["anthropic"]
+
+    carried = [ic.carrying_api(api, anthropic, "m", None) for api in ("embeddings", "chat")]
+
+    assert [None, "messages"] == carried
+
+
+def test_a_turn_that_was_only_our_own_thinking_is_left_out_whole():
+    ours = {"type": "thinking", "thinking": "hm", "signature": ic.OWN_THINKING}
+    said = [USER, {"role": "assistant", "content": [ours]},
+            {"role": "assistant", "content": [ours, text("a")]}, USER]
+
+    assert {"messages": [USER, {"role": "assistant", "content": [text("a")]}, USER]} \
+        == ic.without_own_thinking("messages", {"messages": said})
+
+
 @pytest.mark.parametrize("said, content", [
     ('```json\n{"a": 1}\n```', '{"a": 1}'), ('```\n{"a": 1}\n```\n', '{"a": 1}'),
     ('{"a": "```"}', '{"a": "```"}'), ("x ```json\n{}\n```", "x ```json\n{}\n```")])
