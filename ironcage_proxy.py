@@ -9863,9 +9863,9 @@ class LedgerAudit:
 
 # ==== 18. Callers and configuration =============================================================
 #
-# Whose requests are served, and for how much: the tokens of --config, and the two of the command
-# line. A file is read whole and strictly; one that is broken changes nothing. Tokens are kept as
-# SHA-256.
+# Whose requests are served, for how much and where they go: the tokens of --config, and the two of
+# the command line; Settings; Routes. A file is read whole and strictly; one that is broken changes
+# nothing. Tokens are kept as SHA-256.
 
 TOKEN_NAME = r"[A-Za-z0-9_.-]{1,64}"
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
@@ -10350,6 +10350,143 @@ class Traffic:
         finally:
             with self._lock:
                 self._in_flight[caller.name] -= 1
+
+
+class Settings(NamedTuple):
+    """Everything that a server is started with."""
+    providers: tuple[Provider, ...]
+    token: str                                         # what callers authenticate with
+    host: str = "127.0.0.1"
+    port: int = 8787                                   # 0: any free one
+    listener: Optional[socket.socket] = None           # that another process opened for us
+    budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
+    stop_at_microdollars: Optional[int] = None         # once this is spent no call begins
+    admin_token: Optional[str] = None
+    token_is_generated: bool = False
+    config_path: Optional[str] = None                  # tokens, providers and aliases
+    environ: Mapping[str, str] = MappingProxyType({})  # for its keys
+    secret_files: Mapping[str, str] = MappingProxyType({})       # field below -> where it is from
+    allow_plain_http: bool = False
+    ledger_path: Optional[str] = None                  # None: in memory
+    fsync: bool = False                                # the ledger survives a loss of power
+    keep_days: Optional[int] = None                    # then rows become totals; None: never
+    no_wait_for_ledger: bool = False                   # refuse at once one that is in use
+    pricing_path: Optional[str] = None                 # None: pricing.json beside this file
+    allow_hosts: tuple[str, ...] = ()
+    allow_paths: tuple[str, ...] = ()
+    allow_fields: tuple[str, ...] = ()                 # let through though nothing is known of them
+    allow_contents: tuple[str, ...] = ()               # likewise types of content
+    no_hosted_tools: bool = False
+    bound: str = "measured"                            # or "bytes"
+    wait_s: int = 30                                   # in the queue for what calls in flight hold
+    no_fit: bool = False                               # never lower a client's output cap
+    strict: bool = False                               # refuse what a translation would lose
+    shared: Optional[EngineAddress] = None             # where many processes keep one budget
+    cage: str = "default"                              # under this name
+    server_url: Optional[str] = None                   # of an Iron Cage server
+    server_token: Optional[str] = None                 # there; None: `token`
+    cache_ttl_s: int = 300                             # how long its key is kept
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_memory_bytes: int = 256 * 1024 * 1024          # half of a small container of 512 MB
+    agent_id: Optional[str] = None                     # in events, instead of the token's name
+    provider_id: Optional[str] = None                  # in events, instead of the provider's name
+    on_event: Optional[Callable[[Event], None]] = None
+    alert_url: Optional[str] = None                    # a secret: anybody can post there
+    log_format: str = "text"
+    quiet: bool = False
+    timeouts: Timeouts = Timeouts()
+
+    def __repr__(self) -> str:
+        return f"<Settings for {self.host} port {self.port}>"               # without their tokens
+
+
+class Routes(NamedTuple):
+    """Where requests go: by their path, and by the model that they name."""
+    providers: Mapping[str, Provider]
+    config: Config
+
+    def in_path(self, path: str) -> tuple[Optional[Provider], str]:
+        """Return the provider that a path's first segment names, and the path to call there."""
+        name, behind = split_path(path)
+        provider = self._provider(name)
+        return provider, behind if provider or not name else path
+
+    def of_path(self, request: ClientRequest, path: str) -> Provider:
+        """Return the provider of a path that names neither a provider nor a model."""
+        speaks_anthropic = request.dialect == "anthropic" or (
+            re.match(r"/v1/(models|files)(/|$)", path)
+            and request.head.headers.get("anthropic-version") is not None)
+        return self.providers["anthropic" if speaks_anthropic else "openai"]
+
+    def of_model(self, model: str, named: Optional[Provider] = None) -> tuple[Provider, str]:
+        """Return the provider of a model, and the model's name there.
+
+        provider/model names both; else an alias; else the prefix of the name. Raises
+        UnknownProvider.
+        """
+        if model not in self.config.aliases:
+            model = LONG_WINDOW_SUFFIX.sub("", model)
+        prefix, slash, rest = model.partition("/")
+        if named is None and not (slash and self._provider(prefix)):
+            model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
+            prefix, slash, rest = model.partition("/")
+        if model == ECHO_MODEL:
+            return ECHO_PROVIDER, model
+        provider = self._provider(prefix) if slash else None
+        if provider is not None and named in (None, provider):
+            return provider, rest
+        if named is not None:
+            return named, model
+        if slash:
+            raise self._unknown(prefix, model)
+        name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
+        return self.providers[name], model
+
+    def window_betas(self, model: str, provider: Provider) -> tuple[str, ...]:
+        """Return what asks a provider for the long window that a model's name asks for."""
+        is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
+        return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
+
+    def known_models(self, prices: PriceBook, caller: Caller,
+                     of_server: Optional[str]) -> dict[str, tuple[str, Price]]:
+        """Return the priced models of the providers that can be called, and aliases: (provider,
+        price). `of_server` names the provider whose key an Iron Cage server gave."""
+        ready = {name for name, provider in self.providers.items()
+                 if provider.key is not None or not provider.key_env or name == of_server}
+        owners = {seller: name for name in self.providers if name in ready
+                  for seller in prices.sellers(name)}
+        models = {}
+        for key in prices.keys():
+            price, (prefix, _, rest) = prices.price(key), key.partition("/")
+            owner = owners.get(price.provider or prefix)
+            model = rest if owners.get(prefix) == owner and key != ECHO_MODEL else key
+            if owner is not None and caller.may_use(owner, model):
+                plain = model == key and owner in ("openai", "anthropic", ECHO_PROVIDER.name)
+                models[key if plain else f"{owner}/{model}"] = (owner, price)
+        for alias in self.config.aliases:
+            provider, model = self.of_model(alias)
+            found = prices.find(model, provider.name)
+            if found is not None and not re.search("[*?[]", alias) and provider.name in ready \
+                    and caller.may_use(provider.name, model):
+                models[alias] = (provider.name, found)
+        return models
+
+    def _provider(self, name: str) -> Optional[Provider]:
+        return self.providers.get(name) or self.providers.get(PROVIDER_ALIASES.get(name, ""))
+
+    def _unknown(self, name: str, model: str) -> UnknownProvider:
+        """Make the error for a provider that is not set up, or that nobody knows."""
+        row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
+        if row is None:
+            return UnknownProvider(
+                f"the model {shown_name(model)} names a provider that there is not"
+                f"{did_you_mean(name, self.providers)}: before a / stands one of "
+                f"{', '.join(self.providers)}", param="model")
+        is_by_key = row.key_env and row.base_url and not row.is_named_only
+        return UnknownProvider(
+            f"the provider {row.name} is not set up: " + (
+                f"set {row.key_env} in the proxy's environment" if is_by_key
+                else "name it under providers in --config"), param="model")
 
 
 # ==== 19. HTTP on a socket ======================================================================
@@ -13661,56 +13798,9 @@ def shared_usage(engine: Engine, cage: str, since_s: int) -> dict:
 
 # ==== 25. Router ================================================================================
 #
-# The life of a request: route -> bound -> reserve -> send -> meter -> settle. Money, network and
-# record meet here only. Whatever happens to a call, it settles once, in _settle().
-
-
-class Settings(NamedTuple):
-    """Everything that a server is started with."""
-    providers: tuple[Provider, ...]
-    token: str                                         # what callers authenticate with
-    host: str = "127.0.0.1"
-    port: int = 8787                                   # 0: any free one
-    listener: Optional[socket.socket] = None           # that another process opened for us
-    budget_microdollars: Optional[int] = None          # None: count, and refuse nothing
-    stop_at_microdollars: Optional[int] = None         # once this is spent no call begins
-    admin_token: Optional[str] = None
-    token_is_generated: bool = False
-    config_path: Optional[str] = None                  # tokens, providers and aliases
-    environ: Mapping[str, str] = MappingProxyType({})  # for its keys
-    secret_files: Mapping[str, str] = MappingProxyType({})       # field below -> where it is from
-    allow_plain_http: bool = False
-    ledger_path: Optional[str] = None                  # None: in memory
-    fsync: bool = False                                # the ledger survives a loss of power
-    keep_days: Optional[int] = None                    # then rows become totals; None: never
-    no_wait_for_ledger: bool = False                   # refuse at once one that is in use
-    pricing_path: Optional[str] = None                 # None: pricing.json beside this file
-    allow_hosts: tuple[str, ...] = ()
-    allow_paths: tuple[str, ...] = ()
-    allow_fields: tuple[str, ...] = ()                 # let through though nothing is known of them
-    allow_contents: tuple[str, ...] = ()               # likewise types of content
-    no_hosted_tools: bool = False
-    bound: str = "measured"                            # or "bytes"
-    wait_s: int = 30                                   # in the queue for what calls in flight hold
-    no_fit: bool = False                               # never lower a client's output cap
-    strict: bool = False                               # refuse what a translation would lose
-    shared: Optional[EngineAddress] = None             # where many processes keep one budget
-    cage: str = "default"                              # under this name
-    server_url: Optional[str] = None                   # of an Iron Cage server
-    server_token: Optional[str] = None                 # there; None: `token`
-    cache_ttl_s: int = 300                             # how long its key is kept
-    max_body_bytes: int = 32 * 1024 * 1024
-    max_memory_bytes: int = 256 * 1024 * 1024          # half of a small container of 512 MB
-    agent_id: Optional[str] = None                     # in events, instead of the token's name
-    provider_id: Optional[str] = None                  # in events, instead of the provider's name
-    on_event: Optional[Callable[[Event], None]] = None
-    alert_url: Optional[str] = None                    # a secret: anybody can post there
-    log_format: str = "text"
-    quiet: bool = False
-    timeouts: Timeouts = Timeouts()
-
-    def __repr__(self) -> str:
-        return f"<Settings for {self.host} port {self.port}>"               # without their tokens
+# The life of a call is Router._carried(): route, bound, reserve, write down, send, forward while
+# metering, settle. Money, network and record meet here only. Whatever happens to a call, it settles
+# once, in _settle().
 
 
 class Answer(NamedTuple):
@@ -13794,95 +13884,6 @@ def json_body(request: ClientRequest) -> JsonBody:
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
         raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
     return request.parsed()
-
-
-class Routes(NamedTuple):
-    """Where requests go: by their path, and by the model that they name."""
-    providers: Mapping[str, Provider]
-    config: Config
-
-    def in_path(self, path: str) -> tuple[Optional[Provider], str]:
-        """Return the provider that a path's first segment names, and the path to call there."""
-        name, behind = split_path(path)
-        provider = self._provider(name)
-        return provider, behind if provider or not name else path
-
-    def of_path(self, request: ClientRequest, path: str) -> Provider:
-        """Return the provider of a path that names neither a provider nor a model."""
-        speaks_anthropic = request.dialect == "anthropic" or (
-            re.match(r"/v1/(models|files)(/|$)", path)
-            and request.head.headers.get("anthropic-version") is not None)
-        return self.providers["anthropic" if speaks_anthropic else "openai"]
-
-    def of_model(self, model: str, named: Optional[Provider] = None) -> tuple[Provider, str]:
-        """Return the provider of a model, and the model's name there.
-
-        provider/model names both; else an alias; else the prefix of the name. Raises
-        UnknownProvider.
-        """
-        if model not in self.config.aliases:
-            model = LONG_WINDOW_SUFFIX.sub("", model)
-        prefix, slash, rest = model.partition("/")
-        if named is None and not (slash and self._provider(prefix)):
-            model = LONG_WINDOW_SUFFIX.sub("", self.config.aliased(model))
-            prefix, slash, rest = model.partition("/")
-        if model == ECHO_MODEL:
-            return ECHO_PROVIDER, model
-        provider = self._provider(prefix) if slash else None
-        if provider is not None and named in (None, provider):
-            return provider, rest
-        if named is not None:
-            return named, model
-        if slash:
-            raise self._unknown(prefix, model)
-        name = next((name for start, name in MODEL_PREFIXES if model.startswith(start)), "openai")
-        return self.providers[name], model
-
-    def window_betas(self, model: str, provider: Provider) -> tuple[str, ...]:
-        """Return what asks a provider for the long window that a model's name asks for."""
-        is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
-        return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
-
-    def known_models(self, prices: PriceBook, caller: Caller,
-                     of_server: Optional[str]) -> dict[str, tuple[str, Price]]:
-        """Return the priced models of the providers that can be called, and aliases: (provider,
-        price). `of_server` names the provider whose key an Iron Cage server gave."""
-        ready = {name for name, provider in self.providers.items()
-                 if provider.key is not None or not provider.key_env or name == of_server}
-        owners = {seller: name for name in self.providers if name in ready
-                  for seller in prices.sellers(name)}
-        models = {}
-        for key in prices.keys():
-            price, (prefix, _, rest) = prices.price(key), key.partition("/")
-            owner = owners.get(price.provider or prefix)
-            model = rest if owners.get(prefix) == owner and key != ECHO_MODEL else key
-            if owner is not None and caller.may_use(owner, model):
-                plain = model == key and owner in ("openai", "anthropic", ECHO_PROVIDER.name)
-                models[key if plain else f"{owner}/{model}"] = (owner, price)
-        for alias in self.config.aliases:
-            provider, model = self.of_model(alias)
-            found = prices.find(model, provider.name)
-            if found is not None and not re.search("[*?[]", alias) and provider.name in ready \
-                    and caller.may_use(provider.name, model):
-                models[alias] = (provider.name, found)
-        return models
-
-    def _provider(self, name: str) -> Optional[Provider]:
-        return self.providers.get(name) or self.providers.get(PROVIDER_ALIASES.get(name, ""))
-
-    def _unknown(self, name: str, model: str) -> UnknownProvider:
-        """Make the error for a provider that is not set up, or that nobody knows."""
-        row = KNOWN_PROVIDERS.get(PROVIDER_ALIASES.get(name, name))
-        if row is None:
-            return UnknownProvider(
-                f"the model {shown_name(model)} names a provider that there is not"
-                f"{did_you_mean(name, self.providers)}: before a / stands one of "
-                f"{', '.join(self.providers)}", param="model")
-        is_by_key = row.key_env and row.base_url and not row.is_named_only
-        return UnknownProvider(
-            f"the provider {row.name} is not set up: " + (
-                f"set {row.key_env} in the proxy's environment" if is_by_key
-                else "name it under providers in --config"), param="model")
 
 
 def answer_to_warming(fields: Mapping[str, object], request_id: str) -> Answer:
