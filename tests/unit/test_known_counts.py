@@ -445,6 +445,22 @@ def test_a_response_that_goes_on_is_bounded_by_its_total_the_slack_and_what_is_n
                                      price("responses"), ic.Counted(5_000))
 
 
+def test_items_named_by_their_ids_are_bounded_by_what_their_responses_made():
+    made = {ic._digest("item", name): ic.Counted(5_000, frozenset({"response 1"}))
+            for name in ("rs_1", "rs_2")}
+    one, two = ({"type": "item_reference", "id": name} for name in ("rs_1", "rs_2"))
+
+    def bound(*items):
+        return ic.referred_input_tokens(body_of({"input": [*items]}), price("responses"), 0,
+                                        lambda digests: [made.get(digest) for digest in digests])
+
+    assert 5_000 < bound(one, two) < 6_000 < 10_000 < bound(one, one)
+    assert [None] * 3 == [bound({"role": "user", "content": "hi"}),
+                          bound(one, {"type": "item_reference", "id": "rs_3"}),
+                          bound(one, {"type": "message", "id": "rs_2", "content": "x"},
+                                {"type": "message", "id": "rs_1", "content": "x"})]
+
+
 def test_a_field_of_null_is_one_that_is_not_there():
     rng, session = Random(24), Session()
     fields = request(rng)
