@@ -74,11 +74,25 @@ Contents (each chapter uses only names of chapters above it):
     28. Settings and command line
     29. Embedding
 
-An API is one of "chat", "responses", "completions", "embeddings" and "messages". To answer "can it
-overspend?" read 3, 4, 5, 7, 16, 17, 21 and 25, and 24 where many processes share a
-budget; "what leaves this machine?" 20, and who calls it, Alerts in 22, CageServer._post in 23,
-Router._send in 25, and EngineLink in 24; "is my message changed?" 3, without_usage in 7, 8 to 14,
-Router._upstream_body in 25.
+An API is one of "chat", "responses", "completions", "embeddings" and "messages".
+
+Which code answers a question: `python tests/calls.py overspend` prints it and nothing else, for it
+follows the calls, and tests/unit/test_map.py sees that nothing is missing.
+
+    overspend: Can it overspend? What these use of chapters 3 to 7, 16, 17 and 21.
+        CostController; Settlement; AnswerMeter; StreamReader; KnownCounts; PriceBook: _find price bill;
+        SqliteLedger: intent settle spent; LlmRouter: set_budget; ProxyServer: put_budget;
+        Router: open _session _carried _admitted _planned _translated _bound _tight_bound _reserved
+        _upstream_body _settle _record _take_lease configure
+        _check_unmetered; known_input_tokens; and SharedAccounts, with all of
+        chapter 24, where many processes share a budget
+    leaves: What leaves this machine? What these use of chapters 18 and 20.
+        KeepAliveHandler; posted; Router: _sent _send _passed_through; CageServer: _post;
+        Alerts: _is_done; EngineLink
+    changed: Is my message changed, where its API is the provider's own? What these use of chapters
+        3, 6, 7, 20 and 21.
+        JsonBody: spliced; Router: _upstream_body _answered _whole_answer _streamed _reads
+        _to_its_end _unread _counted_here; UpstreamResponse; StreamReader; without_usage
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Iterable, Iterator, Optional
 
 Classes = frozenset[str]
@@ -34,8 +36,12 @@ class Calls:
         self._bases: dict[str, list[str]] = {}
         self._fields: dict[tuple[str, str], Classes] = {}
         self._returns: dict[str, Optional[ast.AST]] = {}
+        self._unions: dict[str, ast.AST] = {}
         for node in self.tree.body:
             self._define(node)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript) \
+                    and getattr(node.value.value, "id", "") in ("Union", "Optional"):
+                self._unions[node.targets[0].id] = node.value
         self._derived = {name: [other for other, bases in self._bases.items() if name in bases]
                          for name in self._bases}
         self._read_annotations()
@@ -132,8 +138,12 @@ class Calls:
     def _named(self, annotation: Optional[ast.AST]) -> Classes:
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             annotation = ast.parse(annotation.value, mode="eval")
-        return frozenset(node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)
-                         and node.id in self._bases) if annotation is not None else NONE
+        named = {node.id for node in ast.walk(annotation)
+                 if isinstance(node, ast.Name)} if annotation is not None else set()
+        for alias in named & {*self._unions}:
+            named |= {node.id for node in ast.walk(self._unions[alias])
+                      if isinstance(node, ast.Name)}
+        return frozenset(named & {*self._bases})
 
     def _field(self, classes: Classes, name: str) -> Classes:
         return frozenset().union(*(self._fields.get((one, name), NONE)
@@ -244,3 +254,48 @@ def _each_assignment(function: ast.AST) -> Iterator[tuple]:
                 yield from ((one, other, None) for one, other in zip(target.elts, values))
             else:
                 yield target, value, None
+
+
+class Question:
+    """A question of the file's map: its roots, and the chapters in which what they use is followed."""
+    ROW = re.compile(r"^    ([a-z]+): ([A-Z][^?]{5,120}\?) What these use of chapters\s+([\d, toand\n]+)\.\n"
+                     r"((?: {8}.+\n)+)", re.MULTILINE)
+
+    def __init__(self, calls: Calls, match: re.Match) -> None:
+        self.name, self.words = match[1], " ".join(match[2].split())
+        self.chapters: set[int] = set()
+        for first, last in re.findall(r"(\d+)(?: to (\d+))?", match[3]):
+            self.chapters |= {*range(int(first), int(last or first) + 1)}
+        self.roots: set[str] = set()
+        for group in match[4].partition("; and ")[0].split(";"):
+            owner, _, methods = group.strip().partition(": ")
+            names = [f"{owner}.{method}" for method in methods.split()] or [owner]
+            self.roots |= {*names} - {*calls._bases}
+            for name in {*names} & {*calls._bases}:
+                self.roots |= calls.of_class(name)
+
+    def code(self, calls: Calls) -> set[str]:
+        """The names that answer it."""
+        return calls.reached(self.roots, {name for name, nodes in calls.nodes.items() if nodes
+                                          and calls.chapter_of(name) not in self.chapters}
+                             - self.roots)
+
+
+def questions(calls: Calls) -> dict[str, Question]:
+    return {match[1]: Question(calls, match)
+            for match in Question.ROW.finditer(ast.get_docstring(calls.tree, clean=False))}
+
+
+def main() -> None:
+    calls = Calls((Path(__file__).resolve().parents[1] / "ironcage_proxy.py").read_text())
+    question = questions(calls)[sys.argv[1]]
+    rows, last = calls.source.splitlines(), 0
+    for number in sorted(calls.lines(question.code(calls))):
+        if number != last + 1:
+            print()
+        print(f"{number:6} {rows[number - 1]}")
+        last = number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The map in the file's docstring: for each question the code that answers it, and nothing missing."""
+import ast
+import functools
+import subprocess
+import sys
+
+import pytest
+from calls import Calls, questions
+from support import ROOT
+
+MOST_LINES = {"overspend": 3_700, "leaves": 700, "changed": 1_000}
+# What sets money aside, settles it or moves a limit.
+MONEY = [f"{owner}.{name}" for owner in ("CostController", "Accounts") for name in (
+    "reserve", "cancel", "commit", "settle", "take", "add_spend", "set_budget", "set_limits",
+    "set_scopes", "session")]
+CONNECTS = ("create_connection", "connect", "connect_ex", "sendto", "urlopen")
+# What replaces bytes of a message in its own API.
+CHANGES = ("JsonBody.spliced", "without_usage", "with_notice")
+
+
+@functools.lru_cache(maxsize=None)
+def mapped():
+    calls = Calls((ROOT / "ironcage_proxy.py").read_text(encoding="utf-8"))
+    return calls, questions(calls)
+
+
+def code_of(name):
+    calls, asked = mapped()
+    return asked[name].code(calls)
+
+
+def outward(calls):
+    """Functions that open connections; SQLite's are none, and serving opens none."""
+    return {name for name, nodes in calls.nodes.items() for node in nodes for call in ast.walk(node)
+            if isinstance(call, ast.Call) and (
+                getattr(call.func, "attr", "") in CONNECTS
+                or ast.unparse(call.func).endswith("opener.open"))
+            and not ast.unparse(call.func).startswith("sqlite3.")}
+
+
+def test_each_question_names_code_that_there_is():
+    calls, asked = mapped()
+
+    assert {*MOST_LINES} == {*asked}
+    assert [] == [root for question in asked.values() for root in question.roots
+                  if root not in calls.nodes]
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_an_answer_fits_an_auditors_day(name):
+    calls, _ = mapped()
+
+    assert len(calls.lines(code_of(name))) <= MOST_LINES[name]
+
+
+def test_whatever_moves_money_or_a_limit_is_in_the_answer_to_overspend():
+    """Chapter 24 is named there as a whole; what starts or shows a server moves nothing."""
+    calls, _ = mapped()
+    movers = calls.users([name for name in MONEY if name in calls.nodes])
+
+    assert set() == {name for name in movers - code_of("overspend")
+                     if calls.chapter_of(name) != 24} - {"Router.__init__"}
+
+
+def test_whatever_opens_a_connection_and_whatever_uses_that_is_in_the_answer_to_leaves():
+    calls, _ = mapped()
+    openers = outward(calls)
+    senders = calls.users(openers & {"posted", "Router._send"}) | openers
+
+    assert openers
+    assert set() == senders - code_of("leaves")
+
+
+def test_whatever_replaces_bytes_is_in_the_answer_to_changed():
+    calls, _ = mapped()
+
+    assert set() == calls.users(CHANGES) - code_of("changed") - {"Router._unmetered"}
+
+
+def test_the_code_of_a_question_can_be_printed():
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "calls.py"), "changed"],
+                          capture_output=True, text=True)
+
+    assert 0 == done.returncode, done.stderr
+    assert "def spliced" in done.stdout and "def _price_reached" not in done.stdout
