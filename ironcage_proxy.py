@@ -5214,31 +5214,24 @@ class _ChatRequest(_OpenAIRequest):
 
     def request(self) -> dict:
         """Return the request."""
-        asked, losses, gpt = self._asked, self._losses, self._gpt
+        asked, gpt = self._asked, self._gpt
         tools = self._tool_fields()
         self._write_messages()
-        request: dict = {"model": asked.model, "messages": self._messages}
-        cap = self._cap()
-        if cap is not None:
-            request[self._target.manners.caps[0]] = cap
-        request.update(tools)
-        stops = asked.stops[:0 if gpt.efforts else MAX_STOPS]
+        cap, stops = self._cap(), asked.stops[:0 if gpt.efforts else MAX_STOPS]
         if len(asked.stops) > len(stops):
-            losses.drop("stops")
-        if stops:
-            request["stop"] = stops
-        if asked.streams:
-            request["stream"] = True
+            self._losses.drop("stops")
         effort = self._effort(gpt.efforts, gpt.effort_with_tools if tools else "any")
-        if effort is not None:
-            request["reasoning_effort"] = effort
         wanted, words = self._format()
         if words:
             self._messages.insert(0, self._system_message([words]))
-        elif wanted:
-            kind = wanted.pop("type")
-            request["response_format"] = {"type": kind, **({kind: wanted} if wanted else {})}
-        return {**request, **self._extras(effort)}
+        kind = wanted.pop("type", None)
+        optional = {
+            self._target.manners.caps[0]: cap, **tools, "stop": stops or None,
+            "stream": asked.streams or None, "reasoning_effort": effort,
+            "response_format": kind and {"type": kind, **({kind: wanted} if wanted else {})},
+            **self._extras(effort)}
+        return {"model": asked.model, "messages": self._messages, **{
+            name: value for name, value in optional.items() if value is not None}}
 
     def _tool(self, tool: Tool) -> Optional[dict]:
         if tool.kind not in ("function", "text"):
