@@ -663,3 +663,24 @@ def test_an_empty_body_can_be_inflated_into_nothing():
 
     assert b"" == inflater.feed(gzip.compress(b""))
     assert inflater.is_complete
+
+
+@pytest.mark.parametrize("encoding, body, plain", [
+    ("identity", PLAIN_BODY, PLAIN_BODY), ("br", PLAIN_BODY, b""), ("gzip", PLAIN_BODY, b""),
+    *((encoding, packed, PLAIN_BODY) for encoding, packed in PACKED.items())])
+def test_a_body_is_freed_of_its_encoding_or_not_read(encoding, body, plain):
+    assert plain == ic.inflated(body, encoding, abs)
+
+
+def test_a_body_without_an_encoding_is_not_copied():
+    assert PLAIN_BODY is ic.inflated(PLAIN_BODY, "identity", abs)
+
+
+def test_a_whole_answer_that_is_a_stream_is_read_event_by_event():
+    usage = {"prompt_tokens": 9, "completion_tokens": 2}
+    chunks = [{"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]},
+              {"choices": [], "usage": usage}]
+    meter = ic.AnswerMeter("chat")
+
+    assert meter.read_answer(b"".join(map(ic.format_event, chunks))) is None
+    assert (chunks, usage, True) == (meter.events, meter.usage, meter.usage_is_final)

@@ -1030,3 +1030,43 @@ def test_no_float_comes_near_money():
     assert len(nodes) > 1_000
     assert [] == floats
     assert [] == [text for text in divisions if not re.match(r"Fraction\(.*\) / 2", text)]
+
+
+# Prices as they are kept.
+
+def test_a_kept_price_reads_back_as_it_was():
+    price = book_of(m={
+        "litellm_provider": "openai", "input_cost_per_token": 1e-6,
+        "output_cost_per_token": 2.0000000000005e-6,            # no whole picodollars
+        "input_cost_per_token_above_128k_tokens": 3e-6,
+        "search_context_cost_per_query": {"search_context_size_low": 0.01}}).price("m")
+
+    assert price == ic.price_from_cells(price.cells())._replace(known_rates=price.known_rates)
+
+
+def test_rates_are_worked_out_once():
+    price = BOOK.price("gpt-5.5")
+
+    assert price.rates(None, 9) is price.rates("default", 10)
+
+
+@pytest.mark.parametrize("name", ["provider_specific_entry", "search_context_cost_per_query"])
+def test_what_should_be_an_object_and_is_none_leaves_a_row_unpriced(name):
+    row = {"input_cost_per_token": 1, "output_cost_per_token": 1, name: 5}
+
+    with pytest.raises(ValueError, match=f"{name} must be an object"):
+        ic.price_from_row("m", row)
+    assert book_of(m=row).find("m") is None
+
+
+def test_a_row_that_stands_in_for_others_must_have_a_price():
+    with pytest.raises(ValueError, match=r"price_as gpt-\*: there is no price for gpt-none"):
+        BOOK.with_own({}, providers=(), price_as={"gpt-*": "gpt-none"})
+
+
+def test_all_models_of_a_provider_that_is_free_cost_nothing_and_only_those():
+    book = BOOK.with_own({}, providers=[ic.manners_of("ollama")], price_as={})
+
+    assert {0} == set(book.price("gpt-5.5", "ollama").amounts.values())
+    assert book.find("unheard-of", "lm_studio") is None
+    assert 0 < book.price("gpt-5.5", "openai").amounts["input_cost_per_token"]
