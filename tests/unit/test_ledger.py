@@ -232,6 +232,19 @@ def test_an_intent_that_cannot_be_written_is_refused_and_leaves_nothing_behind(p
     ledger.close()
 
 
+def test_a_lease_that_cannot_be_written_is_not_taken(path):
+    ledger = ic.SqliteLedger(path)
+    ledger._db = Unwritable(ledger._db)
+    ledger._db.is_full = True
+
+    with pytest.raises(ic.LedgerUnavailable, match="no budget is leased"):
+        ledger.keep_lease(ic.Lease("lease", 5, 0))
+
+    ledger._db.is_full = False
+    assert [] == ledger.leases()
+    ledger.close()
+
+
 def test_a_row_that_sqlite_cannot_hold_fails_alone_and_blocks_nothing(path):
     ledger = ic.SqliteLedger(path)
     with pytest.raises(ic.LedgerUnavailable):
