@@ -80,10 +80,10 @@ Which code answers a question: `python tests/calls.py overspend` prints it and n
 follows the calls, and tests/unit/test_map.py sees that nothing is missing.
 
     overspend: Can it overspend? What these use of chapters 3 to 7, 16, 17 and 21.
-        CostController; Settlement; AnswerMeter; StreamReader; KnownCounts; PriceBook: _find price bill;
-        SqliteLedger: intent settle spent; LlmRouter: set_budget; ProxyServer: put_budget;
-        Router: open _session _carried _admitted _planned _translated _bound _tight_bound _reserved
-        _upstream_body _settle _record _take_lease configure
+        CostController; Settlement; AnswerMeter; StreamReader; KnownCounts;
+        PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
+        ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
+        _bound _tight_bound _reserved _upstream_body _settle _record _take_lease configure
         _check_unmetered; known_input_tokens; and SharedAccounts, with all of
         chapter 24, where many processes share a budget
     leaves: What leaves this machine? What these use of chapters 18 and 20.
@@ -92,7 +92,8 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
     changed: Is my message changed, where its API is the provider's own? What these use of chapters
         3, 6, 7, 20 and 21.
         JsonBody: spliced; Router: _upstream_body _answered _whole_answer _streamed _reads
-        _to_its_end _unread _counted_here; UpstreamResponse; StreamReader; without_usage
+        _to_its_end _unread _counted_here; UpstreamResponse; StreamReader; without_usage;
+        and, where it is translated, chapters 8 to 14
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
