@@ -267,7 +267,7 @@ class Question:
         for first, last in re.findall(r"(\d+)(?: to (\d+))?", match[3]):
             self.chapters |= {*range(int(first), int(last or first) + 1)}
         self.roots: set[str] = set()
-        for group in match[4].partition("; and ")[0].split(";"):
+        for group in " ".join(match[4].split()).partition("; and")[0].split(";"):
             owner, _, methods = group.strip().partition(": ")
             names = [f"{owner}.{method}" for method in methods.split()] or [owner]
             self.roots |= {*names} - {*calls._bases}
