@@ -12431,6 +12431,105 @@ class Alerts:
         return is_final or 200 <= status < 300
 
 
+def row_shown(row: Mapping[str, object]) -> dict:
+    """Return what the log says of a settled call, in the original's words."""
+    said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
+    shown = {"request_id": row["request_id"], "token": row["token"], **said,
+            "model": row["price_key"] or "other", "provider": row["provider"],
+            "status": row["status"],
+            "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
+            "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
+    return shown if row["estimated"] is None else {**shown, "estimated": row["estimated"]}
+
+
+class Reporter:
+    """Reports what happens to all that watch: counts, the log, alerts and events."""
+
+    def __init__(self, settings: Settings, turns: Turns, accounts: Accounts,
+                 secrets: Callable[[], Iterable[Optional[str]]]) -> None:
+        self.settings = settings
+        self.totals, self.thresholds = Totals(), Thresholds()
+        self.alerts = None if settings.alert_url is None else Alerts(
+            settings.alert_url, secrets, lambda name: turns.on_fault(name))
+        self.tell_server: Callable[[Event], None] = lambda event: None
+        self._turns, self._accounts = turns, accounts
+
+    def settled(self, call: Call, row: Mapping[str, object]) -> None:
+        """Count a settled call, log it, and report it."""
+        model, cost = row["price_key"] or "other", row["cost_microdollars"]
+        provider, has_failed = row["provider"], call.has_failed
+        observed = [("request", provider, model, str(call.status or "none")),
+                    ("latency", provider, bucket_of(row["latency_ms"]))]
+        if call.first_byte_ms is not None:
+            observed.append(("first_byte", provider, bucket_of(call.first_byte_ms)))
+        self.totals.add((row["token"], provider, model), Counts(
+            requests=1, failed_requests=int(has_failed),
+            estimated_requests=int(row["estimated"] is not None),
+            input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
+            cached_input_tokens=row["cached_input_tokens"] or 0, cost_microdollars=cost), observed)
+        if log.isEnabledFor(logging.INFO):
+            log.info("LLM request failed" if has_failed else "LLM request completed",
+                     extra={"fields": row_shown(row)})
+        if cost > row["bound_microdollars"] and call.bound is not None:
+            log.warning("bound exceeded", extra={"fields": {
+                **row_shown(row), "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
+            self.alert("bound_exceeded", f"a call to {model} cost {format_usd(cost)}, more than "
+                       f"its bound of {format_usd(row['bound_microdollars'])}; the limit may be "
+                       "passed", scope=PROXY_SCOPE, token=row["token"], model=model,
+                       request_id=row["request_id"], cost_microdollars=cost,
+                       bound_microdollars=row["bound_microdollars"])
+        self._report_thresholds(call.request.caller.scopes)
+        self.emit(self._event_of(call, row))
+
+    def _event_of(self, call: Call, row: Mapping[str, object]) -> Event:
+        settings = self.settings
+        common = {"agent_id": settings.agent_id or row["token"], "request_id": row["request_id"],
+                  "provider_id": settings.provider_id or row["provider"],
+                  "model": call.model if call.price is not None else "other",
+                  "provider": row["provider"], "cost_micros": row["cost_microdollars"],
+                  "duration_ms": row["latency_ms"]}
+        if call.has_failed:
+            reason = call.meter.failure or (
+                f"status {call.status}" if call.status is not None else "no answer")
+            return LlmRequestFailed(error_code=call.status, error_message=reason, **common)
+        return LlmRequestCompleted(
+            input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
+            is_estimated=row["estimated"] is not None, **common)
+
+    def _report_thresholds(self, scopes: Sequence[str]) -> None:
+        """Report each part of a limit that the proxy's spend, or that of scopes, has passed."""
+        for budget in self._accounts.known((PROXY_SCOPE, *scopes)):
+            for percent in self.thresholds.passed(budget):
+                spent, limit = format_usd(budget.spent), format_usd(budget.limit)
+                log.warning("budget threshold reached", extra={"fields": {
+                    "scope": budget.scope, "percent": percent, "spent_usd": spent[1:],
+                    "limit_usd": limit[1:]}})
+                whose = "the proxy" if budget.scope == PROXY_SCOPE else f"the token {budget.scope}"
+                self.alert("budget_threshold", f"{whose} has spent {spent} of {limit} "
+                           f"({percent} % reached)", scope=budget.scope, percent=percent,
+                           period=budget.period, spent_microdollars=budget.spent,
+                           limit_microdollars=budget.limit)
+                if budget.scope == PROXY_SCOPE:
+                    self.emit(BudgetThresholdReached(percent, budget.spent, budget.limit))
+
+    def alert(self, event: str, text: str, **fields: object) -> None:
+        """Report to --alert-url, if there is one."""
+        if self.alerts is not None:
+            self.alerts.tell(event, text, fields)
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to `on_event`, whose faults are logged and end nothing, and to the server.
+        """
+        self.tell_server(event)
+        if self.settings.on_event is None:
+            return
+        try:
+            with self._turns.outside():
+                self.settings.on_event(event)
+        except Exception:
+            log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
+
+
 # ==== 23. Iron Cage server ======================================================================
 #
 # With --server-url the provider's key, the budget and the account of it all are another machine's:
@@ -13944,17 +14043,6 @@ NO_RESPONSES = ' (if this server has no /v1/responses, give its provider "respon
 NO_LAST_EVENT = "the provider's stream ended without its last event"
 
 
-def row_shown(row: Mapping[str, object]) -> dict:
-    """Return what the log says of a settled call, in the original's words."""
-    said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
-    shown = {"request_id": row["request_id"], "token": row["token"], **said,
-            "model": row["price_key"] or "other", "provider": row["provider"],
-            "status": row["status"],
-            "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
-            "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
-    return shown if row["estimated"] is None else {**shown, "estimated": row["estimated"]}
-
-
 class Router:
     """Carries requests to providers under one budget.
 
@@ -13973,17 +14061,13 @@ class Router:
             settings.budget_microdollars, stop_at=settings.stop_at_microdollars,
             spent_microdollars=ledger.spent(None, 0),
             accounts=accounts_for(settings, ledger, self.turns))
-        self.totals = Totals()
+        self.reporter = Reporter(settings, self.turns, self.controller.accounts, self._secrets)
+        self.totals = self.reporter.totals
         self.thinking = ThinkingMemory()
         self.counts = KnownCounts()
         for row in ledger.counts():
             self.counts.learn(row)
         self._is_cut = False
-        self.thresholds = Thresholds()
-        self.alerts: Optional[Alerts] = None
-        if settings.alert_url is not None:
-            self.alerts = Alerts(settings.alert_url, self._secrets,
-                                 lambda name: self.turns.on_fault(name))
         self._transport = KeepAliveHandler(settings.timeouts, self.turns)
         self._opener = build_opener(self._transport)
         self.server: Optional[CageServer] = None
@@ -13994,6 +14078,7 @@ class Router:
                 self._take_lease, cache_ttl_s=settings.cache_ttl_s,
                 allow_plain_http=settings.allow_plain_http,
                 on_fault=lambda name: self.turns.on_fault(name))
+            self.reporter.tell_server = self.server.tell
 
     def _secrets(self) -> Iterator[Optional[str]]:
         """Yield all that must leave this machine towards its owner only."""
@@ -14024,18 +14109,18 @@ class Router:
         self.controller.set_scopes([Scope(
             caller.name, caller.budget_microdollars, caller.period, caller.stop_at_microdollars,
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
-        self.thresholds.begin(self.controller.accounts.known(
+        self.reporter.thresholds.begin(self.controller.accounts.known(
             (PROXY_SCOPE, *(caller.name for caller in config.callers))))
         for name in providers.keys() & self.providers.keys():
             if providers[name].key != self.providers[name].key:
                 log.warning("the key of a provider was changed", extra={"fields": {
                     "provider": name}})
         self.providers, self.config, self.prices = providers, config, prices
-        self.settings = settings
+        self.settings = self.reporter.settings = settings
         if self.server is not None:
             self.server.token = settings.server_token or settings.token
-        if self.alerts is not None:
-            self.alerts.url = settings.alert_url
+        if self.reporter.alerts is not None:
+            self.reporter.alerts.url = settings.alert_url
         for provider in self.providers.values():
             if provider.format == "openai" and not provider.base_url.endswith("/v1") \
                     and provider.base_url != manners_of(provider.name).base_url:
@@ -14661,7 +14746,7 @@ class Router:
             if call.row is not None:               # first: a restart can report it to others
                 self.ledger.settle(row)
             self.controller.commit(call.reservation, call.charge.microdollars, call.row)
-            self._record(call, row)
+            self.reporter.settled(call, row)
         for count in counts_of(call, int(time.time())):
             self.counts.learn(count)
             self.ledger.keep_count(count)
@@ -14678,83 +14763,6 @@ class Router:
             price.known_rates["digest"] = text_digest(cells)
             self.ledger.keep_price(price.known_rates["digest"], cells)
         return price.known_rates["digest"]
-
-    def _record(self, call: Call, row: Mapping[str, object]) -> None:
-        """Count a settled call, log it, and report it."""
-        model, cost = row["price_key"] or "other", row["cost_microdollars"]
-        provider, has_failed = row["provider"], call.has_failed
-        observed = [("request", provider, model, str(call.status or "none")),
-                    ("latency", provider, bucket_of(row["latency_ms"]))]
-        if call.first_byte_ms is not None:
-            observed.append(("first_byte", provider, bucket_of(call.first_byte_ms)))
-        self.totals.add((row["token"], provider, model), Counts(
-            requests=1, failed_requests=int(has_failed),
-            estimated_requests=int(row["estimated"] is not None),
-            input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
-            cached_input_tokens=row["cached_input_tokens"] or 0, cost_microdollars=cost), observed)
-        if log.isEnabledFor(logging.INFO):
-            log.info("LLM request failed" if has_failed else "LLM request completed",
-                     extra={"fields": row_shown(row)})
-        if cost > row["bound_microdollars"] and call.bound is not None:
-            log.warning("bound exceeded", extra={"fields": {
-                **row_shown(row), "bound_usd": format_usd(row["bound_microdollars"])[1:]}})
-            self.alert("bound_exceeded", f"a call to {model} cost {format_usd(cost)}, more than "
-                       f"its bound of {format_usd(row['bound_microdollars'])}; the limit may be "
-                       "passed", scope=PROXY_SCOPE, token=row["token"], model=model,
-                       request_id=row["request_id"], cost_microdollars=cost,
-                       bound_microdollars=row["bound_microdollars"])
-        self._report_thresholds(call.request.caller.scopes)
-        if self.settings.on_event is not None or self.server is not None:
-            self.emit(self._event_of(call, row))
-
-    def _event_of(self, call: Call, row: Mapping[str, object]) -> Event:
-        settings = self.settings
-        common = {"agent_id": settings.agent_id or row["token"], "request_id": row["request_id"],
-                  "provider_id": settings.provider_id or row["provider"],
-                  "model": call.model if call.price is not None else "other",
-                  "provider": row["provider"], "cost_micros": row["cost_microdollars"],
-                  "duration_ms": row["latency_ms"]}
-        if call.has_failed:
-            reason = call.meter.failure or (
-                f"status {call.status}" if call.status is not None else "no answer")
-            return LlmRequestFailed(error_code=call.status, error_message=reason, **common)
-        return LlmRequestCompleted(
-            input_tokens=row["input_tokens"] or 0, output_tokens=row["output_tokens"] or 0,
-            is_estimated=row["estimated"] is not None, **common)
-
-    def _report_thresholds(self, scopes: Sequence[str]) -> None:
-        """Report each part of a limit that the proxy's spend, or that of scopes, has passed."""
-        for budget in self.controller.accounts.known((PROXY_SCOPE, *scopes)):
-            for percent in self.thresholds.passed(budget):
-                spent, limit = format_usd(budget.spent), format_usd(budget.limit)
-                log.warning("budget threshold reached", extra={"fields": {
-                    "scope": budget.scope, "percent": percent, "spent_usd": spent[1:],
-                    "limit_usd": limit[1:]}})
-                whose = "the proxy" if budget.scope == PROXY_SCOPE else f"the token {budget.scope}"
-                self.alert("budget_threshold", f"{whose} has spent {spent} of {limit} "
-                           f"({percent} % reached)", scope=budget.scope, percent=percent,
-                           period=budget.period, spent_microdollars=budget.spent,
-                           limit_microdollars=budget.limit)
-                if budget.scope == PROXY_SCOPE:
-                    self.emit(BudgetThresholdReached(percent, budget.spent, budget.limit))
-
-    def alert(self, event: str, text: str, **fields: object) -> None:
-        """Report to --alert-url, if there is one."""
-        if self.alerts is not None:
-            self.alerts.tell(event, text, fields)
-
-    def emit(self, event: Event) -> None:
-        """Hand an event to `on_event`, whose faults are logged and end nothing, and to the server.
-        """
-        if self.server is not None:
-            self.server.tell(event)
-        if self.settings.on_event is None:
-            return
-        try:
-            with self.turns.outside():
-                self.settings.on_event(event)
-        except Exception:
-            log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
 
 
 # ==== 26. Dashboard =============================================================================
@@ -15458,9 +15466,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self.router.server is not None:
             self.router.server.start()
         self.router.controller.accounts.start(self.fail, self.router.counts.learn)
-        if self.router.alerts is not None:
-            self.router.alerts.outbox.start()
-        self.router.emit(RouterStarted(self.port, self.settings.budget_microdollars))
+        if self.router.reporter.alerts is not None:
+            self.router.reporter.alerts.outbox.start()
+        self.router.reporter.emit(RouterStarted(self.port, self.settings.budget_microdollars))
 
     def fail(self, thread: str) -> None:
         """Serve no more, since a thread has failed that serving needs: cut, settle and stop."""
@@ -15509,11 +15517,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self._tending is not None:
             self._tending.join()
             self._tending = None
-        if self.router.alerts is not None:
-            self.router.alerts.stop()
+        if self.router.reporter.alerts is not None:
+            self.router.reporter.alerts.stop()
         self.ledger.close()
         counts = self.router.totals.snapshot()
-        self.router.emit(RouterStopped(
+        self.router.reporter.emit(RouterStopped(
             counts["requests"], counts["failed_requests"], counts["tokens"]["input_tokens"],
             counts["tokens"]["output_tokens"], self.router.controller.total_spent()))
 
@@ -15648,12 +15656,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                     fault = self.ledger.try_to_write()
                 if fault is not None and not is_lost:
                     is_lost = True
-                    self.router.alert("ledger_unavailable", "the ledger cannot be written "
+                    self.router.reporter.alert("ledger_unavailable", "the ledger cannot be written "
                                       f"({_reason(fault)}): no call is admitted until it can be",
                                       scope=PROXY_SCOPE)
             if is_lost and not self.ledger.is_failing():
                 is_lost = False
-                self.router.alert("ledger_available", "the ledger can be written again",
+                self.router.reporter.alert("ledger_available", "the ledger can be written again",
                                   scope=PROXY_SCOPE)
 
     # Connections: one thread each, and a bound on them.

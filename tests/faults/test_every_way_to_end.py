@@ -1140,3 +1140,12 @@ def test_a_stream_does_not_outlive_the_longest_call(mock, proxy_for):
 
     assert b"upstream_timeout" in answer.body[-300:]
     assert 0 == settled_status(proxy)["reserved_microdollars"]
+
+
+def test_after_the_cut_no_call_begins(proxy):
+    """Not one either that this process could answer."""
+    proxy.router.shut_down()
+
+    answer = call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "ironcage/echo"})
+
+    assert (503, 0) == (answer.status, settled_status(proxy)["requests"])

@@ -134,7 +134,7 @@ def test_an_alert_is_sent_again_until_it_is_taken_and_a_no_is_final(proxy_for, r
     proxy = proxy_for("--alert-url", receiver.url)
 
     for name in ("one", "two", "three", "four"):
-        proxy.router.alert(name, "something happened")
+        proxy.router.reporter.alert(name, "something happened")
     seen = [receiver.next() for _ in range(6)]
 
     assert [(500, "one"), (429, "one"), (200, "one"), (302, "two"), (404, "three"), (200, "four")] \
@@ -152,10 +152,10 @@ def test_a_receiver_that_never_answers_holds_up_no_call_and_the_queue_is_bounded
         proxy = proxy_for("--budget", "1",
                           "--alert-url", f"http://127.0.0.1:{silent.getsockname()[1]}/")
         for number in range(3 * program().MAX_ALERTS):
-            proxy.router.alert("test", str(number))
+            proxy.router.reporter.alert("test", str(number))
 
         assert 200 == chat(proxy).status
-        assert program().MAX_ALERTS == proxy.router.alerts.outbox.counts()[0]
+        assert program().MAX_ALERTS == proxy.router.reporter.alerts.outbox.counts()[0]
         proxy.stop()
 
 
@@ -170,7 +170,7 @@ def test_an_alert_holds_no_key_and_a_bound_that_was_exceeded_is_one(mock, proxy_
                                      "total_tokens": 100_009}}).encode(),)))
 
     chat(proxy)
-    proxy.router.alert("test", f"{OPENAI_KEY} {ANTHROPIC_KEY} {ADMIN_TOKEN} {receiver.url}")
+    proxy.router.reporter.alert("test", f"{OPENAI_KEY} {ANTHROPIC_KEY} {ADMIN_TOKEN} {receiver.url}")
     exceeded, hidden = receiver.next()[2], receiver.next()[2]
 
     assert ("bound_exceeded", "default", "gpt-4o-mini") == tuple(
@@ -198,9 +198,9 @@ def test_a_ledger_that_cannot_be_written_is_reported_and_again_when_it_can(mock,
 
 def test_an_alert_thread_that_fails_ends_the_proxy_as_any_other_does(proxy_for, receiver_of):
     proxy = proxy_for("--alert-url", receiver_of().url)
-    proxy.router.alerts.outbox._send = lambda *_: 1 / 0
+    proxy.router.reporter.alerts.outbox._send = lambda *_: 1 / 0
 
-    proxy.router.alert("test", "text")
+    proxy.router.reporter.alert("test", "text")
 
     until(lambda: proxy.failure == "ironcage-alerts", "the end")
 

@@ -206,10 +206,10 @@ def refusal_of_the_first_example(proxy_for):
 def alert_at(proxy_for, budget):
     """The alert of a budget that has passed 80 %, as it waits for a receiver that is not there."""
     router = proxy_for("--alert-url", "http://127.0.0.1:9/").router
-    assert [50] == [*router.thresholds.passed(budget._replace(spent=budget.limit // 2))]
+    assert [50] == [*router.reporter.thresholds.passed(budget._replace(spent=budget.limit // 2))]
     router.controller.accounts.known = lambda scopes: [budget]
-    router._report_thresholds(())
-    return router.alerts.outbox._waiting[0]
+    router.reporter._report_thresholds(())
+    return router.reporter.alerts.outbox._waiting[0]
 
 
 def test_the_paths_in_yaml_are_served(proxy):
