@@ -6622,11 +6622,11 @@ class MessagesWriter(AnswerWriter):
         """Return an answer as a message."""
         began, parts, ended = answer
         content = [block for part in parts for block in _answer_blocks(part)]
-        return {**empty_message(began), "content": content, **_stop_of(ended),
+        return {**_empty_message(began), "content": content, **_stop_of(ended),
                 "usage": messages_usage(ended.tokens, ended.tier)}
 
     def _began(self, event: Began) -> Iterable[dict]:
-        return [{"type": "message_start", "message": empty_message(event)}, {"type": "ping"}]
+        return [{"type": "message_start", "message": _empty_message(event)}, {"type": "ping"}]
 
     def _opened(self, event: Opened) -> Iterable[dict]:
         part, row = event.part, _STREAMED_BLOCKS.get(event.part.kind)
@@ -6686,8 +6686,7 @@ _STREAMED_BLOCKS: Mapping[str, tuple] = MappingProxyType({
     "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json")})
 
 
-def empty_message(began: Began) -> dict:
-    """Return a message before its first block."""
+def _empty_message(began: Began) -> dict:
     return {"id": f"msg_{id_stem(began.id)}", "type": "message", "role": "assistant",
             "model": began.model, "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": messages_usage(began.tokens, began.tier)}
@@ -13996,16 +13995,12 @@ def json_body(request: ClientRequest) -> JsonBody:
 def answer_to_warming(fields: Mapping[str, object], request_id: str) -> Answer:
     """Return the answer to a Messages call for no output. It is made to warm Anthropic's cache:
     another provider has none to warm."""
-    message = empty_message(Began("", fields["model"]))
-    end = {"stop_reason": "max_tokens", "stop_sequence": None}
+    writer, began, ended = MessagesWriter(fields, 0), Began("", fields["model"]), Ended("length")
     if not optional_flag(fields, "stream"):
-        return made_answer(request_id, json_bytes({**message, **end}))
-    events: tuple[dict, ...] = (
-              {"type": "message_start", "message": message},
-              {"type": "message_delta", "delta": end, "usage": message["usage"]},
-              {"type": "message_stop"})
-    return made_answer(request_id, b"".join(format_event(event, event["type"])
-                                            for event in events), "text/event-stream")
+        return made_answer(request_id, json_bytes(writer.whole(Whole(began, (), ended))))
+    return made_answer(request_id, b"".join(wire_event("messages", event)
+                                            for event in writer.events((began, ended))),
+                       "text/event-stream")
 
 
 def check_method_override(request: ClientRequest) -> None:

@@ -639,6 +639,12 @@ def test_text_inside_an_object_comes_without_empty_pieces():
     assert ["", "l", "s"] == [call["custom"]["input"] for call in calls]
 
 
+def test_a_tool_choice_of_messages_that_is_not_known_is_refused():
+    with pytest.raises(ic.BadRequest, match="tool_choice is not one of auto, any, tool, none"):
+        ic.read_messages_request({"model": "m", "max_tokens": 9, "messages": [USER],
+                                  "tool_choice": {"type": "maybe"}})
+
+
 def test_an_api_that_no_provider_of_the_model_speaks_is_carried_by_none():
     anthropic = ic.KNOWN_PROVIDERS["anthropic"]
 
