@@ -10,8 +10,7 @@ import json
 import re
 from typing import Callable, NamedTuple, Optional, Union
 
-from support import (WRITES_COST, MockProvider, Reply, SeenRequest, anthropic_error,
-                     openai_error)
+from support import WRITES_COST, MockProvider, Reply, SeenRequest, anthropic_error, openai_error
 from vendor_answers import Answer, Find, Say, Search, Think, Use, answer_of, broken_seal
 from vendor_rules import GPT_REASONS
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 from support import (ANTHROPIC_KEY, PATIENCE_S, TOKEN, Close, Cut, Hang, Reply, anthropic_error,
-                     program, proxy_environment, settled_status, sse, status_of)
+                     proxy_environment, settled_status, sse, status_of)
 
 anthropic = pytest.importorskip("anthropic")
 pydantic = pytest.importorskip("pydantic")
@@ -20,12 +20,6 @@ MODEL = "claude-haiku-4-5"
 PROMPT = "Count the canaries in the cave."
 PROMPT_WORDS = 6
 BETA = "context-1m-2025-08-07"
-
-
-@pytest.fixture(autouse=True)
-def proxies_stop_at_once(monkeypatch):
-    """There are hundreds of them here, and each would take a tenth of a second to stop."""
-    monkeypatch.setattr(program(), "STOP_POLL_S", 0.005)
 
 
 # Clients.

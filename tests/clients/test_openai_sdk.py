@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
-from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Close, Cut, Hang, Reply, openai_error, program,
+from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Close, Cut, Hang, Reply, openai_error,
                      proxy_environment, settled_status, sse, status_of)
 
 openai = pytest.importorskip("openai")
@@ -23,12 +23,6 @@ API_MODELS = {"chat": "gpt-4o-mini", "responses": "gpt-4o-mini",
               "completions": "gpt-3.5-turbo-instruct", "embeddings": "text-embedding-3-small"}
 CAP_FIELDS = {"chat": "max_completion_tokens", "responses": "max_output_tokens",
               "completions": "max_tokens", "embeddings": None}
-
-
-@pytest.fixture(autouse=True)
-def proxies_stop_at_once(monkeypatch):
-    """There are hundreds of them here, and each would take a tenth of a second to stop."""
-    monkeypatch.setattr(program(), "STOP_POLL_S", 0.005)
 
 
 # Clients.

@@ -231,15 +231,21 @@ def test_of_the_token_with_most_places_the_one_that_is_furthest_behind_goes_firs
         client.close()
 
 
-def test_who_has_a_last_answer_and_goes_on_sending_is_the_first_to_go(mock, proxy_of):
-    proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
+@contextlib.contextmanager
+def leaving_and_reading(proxy):
+    """A client that has its last answer, and a stranger in its head."""
     with RawClient(proxy.port) as wrong, RawClient(proxy.port) as stranger:
         stranger.send(b"POST")
         reads(proxy, 1)
         wrong.send(HALVES["wrong tokens with bodies pending"])
         assert 401 == wrong.read_answer().status
         until(lambda: doing(proxy, ic.LEAVING) == 1)
+        yield wrong, stranger
 
+
+def test_who_has_a_last_answer_and_goes_on_sending_is_the_first_to_go(mock, proxy_of):
+    proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
+    with leaving_and_reading(proxy) as (wrong, stranger):
         with turn_of(proxy.turns):
             wrong.send(b"more of the body")
             newcomer = RawClient(proxy.port)
@@ -252,12 +258,7 @@ def test_who_has_a_last_answer_and_goes_on_sending_is_the_first_to_go(mock, prox
 
 def test_it_goes_though_it_has_sent_what_nobody_has_looked_at(mock, proxy_of):
     proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
-    with RawClient(proxy.port) as wrong, RawClient(proxy.port) as stranger:
-        stranger.send(b"POST")
-        reads(proxy, 1)
-        wrong.send(HALVES["wrong tokens with bodies pending"])
-        assert 401 == wrong.read_answer().status
-        until(lambda: doing(proxy, ic.LEAVING) == 1)
+    with leaving_and_reading(proxy) as (wrong, stranger):
         left = next(sock for sock, place in proxy._places.items() if place.does == ic.LEAVING)
         with turn_of(proxy.turns):
             wrong.send(b"more of the body")

@@ -339,10 +339,14 @@ def test_chunks_that_are_written_read_back(seed):
                           b"x" * rng.choice([1, 15, 16, 255, 256, 70_000])])
               for _ in range(rng.randrange(8))]
     written = ic.format_chunks(pieces) + ic.LAST_CHUNK
+    cuts = sorted(rng.randrange(len(written) + 1) for _ in range(rng.randrange(6)))
 
     whole = ic.BodyDecoder(ic.CHUNKED).feed(written)
+    body, rest = decoded(ic.BodyDecoder(ic.CHUNKED),
+                         [written[a:b] for a, b in zip([0, *cuts], [*cuts, len(written)])])
 
     assert [piece for piece in pieces if piece] == whole
+    assert (b"".join(pieces), b"") == (body, rest)
 
 
 def test_an_empty_piece_is_not_written_for_it_would_end_the_body():

@@ -5,12 +5,10 @@ import json
 import socket
 import time
 from decimal import Decimal
-from random import Random
 
 import pytest
 
 import ironcage_proxy as ic
-from support import each_seed
 from test_http_wire import CHUNKED_BODIES, decoded
 
 PLAIN = {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": 1_000_000,
@@ -30,23 +28,6 @@ def test_a_chunked_body_cut_anywhere_is_the_same_and_keeps_what_follows(raw, bod
 
     assert (body, rest) == decoded(ic.BodyDecoder(ic.CHUNKED),
                                    [stream[at:at + 1] for at in range(len(stream))])
-
-
-@each_seed(100)
-def test_chunks_that_are_written_read_back(seed):
-    rng = Random(seed)
-    pieces = [rng.choice([b"", b"\r\n", b"0\r\n\r\n", bytes(rng.choices(range(256), k=17)),
-                          b"x" * rng.choice([1, 15, 16, 255, 256, 70_000])])
-              for _ in range(rng.randrange(8))]
-    written = ic.format_chunks(pieces) + ic.LAST_CHUNK
-    cuts = sorted(rng.randrange(len(written) + 1) for _ in range(rng.randrange(6)))
-
-    whole = ic.BodyDecoder(ic.CHUNKED).feed(written)
-    body, rest = decoded(ic.BodyDecoder(ic.CHUNKED),
-                         [written[a:b] for a, b in zip([0, *cuts], [*cuts, len(written)])])
-
-    assert [piece for piece in pieces if piece] == whole
-    assert (b"".join(pieces), b"") == (body, rest)
 
 
 # Chapter tests: test_bounds.py.
