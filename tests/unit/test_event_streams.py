@@ -684,3 +684,23 @@ def test_a_whole_answer_that_is_a_stream_is_read_event_by_event():
 
     assert meter.read_answer(b"".join(map(ic.format_event, chunks))) is None
     assert (chunks, usage, True) == (meter.events, meter.usage, meter.usage_is_final)
+
+
+def test_a_json_answer_is_metered_at_its_end_though_a_stream_was_asked_for():
+    usage = {"prompt_tokens": 9, "completion_tokens": 2}
+    answer = json.dumps({"choices": [], "usage": usage}).encode()
+    meter = ic.AnswerMeter("chat")
+    reader = ic.StreamReader(meter, "identity", hides_usage=True)
+
+    assert [[answer[:9]], [answer[9:]]] == [reader.read([answer[:9]]), reader.read([answer[9:]])]
+    assert not meter.has_ended
+    assert (b"", usage) == (reader.finish(), meter.usage)
+
+
+def test_a_json_answer_in_a_stream_is_held_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(ic, "MAX_ANSWER_BYTES", 100)
+    reader = ic.StreamReader(ic.AnswerMeter("chat"), "identity", hides_usage=False)
+
+    assert [] == [*reader.parsed([b"{" + b" " * 99])]
+    with pytest.raises(ic.UpstreamBroke, match="larger"):
+        list(reader.parsed([b"}"]))
