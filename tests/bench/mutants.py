@@ -65,6 +65,10 @@ TESTS = {
               "wire/test_money_attacks.py faults/test_every_way_to_end.py",
     "Server": "faults/test_malformed_requests.py faults/test_places.py wire/test_access.py "
               "wire/test_operations.py wire/test_tokens.py wire/test_stop_at.py",
+    "Settings and command line": "wire/test_command_line.py wire/test_operations.py "
+                                 "wire/test_attribution.py wire/test_tokens.py wire/test_prices.py "
+                                 "faults/test_restarts.py faults/test_serves_or_ends.py",
+    "Embedding": "wire/test_embedding.py wire/test_server_mode.py",
     "Settings and command line": "wire/test_command_line.py wire/test_attribution.py",
     "Embedding": "wire/test_embedding.py",
 }

@@ -334,6 +334,7 @@ def test_tokens_list_shows_limits_what_is_left_and_when_it_resets(mock, caged, c
         assert (0, None) == (bob["spent_microdollars"], bob["left_microdollars"])
         assert all(word in table.splitlines()[1] for word in (
             "alice", "$1.00", "$0.50", "day", "$0.10", "60", tomorrow, "2120-01-01", "gpt-*"))
+        assert ["gpt-*", "any"] == [row.split()[-1] for row in table.splitlines()[1:]]
         proxy.stop()
     assert "-" in run("tokens", "list", "--config", str(config))[1].splitlines()[1].split()
 
