@@ -69,8 +69,6 @@ TESTS = {
                                  "wire/test_attribution.py wire/test_tokens.py wire/test_prices.py "
                                  "faults/test_restarts.py faults/test_serves_or_ends.py",
     "Embedding": "wire/test_embedding.py wire/test_server_mode.py",
-    "Settings and command line": "wire/test_command_line.py wire/test_attribution.py",
-    "Embedding": "wire/test_embedding.py",
 }
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
            ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn,
