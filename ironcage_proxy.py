@@ -11578,10 +11578,9 @@ class UpstreamResponse:
             self._pool.give_back(self._wire, self._place, reusable=whole and self._reusable)
 
 
-def whole_body(reads: Iterable[list[bytes]],
+def whole_body(reads: Iterable[list[bytes]], most_bytes: int,
                see: Callable[[list[bytes]], None] = lambda read: None,
-               grow: Callable[[int], object] = abs,
-               most_bytes: int = MAX_ANSWER_BYTES) -> tuple[bytes, bool]:
+               grow: Callable[[int], object] = abs) -> tuple[bytes, bool]:
     """Return all of an answer's body, or as much as there is room for, and whether it is all.
 
     Each read is shown to `see`; `grow` is called with the size while it grows. What is left can
@@ -12592,7 +12591,7 @@ class CageServer:
         response = posted(self._opener, self.url + path, json_bytes(fields), self.token,
                           {"authorization": f"Bearer {self.token}"})
         try:
-            raw, _ = whole_body(response.reads(), most_bytes=MAX_SERVER_ANSWER_BYTES)
+            raw, _ = whole_body(response.reads(), MAX_SERVER_ANSWER_BYTES)
         finally:
             response.close()
         try:
@@ -14590,7 +14589,8 @@ class Router:
         comes, and cannot be translated. Raises UpstreamError, ProviderFailed."""
         reads = response.reads()
         grow = functools.partial(call.request.memory.grow, part="answer")
-        body, is_whole = whole_body(reads, call.meter.see, lambda size: grow(COPIES * size))
+        body, is_whole = whole_body(reads, MAX_ANSWER_BYTES, call.meter.see,
+                                    lambda size: grow(COPIES * size))
         if len(body) > LONG_TURN_BYTES:
             self.turns.leave()
         if not is_whole:

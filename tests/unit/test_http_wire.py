@@ -736,3 +736,58 @@ def test_a_full_pool_keeps_the_newest(pair, watched, monkeypatch):
 
     assert [new] == [wire for _, wire in pool._idle[place]]
     assert -1 == old.sock.fileno()
+
+
+def open_with(pool, port):
+    return ic.build_opener(pool).open(ic.UpstreamRequest(
+        f"http://127.0.0.1:{port}/", method="GET", headers={"host": "x"}, body=[], watched=None))
+
+
+def test_after_the_cut_nothing_is_sent(answering):
+    pool = ic.KeepAliveHandler(ic.Timeouts())
+    pool.shut_down()
+
+    with pytest.raises(ic.UpstreamUnreachable, match="stopping"):
+        open_with(pool, answering)
+
+
+def test_a_kept_connection_that_takes_no_byte_is_replaced_by_a_new_one(answering, monkeypatch):
+    pool = ic.KeepAliveHandler(ic.Timeouts())
+    first = open_with(pool, answering)
+    assert [[b"ok"]] == list(first.reads())
+    first.close()
+    [(_, kept)] = pool._idle[("http", f"127.0.0.1:{answering}", None)]
+    send = ic.Wire.send
+
+    def broken(wire, data, stall_s):
+        if wire is kept:
+            raise BrokenPipeError
+        send(wire, data, stall_s)
+
+    monkeypatch.setattr(ic.Wire, "send", broken)
+
+    assert 200 == open_with(pool, answering).status and -1 == kept.sock.fileno()
+
+
+@pytest.fixture
+def answering():
+    """The port of a server that answers each request of any connection with "ok"."""
+    def serve():
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(peer,), daemon=True).start()
+
+    def answer(peer):
+        with peer:
+            while peer.recv(65536):
+                peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()

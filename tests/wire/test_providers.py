@@ -52,6 +52,22 @@ def test_a_model_that_a_stored_prompt_names_is_left_to_the_provider(mock, proxy_
     assert {"prompt": {"id": "pmpt_1"}} == mock.seen[0].json
 
 
+def test_an_image_for_a_model_whose_context_no_price_states_is_refused(mock, proxy_with):
+    """Nothing bounds what it is billed as; without a budget it passes."""
+    config = {"providers": {"lab": {"base_url": mock.url + "/v1", "key_env": "OPENAI_API_KEY"}},
+              "prices": {"lab/gpt-4o-mini": {"input_cost_per_token": 1e-6,
+                                             "output_cost_per_token": 1e-6}}}
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    asked = {"model": "lab/gpt-4o-mini", "max_tokens": 10,
+             "messages": [{"role": "user", "content": [image]}]}
+    mock.applies_vendor_rules = False
+
+    statuses = [call(proxy_with(config, *flags).port, "POST", "/v1/chat/completions", asked).status
+                for flags in (("--budget", "1"), ())]
+
+    assert ([400, 200], 1) == (statuses, len(mock.seen))
+
+
 def test_the_echo_model_has_its_own_name_whatever_the_path(mock, proxy):
     for path in ("/v1/chat/completions", "/openai/v1/chat/completions"):
         assert "ironcage/echo" == chat(proxy, "ironcage/echo", path).json["model"]

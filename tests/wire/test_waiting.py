@@ -1,7 +1,10 @@
 """Waiting in line and lowering, over real sockets; and the ways in which other gateways let spend
 pass their limits (the seven vectors), each as an attack on this one."""
+import contextlib
 import json
+import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from support import Gate, RawClient, Reply, call, program, settled_status, status_of, until
@@ -27,6 +30,20 @@ def in_thread(port, fields, path="/v1/chat/completions"):
 def wait_for_line(proxy, length):
     controller = proxy.router.controller
     until(lambda: len(controller._queue) == length, f"{length} wait in line")
+
+
+def test_a_client_that_left_as_its_turn_came_is_not_served(proxy):
+    """Between the decision and the sending: a call that did not wait is not looked at."""
+    ic, (ours, theirs) = program(), socket.socketpair()
+    request = SimpleNamespace(caller=ic.Caller("default", "0" * 64))
+    with ours:
+        client = ic.Wire(ours)
+        theirs.close()
+        for decided in (None, threading.Event()):
+            call_ = SimpleNamespace(request=request,
+                                    reservation=SimpleNamespace(decided=decided))
+            with pytest.raises(ic.ClientGone) if decided else contextlib.nullcontext():
+                proxy.router._check_is_still_wanted(call_, client)
 
 
 def test_a_request_waits_for_what_another_holds_and_then_goes_as_it_is(mock, proxy_for):
