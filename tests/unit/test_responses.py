@@ -1024,6 +1024,17 @@ def test_what_was_written_is_read_again_as_it_was(seed):
         assert before == after
 
 
+def test_arguments_of_a_call_that_was_not_announced_come_with_its_name():
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1}'}
+    names = [event.part.name for event in ic.responses_events([
+        {"type": "response.created", "response": {}},
+        {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a"'},
+        {"type": "response.output_item.done", "output_index": 0, "item": item}], TERMS)
+        if isinstance(event, ic.Opened)]
+
+    assert ["f"] == names
+
+
 def test_a_search_at_the_provider_is_two_blocks_of_messages_and_what_only_it_knows_is_none():
     search = ic.Part("search", "ice", id="ws_1", citations=(ic.Citation("https://x/y"),))
     other = ic.Part("other", native={"type": "image_generation_call"}, origin="responses")
