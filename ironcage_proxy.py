@@ -4102,35 +4102,32 @@ def IN_ANSWER(name: str, kind: str) -> IroncageError:
 IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
 
 
-def _member(holder: Mapping[str, object], name: str, fault: Optional[Fault], kind: type[_T],
-            words: str) -> _T:
-    """Return a member of an object; absent and null are an empty one. Raises what `fault` makes,
-    which is in_request(name) unless that is given."""
-    value = holder.get(name)
-    if isinstance(value, kind):
-        return value
+def _absent(value: object, blank: _T, name: str, fault: Optional[Fault], words: str) -> _T:
+    """Return what stands for a member that is absent or null. Raises what `fault` makes for any
+    other, which is in_request(name) unless that is given."""
     if value is None:
-        return kind()
+        return blank
     raise (fault or in_request(name))(name, words)
 
 
 def text_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> str:
-    """Return a string among fields; see _member()."""
-    value = holder.get(name)                       # as nearly all are
-    return value if isinstance(value, str) else _member(holder, name, fault, str, "a string")
+    """Return a string among fields, or an empty one; see _absent()."""
+    value = holder.get(name)
+    return value if isinstance(value, str) else _absent(value, "", name, fault, "a string")
 
 
 def object_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> dict:
-    """Return an object among fields; see _member()."""
-    return _member(holder, name, fault, dict, "an object")
+    """Return an object among fields, or an empty one; see _absent()."""
+    value = holder.get(name)
+    return value if isinstance(value, dict) else _absent(value, {}, name, fault, "an object")
 
 
 def rows_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> list[dict]:
-    """Return a list of objects among fields; see _member()."""
-    rows = _member(holder, name, fault, list, "a list of objects")
-    if all([isinstance(row, dict) for row in rows]):
-        return rows
-    raise (fault or in_request(name))(name, "a list of objects")
+    """Return a list of objects among fields, or an empty one; see _absent()."""
+    value = holder.get(name)
+    if isinstance(value, list) and all([isinstance(row, dict) for row in value]):
+        return value
+    return _absent(value, [], name, fault, "a list of objects")
 
 
 def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
