@@ -10088,8 +10088,8 @@ def token_sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
-def value_like(fits: Callable[[object], object], meaning: str,
-               made: Callable = lambda value: value) -> Callable[[object], object]:
+def value_like(fits: Callable[[Any], object], meaning: str,
+               made: Callable = lambda value: value) -> Callable[[Any], Any]:
     """Make a reader of values that fit. A fault says what one must be, not what it was: that may
     be a secret."""
     def read(value: object) -> object:
@@ -16066,7 +16066,7 @@ class Setting(NamedTuple):
     flag: str
     field: str
     metavar: str                                          # "": a switch, without a value
-    parse: Callable[[str], object]
+    parse: Callable[[Any], Any]
     help: str
     repeats: bool = False                                 # may be given several times
     commands: str = "serve check"                         # that use it
@@ -16178,7 +16178,7 @@ GIVEN_FIELDS = ("name", "token", "sha256")     # of a token: none is a word of `
 class _Parser(argparse.ArgumentParser):
     """An argument parser of flags whose complaints are one line."""
 
-    def __init__(self, rows: Iterable[Setting], **words: object) -> None:
+    def __init__(self, rows: Iterable[Setting], **words: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, **words)
         for row in rows:
             kind: dict = {"action": "store_true"} if not row.metavar else {
@@ -16280,7 +16280,7 @@ _OF_A_SERVICE = (r"(?s)IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[
                  r"|(\w+_)?PORT=(tcp|udp|sctp)://.*)")
 
 
-def _setting_value(row: Setting, given: object, environ: Mapping[str, str]) -> object:
+def _setting_value(row: Setting, given: Any, environ: Mapping[str, str]) -> Any:
     """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
     text = environ.get(row.env, "")
     if not given and (not text or re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}")):
@@ -16459,7 +16459,7 @@ def handed_listener(environ: Mapping[str, str]) -> Optional[socket.socket]:
     return sock
 
 
-def on_handed_listener(settings: Settings, given: Mapping[str, object]) -> Settings:
+def on_handed_listener(settings: Settings, given: Mapping[str, Any]) -> Settings:
     """Return settings that serve on the socket which was handed over, if one was; it wins over
     --host and --port, which is logged. Raises Misconfigured."""
     listener = handed_listener(settings.environ)
@@ -16544,7 +16544,7 @@ def _on_signals(action: Callable[[int, object], None], *names: str) -> None:
             signal.signal(getattr(signal, name), action)
 
 
-def run_serve(settings: Settings, given: Mapping[str, object]) -> int:
+def run_serve(settings: Settings, given: Mapping[str, Any]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
     _bound_memory_of_threads()
     _hide_from_other_processes()
@@ -16629,7 +16629,7 @@ def bill(server: ProxyServer) -> str:
         + (f"; refused for want of budget: {refused}" if refused else "")
 
 
-def run_wrapped(settings: Settings, given: Mapping[str, object]) -> int:
+def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:
     """Run a command with the cage around it; return its exit code, print the bill on stderr."""
     import subprocess            # here only: serving does not need it
     _hide_from_other_processes()
@@ -16685,7 +16685,7 @@ def model_text(router: Router, model: str) -> str:
             f"{format_usd(bound.microdollars(1000))}")
 
 
-def run_check(settings: Settings, given: Mapping[str, object]) -> None:
+def run_check(settings: Settings, given: Mapping[str, Any]) -> None:
     """Say what is configured and whether it can serve, without serving.
 
     A proxy that serves already is left alone: its port and its ledger's lock are not taken.
@@ -16793,14 +16793,14 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
         ",".join(cell(row[column]) for column in columns) for row in rows)])
 
 
-def _print_report(given: Mapping[str, object], record: object, text: str,
+def _print_report(given: Mapping[str, Any], record: object, text: str,
                   columns: Sequence[str] = (), rows: Iterable[Mapping] = ()) -> None:
     """Print what a command found: as text, as --json does, or as --csv."""
     print(json.dumps(record, indent=2) if given["json"]
           else csv_text(columns, rows) if given["csv"] else text)
 
 
-def run_usage(settings: Settings, given: Mapping[str, object]) -> None:
+def run_usage(settings: Settings, given: Mapping[str, Any]) -> None:
     """Print what was spent, by model, token and day or by what --by says; or what was refused."""
     since_s = 0 if given["since"] is None else given["since"]
     until_s = MOST_SECONDS if given["until"] is None else given["until"]
@@ -16829,7 +16829,7 @@ def run_usage(settings: Settings, given: Mapping[str, object]) -> None:
                   [*groups, *total], rows)
 
 
-def overview_text(report: Mapping[str, object]) -> str:
+def overview_text(report: Mapping[str, Any]) -> str:
     """Return what overview_of() makes, as text."""
     total = report["total"]
     return "\n".join([
@@ -16866,7 +16866,7 @@ def _engine(settings: Settings) -> Iterator[Engine]:
         engine.close()
 
 
-def run_cage(settings: Settings, given: Mapping[str, object]) -> None:
+def run_cage(settings: Settings, given: Mapping[str, Any]) -> None:
     """Make a cage in the engine of --shared, or begin it anew: `cage new NAME`."""
     words: Sequence[str] = given["words"]
     action, name, *more = [*words, "", ""]
@@ -16886,7 +16886,7 @@ def _prices_of(settings: Settings) -> PriceBook:
     return prices_under(config, load_prices(settings))
 
 
-def run_audit(settings: Settings, given: Mapping[str, object]) -> int:
+def run_audit(settings: Settings, given: Mapping[str, Any]) -> int:
     """Look at every row of a ledger, its chain and its totals; 1 where anything is not right."""
     path = _ledger_path(settings)
     audit = LedgerAudit(path, _prices_of(settings))
@@ -16961,7 +16961,7 @@ def tokens_table(rows: Iterable[Mapping[str, object]]) -> str:
                   *([cell(row, name) for name in TOKEN_COLUMNS] for row in rows)])
 
 
-def run_tokens(settings: Settings, given: Mapping[str, object]) -> None:
+def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
     """Show or edit the tokens of --config: `list`, `add NAME [field=value ...]`, `revoke NAME`."""
     path, (action, *words) = settings.config_path, given["words"] or ["list"]
     if path is None:
@@ -16989,18 +16989,18 @@ def run_tokens(settings: Settings, given: Mapping[str, object]) -> None:
     print(said)
 
 
-def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, object]:
+def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, Any]:
     """A token's row in a configuration. Raises Misconfigured."""
-    row = {"name": name, "sha256": token_sha256(token)}
+    row: dict[str, Any] = {"name": name, "sha256": token_sha256(token)}
     with checking("the token"):
         row.update(_fields_of_words(words, known=row))
         caller_from(row)
     return row
 
 
-def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, object]:
+def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
     """Return a token's fields from words like budget_usd=5.00. Raises ValueError."""
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     for word in words:
         name, is_pair, value = word.partition("=")
         if name in fields or name in known or not is_pair:
@@ -17150,7 +17150,7 @@ SELF_TESTS: Sequence[tuple[str, str, Callable[[_Laboratory], bool]]] = (
 )
 
 
-def run_selftest(settings: Settings, given: Mapping[str, object]) -> int:
+def run_selftest(settings: Settings, given: Mapping[str, Any]) -> int:
     """Try every guarantee against a fake provider inside the process; 1 where any is broken."""
     import tempfile              # here only: serving does not need it
     log.setLevel(logging.CRITICAL)
@@ -17181,7 +17181,7 @@ def price_changes(old: PriceBook, new: PriceBook) -> Iterator[tuple[str, str]]:
                            f"{becomes.get(cell, 'absent')}"
 
 
-def run_models(settings: Settings, given: Mapping[str, object]) -> None:
+def run_models(settings: Settings, given: Mapping[str, Any]) -> None:
     """List what is priced, in USD for a million tokens; or what another table would change."""
     prices = _prices_of(settings)
     if given["compare"] is not None:
@@ -17197,14 +17197,14 @@ def run_models(settings: Settings, given: Mapping[str, object]) -> None:
         + "\nin USD for a million tokens")
 
 
-def run_version(settings: Optional[Settings], given: Mapping[str, object]) -> None:
+def run_version(settings: Optional[Settings], given: Mapping[str, Any]) -> None:
     """Print the version."""
     print(f"ironcage_proxy {__version__}")
 
 
 class Command(NamedTuple):
     """What a word of the command line does."""
-    run: Callable[[Settings, Mapping[str, object]], Optional[int]]     # the exit code; None is 0
+    run: Callable[[Settings, Mapping[str, Any]], Optional[int]]     # the exit code; None is 0
     about: str
     words: str = ""                           # what may follow it
     example: str = ""
@@ -17285,7 +17285,7 @@ class LlmRouter:
                  shared: Optional[str] = None, cage: str = "default",
                  ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
-                 environ: Optional[Mapping[str, str]] = None, **more: object) -> None:
+                 environ: Optional[Mapping[str, str]] = None, **more: Any) -> None:
         name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
         hidden = {"IRONCAGE_TOKEN", *(known.key_env for known in KNOWN_PROVIDERS.values()
                                       if provider_key is not None)}
