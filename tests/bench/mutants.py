@@ -63,6 +63,7 @@ TESTS = {
     "Router": "wire/test_the_cage.py wire/test_waiting.py wire/test_providers.py "
               "wire/test_translated_calls.py wire/test_access.py wire/test_learned_counts.py "
               "wire/test_money_attacks.py faults/test_every_way_to_end.py",
+    "Dashboard": "wire/test_dashboard.py",
     "Server": "faults/test_malformed_requests.py faults/test_places.py wire/test_access.py "
               "wire/test_operations.py wire/test_tokens.py wire/test_stop_at.py",
     "Settings and command line": "wire/test_command_line.py wire/test_operations.py "

@@ -4,6 +4,7 @@ Each test asserts something; none sleeps to wait for something, nor asserts that
 long rows name their fields; each chapter has its tests, and each promise the test that attacks it.
 """
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -24,13 +25,21 @@ CLOCKS = {"time.monotonic", "time.perf_counter", "time.process_time", "time.thre
 ASSERTING = {"pytest.raises", "pytest.fail"}
 MAY_SLEEP = {"support.py", "clients/terminal.py"}      # until() and pause(); what a screen shows
 UNNAMED_FIELDS = 5                                     # in a row of a table; more have names
-# Of no one chapter: rules, the README, the mock, and bugs by where they were found.
-UNIT_FILES_OF_ALL = {"unit/test_house.py", "unit/test_house_of_tests.py", "unit/test_peer_bugs.py",
-                     "unit/test_readme.py", "unit/test_regressions.py", "unit/test_support.py"}
+# Of no one chapter: rules, the map, the README, the mock, and bugs by where they were found.
+UNIT_FILES_OF_ALL = {"unit/test_house.py", "unit/test_house_of_tests.py", "unit/test_map.py",
+                     "unit/test_peer_bugs.py", "unit/test_readme.py", "unit/test_regressions.py",
+                     "unit/test_support.py"}
 
 
 def functions(tree):
     return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def dotted(node):
+    """What is called, as it is written: "time.sleep", "threading.Event().wait"."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return dotted(node.func) + "()" if isinstance(node, ast.Call) else getattr(node, "id", "?")
 
 
 def calls(node):
@@ -40,20 +49,22 @@ def calls(node):
 def names_called(node):
     """The helpers that may be called, which are not the program's own functions."""
     return {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls(node)
-            if not ast.unparse(call.func).startswith(("ic.", "module.", "program()."))}
+            if not dotted(call.func).startswith(("ic.", "module.", "program()."))}
 
 
 def asserts(node):
     return any(isinstance(inner, ast.Assert) for inner in ast.walk(node)) or any(
-        ast.unparse(call.func) in ASSERTING for call in calls(node))
+        dotted(call.func) in ASSERTING for call in calls(node))
 
 
 def asserting_helpers():
     """The names of all functions that assert something, themselves or by one that they call."""
-    everything = [(name, node) for tree in FILES.values() for name, node in functions(tree).items()]
-    found = {name for name, node in everything if asserts(node)}
+    called = [(name, names_called(node)) for tree in FILES.values()
+              for name, node in functions(tree).items()]
+    found = {name for tree in FILES.values() for name, node in functions(tree).items()
+             if asserts(node)}
     while True:
-        more = {name for name, node in everything if names_called(node) & found} - found
+        more = {name for name, names in called if names & found} - found
         if not more:
             return found
         found |= more
@@ -75,7 +86,7 @@ def test_no_test_is_without_an_assertion():
 def test_nothing_is_waited_for_by_sleeping():
     sleeps = [(file, call.lineno) for file, tree in FILES.items() if file not in MAY_SLEEP
               for call in calls(tree)
-              if ast.unparse(call.func) in ("time.sleep", "sleep", "threading.Event().wait")]
+              if dotted(call.func) in ("time.sleep", "sleep", "threading.Event().wait")]
 
     assert [] == sleeps
 
@@ -87,10 +98,10 @@ def test_no_test_asserts_that_something_was_quick():
         for node in functions(tree).values():
             taken = {target.id for inner in ast.walk(node) if isinstance(inner, ast.Assign)
                      for target in inner.targets if isinstance(target, ast.Name)
-                     if any(ast.unparse(call.func) in CLOCKS for call in calls(inner.value))}
+                     if any(dotted(call.func) in CLOCKS for call in calls(inner.value))}
             timed += [(file, inner.lineno) for inner in ast.walk(node)
                       if isinstance(inner, ast.Assert) and not is_at_least(inner.test) and any(
-                          ast.unparse(part) in CLOCKS or getattr(part, "id", None) in taken
+                          dotted(part) in CLOCKS or getattr(part, "id", None) in taken
                           for part in ast.walk(inner.test))]
 
     assert [] == timed
@@ -99,7 +110,7 @@ def test_no_test_asserts_that_something_was_quick():
 def call_tables(node):
     """The rows that a parametrize() has in it."""
     return node.args[1:2] if isinstance(node, ast.Call) \
-        and ast.unparse(node.func) == "pytest.mark.parametrize" else []
+        and dotted(node.func) == "pytest.mark.parametrize" else []
 
 
 def test_long_rows_of_a_table_name_their_fields():
@@ -138,6 +149,7 @@ def test_a_file_that_is_named_after_a_chapter_is_in_its_row(title):
 
 # Promises.
 
+@functools.lru_cache(maxsize=None)
 def promises_of_the_program():
     """{title: the test that attacks it, or a file of them} of the file's docstring."""
     found = re.findall(r"^ {4}([A-Z][^:\n]+): .*?\n {8}tests/(\S+)$", ast.get_docstring(
