@@ -54,7 +54,8 @@ TESTS = {
                                  "wire/test_manners.py wire/test_operations.py",
     "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_turns.py "
                         "faults/test_malformed_requests.py",
-    "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py",
+    "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py "
+                "wire/test_answers_without_a_body.py faults/test_every_way_to_end.py",
     "Settlement": "unit/test_settlement.py wire/test_learned_counts.py "
                   "faults/test_every_way_to_end.py",
     "Events and metrics": "wire/test_embedding.py wire/test_operations.py",

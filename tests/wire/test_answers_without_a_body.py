@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from support import RawClient, Reply, settled_status
+from support import Close, RawClient, Reply, call, settled_status
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 10, "messages": [{"role": "user", "content": "x"}]}
 WAYS = {            # method, path, fields
@@ -70,3 +70,15 @@ def test_interim_answers_are_read_over(mock, proxy_for, way):
     answer, following = answers_in_step(proxy, method, path, fields)
     assert (502, 200) == (answer.status, following.status)
     assert "interim" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("answer, words", [
+    (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "is not HTTP/1.1"), (b"HTTP/2 200 OK\r\n\r\n", "is not HTTP/1.1"),
+    (b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\n\r\n", "with the status 101"),
+    (b"HTTP/1.1 099 Early\r\n\r\n", "with the status 99"), (b"", "without an answer")])
+def test_what_is_no_answer_of_http_is_named(mock, proxy_for, answer, words):
+    mock.always = Reply(framing="raw", steps=(answer, Close()))
+
+    refused = call(proxy_for("--budget", "1").port, "POST", "/v1/chat/completions", CHAT)
+
+    assert 502 == refused.status and words in refused.json["error"]["message"]
