@@ -83,7 +83,7 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
         CostController; Settlement; AnswerMeter; StreamReader; KnownCounts;
         PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
         ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
-        _bound _tight_bound _reserved _upstream_body _settle _record _take_lease configure
+        _bound _tight_bound _reserved _upstream_body _settle _take_lease configure
         _check_unmetered; known_input_tokens; and SharedAccounts, with all of
         chapter 24, where many processes share a budget
     leaves: What leaves this machine? What these use of chapters 18 and 20.
