@@ -512,12 +512,12 @@ class IroncageError(Exception):
     openai_type = "server_error"
     openai_code: Optional[str] = "internal_error"
     anthropic_type = "api_error"
-    anthropic_details: Optional[Mapping[str, object]] = None    # what their SDKs act on
+    anthropic_details: Optional[Mapping[str, Any]] = None    # what their SDKs act on
     must_close = False
     model: Optional[str] = None
 
     def __init__(self, message: str, *, param: Optional[str] = None,
-                 details: Optional[Mapping[str, object]] = None,
+                 details: Optional[Mapping[str, Any]] = None,
                  headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
         self.message = message
@@ -733,7 +733,7 @@ class InlineData(str):
 class JsonBody:
     """A JSON object as received: its bytes and its fields."""
 
-    def __init__(self, raw: bytes, fields: Mapping[str, object], text: Optional[bytes] = None,
+    def __init__(self, raw: bytes, fields: Mapping[str, Any], text: Optional[bytes] = None,
                  data: Mapping[bytes, InlineData] = MappingProxyType({})) -> None:
         self.raw = raw                        # UTF-8
         self.text = raw if text is None else text       # the same, with a word for each of `data`
@@ -741,7 +741,7 @@ class JsonBody:
         self.fields = fields
         self.contents: Optional[Contents] = None        # see contents_of()
 
-    def spliced(self, changes: Mapping[str, object],
+    def spliced(self, changes: Mapping[str, Any],
                 without: frozenset = frozenset()) -> list[bytes]:
         """The bytes, in pieces, with some fields set and others left out: all else stays as it
         was, but for the white space where a field goes, and is not copied."""
@@ -782,7 +782,7 @@ def _members(text: bytes) -> Iterator[tuple[str, int, int, int]]:
         at = _json_sign(chars, end).end()
 
 
-def _written(value: object) -> bytes:
+def _written(value: Any) -> bytes:
     return json.dumps(value).encode("ascii")
 
 
@@ -807,7 +807,7 @@ def _finite_number(text: str) -> float:
     return number
 
 
-def _no_constant(name: str) -> object:
+def _no_constant(name: str) -> Any:
     raise BadRequest(f"the request body contains {name}, which is not JSON")
 
 
@@ -862,7 +862,7 @@ def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSON
 COUNTED_BYTES = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
 
 
-def _nested_deeper_than(value: object, depth: int) -> bool:
+def _nested_deeper_than(value: Any, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
         level = [child for parent in level
@@ -892,7 +892,7 @@ def bytes_to_parse(text: bytes) -> int:
         + sum(marks.count(mark) * size for mark, size in BYTES_OF_MARKS)
 
 
-def parse_json_object(raw: bytes, hold: Callable[[int], object] = abs) -> JsonBody:
+def parse_json_object(raw: bytes, hold: Callable[[int], Any] = abs) -> JsonBody:
     """Read a request body strictly; `hold` is called with the memory that this takes beyond it.
 
     Raises: BadRequest for what is not UTF-8, not JSON, not an object, or ambiguous (byte-order
@@ -917,7 +917,7 @@ def parse_json_object(raw: bytes, hold: Callable[[int], object] = abs) -> JsonBo
     return JsonBody(raw, fields, text, data)
 
 
-def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
+def optional_count(fields: Mapping[str, Any], name: str, *, least: int = 0,
                    most: int = 10 ** 9) -> Optional[int]:
     """A whole number among the fields; absent and null are None. Raises BadRequest."""
     value = fields.get(name)
@@ -928,7 +928,7 @@ def optional_count(fields: Mapping[str, object], name: str, *, least: int = 0,
     return value
 
 
-def optional_flag(fields: Mapping[str, object], name: str) -> bool:
+def optional_flag(fields: Mapping[str, Any], name: str) -> bool:
     """A boolean among the fields; absent and null are False. Raises BadRequest."""
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
@@ -936,7 +936,7 @@ def optional_flag(fields: Mapping[str, object], name: str) -> bool:
     return bool(value)
 
 
-def json_object(value: object) -> dict:
+def json_object(value: Any) -> dict:
     """A value that should be an object; an empty one where it is something else."""
     return value if isinstance(value, dict) else {}
 
@@ -944,7 +944,7 @@ def json_object(value: object) -> dict:
 compact_json = json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one a call
 
 
-def json_bytes(value: object) -> bytes:
+def json_bytes(value: Any) -> bytes:
     """JSON as we send it: compact, ASCII only."""
     return compact_json(value).encode("ascii")
 
@@ -966,7 +966,7 @@ Rate = Union[int, Fraction]
 _USD = r"\+?([0-9]{1,13}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
 
 
-def parse_usd(value: object) -> int:
+def parse_usd(value: Any) -> int:
     """Microdollars of a USD amount (str, int, Decimal, float by its repr), rounded down.
 
     Raises: ValueError when it is not a finite number >= 0.
@@ -1037,7 +1037,7 @@ class Usage(NamedTuple):
         return sum([self.buckets.get(bucket, 0) for bucket in READ_BUCKETS])
 
 
-def _count(holder: object, name: str, *, is_required: bool = False) -> int:
+def _count(holder: Any, name: str, *, is_required: bool = False) -> int:
     """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
     value = json_object(holder).get(name)
     if value is None and not is_required:
@@ -1047,7 +1047,7 @@ def _count(holder: object, name: str, *, is_required: bool = False) -> int:
     return value
 
 
-def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_tokens",
+def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_tokens",
                       completion_name: str = "completion_tokens") -> Usage:
     """Read usage of OpenAI's format: cached, audio and image tokens are inside prompt_tokens.
 
@@ -1082,7 +1082,7 @@ def usage_from_openai(usage: Mapping[str, object], prompt_name: str = "prompt_to
     return Usage(prompt, completion, buckets)
 
 
-def usage_from_anthropic(usage: Mapping[str, object]) -> Usage:
+def usage_from_anthropic(usage: Mapping[str, Any]) -> Usage:
     """Messages: cached and written tokens are outside input_tokens, and are added here.
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
@@ -1282,7 +1282,7 @@ class Price(NamedTuple):
         """The most that one web search costs."""
         return max(self.searches.values(), default=_picodollars(WEB_SEARCH_USD))
 
-    def call_fee(self, usage: Mapping[str, object]) -> Rate:
+    def call_fee(self, usage: Mapping[str, Any]) -> Rate:
         """Picodollars of a finished call beside its tokens and tools."""
         if not self.searches or self.provider not in SEARCHES_EACH_CALL:
             return self.call_picodollars
@@ -1323,7 +1323,7 @@ class Price(NamedTuple):
 
 def price_from_cells(text: str) -> Price:
     """Read back what Price.cells() wrote."""
-    def exact(value: object) -> object:
+    def exact(value: Any) -> Any:
         if isinstance(value, dict):
             return MappingProxyType({name: exact(amount) for name, amount in value.items()})
         return Fraction(value) if isinstance(value, str) else value
@@ -1352,17 +1352,17 @@ def total_of(lines: Iterable[BillLine]) -> int:
     return microdollars_ceil(sum([count * rate for _, count, rate in lines]))
 
 
-def _is_amount(value: object) -> bool:
+def _is_amount(value: Any) -> bool:
     return isinstance(value, (int, Decimal)) and not isinstance(value, bool) \
         and Decimal(value).is_finite() and 0 <= value < MOST_USD
 
 
-def _limit(row: Mapping[str, object], name: str) -> Optional[int]:
+def _limit(row: Mapping[str, Any], name: str) -> Optional[int]:
     value = row.get(name)
     return int(value) if _is_amount(value) and value else None
 
 
-def _checked(row: Mapping[str, object], name: str, default: object = None) -> Union[Decimal, int]:
+def _checked(row: Mapping[str, Any], name: str, default: Any = None) -> Union[Decimal, int]:
     """An amount in a row. Raises ValueError, naming its field."""
     value = row.get(name, default)
     if not _is_amount(value):
@@ -1370,20 +1370,20 @@ def _checked(row: Mapping[str, object], name: str, default: object = None) -> Un
     return value
 
 
-def _multiplier_of(row: Mapping[str, object], name: str) -> Rate:
+def _multiplier_of(row: Mapping[str, Any], name: str) -> Rate:
     if not _checked(row, name, 1):
         raise ValueError(f"{name} must not be 0")
     return _exact(row.get(name, 1))
 
 
-def _object_in(row: Mapping[str, object], name: str) -> Mapping[str, object]:
+def _object_in(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = row.get(name) or {}
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} must be an object")
     return value
 
 
-def _token_prices(row: Mapping[str, object]) -> dict[str, Union[Decimal, int]]:
+def _token_prices(row: Mapping[str, Any]) -> dict[str, Union[Decimal, int]]:
     """The prices of tokens in a row, with thresholds in tokens. Raises ValueError.
 
     The ranges of `tiered_pricing` become thresholds: the first holds from 0 on.
@@ -1405,7 +1405,7 @@ def _token_prices(row: Mapping[str, object]) -> dict[str, Union[Decimal, int]]:
     return prices
 
 
-def _check_all_is_read(key: str, row: Mapping[str, object]) -> None:
+def _check_all_is_read(key: str, row: Mapping[str, Any]) -> None:
     """Raises ValueError, naming it, where a call may be billed by something that is not read."""
     if ROUTER_KEY.search(key):
         raise ValueError("prices a router, and not the models that it calls")
@@ -1426,7 +1426,7 @@ def _check_all_is_read(key: str, row: Mapping[str, object]) -> None:
             raise ValueError(f"provider_specific_entry.{name} is not known")
 
 
-def price_from_row(key: str, row: object) -> Price:
+def price_from_row(key: str, row: Any) -> Price:
     """Return the Price in one row of LiteLLM's table. Raises ValueError, naming the wrong field.
 
     A row with a negative, infinite or non-numeric price anywhere is not a price at all, nor is
@@ -1479,7 +1479,7 @@ class PriceBook:
     A book does not change: with_own() makes another, and a call keeps the one it began with.
     """
 
-    def __init__(self, rows: Mapping[str, object], *, providers: Iterable[Provider] = (),
+    def __init__(self, rows: Mapping[str, Any], *, providers: Iterable[Provider] = (),
                  price_as: Mapping[str, str] = MappingProxyType({})) -> None:
         self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
         self._providers, self._price_as = {row.name: row for row in providers}, price_as
@@ -1500,14 +1500,14 @@ class PriceBook:
         """The names of all rows that price tokens, sorted."""
         return sorted(key for key in self._rows if self.row(key) is not None)
 
-    def cells(self, key: str) -> dict[str, object]:
+    def cells(self, key: str) -> dict[str, Any]:
         """What a row that prices tokens says of prices and limits; nothing of another."""
         return {} if self.row(key) is None else {
             name: value for name, value in self._rows[key].items()
             if _MAY_BE_PRICE.search(name) or name.startswith("max_")
             or name in ("alias_of", "litellm_provider", "provider_specific_entry")}
 
-    def with_own(self, rows: Mapping[str, object], *, providers: Iterable[Provider],
+    def with_own(self, rows: Mapping[str, Any], *, providers: Iterable[Provider],
                  price_as: Mapping[str, str]) -> PriceBook:
         """This book with an operator's own prices: rows that replace those of the same name, the
         providers whose models all cost nothing, and the rows that stand in for models without a
@@ -1595,11 +1595,11 @@ class PriceBook:
                 param="model")
         return price
 
-    def cost(self, model: str, usage: Mapping[str, object], **options: object) -> int:
+    def cost(self, model: str, usage: Mapping[str, Any], **options: Any) -> int:
         """Return the total of a bill() in microdollars: exact, and rounded up once."""
         return total_of(self.bill(model, usage, **options))
 
-    def bill(self, model: str, usage: Mapping[str, object], *, api: str, provider: str = "",
+    def bill(self, model: str, usage: Mapping[str, Any], *, api: str, provider: str = "",
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
              tool_calls: Optional[Mapping[str, int]] = None) -> Bill:
         """What one finished call is charged for, line by line.
@@ -1632,8 +1632,8 @@ class PriceBook:
         return lines
 
 
-def billed_entries(usage: Mapping[str, object],
-                   model: str) -> Sequence[tuple[str, Mapping[str, object]]]:
+def billed_entries(usage: Mapping[str, Any],
+                   model: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
     """(model, usage) of each billed part of a call.
 
     Anthropic's `iterations`, where present, hold all that was billed (compaction and advisor
@@ -1650,7 +1650,7 @@ def billed_entries(usage: Mapping[str, object],
             for entry in iterations]
 
 
-def _multiplier(price: Price, usage: Mapping[str, object], api: str,
+def _multiplier(price: Price, usage: Mapping[str, Any], api: str,
                 data_residency: Optional[str]) -> Rate:
     if api != "messages":
         return price.residency_multiplier(data_residency)
@@ -1658,17 +1658,17 @@ def _multiplier(price: Price, usage: Mapping[str, object], api: str,
     return place * (price.fast_multiplier if usage.get("speed") == "fast" else 1)
 
 
-def _reported_picodollars(usage: Mapping[str, object], names: Iterable[str]) -> Rate:
+def _reported_picodollars(usage: Mapping[str, Any], names: Iterable[str]) -> Rate:
     """Return what a provider of these names says that a call cost; 0 where that is no amount."""
     path = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ())
-    value: object = usage if path else None
+    value: Any = usage if path else None
     for name in path:
         value = json_object(value).get(name)
     amount: Any = exact_number(str(value))
     return _picodollars(amount) if _is_amount(amount) else 0
 
 
-def _fees(price: Price, usage: Mapping[str, object], api: str,
+def _fees(price: Price, usage: Mapping[str, Any], api: str,
           tool_calls: Mapping[str, int]) -> list[BillLine]:
     """What is billed by the call: the call itself, searches and hosted tools."""
     searches, fee = tool_calls.get("web_search_call", 0), price.call_fee(usage)
@@ -1924,7 +1924,7 @@ HOSTED_TOOLS = (
 class Contents(NamedTuple):
     """What a request consists of, for a bound."""
     parts: Sequence[tuple[str, str, dict]]  # (field, type, part) of its prompt, wherever they stand
-    tools: Sequence[tuple[str, str, Mapping[str, object]]]      # likewise all that it declares
+    tools: Sequence[tuple[str, str, Mapping[str, Any]]]      # likewise all that it declares
     kinds: frozenset                        # the types of its parts
     is_unseen: bool                         # it brings input that its own bytes do not bound
     images: Sequence[dict]
@@ -1948,7 +1948,7 @@ def contents_of(body: JsonBody) -> Contents:
     return body.contents
 
 
-def _parts(value: object) -> Sequence[tuple[str, dict]]:
+def _parts(value: Any) -> Sequence[tuple[str, dict]]:
     """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
 
     What stands for content kept at the provider, by its id alone, counts as "item_reference".
@@ -1981,13 +1981,13 @@ def _parts(value: object) -> Sequence[tuple[str, dict]]:
     return found
 
 
-def _is_image_data(name: str, child: object) -> bool:
+def _is_image_data(name: str, child: Any) -> bool:
     """Whether a field of an image is where its data stands, and nothing else."""
     return name == "image_url" or (name == "source" and json_object(child).get("type") in (
         None, "base64", "url", "file"))
 
 
-def _is_unseen(kind: str, part: Mapping[str, object]) -> bool:
+def _is_unseen(kind: str, part: Mapping[str, Any]) -> bool:
     """Whether a part brings input that its own bytes do not bound."""
     if kind == "document":
         return json_object(part.get("source")).get("type") not in ("text", "content")
@@ -2006,7 +2006,7 @@ def _brought_tools(parts: Iterable[tuple[str, str, dict]]) -> Iterator[tuple[str
             yield from _flat_tools(field, part.get("tools"))
 
 
-def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[str, object]]]:
+def _flat_tools(field: str, tools: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Each tool of a list, also those in namespaces; of the type "?" where it is not a tool."""
     if tools is not None and not isinstance(tools, list):
         yield field, "?", {}
@@ -2022,7 +2022,7 @@ def _flat_tools(field: str, tools: object) -> Iterator[tuple[str, str, Mapping[s
             yield from _flat_tools(field, fields.get("tools"))
 
 
-def _runs_at_client(kind: str, tool: Mapping[str, object]) -> bool:
+def _runs_at_client(kind: str, tool: Mapping[str, Any]) -> bool:
     place = tool.get("execution") if kind == "tool_search" else \
         json_object(tool.get("environment")).get("type")
     return re.fullmatch(CLIENT_TOOL_TYPES, kind) is not None or (kind, place) in CLIENT_TOOL_PLACES
@@ -2036,7 +2036,7 @@ def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
                  and re.match(row.models, price.key.rpartition("/")[2])), None)
 
 
-def mapped_strings(value: object, change: Callable[[str], str]) -> object:
+def mapped_strings(value: Any, change: Callable[[str], str]) -> Any:
     """A value with its strings changed, but for names."""
     if isinstance(value, list):
         return [mapped_strings(child, change) for child in value]
@@ -2045,7 +2045,7 @@ def mapped_strings(value: object, change: Callable[[str], str]) -> object:
     return change(value) if isinstance(value, str) else value
 
 
-def strings_in(value: object, without: frozenset = frozenset()) -> list[str]:
+def strings_in(value: Any, without: frozenset = frozenset()) -> list[str]:
     """All strings in a value, but for names, and for what stands under some names."""
     found, waiting = [], [value]
     for part in waiting:                       # which grows as we go
@@ -2058,11 +2058,11 @@ def strings_in(value: object, without: frozenset = frozenset()) -> list[str]:
     return found
 
 
-def _listed(value: object) -> list:
+def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _is_deferred(tool: object) -> bool:
+def _is_deferred(tool: Any) -> bool:
     """Whether a tool, or one in it, counts only once it is loaded."""
     fields = json_object(tool)
     return bool(fields.get("defer_loading")) or any(map(_is_deferred, _listed(fields.get("tools"))))
@@ -2075,11 +2075,11 @@ def _is_deferred(tool: object) -> bool:
 # their type: those that are bounded. A function of (value, price): whether that value is. A field
 # that is not here is refused.
 # Source: the types of openai 3.57.0 and anthropic 2.14.0, read 2026-11-28.
-FieldRule = Union[None, Mapping[str, object], type, tuple, Callable[[object, "Price"], bool]]
+FieldRule = Union[None, Mapping[str, Any], type, tuple, Callable[[Any, "Price"], bool]]
 _OFF = (None, False, [])
 
 
-def _only_clears(value: object, price: Price) -> bool:
+def _only_clears(value: Any, price: Price) -> bool:
     """Whether edits of the context leave things out, and nothing is summarized."""
     return isinstance(value, list) and all(
         isinstance(edit, dict) and edit.keys() <= _EDIT_MEMBERS
@@ -2087,7 +2087,7 @@ def _only_clears(value: object, price: Price) -> bool:
         for edit in value)
 
 
-def _has_a_priced_tier(value: object, price: Price) -> bool:
+def _has_a_priced_tier(value: Any, price: Price) -> bool:
     suffix = tier_suffix(str(value), price.provider)
     return (price.provider, value) not in PREPAID_TIERS and (      # which cannot be asked for
         not suffix or any(key.endswith(suffix) for key in price.amounts))
@@ -2192,7 +2192,7 @@ class Hatches(NamedTuple):
                 *(f"content {kind}" for kind in self.contents)}
 
 
-def check_thread(fields: Mapping[str, object]) -> None:
+def check_thread(fields: Mapping[str, Any]) -> None:
     """Refuse a thread that goes on from a conversation kept at the provider."""
     if fields.get("thread") not in (None, NEW_THREAD):
         raise ThreadRefused("thread, as asked for here, goes on from a conversation that is kept "
@@ -2260,7 +2260,7 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
             yield from _unbounded_tool(api, field, kind, tool, price, hatches)
 
 
-def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, object], price: Price,
+def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any], price: Price,
                       inside: str) -> Iterator[tuple[str, bool]]:
     """(name, whether it is known) of what the rules do not bound, also inside objects."""
     for name, value in fields.items():
@@ -2280,20 +2280,20 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, objec
                     yield inside + name, True
 
 
-def _is_allowed(rule: FieldRule, value: object, price: Price) -> bool:
+def _is_allowed(rule: FieldRule, value: Any, price: Price) -> bool:
     if isinstance(rule, tuple):
         return value in rule
     return isinstance(value, rule) if isinstance(rule, type) else bool(
         callable(rule) and rule(value, price))
 
 
-def _is_plain(prompt: object) -> bool:
+def _is_plain(prompt: Any) -> bool:
     """Whether a prompt is text or tokens, or lists of those."""
     return all(map(_is_plain, prompt)) if isinstance(prompt, list) \
         else prompt is None or isinstance(prompt, (str, int))
 
 
-def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, object], price: Price,
+def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], price: Price,
                     hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
     """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
     options known."""
@@ -2387,7 +2387,7 @@ def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
     return min(utf8_bytes, _measured_tokens(b"".join([text, *other_data, *again]), tokenizer))
 
 
-def _inline_data(images: Iterable[Mapping[str, object]]) -> Iterator[str]:
+def _inline_data(images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """The data of images that is in the request itself; all else about them is text."""
     for image in images:
         url, source = image.get("image_url"), json_object(image.get("source"))
@@ -2637,7 +2637,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to))
 
 
-def _choices(api: str, fields: Mapping[str, object]) -> int:
+def _choices(api: str, fields: Mapping[str, Any]) -> int:
     """How many answers a request asks for."""
     n = optional_count(fields, "n", least=1, most=128) or 1
     if api != "completions":
@@ -2648,18 +2648,18 @@ def _choices(api: str, fields: Mapping[str, object]) -> int:
     return prompts * max(n, optional_count(fields, "best_of", least=1, most=128) or 1)
 
 
-def asked_output_tokens(api: str, fields: Mapping[str, object]) -> Optional[int]:
+def asked_output_tokens(api: str, fields: Mapping[str, Any]) -> Optional[int]:
     """The largest of the client's caps on its answer, or None. Raises BadRequest."""
     caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api] if name in fields]
     asked = max([cap for cap in caps if cap is not None], default=None)
     return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
 
 
-def _thinking_budget(fields: Mapping[str, object]) -> int:
+def _thinking_budget(fields: Mapping[str, Any]) -> int:
     return optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0
 
 
-def _least_output_tokens(api: str, fields: Mapping[str, object], may_be_lowered: bool) -> int:
+def _least_output_tokens(api: str, fields: Mapping[str, Any], may_be_lowered: bool) -> int:
     """The least cap that leaves a request valid: Anthropic's must be above its thinking budget,
     which falls with it."""
     if api != "messages":
@@ -2668,7 +2668,7 @@ def _least_output_tokens(api: str, fields: Mapping[str, object], may_be_lowered:
     return min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
 
 
-def _possible_tiers(fields: Mapping[str, object], default_tier: str) -> tuple:
+def _possible_tiers(fields: Mapping[str, Any], default_tier: str) -> tuple:
     """The service tiers that may serve a request; an unknown one may be any."""
     asked = fields.get("service_tier")
     if asked in (None, "auto"):
@@ -2761,18 +2761,18 @@ def _level(uses: int, tools: Sequence[tuple[int, int, HostedTool]], visible: int
                  fee * sum(count for count, _, row in counted if row.has_fee))
 
 
-def _fetch_cap(tool: Mapping[str, object]) -> int:
+def _fetch_cap(tool: Mapping[str, Any]) -> int:
     """The max_content_tokens that goes upstream: no cap, and one of 0, is our own."""
     return optional_count(tool, "max_content_tokens") or DEFAULT_FETCHED_TOKENS
 
 
-def _fetched_tokens(tool: Mapping[str, object]) -> int:
+def _fetched_tokens(tool: Mapping[str, Any]) -> int:
     """What one fetch can add: a text that is to be cited counts twice, as in the request."""
     times = 2 if json_object(tool.get("citations")).get("enabled") else 1
     return -int(-_fetch_cap(tool) * times * FETCHED_TOKENS_MARGIN // 1)
 
 
-def _forces_hosted(choice: object, names: set) -> bool:
+def _forces_hosted(choice: Any, names: set) -> bool:
     """Whether a tool_choice leaves the model no way but a hosted tool."""
     kind = choice if isinstance(choice, str) else json_object(choice).get("type")
     if kind == "tool":
@@ -2785,7 +2785,7 @@ def honoured_caps(api: str, provider: Provider) -> tuple[str, ...]:
     return provider.caps if api == "chat" else MAX_TOKENS_FIELDS[api]
 
 
-def capped_output(api: str, provider: Provider, fields: Mapping[str, object],
+def capped_output(api: str, provider: Provider, fields: Mapping[str, Any],
                   cap: Optional[int]) -> tuple[dict, frozenset]:
     """(fields to set, fields to leave out) so that a provider heeds the client's caps, and `cap`.
 
@@ -2802,7 +2802,7 @@ def capped_output(api: str, provider: Provider, fields: Mapping[str, object],
             frozenset(asked) - frozenset(honoured))
 
 
-def lowered_thinking(fields: Mapping[str, object], cap: int) -> dict:
+def lowered_thinking(fields: Mapping[str, Any], cap: int) -> dict:
     """The `thinking` to set beside a lower cap; {} where it may stay.
 
     It is halved, so that it changes seldom: each change makes Anthropic write its cache anew.
@@ -2815,8 +2815,8 @@ def lowered_thinking(fields: Mapping[str, object], cap: int) -> dict:
                                                       "budget_tokens": lowered}}
 
 
-def hosted_changes(api: str, fields: Mapping[str, object],
-                   uses: int) -> tuple[dict, frozenset, dict[str, object]]:
+def hosted_changes(api: str, fields: Mapping[str, Any],
+                   uses: int) -> tuple[dict, frozenset, dict[str, Any]]:
     """(fields to set, fields to leave out, what to report) so that no hosted tool is used more."""
     if api == "responses":
         changed = {} if fields.get("max_tool_calls") == uses else {"max_tool_calls": uses}
@@ -2881,17 +2881,17 @@ class Counted(NamedTuple):
 class Prompt(NamedTuple):
     """A request as digests: its beginnings, message by message, and its system parts and tools."""
     chain: tuple[bytes, ...]                # of all that must be equal, and so many messages
-    parts: Mapping[bytes, tuple[str, object]]       # (field, part) of those always counted
+    parts: Mapping[bytes, tuple[str, Any]]       # (field, part) of those always counted
     uncounted: tuple                        # likewise tools that count only once they are loaded
     has_tools: bool
     is_stable: bool                         # its count holds for what it begins
 
 
-def _digest(*values: object) -> bytes:
+def _digest(*values: Any) -> bytes:
     return hashlib.blake2b(json_bytes(values), digest_size=DIGEST_BYTES).digest()
 
 
-def without_cache_marks(value: object) -> object:
+def without_cache_marks(value: Any) -> Any:
     """A message or part without cache_control, which agents move at each call.
 
     Elsewhere, as in the input of a tool, that is a name like any other, and what it holds counts.
@@ -2950,7 +2950,7 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
                   bool(fields.get("tools") or fields.get("functions")), is_stable)
 
 
-def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
+def _is_kept_elsewhere(kind: str, part: Mapping[str, Any]) -> bool:
     """Whether a part names what can change behind its name: a URL, a file, an item."""
     elsewhere = ("url", "file", "item_reference", "container_upload")
     if kind in elsewhere or json_object(part.get("source")).get("type") in elsewhere \
@@ -2963,7 +2963,7 @@ def _is_kept_elsewhere(kind: str, part: Mapping[str, object]) -> bool:
 FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
 
 
-def _body_of(fields: Mapping[str, object]) -> JsonBody:
+def _body_of(fields: Mapping[str, Any]) -> JsonBody:
     return parse_json_object(json_bytes(fields))
 
 
@@ -2999,7 +2999,7 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     return _known_and_more(counted.tokens + tool_prompt + loaded, rest, price, window)
 
 
-def response_digest(response_id: object, fields: Mapping[str, object]) -> bytes:
+def response_digest(response_id: Any, fields: Mapping[str, Any]) -> bytes:
     """What the size of a stored response is known under: its id, and which of the reasoning
     before it a request reads again."""
     reasoning = json_object(fields.get("reasoning"))
@@ -3172,7 +3172,7 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 # Source: OpenAI and Anthropic streaming references; facts of 380 recorded exchanges.
 
 
-def usage_in(result: Mapping[str, object]) -> object:
+def usage_in(result: Mapping[str, Any]) -> Any:
     """Return the usage of an answer or a chunk: where it belongs, else where some servers put it
     (Groq in x_groq, Moonshot in its choice)."""
     usage = result.get("usage")
@@ -3203,7 +3203,7 @@ NO_TOKENS: Mapping[str, int] = dict.fromkeys(
     ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 0)
 
 
-def _amount(api: str, part: Mapping[str, object]) -> int:
+def _amount(api: str, part: Mapping[str, Any]) -> int:
     """Return the tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
     total = _count(part.get("server_tool_use"), "web_search_requests")
     for _, entry in billed_entries(part, ""):
@@ -3212,7 +3212,7 @@ def _amount(api: str, part: Mapping[str, object]) -> int:
     return total
 
 
-def _with_lifetimes(part: dict, before: Mapping[str, object]) -> dict:
+def _with_lifetimes(part: dict, before: Mapping[str, Any]) -> dict:
     """Add the lifetimes of cache writes to a part of Messages usage: only the start has them."""
     split, written = before.get("cache_creation"), part.get("cache_creation_input_tokens")
     if not isinstance(split, dict) or not written or "cache_creation" in part:
@@ -3250,7 +3250,7 @@ class AnswerMeter:
     body_has_ended = False                      # in order, whatever it held
     awaits_usage = True                         # the last report is not known to be the last
     is_beyond_limits = False                    # a part that might be JSON was not parsed
-    hold: Callable[[int], object] = staticmethod(abs)       # called with the memory that it takes
+    hold: Callable[[int], Any] = staticmethod(abs)       # called with the memory that it takes
     _bytes_at_usage = 0                         # `output_bytes` at the last report
     _done_bytes = 0                             # of those, what whole items of a response hold
 
@@ -3277,7 +3277,7 @@ class AnswerMeter:
         """Whether neither usage nor any output was seen."""
         return self.usage is None and self.malformed is None and not self.output_bytes
 
-    def read_answer(self, answer: bytes) -> object:
+    def read_answer(self, answer: bytes) -> Any:
         """Read a whole JSON answer, and return it parsed, or one that is a stream of events; what
         is not a JSON object leaves the usage missing."""
         self.body_has_ended = True
@@ -3326,7 +3326,7 @@ class AnswerMeter:
         """Note that all of the answer was seen, so that no more usage will come."""
         self.has_ended, self.awaits_usage = True, False
 
-    def _parsed(self, text: bytes) -> object:
+    def _parsed(self, text: bytes) -> Any:
         """Return the JSON in a text that has the limits of a request's, or None."""
         try:
             if len(text) > UNCOUNTED_BYTES:
@@ -3342,7 +3342,7 @@ class AnswerMeter:
         first = parsed[0] if isinstance(parsed, list) and parsed else None
         return first if "error" in json_object(first) else parsed        # as Gemini sends errors
 
-    def _read_result(self, result: Mapping[str, object]) -> None:
+    def _read_result(self, result: Mapping[str, Any]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
         self._report(usage_in(result))
         if isinstance(result.get("model"), str):
@@ -3361,12 +3361,12 @@ class AnswerMeter:
             self.tool_calls = Counter(self.tool_calls) | types
         self._note_changes(result, types)
 
-    def _note_changes(self, holder: Mapping[str, object], types: Iterable[object] = ()) -> None:
+    def _note_changes(self, holder: Mapping[str, Any], types: Iterable[Any] = ()) -> None:
         """Note what makes a provider count more, or less, than the prompt as it was sent."""
         edits = json_object(holder.get("context_management")).get("applied_edits")
         self.changed_its_input |= bool(edits) or not PLAIN_TYPES.issuperset(map(str, types))
 
-    def _report(self, usage: object) -> None:
+    def _report(self, usage: Any) -> None:
         """Take one report of usage: of each part, the larger one of it and of those before."""
         if usage is None:
             return
@@ -3391,7 +3391,7 @@ class AnswerMeter:
         if counted[1]:
             self._bytes_at_usage = self.output_bytes
 
-    def _counts(self, part: Mapping[str, object], before: Mapping[str, object]) -> bool:
+    def _counts(self, part: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
         """Whether a part of a report is well-formed, and no less than what was reported before."""
         try:
             return _amount(self.api, part) >= (_amount(self.api, before) if before else 0)
@@ -3454,7 +3454,7 @@ class AnswerMeter:
             if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
                 self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
 
-    def _fail(self, error: Mapping[str, object]) -> None:
+    def _fail(self, error: Mapping[str, Any]) -> None:
         """Note an error's type; Responses has "error" there, as an event, and then a code."""
         self.failure = next((error[name] for name in ("type", "code") if isinstance(
             error.get(name), str) and error[name] not in ("", "error")), "error")
@@ -3474,7 +3474,7 @@ EVENT_READERS = MappingProxyType({
 NOT_OUTPUT_FIELDS = frozenset({"type", "role", "id", "call_id", "status"})
 
 
-def _text_bytes(value: object) -> int:
+def _text_bytes(value: Any) -> int:
     """UTF-8 bytes of the text in a part of an answer: at least the tokens that made it."""
     return sum([len(text.encode("utf-8", "surrogatepass"))
                 for text in strings_in(value, NOT_OUTPUT_FIELDS)])
@@ -3539,13 +3539,13 @@ def inflated(body: bytes, encoding: str, hold: Callable[[int], None]) -> bytes:
         return b""
 
 
-def is_error(answer: object) -> bool:
+def is_error(answer: Any) -> bool:
     """Whether an answer that came with 200 is an error."""
     holder = json_object(answer)
     return bool(holder.get("error")) and not {"choices", "content", "output"} & holder.keys()
 
 
-def stated_status(answer: object, otherwise: int) -> int:
+def stated_status(answer: Any, otherwise: int) -> int:
     """Return the status that an error in a 200 says, as OpenRouter's do."""
     code = json_object(json_object(answer).get("error")).get("code")
     return code if type(code) is int and 400 <= code < 600 else otherwise
@@ -3707,7 +3707,7 @@ class Part:
     native: Any = MappingProxyType({})                     # verbatim, in the form of `origin`
     origin = ""                          # the API of `native`: "messages", "responses", "chat"
     maker = ""                           # the provider of `native`, where that is known
-    mark: Optional[Mapping[str, object]] = None            # Anthropic's cache_control
+    mark: Optional[Mapping[str, Any]] = None            # Anthropic's cache_control
     index = 0                            # its place in an answer
     pieces: list[str]                    # of its text, while it is read or written as a stream
     at: str                              # its place in an answer of Responses that is read
@@ -3716,7 +3716,7 @@ class Part:
     is_open: bool                        # and how far that is
     is_closed: bool
 
-    def __init__(self, kind: str, text: str = "", **more: object) -> None:
+    def __init__(self, kind: str, text: str = "", **more: Any) -> None:
         self.__dict__ = more
         self.kind, self.text = kind, text
 
@@ -3755,13 +3755,13 @@ class Tool(NamedTuple):
     kind: str                            # function, text (its input is no JSON), search or other
     name: str
     description: str = ""
-    schema: Mapping[str, object] = MappingProxyType({})     # of its input, as the client wrote it
+    schema: Mapping[str, Any] = MappingProxyType({})     # of its input, as the client wrote it
     strict: bool = False                 # its input must match the schema
     namespace: str = ""
-    syntax: Mapping[str, object] = MappingProxyType({})     # that the input of a text tool follows
-    search: Mapping[str, object] = MappingProxyType({})     # allowed_domains, blocked_domains,
+    syntax: Mapping[str, Any] = MappingProxyType({})     # that the input of a text tool follows
+    search: Mapping[str, Any] = MappingProxyType({})     # allowed_domains, blocked_domains,
     # user_location and max_uses, as Anthropic spells them
-    native: Mapping[str, object] = MappingProxyType({})     # what else the client wrote of it
+    native: Mapping[str, Any] = MappingProxyType({})     # what else the client wrote of it
     origin: str = ""                     # the API whose form `native` has
 
 
@@ -3774,7 +3774,7 @@ class Choice(NamedTuple):
 
 class Format(NamedTuple):
     """The form that the answer's text must have: JSON, of a schema unless that is None."""
-    schema: object
+    schema: Any
     name: str = ""
     description: str = ""
     strict: bool = False
@@ -3788,7 +3788,7 @@ class Conversation:
     effort: Optional[str] = None                 # one of EFFORTS, as asked
     summary: Optional[str] = None                # of thoughts: auto, concise or detailed
     output_cap: Optional[int] = None
-    sampling: Mapping[str, object] = MappingProxyType({})    # temperature, top_p and top_k
+    sampling: Mapping[str, Any] = MappingProxyType({})    # temperature, top_p and top_k
     stops: Sequence[str] = ()
     user: Optional[str] = None
     tier: Optional[str] = None                   # OpenAI's word: auto, default, flex, priority
@@ -3799,8 +3799,8 @@ class Conversation:
         self.tools: list[Tool] = []              # those that are allowed
         self.changed: dict[str, str] = {}        # what the reader had to change, to be reported
         self.names: dict[str, str] = {}          # of losses, where not the API's usual ones
-        self.rest: dict[str, object] = {}        # lost, and reported, where a writer has no place
-        self.hints: dict[str, object] = {}       # lost without a word: the answer is the same
+        self.rest: dict[str, Any] = {}        # lost, and reported, where a writer has no place
+        self.hints: dict[str, Any] = {}       # lost without a word: the answer is the same
 
 
 class Target(NamedTuple):
@@ -3845,7 +3845,7 @@ class Tokens(NamedTuple):
 class Began(NamedTuple):
     """The first event of an answer."""
     id: str                              # as the provider gave it; "" where it did not
-    model: object
+    model: Any
     tier: Optional[str] = None           # OpenAI's word for the one that served
     tokens: Tokens = Tokens()            # as far as they are known by then
 
@@ -3972,7 +3972,7 @@ _CAP = re.compile(r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for th
 _PROMPT = re.compile(r"(\d{1,9}) (?:input|`inputs`) tokens|limit: (\d{1,9}) \+|(\d{1,9}) `inputs`")
 
 
-def words_of(body: object, depth: int = 8) -> str:
+def words_of(body: Any, depth: int = 8) -> str:
     """Return what an error says in words, wherever they stand in it; "" where there are none."""
     if isinstance(body, str):
         return words_of(_parsed_error(body), depth - 1) or body
@@ -3987,13 +3987,13 @@ def words_of(body: object, depth: int = 8) -> str:
     return f"{words}: {more}" if more and more != words else words
 
 
-def message_of(status: int, body: object) -> str:
+def message_of(status: int, body: Any) -> str:
     """Return what an error says, in words or else as it came."""
     said = words_of(body) or (json.dumps(body, ensure_ascii=False)[:500] if body else "")
     return said or f"the provider answered with the status {status}"
 
 
-def _parsed_error(text: str) -> object:
+def _parsed_error(text: str) -> Any:
     """Return the error that a text holds as JSON, for some pass on that of another server so."""
     if not 2 < len(text) <= MAX_ERROR_CHARS or text[0] not in "[{":
         return None
@@ -4003,7 +4003,7 @@ def _parsed_error(text: str) -> object:
         return None
 
 
-def overflow_of(failure: Failure, inner: Mapping[str, object]) -> Failure:
+def overflow_of(failure: Failure, inner: Mapping[str, Any]) -> Failure:
     """Return a failure as that of a full context, where its words or its code say so."""
     words = failure.message[:MAX_ERROR_CHARS]
     if failure.code != "context_length_exceeded" and (
@@ -4056,12 +4056,12 @@ class Losses:
         if name not in self.dropped:
             self.dropped.append(name)
 
-    def adjust(self, name: str, became: object) -> None:
+    def adjust(self, name: str, became: Any) -> None:
         """Report a field whose value had to change; `became` is a number or a word of ours."""
         self.report(self._checked(
             name, f"would have to become {became} for this model's provider"), became)
 
-    def report(self, name: str, became: object) -> None:
+    def report(self, name: str, became: Any) -> None:
         """Report a field that the budget, and no translation, changed."""
         self.adjusted[name] = str(became)
 
@@ -4102,7 +4102,7 @@ def IN_ANSWER(name: str, kind: str) -> IroncageError:
 IN_MESSAGES, IN_TOOLS = in_request("messages"), in_request("tools")
 
 
-def _absent(value: object, blank: _T, name: str, fault: Optional[Fault], words: str) -> _T:
+def _absent(value: Any, blank: _T, name: str, fault: Optional[Fault], words: str) -> _T:
     """Return what stands for a member that is absent or null. Raises what `fault` makes for any
     other, which is in_request(name) unless that is given."""
     if value is None:
@@ -4110,19 +4110,19 @@ def _absent(value: object, blank: _T, name: str, fault: Optional[Fault], words: 
     raise (fault or in_request(name))(name, words)
 
 
-def text_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> str:
+def text_in(holder: Mapping[str, Any], name: str, fault: Optional[Fault] = None) -> str:
     """Return a string among fields, or an empty one; see _absent()."""
     value = holder.get(name)
     return value if isinstance(value, str) else _absent(value, "", name, fault, "a string")
 
 
-def object_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> dict:
+def object_in(holder: Mapping[str, Any], name: str, fault: Optional[Fault] = None) -> dict:
     """Return an object among fields, or an empty one; see _absent()."""
     value = holder.get(name)
     return value if isinstance(value, dict) else _absent(value, {}, name, fault, "an object")
 
 
-def rows_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = None) -> list[dict]:
+def rows_in(holder: Mapping[str, Any], name: str, fault: Optional[Fault] = None) -> list[dict]:
     """Return a list of objects among fields, or an empty one; see _absent()."""
     value = holder.get(name)
     if isinstance(value, list) and all([isinstance(row, dict) for row in value]):
@@ -4130,7 +4130,7 @@ def rows_in(holder: Mapping[str, object], name: str, fault: Optional[Fault] = No
     return _absent(value, [], name, fault, "a list of objects")
 
 
-def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
+def texts_in(fields: Mapping[str, Any], name: str) -> list[str]:
     """Return a string, or a list of them, among a request's fields. Raises BadRequest."""
     value = fields.get(name)
     texts = value if isinstance(value, list) else [] if value is None else [value]
@@ -4139,20 +4139,20 @@ def texts_in(fields: Mapping[str, object], name: str) -> list[str]:
     return texts
 
 
-def count_or_zero(usage: object, name: str) -> int:
+def count_or_zero(usage: Any, name: str) -> int:
     """Return a count in a usage object that is carried over; 0 where there is none."""
     value = json_object(usage).get(name)
     return value if type(value) is int and value > 0 else 0
 
 
-def _parts_of(content: object) -> list[dict]:
+def _parts_of(content: Any) -> list[dict]:
     """Return a message's content as a list of parts; a string is a text part, null is none."""
     rows = content if isinstance(content, list) else (content,)
     return [row if isinstance(row, dict) else {"type": "text", "text": row}
             for row in rows if isinstance(row, (dict, str))]
 
 
-def _content_of(message: Mapping[str, object]) -> object:
+def _content_of(message: Mapping[str, Any]) -> Any:
     """Return a message's content. Raises BadRequest where it is no text, list or null."""
     content = message.get("content")
     if content is not None and not isinstance(content, (str, list)):
@@ -4161,20 +4161,20 @@ def _content_of(message: Mapping[str, object]) -> object:
     return content
 
 
-def _text_of(content: object, separator: str = "") -> str:
+def _text_of(content: Any, separator: str = "") -> str:
     return separator.join(str(part.get("text") or "") for part in _parts_of(content)
                           if part.get("type") in (None, "text", "input_text"))
 
 
-def by_rules(fields: Mapping[str, object],
-             rules: Mapping[str, tuple]) -> tuple[dict[str, object], dict[str, object]]:
+def by_rules(fields: Mapping[str, Any],
+             rules: Mapping[str, tuple]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the top-level fields of a request that have no place in the form: those whose loss
     is reported, and the hints, whose loss nobody can see. Raises BadRequest.
 
     A rule is (action, neutral values): "own" is read elsewhere, "rest" and "hint" come back,
     "refuse" ends the request. Null is always neutral. A field without a rule is "rest".
     """
-    kept: dict[str, dict[str, object]] = {"rest": {}, "hint": {}}
+    kept: dict[str, dict[str, Any]] = {"rest": {}, "hint": {}}
     for name, value in fields.items():
         action, *neutral = rules.get(name, ("rest",))
         if action == "own" or value is None or value in neutral:
@@ -4186,7 +4186,7 @@ def by_rules(fields: Mapping[str, object],
     return kept["rest"], kept["hint"]
 
 
-def begun(fields: Mapping[str, object], rules: Mapping[str, tuple]) -> Conversation:
+def begun(fields: Mapping[str, Any], rules: Mapping[str, tuple]) -> Conversation:
     """Return a conversation with what all APIs have under the same names. Raises BadRequest."""
     conversation = Conversation(str(fields["model"]))
     conversation.rest, conversation.hints = by_rules(fields, rules)
@@ -4212,7 +4212,7 @@ def lowered_effort(asked: str, taken: Sequence[str]) -> str:
     return known[-1] if known else taken[0]
 
 
-def _parse_strictly(text: str) -> object:
+def _parse_strictly(text: str) -> Any:
     """Return JSON that our own reading of a body will take. Raises BadRequest, ValueError."""
     value = _STRICT_JSON.decode(text)
     if _nested_deeper_than([value], MAX_JSON_DEPTH - 16):
@@ -4220,7 +4220,7 @@ def _parse_strictly(text: str) -> object:
     return value
 
 
-def arguments_to_input(text: str, parse: Callable[[str], object] = json.loads) -> dict:
+def arguments_to_input(text: str, parse: Callable[[str], Any] = json.loads) -> dict:
     """Return a call's arguments as an object; what is none is wrapped until its return."""
     try:
         value = parse(text) if text.strip() else {}
@@ -4232,7 +4232,7 @@ def arguments_to_input(text: str, parse: Callable[[str], object] = json.loads) -
 plain_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes one at each call
 
 
-def input_to_arguments(value: object) -> str:
+def input_to_arguments(value: Any) -> str:
     """Return the text that arguments_to_input() made an object of."""
     fields = json_object(value)
     if len(fields) == 1:
@@ -4242,7 +4242,7 @@ def input_to_arguments(value: object) -> str:
     return plain_json(fields)
 
 
-def call_input(call: Part, parse: Callable[[str], object] = json.loads) -> dict:
+def call_input(call: Part, parse: Callable[[str], Any] = json.loads) -> dict:
     """Return the input of a call as an object."""
     return {"input": call.text} if call.is_text else arguments_to_input(call.text, parse)
 
@@ -4470,7 +4470,7 @@ def thinking_block(part: Part) -> dict:
             "signature": sealed(part) if part.native else OWN_THINKING}
 
 
-def thought_of(block: Mapping[str, object]) -> Part:
+def thought_of(block: Mapping[str, Any]) -> Part:
     """Return what a client brings back as Claude's block: Claude's own, or what that carries."""
     signature, text = str(block.get("signature") or ""), block.get("thinking")
     thought = Part("thought", text if isinstance(text, str) else "")
@@ -4537,7 +4537,7 @@ class RequestWriter:
         return bool(thought.native) and thought.origin == self.api \
             and thought.maker in ("", self._target.manners.name)
 
-    def _thought(self, part: Part) -> Optional[Mapping[str, object]]:
+    def _thought(self, part: Part) -> Optional[Mapping[str, Any]]:
         if self._goes_back(part):
             return part.native
         if part.native:
@@ -4595,7 +4595,7 @@ SCHEMA_SHAPES = MappingProxyType({
     "$ref": (str, "a string")})
 
 
-def schemas_in(schema: object) -> Iterator[dict]:
+def schemas_in(schema: Any) -> Iterator[dict]:
     """Yield a schema, and all that stand inside it; values that are no objects are none."""
     waiting = [schema]
     for one in waiting:                            # which grows as we go
@@ -4610,7 +4610,7 @@ def schemas_in(schema: object) -> Iterator[dict]:
                     waiting.append(value)
 
 
-def checked_schema(schema: object, fault: Fault) -> object:
+def checked_schema(schema: Any, fault: Fault) -> Any:
     """Return a schema in which what is looked at here has the shape that it must have."""
     for one in schemas_in(schema):
         for name, value in one.items():
@@ -4622,7 +4622,7 @@ def checked_schema(schema: object, fault: Fault) -> object:
     return schema
 
 
-def _is_object(schema: Mapping[str, object]) -> bool:
+def _is_object(schema: Mapping[str, Any]) -> bool:
     kind = schema.get("type")
     return kind == "object" or (isinstance(kind, list) and "object" in kind)
 
@@ -4636,7 +4636,7 @@ def _unwrapped(schema: Any) -> Any:
     return schema
 
 
-def _referred(ref: str, root: Mapping[str, object]) -> Mapping[str, object]:
+def _referred(ref: str, root: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema that a local reference points to; an empty one where there is none."""
     target, is_map = root, False
     for step in ref[2:].split("/"):
@@ -4646,7 +4646,7 @@ def _referred(ref: str, root: Mapping[str, object]) -> Mapping[str, object]:
     return {} if is_map else target
 
 
-def with_root(schema: object) -> object:
+def with_root(schema: Any) -> Any:
     """Return a schema whose root is a reference into itself with its target as the root."""
     fields = json_object(schema)
     if not str(fields.get("$ref")).startswith("#/"):
@@ -4655,7 +4655,7 @@ def with_root(schema: object) -> object:
             **{name: fields[name] for name in ("$defs", "definitions") if name in fields}}
 
 
-def claude_schema(schema: object) -> object:
+def claude_schema(schema: Any) -> Any:
     """Return a schema in the part of the language that Anthropic takes; the rest becomes words."""
     schema = _unwrapped(schema)
     if not isinstance(schema, dict):
@@ -4684,14 +4684,14 @@ def claude_schema(schema: object) -> object:
     return kept
 
 
-def is_enforceable(schema: object) -> bool:
+def is_enforceable(schema: Any) -> bool:
     """Whether Claude can be held to a schema: it is closed, has a shape everywhere, does not
     refer to itself, and has values and alternatives that Anthropic takes."""
     return isinstance(schema, dict) and not _is_recursive(schema) \
         and all(map(_is_closed, schemas_in(schema)))
 
 
-def _is_closed(schema: Mapping[str, object]) -> bool:
+def _is_closed(schema: Mapping[str, Any]) -> bool:
     """Whether one level of a schema allows nothing but what Anthropic can enforce."""
     branches = schema.get("allOf", ()) if schema is _unwrapped(schema) else ()
     return not ((_is_object(schema) and not schema.get("properties"))
@@ -4702,9 +4702,9 @@ def _is_closed(schema: Mapping[str, object]) -> bool:
                 or any("$ref" in branch for branch in _parts_of(branches)))
 
 
-def _is_recursive(schema: Mapping[str, object]) -> bool:
+def _is_recursive(schema: Mapping[str, Any]) -> bool:
     """Whether a schema refers to itself, or to anything outside."""
-    def refs_in(inner: object) -> Iterator[str]:
+    def refs_in(inner: Any) -> Iterator[str]:
         return iter({one["$ref"]: 0 for one in schemas_in(inner) if "$ref" in one})
 
     done: set[str] = set()
@@ -4722,7 +4722,7 @@ def _is_recursive(schema: Mapping[str, object]) -> bool:
     return False
 
 
-def size_of(schema: object) -> Counter:
+def size_of(schema: Any) -> Counter:
     """Return how much of MOST_ENFORCED a schema takes up."""
     size: Counter = Counter()
     for one in schemas_in(schema):
@@ -4732,7 +4732,7 @@ def size_of(schema: object) -> Counter:
     return size
 
 
-def object_schema(schema: Mapping[str, object]) -> dict:
+def object_schema(schema: Mapping[str, Any]) -> dict:
     """Return a tool's schema with one object at its top, where Anthropic takes no alternatives:
     a property can be as any of them has it, and what all require is required."""
     branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
@@ -4753,19 +4753,19 @@ def object_schema(schema: Mapping[str, object]) -> dict:
             **({"required": required} if required else {})}
 
 
-def plain_schema(schema: Mapping[str, object]) -> dict:
+def plain_schema(schema: Mapping[str, Any]) -> dict:
     """Return a tool's schema as an object at least, without the name of its dialect."""
     return {"type": "object", "properties": {}, **{
         name: value for name, value in schema.items() if name != "$schema"}}
 
 
-def is_strict(schema: object) -> bool:
+def is_strict(schema: Any) -> bool:
     """Whether a schema meets OpenAI's strict mode: all properties required, no others allowed,
     a shape everywhere, and no keyword that it refuses."""
     return all(map(_is_strict_level, schemas_in(schema)))
 
 
-def _is_strict_level(schema: Mapping[str, object]) -> bool:
+def _is_strict_level(schema: Mapping[str, Any]) -> bool:
     properties = schema.get("properties")
     inner = [*(properties or {}).values(), *schema.get("anyOf", ()), schema.get("items", {})]
     if UNSTRICT_KEYWORDS & schema.keys() or not SHAPE_KEYWORDS & schema.keys() \
@@ -4854,7 +4854,7 @@ SEARCH_TYPES = r"web_search(_preview)?(_\d{4}_\d\d_\d\d)?"
 ANTHROPIC_TOOL = r"_\d{8}$"                        # how the types of its own tools end
 
 
-def read_chat_request(fields: Mapping[str, object]) -> Conversation:
+def read_chat_request(fields: Mapping[str, Any]) -> Conversation:
     """Read a chat completions request. Raises BadRequest."""
     conversation = begun(fields, CHAT_RULES)
     policies = object_in(object_in(fields, "moderation"), "policy", in_request("moderation"))
@@ -4879,14 +4879,14 @@ def read_chat_request(fields: Mapping[str, object]) -> Conversation:
     return conversation
 
 
-def effort_of(effort: object, field: str) -> Optional[str]:
+def effort_of(effort: Any, field: str) -> Optional[str]:
     """Return an effort of reasoning. Raises BadRequest."""
     if effort is not None and effort not in EFFORTS:
         raise BadRequest(f"{field} is not one of {', '.join(EFFORTS)}", param=field)
     return effort
 
 
-def set_user(conversation: Conversation, fields: Mapping[str, object]) -> None:
+def set_user(conversation: Conversation, fields: Mapping[str, Any]) -> None:
     """Read who asks, in which tier, and the rest of the metadata, from a request of OpenAI's."""
     conversation.tier = text_in(fields, "service_tier") or None
     metadata = {**object_in(fields, "metadata")}
@@ -4897,14 +4897,14 @@ def set_user(conversation: Conversation, fields: Mapping[str, object]) -> None:
         conversation.rest["metadata"] = metadata
 
 
-def messages_in(fields: Mapping[str, object], name: str) -> list[dict]:
+def messages_in(fields: Mapping[str, Any], name: str) -> list[dict]:
     """Return the messages of a request. Raises BadRequest."""
     if not isinstance(fields.get(name), list) or not fields[name]:
         raise BadRequest(f"{name} must be a list of at least one message", param=name)
     return rows_in(fields, name)
 
 
-def format_of(row: Mapping[str, object], field: str, inside: str = "") -> Optional[Format]:
+def format_of(row: Mapping[str, Any], field: str, inside: str = "") -> Optional[Format]:
     """Return the form of the text that OpenAI's `field` asks for; a schema may stand `inside`.
     Raises BadRequest."""
     fault, kind = in_request(field), row.get("type", "text")
@@ -4916,11 +4916,11 @@ def format_of(row: Mapping[str, object], field: str, inside: str = "") -> Option
         text_in(holder, "description", fault), holder.get("strict") is True)
 
 
-def read_choice(wanted: object, conversation: Conversation) -> None:
+def read_choice(wanted: Any, conversation: Conversation) -> None:
     """Read tool_choice of either of OpenAI's APIs; tools that it does not allow are left out. What
     is a tool's stands inside its type in one; its own are named by their type. Raises
     BadRequest."""
-    def named(row: Mapping[str, object]) -> str:
+    def named(row: Mapping[str, Any]) -> str:
         kind = str(row.get("type"))
         return text_in(json_object(row.get(kind)) or row, "name", fault) \
             or re.sub(SEARCH_TYPES, "web_search", kind)
@@ -4940,7 +4940,7 @@ def read_choice(wanted: object, conversation: Conversation) -> None:
                          param="tool_choice")
 
 
-def _tool_of(row: Mapping[str, object]) -> Tool:
+def _tool_of(row: Mapping[str, Any]) -> Tool:
     kind = row.get("type", "function")
     if "input_schema" in row or (isinstance(kind, str) and re.search(ANTHROPIC_TOOL, kind)):
         return Tool("other", str(row.get("name") or ""), native=row, origin="messages")
@@ -4949,7 +4949,7 @@ def _tool_of(row: Mapping[str, object]) -> Tool:
     return openai_tool(kind, inner)._replace(native=extras, origin="messages")
 
 
-def openai_tool(kind: object, row: Mapping[str, object]) -> Tool:
+def openai_tool(kind: Any, row: Mapping[str, Any]) -> Tool:
     """Read a function, or a tool that takes text. Raises BadRequest."""
     name, words = text_in(row, "name", IN_TOOLS), text_in(row, "description", IN_TOOLS)
     if kind not in ("function", "custom") or not name:
@@ -4961,7 +4961,7 @@ def openai_tool(kind: object, row: Mapping[str, object]) -> Tool:
         row, "parameters", IN_TOOLS), IN_TOOLS), bool(row.get("strict")))
 
 
-def _turn_of(message: Mapping[str, object]) -> Turn:
+def _turn_of(message: Mapping[str, Any]) -> Turn:
     role = message.get("role")
     if role == "user":
         return Turn(role, _chat_parts(message))
@@ -4976,7 +4976,7 @@ def _turn_of(message: Mapping[str, object]) -> Turn:
                               mark=_mark_of(message))])
 
 
-def _said_parts(message: Mapping[str, object]) -> list[Part]:
+def _said_parts(message: Mapping[str, Any]) -> list[Part]:
     """Return what the assistant said: thoughts, text, a refusal and calls, in that order."""
     rows = rows_in(message, "tool_calls", IN_MESSAGES)
     if message.get("function_call"):
@@ -5000,7 +5000,7 @@ def _said_parts(message: Mapping[str, object]) -> list[Part]:
     return [*said, *_chat_parts(message), *([Part("refusal", refusal)] if refusal else []), *calls]
 
 
-def _thoughts_of(details: object) -> list[dict]:
+def _thoughts_of(details: Any) -> list[dict]:
     """Return Claude's thinking blocks in OpenRouter's form, which may hold other models' too."""
     return [{"type": "thinking", "thinking": row.get("text") or "", "signature": row["signature"]}
             if row.get("signature") else {"type": "redacted_thinking", "data": row["data"]}
@@ -5008,7 +5008,7 @@ def _thoughts_of(details: object) -> list[dict]:
             if str(row.get("format", "anthropic")).startswith("anthropic")]
 
 
-def _call_part(row: Mapping[str, object]) -> Part:
+def _call_part(row: Mapping[str, Any]) -> Part:
     kind = row.get("type", "function")
     inner = object_in(row, str(kind), IN_MESSAGES)
     arguments = inner.get("input" if kind == "custom" else "arguments")
@@ -5019,7 +5019,7 @@ def _call_part(row: Mapping[str, object]) -> Part:
                 is_text=kind == "custom")
 
 
-def _mark_of(holder: Mapping[str, object]) -> Optional[dict]:
+def _mark_of(holder: Mapping[str, Any]) -> Optional[dict]:
     """Return the cache mark of a part, Anthropic's or OpenAI's, as the former."""
     mark = holder.get("cache_control")
     if mark is None and holder.get("prompt_cache_breakpoint") is not None:
@@ -5028,7 +5028,7 @@ def _mark_of(holder: Mapping[str, object]) -> Optional[dict]:
     return mark
 
 
-def _chat_parts(message: Mapping[str, object]) -> list[Part]:
+def _chat_parts(message: Mapping[str, Any]) -> list[Part]:
     content, parts = _content_of(message), []
     if isinstance(content, str):
         return [Part("text", content)] if content else []
@@ -5049,7 +5049,7 @@ TEXT_MEMBERS = MappingProxyType({                  # type of a part -> the membe
     "encrypted_content": "encrypted_content"})     # of subagents; only OpenAI encrypts it
 
 
-def openai_part(row: Mapping[str, object], fault: Fault) -> Optional[Part]:
+def openai_part(row: Mapping[str, Any], fault: Fault) -> Optional[Part]:
     """Read text, a refusal, an image or a file of OpenAI's APIs; None for another type. What an
     image or a file is stands in the part, in Responses, or in a member of it, in chat."""
     kind, image = str(row.get("type")), row.get("image_url")
@@ -5071,7 +5071,7 @@ def openai_part(row: Mapping[str, object], fault: Fault) -> Optional[Part]:
     return part
 
 
-def _file_part(file: Mapping[str, object], fault: Fault) -> Part:
+def _file_part(file: Mapping[str, Any], fault: Fault) -> Part:
     """Return a file: a PDF, or text, in base64; or where it is."""
     data, title, file_id, url = (text_in(file, name, fault) for name in (
         "file_data", "filename", "file_id", "file_url"))
@@ -5150,7 +5150,7 @@ class _OpenAIRequest(RequestWriter):
                   "parallel_tool_calls": False if asked.one_call_at_a_time else None}
         return {name: value for name, value in fields.items() if value is not None} if tools else {}
 
-    def _choice(self, tools: list[dict]) -> object:
+    def _choice(self, tools: list[dict]) -> Any:
         """Return the row of the tool that must be called, or a word; None where all is open."""
         choice = self._asked.choice
         if choice is None or choice.mode != "tool":
@@ -5258,7 +5258,7 @@ class _ChatRequest(_OpenAIRequest):
         if self._messages[-1]["role"] == "assistant":
             self._losses.adjust("prefill", "kept")
 
-    def _add(self, role: str, content: object, **more: object) -> None:
+    def _add(self, role: str, content: Any, **more: Any) -> None:
         """Add a message. Chat templates of local models want the user's and the assistant's to
         alternate, and those of some servers do not have the user speak behind a tool."""
         last = self._messages[-1] if self._messages else {"role": ""}
@@ -5397,7 +5397,7 @@ FAILED_FINISHES = frozenset({"error", "abort", "network_error", "insufficient_sy
                              "malformed_function_call", "unexpected_tool_call"})
 
 
-def chat_tokens(usage: object, prompt_name: str = "prompt_tokens",
+def chat_tokens(usage: Any, prompt_name: str = "prompt_tokens",
                 completion_name: str = "completion_tokens") -> Tokens:
     """Return usage of OpenAI's format in our counting. Where a server's total is more than prompt
     and completion, the rest was reasoning; some have a name of their own for cache writes."""
@@ -5430,7 +5430,7 @@ def chat_stream_of(completion: dict) -> Iterable[dict]:
     return (completion, {"type": "done"})
 
 
-def chat_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Iterator[AnswerEvent]:
+def chat_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterator[AnswerEvent]:
     """Read a stream of chunks: of OpenAI, and of servers that take liberties with its format."""
     reader = _ChunkReader(terms)
     for chunk in stream:
@@ -5453,16 +5453,16 @@ class _ChunkReader:
         self.has_begun = self.is_done = False
         self._kinds: set[str] = set()                # of the parts there were
         self._said: Optional[Part] = None            # the text or thought that is open
-        self._back: dict[str, object] = {}           # what the server wants back, not yet carried
+        self._back: dict[str, Any] = {}           # what the server wants back, not yet carried
         self._calls: list[Part] = []
-        self._newest: dict[object, Part] = {}        # of each index of the provider's
+        self._newest: dict[Any, Part] = {}        # of each index of the provider's
         self._by_id: dict[str, Part] = {}
         self._touched: set[Part] = set()             # the calls of the delta that is read
-        self._usage: object = None
-        self._tier: object = None
+        self._usage: Any = None
+        self._tier: Any = None
         self._choice: dict = {}                      # what the finish said
 
-    def read(self, chunk: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def read(self, chunk: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         """Yield the events of one chunk."""
         self._tier = chunk.get("service_tier") or self._tier
         if not self.has_begun:
@@ -5484,7 +5484,7 @@ class _ChunkReader:
         if choice.get("finish_reason"):
             self._choice = choice
 
-    def _read_delta(self, delta: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _read_delta(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
         if delta.get("reasoning_details"):
             self._back["reasoning_details"] = [*self._back.get("reasoning_details", ()),
@@ -5525,7 +5525,7 @@ class _ChunkReader:
             part, self._back = Part("thought", native=self._back, origin="chat"), {}
             yield from (part.opened(), part.closed())
 
-    def _call_of(self, call_id: str, index: object, name: str, more: str) -> Part:
+    def _call_of(self, call_id: str, index: Any, name: str, more: str) -> Part:
         """Return the call that a delta belongs to; servers get ids and indexes wrong.
 
         A delta goes on with the newest call of its index, or with that of its id where the newest
@@ -5552,7 +5552,7 @@ class _ChunkReader:
         self._touched.add(call)
         return call
 
-    def _read_call(self, row: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _read_call(self, row: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         inner = json_object(row.get("function", row.get("custom")))
         name, more = inner.get("name"), inner.get("arguments", inner.get("input"))
         name = name if isinstance(name, str) else ""
@@ -5630,7 +5630,7 @@ class _ChunkReader:
 OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaque"})
 
 
-def opaque_in(holder: Mapping[str, object]) -> dict:
+def opaque_in(holder: Mapping[str, Any]) -> dict:
     """Return what has to go back to a server as it came, with a call or a message."""
     if OPAQUE_FIELDS.isdisjoint(holder):
         return {}
@@ -5643,7 +5643,7 @@ def _is_whole(call: Part) -> bool:
     return last.endswith("}") and "__raw" not in arguments_to_input("".join(call.pieces))
 
 
-def _first_choice(body: Mapping[str, object]) -> dict:
+def _first_choice(body: Mapping[str, Any]) -> dict:
     choices = body.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         if isinstance(choice, dict) and choice.get("index") in (0, None):
@@ -5654,7 +5654,7 @@ def _first_choice(body: Mapping[str, object]) -> dict:
 REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
 
 
-def _reasoning_of(said: Mapping[str, object]) -> str:
+def _reasoning_of(said: Mapping[str, Any]) -> str:
     """Return the reasoning that compatible servers show, under any of its names."""
     content = said.get("content")
     if REASONING_FIELDS.isdisjoint(said) and not isinstance(content, list):
@@ -5671,7 +5671,7 @@ def _reasoning_of(said: Mapping[str, object]) -> str:
 class ChatWriter(AnswerWriter):
     """Writes an answer as a chat completion, whole or as chunks; [DONE] is the Router's."""
 
-    def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
+    def __init__(self, fields: Mapping[str, Any], created_at: int) -> None:
         self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
         self._is_legacy = bool(fields.get("functions"))
         self._base: dict = {"created": created_at, "system_fingerprint": None}
@@ -5720,7 +5720,7 @@ class ChatWriter(AnswerWriter):
             body["usage"] = None
         return body
 
-    def _call_chunk(self, part: Part, row: Mapping[str, object]) -> dict:
+    def _call_chunk(self, part: Part, row: Mapping[str, Any]) -> dict:
         return self._chunk({"function_call": row[CALL_MEMBERS[part.is_text][0]]} if self._is_legacy
                            else {"tool_calls": [{"index": self._numbers[part], **row}]})
 
@@ -5799,7 +5799,7 @@ OPENAI_ERRORS = MappingProxyType({
 QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 
 
-def openai_failure(status: int, body: object) -> Failure:
+def openai_failure(status: int, body: Any) -> Failure:
     """Read an error of OpenAI's format, or of a server that has another for its errors."""
     body = body[0] if isinstance(body, list) and body else body
     holder = json_object(body)
@@ -5871,7 +5871,7 @@ UNSTREAMED_OUTPUT_TOKENS = 21_333                  # more may take over ten minu
 SEARCH_TOOL = MappingProxyType({"type": "web_search_20250305", "name": "web_search"})
 
 
-def object_of(required: Sequence[str] = (), **properties: Mapping[str, object]) -> dict:
+def object_of(required: Sequence[str] = (), **properties: Mapping[str, Any]) -> dict:
     """Return the schema of a tool that its client runs, and its vendor's models know."""
     return {"type": "object", "properties": properties,
             **({"required": [*required]} if required else {})}
@@ -5932,7 +5932,7 @@ MESSAGES_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": 
                                      "tool": "tool"})
 
 
-def read_messages_request(fields: Mapping[str, object]) -> Conversation:
+def read_messages_request(fields: Mapping[str, Any]) -> Conversation:
     """Read a Messages request. Raises BadRequest."""
     conversation = begun(fields, MESSAGES_RULES)
     conversation.output_cap = optional_count(fields, "max_tokens", least=1)
@@ -5959,7 +5959,7 @@ def read_messages_request(fields: Mapping[str, object]) -> Conversation:
     return conversation
 
 
-def _read_user(fields: Mapping[str, object], conversation: Conversation) -> None:
+def _read_user(fields: Mapping[str, Any], conversation: Conversation) -> None:
     user = object_in(fields, "metadata").get("user_id")
     if isinstance(user, str):
         conversation.user = user
@@ -5971,7 +5971,7 @@ def _read_user(fields: Mapping[str, object], conversation: Conversation) -> None
         conversation.rest["context_management"] = edits
 
 
-def _read_output_config(fields: Mapping[str, object], messages: Sequence[Mapping[str, object]],
+def _read_output_config(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]],
                         conversation: Conversation) -> None:
     """Read effort and form of the answer: the last message that says an effort counts."""
     output, thinking = object_in(fields, "output_config"), object_in(fields, "thinking")
@@ -5995,7 +5995,7 @@ def _read_output_config(fields: Mapping[str, object], messages: Sequence[Mapping
             checked_schema(wanted.get("schema"), in_request("output_config")))
 
 
-def _message_turns(messages: Sequence[Mapping[str, object]]) -> Iterator[Turn]:
+def _message_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Turn]:
     last_user = max((at for at, message in enumerate(messages) if message.get("role") == "user"),
                     default=-1)
     for at, message in enumerate(messages):
@@ -6007,8 +6007,8 @@ def _message_turns(messages: Sequence[Mapping[str, object]]) -> Iterator[Turn]:
         yield Turn(role, [] if is_over else parts)
 
 
-def _tools_at_last(fields: Mapping[str, object],
-                   messages: Sequence[Mapping[str, object]]) -> list[dict]:
+def _tools_at_last(fields: Mapping[str, Any],
+                   messages: Sequence[Mapping[str, Any]]) -> list[dict]:
     """Return the tools after all that were added and removed within the conversation."""
     rows, removed = [*rows_in(fields, "tools", IN_TOOLS)], {DEFERRED_TOOLS}
     for change in (part for message in messages if message["role"] == "system"
@@ -6022,7 +6022,7 @@ def _tools_at_last(fields: Mapping[str, object],
     return [row for row in rows if str(row.get("name")) not in removed]
 
 
-def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> Tool:
+def _tool_of_claude(row: Mapping[str, Any], conversation: Conversation) -> Tool:
     kind, name = str(row.get("type") or "custom"), text_in(row, "name", IN_TOOLS)
     known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
     if kind == "custom":
@@ -6038,7 +6038,7 @@ def _tool_of_claude(row: Mapping[str, object], conversation: Conversation) -> To
     return tool._replace(native=row, origin="messages")
 
 
-def _message_parts(content: object) -> list[Part]:
+def _message_parts(content: Any) -> list[Part]:
     parts: list[Part] = []
     for row in _parts_of(content):
         read, mark = _BLOCKS_READ.get(str(row.get("type"))), row.get("cache_control")
@@ -6048,7 +6048,7 @@ def _message_parts(content: object) -> list[Part]:
     return parts
 
 
-def _text_blocks(row: Mapping[str, object]) -> list[Part]:
+def _text_blocks(row: Mapping[str, Any]) -> list[Part]:
     text = text_in(row, "text", IN_MESSAGES)
     return [Part("text", text)] if text else []
 
@@ -6059,7 +6059,7 @@ _SOURCES = MappingProxyType({
     "url": (("url", "url"),), "file": (("file_id", "file_id"),)})
 
 
-def _media_blocks(row: Mapping[str, object]) -> list[Part]:
+def _media_blocks(row: Mapping[str, Any]) -> list[Part]:
     """Return an image or a document; one that consists of parts as those."""
     source = object_in(row, "source", IN_MESSAGES)
     if source.get("type") == "content":
@@ -6070,17 +6070,17 @@ def _media_blocks(row: Mapping[str, object]) -> list[Part]:
                  name=text_in(row, "title", IN_MESSAGES))]
 
 
-def _search_result_blocks(row: Mapping[str, object]) -> list[Part]:
+def _search_result_blocks(row: Mapping[str, Any]) -> list[Part]:
     return [Part("text", f"{row.get('title')} ({row.get('source')})\n"
                  + _text_of(row.get("content"), "\n"))]
 
 
-def _tool_use_blocks(row: Mapping[str, object]) -> list[Part]:
+def _tool_use_blocks(row: Mapping[str, Any]) -> list[Part]:
     return [Part("call", input_to_arguments(row.get("input")), id=str(row.get("id") or ""),
                  name=text_in(row, "name", IN_MESSAGES))]
 
 
-def _tool_result_blocks(row: Mapping[str, object]) -> list[Part]:
+def _tool_result_blocks(row: Mapping[str, Any]) -> list[Part]:
     pieces = _message_parts([piece if str(piece.get("type")) in RESULT_BLOCKS
                              else {"type": "text", "text": json.dumps(piece)}
                              for piece in _parts_of(_content_of(row))])
@@ -6110,7 +6110,7 @@ class _MessagesRequest(RequestWriter):
         self._claude = claude_of(conversation.model)
         self._enforced: Counter = Counter()        # of MOST_ENFORCED
         self._system: list[dict] = []
-        self._thinking: Mapping[str, object] = {}  # what the request says of it
+        self._thinking: Mapping[str, Any] = {}  # what the request says of it
 
     def request(self) -> dict:
         """Return the request."""
@@ -6175,7 +6175,7 @@ class _MessagesRequest(RequestWriter):
                 value = 1
             request[name] = value
 
-    def _set_thinking(self, request: dict, own: object) -> None:
+    def _set_thinking(self, request: dict, own: Any) -> None:
         """Set what a client says in Claude's own field, else its effort. A field as other servers
         have it, without a budget, is an effort too."""
         claude, effort = self._claude, self._asked.effort
@@ -6234,7 +6234,7 @@ class _MessagesRequest(RequestWriter):
                 "prefix_mismatch_behavior": "drop_block"}}
             self.terms.betas = (*self.terms.betas, BINDING_BETA)
 
-    def _recall_thinking(self, messages: list[dict], before: object) -> None:
+    def _recall_thinking(self, messages: list[dict], before: Any) -> None:
         """Give turns their thinking back that the client left out. Claude takes it only where
         nothing before it has changed since, so it is looked up by a digest of that."""
         digest = hashlib.sha256(json_bytes(before))
@@ -6247,7 +6247,7 @@ class _MessagesRequest(RequestWriter):
                 for block in turn["content"])]))
         self.terms.digest = digest.hexdigest()
 
-    def _can_enforce(self, schema: object, *, strict_tools: int = 0) -> bool:
+    def _can_enforce(self, schema: Any, *, strict_tools: int = 0) -> bool:
         """Whether the model can be held to a schema; what it adds to the request is counted."""
         if not self._claude.schemas or not is_enforceable(schema):
             return False
@@ -6372,7 +6372,7 @@ class _MessagesRequest(RequestWriter):
                 for block in blocks]
 
     @staticmethod
-    def _limit_cache_marks(request: Mapping[str, object]) -> None:
+    def _limit_cache_marks(request: Mapping[str, Any]) -> None:
         """Leave the last marks that Anthropic takes, in the order in which it reads a request."""
         blocks = [*request.get("tools", ()), *request.get("system", ())]
         for turn in request["messages"]:
@@ -6459,7 +6459,7 @@ BLOCK_KINDS = MappingProxyType({"text": "text", "thinking": "thought", "tool_use
                                 "redacted_thinking": "thought", "server_tool_use": "search"})
 
 
-def messages_tokens(usage: Mapping[str, object]) -> Tokens:
+def messages_tokens(usage: Mapping[str, Any]) -> Tokens:
     """Return Anthropic's usage in our counting."""
     plain, read, written, output = (count_or_zero(usage, name) for name in (
         "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
@@ -6468,7 +6468,7 @@ def messages_tokens(usage: Mapping[str, object]) -> Tokens:
                   count_or_zero(usage.get("output_tokens_details"), "thinking_tokens"))
 
 
-def messages_usage(tokens: Tokens, tier: object = None) -> dict:
+def messages_usage(tokens: Tokens, tier: Any = None) -> dict:
     """Return usage as Anthropic counts it: what was cached is beside input_tokens."""
     return {"input_tokens": max(0, tokens.input - tokens.cached - tokens.written),
             "cache_creation_input_tokens": tokens.written,
@@ -6490,7 +6490,7 @@ def messages_stream_of(message: dict) -> Iterator[dict]:
     yield {"type": "message_stop"}
 
 
-def messages_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Iterator[AnswerEvent]:
+def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterator[AnswerEvent]:
     """Read Anthropic's stream of an answer."""
     usage: dict = {}
     end: dict = {}                                   # what the last delta said
@@ -6523,7 +6523,7 @@ def messages_events(stream: Iterable[Mapping[str, object]], terms: Terms) -> Ite
             yield _end_of_message(end, usage)
 
 
-def _part_of_block(block: Mapping[str, object]) -> Part:
+def _part_of_block(block: Mapping[str, Any]) -> Part:
     part = Part(BLOCK_KINDS.get(str(block.get("type")), "other"), native={**block},
                 origin="messages", citations=_citations_of(block.get("citations")))
     if part.kind in ("call", "search"):
@@ -6531,12 +6531,12 @@ def _part_of_block(block: Mapping[str, object]) -> Part:
     return part
 
 
-def _citations_of(rows: object) -> tuple[Citation, ...]:
+def _citations_of(rows: Any) -> tuple[Citation, ...]:
     return tuple(Citation(str(row.get("url") or ""), str(row.get("title") or ""))
                  for row in _parts_of(rows) if row.get("type") == "web_search_result_location")
 
 
-def _block_grown(part: Part, delta: Mapping[str, object]) -> Iterable[AnswerEvent]:
+def _block_grown(part: Part, delta: Mapping[str, Any]) -> Iterable[AnswerEvent]:
     name = _DELTA_FIELDS.get(str(delta.get("type")))
     more = delta.get(name)
     if not more:
@@ -6565,11 +6565,11 @@ def _block_over(part: Part) -> Iterator[AnswerEvent]:
     yield over
 
 
-def _tier_of(usage: Mapping[str, object]) -> Optional[str]:
+def _tier_of(usage: Mapping[str, Any]) -> Optional[str]:
     return SERVED_TIERS.get(str(usage.get("service_tier")))
 
 
-def _end_of_message(end: Mapping[str, object], usage: Mapping[str, object]) -> Ended:
+def _end_of_message(end: Mapping[str, Any], usage: Mapping[str, Any]) -> Ended:
     stop, details = str(end.get("stop_reason")), json_object(end.get("stop_details"))
     refusal = str(details.get("explanation")
                   or f"refused: {details.get('category') or 'no reason given'}")
@@ -6606,7 +6606,7 @@ def one_at_a_time(events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
 class MessagesWriter(AnswerWriter):
     """Writes an answer as a message, whole or as a stream, where one block is open at a time."""
 
-    def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
+    def __init__(self, fields: Mapping[str, Any], created_at: int) -> None:
         self._index = 0                              # of the next block
         self._held: Optional[str] = None             # arguments that may be no object; None: they
         # are seen to be one, and pass
@@ -6725,7 +6725,7 @@ ANTHROPIC_ERRORS = MappingProxyType({
 })
 
 
-def anthropic_failure(status: int, body: object) -> Failure:
+def anthropic_failure(status: int, body: Any) -> Failure:
     """Read an error of Anthropic's."""
     inner = json_object(json_object(body).get("error"))
     message = message_of(status, body)
@@ -6790,9 +6790,9 @@ class ClientTool(NamedTuple):
     member: str                          # of that item: what the function's arguments are
     result: str                          # type of the item that answers
     description: str
-    schema: Mapping[str, object]
-    blank: Mapping[str, object] = MappingProxyType({})     # of the member, where nothing is said
-    item: Mapping[str, object] = MappingProxyType({})      # what the calling item has beside it
+    schema: Mapping[str, Any]
+    blank: Mapping[str, Any] = MappingProxyType({})     # of the member, where nothing is said
+    item: Mapping[str, Any] = MappingProxyType({})      # what the calling item has beside it
 
 
 OPENAI_CLIENT_TOOLS = MappingProxyType({
@@ -6819,7 +6819,7 @@ _CLIENT_CALLS = MappingProxyType({row.call: kind for kind, row in OPENAI_CLIENT_
 # Its requests, read.
 
 
-def read_responses_request(fields: Mapping[str, object]) -> Conversation:
+def read_responses_request(fields: Mapping[str, Any]) -> Conversation:
     """Read a request of Responses. Raises BadRequest."""
     conversation = begun(fields, RESPONSES_RULES)
     reasoning, text = (object_in(fields, name) for name in INNER_RULES)
@@ -6848,11 +6848,11 @@ def read_responses_request(fields: Mapping[str, object]) -> Conversation:
     return conversation
 
 
-def with_kept_items(fields: Mapping[str, object], recall: Callable[[str, str], list[dict]]
-                    ) -> Mapping[str, object]:
+def with_kept_items(fields: Mapping[str, Any], recall: Callable[[str, str], list[dict]]
+                    ) -> Mapping[str, Any]:
     """Return a request with the items of answers of ours that it names by their ids alone, as
     clients do that take them to be stored; what is not kept stays named."""
-    def kept(item: object) -> list:
+    def kept(item: Any) -> list:
         row = json_object(item)
         is_name = row.get("type") == "item_reference" or (row and row.keys() <= {"id"})
         return (recall(str(row.get("id")), KEPT_ITEM) if is_name else []) or [item]
@@ -6872,7 +6872,7 @@ def _limit_searches(most: Optional[int], conversation: Conversation) -> None:
             for tool in conversation.tools if most or tool.kind != "search"]
 
 
-def _read_input(fields: Mapping[str, object], conversation: Conversation) -> None:
+def _read_input(fields: Mapping[str, Any], conversation: Conversation) -> None:
     """Read all that was said. Raises BadRequest."""
     instructions, given = text_in(fields, "instructions"), fields.get("input")
     turns = [Turn("system", [Part("text", instructions)] if instructions else [])]
@@ -6890,19 +6890,19 @@ def _read_input(fields: Mapping[str, object], conversation: Conversation) -> Non
     conversation.turns = [turn for turn in turns if turn.parts]
 
 
-def _message_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _message_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
     if role not in ("system", "user", "assistant"):
         raise BadRequest("a message has a role that is not known", param="input")
     return Turn(role, _content_parts(item, IN_INPUT))
 
 
-def _agent_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _agent_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     author = Part("text", f"[message from {item.get('author')}]")
     return Turn("user", [author, *_content_parts(item, IN_INPUT)])
 
 
-def _result_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _result_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     output, status = item.get("output"), item.get("status")
     if item.get("type") == "shell_call_output":
         output = json.dumps(output)                # streams and exit codes, command by command
@@ -6913,14 +6913,14 @@ def _result_turn(item: Mapping[str, object], conversation: Conversation) -> Turn
                               is_error=status == "failed")])
 
 
-def _tools_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _tools_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     names = _add_tools(rows_in(item, "tools", IN_INPUT), conversation)
     if item.get("type") == "additional_tools" or not item.get("call_id"):
         return Turn("user", [])
     return _result_turn({**item, "output": f"Found: {', '.join(names)}"}, conversation)
 
 
-def _client_call_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _client_call_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     name = _CLIENT_CALLS[str(item["type"])]
     arguments = item.get(OPENAI_CLIENT_TOOLS[name].member)
     calls = [Part("call", json.dumps(arguments), name=name, id=str(item["call_id"]))] \
@@ -6928,7 +6928,7 @@ def _client_call_turn(item: Mapping[str, object], conversation: Conversation) ->
     return Turn("assistant", calls)
 
 
-def _update_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _update_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     reasoning, text = (object_in(item, name, IN_INPUT) for name in INNER_RULES)
     if "effort" in reasoning:
         conversation.effort = effort_of(reasoning["effort"], "input")
@@ -6937,13 +6937,13 @@ def _update_turn(item: Mapping[str, object], conversation: Conversation) -> Turn
     return Turn("system", [])
 
 
-def _refused_turn(item: Mapping[str, object], conversation: Conversation) -> Turn:
+def _refused_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
     raise BadRequest(f"an item of the type {shown_name(str(item.get('type')))} refers to what "
                      "OpenAI has stored, or would store, which this model's provider cannot "
                      "see: send the items themselves", param="input")
 
 
-def _add_tools(rows: Iterable[Mapping[str, object]], conversation: Conversation, space: str = "",
+def _add_tools(rows: Iterable[Mapping[str, Any]], conversation: Conversation, space: str = "",
                about: str = "") -> list[str]:
     """Add tools that are not known yet, and return the names of all. What is said of a namespace
     stands before its first."""
@@ -6966,7 +6966,7 @@ def _add_tools(rows: Iterable[Mapping[str, object]], conversation: Conversation,
     return names
 
 
-def _tool_of_item(row: Mapping[str, object], space: str, about: str) -> Tool:
+def _tool_of_item(row: Mapping[str, Any], space: str, about: str) -> Tool:
     kind, words = text_in(row, "type", IN_TOOLS), text_in(row, "description", IN_TOOLS)
     known, words = OPENAI_CLIENT_TOOLS.get(kind), f"{about}\n\n{words}".strip()
     if kind in ("function", "custom"):
@@ -6991,7 +6991,7 @@ _ITEMS_READ = MappingProxyType({
     **dict.fromkeys(("item_reference", "compaction_trigger"), _refused_turn)})
 
 
-def _content_parts(holder: Mapping[str, object], fault: Fault,
+def _content_parts(holder: Mapping[str, Any], fault: Fault,
                    name: str = "content") -> list[Part]:
     value = holder.get(name)
     if isinstance(value, str):
@@ -6999,7 +6999,7 @@ def _content_parts(holder: Mapping[str, object], fault: Fault,
     return [_content_part(row, fault) for row in rows_in(holder, name, fault)]
 
 
-def _content_part(row: Mapping[str, object], fault: Fault) -> Part:
+def _content_part(row: Mapping[str, Any], fault: Fault) -> Part:
     """Read a part of a message, or of a result. Raises what `fault` makes."""
     part = openai_part(row, fault)
     if part is None or (fault is IN_ANSWER and part.kind in ("image", "document")):
@@ -7016,7 +7016,7 @@ def _content_part(row: Mapping[str, object], fault: Fault) -> Part:
 # What its items say, in a history and in an answer.
 
 
-def _reasoning_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+def _reasoning_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
     """Read a reasoning item: OpenAI's, or another's thought that came as one of ours."""
     seal = text_in(item, "encrypted_content", fault)
     texts = [text_in(row, "text", fault) for name in ("summary", "content")
@@ -7031,7 +7031,7 @@ def _reasoning_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
     return [part]
 
 
-def _call_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+def _call_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
     is_text = item.get("type") == "custom_tool_call"
     return [Part("call", text_in(item, "input" if is_text else "arguments", fault) or (
         "" if is_text else "{}"), id=text_in(item, "call_id", fault) or text_in(item, "id", fault),
@@ -7039,7 +7039,7 @@ def _call_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
         is_text=is_text)]
 
 
-def _search_parts(item: Mapping[str, object], fault: Fault) -> list[Part]:
+def _search_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
     action = object_in(item, "action", fault)
     query = next((action[name] for name in ("query", "url", "pattern")
                   if isinstance(action.get(name), str)), "")
@@ -7067,7 +7067,7 @@ def responses_stream_of(answer: dict) -> Iterable[dict]:
     return [{"type": f"response.{kind}", "response": answer}]
 
 
-def responses_events(stream: Iterable[Mapping[str, object]],
+def responses_events(stream: Iterable[Mapping[str, Any]],
                      terms: Terms) -> Iterator[AnswerEvent]:
     """Read a stream of Responses."""
     reader = None
@@ -7098,14 +7098,14 @@ class _ItemReader:
         self._kinds.add(part.kind)
         return part.opened()
 
-    def _begin_item(self, event: Mapping[str, object]) -> Iterable[AnswerEvent]:
+    def _begin_item(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
         """Open the call that an item is; other parts are opened by what comes of them."""
         item = object_in(event, "item", IN_ANSWER)
         if _ITEM_PARTS.get(str(item.get("type"))) is not _call_parts:
             return ()
         return [self._opened((str(event.get("output_index")), "0"), *_call_parts(item, IN_ANSWER))]
 
-    def _grow(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _grow(self, event: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         kind, place = _GROWING[str(event["type"])]
         at, text = str(event.get(place) or 0), text_in(event, "delta", IN_ANSWER)
         key = (str(event.get("output_index")), at if kind in ("text", "refusal") else "0")
@@ -7120,12 +7120,12 @@ class _ItemReader:
         if text:
             yield part.grown(text)
 
-    def _end_item(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _end_item(self, event: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         self._items_done += 1
         yield from self._whole_item(str(event.get("output_index")),
                                     object_in(event, "item", IN_ANSWER))
 
-    def _whole_item(self, index: str, item: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _whole_item(self, index: str, item: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         """Close the parts of an item, after what no event before has brought of them."""
         read = _ITEM_PARTS.get(str(item.get("type")))
         parts = [Part("other", native=item, origin="responses")] if read is None \
@@ -7145,7 +7145,7 @@ class _ItemReader:
             part.text = part.text or text
             yield over
 
-    def _finish(self, event: Mapping[str, object]) -> Iterator[AnswerEvent]:
+    def _finish(self, event: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         response = object_in(event, "response", IN_ANSWER)
         if not self._items_done:                   # a whole answer, or a server's that sends none
             for index, item in enumerate(rows_in(response, "output", IN_ANSWER)):
@@ -7180,7 +7180,7 @@ _RESPONSE_READERS = MappingProxyType({
     "response.completed": _ItemReader._finish, "response.incomplete": _ItemReader._finish})
 
 
-def _served_tier(response: Mapping[str, object]) -> Optional[str]:
+def _served_tier(response: Mapping[str, Any]) -> Optional[str]:
     tier = response.get("service_tier")
     return tier if isinstance(tier, str) and tier != "auto" else None
 
@@ -7203,9 +7203,9 @@ class _Shown(NamedTuple):
     prefix: str                          # of its id
     member: str = ""                     # that holds the whole text
     event: str = ""                      # of which there are .delta and .done; "": none
-    notes: Mapping[str, object] = MappingProxyType({})     # what those have beside it
+    notes: Mapping[str, Any] = MappingProxyType({})     # what those have beside it
     inside: str = ""                     # the item's list, if it has one of parts
-    blank: Mapping[str, object] = MappingProxyType({})     # a part there, but for its text
+    blank: Mapping[str, Any] = MappingProxyType({})     # a part there, but for its text
 
 
 _SHOWN = MappingProxyType({
@@ -7234,7 +7234,7 @@ _INCOMPLETE = MappingProxyType({"length": "max_output_tokens", "refused": "conte
 class _Item(NamedTuple):
     """An item of a response: what it is so far, and where it stands."""
     body: dict
-    where: Mapping[str, object]
+    where: Mapping[str, Any]
 
 
 KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
@@ -7246,7 +7246,7 @@ class ResponsesWriter(AnswerWriter):
     Texts that follow each other are parts of one message, which is done when another item begins.
     """
 
-    def __init__(self, fields: Mapping[str, object], created_at: int) -> None:
+    def __init__(self, fields: Mapping[str, Any], created_at: int) -> None:
         self._number = 0                             # of the next event
         self._stem = ""                              # of the items' ids
         self._may_be_named = fields.get("store") is not False
@@ -7281,7 +7281,7 @@ class ResponsesWriter(AnswerWriter):
             "error": {"code": error.get("code") or "server_error",
                       "message": error.get("message")}})
 
-    def _event(self, kind: str, **members: object) -> dict:
+    def _event(self, kind: str, **members: Any) -> dict:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **members}
 
@@ -7557,12 +7557,12 @@ class Dialect(NamedTuple):
     """How an API is read and written; see chapter 8."""
     path: str
     names: Mapping[str, str]                     # words for losses -> fields of the API
-    read_request: Callable[[Mapping[str, object]], Conversation]
+    read_request: Callable[[Mapping[str, Any]], Conversation]
     request_writer: Callable[[Conversation, Target, Losses], RequestWriter]
-    read_answer: Callable[[Iterable[Mapping[str, object]], Terms], Iterator[AnswerEvent]]
+    read_answer: Callable[[Iterable[Mapping[str, Any]], Terms], Iterator[AnswerEvent]]
     stream_of: Callable[[dict], Iterable[dict]]
-    writer: Callable[[Mapping[str, object], int], AnswerWriter]
-    read_error: Callable[[int, object], Failure]
+    writer: Callable[[Mapping[str, Any], int], AnswerWriter]
+    read_error: Callable[[int, Any], Failure]
     write_error: Callable[[Failure, str], tuple[int, dict]]
 
 
@@ -7601,7 +7601,7 @@ def carrying_api(api: str, provider: Provider, model: str,
 class Translator:
     """Carries one call of a client's API over its provider's. Raises BadRequest."""
 
-    def __init__(self, client_api: str, api: str, fields: Mapping[str, object], losses: Losses,
+    def __init__(self, client_api: str, api: str, fields: Mapping[str, Any], losses: Losses,
                  target: Target, asked_model: Optional[str] = None) -> None:
         self.client_api, self.api = client_api, api
         self._client, self._provider = DIALECTS[client_api], DIALECTS[api]
@@ -7623,7 +7623,7 @@ class Translator:
         self._writer = self._client.writer(fields, int(time.time()))
         self._writer.end_of_ids = f"_{secrets.token_hex(4)}"
         self._writer.keep = lambda item: target.keep(item["id"], KEPT_ITEM, thoughts=[item])
-        self.thoughts: list[Mapping[str, object]] = []     # the answer's, where all is behind them
+        self.thoughts: list[Mapping[str, Any]] = []     # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
 
     def stream_of(self, body: dict) -> Iterable[dict]:
@@ -7634,7 +7634,7 @@ class Translator:
         """Return a whole answer. Raises UpstreamBroke."""
         return self.answer_of(self.stream_of(body))
 
-    def answer_of(self, stream: Iterable[Mapping[str, object]]) -> dict:
+    def answer_of(self, stream: Iterable[Mapping[str, Any]]) -> dict:
         """Return a streamed answer as a whole one. Raises UpstreamBroke."""
         whole = folded(self._freed(self._provider.read_answer(stream, self.terms)))
         texts = [part for part in whole.parts if part.kind == "text"]
@@ -7644,11 +7644,11 @@ class Translator:
             part.text = "" if number else fenced[1]
         return self._writer.whole(whole)
 
-    def events(self, stream: Iterable[Mapping[str, object]]) -> Iterator[dict]:
+    def events(self, stream: Iterable[Mapping[str, Any]]) -> Iterator[dict]:
         """Yield the events of a streamed answer. Raises UpstreamBroke."""
         return self._writer.events(self._freed(self._provider.read_answer(stream, self.terms)))
 
-    def error(self, status: int, body: object, request_id: str) -> tuple[int, dict]:
+    def error(self, status: int, body: Any, request_id: str) -> tuple[int, dict]:
         """Return an error, with its status."""
         return self._client.write_error(self._provider.read_error(status, body), request_id)
 
@@ -7762,12 +7762,12 @@ SEALS = MappingProxyType({"messages": ("messages", "signature", "messages.thinki
                           "responses": ("input", "encrypted_content", "input.reasoning")})
 
 
-def without_own_thinking(api: str, fields: Mapping[str, object]) -> dict:
+def without_own_thinking(api: str, fields: Mapping[str, Any]) -> dict:
     """Return what replaces a conversation with thinking that an answer of ours brought from another
     provider: nobody takes what they have not sealed themselves."""
     name, member, _ = SEALS[api]
 
-    def is_ours(row: object) -> bool:
+    def is_ours(row: Any) -> bool:
         return str(json_object(row).get(member)).startswith(OWN_SIGNATURE)
 
     rows, kept = fields.get(name), []
@@ -7798,7 +7798,7 @@ ESTIMATE_BYTES_PER_TOKEN = Fraction(36, 10)
 ESTIMATED_IMAGE_TOKENS = 1600
 
 
-def estimated_input_tokens(fields: Mapping[str, object]) -> int:
+def estimated_input_tokens(fields: Mapping[str, Any]) -> int:
     """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
     images = [part for kind, part in _parts([*map(fields.get, ("messages", "system", "input"))])
               if kind in IMAGE_PART_TYPES]
@@ -7831,7 +7831,7 @@ ECHO_GREETING = "Hello from ironcage/echo."      # the answer to a request witho
 ECHO_DIMENSIONS = 8                              # of an embedding, unless asked
 
 
-def _texts(value: object) -> Iterator[str]:
+def _texts(value: Any) -> Iterator[str]:
     """Yield all text of a prompt, in order: strings, and the text of content parts."""
     if isinstance(value, str):
         yield value
@@ -7843,7 +7843,7 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(value.get(name))
 
 
-def echo_input_tokens(fields: Mapping[str, object]) -> int:
+def echo_input_tokens(fields: Mapping[str, Any]) -> int:
     """Count the words in everything that the echo model reads."""
     read = [fields.get(name) for name in ("system", "instructions", "messages", "input", "prompt")]
     return sum(len(re.findall(_ECHO_TOKEN, text)) for text in _texts(read))
@@ -7856,7 +7856,7 @@ class EchoAnswer(NamedTuple):
     input_tokens: int
     answer_id: str                  # 24 characters, without a prefix
     created_at: int                 # Unix seconds
-    fields: Mapping[str, object]    # the request's
+    fields: Mapping[str, Any]    # the request's
 
     @property
     def text(self) -> str:
@@ -7877,7 +7877,7 @@ class EchoAnswer(NamedTuple):
         yield Ended("length" if self.is_cut else "end", self.usage)
 
 
-def echo(api: str, fields: Mapping[str, object], *, answer_id: str,
+def echo(api: str, fields: Mapping[str, Any], *, answer_id: str,
          created_at: int) -> EchoAnswer:
     """Return the answer to a request. Raises BadRequest for more than one choice."""
     if api != "embeddings" and _choices(api, fields) != 1:
@@ -8243,7 +8243,7 @@ class Accounts:
         return None
 
     def settle(self, claim: Reservation, microdollars: int,
-               row: Optional[Mapping[str, object]] = None) -> None:
+               row: Optional[Mapping[str, Any]] = None) -> None:
         """Charge what a claim cost, and release what was set aside. `row`: as in the ledger."""
         with self._lock:
             for scope in claim.scopes:
@@ -8263,7 +8263,7 @@ class Accounts:
 
     known = budgets
 
-    def _nothing(self, *_: object) -> None:
+    def _nothing(self, *_: Any) -> None:
         """Do nothing: there is no engine to keep up, and no other process to inform."""
 
     start = keep_count = as_json = close = _nothing
@@ -8273,7 +8273,7 @@ class Accounts:
         with self._lock:
             self.by_scope[PROXY_SCOPE].limit = limit_microdollars
 
-    def set_limits(self, changes: Mapping[str, object]) -> None:
+    def set_limits(self, changes: Mapping[str, Any]) -> None:
         """Set the proxy's `limit` or `stop_at`, or both in one step; FLAGGED is what the flag
         says, and what is not named stays.
 
@@ -8538,7 +8538,7 @@ class CostController:
     # Settlement.
 
     def commit(self, reservation: Reservation, actual_microdollars: int,
-               row: Optional[Mapping[str, object]] = None) -> None:
+               row: Optional[Mapping[str, Any]] = None) -> None:
         """Charge the actual cost and release the reservation. Raises ValueError if settled.
 
         `row` is the call's, as in the ledger, for accounts that count by model too.
@@ -8568,7 +8568,7 @@ class CostController:
         self.accounts.set_budget(limit_microdollars)
         self._serve_queue()
 
-    def set_limits(self, **changes: object) -> None:
+    def set_limits(self, **changes: Any) -> None:
         """Set the proxy's `limit` or `stop_at`, or both in one step, as Accounts has it."""
         self.accounts.set_limits(changes)
         self._serve_queue()
@@ -8856,13 +8856,13 @@ def lines_from_json(text: str) -> list[BillLine]:
             for what, count, rate in json.loads(text)]
 
 
-def stored_row(row: Mapping[str, object]) -> dict:
+def stored_row(row: Mapping[str, Any]) -> dict:
     """Return a settled row as the columns take it: its usage and its bill as JSON."""
     return {**row, "lines": lines_to_json(row["lines"]),
             "usage": None if row["usage"] is None else json.dumps(row["usage"])}
 
 
-def row_json(row: Mapping[str, object]) -> str:
+def row_json(row: Mapping[str, Any]) -> str:
     """Return a stored row as a JSON object; its usage and its bill are JSON already."""
     plain = {name: value.hex() if isinstance(value, bytes) else value
              for name, value in row.items() if name not in ("usage", "lines")}
@@ -8923,7 +8923,7 @@ class MemoryLedger:
             rows = [row for row in self._rows if token in (None, row["token"])]
         return [*map(stored_row, rows[:-most - 1:-1])]
 
-    def refuse(self, row: Mapping[str, object]) -> None:
+    def refuse(self, row: Mapping[str, Any]) -> None:
         """Keep a call that was refused here."""
         with self._lock:
             self._refusals.append(row)
@@ -8955,7 +8955,7 @@ class MemoryLedger:
 
     unconfirmed = counts = _no_rows
 
-    def _nothing(self, *_: object) -> None:
+    def _nothing(self, *_: Any) -> None:
         """Do nothing: there is no later, and nothing is in the way of a write."""
 
     keep_price = keep_count = confirm = tend = look = is_failing = try_to_write = close = _nothing
@@ -9168,8 +9168,8 @@ def count_from_cells(scope: str, digest: bytes, tokens: int, parts: bytes, has_t
 # Upkeep. Each step is inside one transaction, knows the row of `chain`, and returns whether it did
 # something.
 
-def _keep_refused(rows: Sequence[Mapping[str, object]], db: sqlite3.Connection,
-                  state: Mapping[str, object]) -> bool:
+def _keep_refused(rows: Sequence[Mapping[str, Any]], db: sqlite3.Connection,
+                  state: Mapping[str, Any]) -> bool:
     """Write calls that were refused, and forget the oldest."""
     for row in rows:
         with contextlib.suppress(ValueError, OverflowError):   # one that SQLite cannot hold
@@ -9180,13 +9180,13 @@ def _keep_refused(rows: Sequence[Mapping[str, object]], db: sqlite3.Connection,
     return bool(rows)
 
 
-def _settled_after(db: sqlite3.Connection, last_id: object) -> list[sqlite3.Row]:
+def _settled_after(db: sqlite3.Connection, last_id: Any) -> list[sqlite3.Row]:
     """Return the next rows in the order of their ids, up to the first that is in flight."""
     rows = db.execute("SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?", (last_id, STEP_ROWS))
     return [*itertools.takewhile(lambda row: row["settled_ms"] is not None, rows)]
 
 
-def _seal_rows(db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
+def _seal_rows(db: sqlite3.Connection, state: Mapping[str, Any]) -> bool:
     """Give the next rows their seals."""
     rows, seal = _settled_after(db, state["sealed_id"]), state["seal"]
     for row in rows:
@@ -9198,7 +9198,7 @@ def _seal_rows(db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
     return bool(rows)
 
 
-def _add_up_rows(least: int, db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
+def _add_up_rows(least: int, db: sqlite3.Connection, state: Mapping[str, Any]) -> bool:
     """Add the next rows to the totals of their days, once there are so many."""
     rows = _settled_after(db, state["tallied_id"])
     if len(rows) < least:
@@ -9211,7 +9211,7 @@ def _add_up_rows(least: int, db: sqlite3.Connection, state: Mapping[str, object]
     return True
 
 
-def _fold_rows(keep_days: int, db: sqlite3.Connection, state: Mapping[str, object]) -> bool:
+def _fold_rows(keep_days: int, db: sqlite3.Connection, state: Mapping[str, Any]) -> bool:
     """Delete the next rows, as long as they are old: the totals have them."""
     end_day = int(time.time()) // DAY_S - keep_days
     rows = db.execute(
@@ -9491,7 +9491,7 @@ class SqliteLedger:
                 f"{query} LIMIT :most", {"token": token, "most": most}) for query in queries)
             return [*map(dict, itertools.islice(rows, most))]
 
-    def refuse(self, row: Mapping[str, object]) -> None:
+    def refuse(self, row: Mapping[str, Any]) -> None:
         """Keep a call that was refused here: in memory, until tend() writes it.
 
         A ledger that cannot be written keeps the last REFUSALS_WAITING; the log has them all.
@@ -9526,7 +9526,7 @@ class SqliteLedger:
                 self._refusals.popleft()
         return any([is_kept, *map(self._step, self._upkeep)])
 
-    def _step(self, work: Callable[[sqlite3.Connection, Mapping[str, object]], bool]) -> bool:
+    def _step(self, work: Callable[[sqlite3.Connection, Mapping[str, Any]], bool]) -> bool:
         """Do work in one transaction, and return whether there was some; no if it fails."""
         try:
             with self._turn, self._transaction():
@@ -9638,7 +9638,7 @@ def _show_as_newest(db: sqlite3.Connection) -> None:
         db.execute("UPDATE chain SET tallied = 0, tallied_id = 0, tallied_microdollars = 0")
 
 
-def ledger_rows(path: str, query: str, values: object = ()) -> list[dict]:
+def ledger_rows(path: str, query: str, values: Any = ()) -> list[dict]:
     """Return the rows of a query on a ledger, which is only read. Raises Misconfigured."""
     with reading_ledger(path) as db:
         return [dict(row) for row in db.execute(query, values)]
@@ -9700,7 +9700,7 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
-def audit_row(row: Mapping[str, object],
+def audit_row(row: Mapping[str, Any],
               rates: Optional[Mapping[str, frozenset]] = None) -> Optional[str]:
     """Say what is wrong with a settled row, recomputed from what it stores; None if nothing is.
 
@@ -9740,7 +9740,7 @@ class LedgerAudit:
     """
 
     def __init__(self, path: str, prices: Optional[PriceBook] = None) -> None:
-        self.faults: list[tuple[Optional[Mapping[str, object]], str]] = []
+        self.faults: list[tuple[Optional[Mapping[str, Any]], str]] = []
         self.fault_count = self.rows = self.cost_microdollars = self.estimated = self.open = 0
         self.unsealed = self.unchecked = 0             # rows; the latter without known rates
         self.repriced = 0                              # rows at rates that today's table has not
@@ -9748,7 +9748,7 @@ class LedgerAudit:
         self.total_microdollars = 0                    # of these rows, and of what was folded
         self._prices = prices
         self._days: dict[int, list[int]] = {}          # (calls, cost) of the rows, by day
-        self._rates: dict[object, Optional[Mapping[str, frozenset]]] = {}
+        self._rates: dict[Any, Optional[Mapping[str, frozenset]]] = {}
         with reading_ledger(path) as db:
             self.state = dict(db.execute("SELECT * FROM chain").fetchone() or {})
             if not self.state or any(type(value) is not (bytes if name.endswith("seal") else int)
@@ -9763,7 +9763,7 @@ class LedgerAudit:
                     self.fault(None, "it holds what no proxy wrote: "
                                f"{look.__name__.strip('_')}: {type(err).__name__}")
 
-    def fault(self, row: Optional[Mapping[str, object]], text: str) -> None:
+    def fault(self, row: Optional[Mapping[str, Any]], text: str) -> None:
         self.fault_count += 1
         if len(self.faults) < AUDIT_FAULTS:
             self.faults.append((row, text))
@@ -9819,7 +9819,7 @@ class LedgerAudit:
         elif fault is not None:
             self.fault(row, fault)
 
-    def _rates_of(self, row: Mapping[str, object]) -> Optional[Mapping[str, frozenset]]:
+    def _rates_of(self, row: Mapping[str, Any]) -> Optional[Mapping[str, frozenset]]:
         """Return all rates of the price that a row was billed by: as kept, else as of today."""
         digest, key = row["price_row"], row["price_key"]
         if digest is not None or key is None or self._prices is None:
@@ -10088,18 +10088,18 @@ def token_sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
-def value_like(fits: Callable[[Any], object], meaning: str,
+def value_like(fits: Callable[[Any], Any], meaning: str,
                made: Callable = lambda value: value) -> Callable[[Any], Any]:
     """Make a reader of values that fit. A fault says what one must be, not what it was: that may
     be a secret."""
-    def read(value: object) -> object:
+    def read(value: Any) -> Any:
         if not fits(value):
             raise ValueError(f"must be {meaning}")
         return made(value)
     return read
 
 
-def text_like(pattern: str, meaning: str) -> Callable[[object], str]:
+def text_like(pattern: str, meaning: str) -> Callable[[Any], str]:
     """Make a reader of text of one form."""
     return value_like(lambda value: isinstance(value, str) and re.fullmatch(pattern, value),
                       meaning)
@@ -10111,11 +10111,11 @@ _config_count = value_like(lambda value: type(value) is int and 1 <= value <= 10
                            "a whole number from 1 up")
 
 
-def _config_url(value: object) -> str:
+def _config_url(value: Any) -> str:
     return parse_base_url(text_like(r".{1,2048}", "a URL")(value))
 
 
-def list_like(pattern: str, meaning: str, *, least: int = 1) -> Callable[[object], object]:
+def list_like(pattern: str, meaning: str, *, least: int = 1) -> Callable[[Any], Any]:
     """Make a reader of lists of texts of one form."""
     return value_like(
         lambda value: isinstance(value, list) and len(value) >= least and all(
@@ -10126,14 +10126,14 @@ def list_like(pattern: str, meaning: str, *, least: int = 1) -> Callable[[object
 _config_patterns = list_like("(?s).*", 'patterns, such as ["gpt-*"]')
 
 
-def _is_a_pattern(value: object) -> bool:
+def _is_a_pattern(value: Any) -> bool:
     try:
         return isinstance(value, str) and len(value) < 200 and bool(re.compile(value))
     except (re.error, RecursionError, OverflowError):
         return False
 
 
-def parse_time(value: object) -> int:
+def parse_time(value: Any) -> int:
     """Read "2026-12-31" or "2026-12-31T23:59:59Z", in UTC unless it says, as Unix seconds."""
     try:
         at = datetime.datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", str(value)))
@@ -10200,7 +10200,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> str:
     return f"has an unknown field {shown}{did_you_mean(name, known)}; there are {', '.join(known)}"
 
 
-def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dict:
+def _read_fields(row: Any, fields: Mapping[str, tuple[str, Callable]]) -> dict:
     """Read the values of an object in the file, by the names of our fields. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("must be an object")
@@ -10216,7 +10216,7 @@ def _read_fields(row: object, fields: Mapping[str, tuple[str, Callable]]) -> dic
     return values
 
 
-def caller_from(row: object) -> Caller:
+def caller_from(row: Any) -> Caller:
     """Read one token of a configuration. Raises ValueError, naming the field."""
     values = _read_fields(row, TOKEN_FIELDS)
     if "name" not in values or ("token" in row) == ("sha256" in row):
@@ -10228,7 +10228,7 @@ def caller_from(row: object) -> Caller:
     return caller
 
 
-def provider_from(name: str, row: object) -> Provider:
+def provider_from(name: str, row: Any) -> Provider:
     """Read one provider of the file, without its key. Raises ValueError, naming the field."""
     if not re.fullmatch(PROVIDER_NAME, name) or name in RESERVED_PROVIDERS:
         raise ValueError("must be named with a-z, 0-9, _ and -, and not as one of "
@@ -10250,7 +10250,7 @@ class Config(NamedTuple):
     callers: tuple[Caller, ...] = ()
     providers: tuple[Provider, ...] = ()
     aliases: Mapping[str, str] = MappingProxyType({})             # pattern -> provider/model
-    prices: Mapping[str, object] = MappingProxyType({})           # name -> row of a price table
+    prices: Mapping[str, Any] = MappingProxyType({})           # name -> row of a price table
     price_as: Mapping[str, str] = MappingProxyType({})            # pattern -> name of such a row
 
     def aliased(self, model: str) -> str:
@@ -10286,7 +10286,7 @@ def read_config(path: str) -> dict:
     return parsed
 
 
-def _names_to_names(parsed: Mapping[str, object], field: str, path: str) -> Mapping[str, str]:
+def _names_to_names(parsed: Mapping[str, Any], field: str, path: str) -> Mapping[str, str]:
     names = parsed.get(field, {})
     if not all(isinstance(target, str) and target for target in names.values()):
         raise Misconfigured(f"{field} in {path} must map names to names")
@@ -11577,7 +11577,7 @@ class UpstreamResponse:
 
 def whole_body(reads: Iterable[list[bytes]], most_bytes: int,
                see: Callable[[list[bytes]], None] = lambda read: None,
-               grow: Callable[[int], object] = abs) -> tuple[bytes, bool]:
+               grow: Callable[[int], Any] = abs) -> tuple[bytes, bool]:
     """Return all of an answer's body, or as much as there is room for, and whether it is all.
 
     Each read is shown to `see`; `grow` is called with the size while it grows. What is left can
@@ -11614,7 +11614,7 @@ def upstream_failure(err: Exception) -> UpstreamError:
 class EnvironmentProxies(urllib.request.ProxyHandler):
     """HTTPS_PROXY, HTTP_PROXY and NO_PROXY as urllib reads them, but never for this machine."""
 
-    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> object:
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
         host = urllib.parse.urlsplit(f"//{req.host}").hostname or ""
         return None if LOOPBACK_HOST.fullmatch(host) else super().proxy_open(req, proxy, type)
 
@@ -11970,7 +11970,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
 
 
 def _bill_or_none(call: Call, prices: PriceBook,
-                  usage: Mapping[str, object]) -> Optional[list[BillLine]]:
+                  usage: Mapping[str, Any]) -> Optional[list[BillLine]]:
     """Return the bill of reported counts, None where they have no price."""
     try:
         return _metered_bill(call, prices, usage)
@@ -11978,7 +11978,7 @@ def _bill_or_none(call: Call, prices: PriceBook,
         return None
 
 
-def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, object]) -> Bill:
+def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, Any]) -> Bill:
     """Make the exact bill: by the answer's model, tier, speed and place; where it names none,
     or names a model that this provider does not sell, by the request's."""
     asked, answered = call.body.fields, call.meter.model
@@ -12321,7 +12321,7 @@ class Outbox:
         self._thread = Housekeeper(name, self._send_all, on_fault)
         self.start = self._thread.start
 
-    def put(self, item: Mapping[str, object]) -> None:
+    def put(self, item: Mapping[str, Any]) -> None:
         """Queue an item."""
         with self._changed:
             self._waiting.append(item)
@@ -12366,7 +12366,7 @@ class Outbox:
             log.warning(f"{self._name}: some were not sent", extra={"fields": {
                 "dropped": self._dropped}})
 
-    def _is_sent(self, item: Mapping[str, object], is_first: bool) -> bool:
+    def _is_sent(self, item: Mapping[str, Any], is_first: bool) -> bool:
         is_done = self._send(item, is_first)
         with self._changed:
             if is_done and self._waiting and self._waiting[0] is item:    # it was not dropped
@@ -12396,7 +12396,7 @@ class Alerts:
         self._opener = build_opener(self._transport)
         self.outbox = Outbox("ironcage-alerts", self._is_done, on_fault, most=MAX_ALERTS)
 
-    def tell(self, event: str, text: str, fields: Mapping[str, object]) -> None:
+    def tell(self, event: str, text: str, fields: Mapping[str, Any]) -> None:
         """Queue an alert; `text` is what chat programs show."""
         self.outbox.put({"text": f"ironcage: {text}", "event": event, **fields,
                          "version": __version__, "at": utc_text(time.time())})
@@ -12407,7 +12407,7 @@ class Alerts:
         self._transport.shut_down()
         self.outbox.stop(0, ALERT_STOP_S)
 
-    def _is_done(self, alert: Mapping[str, object], is_first: bool) -> bool:
+    def _is_done(self, alert: Mapping[str, Any], is_first: bool) -> bool:
         """Whether the receiver took an alert, or never will."""
         body, url = json_bytes(alert), self.url
         for secret in filter(is_secret, (url, *self._secrets())):
@@ -12426,7 +12426,7 @@ class Alerts:
         return is_final or 200 <= status < 300
 
 
-def row_shown(row: Mapping[str, object]) -> dict:
+def row_shown(row: Mapping[str, Any]) -> dict:
     """Return what the log says of a settled call, in the original's words."""
     said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
     shown = {"request_id": row["request_id"], "token": row["token"], **said,
@@ -12449,7 +12449,7 @@ class Reporter:
         self.tell_server: Callable[[Event], None] = lambda event: None
         self._turns, self._accounts = turns, accounts
 
-    def settled(self, call: Call, row: Mapping[str, object]) -> None:
+    def settled(self, call: Call, row: Mapping[str, Any]) -> None:
         """Count a settled call, log it, and report it."""
         model, cost = row["price_key"] or "other", row["cost_microdollars"]
         provider, has_failed = row["provider"], call.has_failed
@@ -12476,7 +12476,7 @@ class Reporter:
         self._report_thresholds(call.request.caller.scopes)
         self.emit(self._event_of(call, row))
 
-    def _event_of(self, call: Call, row: Mapping[str, object]) -> Event:
+    def _event_of(self, call: Call, row: Mapping[str, Any]) -> Event:
         settings = self.settings
         common = {"agent_id": settings.agent_id or row["token"], "request_id": row["request_id"],
                   "provider_id": settings.provider_id or row["provider"],
@@ -12507,7 +12507,7 @@ class Reporter:
                 if budget.scope == PROXY_SCOPE:
                     self.emit(BudgetThresholdReached(percent, budget.spent, budget.limit))
 
-    def alert(self, event: str, text: str, **fields: object) -> None:
+    def alert(self, event: str, text: str, **fields: Any) -> None:
         """Report to --alert-url, if there is one."""
         if self.alerts is not None:
             self.alerts.tell(event, text, fields)
@@ -12583,7 +12583,7 @@ class CageServer:
 
     # Its protocol.
 
-    def _post(self, path: str, fields: Mapping[str, object]) -> tuple[int, dict]:
+    def _post(self, path: str, fields: Mapping[str, Any]) -> tuple[int, dict]:
         """Make one call, and return (status, body). Raises UpstreamError."""
         response = posted(self._opener, self.url + path, json_bytes(fields), self.token,
                           {"authorization": f"Bearer {self.token}"})
@@ -12596,7 +12596,7 @@ class CageServer:
         except (ValueError, RecursionError):
             return response.status, {}
 
-    def _ask(self, path: str, fields: Mapping[str, object],
+    def _ask(self, path: str, fields: Mapping[str, Any],
              read: Callable[[dict], _T]) -> _T:
         """Return what `read` makes of an answer. Raises CageServerFailed, `is_final` where it was a
         no."""
@@ -12619,7 +12619,7 @@ class CageServer:
         failure.is_final = 400 <= status < 500
         raise failure
 
-    def _without_keys(self, words: object, body: Mapping[str, object]) -> str:
+    def _without_keys(self, words: Any, body: Mapping[str, Any]) -> str:
         """Return some words of an answer, without the keys that we hold or that it gives."""
         text, given = "" if words is None else str(words), body.get("provider_key")
         keys = (self._held and self._held.key, given if isinstance(given, str) else None)
@@ -12627,7 +12627,7 @@ class CageServer:
             text = text.replace(key, "***")
         return re.sub(UNPRINTABLE, "?", text)[:300]
 
-    def _read_provider(self, body: Mapping[str, object]) -> Provider:
+    def _read_provider(self, body: Mapping[str, Any]) -> Provider:
         name, key = body.get("provider"), body.get("provider_key")
         known = KNOWN_PROVIDERS.get(name) if isinstance(name, str) else None
         if known is None or not isinstance(key, str) or not key.strip():
@@ -12638,7 +12638,7 @@ class CageServer:
                         {"IRONCAGE_SERVER_KEY": key},
                         allow_plain_http=self._allow_plain_http)
 
-    def _read_lease(self, body: Mapping[str, object]) -> Lease:
+    def _read_lease(self, body: Mapping[str, Any]) -> Lease:
         granted, lease_id = body.get("budget_granted"), body.get("lease_id")
         if type(granted) is not int or not 0 <= granted <= MOST_USD * MICRODOLLARS_PER_USD \
                 or not isinstance(lease_id, str) or not re.fullmatch("[!-~]{1,256}", lease_id) \
@@ -12679,7 +12679,7 @@ class CageServer:
         held = self._held
         return None if held is None or held.key == self._refused_key else held
 
-    def _ask_again(self, path: str, fields: Mapping[str, object],
+    def _ask_again(self, path: str, fields: Mapping[str, Any],
                    read: Callable[[dict], _T]) -> _T:
         """Ask as _ask() does, but a failure stands for SERVER_RETRY_S: the server is left alone."""
         if self._is_stopping:
@@ -12772,7 +12772,7 @@ class CageServer:
             self.events.put({"event_type": event_name(event), "event_id": event.request_id,
                              "timestamp_ms": time.time_ns() // 10 ** 6, **event._asdict()})
 
-    def _is_taken(self, event: Mapping[str, object], is_first: bool) -> bool:
+    def _is_taken(self, event: Mapping[str, Any], is_first: bool) -> bool:
         """Whether the server took an event, or will never: what it answers 4xx to is dropped."""
         try:
             self._ask("/api/v1/analytics/events", {**event, "ic_token": self.token},
@@ -13360,7 +13360,7 @@ def _limit_word(amount: Optional[int]) -> str:
     return "" if amount is None else str(amount)
 
 
-def _row_settlement(row: Mapping[str, object], process: str, number: int, record: str,
+def _row_settlement(row: Mapping[str, Any], process: str, number: int, record: str,
                     ) -> Settlement:
     """Make what the engine is to know of a settled call, from its row in the ledger."""
     counts = {"requests": 1, "estimated_requests": int(row["estimated"] is not None),
@@ -13523,7 +13523,7 @@ class SharedAccounts:
 
     # Asking the engine.
 
-    def _run(self, name: str, *words: object, flushed: bool = False) -> tuple:
+    def _run(self, name: str, *words: Any, flushed: bool = False) -> tuple:
         """Run a script of the cage; return what it found, and the amounts of scopes, which are
         kept as known; `flushed`: and have the engine's disk hold it. Raises EngineFailed."""
         then, extra_s = ([_FLUSH], DISK_DEADLINE_MS // 1000) if flushed else ([], 0)
@@ -13611,7 +13611,7 @@ class SharedAccounts:
                 self._ending[settlement.key] = settlement
 
     def settle(self, claim: Reservation, microdollars: int,
-               row: Optional[Mapping[str, object]] = None) -> None:
+               row: Optional[Mapping[str, Any]] = None) -> None:
         """Do as Accounts.settle. While the engine is away the settlement is kept."""
         with self._lock:
             record = self._open.get(claim.number, "")
@@ -13670,7 +13670,7 @@ class SharedAccounts:
         """Set the limit of the cage, for all."""
         self.set_limits({"limit": limit_microdollars})
 
-    def set_limits(self, changes: Mapping[str, object]) -> None:
+    def set_limits(self, changes: Mapping[str, Any]) -> None:
         """Do as Accounts.set_limits, for all processes."""
         words = ["" if name not in changes else "=" if changes[name] is FLAGGED
                  else _limit_word(changes[name]) or "-" for name in ("limit", "stop_at")]
@@ -13952,7 +13952,7 @@ class ProviderFailed(Exception):
         self.status, self.body = status, body
 
 
-def named_model(fields: Mapping[str, object]) -> str:
+def named_model(fields: Mapping[str, Any]) -> str:
     """Return the model that a request names; "" where a prompt stored at the provider names it.
 
     Raises BadRequest.
@@ -13965,7 +13965,7 @@ def named_model(fields: Mapping[str, object]) -> str:
     return model
 
 
-def other_models(fields: Mapping[str, object]) -> Iterator[str]:
+def other_models(fields: Mapping[str, Any]) -> Iterator[str]:
     """Yield models that a request names beside its own: in tools, as fallbacks, in another case."""
     for name, value in fields.items():
         if name in ("models", "fallbacks", "tools"):
@@ -13988,7 +13988,7 @@ def json_body(request: ClientRequest) -> JsonBody:
     return request.parsed()
 
 
-def answer_to_warming(fields: Mapping[str, object], request_id: str) -> Answer:
+def answer_to_warming(fields: Mapping[str, Any], request_id: str) -> Answer:
     """Return the answer to a Messages call for no output. It is made to warm Anthropic's cache:
     another provider has none to warm."""
     writer, began, ended = MessagesWriter(fields, 0), Began("", fields["model"]), Ended("length")
@@ -14264,7 +14264,7 @@ class Router:
 
     @staticmethod
     def _counted_here(request_id: str, api: str, provider: Provider,
-                      fields: Mapping[str, object]) -> Answer:
+                      fields: Mapping[str, Any]) -> Answer:
         """Answer how many tokens a call's input has: exactly for the echo model, else about."""
         is_echo = provider.format == "echo"
         body: dict = {"input_tokens": echo_input_tokens(fields) if is_echo
@@ -14428,7 +14428,7 @@ class Router:
 
     def _upstream_body(self, call: Call) -> Sequence[bytes]:
         """Return the client's bytes in pieces, with only the fields changed that must be."""
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         if call.body.fields.get("model", "") != call.model:
             changes["model"] = call.model
         if call.wants_stream and call.api in ("chat", "completions") \
@@ -14574,7 +14574,7 @@ class Router:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
         return headers
 
-    def _provider_failure(self, call: Call, status: int, body: object) -> ProviderFailed:
+    def _provider_failure(self, call: Call, status: int, body: Any) -> ProviderFailed:
         """Make the exception for an error of a translated call's provider."""
         status_shown, translated = call.translator.error(status, body, call.request.request_id)
         if status == 404 and call.api == "responses":
@@ -14615,7 +14615,7 @@ class Router:
             yield read
         call.meter.end_body()
 
-    def _translated_whole(self, call: Call, status: int, plain: bytes, value: object) -> dict:
+    def _translated_whole(self, call: Call, status: int, plain: bytes, value: Any) -> dict:
         """Translate a whole answer, which may have come as a stream. Raises UpstreamBroke,
         ProviderFailed."""
         events = call.meter.events
@@ -15390,7 +15390,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.is_stopping = False
         self.cuts_now = False                          # a second signal: do not wait
         self.failure: Optional[str] = None             # the thread that failed: nothing is served
-        self.on_failure: Callable[[], object] = lambda: None
+        self.on_failure: Callable[[], Any] = lambda: None
         self.turns.on_fault = self.fail
         self._has_stopped = False
         self._thread: Optional[threading.Thread] = None
@@ -15522,7 +15522,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.stop()
 
     def _end_connections(self, most_s: float,
@@ -15658,7 +15658,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     # Connections: one thread each, and a bound on them.
 
-    def get_request(self) -> tuple[socket.socket, object]:
+    def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; out of file descriptors, make room, and wait rather than spin.
 
         Raises: OSError, which serve_forever passes over; RuntimeError where none can come any more.
@@ -15674,7 +15674,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 time.sleep(STOP_POLL_S)
             raise
 
-    def process_request(self, request: Any, client_address: object) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Let in a connection, and at once all that wait behind it.
 
         It takes its turn as the connections do: where many ask, a thread without a turn gets the
@@ -15698,13 +15698,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         for sock, _ in arrived:
             self._turn_away(sock)
 
-    def _waiting_outside(self) -> Iterator[tuple[socket.socket, object]]:
+    def _waiting_outside(self) -> Iterator[tuple[socket.socket, Any]]:
         """Yield the connections that can be accepted now, as many as may wait."""
         with contextlib.suppress(OSError):
             for _ in range(most_waiting()):
                 yield self.socket.accept()
 
-    def _let_in(self, request: socket.socket, client_address: object) -> None:
+    def _let_in(self, request: socket.socket, client_address: Any) -> None:
         """Start a connection's thread."""
         with self._lock:
             self._places[request] = Place()
@@ -15799,7 +15799,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._places.pop(request, None)
             self._changed.notify_all()
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an exception outside a request, for socketserver; never to stderr raw."""
         log.exception("a connection failed by a fault of the proxy")
 
@@ -16385,7 +16385,7 @@ class LogFormatter(logging.Formatter):
         return f"{at} {record.levelname} {record.getMessage()}{pairs}"
 
     @staticmethod
-    def _shown(value: object) -> str:
+    def _shown(value: Any) -> str:
         text = str(value)
         return text if re.fullmatch(r"[A-Za-z0-9_.:/@+-]+", text) else json.dumps(text)
 
@@ -16446,7 +16446,7 @@ def handed_listener(environ: Mapping[str, str]) -> Optional[socket.socket]:
     if count != "1":
         raise Misconfigured(f"LISTEN_FDS is {count[:20]!r}, but one socket can be served: give the "
                             "unit one ListenStream= (a port alone takes IPv4 and IPv6)")
-    is_right: object = False
+    is_right: Any = False
     with contextlib.suppress(OSError):
         sock = socket.socket(fileno=FIRST_HANDED)
         is_right = sock.family in (socket.AF_INET, socket.AF_INET6) \
@@ -16537,7 +16537,7 @@ def banner(server: ProxyServer) -> str:
         f"  {what + ':':19} {text}" for what, text in (*rows, *let_through(server)))])
 
 
-def _on_signals(action: Callable[[int, object], None], *names: str) -> None:
+def _on_signals(action: Callable[[int, Any], None], *names: str) -> None:
     """Do something on signals, those of them that this system has."""
     for name in names:
         if hasattr(signal, name):
@@ -16555,13 +16555,13 @@ def run_serve(settings: Settings, given: Mapping[str, Any]) -> int:
     asked_to_stop = threading.Lock()       # an Event's own lock may be held as a signal comes
     asked_to_stop.acquire()
 
-    def on_signal(number: int, frame: object) -> None:
+    def on_signal(number: int, frame: Any) -> None:
         server.cuts_now = bool(signals)
         signals.append(number)
         if not server.cuts_now:
             asked_to_stop.release()
 
-    def on_hang_up(number: int, frame: object) -> None:
+    def on_hang_up(number: int, frame: Any) -> None:
         server.reload_asked = True
 
     _on_signals(on_signal, "SIGINT", "SIGTERM", "SIGBREAK")
@@ -16643,7 +16643,7 @@ def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:
         print(f"ironcage_proxy: cannot run {given['wrapped'][0]}: {_reason(err)}", file=sys.stderr)
         return 127 if isinstance(err, FileNotFoundError) else 126
 
-    def pass_on(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: Any) -> None:
         if number != signal.SIGINT or not sys.stdin.isatty():    # a terminal tells both
             child.send_signal(number)
 
@@ -16765,7 +16765,7 @@ def _ledger_path(settings: Settings) -> str:
     return settings.ledger_path
 
 
-def table(rows: Sequence[Sequence[object]], lefts: int = 1) -> str:
+def table(rows: Sequence[Sequence[Any]], lefts: int = 1) -> str:
     """Return rows as text in columns, the first ones to the left and the others to the right."""
     cells = [[re.sub(UNPRINTABLE, "?", str(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -16782,10 +16782,10 @@ def spend_table(groups: Sequence[str], rows: Iterable[Mapping], calls: str = "re
         for row in rows)])
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as CSV (RFC 4180), for spreadsheets that divide by ";" too. What one would take
     for a formula begins with a quote."""
-    def cell(value: object) -> str:
+    def cell(value: Any) -> str:
         text = re.sub(r"^(?=[=+@\t\r]|-(?!\d+$))", "'", "" if value is None else str(value))
         return '"' + text.replace('"', '""') + '"' if re.search('[",;\\r\\n]', text) else text
 
@@ -16793,7 +16793,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
         ",".join(cell(row[column]) for column in columns) for row in rows)])
 
 
-def _print_report(given: Mapping[str, Any], record: object, text: str,
+def _print_report(given: Mapping[str, Any], record: Any, text: str,
                   columns: Sequence[str] = (), rows: Iterable[Mapping] = ()) -> None:
     """Print what a command found: as text, as --json does, or as --csv."""
     print(json.dumps(record, indent=2) if given["json"]
@@ -16947,7 +16947,7 @@ TOKEN_COLUMNS = MappingProxyType({
     "models": "models"})
 
 
-def tokens_table(rows: Iterable[Mapping[str, object]]) -> str:
+def tokens_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return tokens as text; "-" where there is no limit, or no ledger to look into."""
     def cell(row: Mapping, name: str) -> str:
         value = row[name]
@@ -17012,7 +17012,7 @@ def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, An
     return fields
 
 
-def _replace_file(path: str, config: Mapping[str, object]) -> None:
+def _replace_file(path: str, config: Mapping[str, Any]) -> None:
     """Write a configuration in one step: a reader sees the old file or the new one."""
     path = os.path.realpath(path)
     try:
@@ -17050,7 +17050,7 @@ class _FakeProvider(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Says nothing."""
 
 
@@ -17081,7 +17081,7 @@ class _Laboratory:
         self.server.start()
 
     def call(self, path: str = "/v1/chat/completions", token: Optional[str] = None,
-             strict: bool = False, **fields: object) -> tuple[int, Mapping[str, str], bytes]:
+             strict: bool = False, **fields: Any) -> tuple[int, Mapping[str, str], bytes]:
         """Send one POST, a chat with other fields; return (status, headers, body)."""
         with contextlib.closing(http.client.HTTPConnection(
                 "127.0.0.1", self.server.port, timeout=10)) as connection:
@@ -17280,8 +17280,8 @@ class LlmRouter:
     """
 
     def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
-                 cache_ttl_seconds: int = 300, budget: object = None,
-                 provider_key: Optional[str] = None, *, stop_at: object = None,
+                 cache_ttl_seconds: int = 300, budget: Any = None,
+                 provider_key: Optional[str] = None, *, stop_at: Any = None,
                  shared: Optional[str] = None, cage: str = "default",
                  ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
@@ -17357,7 +17357,7 @@ class LlmRouter:
         """Return what is spent, in USD."""
         return self._server.router.controller.total_spent() / MICRODOLLARS_PER_USD
 
-    def set_budget(self, usd: object) -> None:
+    def set_budget(self, usd: Any) -> None:
         """Set the limit in USD; it can block and unblock. Raises ValueError."""
         if self._server.router.server is not None:
             raise ValueError("the budget is leased from the Iron Cage server, and changed there")
@@ -17377,7 +17377,7 @@ class LlmRouter:
     def __enter__(self) -> LlmRouter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.stop()
 
 
