@@ -791,3 +791,11 @@ def answering():
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
     thread.join()
+
+
+def test_no_more_of_an_answer_is_taken_than_there_is_room_for():
+    reads = iter([[b"a" * 6], [b"b" * 6], [b"c"]])
+
+    assert (b"a" * 6 + b"b" * 6, False) == ic.whole_body(reads, 10)
+    assert [[b"c"]] == [*reads]
+    assert (b"c", True) == ic.whole_body(iter([[b"c"]]), 10)
