@@ -35,7 +35,13 @@ def openai_agents():
 def pydantic_ai():
     from pydantic_ai import Agent
     agent = Agent(f"openai:{MODEL}", instructions="Do it.", tools=[run])
-    return agent.run_sync(PROMPT).output, agent.run_stream_sync(PROMPT).get_output()
+
+    async def read(context, events):             # with it calls are streamed, to the agent's end
+        async for _ in events:
+            pass
+
+    return (agent.run_sync(PROMPT).output,
+            agent.run_sync(PROMPT, event_stream_handler=read).output)
 
 
 whole_output, streamed_output = {"openai-agents": openai_agents, "pydantic-ai": pydantic_ai}[
