@@ -1217,7 +1217,7 @@ class Price(NamedTuple):
 
     def _dearest_amount(self, key: str, reached: Sequence[int]) -> Rate:
         """The highest price of a key in any tier, up to the thresholds reached; 0: it has none."""
-        return max(self.amounts.get(f"{key}{place}{suffix}", 0)
+        return max(self.amounts.get(f"{key}{place}{suffix}") or 0
                    for suffix in set(TIER_SUFFIXES.values()) for place in _places(reached))
 
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:

@@ -377,6 +377,7 @@ def test_a_row_that_adds_up_is_right():
     ({"usage": '{"prompt_tokens": 1, "completion_tokens": 100}'}, "input"),
     ({"usage": "{"}, "cannot be read"), ({"lines": "[[1]]"}, "cannot be read"),
     ({"lines": None}, "cannot be read"), ({"api": "nonsense"}, "cannot be read"),
+    ({"bound_microdollars": -1}, "negative"),
 ])
 def test_a_row_that_was_tampered_with_is_found(change, fault):
     assert fault in ic.audit_row({**ic.stored_row(settled(row())), **change})
