@@ -55,9 +55,6 @@ class Calls:
         line = self.nodes[name][0].lineno
         return sum(start <= line for _, _, start in self.chapters)
 
-    def of_chapter(self, number: int) -> set[str]:
-        return {name for name in self.nodes if self.nodes[name] and self.chapter_of(name) == number}
-
     def of_class(self, name: str) -> set[str]:
         return {other for other in self.nodes if other == name or other.startswith(name + ".")}
 

@@ -1,6 +1,7 @@
 """The map in the file's docstring: for each question the code that answers it, and nothing missing."""
 import ast
 import functools
+import re
 import subprocess
 import sys
 
@@ -10,9 +11,12 @@ from support import ROOT
 
 MOST_LINES = {"overspend": 3_700, "leaves": 700, "changed": 1_000}
 # What sets money aside, settles it or moves a limit.
-MONEY = [f"{owner}.{name}" for owner in ("CostController", "Accounts") for name in (
-    "reserve", "cancel", "commit", "settle", "take", "add_spend", "set_budget", "set_limits",
-    "set_scopes", "session")]
+MONEY = [
+    *(f"CostController.{name}" for name in (
+        "reserve", "cancel", "commit", "add_spend", "set_budget", "set_limits", "set_scopes")),
+    *(f"Accounts.{name}" for name in (
+        "settle", "take", "add_spend", "set_budget", "set_limits", "set_scopes", "session"))]
+SENDING = ("posted", "Router._send")                  # what opens them, for who asks for it
 CONNECTS = ("create_connection", "connect", "connect_ex", "sendto", "urlopen")
 # What replaces bytes of a message in its own API.
 CHANGES = ("JsonBody.spliced", "without_usage", "with_notice")
@@ -42,6 +46,7 @@ def test_each_question_names_code_that_there_is():
     calls, asked = mapped()
 
     assert {*MOST_LINES} == {*asked}
+    assert [] == [name for name in (*MONEY, *CHANGES, *SENDING) if name not in calls.nodes]
     assert [] == [root for question in asked.values() for root in question.roots
                   if root not in calls.nodes]
 
@@ -53,10 +58,17 @@ def test_an_answer_fits_an_auditors_day(name):
     assert len(calls.lines(code_of(name))) <= MOST_LINES[name]
 
 
+def test_the_readme_says_how_much_each_answer_is_at_most():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"tests/calls\.py (\w+) \| less +# .+\? ([\d,]+)", readme)
+
+    assert {name: f"{most:,}" for name, most in MOST_LINES.items()} == dict(shown)
+
+
 def test_whatever_moves_money_or_a_limit_is_in_the_answer_to_overspend():
     """Chapter 24 is named there as a whole; what starts or shows a server moves nothing."""
     calls, _ = mapped()
-    movers = calls.users([name for name in MONEY if name in calls.nodes])
+    movers = calls.users(MONEY)
 
     assert set() == {name for name in movers - code_of("overspend")
                      if calls.chapter_of(name) != 24} - {"Router.__init__"}
@@ -65,9 +77,9 @@ def test_whatever_moves_money_or_a_limit_is_in_the_answer_to_overspend():
 def test_whatever_opens_a_connection_and_whatever_uses_that_is_in_the_answer_to_leaves():
     calls, _ = mapped()
     openers = outward(calls)
-    senders = calls.users(openers & {"posted", "Router._send"}) | openers
+    senders = calls.users(SENDING) | openers
 
-    assert openers
+    assert openers >= {*SENDING}
     assert set() == senders - code_of("leaves")
 
 

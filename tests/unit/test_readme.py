@@ -41,7 +41,7 @@ def error_classes(base):
 
 
 def test_every_error_code_is_in_the_readme():
-    errors = README[README.index("## Errors"):README.index("## Prices")]
+    errors = README[README.index("\n## Errors"):README.index("\n## The ledger")]
     documented = set(re.findall(r"`([a-z_]+)`", errors))
     codes = {error.openai_code for error in error_classes(program().IroncageError)
              if error.openai_code is not None and error.status not in (408, 411, 413, 415, 426)}
@@ -86,6 +86,14 @@ def test_the_audit_section_names_chapters_that_exist(chapter):
     contents = re.findall(r"^ +(\d+)\. ", program().__doc__, re.MULTILINE)
 
     assert chapter in contents
+
+
+def test_the_chapters_that_the_readme_names_exist():
+    contents = re.findall(r"^ +(\d+)\. ", program().__doc__, re.MULTILINE)
+    named = re.findall(r"\bchapters? (\d+)(?: to (\d+))?", README)
+
+    assert named
+    assert {number for pair in named for number in pair if number} <= {*contents}
 
 
 def test_the_test_command_is_one_line_that_makes_its_own_environment():

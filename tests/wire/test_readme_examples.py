@@ -248,7 +248,8 @@ def test_the_container_starts_what_parses(tmp_path):
     python, script, *argv = json.loads(words["CMD"])
     settings = program().settings_from(
         argv, {**environ, "OPENAI_API_KEY_FILE": str(tmp_path / "key")})
-    assert ["FROM", "COPY", "USER", "ENV", "VOLUME", "CMD"] == [step for step, _ in steps]
+    assert ["FROM", "COPY", "RUN", "USER", "ENV", "VOLUME", "CMD"] == [step for step, _ in steps]
+    assert f"install -d -o {words['USER']} {words['VOLUME']}" == words["RUN"]
     assert words["COPY"].split()[-1] + "ironcage_proxy.py" == script
     assert ("0.0.0.0", ("ironcage",), Path(words["VOLUME"])) == (
         settings.host, settings.allow_hosts, Path(settings.ledger_path).parent)
