@@ -85,13 +85,15 @@ class Forked:
     def communicate(self, timeout: Optional[float] = None) -> tuple[str, str]:
         """All that it still says on stdout and stderr, to its end."""
         texts: dict = {}
-        reader = threading.Thread(target=lambda: texts.update(out=self.stdout.read()))
-        reader.start()
-        errors = self.stderr.read()
-        reader.join(timeout)
+        readers = [threading.Thread(target=lambda file=file: texts.update({file: file.read()}),
+                                    daemon=True) for file in (self.stdout, self.stderr)]
+        for reader in readers:
+            reader.start()
         self.wait(timeout)
+        for reader in readers:
+            reader.join(timeout)
         self.close()
-        return texts["out"], errors
+        return texts[self.stdout], texts[self.stderr]
 
     def close(self) -> None:
         for file in (self.stdout, self.stderr):

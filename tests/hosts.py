@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
-from support import MockProvider, Reply, SeenRequest, proxy_environment
+from support import MockProvider, Reply, SeenRequest, anthropic_error, sse
+from vendor_answers import block_pieces
 
 KEY = "host-canary-0123456789"
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
@@ -203,24 +203,18 @@ HOSTS = {
 }
 
 
-def configured(mock: MockProvider, folder: Path, name: str, **row: object) -> dict:
-    """What starts a proxy that has the mock as one known provider, at another host."""
-    path = folder / "cage.json"
-    path.write_text(json.dumps({
-        "providers": {name: {"base_url": mock.url, "key_env": "HOST_KEY", "free": False,
-                             "responses": False, **row}},
-        "prices": {f"{name}/m": {**RATES, "litellm_provider": name}}}))
-    return {"argv": ("--config", str(path)),
-            "environ": {**proxy_environment(mock), "HOST_KEY": KEY}}
+def configured(mock: MockProvider, name: str, **row: object) -> dict:
+    """The configuration of a proxy that has the mock as one known provider, at another host."""
+    return {"providers": {name: {"base_url": mock.url, "key_env": "HOST_KEY", "free": False,
+                                 "responses": False, **row}},
+            "prices": {f"{name}/m": {**RATES, "litellm_provider": name}}}
 
 
-def called(body: dict, turn: int) -> dict:
+def called(names: Sequence[str], turn: int) -> tuple[str, dict]:
     """What is called of what a client offers: its shell, to say something, or else the first."""
-    names = [tool["function"]["name"] for tool in body["tools"]]
     if "Bash" in names:
-        return {"name": "Bash", "arguments": json.dumps({
-            "command": f"echo result {turn}", "description": "say it"})}
-    return {"name": names[0], "arguments": json.dumps({"n": turn})}
+        return "Bash", {"command": f"echo result {turn}", "description": "say it"}
+    return names[0], {"n": turn}
 
 
 def host_reply(host: Host, request: SeenRequest) -> Reply:
@@ -236,7 +230,9 @@ def host_reply(host: Host, request: SeenRequest) -> Reply:
     if host.shows_details:
         message["reasoning_details"] = details()
     if turn < 2:
-        call = {"id": host.call_id(turn + 1), "type": "function", "function": called(body, turn)}
+        name, arguments = called([tool["function"]["name"] for tool in body["tools"]], turn)
+        call = {"id": host.call_id(turn + 1), "type": "function",
+                "function": {"name": name, "arguments": json.dumps(arguments)}}
         if host.signs_calls:
             call["extra_content"] = {"google": {"thought_signature": SIGNATURE}}
         message["tool_calls"] = [call]
@@ -333,17 +329,14 @@ def messages_reply(host: MessagesHost, request: SeenRequest) -> Reply:
     body = request.json
     refused = messages_refusal_of(host, request, body)
     if refused:
-        return Reply(status=401 if refused == "no key" else 400, steps=(json.dumps(
-            {"type": "error", "error": {"type": "invalid_request_error",
-                                        "message": refused}}).encode(),))
+        return anthropic_error(401 if refused == "no key" else 400, refused)
     if request.path.endswith("/count_tokens"):
         return Reply(steps=(b'{"input_tokens": 1000}',))
     turn = sum(map(len, results_in(body)))
     blocks: list[dict] = [THINKING] if "thinking" in body else []
     if turn < 2:
-        call = called({"tools": [{"function": tool} for tool in body["tools"]]}, turn)
-        blocks.append({"type": "tool_use", "id": f"toolu_{turn}", "name": call["name"],
-                       "input": json.loads(call["arguments"])})
+        name, arguments = called([tool["name"] for tool in body["tools"]], turn)
+        blocks.append({"type": "tool_use", "id": f"toolu_{turn}", "name": name, "input": arguments})
     else:
         blocks.append({"type": "text", "text": "All done."})
     message = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"],
@@ -376,20 +369,13 @@ def messages_refusal_of(host: MessagesHost, request: SeenRequest, body: dict) ->
 
 def message_events(message: dict) -> Iterator[bytes]:
     def event(kind: str, **fields: object) -> bytes:
-        return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+        return sse({"type": kind, **fields}, kind)
 
     begun = {"content": [], "stop_reason": None, "usage": {**MESSAGES_USAGE, "output_tokens": 1}}
     yield event("message_start", message={**message, **begun})
     for index, block in enumerate(message["content"]):
-        empty, deltas = {
-            "thinking": ({"thinking": "", "signature": ""}, [
-                {"type": "thinking_delta", "thinking": block.get("thinking")},
-                {"type": "signature_delta", "signature": block.get("signature")}]),
-            "text": ({"text": ""}, [{"type": "text_delta", "text": block.get("text")}]),
-            "tool_use": ({"input": {}}, [{"type": "input_json_delta",
-                                          "partial_json": json.dumps(block.get("input"))}]),
-        }[block["type"]]
-        yield event("content_block_start", index=index, content_block={**block, **empty})
+        start, deltas = block_pieces(block)
+        yield event("content_block_start", index=index, content_block=start)
         for delta in deltas:
             yield event("content_block_delta", index=index, delta=delta)
         yield event("content_block_stop", index=index)

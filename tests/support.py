@@ -937,7 +937,7 @@ def each_seed(count: int) -> Callable:
             for seed in range(count):
                 try:
                     test(*arguments, seed=seed, **fixtures)
-                except Exception as err:
+                except (Exception, pytest.fail.Exception) as err:      # "DID NOT RAISE" is none
                     raise AssertionError(f"with the seed {seed}") from err
         signature = inspect.signature(test)
         run.__signature__ = signature.replace(parameters=[        # or pytest takes it for a fixture

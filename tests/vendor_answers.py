@@ -185,7 +185,7 @@ def _messages(fields: dict, answer: Answer) -> Reply:
                                               "stop_sequence": None, "stop_details": None,
                                               "usage": first}), event("ping")]
     for index, block in enumerate(blocks):
-        start, deltas = _block_pieces(block)
+        start, deltas = block_pieces(block)
         events.append(event("content_block_start", index=index, content_block=start))
         events += [event("content_block_delta", len(str(delta)), index=index, delta=delta)
                    for delta in deltas]
@@ -214,7 +214,7 @@ def _blocks(part: Part, name: str) -> list[dict]:
              "content": [found]}]
 
 
-def _block_pieces(block: dict) -> tuple[dict, list[dict]]:
+def block_pieces(block: dict) -> tuple[dict, list[dict]]:
     if block["type"] == "text":
         return {**block, "text": ""}, [{"type": "text_delta", "text": text}
                                        for text in pieces(block["text"])]

@@ -6,7 +6,7 @@ want their reasoning or their signatures back must get them."""
 import json
 
 import pytest
-from hosts import COST, HOSTS, REASONING, configured, host_reply
+from hosts import COST, HOSTS, KEY, REASONING, configured, host_reply
 from support import PATIENCE_S, TOKEN, Reply, settled_status
 from test_claude_code import CLAUDE, claude_code
 
@@ -15,7 +15,7 @@ TASK = "Count to two."
 
 
 @pytest.fixture
-def host(mock, proxy_for, tmp_path):
+def host(mock, proxy_with):
     """Start a proxy that has the mock as a known server; its answers go into `mock.said`."""
     def start(name, *flags):
         mock.said = []
@@ -25,8 +25,7 @@ def host(mock, proxy_for, tmp_path):
             return mock.said[-1]
 
         mock.always = answer
-        ways = configured(mock, tmp_path, name)
-        return proxy_for(*ways["argv"], *flags, environ=ways["environ"])
+        return proxy_with(configured(mock, name), *flags, environ={"HOST_KEY": KEY})
     return start
 
 

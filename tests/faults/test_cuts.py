@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support import Close, Gate, Raw, RawClient, call, program, recordings, settled_status
-from test_every_way_to_end import PATHS, stream  # noqa: F401  (a fixture)
+from test_every_way_to_end import stream  # noqa: F401  (a fixture)
 
 MANY = pytest.mark.parametrize("most", [60, pytest.param(200, marks=pytest.mark.soak)])
 

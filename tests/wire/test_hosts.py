@@ -2,7 +2,7 @@
 nothing that the server refuses is sent, and what it used is charged."""
 import dialects
 import pytest
-from hosts import (COST, HOSTS, MESSAGES_HOSTS, REASONING, THINKING, configured, host_reply,
+from hosts import (COST, HOSTS, KEY, MESSAGES_HOSTS, REASONING, THINKING, configured, host_reply,
                    messages_reply)
 from support import call, program, settled_status
 
@@ -12,11 +12,10 @@ ROUTES = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses
 
 
 @pytest.fixture
-def proxy_of(mock, proxy_for, tmp_path):
+def proxy_of(mock, proxy_with):
     def start(name, *flags):
         assert name == program().KNOWN_PROVIDERS[name].name
-        ways = configured(mock, tmp_path, name)
-        return proxy_for(*ways["argv"], *flags, environ=ways["environ"])
+        return proxy_with(configured(mock, name), *flags, environ={"HOST_KEY": KEY})
     return start
 
 
@@ -78,13 +77,13 @@ def test_a_client_of_the_servers_own_format_has_its_cap_moved_where_that_counts(
 # Endpoints in Anthropic's format, which a client of Messages reaches untranslated.
 
 @pytest.fixture
-def endpoint_of(mock, proxy_for, tmp_path):
+def endpoint_of(mock, proxy_with):
     """A proxy that has the mock as the Anthropic-format endpoint of a known provider."""
     def start(name, *flags):
         mock.always = lambda request: messages_reply(MESSAGES_HOSTS[name], request)
-        ways = configured(mock, tmp_path, name,
-                          anthropic_base_url=mock.url + MESSAGES_HOSTS[name].path)
-        return proxy_for(*ways["argv"], *flags, environ=ways["environ"])
+        return proxy_with(
+            configured(mock, name, anthropic_base_url=mock.url + MESSAGES_HOSTS[name].path),
+            *flags, environ={"HOST_KEY": KEY})
     return start
 
 
