@@ -749,14 +749,16 @@ class JsonBody:
         added = _written({name: value for name, value in changes.items()
                           if name not in self.fields})[1:-1]
         pieces = [text[:inside], added, b"," if added and self.fields.keys() - without else b""]
-        done, is_first = inside, True
-        for name, at, start, end in () if self.fields.keys().isdisjoint({*changes, *without}) \
-                else _members(self.text):
+        done, is_first, left = inside, True, self.fields.keys() & {*changes, *without}
+        for name, at, start, end in _members(self.text) if left else ():
             if name not in without:           # what stands before the first has no comma
                 pieces += [text[done:at] if done == inside or not is_first else b"", text[at:start],
                            _written(changes[name]) if name in changes else text[start:end]]
                 is_first = False
             done = end
+            left.discard(name)
+            if not left and not is_first:     # behind it all stays
+                break
         pieces.append(text[done:])
         if not self.data:
             return pieces
@@ -2441,9 +2443,10 @@ LITTLE_OF_WHAT_IS_FREE = 8              # input below an eighth of it is not wor
 SEARCH_TOOL_TYPES = r"web_(search|fetch)_\d{8}"        # of Anthropic: with a max_uses of its own
 DEFAULT_HOSTED_USES, MOST_HOSTED_USES = 5, 32
 MOST_SAMPLINGS = 11                     # of one Anthropic call
-# (samplings beyond the uses, the most samplings) of one call.
+# (samplings beyond the uses, the most samplings) of one call; other APIs have no hosted tools.
 SAMPLINGS = MappingProxyType({"responses": (1, 1 + MOST_HOSTED_USES),
                               "messages": (2, MOST_SAMPLINGS)})
+NO_SAMPLINGS = (0, 1)
 DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where it has none
 FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
 
@@ -2725,12 +2728,12 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, win
         + TOOL_PROMPT_TOKENS * compacts
     context = max(price.max_input_tokens, window) if price.max_input_tokens else None
     # Usage is summed over the samplings, so that any long-context price may hold.
-    rates = rates_up_to(visible_tokens), rates_up_to(MOST_TOKENS)
+    rates = rates_up_to(visible), rates_up_to(MOST_TOKENS)
     # Tool search and compaction read again without any use.
     least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
     return HostedUses(
-        levels=tuple([_level(uses, tools, visible, context, least_samplings, SAMPLINGS[api], rates,
-                             price.search_picodollars)
+        levels=tuple([_level(uses, tools, visible, context, least_samplings,
+                             SAMPLINGS.get(api, NO_SAMPLINGS), rates, price.search_picodollars)
                       for uses in range(1 + max((asked for asked, *_ in tools), default=0))]),
         is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
         has_caps=bool(tools),
@@ -3421,10 +3424,9 @@ class AnswerMeter:
         if kind in ("response.completed", "response.incomplete", "response.failed"):
             response = json_object(event.get("response"))
             self._read_result(response)
-            self.awaits_usage = False
+            self._end()
             if kind == "response.failed":
                 self._fail(json_object(response.get("error")))
-            self.has_ended = True
         elif kind == "response.output_item.done":         # what it holds may have come in deltas
             self._done_bytes += _text_bytes(event.get("item"))
             self.output_bytes = max(self.output_bytes, self._done_bytes)
@@ -3707,7 +3709,7 @@ class Part:
     native: Any = MappingProxyType({})                     # verbatim, in the form of `origin`
     origin = ""                          # the API of `native`: "messages", "responses", "chat"
     maker = ""                           # the provider of `native`, where that is known
-    mark: Optional[Mapping[str, Any]] = None            # Anthropic's cache_control
+    mark: Optional[Mapping[str, Any]] = None               # Anthropic's cache_control
     index = 0                            # its place in an answer
     pieces: list[str]                    # of its text, while it is read or written as a stream
     at: str                              # its place in an answer of Responses that is read
@@ -3755,13 +3757,13 @@ class Tool(NamedTuple):
     kind: str                            # function, text (its input is no JSON), search or other
     name: str
     description: str = ""
-    schema: Mapping[str, Any] = MappingProxyType({})     # of its input, as the client wrote it
+    schema: Mapping[str, Any] = MappingProxyType({})        # of its input, as the client wrote it
     strict: bool = False                 # its input must match the schema
     namespace: str = ""
-    syntax: Mapping[str, Any] = MappingProxyType({})     # that the input of a text tool follows
-    search: Mapping[str, Any] = MappingProxyType({})     # allowed_domains, blocked_domains,
+    syntax: Mapping[str, Any] = MappingProxyType({})        # that the input of a text tool follows
+    search: Mapping[str, Any] = MappingProxyType({})        # allowed_domains, blocked_domains,
     # user_location and max_uses, as Anthropic spells them
-    native: Mapping[str, Any] = MappingProxyType({})     # what else the client wrote of it
+    native: Mapping[str, Any] = MappingProxyType({})        # what else the client wrote of it
     origin: str = ""                     # the API whose form `native` has
 
 
@@ -3799,8 +3801,8 @@ class Conversation:
         self.tools: list[Tool] = []              # those that are allowed
         self.changed: dict[str, str] = {}        # what the reader had to change, to be reported
         self.names: dict[str, str] = {}          # of losses, where not the API's usual ones
-        self.rest: dict[str, Any] = {}        # lost, and reported, where a writer has no place
-        self.hints: dict[str, Any] = {}       # lost without a word: the answer is the same
+        self.rest: dict[str, Any] = {}           # lost, and reported, where a writer has no place
+        self.hints: dict[str, Any] = {}          # lost without a word: the answer is the same
 
 
 class Target(NamedTuple):
@@ -3976,7 +3978,7 @@ def words_of(body: Any, depth: int = 8) -> str:
     """Return what an error says in words, wherever they stand in it; "" where there are none."""
     if isinstance(body, str):
         return words_of(_parsed_error(body), depth - 1) or body
-    if not depth or not isinstance(body, (list, dict)):
+    if depth < 1 or not isinstance(body, (list, dict)):
         return ""
     if isinstance(body, list):
         return "; ".join(filter(None, (words_of(value, depth - 1) for value in body[:8])))
@@ -4135,7 +4137,7 @@ def texts_in(fields: Mapping[str, Any], name: str) -> list[str]:
     value = fields.get(name)
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise BadRequest(f"{name} must be a list of strings", param=name)
+        raise in_request(name)(name, "a list of strings")
     return texts
 
 
@@ -4195,7 +4197,7 @@ def begun(fields: Mapping[str, Any], rules: Mapping[str, tuple]) -> Conversation
                              if fields.get(name) is not None}
     for name, value in conversation.sampling.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BadRequest(f"{name} must be a number", param=name)
+            raise in_request(name)(name, "a number")
     return conversation
 
 
@@ -4680,7 +4682,8 @@ def claude_schema(schema: Any) -> Any:
     if _is_object(kept) or "properties" in kept:
         kept["additionalProperties"] = False
     if words:
-        kept["description"] = "; ".join([*texts_in(kept, "description"), *words])
+        kept["description"] = "; ".join(
+            [text for text in (kept.get("description"), *words) if isinstance(text, str)])
     return kept
 
 
@@ -4900,7 +4903,7 @@ def set_user(conversation: Conversation, fields: Mapping[str, Any]) -> None:
 def messages_in(fields: Mapping[str, Any], name: str) -> list[dict]:
     """Return the messages of a request. Raises BadRequest."""
     if not isinstance(fields.get(name), list) or not fields[name]:
-        raise BadRequest(f"{name} must be a list of at least one message", param=name)
+        raise in_request(name)(name, "a list of at least one message")
     return rows_in(fields, name)
 
 
@@ -5424,8 +5427,7 @@ def chat_usage(tokens: Tokens) -> dict:
 
 def chat_stream_of(completion: dict) -> Iterable[dict]:
     """Return a whole completion as a stream. Raises UpstreamBroke where it is none."""
-    choice = _first_choice(completion)
-    if not choice:
+    if not _first_choice(completion):
         raise UpstreamBroke("the provider's answer has no choices")
     return (completion, {"type": "done"})
 
@@ -5453,9 +5455,9 @@ class _ChunkReader:
         self.has_begun = self.is_done = False
         self._kinds: set[str] = set()                # of the parts there were
         self._said: Optional[Part] = None            # the text or thought that is open
-        self._back: dict[str, Any] = {}           # what the server wants back, not yet carried
+        self._back: dict[str, Any] = {}              # what the server wants back, not yet carried
         self._calls: list[Part] = []
-        self._newest: dict[Any, Part] = {}        # of each index of the provider's
+        self._newest: dict[Any, Part] = {}           # of each index of the provider's
         self._by_id: dict[str, Part] = {}
         self._touched: set[Part] = set()             # the calls of the delta that is read
         self._usage: Any = None
@@ -5562,8 +5564,9 @@ class _ChunkReader:
         index = index if isinstance(index, (int, str)) else None
         said = self._newest.get(index) if call_id and name and more else None
         if not (call_id or name or more) or (       # some send an empty call in every answer
-                said is not None and (said.given_id, said.name, "".join(said.pieces))
-                == (call_id, name, more)):          # or a whole call once more at its end
+                said is not None and (said.given_id, said.name) == (call_id, name)
+                and len(said.pieces) <= len(more)   # for none is empty: else each delta joins all
+                and "".join(said.pieces) == more):  # or a whole call once more at its end
             return
         call = self._call_of(call_id, index, name, more)
         if opaque_in(row):
@@ -6110,7 +6113,7 @@ class _MessagesRequest(RequestWriter):
         self._claude = claude_of(conversation.model)
         self._enforced: Counter = Counter()        # of MOST_ENFORCED
         self._system: list[dict] = []
-        self._thinking: Mapping[str, Any] = {}  # what the request says of it
+        self._thinking: Mapping[str, Any] = {}     # what the request says of it
 
     def request(self) -> dict:
         """Return the request."""
@@ -7623,7 +7626,7 @@ class Translator:
         self._writer = self._client.writer(fields, int(time.time()))
         self._writer.end_of_ids = f"_{secrets.token_hex(4)}"
         self._writer.keep = lambda item: target.keep(item["id"], KEPT_ITEM, thoughts=[item])
-        self.thoughts: list[Mapping[str, Any]] = []     # the answer's, where all is behind them
+        self.thoughts: list[Mapping[str, Any]] = []        # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
 
     def stream_of(self, body: dict) -> Iterable[dict]:
@@ -7856,7 +7859,7 @@ class EchoAnswer(NamedTuple):
     input_tokens: int
     answer_id: str                  # 24 characters, without a prefix
     created_at: int                 # Unix seconds
-    fields: Mapping[str, Any]    # the request's
+    fields: Mapping[str, Any]       # the request's
 
     @property
     def text(self) -> str:
@@ -8846,8 +8849,8 @@ class Lease(NamedTuple):
 
 def lines_to_json(lines: Iterable[BillLine]) -> str:
     """Write a bill as a ledger stores it; rates that are not whole as "n/d"."""
-    return json.dumps([[what, count, rate if isinstance(rate, int) else str(rate)]
-                       for what, count, rate in lines], separators=(",", ":"))
+    return compact_json([[what, count, rate if isinstance(rate, int) else str(rate)]
+                         for what, count, rate in lines])
 
 
 def lines_from_json(text: str) -> list[BillLine]:
@@ -8870,9 +8873,6 @@ def row_json(row: Mapping[str, Any]) -> str:
     return f'{json.dumps(plain)[:-1]}, "usage": {usage}, "lines": {lines}}}'
 
 
-_seal_text = json.JSONEncoder(separators=(",", ":")).encode
-
-
 def seal_of(row: Any, before: bytes) -> bytes:
     """Return the digest of a settled row and of the seal before it.
 
@@ -8880,7 +8880,7 @@ def seal_of(row: Any, before: bytes) -> bytes:
     """
     held = {name: str(row[name]) for name in LEDGER_COLUMNS
             if name != "seal" and row[name] is not None}
-    return hashlib.sha256(before + _seal_text(held).encode("ascii")).digest()
+    return hashlib.sha256(before + json_bytes(held)).digest()
 
 
 class MemoryLedger:
@@ -10791,7 +10791,7 @@ class Turns:
 
     @contextlib.contextmanager
     def outside(self, is_inside: bool = False) -> Iterator[None]:
-        """Do something that can block or takes long; beside which others run."""
+        """Do what can block or takes long, beside which others run; or, inside, what none may."""
         had_turn = self._here.seat.has_turn
         (self.take if is_inside else self.leave)()
         try:
@@ -12304,9 +12304,9 @@ RETRY_POLL_S = 0.5                            # at the end, between two tries
 class Outbox:
     """What is sent elsewhere, oldest first, on a thread of its own: nothing waits for it.
 
-    `send`, called with an item and whether that is its first try, returns whether it is done with:
-    taken, or never to be. If not it is tried again, less and less often. They are sent as soon as
-    there are `at_once`, or each `every_s`. Where there are `most`, the oldest is dropped.
+    `send`, called with an item and whether none failed in the last round, returns whether it is
+    done with: taken, or never to be. If not it is tried again, less and less often. They are sent
+    as soon as there are `at_once`, or each `every_s`; where there are `most`, the oldest goes.
     """
 
     def __init__(self, name: str, send: Callable[[Mapping, bool], bool],
@@ -12360,11 +12360,11 @@ class Outbox:
                     break
                 time.sleep(RETRY_POLL_S)
         with self._changed:
-            self._dropped += len(self._waiting)
+            self._dropped = dropped = self._dropped + len(self._waiting)
             self._waiting.clear()
-        if self._dropped:
+        if dropped:
             log.warning(f"{self._name}: some were not sent", extra={"fields": {
-                "dropped": self._dropped}})
+                "dropped": dropped}})
 
     def _is_sent(self, item: Mapping[str, Any], is_first: bool) -> bool:
         is_done = self._send(item, is_first)
@@ -12430,10 +12430,10 @@ def row_shown(row: Mapping[str, Any]) -> dict:
     """Return what the log says of a settled call, in the original's words."""
     said = {name: row[name] for name in ATTRIBUTION_HEADERS if row[name] is not None}
     shown = {"request_id": row["request_id"], "token": row["token"], **said,
-            "model": row["price_key"] or "other", "provider": row["provider"],
-            "status": row["status"],
-            "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
-            "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
+             "model": row["price_key"] or "other", "provider": row["provider"],
+             "status": row["status"],
+             "input_tokens": row["input_tokens"] or 0, "output_tokens": row["output_tokens"] or 0,
+             "cost_usd": format_usd(row["cost_microdollars"])[1:], "duration_ms": row["latency_ms"]}
     return shown if row["estimated"] is None else {**shown, "estimated": row["estimated"]}
 
 
@@ -13042,7 +13042,7 @@ class Engine:
     def ask(self, *commands: Sequence, run_id: Optional[str] = None,
             extra_s: float = 0) -> list[Reply]:
         """Return the replies to commands, by a server of that run_id, if one is named."""
-        deadline_s = time.monotonic() + self._deadline_s + extra_s
+        deadline_s, may_be_done = time.monotonic() + self._deadline_s + extra_s, False
         while True:
             link, was_sent = self._pooled(), False
             is_old = link is not None
@@ -13053,12 +13053,16 @@ class Engine:
                     raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
                 was_sent = True
                 return link.exchange(commands, deadline_s)
+            except EngineFailed as err:
+                err.was_sent |= may_be_done
+                raise
             except (OSError, EOFError, ValueError) as err:
+                may_be_done |= was_sent
                 is_late = isinstance(err, (TimeoutError, socket.timeout))    # two before 3.10
                 if is_old and not is_late:
                     continue
                 reason = "it does not answer in time" if is_late else _reason(err)
-                raise EngineFailed(f"{self.address}: {reason}", was_sent=was_sent) from err
+                raise EngineFailed(f"{self.address}: {reason}", was_sent=may_be_done) from err
             finally:
                 if link is not None:
                     self._give_back(link)
@@ -13880,17 +13884,17 @@ def shared_usage(engine: Engine, cage: str, since_s: int) -> dict:
     cells: dict[tuple[str, str, str], Counter] = {}       # (token, model, day) -> counts
     for day in range(first, last + 1):
         words = iter(engine.ask(["HGETALL", f"{key}:day:{day}"])[0])
-        shown = datetime.datetime.fromtimestamp(day * DAY_S, datetime.timezone.utc).date()
+        shown = utc_text(day * DAY_S)[:10]
         for field, amount in zip(words, words):
             token, _, rest = field.decode("utf-8").partition("|")
             model, _, what = rest.rpartition("|")
-            cells.setdefault((token, model, str(shown)), Counter())[what] += int(amount)
+            cells.setdefault((token, model, shown), Counter())[what] += int(amount)
     for process in engine.ask(["HKEYS", f"{key}:beats"])[0]:
         for record in engine.ask(["HVALS", f"{key}:open:{process.decode('ascii')}"])[0]:
             bound, admitted_s, *scopes = record.decode("ascii").split("|")
-            shown = datetime.datetime.fromtimestamp(int(admitted_s), datetime.timezone.utc).date()
+            shown = utc_text(int(admitted_s))[:10]
             token = scopes[-1] if len(scopes) > 1 else UNNAMED_TOKEN
-            cells.setdefault((token, "in flight", str(shown)), Counter()).update(
+            cells.setdefault((token, "in flight", shown), Counter()).update(
                 requests=1, unsettled_requests=1, cost_microdollars=int(bound))
     return overview_of([{"token": token, "model": model, "day": day,
                          **{what: counts[what] for what in SPEND_COUNTS}}
@@ -14072,7 +14076,7 @@ class Router:
             self.reporter.tell_server = self.server.tell
 
     def _secrets(self) -> Iterator[Optional[str]]:
-        """Yield all that must leave this machine towards its owner only."""
+        """Yield our tokens and the keys of our own providers: no alert may hold them."""
         yield from (self.settings.token, self.settings.admin_token, self.settings.server_token)
         yield from (provider.key for provider in self.providers.values())
 
@@ -14379,9 +14383,9 @@ class Router:
         """
         betas = anthropic_betas(call.request.head, call.added_betas)
         options: dict = {"default_tier": call.provider.default_service_tier,
-                   "data_residency": call.provider.data_residency,
-                   "may_be_lowered": not self.settings.no_fit,
-                   "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
+                         "data_residency": call.provider.data_residency,
+                         "may_be_lowered": not self.settings.no_fit,
+                         "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
         if free is None or self.settings.bound == "bytes" \
                 or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
@@ -15287,8 +15291,8 @@ def refusal_row(error: IroncageError, request_id: str, token: str,
     """Return what the ledger and the log say of a refusal: text that can be stored, of bounded
     length."""
     stated = {"request_id": request_id, "token": token, "model": error.model,
-            "path": head and head.path, "reason": error.openai_code or error.openai_type,
-            "message": error.message, **(attribution_of(head.headers) if head else {})}
+              "path": head and head.path, "reason": error.openai_code or error.openai_type,
+              "message": error.message, **(attribution_of(head.headers) if head else {})}
     amounts = {name: (error.details or {}).get(name) for name in REFUSAL_COLUMNS}
     texts = {name: text and re.sub(UNPRINTABLE, "?", text[:MOST_REFUSAL_CHARS].encode(
         "ascii", "backslashreplace").decode("ascii")) for name, text in stated.items()}
@@ -15378,7 +15382,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.router = Router(settings, prices, self.ledger, self.turns)
             undo.callback(self.router.controller.accounts.close)
             self._take_config(config, prices)
-            undo.pop_all()
+            undo = undo.pop_all()                      # and listening may still fail
         self.reload_asked = False                      # set by SIGHUP
         self._looked_s = time.monotonic()
         self.allowed_hosts = {
@@ -15413,8 +15417,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.address_family = family
             super().__init__(address[:2], ProxyHandler)      # type: ignore[arg-type]
         except (OSError, OverflowError, ValueError, TypeError) as err:      # of an embedder's port
-            self.router.controller.accounts.close()
-            self.ledger.close()
+            undo.close()
             raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
                                f"{_reason(err)}; choose another with --port, from 0 to 65535 "
                                "(8787 is the default of other gateways too)") from err
@@ -15611,7 +15614,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 prices = read_prices(path), self._files_seen[path]
         self._take_config(config, prices_under(config, prices[0]), settings)
         self._table, self._table_seen = prices
-        log.warning("configuration read", extra={"fields": {"tokens": len(self.callers)}})
+        log.warning("configuration read", extra={"fields": {"tokens": len(config.callers)}})
 
     def unreadiness(self) -> Optional[str]:
         """Return why no call can be admitted, which is tried once a second at most; None: one can
@@ -16261,6 +16264,8 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     if wrapped is not None and (command != "serve" or rest or not wrapped):
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
     for row in (*SETTINGS, *OPTIONS):
+        if given[row.field] == "":              # as of a shell's variable that is not set
+            raise Misconfigured(f"{row.flag} has an empty value; leave it out if none is meant")
         if given[row.field] and command not in row.commands.split():
             raise _unknown_flag(command, row.flag, str(given[row.field]))
     if rest and (command == "serve" or not COMMANDS[command].words):

@@ -1051,6 +1051,19 @@ def test_replies_are_read_however_they_are_cut(fake, monkeypatch, size):
     engine.close()
 
 
+def test_what_a_broken_connection_carried_may_be_done_also_where_the_next_is_refused(fake):
+    engine = ic.Engine(ic.parse_engine_url(fake.url), ic.Turns())
+    engine.ask(["PING"])                                  # and the connection is kept
+    fake.answers["PING"] = b""
+    fake.answers["INFO"] = b"-LOADING Redis is loading the dataset in memory\r\n"
+
+    with pytest.raises(ic.EngineFailed) as failed:
+        engine.ask(["PING"])
+
+    assert failed.value.was_sent
+    engine.close()
+
+
 @pytest.mark.parametrize("url, parts", [
     ("redis://h", ("redis", "h", 6379, 0, "", "")),
     ("redis://:p%40ss@h:1/3", ("redis", "h", 1, 3, "", "p@ss")),

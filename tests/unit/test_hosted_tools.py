@@ -90,6 +90,24 @@ def test_a_compaction_reads_the_prompt_twice():
     assert compacting.admitted(ic.Caps(100)).loops
 
 
+@pytest.mark.parametrize("api", ["chat", "messages"])
+def test_content_that_compacts_is_bounded_in_any_api(api):
+    body = ic.parse_json_object(json.dumps({"model": "m", "max_tokens": 9, "messages": [
+        {"role": "user", "content": [{"type": "compaction_trigger"}]}]}).encode())
+
+    assert ic.bound_of_request(api, body, price(GPT, "gpt-5.5")).admitted(ic.Caps(9)).loops
+
+
+def test_the_prompt_of_a_tool_without_a_use_can_reach_the_long_context_price():
+    body = ic.parse_json_object(json.dumps({"model": "gpt-5.4", "input": "x", "max_tool_calls": 0,
+                                            "tools": [{"type": "web_search"}]}).encode())
+    dear = price({**GPT, "max_input_tokens": 1_000_000,
+                  "input_cost_per_token_above_272k_tokens": 4e-6}, "gpt-5.4")
+    hosted = ic.bound_of_request("responses", body, dear, input_tokens=272_000).hosted
+
+    assert dear.rates(None, 272_001)["input"] == hosted.levels[0].rates[0]
+
+
 def random_bound(rng):
     tools = rng.sample([{**SEARCH, "max_uses": rng.randrange(1, 12)}, SEARCH, FETCH, TOOL_SEARCH,
                         FUNCTION], rng.randrange(1, 4))

@@ -1,6 +1,7 @@
 """Chat completions and Messages: golden pairs for each rule of the translation, both ways; streams against
 checkers that know nothing of the translators; the bugs of other gateways, each by its name."""
 import base64
+import collections
 import json
 from typing import NamedTuple
 
@@ -1904,3 +1905,51 @@ def test_deltas_of_a_kind_that_is_not_known_and_empty_ones_add_nothing():
 
     assert ["Opened", "More", "Closed"] == [type(event).__name__ for event in events]
     assert "a" == events[-1].part.text
+
+
+# What a provider or a client can make costly, or odd.
+
+@pytest.mark.parametrize("description", [5, {"a": 1}, ["a", 5]])
+def test_a_description_in_a_schema_that_is_no_text_is_left_out(description):
+    schema = {"type": "integer", "minimum": 3, "description": description}
+
+    assert {"type": "integer", "description": "minimum: 3"} == ic.claude_schema(schema)
+
+
+def test_the_words_of_an_error_are_looked_for_to_a_bounded_depth(monkeypatch):
+    looked, words_of = [], ic.words_of
+    monkeypatch.setattr(ic, "words_of", lambda body, depth=8: looked.append(depth) or words_of(
+        body, depth))
+    text = '{"metadata":{"raw":' * 20 + '"x"' + "}}" * 20
+    body = text
+    for _ in range(8):
+        body = {"error": body}
+
+    ic.words_of(body)
+
+    assert min(looked) >= -1 and len(looked) < 200
+
+
+class CountedJoins(collections.UserList):
+    joins = 0
+
+    def __iter__(self):
+        self.joins += 1
+        return iter(self.data)
+
+
+def test_a_call_whose_name_is_repeated_in_each_delta_is_not_joined_at_each():
+    reader = ic._ChunkReader(ic.Terms(ic.ToolNames(64)))
+
+    def events_of(arguments):
+        return [*reader.read({"choices": [{"index": 0, "delta": {"tool_calls": [{
+            "index": 0, "id": "call_1", "type": "function",
+            "function": {"name": "f", "arguments": arguments}}]}}]})]
+    events_of('{"a')
+    part = reader._newest[0]
+    part.pieces = joined = CountedJoins(part.pieces)
+    for _ in range(100):
+        events_of("bbb")
+
+    assert 101 == len(part.pieces)
+    assert joined.joins <= 3

@@ -45,6 +45,8 @@ BAD_USES = {
     "budget not a number": ["--budget", "ten"],
     "negative budget": ["--budget=-1"],
     "infinite budget": ["--budget", "inf"],
+    "budget of a variable that is not set": ["--budget", ""],
+    "stop of a variable that is not set": ["--budget", "1", "--stop-at="],
     "token with a space": ["--token", "a b c d e f g h"],
     "short token": ["--token", "abc"],
     "one token twice": ["--token", TOKEN, "--admin-token", TOKEN],

@@ -107,6 +107,11 @@ def test_a_budget_that_is_no_amount_is_refused(router_for, budget):
         router_for(budget=budget)
 
 
+def test_an_empty_budget_is_refused_not_none(router_for):
+    with pytest.raises(program().Misconfigured, match="--budget has an empty value"):
+        router_for(budget="")
+
+
 def test_an_exceeded_budget_is_402_and_set_budget_unblocks(router_for):
     router = router_for(budget=0)
     assert 402 == ask(router).status
