@@ -501,20 +501,42 @@ UNPRINTABLE = r"[^ -~]"
 # Sources: OpenAI and Anthropic error references; the 402 types are the original's (iron_runtime).
 
 
+# Status -> type in Anthropic's words.
+ANTHROPIC_ERRORS = MappingProxyType({
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+    529: "overloaded_error",
+})
+
+
+def anthropic_error_type(status: int) -> str:
+    """Return the type that an error of a status has in Anthropic's words."""
+    return ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
 class IroncageError(Exception):
     """A request that we end ourselves.
 
     `param` names the field at fault, `details` becomes `error.ironcage` in the body, `headers`
     are sent along. `must_close` says that the connection cannot be used for another request.
-    `model` is what the request asked for, once that is known.
+    `model` is what the request asked for, once that is known. A class below is a row: a cell that
+    it does not state is its base's; the code of an iron_cage_ type is the rest of that.
     """
     status = 500
     openai_type = "server_error"
     openai_code: Optional[str] = "internal_error"
-    anthropic_type = "api_error"
     anthropic_details: Optional[Mapping[str, Any]] = None    # what their SDKs act on
     must_close = False
     model: Optional[str] = None
+
+    def __init_subclass__(cls, *, status: Optional[int] = None, code: Optional[str] = None,
+                          type: Optional[str] = None, closes: Optional[bool] = None) -> None:
+        cls.status = status or cls.status
+        cls.openai_type = type or cls.openai_type
+        own_code = type[10:] if type and type.startswith("iron_cage_") else None
+        cls.openai_code = code or own_code or cls.openai_code
+        cls.must_close = cls.must_close if closes is None else closes
 
     def __init__(self, message: str, *, param: Optional[str] = None,
                  details: Optional[Mapping[str, Any]] = None,
@@ -525,90 +547,83 @@ class IroncageError(Exception):
         self.details = details
         self.headers = tuple(headers)
 
+    @property
+    def anthropic_type(self) -> str:
+        """Its type in Anthropic's words, in which to be overloaded is a status of its own."""
+        return anthropic_error_type(529 if self.openai_code == "overloaded" else self.status)
 
-class BadRequest(IroncageError):
+
+# fmt: off  (one class after the other reads as the table that it is)
+class BadRequest(IroncageError, status=400, type="invalid_request_error"):
     """The request itself is at fault; sent again unchanged it fails again."""
-    status, openai_type, anthropic_type = 400, "invalid_request_error", "invalid_request_error"
     openai_code: Optional[str] = None
-
-
-class MalformedHttp(BadRequest):
-    """Bytes that are not one clear HTTP/1.1 message: answered, then the connection is closed."""
-    openai_code, must_close = "malformed_http", True
-
-
-# fmt: off  (pure variation: one line each reads as the table that it is)
-class Unauthorized(BadRequest):
-    status, openai_code, must_close = 401, "invalid_api_key", True
-    anthropic_type = "authentication_error"
-class Forbidden(BadRequest):
-    status, openai_code, must_close = 403, "permission_denied", True
-    anthropic_type = "permission_error"
-class NotFound(BadRequest):
-    status, openai_code, anthropic_type = 404, "not_found", "not_found_error"
-class MethodNotAllowed(BadRequest):
-    status, openai_code = 405, "method_not_allowed"
-class RequestTimedOut(BadRequest):
-    status, openai_code, must_close = 408, "request_timeout", True
-class LengthRequired(BadRequest):
-    status, openai_code, must_close = 411, "length_required", True
-class BodyTooLarge(BadRequest):
-    status, openai_code, must_close = 413, "request_too_large", True
-    anthropic_type = "request_too_large"
-class UnsupportedBody(BadRequest):
-    status, openai_code, must_close = 415, "unsupported_media_type", True
-class UpgradeRefused(BadRequest):
-    status, openai_code, must_close = 426, "upgrade_refused", True
-class UnpricedModel(BadRequest):          # no price is known, so no cost can be bounded
-    openai_type, openai_code = "iron_cage_unpriced_model", "unpriced_model"
-class UnmeteredRoute(BadRequest):         # a route whose cost we cannot read, under a budget
-    openai_type, openai_code = "iron_cage_unmetered_route", "unmetered_route"
-class UnboundedRequest(BadRequest):       # a request whose worst case cannot be known, likewise
-    openai_type, openai_code = "iron_cage_unbounded_request", "unbounded_request"
-class ThreadRefused(BadRequest):          # on which the SDKs send the whole history instead
-    openai_code = "thread_unsupported_request"
-    anthropic_details = MappingProxyType({"error_code": openai_code, "unsupported": ("thread",)})
-class NoProviderKey(BadRequest):
-    openai_type, openai_code = "iron_cage_no_provider_key", "no_provider_key"
-class UnknownProvider(BadRequest):
-    openai_type, openai_code = "iron_cage_unknown_provider", "unknown_provider"
-class Untranslatable(BadRequest):         # the model's provider does not speak the path's dialect
-    openai_code = "unsupported_dialect"
-class BudgetExceeded(BadRequest):         # nothing is left
-    status, openai_type, openai_code = 402, "iron_cage_budget_exceeded", "budget_exceeded"
-    anthropic_type = "billing_error"
-class ModelForbidden(BadRequest):         # the caller's token is not for this model
-    status, openai_code, anthropic_type = 403, "model_not_allowed", "permission_error"
-class TooManyRequests(BadRequest):        # the caller's own limits; the body is not read
-    status, openai_type, openai_code = 429, "rate_limit_error", "rate_limit_exceeded"
-    anthropic_type, must_close = "rate_limit_error", True
-class InsufficientBudget(BudgetExceeded):     # something is left, but the worst case does not fit
-    openai_type, openai_code = "iron_cage_insufficient_budget", "insufficient_budget"
-class ServerBusy(IroncageError):
-    status, openai_code, anthropic_type, must_close = 503, "overloaded", "overloaded_error", True
-class CageServerFailed(IroncageError):    # no key, or no lease of budget, came from there
-    status, openai_type, openai_code = 502, "iron_cage_server_failed", "server_failed"
+class MalformedHttp(BadRequest, code="malformed_http", closes=True):
+    """Bytes that are not one clear HTTP/1.1 message."""
+class Unauthorized(BadRequest, status=401, code="invalid_api_key", closes=True):
+    """No token, or none that is known and valid."""
+class Forbidden(BadRequest, status=403, code="permission_denied", closes=True):
+    """What this token, or any under this Host name, may not do."""
+class NotFound(BadRequest, status=404, code="not_found"):
+    """No route, or thing, of ours."""
+class MethodNotAllowed(BadRequest, status=405, code="method_not_allowed"):
+    """The path does not take this method."""
+class RequestTimedOut(BadRequest, status=408, code="request_timeout", closes=True):
+    """The client was too slow with its request."""
+class LengthRequired(BadRequest, status=411, code="length_required", closes=True):
+    """A body of no stated length."""
+class BodyTooLarge(BadRequest, status=413, code="request_too_large", closes=True):
+    """A body beyond --max-body-mb or the memory for all."""
+class UnsupportedBody(BadRequest, status=415, code="unsupported_media_type", closes=True):
+    """A body of a type or an encoding that is not read."""
+class UpgradeRefused(BadRequest, status=426, code="upgrade_refused", closes=True):
+    """Another protocol is asked for, such as websockets."""
+class UnpricedModel(BadRequest, type="iron_cage_unpriced_model"):
+    """No price is known, so no cost can be bounded."""
+class UnmeteredRoute(BadRequest, type="iron_cage_unmetered_route"):
+    """A route whose cost we cannot read, under a budget."""
+class UnboundedRequest(BadRequest, type="iron_cage_unbounded_request"):
+    """A request whose worst case cannot be known, likewise."""
+class ThreadRefused(BadRequest, code="thread_unsupported_request"):
+    """A stored conversation, in place of which the SDKs then send the whole history."""
+    anthropic_details = MappingProxyType({
+        "error_code": "thread_unsupported_request", "unsupported": ("thread",)})
+class NoProviderKey(BadRequest, type="iron_cage_no_provider_key"):
+    """The provider's key is not set, or is another provider's."""
+class UnknownProvider(BadRequest, type="iron_cage_unknown_provider"):
+    """The model names a provider that is not set up."""
+class Untranslatable(BadRequest, code="unsupported_dialect"):
+    """The model's provider does not speak the path's dialect."""
+class ModelForbidden(BadRequest, status=403, code="model_not_allowed"):
+    """The caller's token is not for this model."""
+class TooManyRequests(BadRequest, status=429, type="rate_limit_error", code="rate_limit_exceeded",
+                      closes=True):
+    """The caller's own limits are reached; the body is not read."""
+class BudgetExceeded(BadRequest, status=402, type="iron_cage_budget_exceeded"):
+    """Nothing is left."""
+class InsufficientBudget(BudgetExceeded, type="iron_cage_insufficient_budget"):
+    """Something is left, but the worst case does not fit."""
+class ServerBusy(IroncageError, status=503, code="overloaded", closes=True):
+    """No room, or the proxy is stopping; later it may work."""
+class LedgerUnavailable(IroncageError, status=503, type="iron_cage_ledger_unavailable"):
+    """What cannot be written down is not sent."""
+class CageServerFailed(IroncageError, status=502, type="iron_cage_server_failed"):
+    """No key, or no lease of budget, came from the Iron Cage server."""
     is_final = False                      # it said no, rather than nothing
-class LedgerUnavailable(IroncageError):   # what cannot be written down is not sent
-    status, openai_type, openai_code = 503, "iron_cage_ledger_unavailable", "ledger_unavailable"
-# fmt: on
-
-
 class UpstreamError(IroncageError):
     """The provider's side failed. `may_be_billed`: it may have begun to work on the request."""
     may_be_billed = True
-
-
-# fmt: off
-class UpstreamBroke(UpstreamError):
-    status, openai_code = 502, "upstream_broke"
-class UpstreamUnreachable(UpstreamError):
-    status, openai_code, may_be_billed = 502, "upstream_unreachable", False
-class UpstreamRedirected(UpstreamError):
-    status, openai_code, may_be_billed = 502, "upstream_redirected", False
-class UpstreamTimedOut(UpstreamError):
-    status, openai_code, anthropic_type = 504, "upstream_timeout", "timeout_error"
+class UpstreamBroke(UpstreamError, status=502, code="upstream_broke"):
+    """An answer that ends early, or is none."""
+class UpstreamUnreachable(UpstreamError, status=502, code="upstream_unreachable"):
+    """No connection was made."""
+    may_be_billed = False
+class UpstreamRedirected(UpstreamError, status=502, code="upstream_redirected"):
+    """A redirect, which is never followed."""
+    may_be_billed = False
+class UpstreamTimedOut(UpstreamError, status=504, code="upstream_timeout"):
+    """The provider was silent for too long."""
 class UpstreamConnectTimedOut(UpstreamTimedOut):
+    """Likewise, before anything was sent."""
     may_be_billed = False
 # fmt: on
 
@@ -6719,15 +6734,6 @@ def _answer_blocks(part: Part) -> list[dict]:
     return []
 
 
-# Status -> type in Anthropic's words.
-ANTHROPIC_ERRORS = MappingProxyType({
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-    403: "permission_error", 404: "not_found_error", 409: "conflict_error",
-    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
-    529: "overloaded_error",
-})
-
-
 def anthropic_failure(status: int, body: Any) -> Failure:
     """Read an error of Anthropic's."""
     inner = json_object(json_object(body).get("error"))
@@ -6748,10 +6754,8 @@ def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
             f" input length and `max_tokens` exceed context limit: {asked - failure.cap} + "
             f"{failure.cap} > {most}.")
         text = f"prompt is too long{sizes}.{smaller} {text}"   # Claude Code compacts on these words
-    kind = ANTHROPIC_ERRORS.get(status, "api_error" if status >= 500
-                                else "invalid_request_error")
     return status, {"type": "error", "request_id": request_id,
-                    "error": {"type": kind, "message": text}}
+                    "error": {"type": anthropic_error_type(status), "message": text}}
 
 
 # ==== 13. Responses =============================================================================
