@@ -15331,13 +15331,16 @@ def _closing(error: IroncageError) -> IroncageError:
     return error
 
 
-def open_files_limit() -> int:
-    """Return how many files this process may have open."""
-    with contextlib.suppress(ImportError, OSError):
+def open_files_limit(wanted: int = 0) -> int:
+    """Return how many files this process may have open, once so many are allowed if they can be."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource          # here only: Windows has none
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if files != resource.RLIM_INFINITY:
-            return files
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+        if soft < min(wanted, hard):
+            soft = min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+        return soft
     return sys.maxsize
 
 
@@ -16407,37 +16410,20 @@ def _set_up_logging(settings: Settings) -> None:
     log.setLevel(logging.WARNING if settings.quiet else logging.INFO)
 
 
-def _hide_from_other_processes() -> None:
-    """On Linux, keep other processes of this user from reading our memory and environment."""
-    if sys.platform != "linux":
-        return
-    import ctypes                # here only: it costs a millisecond and a megabyte
-    pr_set_dumpable = 4          # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
+def _prepare_process() -> None:
+    """Make this process fit to hold keys and to serve on many threads, as far as it can be.
 
-
-def _bound_memory_of_threads() -> None:
-    """Let a thread for each connection take less address space: 8 MB of stack is the default, and
-    glibc keeps up to 128 MB apart for each of its arenas, which only one thread can use at a time.
+    On Linux no other process of this user reads its memory and environment any more. A thread
+    takes less address space: 8 MB of stack is the default, and glibc keeps up to 128 MB apart for
+    each of its arenas, which only one thread can use at a time.
     """
     threading.stack_size(THREAD_STACK_BYTES)
     if sys.platform == "linux":
-        import ctypes            # here only: see above
-        m_arena_max = -8         # malloc.h
+        import ctypes            # here only: it costs a millisecond and a megabyte
+        library, pr_set_dumpable, m_arena_max = ctypes.CDLL(None), 4, -8    # prctl.h, malloc.h
+        library.prctl(pr_set_dumpable, 0, 0, 0, 0)
         with contextlib.suppress(AttributeError):      # a C library without it
-            ctypes.CDLL(None).mallopt(m_arena_max, 1)
-
-
-def _raise_file_limit() -> None:
-    """On POSIX, allow two sockets for each connection; the usual limit of 1,024 files is less."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource          # here only: Windows has none
-        wanted = 2 * MAX_CONNECTIONS + SPARE_FILES
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY:
-            wanted = min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            library.mallopt(m_arena_max, 1)
 
 
 LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
@@ -16546,35 +16532,41 @@ def banner(server: ProxyServer) -> str:
         f"  {what + ':':19} {text}" for what, text in (*rows, *let_through(server)))])
 
 
-def _on_signals(action: Callable[[int, Any], None], *names: str) -> None:
+def _on_signals(action: Callable[[int], None], *names: str) -> None:
     """Do something on signals, those of them that this system has."""
     for name in names:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), action)
+            signal.signal(getattr(signal, name), lambda number, frame: action(number))
+
+
+def _stopped(server: ProxyServer) -> bool:
+    """Stop a server, and say in the log what it spent. Whether that was as it should be."""
+    server.stop()
+    spent = {"spent_usd": format_usd(server.router.controller.total_spent())[1:]}
+    if server.failure is None:
+        log.info("stopped", extra={"fields": spent})
+    else:
+        log.critical(f"ended, since {server.failure} failed", extra={"fields": spent})
+    return server.failure is None
 
 
 def run_serve(settings: Settings, given: Mapping[str, Any]) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal cuts."""
-    _bound_memory_of_threads()
-    _hide_from_other_processes()
-    _raise_file_limit()
+    _prepare_process()
+    open_files_limit(2 * MAX_CONNECTIONS + SPARE_FILES)      # the usual 1,024 are too few
     settings = on_handed_listener(settings, given)
-    server = ProxyServer(settings)
-    signals: list[int] = []
+    server, signals = ProxyServer(settings), []
     asked_to_stop = threading.Lock()       # an Event's own lock may be held as a signal comes
     asked_to_stop.acquire()
 
-    def on_signal(number: int, frame: Any) -> None:
+    def on_signal(number: int) -> None:
         server.cuts_now = bool(signals)
         signals.append(number)
         if not server.cuts_now:
             asked_to_stop.release()
 
-    def on_hang_up(number: int, frame: Any) -> None:
-        server.reload_asked = True
-
     _on_signals(on_signal, "SIGINT", "SIGTERM", "SIGBREAK")
-    _on_signals(on_hang_up, "SIGHUP")
+    _on_signals(lambda number: setattr(server, "reload_asked", True), "SIGHUP")
     server.start()
     if not settings.quiet:
         print(banner(server), flush=True)
@@ -16583,13 +16575,7 @@ def run_serve(settings: Settings, given: Mapping[str, Any]) -> int:
               flush=True)
     while server.failure is None and not asked_to_stop.acquire(timeout=1):
         pass                               # in slices: Windows cannot interrupt a longer wait
-    server.stop()
-    spent = {"spent_usd": format_usd(server.router.controller.total_spent())[1:]}
-    if server.failure is not None:
-        log.critical(f"ended, since {server.failure} failed", extra={"fields": spent})
-        return 1
-    log.info("stopped", extra={"fields": spent})
-    return 0
+    return 0 if _stopped(server) else 1
 
 
 # Clients read one of two variables; interactive Claude Code asks about the second, its default
@@ -16639,32 +16625,36 @@ def bill(server: ProxyServer) -> str:
 
 
 def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:
-    """Run a command with the cage around it; return its exit code, print the bill on stderr."""
-    import subprocess            # here only: serving does not need it
-    _hide_from_other_processes()
-    server = ProxyServer(settings)
-    server.start()
-    try:
-        child = subprocess.Popen(given["wrapped"], env=child_environment(
-            server, os.environ, given["wrapped"][0]))
-    except OSError as err:
-        server.stop()
-        print(f"ironcage_proxy: cannot run {given['wrapped'][0]}: {_reason(err)}", file=sys.stderr)
-        return 127 if isinstance(err, FileNotFoundError) else 126
+    """Run a command with the cage around it; return its exit code, print the bill on stderr.
 
-    def pass_on(number: int, frame: Any) -> None:
-        if number != signal.SIGINT or not sys.stdin.isatty():    # a terminal tells both
-            child.send_signal(number)
+    Signals go to the command; before there is one, they end this process as they always do, or
+    wait for it, so that it is never left alone.
+    """
+    import subprocess            # here only: serving does not need it
+    _prepare_process()
+    server, command, child, signals = ProxyServer(settings), given["wrapped"], None, []
+
+    def pass_on(*came: int) -> None:
+        signals.extend(came)
+        while child is not None and signals:
+            number = signals.pop()
+            if number != signal.SIGINT or not sys.stdin.isatty():    # a terminal tells both
+                child.send_signal(number)
 
     _on_signals(pass_on, "SIGINT", "SIGTERM", "SIGHUP")
+    server.start()
+    try:
+        child = subprocess.Popen(command, env=child_environment(server, os.environ, command[0]))
+    except OSError as err:
+        server.stop()
+        print(f"ironcage_proxy: cannot run {command[0]}: {_reason(err)}", file=sys.stderr)
+        return 127 if isinstance(err, FileNotFoundError) else 126
     server.on_failure = child.terminate
+    pass_on()
     code = child.wait()
-    server.stop()
+    is_fine = _stopped(server)
     print(bill(server), file=sys.stderr)
-    if server.failure is not None:
-        log.critical(f"ended, since {server.failure} failed")
-        return 1
-    return code if code >= 0 else 128 - code
+    return 1 if not is_fine else code if code >= 0 else 128 - code
 
 
 def model_text(router: Router, model: str) -> str:

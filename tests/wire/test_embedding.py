@@ -369,6 +369,28 @@ def test_signals_pass_to_the_command(mock, name, code):
     assert "spent $0.00" in err
 
 
+SIGNALLED_AS_IT_STARTS = """
+import os, signal, sys
+import ironcage_proxy
+start = ironcage_proxy.ProxyServer.start
+def signalled(self):
+    start(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+ironcage_proxy.ProxyServer.start = signalled
+sys.exit(ironcage_proxy.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_signal_that_comes_before_the_command_runs_ends_that_too(mock):
+    process = started("--", sys.executable, "-c", "import time; time.sleep(60)",
+                      code=SIGNALLED_AS_IT_STARTS)
+    _, err = process.communicate(timeout=PATIENCE_S)
+
+    assert 143 == process.returncode
+    assert "spent $0.00" in err
+
+
 @pytest.mark.parametrize("argv, code, said", [
     (["--", "/nonexistent/agent"], 127, "cannot run /nonexistent/agent"),
     (["--"], 2, "there must be a command"), (["usage", "--", "x"], 2, "flags only"),
