@@ -54,8 +54,9 @@ TESTS = {
                                  "wire/test_manners.py wire/test_operations.py",
     "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_turns.py "
                         "faults/test_malformed_requests.py",
-    "Upstream": "unit/test_http_wire.py wire/test_keys.py wire/test_identity.py "
-                "wire/test_answers_without_a_body.py faults/test_every_way_to_end.py",
+    "Upstream": "unit/test_upstream.py unit/test_http_wire.py wire/test_keys.py "
+                "wire/test_identity.py wire/test_answers_without_a_body.py "
+                "faults/test_every_way_to_end.py",
     "Settlement": "unit/test_settlement.py wire/test_learned_counts.py "
                   "faults/test_every_way_to_end.py",
     "Events and metrics": "wire/test_embedding.py wire/test_operations.py",
@@ -154,12 +155,15 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=40, help="mutants a chapter (0: all)")
     parser.add_argument("--only", default="", help="kinds that begin so, as 'safety'")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lines", type=int, nargs="*", default=[],
+                        help="mutants of these lines only, as those of the survivors of a run")
     parser.add_argument("--patience", type=int, default=300, help="seconds for one mutant's tests")
     asked = parser.parse_args()
     source = (HERE / FILE).read_text(encoding="utf-8")
     places = chapters(source)
     for title in asked.titles or TESTS:
-        found = [one for one in mutants(source, places[title]) if one.what.startswith(asked.only)]
+        found = [one for one in mutants(source, places[title]) if one.what.startswith(asked.only)
+                 and (not asked.lines or one.line in asked.lines)]
         chosen = random.Random(asked.seed).sample(found, min(asked.sample or len(found),
                                                             len(found)))
         tests = [f"tests/{name}" for name in TESTS[title].split()]
@@ -167,6 +171,8 @@ def main() -> int:
             folder = Path(temporary) / "project"
             shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".git", "*.pyc", ".venv"))
             began, alive = time.monotonic(), []
+            if not survives(folder, Mutant(0, "no mutant", source), tests, 2 * asked.patience):
+                sys.exit(f"{title}: its tests fail without a mutant, and would kill every one")
             for mutant in sorted(chosen):
                 if survives(folder, mutant, tests, asked.patience):
                     alive.append(mutant)

@@ -8,7 +8,8 @@ import zlib
 from random import Random
 
 import pytest
-from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, RawClient, Reply, call, each_seed, program,
+from key_forms import FORMS, readable
+from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, RawClient, Reply, call, program,
                      proxy_environment, settled_status)
 
 ic = program()
@@ -23,40 +24,6 @@ WAYS = {                     # method, path, fields, whose key is at stake
     "for Anthropic's clients": ("POST", "/v1/messages", CHAT, OPENAI_KEY),
     "unmetered": ("GET", "/v1/files", None, OPENAI_KEY),
 }
-
-
-def u_escaped(key, rng):
-    return "".join(f"\\u{ord(char):04x}" if rng.random() < .5 else char for char in key)
-
-
-FORMS = {                    # a key -> how it may stand within a JSON string
-    "as it is": lambda key: key,
-    "all escaped": lambda key: "".join(f"\\u{ord(char):04x}" for char in key),
-    "in capitals": lambda key: "".join(f"\\u{ord(char):04X}" for char in key),
-    "its first letter": lambda key: f"\\u{ord(key[0]):04x}{key[1:]}",
-    "its last": lambda key: f"{key[:-1]}\\u{ord(key[-1]):04x}",
-    "mixed": lambda key: u_escaped(key, Random(1)),
-    "mixed otherwise": lambda key: u_escaped(key, Random(2)),
-    "JSON in JSON": lambda key: json.dumps('{"key":"%s"}' % u_escaped(key, Random(3)))[1:-1],
-    "JSON in JSON in JSON": lambda key: json.dumps(json.dumps(u_escaped(key, Random(4))))[1:-1],
-}
-
-
-def readable(data, depth=6):
-    """All that a client can make of some bytes: as they are, inflated, unescaped, joined."""
-    texts = [data.decode("utf-8", "replace")]
-    for start in (match.start() for match in re.finditer(rb"\x1f\x8b", data)):
-        try:
-            texts.append(zlib.decompressobj(47).decompress(data[start:], 100_000).decode(
-                "utf-8", "replace"))
-        except zlib.error:
-            pass
-    for text in list(texts):
-        for _ in range(depth):
-            text = re.sub(r"\\u00([0-9A-Fa-f]{2})", lambda found: chr(int(found[1], 16)), text)
-            texts += [text, urllib.parse.unquote(text)]
-            text = text.replace('\\"', '"').replace("\\/", "/").replace("\\\\", "\\")
-    return "\n".join(texts)
 
 
 def received(proxy, method, path, fields):
@@ -336,50 +303,3 @@ def test_a_key_of_any_characters_is_found_in_any_writing(mock, proxy_for, key, w
         assert answer.body.startswith(b'{"error": "no: ') and answer.body.endswith(b' is wrong"}')
         assert answer.body.count(b"*") >= len(write(key)) - ic.OPEN_KEY_BYTES / 2
         assert key not in readable(answer.body) and write(key).encode() not in answer.body
-
-
-@each_seed(60)
-def test_random_texts_in_random_reads_lose_the_key_and_nothing_else(seed):
-    """The guard alone: all that is not the key is passed on, byte for byte."""
-    rng = Random(seed)
-    key = "sk-" + "".join(rng.choices("abAB01_-/+=", k=rng.randint(20, 40)))
-    parts, expected = [], []
-    for _ in range(rng.randint(1, 12)):
-        kind = rng.randrange(5)
-        if kind == 0:
-            text = rng.choice([*FORMS.values()])(key) if seed % 2 else key
-            parts.append(text)
-            expected.append(None)
-        else:
-            text = "".join(rng.choices(["a", "sk-", key[:8], key[:12], key[5:], "\\n", '\\"', "%20",
-                                        "\\u0073", "\\u003c", "é", " ", "\\\\"], k=9)) + " "
-            parts.append(text + "|")
-            expected.append(text + "|")
-    data = "".join(parts).encode()
-    guard, shown, at = ic.KeyGuard(key, "identity"), b"", 0
-    while at < len(data):
-        size = rng.choice([1, 2, 5, 40, 300])
-        shown += b"".join(guard.read([data[at:at + size]]))
-        at += size
-    shown += b"".join(guard.rest())
-
-    assert len(data) == len(shown)
-    assert key not in readable(shown)
-    position = 0
-    for part, kept in zip(parts, expected):
-        piece = shown[position:position + len(part.encode())]
-        position += len(part.encode())
-        assert kept is None or kept.encode() == piece
-
-
-def test_reads_without_the_key_pass_as_the_same_pieces():
-    guard = ic.KeyGuard(OPENAI_KEY, "identity")
-    for pieces in ([b"a", b"", b"b\\u0073"], [b"sk-canar"], [b"y"] * 3, [OPENAI_KEY[9:].encode()]):
-        assert pieces is guard.read(pieces) or pieces == guard.read([]) + pieces
-
-
-def test_a_key_that_cannot_be_masked_ends_the_answer(monkeypatch):
-    monkeypatch.setattr(ic.KeyGuard, "_masked", lambda guard, text: text)
-
-    with pytest.raises(ic.UpstreamBroke, match="repeats its key"):
-        ic.KeyGuard(OPENAI_KEY, "identity").read([OPENAI_KEY.encode()])

@@ -155,19 +155,3 @@ def test_no_other_answer_says_it(mock, proxy_for, path, fields):
 
 def test_without_a_limit_nothing_is_said(mock, proxy_for):
     assert {} == notice_of(call(spent_before(proxy_for(), 10 ** 9).port, "POST", *MESSAGES))
-
-
-def test_a_limit_of_nothing_is_used_up(mock, proxy_for):
-    told = ic.with_notice([], "messages", [(0, 0, None)])
-
-    assert (ANTHROPICS + "overage-utilization", "0.99") in told
-
-
-@pytest.mark.parametrize("standings, percent", [
-    ([(74, 100, None), (80, 100, 7), (79, 100, 9)], "80"), ([(3, 4, None)], "75"),
-    ([(5, 4, None)], "99"), ([], None), ([(74_999, 100_000, None)], None)])
-def test_any_kind_of_limit_can_join(standings, percent):
-    told = dict(ic.with_notice([("a", "b")], "responses", standings))
-
-    assert ("b", percent) == (told["a"], told.get("x-codex-primary-used-percent"))
-    assert ("7" if percent == "80" else None) == told.get("x-codex-primary-reset-at")

@@ -152,18 +152,6 @@ def test_errors_of_the_provider_come_in_the_clients_dialect(mock, proxy, path, f
     assert 0 == settled_status(proxy)["spent_microdollars"]
 
 
-@pytest.mark.parametrize("text, seconds", [("1s", 1), ("6m0s", 360), ("120ms", 1), ("1h2m3s", 3723),
-                                           ("0.5s", 1), ("2m", 120)])
-def test_durations_of_rate_limits(text, seconds):
-    assert seconds == program().duration_s(text)
-
-
-@pytest.mark.parametrize("text", ["", "soon", "-1s", "1d"])
-def test_what_is_no_duration(text):
-    with pytest.raises(ValueError):
-        program().duration_s(text)
-
-
 def test_rate_limits_come_in_the_clients_names_and_forms(mock, proxy):
     mock.script(lambda request: replace(mock.default_reply(request), headers=(
         ("content-type", "application/json"), ("anthropic-ratelimit-requests-remaining", "7"),
