@@ -1605,11 +1605,11 @@ class PriceBook:
         if price is None:
             is_anothers = self.row(model) is not None
             shown = shown_name(f"{provider}/{model}" if is_anothers else model)
+            key = f'the key "{shown}"' if shown != "?" else "its name as a key"
             raise UnpricedModel(
-                f"no price is known for the model {shown}: add the key \"{shown}\" with "
-                f"{INPUT_PRICE} and {OUTPUT_PRICE} to pricing.json or to prices in --config, or "
-                "name a model that has one",
-                param="model")
+                f"no price is known for the model {shown}: add {key} with {INPUT_PRICE} and "
+                f"{OUTPUT_PRICE} to pricing.json or to prices in --config, or name a model that "
+                "has one", param="model")
         return price
 
     def cost(self, model: str, usage: Mapping[str, Any], **options: Any) -> int:
@@ -12144,7 +12144,7 @@ class Counts(NamedTuple):
     """What is counted of calls."""
     requests: int = 0
     failed_requests: int = 0
-    refused_requests: int = 0                         # for want of budget
+    refused_requests: int = 0                         # by a limit: of spend, rate or places
     estimated_requests: int = 0                       # charged by an estimate
     input_tokens: int = 0
     cached_input_tokens: int = 0
@@ -13327,9 +13327,10 @@ return reply(false, scopes(ARGV[3]))
     # how long no call is admitted, in seconds
     "restarted": """
 if known[2] ~= ARGV[2] then
-  redis.call('HSET', cage, 'run_id', ARGV[2], 'held_until', now + tonumber(ARGV[3]))
+  known[3] = now + tonumber(ARGV[3])
+  redis.call('HSET', cage, 'run_id', ARGV[2], 'held_until', known[3])
 end
-return {1}
+return {tonumber(known[3] or 0) - now}
 """,
 }.items()}
 SCRIPT_DIGESTS = {name: hashlib.sha1(text.encode("ascii"), usedforsecurity=False).hexdigest()
@@ -13459,6 +13460,7 @@ class SharedAccounts:
         self._counts_seen = "0"                    # the last that was learned, in a stream
         self._wakes, self._is_stopping, self._is_closed = threading.Event(), False, False
         self._is_entering = True                   # what a restart may have forgotten
+        self._held_until_s = NEVER_S               # for the others to enter it
         self._thread: Optional[threading.Thread] = None
         self.fault: Optional[str] = None           # why it could not be used last; None: it can
         with usable_engine(self.engine):
@@ -13759,7 +13761,11 @@ class SharedAccounts:
         self.engine.ask(["PING"])
         self._watch.forget()
         self._run_id = self.engine.run_id
-        self._run("restarted", self._hold_s)
+        held_s, _ = self._run("restarted", self._hold_s)
+        if 0 < held_s <= self._hold_s:
+            self._held_until_s = time.monotonic() + held_s
+            log.warning("the shared budget admits no call yet", extra={"fields": {
+                "cage": self.cage, "seconds": held_s, "reason": ENGINE_ERRORS["HELD"]}})
 
     def _enter_again(self) -> None:
         """Have the engine know again all that we know."""
@@ -13816,8 +13822,10 @@ class SharedAccounts:
 
     def as_json(self) -> dict:
         """Return what /ironcage/status says of it."""
+        is_held = time.monotonic() < self._held_until_s
         with self._lock:
-            return {"engine": str(self.engine.address), "cage": self.cage, "fault": self.fault,
+            return {"engine": str(self.engine.address), "cage": self.cage,
+                    "fault": self.fault or (ENGINE_ERRORS["HELD"] if is_held else None),
                     "amounts_are": "of the cage", "calls_are": "of this process",
                     "unconfirmed_settlements": len(self._ending)}
 
@@ -14414,14 +14422,10 @@ class Router:
         does. Raises BudgetExceeded, InsufficientBudget; ServerBusy; ClientGone.
         """
         bound = call.bound or fixed_bound(0)
-        try:
-            claim = self.controller.admit(
-                bound, call.scopes, wait_s=self.settings.wait_s,
-                has_left=lambda: client is not None and bool(has_hung_up(client.sock)),
-                waiting=self.turns.outside)
-        except BudgetExceeded:
-            self.totals.add((call.request.caller.name, "", ""), Counts(refused_requests=1))
-            raise
+        claim = self.controller.admit(
+            bound, call.scopes, wait_s=self.settings.wait_s,
+            has_left=lambda: client is not None and bool(has_hung_up(client.sock)),
+            waiting=self.turns.outside)
         names = MAX_TOKENS_FIELDS[call.api]
         if claim.is_limited and bound.output_picodollars and names \
                 and (claim.output_cap < bound.output_tokens
@@ -14871,7 +14875,7 @@ const show = (status, usage) => {
   at('facts').textContent = (status.shared ? 'Money of the shared cage ' + status.shared.cage
     + ', calls of this process. ' : '') + 'Since ' + when(Date.now() - 1e3 * status.uptime_s)
     + ': calls ' + status.requests + ', failed ' + status.failed_requests
-    + ', refused for want of budget ' + status.refused_requests;
+    + ', refused by a limit ' + status.refused_requests;
   at('first').hidden = usage.rows.length + usage.refused.length + status.requests > 0;
   at('called').hidden = !at('first').hidden;
   draw(usage.rows);
@@ -15250,6 +15254,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         totals.observe(("refusal", row["reason"]))
         if token:
             totals.observe(("token_refusal", token, row["reason"]))
+            if isinstance(error, (BudgetExceeded, TooManyRequests)):
+                totals.add((token, "", ""), Counts(refused_requests=1))
             self.server.ledger.refuse(row)
             self.server.has_refused.set()
         log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused", extra={
@@ -15639,6 +15645,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.router.controller.budget()        # which asks the engine of a shared budget
         except IroncageError:
             return "the shared budget cannot be asked"
+        shared = self.router.controller.accounts.as_json()
+        if shared is not None and shared["fault"] is not None:
+            return f"the shared budget: {shared['fault']}"
         return "the ledger cannot be written" if self.ledger.try_to_write() else None
 
     def _tend_ledger(self) -> None:
@@ -16182,6 +16191,9 @@ OPTIONS = (
 )
 
 
+# A shell, or `docker compose`, makes an empty value of a variable of its own that is not set.
+EMPTY = "has an empty value; leave it out if none is meant"
+LIMITS_SPEND = frozenset({"budget_microdollars", "stop_at_microdollars", "shared", "ledger_path"})
 GIVEN_FIELDS = ("name", "token", "sha256")     # of a token: none is a word of `tokens add`
 
 
@@ -16271,8 +16283,8 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     if wrapped is not None and (command != "serve" or rest or not wrapped):
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
     for row in (*SETTINGS, *OPTIONS):
-        if given[row.field] == "":              # as of a shell's variable that is not set
-            raise Misconfigured(f"{row.flag} has an empty value; leave it out if none is meant")
+        if given[row.field] == "":
+            raise Misconfigured(f"{row.flag} {EMPTY}")
         if given[row.field] and command not in row.commands.split():
             raise _unknown_flag(command, row.flag, str(given[row.field]))
     if rest and (command == "serve" or not COMMANDS[command].words):
@@ -16295,6 +16307,8 @@ _OF_A_SERVICE = (r"(?s)IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[
 def _setting_value(row: Setting, given: Any, environ: Mapping[str, str]) -> Any:
     """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
     text = environ.get(row.env, "")
+    if not given and not text and row.env in environ and row.field in LIMITS_SPEND:
+        raise Misconfigured(f"{row.env} {EMPTY}: it would set no limit")
     if not given and (not text or re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}")):
         return None
     with checking(f"{row.flag if given else row.env}:"):
@@ -16481,13 +16495,16 @@ def budget_text(settings: Settings) -> str:
 def let_through(server: ProxyServer) -> list[tuple[str, str]]:
     """Return what the operator lets through or prices by hand, and what sets nothing: (what,
     names)."""
-    settings, unread = server.settings, unread_variables(server.settings.environ)
+    settings, environ = server.settings, server.settings.environ
     rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
             ("unbounded content", settings.allow_contents))
     return [*((what, ", ".join(names)) for what, names in rows if names),
             *(("priced as another", re.sub(UNPRINTABLE, "?", f"{pattern} as {key}"))
               for pattern, key in server.router.config.price_as.items()),
-            *(("warning", f"no setting reads {shown_name(name)}") for name in unread)]
+            *(("warning", f"no setting reads {shown_name(name)}")
+              for name in unread_variables(environ)),
+            *(("warning", f"{row.env} is empty, and sets nothing") for row in SETTINGS
+              if environ.get(row.env) == "")]
 
 
 def banner(server: ProxyServer) -> str:
@@ -16621,7 +16638,7 @@ def bill(server: ProxyServer) -> str:
         f"; the ledger held {format_usd(budget.spent - cost)} before" if budget.spent > cost else ""
     return spend_table(["ironcage"], [*rows, total], calls="calls") \
         + f"\nspent {format_usd(cost)}, {limit}{before}" \
-        + (f"; refused for want of budget: {refused}" if refused else "")
+        + (f"; refused by a limit: {refused}" if refused else "")
 
 
 def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:

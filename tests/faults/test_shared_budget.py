@@ -622,10 +622,11 @@ def test_after_a_restart_nobody_is_admitted_before_all_could_enter_what_was_forg
     shared.close()
 
 
-def test_a_start_on_a_restarted_engine_begins_the_wait_too(own_engine):
+def test_a_start_on_a_restarted_engine_begins_the_wait_too_and_says_so(own_engine, caplog):
     engine = own_engine("--appendonly", "yes", "--appendfsync", "always")
     shared = Shared(engine)
-    shared.process(limit=1_000)
+    early = shared.process(limit=1_000)
+    assert early.accounts.as_json()["fault"] is None and "admits no call" not in caplog.text
     engine.kill()
     engine.start()
 
@@ -633,6 +634,8 @@ def test_a_start_on_a_restarted_engine_begins_the_wait_too(own_engine):
 
     with pytest.raises(ic.EngineFailed, match="waits for all"):
         late.ask(fixed(1))
+    assert "waits for all" in late.accounts.as_json()["fault"]
+    assert "the shared budget admits no call yet" in caplog.text
     shared.close()
 
 

@@ -939,7 +939,7 @@ def test_a_name_that_is_no_plain_word_is_shown_as_a_question_mark(model):
         BOOK.price(model, "openai")
 
     assert caught.value.message.startswith(
-        'no price is known for the model ?: add the key "?" with')
+        "no price is known for the model ?: add its name as a key with")
 
 
 @pytest.mark.parametrize("rows", [

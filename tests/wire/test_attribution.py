@@ -280,7 +280,7 @@ def test_usage_by_several_names_is_a_table_json_or_csv(spent):
 @pytest.mark.parametrize("argv, fault", [
     (["--by", "tokens"], "--by: tokens is none of token, model, provider, session, project, day, "
      "hour, each once (did you mean token?)"),
-    (["--by", "day,day"], "each once"), (["--by", ""], "--by: ? is none of"),
+    (["--by", "day,day"], "each once"), (["--by", ""], "--by has an empty value"),
     (["--since", "soon"], "--since: must be a date"), (["--until", "13h ago"], "--until: must be"),
 ])
 def test_a_question_that_cannot_be_asked_is_one_sentence(spent, argv, fault):

@@ -301,7 +301,7 @@ def test_a_command_works_until_the_money_is_gone_and_the_bill_is_printed(mock):
     assert 3 == done.returncode, done.stderr
     assert {"200", "402"} == set(done.stdout.split())
     assert "gpt-4o-mini" in done.stderr and "of $0.0003" in done.stderr
-    assert "refused for want of budget: 1" in done.stderr
+    assert "refused by a limit: 1" in done.stderr
     assert 0 < mock.billed_microdollars <= 300
 
 

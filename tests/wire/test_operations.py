@@ -372,6 +372,28 @@ def test_a_variable_that_is_like_no_setting_is_shown_at_the_start_and_by_check(p
                          in capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("name", ["BUDGET", "STOP_AT", "SHARED", "LEDGER"])
+def test_an_empty_variable_that_would_limit_spend_is_refused(name):
+    with pytest.raises(program().Misconfigured, match=f"IRONCAGE_{name} has an empty value"):
+        program().settings_from([], {"IRONCAGE_BUDGET": "2", f"IRONCAGE_{name}": ""})
+
+
+def test_another_empty_variable_sets_nothing_and_is_shown_at_the_start(proxy_for):
+    banner = program().banner(proxy_for(environ={"IRONCAGE_ALERT_URL": ""}))
+
+    assert "  warning:            IRONCAGE_ALERT_URL is empty, and sets nothing" \
+        in banner.splitlines()
+
+
+def test_a_shared_budget_that_admits_no_call_yet_is_not_ready(proxy_for, monkeypatch):
+    proxy = proxy_for()
+    monkeypatch.setattr(proxy.router.controller.accounts, "as_json", lambda: {"fault": "it waits"})
+
+    answer = call(proxy.port, "GET", "/readyz")
+
+    assert (503, b"the shared budget: it waits\n") == (answer.status, answer.body)
+
+
 def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_setting():
     linked = {"IRONCAGE_PORT": "tcp://10.0.0.7:8787", "IRONCAGE_SERVICE_HOST": "10.0.0.7",
               "IRONCAGE_SERVICE_PORT": "8787", "IRONCAGE_SERVICE_PORT_HTTP": "8787",

@@ -109,7 +109,8 @@ def test_more_requests_per_minute_than_allowed_are_429_with_retry_after(mock, ca
     assert 0 < int(answers[-1].header("retry-after")) <= 60
     assert "rate_limit_exceeded" == answers[-1].json["error"]["code"]
     assert 200 == chat(proxy, TOKEN).status
-    assert 200 == call(proxy.port, "GET", "/ironcage/status", token=ALICE).status
+    status = call(proxy.port, "GET", "/ironcage/status", token=ALICE)
+    assert (200, 2) == (status.status, status.json["by_token"]["alice"]["refused_requests"])
 
 
 def test_a_place_comes_free_a_minute_after_its_request():
