@@ -277,6 +277,7 @@ class Provider(NamedTuple):
     responses: bool = False                    # it speaks OpenAI's Responses
     caps: tuple[str, ...] = ("max_tokens",)    # of a chat completion, honoured; the first is set
     zero_is_a_cap: bool = False                # a cap of 0 is one, and not the same as none
+    reasoning_beyond_caps: int = 0             # tokens of it that no cap of a chat or message holds
     fields: Optional[tuple[str, ...]] = ()     # it knows beside OpenAI's and COMPATIBLE_FIELDS
     reasoning_field: str = ""                  # of a past answer that it wants its reasoning in
     user_after_tool: bool = True               # a user's message may follow a tool's
@@ -350,7 +351,10 @@ ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
 # vercel/ai and pydantic-ai (August 2026), and in reports of refusals.
 # Caps: DeepSeek ignores max_completion_tokens (measured: 76 tokens where 5 were asked for), and so
 # does Ollama; Mistral refuses it. A cap of 0 is none to servers that cannot see it from none.
+# DashScope, SiliconFlow and Volcengine cap the answer alone, not the reasoning before it (their API
+# references and Ark's SDKs); the longest that one of them documents is 262,144 tokens (Qwen 3.7).
 _BOTH_CAPS = ("max_completion_tokens", "max_tokens")
+MOST_REASONING_TOKENS = 262_144
 KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for row in (
     Provider("openai", "openai", "https://api.openai.com/v1", key_env="OPENAI_API_KEY",
              responses=True, caps=_BOTH_CAPS, zero_is_a_cap=True, fields=None,
@@ -365,7 +369,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("dashscope", "openai", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
              anthropic_base_url="https://dashscope-intl.aliyuncs.com/apps/anthropic",
              key_env="DASHSCOPE_API_KEY", path="/compatible-mode/v1", sold_as=("qwencloud",),
-             cache_marks=True,
+             cache_marks=True, reasoning_beyond_caps=MOST_REASONING_TOKENS,
              hosts=("dashscope*.aliyuncs.com", "*.maas.aliyuncs.com")),
     Provider("deepseek", "openai", "https://api.deepseek.com/v1", key_env="DEEPSEEK_API_KEY",
              anthropic_base_url="https://api.deepseek.com/anthropic",
@@ -405,7 +409,8 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
                       "vertex_ai-anthropic_models", "vertex_ai-embedding-models"),
              hosts=("*aiplatform.googleapis.com", "aiplatform.*.rep.googleapis.com")),
     Provider("volcengine", "openai", "https://ark.cn-beijing.volces.com/api/v3",
-             key_env="ARK_API_KEY", path="/api/v3", responses=True),
+             key_env="ARK_API_KEY", path="/api/v3", responses=True,
+             reasoning_beyond_caps=MOST_REASONING_TOKENS),
     Provider("xai", "openai", "https://api.x.ai/v1", key_env="XAI_API_KEY", responses=True),
     Provider("zai", "openai", "https://api.z.ai/api/paas/v4", key_env="ZAI_API_KEY",
              anthropic_base_url="https://api.z.ai/api/anthropic", path="/api/paas/v4",
@@ -416,7 +421,8 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("novita", "openai", "https://api.novita.ai/v3/openai", key_env="NOVITA_API_KEY",
              anthropic_base_url="https://api.novita.ai/anthropic", path="/v3/openai"),
     Provider("siliconflow", "openai", "https://api.siliconflow.com/v1",
-             key_env="SILICONFLOW_API_KEY"),
+             key_env="SILICONFLOW_API_KEY", reasoning_beyond_caps=MOST_REASONING_TOKENS,
+             hosts=("api.siliconflow.cn",)),
     Provider("cohere", "openai", "https://api.cohere.ai/compatibility/v1", key_env="CO_API_KEY",
              path="/compatibility/v1", stream_usage=False, sold_as=("cohere_chat",)),
     Provider("ai21", "openai", "https://api.ai21.com/studio/v1", key_env="AI21_API_KEY",
@@ -2503,6 +2509,7 @@ class Bound(NamedTuple):
     loops: bool = False                 # the provider may run the model several times for it
     fees_picodollars: Rate = 0          # of the call, and of all uses of hosted tools it admits
     hosted: Optional[HostedUses] = None         # until admission says how many uses it has
+    reasoning_tokens: int = 0           # likewise beside max_tokens, where no cap holds them
 
     @property
     def output_tokens(self) -> int:
@@ -2543,14 +2550,15 @@ class Bound(NamedTuple):
 
     def _lines(self, uses: int) -> list[tuple[Rate, Rate]]:
         """(picodollars, picodollars a token of output); the cost is on the lowest of them."""
-        if self.hosted is None:
-            unlimited = self.unlimited_output_tokens * self.output_picodollars
-            return [(self.input_picodollars + self.fees_picodollars + unlimited,
-                     self.output_picodollars)]
-        level = self.hosted.levels[uses]
-        input_rate, output_rate = level.rates
-        return [(tokens * input_rate + level.fees_picodollars + self.fees_picodollars,
-                 each * input_rate + output_rate) for tokens, each in level.input_lines]
+        fees, lines = self.fees_picodollars, [(self.input_picodollars, self.output_picodollars)]
+        if self.hosted is not None:
+            level = self.hosted.levels[uses]
+            input_rate, output_rate = level.rates
+            fees += level.fees_picodollars
+            lines = [(tokens * input_rate, each * input_rate + output_rate)
+                     for tokens, each in level.input_lines]
+        beside = self.unlimited_output_tokens + self.reasoning_tokens
+        return [(fixed + fees + beside * each, each) for fixed, each in lines]
 
     def microdollars(self, output_tokens: int, uses: int = 0) -> int:
         """The worst cost with those caps, rounded up."""
@@ -2625,8 +2633,10 @@ def fixed_bound(microdollars: int) -> Bound:
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
                      data_residency: Optional[str] = None, measured: bool = False,
                      window: int = 0, may_be_lowered: bool = True,
+                     reasoning_tokens: int = 0,
                      input_tokens: Optional[int] = None) -> Bound:
-    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known.
+    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known, and
+    `reasoning_tokens` what the provider's caps do not hold.
 
     Raises BadRequest, UnboundedRequest.
     """
@@ -2652,6 +2662,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
         least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
         may_be_lowered=may_be_lowered,
+        reasoning_tokens=reasoning_tokens if api in ("chat", "messages") else 0,
         hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to))
 
 
@@ -10183,6 +10194,8 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "caps": ("caps", list_like("|".join(MAX_TOKENS_FIELDS["chat"]),
                                " or ".join(MAX_TOKENS_FIELDS["chat"]))),
     "zero_is_a_cap": ("zero_is_a_cap", _config_flag),
+    "reasoning_beyond_caps": ("reasoning_beyond_caps", value_like(
+        lambda value: type(value) is int and 0 <= value <= 10 ** 6, "a number of tokens")),
     "fields": ("fields", list_like(r"\w{1,64}", "names of fields that cost nothing", least=0)),
     "echo_reasoning": ("reasoning_field",
                        lambda value: "reasoning_content" if _config_flag(value) else ""),
@@ -11959,7 +11972,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
     made = max(-(-meter.output_bytes // choices),
                -(-elapsed_ns * tokens_per_s(call) // 10 ** 9))
     output_tokens = max(-(-reported.completion_tokens // choices),
-                        min(call.reservation.output_cap, made))
+                        min(call.reservation.output_cap + bound.reasoning_tokens, made))
     knows_input = reported.prompt_tokens and "iterations" not in usage and (
         not _loops(call) or (meter.input_is_last and not meter.awaits_usage))
     input_only = {name: value for name, value in usage.items()
@@ -14397,6 +14410,7 @@ class Router:
         options: dict = {"default_tier": call.provider.default_service_tier,
                          "data_residency": call.provider.data_residency,
                          "may_be_lowered": not self.settings.no_fit,
+                         "reasoning_tokens": call.provider.reasoning_beyond_caps,
                          "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
         if free is None or self.settings.bound == "bytes" \

@@ -889,6 +889,20 @@ def test_an_option_of_a_hosted_tool_that_is_not_known_is_refused_and_its_hatch_n
     assert [] == checked("responses", fields)
 
 
+@pytest.mark.parametrize("content", ["Hello", [{"type": "compaction_trigger"}]])
+def test_output_beside_the_cap_is_in_the_bound_whatever_else_the_request_holds(content):
+    fields = chat(max_tokens=1, messages=[{"role": "user", "content": content}])
+    plain, thinking, predicted = (bound_of("chat", {**fields, **more}, reasoning_tokens=tokens)
+                                  for more, tokens in (
+                                      ({}, 0), ({}, 7), ({"prediction": {"content": "x"}}, 0)))
+
+    each = plain.microdollars(1) - plain.microdollars(0)
+    assert 7 * each == thinking.microdollars(1) - plain.microdollars(1)
+    assert predicted.microdollars(1) - plain.microdollars(1) >= len('{"content": "x"}') * each
+    assert 0 == bound_of("responses", {"model": "m", "input": "x"}, reasoning_tokens=7
+                         ).reasoning_tokens
+
+
 # Caps from amounts.
 
 def random_bound(rng: Random) -> ic.Bound:

@@ -144,6 +144,12 @@ def test_what_a_call_that_loops_costs(events, expected):
     assert expected == cost_of(call)[0]
 
 
+def test_reasoning_beside_the_cap_is_charged_as_far_as_it_can_have_been_made():
+    call = call_of(events=[text("x" * (CAP + 300))], bound={"reasoning_tokens": 1_000})
+
+    assert 100 + 5 * (CAP + 300) == cost_of(call)[0]
+
+
 def test_output_beside_the_cap_is_always_charged():
     """A prediction that was rejected: billed, and never seen."""
     call = call_of(status=None)

@@ -170,6 +170,7 @@ def test_a_host_that_only_looks_like_a_known_one_has_no_manners():
     ("reasoning_field", "reasoning", "reasoning_field", "reasoning"),
     ("echo_reasoning", True, "reasoning_field", "reasoning_content"),
     ("zero_is_a_cap", True, "zero_is_a_cap", True),
+    ("reasoning_beyond_caps", 80_000, "reasoning_beyond_caps", 80_000),
     ("key_as", "api-key", "key_as", "api-key"),
     ("fields", ["mine"], "fields", ("mine",)),
     ("sold_as", ["mistralai"], "sold_as", ("mistralai",)),
@@ -183,7 +184,8 @@ def test_a_configuration_can_say_each_manner(field, given, name, value):
     ("caps", []), ("caps", ["max_output_tokens"]), ("caps", "max_tokens"), ("caps", [1]),
     ("responses", "yes"), ("call_ids", "["), ("call_ids", 5), ("call_ids", "(" * 500),
     ("key_as", "basic"), ("fields", ["a b"]), ("fields", [{}]), ("path", "v1"), ("path", None),
-    ("anthropic_base_url", "lab.example"), ("sold_as", []), ("reasoning_field", "thoughts")])
+    ("anthropic_base_url", "lab.example"), ("sold_as", []), ("reasoning_field", "thoughts"),
+    ("reasoning_beyond_caps", -1), ("reasoning_beyond_caps", True)])
 def test_a_manner_that_is_none_is_refused_by_its_name(field, wrong):
     with pytest.raises(ValueError, match=f"^{field}: must "):
         provider("mistral", **{field: wrong})
@@ -313,3 +315,31 @@ def test_check_says_which_url_would_be_called(mock, proxy_with, capsys, tmp_path
     assert "at https://api.deepseek.com/anthropic/v1/messages and " \
         "https://api.deepseek.com/v1/chat/completions" in out
     assert "model     olama/x is refused: the model olama/x names a provider" in out
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_reasoning_that_no_cap_holds_is_set_aside_too(mock, proxy_with, path):
+    mock.script(lambda request: Reply(steps=(json.dumps({
+        "choices": [{"index": 0, "finish_reason": "stop",
+                     "message": {"role": "assistant", "content": "hi", "reasoning_content": "so"}}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 1_100, "total_tokens": 1_105}}).encode(),)))
+    proxy = proxy_with({
+        "providers": {"lab": {"base_url": mock.url, "reasoning_beyond_caps": 1_000}},
+        "prices": {"lab/m": {"input_cost_per_token": 0, "output_cost_per_token": 1e-6,
+                             "litellm_provider": "lab"}}}, "--budget", "0.0020", "--wait", "0")
+
+    first, second = (call(proxy.port, "POST", path, {**CHAT, "model": "lab/m"}) for _ in range(2))
+
+    assert (200, 402, 1) == (first.status, second.status, len(mock.seen))
+    assert (1_100, 1_100) == (second.json["error"]["ironcage"]["spent_microdollars"],
+                              second.json["error"]["ironcage"]["needed_microdollars"])
+
+
+@pytest.mark.parametrize("name, host", [
+    ("dashscope", ""), ("siliconflow", ""), ("volcengine", ""),
+    ("mine", "https://api.siliconflow.cn/v1"), ("mine", "https://dashscope-us.aliyuncs.com/x")])
+def test_servers_that_cap_the_answer_alone_are_known(name, host):
+    row = provider(name, **({"base_url": host} if host else {}))
+
+    assert 262_144 == row.reasoning_beyond_caps
+    assert 262_144 == row.speaking("messages").reasoning_beyond_caps
