@@ -349,6 +349,31 @@ def test_chunks_that_are_written_read_back(seed):
     assert (b"".join(pieces), b"") == (body, rest)
 
 
+@each_seed(300)
+def test_small_chunks_in_a_row_are_read_as_they_are_one_byte_at_a_time(seed):
+    """Those are taken in one go; what is not quite a chunk of theirs may not pass among them."""
+    def read(parts):
+        decoder, pieces = ic.BodyDecoder(ic.CHUNKED), []
+        try:
+            for part in parts:
+                pieces += decoder.feed(part) if not decoder.is_done else [part]
+        except ic.MalformedHttp:
+            return "malformed"
+        return b"".join(pieces), decoder.is_done
+
+    rng = Random(seed)
+    raw = bytearray(b"".join(
+        rng.choice([b"%x\r\n%b\r\n", b"%x;\r\n%b\r\n", b"0%x\r\n%b\r\n"]) % (len(data), data)
+        for data in (bytes(rng.choices(b"\r\n1;x", k=rng.randint(1, 12))) for _ in range(40))))
+    if seed % 3:
+        raw[rng.randrange(len(raw))] = rng.choice(b"\r\n12;x")
+
+    expected = read([raw[at:at + 1] for at in range(len(raw))])
+
+    assert expected == read([bytes(raw)])
+    assert (expected == "malformed") <= bool(seed % 3)
+
+
 def test_an_empty_piece_is_not_written_for_it_would_end_the_body():
     assert b"1\r\nx\r\n" == ic.format_chunks([b"", b"x", b""])
 
