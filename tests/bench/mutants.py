@@ -62,9 +62,10 @@ TESTS = {
     "Events and metrics": "wire/test_embedding.py wire/test_operations.py",
     "Iron Cage server": "wire/test_server_mode.py",
     "Shared budget": "faults/test_shared_budget.py",
-    "Router": "wire/test_the_cage.py wire/test_waiting.py wire/test_providers.py "
-              "wire/test_translated_calls.py wire/test_access.py wire/test_learned_counts.py "
-              "wire/test_money_attacks.py faults/test_every_way_to_end.py",
+    "Router": "unit/test_router.py wire/test_the_cage.py wire/test_waiting.py "
+              "wire/test_providers.py wire/test_translated_calls.py wire/test_access.py "
+              "wire/test_learned_counts.py wire/test_money_attacks.py "
+              "faults/test_every_way_to_end.py",
     "Dashboard": "wire/test_dashboard.py",
     "Server": "faults/test_malformed_requests.py faults/test_places.py wire/test_access.py "
               "wire/test_operations.py wire/test_tokens.py wire/test_stop_at.py",

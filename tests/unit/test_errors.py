@@ -108,3 +108,10 @@ def test_a_thread_that_serving_needs_reports_whatever_ends_it(fault):
     thread.start()
     thread.join()
     assert ["a thread"] == reported
+
+
+@pytest.mark.parametrize("failure, words", [
+    (OSError(111, "Connection refused"), "Connection refused"), (OSError("no route"), "no route"),
+    (ValueError("not a name"), "not a name"), (TimeoutError(), "TimeoutError")])
+def test_why_a_connection_failed_is_said_in_words(failure, words):
+    assert words == ic._reason(failure)

@@ -1,10 +1,13 @@
 """Upstream, on wires that are scripted: which connection a request takes, what of an answer is
 waited for and passed on, without the provider's key, and which headers travel either way."""
+import gzip
 import time
+import zlib
 from random import Random
 
 import pytest
 from key_forms import FORMS, readable
+from scripted_wires import ScriptedWire
 from support import each_seed
 
 import ironcage_proxy as ic
@@ -14,45 +17,6 @@ URL = "http://provider.example/v1/chat/completions"
 PLACE = ("http", "provider.example", None)
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CUT = OSError("reset by peer")
-
-
-class ScriptedWire(ic.Wire):
-    """A wire on which reads bring what is scripted: bytes, or an exception; b"" at the end."""
-
-    def __init__(self, *reads, takes=True, waits=False):
-        self.reads, self.takes, self.waits = [*reads], takes, waits
-        self.received, self.sent, self.is_closed, self.timeouts_s = b"", [], False, []
-        self.sent_bytes = 0
-
-    def begin(self):
-        self.sent_bytes = 0
-
-    def is_readable(self):
-        return self.waits
-
-    def send(self, data, stall_s):
-        if isinstance(self.takes, Exception):
-            raise self.takes
-        if not self.takes:
-            raise BrokenPipeError
-        self.sent.append(data)
-        self.sent_bytes += len(data)
-
-    def receive(self, timeout_s, watched=None):
-        self.timeouts_s.append(timeout_s)
-        if self.received:
-            data, self.received = self.received, b""
-            return data
-        read = self.reads.pop(0) if self.reads else b""
-        if isinstance(read, Exception):
-            raise read
-        return read
-
-    def shut_down(self):
-        self.sent.append("shut down")
-
-    def close(self):
-        self.is_closed = True
 
 
 @pytest.fixture
@@ -100,6 +64,14 @@ def test_a_full_pool_keeps_the_newest(pool, monkeypatch):
     pool.give_back(new, PLACE, reusable=True)
 
     assert ([new], True, False) == (idle(pool), old.is_closed, new.is_closed)
+
+
+def test_a_kept_connection_is_used_before_a_new_one(pool):
+    kept, new = ScriptedWire(OK), ScriptedWire(OK)
+    pool.give_back(kept, PLACE, reusable=True)
+
+    assert 200 == opened(pool, new).status
+    assert (1, []) == (len(kept.sent), new.sent)
 
 
 @pytest.mark.parametrize("age_s, waits", [(ic.POOL_IDLE_S + 1, False), (0, True)],
@@ -370,6 +342,33 @@ def test_a_read_waits_for_the_next_where_it_ends_in_more_of_the_key_than_is_open
 
     assert ([] if waits else pieces) == guard.read(pieces)
     assert [b"before " + text.encode() if waits else b""] == guard.rest()
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+def test_a_coding_in_which_the_key_could_hide_is_not_passed_on(encoding):
+    with pytest.raises(ic.UpstreamBroke, match="its key could be in it"):
+        ic.KeyGuard(KEY, encoding)
+
+
+@pytest.mark.parametrize("write", [gzip.compress, zlib.compress])
+def test_a_compressed_body_is_passed_on_unless_it_holds_the_key(write):
+    encoding = "gzip" if write is gzip.compress else "deflate"
+    fine, bad = write(b"no key"), write(f"the key {KEY}".encode())
+
+    assert [fine] == ic.KeyGuard(KEY, encoding).read([fine])
+    with pytest.raises(ic.UpstreamBroke, match="repeats its key"):
+        ic.KeyGuard(KEY, encoding).read([bad])
+
+
+def test_no_header_of_an_answer_holds_the_key_or_a_name_of_ours():
+    fine = ic.Headers([("server", "lab"), ("x-request-id", "r")])
+    kept = ic.KeyGuard(KEY, "identity").kept
+
+    assert fine is kept(fine)
+    assert [*fine] == [*kept(ic.Headers([
+        *fine, ("x-ironcage-cost-microdollars", "0"), ("x-debug", f"key={KEY}"),
+        (f"x-{KEY.lower()}", "1"), ("x-url", KEY.replace("-", "%2d")),
+        ("x-json", KEY.replace("s", "\\u0073"))]))]
 
 
 @pytest.mark.parametrize("key", [None, "", "ollama", "x" * (ic.LEAST_KEY_CHARS - 1)])

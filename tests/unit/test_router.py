@@ -1,0 +1,521 @@
+"""The Router on scripted wires: what it refuses before it sends, what it makes of each answer, and
+that a call settles once however it ends. The same over sockets: wire/ and faults/."""
+import contextlib
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+from scripted_wires import ScriptedWire
+from support import TOKEN, program, proxy_environment
+
+ic = program()
+USER = [{"role": "user", "content": "hi"}]
+CHAT = ("/v1/chat/completions", {"model": "gpt-4o-mini", "max_tokens": 10, "messages": USER})
+MESSAGES = ("/v1/messages", {"model": "claude-haiku-4-5", "max_tokens": 10, "messages": USER})
+RESPONSES = ("/v1/responses", {"model": "gpt-4o-mini", "max_output_tokens": 10, "input": "hi"})
+ON_GPT = ("/v1/messages", {**MESSAGES[1], "model": "gpt-4o-mini"})
+ON_CLAUDE = ("/v1/chat/completions", {**CHAT[1], "model": "claude-haiku-4-5"})
+STREAM = {"stream": True}
+DONE = {"id": "c", "model": "gpt-4o-mini", "choices": [
+    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hello"}}],
+    "usage": {"prompt_tokens": 100, "completion_tokens": 100}}
+DONE_COSTS = 75                # microdollars: 100 at $0.15, 100 at $0.60 a million
+DEFAULT = ic.Caller("default", ic.token_sha256(TOKEN))
+ALICE = ic.Caller("alice", "a" * 64)
+
+
+def whole(body, status=200, kind="application/json", *headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = (f"content-type: {kind}", f"content-length: {len(data)}", "connection: close", *headers)
+    return f"HTTP/1.1 {status} X\r\n".encode() + "".join(
+        f"{line}\r\n" for line in lines).encode() + b"\r\n" + data
+
+
+def stream(*events):
+    data = b"".join(b"data: %s\n\n" % (event if isinstance(event, bytes) else json.dumps(
+        event).encode()) for event in events)
+    return whole(data, 200, "text/event-stream")
+
+
+def delta(text, finish=None, **more):
+    return {"id": "c", "model": "gpt-4o-mini", "choices": [
+        {"index": 0, "delta": {"content": text}, "finish_reason": finish}], **more}
+
+
+SETTINGS = ic.settings_from(["--token", TOKEN, "--budget", "1"], proxy_environment(None))
+PRICES = ic.prices_under(ic.Config(), ic.load_prices(SETTINGS))
+
+
+class Carrier:
+    """A Router whose next new connection to a provider is scripted."""
+
+    def __init__(self, ledger=None, **settings):
+        self.ledger = ledger or ic.MemoryLedger()
+        self.router = ic.Router(SETTINGS._replace(**settings), PRICES, self.ledger)
+        self.router.configure(ic.Config(), PRICES)
+        self.wires = []
+        self.router._transport._connect = lambda request, authorization: self.wires.pop(0)
+
+    def request(self, path, fields=None, method="POST", caller=DEFAULT, headers=(), query=None):
+        body = b"" if fields is None else json.dumps(fields).encode()
+        head = ic.RequestHead(method, path, query, 1, ic.Headers(headers))
+        return ic.ClientRequest(head, body, "req_1", caller,
+                                ic.Claim(self.router.memory, caller.name))
+
+    @contextlib.contextmanager
+    def open(self, path, fields=None, *reads, **request):
+        wire = ScriptedWire(*reads)
+        self.wires[:] = [wire]
+        with self.router.open(self.request(path, fields, **request)) as answer:
+            yield answer, wire
+
+    def call(self, path, fields=None, *reads, **request):
+        """(status, what the client reads, headers)."""
+        with self.open(path, fields, *reads, **request) as (answer, _):
+            body = answer.body if answer.reads is None else b"".join(
+                piece for pieces in answer.reads for piece in pieces)
+        return answer.status, body, dict(answer.headers)
+
+    def refused(self, kind, path, fields=None, *reads, **request):
+        """The error of a call that is refused or broken."""
+        with pytest.raises(kind) as failure:
+            self.call(path, fields, *reads, **request)
+        return failure.value
+
+    @property
+    def rows(self):
+        return self.ledger.recent(10)
+
+    @property
+    def spent(self):
+        """What is spent, and what is still set aside."""
+        budget = self.router.controller.budget()
+        return budget.spent, budget.reserved
+
+
+@pytest.fixture
+def carrier():
+    return Carrier()
+
+
+# What a request names.
+
+@pytest.mark.parametrize("fields, model", [
+    ({"model": "m"}, "m"), ({"prompt": {"id": "p"}}, ""), ({"model": "m", "prompt": {}}, "m")])
+def test_a_request_names_a_model_or_a_stored_prompt(fields, model):
+    assert model == ic.named_model(fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt": "text"}, {"model": ""}, {"model": 7},
+                                    {"model": "", "prompt": {}}, {"model": ["m"]}])
+def test_a_request_without_a_model_is_refused(fields):
+    with pytest.raises(ic.BadRequest, match="a string that names a model"):
+        ic.named_model(fields)
+
+
+@pytest.mark.parametrize("fields, models", [
+    ({"model": "m", "messages": ["model"]}, []), ({"Model": "x", "MODEL": 7}, ["x", "7"]),
+    ({"models": ["a", {"model": "b"}]}, ["a", "b"]), ({"fallbacks": [{"model": "a"}]}, ["a"]),
+    ({"tools": [{"model": "a"}, {"name": "f"}, 7]}, ["a"]), ({"tools": {"model": "a"}}, []),
+])
+def test_every_model_that_a_request_names_beside_its_own_is_found(fields, models):
+    assert models == [*ic.other_models(fields)]
+
+
+@pytest.mark.parametrize("content_type, is_taken", [
+    (None, True), ("application/json", True), ("application/json; charset=UTF-8", True),
+    ('application/json; charset="utf8"', True), ("application/json; charset=latin-1", False)])
+def test_a_body_in_another_charset_is_refused(carrier, content_type, is_taken):
+    headers = [("content-type", content_type)] if content_type else ()
+    request = carrier.request(*CHAT, headers=headers)
+
+    with contextlib.nullcontext() if is_taken else pytest.raises(ic.UnsupportedBody):
+        assert CHAT[1] == ic.json_body(request).fields
+
+
+@pytest.mark.parametrize("request_of", [
+    dict(query="_method=DELETE"), dict(headers=[("x-http-method-override", "GET")])])
+@pytest.mark.parametrize("path, fields, method", [
+    (*CHAT, "POST"), ("/v1/models", None, "GET")], ids=["metered", "unmetered"])
+def test_a_method_override_is_refused_under_a_budget(carrier, path, fields, method, request_of):
+    carrier.refused(ic.UnmeteredRoute, path, fields, method=method, **request_of)
+
+    assert (0, 0) == carrier.spent
+
+
+def test_a_token_for_some_models_gets_no_other_by_any_name(carrier):
+    caller = DEFAULT._replace(models=("gpt-4o*",))
+
+    assert 200 == carrier.call(*CHAT, whole(DONE), caller=caller)[0]
+    for more in ({"model": "gpt-4.1"}, {"models": ["gpt-4.1"]}, {"Model": "gpt-4.1"}):
+        error = carrier.refused(ic.ModelForbidden, CHAT[0], {**CHAT[1], **more}, caller=caller)
+        assert "gpt-4o*" in error.message
+    carrier.refused(ic.ModelForbidden, "/v1/messages/count_tokens", MESSAGES[1], caller=caller)
+
+
+# Admission.
+
+def test_once_it_is_cut_nothing_is_taken(carrier):
+    carrier.router.shut_down()
+
+    assert "stopping" in carrier.refused(ic.ServerBusy, *CHAT).message
+
+
+def test_what_cannot_be_bounded_is_refused_under_a_budget_alone(carrier, monkeypatch):
+    def unbounded(*args, **options):
+        raise ic.UnboundedRequest("it has no bound")
+
+    monkeypatch.setattr(ic, "bound_of_request", unbounded)
+
+    carrier.refused(ic.UnboundedRequest, *CHAT)
+    carrier.router.controller.set_budget(None)
+    assert 200 == carrier.call(*CHAT, whole(DONE))[0]
+    assert (DONE_COSTS, 0) == carrier.spent
+
+
+def test_a_budget_that_comes_between_the_plan_and_the_reservation_is_kept_to(carrier, monkeypatch):
+    """The plan was made without a limit, so without its rules: it is made again."""
+    controller, planned = carrier.router.controller, []
+    controller.set_budget(None)
+    plan = carrier.router._planned
+
+    def plan_and_limit(*args):
+        planned.append(args[-1])
+        call = plan(*args)
+        controller.set_budget(10 ** 6)
+        return call
+
+    monkeypatch.setattr(carrier.router, "_planned", plan_and_limit)
+
+    assert 200 == carrier.call(*CHAT, whole(DONE))[0]
+    assert [None, 10 ** 6] == planned
+    assert (DONE_COSTS, 0) == carrier.spent
+
+
+def test_the_budget_of_a_session_holds_for_it_alone(carrier):
+    caller = DEFAULT._replace(session_budget_microdollars=100)
+    one, other = [("x-ironcage-session", "one")], [("x-ironcage-session", "other")]
+
+    carrier.call(*CHAT, whole(DONE), caller=caller, headers=one)
+    carrier.refused(ic.BudgetExceeded, CHAT[0], {**CHAT[1], "max_tokens": 10 ** 4}, caller=caller,
+                    headers=one)
+    assert 200 == carrier.call(*CHAT, whole(DONE), caller=caller, headers=other)[0]
+
+
+def test_stream_options_that_are_no_object_are_refused_and_nothing_is_set_aside(carrier):
+    carrier.router.controller.set_budget(None)                 # under one it is refused before
+    error = carrier.refused(ic.BadRequest, CHAT[0], {**CHAT[1], **STREAM, "stream_options": 1})
+
+    assert "stream_options must be an object" in error.message
+    assert (0, 0) == carrier.spent
+
+
+def waited_call(caller, waited=True):
+    return SimpleNamespace(request=SimpleNamespace(caller=caller), reservation=SimpleNamespace(
+        decided=object() if waited else None))
+
+
+@pytest.mark.parametrize("configured, is_wanted", [
+    ([ALICE], True), ([], False), ([ALICE._replace(sha256="b" * 64)], False),
+    ([ALICE._replace(expires_s=1)], False)], ids=["as before", "gone", "replaced", "expired"])
+def test_a_token_that_is_withdrawn_while_its_call_waits_spends_no_more(carrier, configured,
+                                                                       is_wanted):
+    carrier.router.config = ic.Config(callers=tuple(configured))
+    check = carrier.router._check_is_still_wanted
+
+    check(waited_call(ALICE, waited=False), None)              # it was looked up a moment before
+    check(waited_call(DEFAULT), None)                          # it is not in the configuration
+    with contextlib.nullcontext() if is_wanted else pytest.raises(
+            ic.Unauthorized, match="alice was withdrawn while its call waited"):
+        check(waited_call(ALICE), None)
+
+
+def test_a_call_that_waited_is_not_sent_for_a_client_that_is_gone(carrier, monkeypatch):
+    monkeypatch.setattr(ic, "has_hung_up", lambda sock: True)
+    check, client = carrier.router._check_is_still_wanted, SimpleNamespace(sock=None)
+
+    check(waited_call(DEFAULT, waited=False), client)
+    with pytest.raises(ic.ClientGone):
+        check(waited_call(DEFAULT), client)
+
+
+def test_what_a_ledger_knows_of_counts_is_known_at_the_start():
+    ledger = ic.MemoryLedger()
+    row = ic.CountRow(json.dumps(["default", "openai", "m"]), b"d" * 16, ic.Counted(7), "m",
+                      int(time.time()))
+    ledger.counts = lambda: [row]
+
+    assert [row.counted] == Carrier(ledger=ledger).router.counts.find(row.scope, [row.digest])
+
+
+@pytest.mark.parametrize("truncation, is_known", [(None, True), ("disabled", True),
+                                                  ("auto", False)])
+def test_a_stored_response_counts_as_its_provider_counted_it_unless_it_may_be_cut(
+        carrier, truncation, is_known):
+    fields = {**RESPONSES[1], "previous_response_id": "resp_1"}
+    fields.update({"truncation": truncation} if truncation else {})
+    request = carrier.request(RESPONSES[0], fields)
+    call = ic.Call(request, carrier.router.providers["openai"], "responses", "gpt-4o-mini",
+                   request.parsed())
+    carrier.router.counts.learn(ic.CountRow(
+        json.dumps(ic.count_scope(call)), ic.response_digest("resp_1", fields), ic.Counted(1_000),
+        "gpt-4o-mini", int(time.time())))
+    price = PRICES.price("gpt-4o-mini", "openai")
+
+    known = ic.known_input_tokens(call, carrier.router.counts, price, 0)
+
+    assert (known is not None and known > 1_000) is is_known
+
+
+# Whole answers.
+
+def test_an_answer_passes_as_it_came_and_is_settled_at_its_cost(carrier):
+    status, body, headers = carrier.call(*CHAT, whole(DONE))
+
+    assert (200, DONE, str(DONE_COSTS)) == (status, json.loads(body),
+                                            headers["x-ironcage-cost-microdollars"])
+    assert (DONE_COSTS, 0) == carrier.spent
+    assert [DONE_COSTS] == [row["cost_microdollars"] for row in carrier.rows]
+
+
+def test_a_call_settles_once(carrier):
+    with carrier.open(*CHAT, whole(DONE)) as (answer, _):
+        before = carrier.spent, len(carrier.rows)
+
+    assert before == (carrier.spent, len(carrier.rows)) == ((DONE_COSTS, 0), 1)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_never_followed_and_costs_nothing(carrier, status):
+    error = carrier.refused(ic.UpstreamRedirected, *CHAT, whole(b"", status))
+
+    assert f"redirect ({status})" in error.message
+    assert (0, 0) == carrier.spent
+
+
+@pytest.mark.parametrize("path, fields", [ON_GPT, ON_CLAUDE], ids=["on gpt", "on claude"])
+@pytest.mark.parametrize("more", [{}, STREAM], ids=["whole", "stream"])
+@pytest.mark.parametrize("status", [204, 205, 304])
+def test_an_answer_without_a_body_cannot_be_translated(carrier, path, fields, more, status):
+    error = carrier.refused(ic.UpstreamBroke, path, {**fields, **more},
+                            f"HTTP/1.1 {status} X\r\n\r\n".encode())
+
+    assert f"without a body: with the status {status}" in error.message
+    assert 1 == len(carrier.rows) and 0 == carrier.spent[1]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"7", b"[1]", b"null"])
+def test_what_is_no_answer_is_not_translated(carrier, body):
+    error = carrier.refused(ic.UpstreamBroke, *ON_GPT, whole(body))
+
+    assert "is not JSON" in error.message
+    assert 1 == len(carrier.rows) and 0 == carrier.spent[1]
+
+
+def test_an_answer_beyond_the_limits_passes_but_cannot_be_translated(carrier, monkeypatch):
+    data = whole({**DONE, "x": "y" * 2_000})
+    monkeypatch.setattr(ic, "MAX_ANSWER_BYTES", 1_000)
+
+    status, body, headers = carrier.call(*CHAT, data)
+    error = carrier.refused(ic.UpstreamBroke, *ON_GPT, data)
+
+    assert (200, True) == (status, data.endswith(body))
+    assert "x-ironcage-cost-microdollars" not in headers
+    assert ic.BEYOND_LIMITS == error.message and 0 == carrier.spent[1]
+
+
+@pytest.mark.parametrize("status, body, shown", [
+    (400, {"error": {"message": "no", "type": "invalid_request_error"}}, 400),
+    (200, {"error": {"message": "no", "code": 429}}, 429), (200, {"error": {"message": "no"}}, 500),
+    (500, b"<html>no", 500)])
+def test_an_error_is_translated_whatever_its_status(carrier, status, body, shown):
+    told, answer, _ = carrier.call(*ON_GPT, whole(body, status))
+
+    assert (shown, "error") == (told, json.loads(answer)["type"])
+    assert "no" in json.loads(answer)["error"]["message"] and 0 == carrier.spent[1]
+
+
+@pytest.mark.parametrize("status, body, says_no_retry", [
+    (402, {"error": {"message": "no"}}, True), (500, {"error": {"message": "no"}}, False),
+    (429, {"error": {"message": "no", "code": "insufficient_quota"}}, True)])
+def test_where_nothing_is_left_at_a_provider_nobody_is_to_try_again(carrier, status, body,
+                                                                    says_no_retry):
+    headers = carrier.call(*ON_CLAUDE, whole(body, status))[2] if status == 402 else \
+        carrier.call(*ON_GPT, whole(body, status))[2]
+
+    assert says_no_retry is (dict(ic.DO_NOT_RETRY).items() <= headers.items())
+
+
+# Streams.
+
+GOOD = [delta("hello"), delta("", "stop"),
+        {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 100}}, b"[DONE]"]
+
+
+def test_a_stream_without_a_body_to_read_whole_passes_and_is_settled_before_it_is_over(carrier):
+    with carrier.open(CHAT[0], {**CHAT[1], **STREAM}, stream(*GOOD)) as (answer, _):
+        first = next(answer.reads)
+
+        assert b"hello" in b"".join(first) and [DONE_COSTS] == [
+            row["cost_microdollars"] for row in carrier.rows]
+    assert (DONE_COSTS, 0) == carrier.spent
+
+
+@pytest.mark.parametrize("path, fields", [CHAT, ON_GPT], ids=["as it is", "translated"])
+@pytest.mark.parametrize("events", [GOOD[:1], [*GOOD[:1], delta("more")]])
+def test_a_stream_without_its_last_event_ends_in_an_error_that_the_client_sees(carrier, path,
+                                                                              fields, events):
+    status, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events))
+
+    assert 200 == status and ic.NO_LAST_EVENT in body.decode()
+    assert carrier.rows[0]["estimated"] is not None
+    assert 0 < carrier.spent[0] and 0 == carrier.spent[1]
+
+
+def test_a_stream_that_breaks_after_its_last_event_is_whole(carrier):
+    data = stream(*GOOD).replace(b"content-length: ", b"content-length: 1")
+
+    status, body, _ = carrier.call(CHAT[0], {**CHAT[1], **STREAM}, data)
+
+    assert 200 == status and b"error" not in body
+    assert (DONE_COSTS, 0) == carrier.spent
+
+
+def test_a_stream_that_breaks_before_it_says_what_broke(carrier):
+    data = stream(*GOOD[:1]).replace(b"content-length: ", b"content-length: 1")
+
+    _, body, _ = carrier.call(CHAT[0], {**CHAT[1], **STREAM}, data)
+
+    assert b"the provider's answer broke off" in body and b"upstream_broke" in body
+
+
+@pytest.mark.parametrize("events, status, words", [
+    ([{"error": {"message": "too much", "code": 429}}], 429, "too much"),
+    ([*GOOD[:1], {"error": {"message": "too much", "code": 429}}], 200, "too much"),
+    ([{"error": {"message": "no"}}], 500, "no")],
+    ids=["at once", "later", "without a status"])
+def test_an_event_that_is_an_error_ends_a_translated_stream(carrier, events, status, words):
+    told, body, _ = carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, stream(*events, b"[DONE]"))
+
+    assert status == told and words in body.decode() and b'"error"' in body
+    assert b"message_stop" not in body and 0 == carrier.spent[1]
+
+
+def test_a_whole_error_where_a_stream_was_asked_for_is_one(carrier):
+    status, shown, _ = carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM},
+                                    whole({"error": {"message": "no", "code": 429}}))
+
+    assert 429 == status and "no" in json.loads(shown)["error"]["message"]
+
+
+def test_a_whole_answer_where_a_stream_was_asked_for_is_streamed(carrier):
+    status, body, _ = carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, whole(DONE))
+
+    assert 200 == status and b"hello" in body and b"message_stop" in body
+    assert (DONE_COSTS, 0) == carrier.spent
+
+
+def test_a_stream_that_nobody_asked_for_passes_and_is_metered(carrier):
+    status, body, _ = carrier.call(*CHAT, stream(*GOOD))
+
+    assert 200 == status and b"[DONE]" in body
+    assert (DONE_COSTS, 0) == carrier.spent
+
+
+def test_a_translated_stream_pings_while_its_provider_is_silent(carrier):
+    data = stream(*GOOD)
+    at = data.index(b"\n\n") + 2
+
+    steady, with_a_pause = [
+        carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, *reads)[1]
+        for reads in ([data], [data[:at], TimeoutError(), data[at:]])]
+
+    assert 1 == with_a_pause.count(b"event: ping") - steady.count(b"event: ping")
+
+
+# What is not metered.
+
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/v1/files"), ("POST", "/v1/files"), ("DELETE", "/v1/models/x"),
+    ("GET", "/v1/batches/1")])
+def test_under_a_budget_only_what_costs_nothing_or_is_named_passes(carrier, method, path):
+    assert 200 == carrier.call("/openai/v1/models/x", None, whole(b"{}"), method="GET")[0]
+    assert path in carrier.refused(ic.UnmeteredRoute, path, None, method=method).message
+    for pattern in (path, "/v1/*"):
+        named = Carrier(allow_paths=(pattern,))
+        assert 200 == named.call(path, None, whole(b"{}"), method=method)[0]
+
+
+def test_a_token_for_some_models_is_held_to_them_and_to_free_routes_without_a_budget():
+    carrier = Carrier()
+    carrier.router.controller.set_budget(None)
+
+    assert 200 == carrier.call("/v1/files", None, whole(b"{}"), method="GET")[0]
+    carrier.refused(ic.UnmeteredRoute, "/v1/files", None, method="GET",
+                    caller=DEFAULT._replace(models=("gpt-4o*",)))
+
+
+def test_tokens_are_counted_here_where_the_provider_does_not_and_marked_as_an_estimate(carrier):
+    count = "/v1/messages/count_tokens"
+    here = carrier.call(count, {"model": "gpt-4o-mini", "messages": USER})
+    echo = carrier.call(count, {"model": "ironcage/echo", "messages": USER})
+    there = carrier.call(count, MESSAGES[1], whole({"input_tokens": 3}))
+
+    assert "1" == here[2]["x-ironcage-estimated"] and 0 < json.loads(here[1])["input_tokens"]
+    assert "x-ironcage-estimated" not in echo[2] and 0 < json.loads(echo[1])["input_tokens"]
+    assert {"input_tokens": 3} == json.loads(there[1])
+
+
+def test_models_are_listed_here_unless_a_provider_with_its_key_is_named(carrier):
+    here = json.loads(carrier.call("/v1/models", None, method="GET")[1])
+    there = json.loads(carrier.call("/openai/v1/models", None, whole({"data": 7}), method="GET")[1])
+
+    assert "gpt-4o-mini" in {row["id"] for row in here["data"]}
+    assert {"data": 7} == there
+
+
+def test_a_call_for_no_output_that_warms_anthropics_cache_costs_nothing_elsewhere(carrier):
+    fields = {**ON_GPT[1], "max_tokens": 0}
+    told = carrier.call(ON_GPT[0], fields)
+    streamed = carrier.call(ON_GPT[0], {**fields, **STREAM})
+
+    assert "message" == json.loads(told[1])["type"] and b"message_stop" in streamed[1]
+    assert ([], (0, 0)) == (carrier.rows, carrier.spent)
+    carrier.call(MESSAGES[0], {**MESSAGES[1], "max_tokens": 0},
+                 whole({"type": "message", "usage": {"input_tokens": 1, "output_tokens": 0}}))
+    assert 1 == len(carrier.rows)
+
+
+# Settings.
+
+def test_a_session_budget_is_refused_beside_a_shared_one(carrier):
+    config = ic.Config(callers=(ALICE._replace(session_budget_microdollars=1),))
+    carrier.router.configure(config, PRICES)
+    carrier.router.controller.accounts.is_shared = True
+
+    with pytest.raises(ic.Misconfigured, match="alice has a session_budget_usd"):
+        carrier.router.configure(config, PRICES)
+
+
+def test_a_refused_key_is_reported_to_the_server_that_gave_it(carrier):
+    refused = []
+    carrier.router.server = SimpleNamespace(
+        check_lease=lambda: None, provider=lambda: carrier.router.providers["openai"],
+        refused=refused.append, tell=lambda *args: None)
+
+    carrier.call(*CHAT, whole(DONE))
+    assert [] == refused
+    carrier.call(*CHAT, whole({"error": {"message": "no"}}, 401))
+    assert ["openai"] == [provider.name for provider in refused]
+
+
+def test_without_a_price_nothing_is_kept_of_one():
+    carrier = Carrier()
+    carrier.router.controller.set_budget(None)
+
+    carrier.call(CHAT[0], {**CHAT[1], "model": "gpt-of-no-table"},
+                 whole({**DONE, "model": "gpt-of-no-table"}))
+    carrier.call(*CHAT, whole(DONE))
+
+    assert [False, True] == [row["price_row"] is None for row in carrier.rows]
