@@ -16649,7 +16649,8 @@ def bill(server: ProxyServer) -> str:
     before = f"; {format_usd(budget.spent)} by all of the cage {shared['cage']}" \
         if shared is not None else \
         f"; the ledger held {format_usd(budget.spent - cost)} before" if budget.spent > cost else ""
-    return spend_table(["ironcage"], [*rows, total], calls="calls") \
+    return report_table({"ironcage": "ironcage", **SPEND_COLUMNS, "requests": "calls"},
+                        [*rows, total]) \
         + f"\nspent {format_usd(cost)}, {limit}{before}" \
         + (f"; refused by a limit: {refused}" if refused else "")
 
@@ -16803,12 +16804,38 @@ def table(rows: Sequence[Sequence[Any]], lefts: int = 1) -> str:
         for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in cells)
 
 
-def spend_table(groups: Sequence[str], rows: Iterable[Mapping], calls: str = "requests") -> str:
+def shown_value(name: str, value: Any) -> str:
+    """Return a field of a report as text: an amount in USD, a time in UTC; "-" where there is
+    none."""
+    if value is None or value == "":
+        return "-"
+    if name.endswith("_ms"):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(value // 1000))
+    return format_usd(value) if name.endswith("_microdollars") else str(value)
+
+
+def report_table(columns: Mapping[str, str], rows: Iterable[Mapping]) -> str:
+    """Return fields of rows as text, each in a column under its head."""
+    return table([[*columns.values()],
+                  *([shown_value(name, row[name]) for name in columns] for row in rows)])
+
+
+# Field -> the head of its column, where what was spent, or a token, is shown.
+SPEND_COLUMNS = MappingProxyType({
+    "requests": "requests", "input_tokens": "input", "cached_input_tokens": "cached",
+    "output_tokens": "output", "cost_microdollars": "cost"})
+TOKEN_COLUMNS = MappingProxyType({
+    "name": "name", "limit_microdollars": "budget", "stop_at_microdollars": "stop",
+    "period": "period", "spent_microdollars": "spent", "left_microdollars": "left",
+    "resets": "resets", "session_limit_microdollars": "session",
+    "requests_per_minute": "a minute", "parallel_requests": "at once", "expires": "expires",
+    "models": "models"})
+REFUSAL_SHOWN = ("refused_ms", "token", "status", "reason", "model", "path", "message")
+
+
+def spend_table(groups: Sequence[str], rows: Iterable[Mapping]) -> str:
     """Return counts and costs as text, by the fields that are named."""
-    return table([(*groups, calls, "input", "cached", "output", "cost"), *(
-        (*(row[group] or "-" for group in groups),
-         *map(row.get, ("requests", *TOKEN_COUNTS)), format_usd(row["cost_microdollars"]))
-        for row in rows)])
+    return report_table({**dict(zip(groups, groups)), **SPEND_COLUMNS}, rows)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -16846,7 +16873,9 @@ def run_usage(settings: Settings, given: Mapping[str, Any]) -> None:
         rows = ledger_rows(
             path, f"SELECT {', '.join(REFUSAL_COLUMNS)} FROM refusals WHERE refused_ms >= ? AND "
             "refused_ms < ? ORDER BY id", (since_s * 1000, until_s * 1000))
-        return _print_report(given, {"refused": rows}, refusals_text(rows), REFUSAL_COLUMNS, rows)
+        lines = ("  ".join(shown_value(name, row[name]) for name in REFUSAL_SHOWN) for row in rows)
+        text = "\n".join(re.sub(UNPRINTABLE, "?", line) for line in lines) or "nothing was refused"
+        return _print_report(given, {"refused": rows}, text, REFUSAL_COLUMNS, rows)
     groups = given["by"] or (["day", "token", "model"] if given["csv"] else [])
     if not groups:
         report = usage_report(path, since_s, until_s)
@@ -16866,14 +16895,6 @@ def overview_text(report: Mapping[str, Any]) -> str:
           for group in USAGE_TABLES),
         f"{total['estimated_requests']} of the costs are estimates, "
         f"{total['unsettled_requests']} calls are in flight or were cut off"])
-
-
-def refusals_text(rows: Iterable[Mapping]) -> str:
-    """Return refusals as text, one a line; times are in UTC."""
-    return "\n".join(re.sub(UNPRINTABLE, "?", "  ".join((
-        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["refused_ms"] // 1000)),
-        row["token"], str(row["status"]), row["reason"], row["model"] or "-", row["path"] or "-",
-        row["message"]))) for row in rows) or "nothing was refused"
 
 
 def _cage_usage(settings: Settings, since_s: int) -> dict:
@@ -16967,29 +16988,6 @@ def token_standing(caller: Caller, ledger_path: Optional[str], now_s: int) -> di
             "resets": utc_text(period_end(caller.period, since_s)), **caller.terms()}
 
 
-# Field of token_standing() -> the head of its column, as text.
-TOKEN_COLUMNS = MappingProxyType({
-    "name": "name", "limit_microdollars": "budget", "stop_at_microdollars": "stop",
-    "period": "period", "spent_microdollars": "spent", "left_microdollars": "left",
-    "resets": "resets", "session_limit_microdollars": "session",
-    "requests_per_minute": "a minute", "parallel_requests": "at once", "expires": "expires",
-    "models": "models"})
-
-
-def tokens_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return tokens as text; "-" where there is no limit, or no ledger to look into."""
-    def cell(row: Mapping, name: str) -> str:
-        value = row[name]
-        if name == "models":
-            return ",".join(value) or "any"
-        shown = "-" if value is None else \
-            format_usd(value) if name.endswith("_microdollars") else str(value)
-        return shown + " (over)" * (name == "expires" and row["has_expired"])
-
-    return table([[*TOKEN_COLUMNS.values()],
-                  *([cell(row, name) for name in TOKEN_COLUMNS] for row in rows)])
-
-
 def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
     """Show or edit the tokens of --config: `list`, `add NAME [field=value ...]`, `revoke NAME`."""
     path, (action, *words) = settings.config_path, given["words"] or ["list"]
@@ -16998,7 +16996,10 @@ def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
     if action == "list" and not words:
         rows = [token_standing(caller, settings.ledger_path, int(time.time()))
                 for caller in load_config(path, {}).callers]
-        return _print_report(given, {"tokens": rows}, tokens_table(rows))
+        return _print_report(given, {"tokens": rows}, report_table(TOKEN_COLUMNS, ({
+            **row, "models": ",".join(row["models"]) or "any",
+            "expires": f"{row['expires']} (over)" if row["has_expired"] else row["expires"]}
+            for row in rows)))
     if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):
         raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
     config = read_config(path) if action == "revoke" or os.path.exists(path) else {}
