@@ -15271,9 +15271,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 totals.add((token, "", ""), Counts(refused_requests=1))
             self.server.ledger.refuse(row)
             self.server.has_refused.set()
-        log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused", extra={
-            "fields": {name: row[name] for name in REFUSAL_COLUMNS[1:]
-                       if row[name] not in (None, "")}})
+        shown = {"error" if name == "message" else name: row[name] for name in REFUSAL_COLUMNS[1:]
+                 if row[name] not in (None, "")}           # a line of JSON has a message of its own
+        log.log(logging.INFO if error.status < 500 else logging.WARNING, "request refused",
+                extra={"fields": shown})
 
     def _write_answer(self, answer: Answer, *, must_close: bool = False) -> None:
         """Write an answer, whole or as it arrives. Raises ClientGone, UpstreamError."""
@@ -16619,15 +16620,16 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
     """Return what a wrapped command gets: the proxy's address and token, no key that we hold."""
     settings = server.settings
     password = settings.shared.password if settings.shared is not None else None
-    held = [secret for secret in (
-        settings.admin_token, settings.server_token, settings.alert_url, password, *(
-            provider.key for provider in server.router.providers.values())) if secret]
+    keys = [provider.key for provider in server.router.providers.values()]
+    held = [*filter(None, (settings.admin_token, settings.server_token, settings.alert_url,
+                           password)), *filter(is_secret, keys)]
     hidden = {row.env for row in SETTINGS} | {*LISTEN_VARIABLES} | {
         row.key_env for row in KNOWN_PROVIDERS.values() if not row.is_named_only} | {
         provider.key_env for provider in server.router.providers.values()}
     kept = {name: value for name, value in environ.items()
             if re.sub("_FILE$", "", name) not in hidden and name not in hidden
-            and not any(secret in value for secret in held)}
+            and value not in keys and not any(             # as it is, or within a URL
+                secret in value or secret in urllib.parse.unquote(value) for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))
     takes_one = re.fullmatch(ONE_TOKEN_COMMANDS, command) is not None
@@ -17048,6 +17050,11 @@ def _replace_file(path: str, config: Mapping[str, Any]) -> None:
     try:
         handle = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(handle, "w", encoding="utf-8") as file:
+            if os.name == "posix" and os.path.exists(path):       # a proxy must still read it
+                old = os.stat(path)
+                with contextlib.suppress(PermissionError):        # a file of somebody else
+                    os.fchown(handle, old.st_uid, old.st_gid)
+                os.fchmod(handle, stat.S_IMODE(old.st_mode))
             json.dump(config, file, indent=2, default=float)       # of a Decimal: as it was read
             file.write("\n")
         os.replace(path + ".new", path)
@@ -17336,12 +17343,12 @@ class LlmRouter:
         for field in more.keys() - {*Settings._fields}:
             raise Misconfigured(f"LlmRouter has no {shown_name(field)}"
                                 f"{did_you_mean(field, Settings._fields)}")
-        flags = {"--port": 0, "--cage": cage, "--budget": budget, "--stop-at": stop_at}
+        flags = {"--port": 0, "--cage": cage, "--budget": budget, "--stop-at": stop_at,
+                 "--ledger": ledger}
         settings = settings_from([f"{flag}={value}" for flag, value in flags.items()
                                   if value is not None], environ)
-        self._server = ProxyServer(settings._replace(
-            token=api_key or settings.token, ledger_path=ledger, on_event=on_event, quiet=True,
-            **more))
+        self._server = ProxyServer(settings._replace(**{
+            "token": api_key or settings.token, "on_event": on_event, "quiet": True, **more}))
         self._provider = name
         self._is_running = True
         self._server.start()

@@ -238,6 +238,16 @@ def test_a_finished_call_is_logged_in_the_originals_words(log_format):
     assert "one two" not in err
 
 
+def test_a_refusal_in_a_log_of_json_has_the_words_of_the_log_and_those_of_the_client():
+    with Served("--token", TOKEN, "--budget", "1", "--log-format", "json") as served:
+        refused = call(served.port, "POST", "/v1/chat/completions", {**ECHO, "n": 0})
+        _, _, err = served.stop()
+
+    lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert [refused.json["error"]["message"]] == [
+        line["error"] for line in lines if line["message"] == "request refused"]
+
+
 # Signals.
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
@@ -441,6 +451,18 @@ def test_a_bad_variable_of_a_server_is_nothing_to_a_command_that_does_not_use_it
 def test_an_embedders_port_that_is_none_is_one_clear_error(port):
     with pytest.raises(program().Misconfigured, match="cannot listen on 127.0.0.1 port"):
         program().LlmRouter(port=port, environ={})
+
+
+@pytest.mark.parametrize("more", [{"token": TOKEN}, {"quiet": False}, {"wait_s": 3}], ids=repr)
+def test_an_embedder_may_name_any_setting(more):
+    with program().LlmRouter(**more, environ={}) as router:
+        assert more == {name: getattr(router._server.settings, name) for name in more}
+
+
+def test_an_embedders_ledger_may_come_from_the_environment_as_its_budget_may(tmp_path):
+    path = str(tmp_path / "cage.db")
+    with program().LlmRouter(environ={"IRONCAGE_LEDGER": path, "IRONCAGE_BUDGET": "2"}) as router:
+        assert (path, 2.0) == (router._server.settings.ledger_path, router.budget)
 
 
 def test_an_embedders_setting_that_there_is_not_is_named():

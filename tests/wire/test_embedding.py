@@ -323,6 +323,16 @@ def test_the_child_sees_no_key_of_ours_wherever_it_stands(mock):
     assert "127.0.0.1" in child["NO_PROXY"]
 
 
+def test_a_word_that_stands_for_a_key_takes_no_other_variable_away(proxy_for):
+    proxy = proxy_for("--admin-token", "adm/n@0123456789", environ={"OPENAI_API_KEY": "local"})
+    given = {"PATH": "/usr/local/bin", "MY_KEY": "local", "URL": "https://u:adm%2Fn%400123456789@x",
+             "HEADER": "Bearer adm/n@0123456789"}
+
+    kept = program().child_environment(proxy, given, "agent")
+
+    assert {"PATH"} == kept.keys() & given.keys()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a script is made to stand for the program")
 @pytest.mark.parametrize("name, has_key", [
     ("claude", False), ("claude.cmd", False), ("Claude.EXE", False), ("claude-x", True),

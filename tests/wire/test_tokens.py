@@ -1,5 +1,6 @@
 """Tokens of --config: their budgets, periods, models, rates and expiry; the file and its reload."""
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -335,6 +336,22 @@ def run(*argv, capsys):
     log.handlers[:] = handlers              # not those of a stderr that is captured here only
     out, err = capsys.readouterr()
     return code, out, err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX")
+@pytest.mark.parametrize("mode", [0o640, 0o600, 0o644])
+def test_a_configuration_that_is_edited_can_be_read_by_whoever_could(config, capsys, mode):
+    config.write_text("{}")
+    config.chmod(mode)
+    with contextlib.suppress(PermissionError):
+        os.chown(config, 1234, 1235)
+    before = config.stat()
+
+    assert 0 == run("tokens", "add", "ci", "--config", str(config), capsys=capsys)[0]
+
+    after = config.stat()
+    assert (mode, before.st_uid, before.st_gid) == (
+        stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid)
 
 
 def test_tokens_are_added_listed_and_revoked_on_the_command_line(config, capsys):
