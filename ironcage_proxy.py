@@ -573,6 +573,8 @@ class NotFound(BadRequest, status=404, code="not_found"):
     """No route, or thing, of ours."""
 class MethodNotAllowed(BadRequest, status=405, code="method_not_allowed"):
     """The path does not take this method."""
+class UnknownMethod(MethodNotAllowed, closes=True):
+    """No path takes it, so that it is not known what follows."""
 class RequestTimedOut(BadRequest, status=408, code="request_timeout", closes=True):
     """The client was too slow with its request."""
 class LengthRequired(BadRequest, status=411, code="length_required", closes=True):
@@ -608,6 +610,8 @@ class BudgetExceeded(BadRequest, status=402, type="iron_cage_budget_exceeded"):
     """Nothing is left."""
 class InsufficientBudget(BudgetExceeded, type="iron_cage_insufficient_budget"):
     """Something is left, but the worst case does not fit."""
+class ProxyFailed(IroncageError, closes=True):
+    """A fault of ours."""
 class ServerBusy(IroncageError, status=503, code="overloaded", closes=True):
     """No room, or the proxy is stopping; later it may work."""
 class LedgerUnavailable(IroncageError, status=503, type="iron_cage_ledger_unavailable"):
@@ -15065,8 +15069,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("a request failed by a fault of the proxy",
                           extra={"fields": {"request_id": self._request_id}})
-            self._refuse(_closing(IroncageError(
-                "the proxy failed on this request; its log says why")))
+            self._refuse(ProxyFailed("the proxy failed on this request; its log says why"))
         finally:
             if self._memory is not None:
                 self._memory.give_back()
@@ -15097,8 +15100,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
         self._takes_chunks = head.minor_version == 1
         if head.method not in METHODS:
-            raise _closing(MethodNotAllowed(f"the method {head.method} is not served"))
-        is_open = head.path in OPEN_ROUTES and head.method in ("GET", "HEAD")
+            raise UnknownMethod(f"the method {head.method} is not served")
+        is_open = head.path in OPEN_ROUTES and head.method in OPEN_METHODS
         if not is_open or head.path not in PROBES:     # which come by any name, and learn nothing
             self._check_host(head)
         if is_open:
@@ -15109,7 +15112,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if offered_upgrades(head.headers) - IGNORED_UPGRADES:
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
                                  headers=UPGRADES_SERVED)
-        is_own = head.path == "/" or f"{head.path}/".startswith("/ironcage/")
+        is_own = head.path in OPEN_ROUTES or f"{head.path}/".startswith("/ironcage/")
         if caller.name == ADMIN and not is_own:
             raise Forbidden("the admin's token cannot call models; use a caller's token")
         self._caller = None if is_own else caller
@@ -15120,7 +15123,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                                     caller, self._memory)
             self.server.note(self.place, SERVING)
             if head.path == "/":
-                return self._write_answer(greeting())
+                return self._write_answer(OPEN_ROUTES["/"](self.server))
             if is_own:
                 self.server.turns.leave()
                 return self._write_own(request)
@@ -15173,8 +15176,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise self._too_large()
         encoding = content_encoding(head.headers)
         if encoding != "identity" and encoding not in INFLATABLE:
-            raise _closing(UnsupportedBody(f"a request body in {shown_name(encoding)} cannot be "
-                                           "read: send it as it is, or with gzip or deflate"))
+            raise UnsupportedBody(f"a request body in {shown_name(encoding)} cannot be read: send "
+                                  "it as it is, or with gzip or deflate")
         memory.hold(COPIES * max(0, length))
         if length and (head.headers.get("expect") or "").lower() == "100-continue":
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", settings.timeouts.write_stall_s)
@@ -15231,13 +15234,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     # Answering.
 
     def _write_own(self, request: ClientRequest) -> None:
-        methods = OWN_ROUTES.get(request.head.path)
-        if methods is None:
-            raise NotFound(f"there is no {request.head.path[:100]} here; the proxy's own routes "
-                           f"are {', '.join(OWN_ROUTES)}")
+        path = request.head.path
+        methods = OWN_ROUTES.get(path) or dict.fromkeys(OPEN_METHODS if path in OPEN_ROUTES else ())
+        if not methods:
+            raise NotFound(f"there is no {path[:100]} here; the proxy's own routes are "
+                           f"{', '.join((*OWN_ROUTES, *OPEN_ROUTES))}")
         action = methods.get(request.head.method)
         if action is None:
-            raise MethodNotAllowed(f"{request.head.path} takes {' and '.join(methods)}",
+            raise MethodNotAllowed(f"{path} takes {' and '.join(methods)}",
                                    headers=[("allow", ", ".join(methods))])
         kind, body = action(self.server, request)
         headers = (("content-type", kind), ("cache-control", "no-store"))
@@ -15323,32 +15327,24 @@ def refusal_row(error: IroncageError, request_id: str, token: str,
     return {**amounts, **texts, "status": error.status, "refused_ms": time.time_ns() // 10 ** 6}
 
 
-def greeting() -> Answer:
-    """Return what says that a proxy is here."""
-    return Answer(200, (("content-type", "text/plain; charset=utf-8"),), b"LlmRouter OK")
+TEXT = ("content-type", "text/plain; charset=utf-8")
 
 
 def probe_answer(fault: Optional[str]) -> Answer:
     """Return what an orchestrator asks: a 200, or a 503 that says why not."""
-    return Answer(503 if fault else 200, (
-        ("content-type", "text/plain; charset=utf-8"), ("cache-control", "no-store")),
-        (fault or "ok").encode() + b"\n")
+    return Answer(503 if fault else 200, (TEXT, ("cache-control", "no-store")),
+                  (fault or "ok").encode() + b"\n")
 
 
 PROBES = frozenset({"/healthz", "/readyz"})
 # path -> what makes the answer, without a token, to a GET or a HEAD
+OPEN_METHODS = ("GET", "HEAD")
 OPEN_ROUTES: Mapping[str, Callable[[ProxyServer], Answer]] = MappingProxyType({
-    "/": lambda server: greeting(),
+    "/": lambda server: Answer(200, (TEXT,), b"LlmRouter OK"),
     "/ironcage/dashboard": lambda server: dashboard_answer(),
     "/healthz": lambda server: probe_answer(None),
     "/readyz": lambda server: probe_answer(server.unreadiness()),
 })
-
-
-def _closing(error: IroncageError) -> IroncageError:
-    """Mark an error as one after which the connection's next bytes cannot be trusted."""
-    error.must_close = True
-    return error
 
 
 def open_files_limit(wanted: int = 0) -> int:

@@ -6,7 +6,7 @@ import ironcage_proxy as ic
 
 SENTENCE = "it cannot be done: do something else"
 # What is about HTTP itself, of which the request's end is not known: the connection is closed.
-CLOSING = {400, 401, 403, 408, 411, 413, 415, 426, 429, 503}
+CLOSING = {400, 401, 403, 405, 408, 411, 413, 415, 426, 429, 500, 503}
 
 
 def classes(base=ic.IroncageError):

@@ -110,7 +110,8 @@ def test_an_unknown_own_route_is_a_404_that_names_the_known_ones(served):
 
 
 @pytest.mark.parametrize("method, path, allowed", [
-    ("POST", "/ironcage/status", "GET"), ("DELETE", "/ironcage/budget", "GET, PUT")])
+    ("POST", "/ironcage/status", "GET"), ("DELETE", "/ironcage/budget", "GET, PUT"),
+    ("POST", "/healthz", "GET, HEAD"), ("PUT", "/ironcage/dashboard", "GET, HEAD")])
 def test_a_wrong_method_on_an_own_route_is_a_405_that_names_the_right_ones(
         served, method, path, allowed):
     _, proxy = served
