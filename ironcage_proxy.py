@@ -1962,7 +1962,7 @@ def contents_of(body: JsonBody) -> Contents:
     """What a request consists of, looked for once."""
     if body.contents is None:
         fields = body.fields
-        parts = [(name, *found) for name in ("messages", "input", "system")
+        parts = [(name, *found) for name in ("messages", "input", "system", "instructions")
                  for found in _parts(fields.get(name))]
         body.contents = Contents(
             parts, [*_flat_tools("tools", fields.get("tools")), *_brought_tools(parts)],
@@ -2098,12 +2098,18 @@ def _is_deferred(tool: Any) -> bool:
 # 3. What no bound covers.
 
 # Top-level fields of a request under a budget. None: it costs nothing beyond what the bound
-# counts (text, caps, choices, tier). An object of rules: the members that it may have. Values, or
-# their type: those that are bounded. A function of (value, price): whether that value is. A field
-# that is not here is refused.
+# counts (text, caps, choices, tier). An object of rules: the members that it may have. A function
+# of (value, price): whether that value is bounded. A field that is not here is refused.
 # Source: the types of openai 3.57.0 and anthropic 2.14.0, read 2026-11-28.
-FieldRule = Union[None, Mapping[str, Any], type, tuple, Callable[[Any, "Price"], bool]]
-_OFF = (None, False, [])
+FieldRule = Union[None, Mapping[str, Any], Callable[[Any, "Price"], bool]]
+
+
+def _is_text(value: Any, price: Price) -> bool:
+    return isinstance(value, str)
+
+
+def _one_of(*values: Any) -> FieldRule:
+    return lambda value, price: value in values
 
 
 def _only_clears(value: Any, price: Price) -> bool:
@@ -2124,6 +2130,7 @@ def _rules(names: str, **guarded: FieldRule) -> Mapping[str, FieldRule]:
     return MappingProxyType({**dict.fromkeys(names.split()), **guarded})
 
 
+_OFF = _one_of(None, False, [])
 _MODERATION = _rules("policy", model=lambda value, price: "moderation" in str(value))
 _STREAM_OPTIONS = _rules("include_usage include_obfuscation continuous_usage_stats")
 _CACHE_OPTIONS = _rules("mode ttl comparison_response_id prewarm")
@@ -2138,7 +2145,7 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "tool_choice tools top_logprobs top_p user verbosity",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
         prompt_cache_options=_CACHE_OPTIONS, web_search_options=_OFF,
-        reasoning_effort=str),
+        reasoning_effort=_is_text),
     "responses": _rules(
         "client_metadata conversation include input instructions max_output_tokens max_tool_calls "
         "metadata model parallel_tool_calls previous_response_id prompt_cache_key "
@@ -2146,9 +2153,9 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "top_logprobs top_p truncation user",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
         prompt_cache_options=_CACHE_OPTIONS, image=_rules("context_compression"),
-        reasoning=_rules("context generate_summary summary", effort=str,
-                         mode=("standard",)),
-        text=_rules("format verbosity"), prompt=str, background=_OFF, background_options=_OFF,
+        reasoning=_rules("context generate_summary summary", effort=_is_text,
+                         mode=_one_of("standard")),
+        text=_rules("format verbosity"), prompt=_is_text, background=_OFF, background_options=_OFF,
         context_management=_OFF, access_programs=_OFF,
         multi_agent=lambda value, price: json_object(value).get("enabled") is False),
     "completions": _rules(
@@ -2160,8 +2167,8 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         "max_tokens messages metadata model output_format stop_sequences stream system "
         "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
         thinking=_rules("type budget_tokens display block_binding"),
-        output_config=_rules("format task_budget", effort=str),
-        context_management=_rules("", edits=_only_clears), inference_geo=("global", "us"),
+        output_config=_rules("format task_budget", effort=_is_text),
+        context_management=_rules("", edits=_only_clears), inference_geo=_one_of("global", "us"),
         speed=lambda value, price: value == "standard" or (
             value == "fast" and price.fast_multiplier != 1),
         service_tier=_has_a_priced_tier, compaction=_OFF, fallbacks=_OFF, mcp_servers=_OFF),
@@ -2294,8 +2301,8 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any],
         rule = rules.get(name)
         if value is None or (rule is None and name in rules):
             continue
-        if callable(rule) or isinstance(rule, tuple):
-            if not _is_allowed(rule, value, price):
+        if callable(rule):
+            if not rule(value, price):
                 yield inside + name, True
         elif name not in rules:
             yield inside + name, False
@@ -2305,13 +2312,6 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any],
                     yield from _unbounded_fields(rule, row, price, f"{inside}{name}.")
                 elif row not in ("auto", "default", "none", "", False):
                     yield inside + name, True
-
-
-def _is_allowed(rule: FieldRule, value: Any, price: Price) -> bool:
-    if isinstance(rule, tuple):
-        return value in rule
-    return isinstance(value, rule) if isinstance(rule, type) else bool(
-        callable(rule) and rule(value, price))
 
 
 def _is_plain(prompt: Any) -> bool:
@@ -2325,19 +2325,15 @@ def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], pr
     """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
     options known."""
     shown = f"the tool type {shown_name(kind)}"
-    if kind == "?":
-        yield UnboundedRequest("a tool has no type that is known, so it cannot be bounded under a "
-                               "budget", param=field), ""
-    if hosted_tool(api, kind, price) is None:
-        yield UnboundedRequest(f"{shown} runs at the provider, which a budget cannot bound; "
-                               f"remove it from {field}", param=field), ""
-    if not hatches.hosted_tools:
-        yield UnboundedRequest(f"{shown} runs at the provider, and this proxy was started with "
-                               f"--no-hosted-tools or --bound bytes; remove it from {field}",
-                               param=field), ""
-    if field != "tools" and api == "messages":
-        yield UnboundedRequest(f"{shown} runs at the provider, and its uses can be capped in tools "
-                               "only; declare it there", param=field), ""
+    faults = (
+        (kind == "?", "a tool has no type that is known, so it cannot be bounded under a budget"),
+        (hosted_tool(api, kind, price) is None, f"{shown} runs at the provider, which a budget "
+         f"cannot bound; remove it from {field}"),
+        (not hatches.hosted_tools, f"{shown} runs at the provider, and this proxy was started with "
+         f"--no-hosted-tools or --bound bytes; remove it from {field}"),
+        (field != "tools" and api == "messages", f"{shown} runs at the provider, and its uses can "
+         "be capped in tools only; declare it there"))
+    yield from ((UnboundedRequest(reason, param=field), "") for is_so, reason in faults if is_so)
     for name, value in tool.items():
         if value is not None and name not in HOSTED_OPTIONS:
             yield UnboundedRequest(
@@ -8073,6 +8069,10 @@ class Budget(NamedTuple):
             return 0
         return None if self.limit is None else self.limit - self.spent - self.reserved
 
+    def lacks(self, least_free: int) -> bool:
+        """Whether less than that is free."""
+        return self.free is not None and self.free < least_free
+
     def may_fit(self, bound: Bound) -> bool:
         """Whether a request would fit here, were all that is in flight settled for nothing."""
         free = self._replace(reserved=0).free
@@ -8108,8 +8108,8 @@ def decided(bound: Bound, budgets: Sequence[Budget], *, may_wait: bool,
     caps, lacking = bound.asked_caps, []
     for budget in budgets:
         is_busy = budget.reserved > 0
-        fitting = None if budget.scope in blocked else bound.fitting_caps(
-            budget.free, at_last=not (may_wait and is_busy), shares=is_busy)
+        fitting = None if budget.scope in blocked and budget.limit is not None \
+            else bound.fitting_caps(budget.free, at_last=not (may_wait and is_busy), shares=is_busy)
         if fitting is None:
             lacking.append(budget)
         elif fitting != caps:
@@ -8127,8 +8127,6 @@ class Reservation:
 
     Guarded by its controller's lock once it is in the queue; before, one thread knows it.
     """
-    __slots__ = ("bound", "scopes", "microdollars", "caps", "admitted_s", "number", "shared",
-                 "is_open", "is_limited", "may_wait", "refused_by", "failure", "decided")
 
     def __init__(self, bound: Bound, scopes: Sequence[str], may_wait: bool) -> None:
         self.bound = bound
@@ -8171,8 +8169,6 @@ class Account:
     say on which day a call was admitted and are never cut. A period is whole days, so that
     another one is another sum: it can neither lose nor double a charge, nor a call in flight.
     """
-    __slots__ = ("scope", "limit", "stop_at", "period", "since_s", "spent", "reserved", "users",
-                 "_seen_s", "_spent_on", "_reserved_on")
 
     def __init__(self, scope: str, limit: Optional[int], stop_at: Optional[int], period: str,
                  now_s: int, spent_on: Mapping[int, int]) -> None:
@@ -8182,13 +8178,9 @@ class Account:
         self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
         self.begin(period)
 
-    def lacks(self, least_free: int) -> bool:
-        """Whether less than that is free; as Budget.free, without making one."""
-        if self.stop_at is not None and self.spent >= self.stop_at:
-            return True
-        return self.limit is not None and self.limit - self.spent - self.reserved < least_free
-
-    def budget(self) -> Budget:
+    def budget(self, now_s: int) -> Budget:
+        """Return what it holds, in the period of now."""
+        self.roll(now_s)
         return Budget(self.scope, self.limit, self.spent, self.reserved, self.stop_at, self.period,
                       self.since_s)
 
@@ -8241,27 +8233,20 @@ class Accounts:
                                               {0: spent_microdollars})}
         self._sessions: dict[str, Account] = {}     # those that clients name, the last used last
 
-    def _rolled_locked(self, scopes: Sequence[str], now_s: int) -> list[Account]:
-        """Return the accounts of scopes, each in the period of now."""
-        accounts = [self.by_scope[scope] for scope in scopes]
-        for account in accounts:
-            account.roll(now_s)
-        return accounts
-
     def take(self, claim: Reservation, microdollars: int,
              least_free: Sequence[int]) -> Optional[list[Budget]]:
         """Set an amount aside in all scopes of a claim, if so much is free in each; where not,
         return what they hold. An amount of 0 is always there."""
         now_s = int(self._clock())
         with self._lock:
-            accounts = self._rolled_locked(claim.scopes, now_s)
-            if microdollars and any(map(Account.lacks, accounts, least_free)):
-                return [account.budget() for account in accounts]
+            budgets = [self.by_scope[scope].budget(now_s) for scope in claim.scopes]
+            if microdollars and any(map(Budget.lacks, budgets, least_free)):
+                return budgets
             claim.microdollars = microdollars
-            claim.admitted_s = max([now_s, *[account.since_s for account in accounts]])
-            for account in accounts:
-                account.add(claim.admitted_s, reserved=microdollars)
-                claim.is_limited |= account.limit is not None
+            claim.admitted_s = max([now_s, *[budget.since_s for budget in budgets]])
+            claim.is_limited |= any([budget.limit is not None for budget in budgets])
+            for scope in claim.scopes:
+                self.by_scope[scope].add(claim.admitted_s, reserved=microdollars)
         return None
 
     def settle(self, claim: Reservation, microdollars: int,
@@ -8281,7 +8266,7 @@ class Accounts:
         """Return what scopes hold, all at one instant."""
         now_s = int(self._clock())
         with self._lock:
-            return [account.budget() for account in self._rolled_locked(scopes, now_s)]
+            return [self.by_scope[scope].budget(now_s) for scope in scopes]
 
     known = budgets
 
@@ -8349,10 +8334,11 @@ class Accounts:
 
     def sessions(self, tokens: Container[str], most: int) -> list[Budget]:
         """Return the amounts of sessions of these tokens, the last used first."""
+        now_s = int(self._clock())
         with self._lock:
             names = [name for name in reversed(self._sessions)
                      if name.partition("/")[0] in tokens]
-            return [self._sessions[name].budget() for name in names[:most]]
+            return [self._sessions[name].budget(now_s) for name in names[:most]]
 
 
 def _check_amount(microdollars: int) -> None:
@@ -8398,11 +8384,10 @@ class CostController:
         It belongs to the proxy's scope and to `scopes`. What costs nothing always passes.
         """
         claim = Reservation(bound, (PROXY_SCOPE, *scopes), may_wait and not self._is_closed)
-        blocked = self._blocked
-        microdollars, budgets = bound.microdollars(*claim.caps), None
-        if microdollars and not blocked.isdisjoint(claim.scopes):
+        blocked, budgets = self._blocked, None
+        if not blocked.isdisjoint(claim.scopes) and bound.microdollars(*claim.caps):
             budgets = self.accounts.budgets(claim.scopes)
-        if not self._lacking(claim, microdollars, budgets, blocked):
+        if not self._lacking(claim, budgets, blocked):
             claim.is_open = claim.refused_by is None
             return claim
         claim.decided = threading.Event()
@@ -8412,29 +8397,29 @@ class CostController:
         self._serve_queue()
         return claim
 
-    def _lacking(self, claim: Reservation, microdollars: int, budgets: Optional[Sequence[Budget]],
+    def _lacking(self, claim: Reservation, budgets: Optional[Sequence[Budget]],
                  blocked: Container[str]) -> Sequence[str]:
         """Set money aside for a claim, or refuse it; or return the scopes that it has to wait for.
 
         Without known budgets it is first tried as it was asked for, which needs no look at them.
         What is decided on amounts that have changed meanwhile is decided anew.
         """
-        bound = claim.bound
-        if budgets is None:
-            least_free = microdollars if bound.takes_what_it_asks else 2 * microdollars
-            budgets = self.accounts.take(claim, microdollars, [least_free] * len(claim.scopes))
+        bound, takes_half = claim.bound, [not claim.bound.takes_what_it_asks] * len(claim.scopes)
         for _ in range(MOST_TAKES):
+            if budgets is not None:
+                decision = decided(bound, budgets, may_wait=claim.may_wait, blocked=blocked)
+                if decision.caps is None:
+                    claim.refused_by = decision.refused_by
+                    return decision.lacking
+                claim.caps = decision.caps
+            microdollars = bound.microdollars(*claim.caps)
+            if budgets is not None:                     # what was half of it stays that
+                takes_half = [budget.free is None or 2 * microdollars <= budget.free
+                              for budget in budgets]
+            budgets = self.accounts.take(claim, microdollars, [
+                microdollars * (1 + is_half) for is_half in takes_half])
             if budgets is None:
                 return ()
-            decision = decided(bound, budgets, may_wait=claim.may_wait, blocked=blocked)
-            if decision.caps is None:
-                claim.refused_by = decision.refused_by
-                return decision.lacking
-            claim.caps = decision.caps
-            microdollars = bound.microdollars(*claim.caps)
-            budgets = self.accounts.take(claim, microdollars, [
-                2 * microdollars if budget.free is None or 2 * microdollars <= budget.free
-                else microdollars for budget in budgets])        # what was half of it stays that
         raise LedgerUnavailable("the amounts of the budget change faster than a reservation can "
                                 "be made; try again", headers=[("retry-after", "1")])
 
@@ -8529,7 +8514,7 @@ class CostController:
         budgets = dict(zip(scopes, self.accounts.budgets(scopes) if queue else ()))
         blocked: set[str] = set()             # the scopes that one further ahead waits for
         for claim in queue:
-            lacking = self._lacking(claim, 0, [budgets[scope] for scope in claim.scopes], blocked)
+            lacking = self._lacking(claim, [budgets[scope] for scope in claim.scopes], blocked)
             blocked.update(lacking)
             if not lacking:
                 self._end_wait(claim)
@@ -8687,10 +8672,9 @@ def _session_advice(scope: str) -> str:
 
 
 def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
-    amounts = budget.as_json()
-    del amounts["available_microdollars"], amounts["stop_at_microdollars"]
-    return {"scope": budget.scope, "limit": budget.ended_by or "budget", **amounts,
-            "needed_microdollars": needed,
+    return {"scope": budget.scope, "limit": budget.ended_by or "budget",
+            "limit_microdollars": budget.limit, "spent_microdollars": budget.spent,
+            "reserved_microdollars": budget.reserved, "needed_microdollars": needed,
             "affordable_output_tokens": max(0, affordable_output_tokens)}
 
 
@@ -8903,7 +8887,8 @@ def seal_of(row: Any, before: bytes) -> bytes:
 
 
 class MemoryLedger:
-    """The last rows, and what each token spent on each day; gone with the process."""
+    """Does as SqliteLedger, until the process ends: the last rows, and what each token spent on
+    each day, calls in flight in full."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()         # guards the fields below
@@ -8913,58 +8898,48 @@ class MemoryLedger:
         self._leases: list[Lease] = []
 
     def intent(self, row: dict, shared: Optional[str] = None) -> None:
-        """Count a call at its bound until it settles."""
         with self._lock:
             self._spent[row["token"], row["admitted_s"] // DAY_S] += row["bound_microdollars"]
 
     def settle(self, row: dict) -> None:
-        """Count a call at its cost, and keep its row."""
         saved = row["bound_microdollars"] - row["cost_microdollars"]
         with self._lock:
             self._spent[row["token"], row["admitted_s"] // DAY_S] -= saved
             self._rows.append(row)
 
     def spent(self, token: Optional[str], since_s: int) -> int:
-        """Return what one token, or None for all, spent since a day; calls in flight in full."""
         with self._lock:
             return sum(amount for (name, day), amount in self._spent.items()
                        if token in (None, name) and day * DAY_S >= since_s)
 
     def spent_in_session(self, token: str, session: Optional[str]) -> int:
-        """Return what the kept rows of a session cost."""
         with self._lock:
             return sum(row["cost_microdollars"] for row in self._rows
                        if (row["token"], row["session"]) == (token, session))
 
     def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
-        """Return the newest settled rows, of one token or of all."""
         with self._lock:
             rows = [row for row in self._rows if token in (None, row["token"])]
         return [*map(stored_row, rows[:-most - 1:-1])]
 
     def refuse(self, row: Mapping[str, Any]) -> None:
-        """Keep a call that was refused here."""
         with self._lock:
             self._refusals.append(row)
 
     def refusals(self, most: int, token: Optional[str] = None) -> list[dict]:
-        """Return the newest calls that were refused here, of one token or of all."""
         with self._lock:
             rows = [row for row in self._refusals if token in (None, row["token"])]
         return rows[:-most - 1:-1]
 
     def leases(self) -> list[Lease]:
-        """Return those that were not given back."""
         with self._lock:
             return [*self._leases]
 
     def keep_lease(self, lease: Lease) -> None:
-        """Remember that it must be given back."""
         with self._lock:
             self._leases.append(lease)
 
     def forget_lease(self, lease: Lease) -> None:
-        """Forget one that was given back."""
         with self._lock:
             self._leases.remove(lease)
 
@@ -8982,7 +8957,6 @@ class MemoryLedger:
 
 class _Write:
     """One statement that waits to be committed."""
-    __slots__ = ("statement", "row", "is_intent", "shared", "error", "is_written")
 
     def __init__(self, statement: str, row: Any, *, is_intent: bool = False,
                  shared: Optional[str] = None) -> None:
@@ -12868,8 +12842,7 @@ class EngineAddress(NamedTuple):
         return f"unix://{self.host}" if self.scheme == "unix" \
             else f"{self.scheme}://{self.host}:{self.port}/{self.database}"
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
 
 def parse_engine_url(text: str) -> EngineAddress:

@@ -224,6 +224,15 @@ def test_one_that_waits_for_accounts_that_cannot_be_asked_is_not_admitted(monkey
         controller.admit(asks(8_000), wait_s=60)
 
 
+def test_a_scope_whose_limit_was_taken_away_is_lacked_by_nobody():
+    """Who waited for it may still stand in the queue: that is looked through in a moment."""
+    free = ic.Budget("proxy", None, spent=0, reserved=9_000)
+
+    for may_wait in (True, False):
+        assert asks(8_000).asked_caps == ic.decided(asks(8_000), [free], may_wait=may_wait,
+                                                    blocked={"proxy"}).caps
+
+
 def test_what_costs_nothing_passes_also_when_others_wait_and_nothing_is_left():
     controller = ic.CostController(10_000)
     controller.ask(asks(9_000), may_wait=True)

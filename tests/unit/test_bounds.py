@@ -442,6 +442,8 @@ UNSEEN = {
     "input file": {"input": [{"role": "user", "content": [
         {"type": "input_file", "file_id": "x"}]}]},
     "item reference": {"input": [{"type": "item_reference", "id": "msg_1"}]},
+    "instructions that are items": {"instructions": [
+        {"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
     "item reference without a type": {"input": [{"id": "msg_1", "content": None}]},
     "audio without a type": content({"audio_url": {"url": "https://x/y.wav"}}),
     "video of the type null": content({"type": None, "video_url": {"url": "x"}}),
