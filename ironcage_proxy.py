@@ -1184,9 +1184,12 @@ BY_THE_PIECE = MappingProxyType({"output_cost_per_image": PRICE_KEYS["image_outp
 # Rows that price the choice of a model, and not the model that was chosen.
 ROUTER_KEY = re.compile(r"(^|/)model[_-]router(/|$)")
 SEARCHES_EACH_CALL = frozenset({"perplexity"})    # its fee for a search is one for each request
-# Providers whose usage says what a call cost, in USD, and where. Sources: OpenRouter's usage
-# accounting, Perplexity's API reference; read November 2026.
-REPORTED_COSTS = MappingProxyType({"openrouter": ("cost",), "perplexity": ("cost", "total_cost")})
+# Providers whose usage says what a call cost: (where, in how many parts of a USD). Sources:
+# OpenRouter's usage accounting, Perplexity's API reference, docs.x.ai/developers/cost-tracking
+# (the exact charge, with tools); read November 2026.
+REPORTED_COSTS = MappingProxyType({
+    "openrouter": (("cost",), 1), "perplexity": (("cost", "total_cost"), 1),
+    "xai": (("cost_in_usd_ticks",), 10 ** 10)})
 
 WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
 FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
@@ -1493,10 +1496,10 @@ ECHO_ROW = MappingProxyType({
 })
 FREE_ROW = MappingProxyType({INPUT_PRICE: 0, OUTPUT_PRICE: 0})
 
-# Endings of a name that leave the price as it is: none, a date, "latest".
-NAME_ENDINGS = ("", r"-[0-9]{4}-[0-9]{2}-[0-9]{2}|[-@][0-9]{8}|@default", "-latest")
-MONTH_AND_DAY = r"-(0[1-9]|1[0-2])([0-2][0-9]|3[01])"     # gpt-4-0613; elsewhere it is a version
-DATED_BY_MONTH = frozenset({"openai", "azure", ""})
+# Endings of a name that leave the price as it is: none, a date, "latest". A month and a day do not:
+# gpt-3.5-turbo's versions differ. gpt-4's cost the same (OpenAI's pricing, read November 2026).
+NAME_ENDINGS = ("", r"-[0-9]{4}-[0-9]{2}-[0-9]{2}|[-@][0-9]{8}|@default|(?<=^gpt-4)-0(314|613)",
+                "-latest")
 
 
 class PriceBook:
@@ -1584,8 +1587,6 @@ class PriceBook:
         prefix, slash, rest = model.partition("/")
         names = [model, rest] if slash and prefix in ("models", provider) else [model]
         for ending in NAME_ENDINGS:
-            if ending and provider in DATED_BY_MONTH:
-                ending = f"{ending}|{MONTH_AND_DAY}"
             for name in names:
                 price = self._sold(re.sub(f"({ending})$", "", name), provider)
                 if price is not None:
@@ -1687,12 +1688,13 @@ def _multiplier(price: Price, usage: Mapping[str, Any], api: str,
 
 def _reported_picodollars(usage: Mapping[str, Any], names: Iterable[str]) -> Rate:
     """Return what a provider of these names says that a call cost; 0 where that is no amount."""
-    path = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ())
+    path, parts = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ((), 1))
     value: Any = usage if path else None
     for name in path:
         value = json_object(value).get(name)
-    amount: Any = exact_number(str(value))
-    return _picodollars(amount) if _is_amount(amount) else 0
+    amount = exact_number(str(value))
+    is_amount = isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts
+    return _exact(amount, PICODOLLARS_PER_USD // parts) if is_amount else 0
 
 
 def _fees(price: Price, usage: Mapping[str, Any], api: str,

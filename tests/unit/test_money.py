@@ -737,6 +737,17 @@ def test_what_a_provider_says_a_call_cost_is_charged_where_it_is_more(provider, 
     assert microdollars == cost_in(row, usage, provider=provider)
 
 
+@pytest.mark.parametrize("ticks, microdollars", [
+    (37_756_000, 3_776), (999_999, 100), (2 * 10 ** 12, 200_000_000), (10 ** 22, 100), ("x", 100),
+    (True, 100), (-37_756_000, 100)])
+def test_xai_says_what_a_call_cost_in_ten_thousand_millionths_of_a_dollar(ticks, microdollars):
+    row = {name: value for name, value in PLAIN.items() if name != "litellm_provider"}
+    usage = {"prompt_tokens": 10, "completion_tokens": 0, "cost_in_usd_ticks": ticks}
+
+    assert microdollars == cost_in(row, usage, provider="xai")
+    assert 100 == cost_in(row, usage, provider="openrouter")
+
+
 # Tiers that a row has no price for.
 
 @pytest.mark.parametrize("tier, doubt", [
@@ -855,9 +866,9 @@ def test_a_name_resolves_to_its_row(model, provider, key):
     ("claude-opus-4@20250514", "openrouter"), ("models/gemini-pro", "openai"),
     ("ft:gpt-4o-2024-08-06:org::id", "azure"), ("ft:davinci-002", "lab"),
     ("vertex_ai/claude-opus", "anthropic"), ("claude-opus", "anthropic"),
-    # four digits are a date at OpenAI only, and only where they can be one
+    # four digits are another version, with a price of its own
     ("gemini-pro-0827", "gemini"), ("chat-0324", "deepseek"), ("gpt-4o-2407", "openai"),
-    ("gpt-4o-1301", "openai"),
+    ("gpt-4o-1301", "openai"), ("gpt-4o-0806", "openai"), ("own-1106", "azure"),
 ])
 def test_a_name_that_is_no_row_falls_to_no_other(model, provider):
     assert book_of(**NAMES).find(model, provider) is None
