@@ -7997,8 +7997,8 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
         return entry(named)
     data = [entry(name) for name in models]
     if dialect == "anthropic":
-        return {"data": data, "has_more": False, "first_id": data[0]["id"],
-                "last_id": data[-1]["id"]}
+        names = [*models] or [None]                # a token may be for none of them
+        return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
     return {"object": "list", "data": data}
 
 

@@ -45,7 +45,7 @@ TESTS = {
     "Responses": "unit/test_responses.py unit/test_translation.py wire/test_three_dialects.py",
     "Translators": "unit/test_translation.py unit/test_responses.py wire/test_three_dialects.py "
                    "wire/test_translated_calls.py",
-    "The echo model": "wire/test_the_cage.py wire/test_three_dialects.py",
+    "The echo model": "unit/test_the_echo_model.py wire/test_the_cage.py wire/test_three_dialects.py",
     "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py "
                        "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py unit/test_histories.py faults/test_one_ledger_one_server.py "
@@ -59,7 +59,8 @@ TESTS = {
                 "faults/test_every_way_to_end.py",
     "Settlement": "unit/test_settlement.py wire/test_learned_counts.py "
                   "faults/test_every_way_to_end.py",
-    "Events and metrics": "wire/test_embedding.py wire/test_operations.py",
+    "Events and metrics": "unit/test_events_and_metrics.py wire/test_embedding.py "
+                          "wire/test_operations.py",
     "Iron Cage server": "wire/test_server_mode.py",
     "Shared budget": "faults/test_shared_budget.py",
     "Router": "unit/test_router.py wire/test_the_cage.py wire/test_waiting.py "
