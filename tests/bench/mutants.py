@@ -32,7 +32,8 @@ TESTS = {
     "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
     "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
                         "faults/test_every_way_to_end.py",
-    "The neutral form": "unit/test_translation.py unit/test_translation_fuzz.py",
+    "The neutral form": "unit/test_the_neutral_form.py unit/test_translation.py "
+                        "unit/test_translation_fuzz.py",
     "Names, ids and losses": "unit/test_translation.py unit/test_responses.py "
                              "unit/test_peer_bugs.py wire/test_sloppy_servers.py "
                              "unit/test_translation_fuzz.py wire/test_translated_calls.py",

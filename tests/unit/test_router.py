@@ -174,6 +174,38 @@ def test_what_cannot_be_bounded_is_refused_under_a_budget_alone(carrier, monkeyp
     assert (DONE_COSTS, 0) == carrier.spent
 
 
+@pytest.mark.parametrize("more", [{}, {"max_tokens": None}])
+def test_a_call_without_price_or_bound_that_breaks_off_settles_for_nothing(carrier, more):
+    carrier.router.controller.set_budget(None)
+    fields = {**CHAT[1], "model": "gpt-of-no-table", "messages": [
+        {"role": "user", "content": "x" * ic.LEAST_COUNTED_BYTES}], **more}
+
+    carrier.refused(ic.UpstreamBroke, CHAT[0], fields, b"")
+
+    assert [(0, "no answer")] == [(row["cost_microdollars"], row["estimated"])
+                                  for row in carrier.rows]
+
+
+def test_an_api_that_no_provider_of_the_model_speaks_is_refused_with_those_that_one_does(carrier):
+    error = carrier.refused(ic.Untranslatable, "/v1/embeddings",
+                            {"model": "claude-haiku-4-5", "input": "x"})
+
+    assert "served by anthropic" in error.message and "/v1/messages" in error.message
+    assert (0, 0) == carrier.spent
+
+
+def test_a_bound_by_bytes_is_one_however_little_is_free():
+    fields = {**CHAT[1], "messages": [{"role": "user", "content": "word " * 2_000}]}
+    bounds = []
+    for how, budget in (("bytes", 2_000), ("measured", 2_000), ("measured", 10 ** 9)):
+        carrier = Carrier(bound=how, budget_microdollars=budget)
+        carrier.call(CHAT[0], fields, whole(DONE))
+        bounds.append(carrier.rows[0]["bound_microdollars"])
+
+    by_bytes, measured, of_little = bounds
+    assert by_bytes == of_little > 2 * measured
+
+
 def test_a_budget_that_comes_between_the_plan_and_the_reservation_is_kept_to(carrier, monkeypatch):
     """The plan was made without a limit, so without its rules: it is made again."""
     controller, planned = carrier.router.controller, []

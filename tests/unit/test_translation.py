@@ -1916,20 +1916,6 @@ def test_a_description_in_a_schema_that_is_no_text_is_left_out(description):
     assert {"type": "integer", "description": "minimum: 3"} == ic.claude_schema(schema)
 
 
-def test_the_words_of_an_error_are_looked_for_to_a_bounded_depth(monkeypatch):
-    looked, words_of = [], ic.words_of
-    monkeypatch.setattr(ic, "words_of", lambda body, depth=8: looked.append(depth) or words_of(
-        body, depth))
-    text = '{"metadata":{"raw":' * 20 + '"x"' + "}}" * 20
-    body = text
-    for _ in range(8):
-        body = {"error": body}
-
-    ic.words_of(body)
-
-    assert min(looked) >= -1 and len(looked) < 200
-
-
 class CountedJoins(collections.UserList):
     joins = 0
 
