@@ -1891,6 +1891,7 @@ HOSTED_RESULT_TYPES = frozenset({
     "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
 IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
 RECONFIGURING_TYPE = "configuration_update"     # content that changes reasoning, or the format
+PROMPT_FIELDS = ("messages", "input", "system", "instructions", "prediction")
 # What hangs on content without being content: who called, what was cited, arguments, how a tool
 # of the client ran and ended, and the format of the answers that follow.
 NOT_CONTENT_FIELDS = frozenset({
@@ -1913,6 +1914,11 @@ STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "contai
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}|(computer|browser)_toolset_20260801")
+# A tool without a type is a function where it has these members of one alone: Gemini's own tools
+# have no type either, as {"google_search": {}}.
+FUNCTION_MEMBERS = frozenset("""
+    type function name description parameters input_schema output_schema strict cache_control
+    defer_loading allowed_callers eager_input_streaming input_examples""".split())
 # (type, where it says that it runs) of those that may run at the provider too.
 CLIENT_TOOL_PLACES = (("tool_search", "client"), ("shell", "local"))
 SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # the request has all
@@ -1964,10 +1970,10 @@ def contents_of(body: JsonBody) -> Contents:
     """What a request consists of, looked for once."""
     if body.contents is None:
         fields = body.fields
-        parts = [(name, *found) for name in ("messages", "input", "system", "instructions")
-                 for found in _parts(fields.get(name))]
+        parts = [(name, *found) for name in PROMPT_FIELDS for found in _parts(fields.get(name))]
         body.contents = Contents(
-            parts, [*_flat_tools("tools", fields.get("tools")), *_brought_tools(parts)],
+            parts, [*_flat_tools("tools", fields.get("tools")),
+                    *_flat_tools("functions", fields.get("functions")), *_brought_tools(parts)],
             frozenset([kind for _, kind, _ in parts]),
             any([fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()]
                 + [_is_unseen(kind, part) for _, kind, part in parts]),
@@ -2042,7 +2048,8 @@ def _flat_tools(field: str, tools: Any) -> Iterator[tuple[str, str, Mapping[str,
     for tool in tools if isinstance(tools, list) else ():
         fields = json_object(tool)
         kind = fields.get("type")
-        kind = "function" if kind is None else kind
+        if kind is None and fields.keys() <= FUNCTION_MEMBERS:
+            kind = "function"
         if not isinstance(tool, dict) or not isinstance(kind, str) \
                 or any(name != name.casefold() for name in tool):
             kind = "?"
@@ -2110,6 +2117,10 @@ def _is_text(value: Any, price: Price) -> bool:
     return isinstance(value, str)
 
 
+def _is_scalar(value: Any, price: Price) -> bool:
+    return not isinstance(value, (dict, list))
+
+
 def _one_of(*values: Any) -> FieldRule:
     return lambda value, price: value in values
 
@@ -2124,12 +2135,14 @@ def _only_clears(value: Any, price: Price) -> bool:
 
 def _has_a_priced_tier(value: Any, price: Price) -> bool:
     suffix = tier_suffix(str(value), price.provider)
-    return (price.provider, value) not in PREPAID_TIERS and (      # which cannot be asked for
+    return (price.provider, str(value)) not in PREPAID_TIERS and (      # which cannot be asked for
         not suffix or any(key.endswith(suffix) for key in price.amounts))
 
 
-def _rules(names: str, **guarded: FieldRule) -> Mapping[str, FieldRule]:
-    return MappingProxyType({**dict.fromkeys(names.split()), **guarded})
+def _rules(names: str, scalars: str = "", **guarded: FieldRule) -> Mapping[str, FieldRule]:
+    """Return rules: none for what names name, that it holds no content for scalars, and others."""
+    return MappingProxyType({**dict.fromkeys(names.split()),
+                             **dict.fromkeys(scalars.split(), _is_scalar), **guarded})
 
 
 _OFF = _one_of(None, False, [])
@@ -2140,18 +2153,18 @@ _EDIT_MEMBERS = frozenset({"type", "keep", "trigger", "clear_at_least", "exclude
                            "clear_tool_inputs"})
 FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
     "chat": _rules(
-        "audio frequency_penalty function_call functions logit_bias logprobs "
-        "max_completion_tokens max_tokens messages metadata modalities model n "
-        "parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention "
-        "response_format safety_identifier seed stop store stream temperature "
-        "tool_choice tools top_logprobs top_p user verbosity",
+        "audio function_call functions logit_bias messages metadata modalities prediction "
+        "response_format stop tool_choice tools",
+        "frequency_penalty logprobs max_completion_tokens max_tokens model n parallel_tool_calls "
+        "presence_penalty prompt_cache_key prompt_cache_retention safety_identifier seed store "
+        "stream temperature top_logprobs top_p user verbosity",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
         prompt_cache_options=_CACHE_OPTIONS, web_search_options=_OFF,
         reasoning_effort=_is_text),
     "responses": _rules(
-        "client_metadata conversation include input instructions max_output_tokens max_tool_calls "
-        "metadata model parallel_tool_calls previous_response_id prompt_cache_key "
-        "prompt_cache_retention safety_identifier store stream temperature tool_choice tools "
+        "client_metadata conversation include input instructions metadata tool_choice tools",
+        "max_output_tokens max_tool_calls model parallel_tool_calls previous_response_id "
+        "prompt_cache_key prompt_cache_retention safety_identifier store stream temperature "
         "top_logprobs top_p truncation user",
         moderation=_MODERATION, stream_options=_STREAM_OPTIONS, service_tier=_has_a_priced_tier,
         prompt_cache_options=_CACHE_OPTIONS, image=_rules("context_compression"),
@@ -2161,13 +2174,15 @@ FIELD_RULES: Mapping[str, Mapping[str, FieldRule]] = MappingProxyType({
         context_management=_OFF, access_programs=_OFF,
         multi_agent=lambda value, price: json_object(value).get("enabled") is False),
     "completions": _rules(
-        "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty "
-        "prompt seed stop stream suffix temperature top_p user", stream_options=_STREAM_OPTIONS),
-    "embeddings": _rules("dimensions encoding_format input model user"),
+        "logit_bias prompt stop",
+        "best_of echo frequency_penalty logprobs max_tokens model n presence_penalty seed stream "
+        "suffix temperature top_p user", stream_options=_STREAM_OPTIONS),
+    "embeddings": _rules("input", "dimensions encoding_format model user"),
     "messages": _rules(
-        "billing_policy cache_control container diagnostics fallback_credit_token "
-        "max_tokens messages metadata model output_format stop_sequences stream system "
-        "temperature thread tool_choice tools top_k top_p user_profile_id workspace_id",
+        "billing_policy cache_control container diagnostics messages metadata output_format "
+        "stop_sequences system thread tool_choice tools",
+        "fallback_credit_token max_tokens model stream temperature top_k top_p user_profile_id "
+        "workspace_id",
         thinking=_rules("type budget_tokens display block_binding"),
         output_config=_rules("format task_budget", effort=_is_text),
         context_management=_rules("", edits=_only_clears), inference_geo=_one_of("global", "us"),
@@ -2807,7 +2822,7 @@ def _forces_hosted(choice: Any, names: set) -> bool:
     """Whether a tool_choice leaves the model no way but a hosted tool."""
     kind = choice if isinstance(choice, str) else json_object(choice).get("type")
     if kind == "tool":
-        return json_object(choice).get("name") in names
+        return str(json_object(choice).get("name")) in names
     return kind not in (None, "auto", "none", "function", "custom")
 
 

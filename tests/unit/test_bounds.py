@@ -444,6 +444,8 @@ UNSEEN = {
     "item reference": {"input": [{"type": "item_reference", "id": "msg_1"}]},
     "instructions that are items": {"instructions": [
         {"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+    "a prediction that is a file": chat(prediction={"type": "content", "content": [
+        {"type": "file", "file": {"file_id": "x"}}]}),
     "item reference without a type": {"input": [{"id": "msg_1", "content": None}]},
     "audio without a type": content({"audio_url": {"url": "https://x/y.wav"}}),
     "video of the type null": content({"type": None, "video_url": {"url": "x"}}),
@@ -685,11 +687,14 @@ def test_a_refusal_names_the_field_that_it_is_about(fields, param):
     assert param == caught.value.param
 
 
-@pytest.mark.parametrize("tool", [{"type": 5}, {"type": ["function"]}, "function", None, [],
-                                  {"Type": "mcp"}], ids=repr)
+@pytest.mark.parametrize("tool", [
+    {"type": 5}, {"type": ["function"]}, "function", None, [], {"Type": "mcp"},
+    {"google_search": {}}, {"type": None, "code_execution": {}},
+    {"name": "f", "parameters": {}, "google_search": {}}], ids=repr)
 def test_what_is_no_tool_is_refused(tool):
-    with pytest.raises(ic.UnboundedRequest, match="no type that is known"):
-        checked("chat", {"tools": [tool]})
+    for field in ("tools", "functions"):
+        with pytest.raises(ic.UnboundedRequest, match="no type that is known"):
+            checked("chat", {field: [tool]})
 
 
 @pytest.mark.parametrize("tools", [{"type": "mcp"}, "mcp", 5], ids=repr)
@@ -713,6 +718,19 @@ def test_a_tool_type_that_is_no_plain_word_is_not_repeated(kind):
 ])
 def test_a_tool_that_the_client_runs_is_accepted(tool):
     assert [] == checked("chat", {"tools": [tool]})
+
+
+SCALARS = [(api, name) for api, rules in ic.FIELD_RULES.items() for name in rules
+           if rules[name] is ic._is_scalar]
+
+
+@pytest.mark.parametrize("api, name", SCALARS)
+def test_what_is_text_or_a_number_in_an_api_can_hold_no_content(api, name):
+    for value in ([{"type": "input_file", "file_url": "https://x/y.pdf"}], {"type": "image_url"}):
+        with pytest.raises(ic.UnboundedRequest, match=f"{name}, as asked for here"):
+            checked(api, {name: value})
+    assert [] == checked(api, {name: "x"})
+    assert {"suffix", "user", "previous_response_id", "prompt_cache_key"} <= {n for _, n in SCALARS}
 
 
 # Top-level fields: (API, field, a value that is bounded or None, one that is not or None).

@@ -3,6 +3,7 @@ that a call settles once however it ends. The same over sockets: wire/ and fault
 import contextlib
 import json
 import time
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +142,69 @@ def test_a_body_in_another_charset_is_refused(carrier, content_type, is_taken):
 def test_a_method_override_is_refused_under_a_budget(carrier, path, fields, method, request_of):
     carrier.refused(ic.UnmeteredRoute, path, fields, method=method, **request_of)
 
+    assert (0, 0) == carrier.spent
+
+
+# Values that a field of any request may be made of, and where they are put.
+ODD = ([[]], [{}], {"x": []}, ["x"], [None], True, False, None, 0, -1, 1.5, 10 ** 17,
+       10 ** 40, -10 ** 40, "", "x", "\0", "\ud800", "9" * 400, {"type": []}, [{"type": {}}],
+       {"type": "image", "source": []}, [{"type": "tool_use", "name": {}, "input": []}])
+HOLDING = {
+    "chat": {**CHAT[1], "prediction": {"type": "content", "content": "x"}, "n": 1,
+             "audio": {"voice": "x"}, "stream": False, "tools": [
+                 {"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    "responses": {**RESPONSES[1], "model": "gpt-5.5", "max_tool_calls": 1, "reasoning": {
+        "effort": "low"}, "tools": [
+            {"type": "web_search", "filters": {}}, {"type": "function", "name": "f"},
+            {"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c"}]}],
+                  "input": [{"type": "function_call_output", "call_id": "c", "output": "x"},
+                            {"type": "tool_search_output", "tools": [{"type": "function"}]}]},
+    "messages": {**MESSAGES[1], "thinking": {"type": "enabled", "budget_tokens": 1024},
+                 "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+                 "messages": [{"role": "user", "content": [
+                     {"type": "document", "source": {"type": "text", "data": "x"},
+                      "citations": {"enabled": True}},
+                     {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+                     {"type": "tool_addition", "tool": {"type": "x", "definition": {}}}]}],
+                 "tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 2},
+                           {"type": "web_fetch_20250910", "name": "f", "citations": {}},
+                           {"name": "g", "input_schema": {}, "defer_loading": True}]},
+    "completions": {"model": "gpt-3.5-turbo-instruct", "prompt": "x", "n": 1},
+    "embeddings": {"model": "text-embedding-3-small", "input": "x"},
+}
+
+
+def odd_bodies(value, rng):
+    """A body again and again, with some odd values in place of each member that it holds."""
+    for name in value if isinstance(value, dict) else range(
+            len(value) if isinstance(value, list) else 0):
+        for inner in ([], {}, *rng.sample(ODD, 3), *odd_bodies(value[name], rng)):
+            changed = {**value} if isinstance(value, dict) else [*value]
+            changed[name] = inner
+            yield changed
+
+
+@pytest.mark.parametrize("api", HOLDING)
+def test_any_value_in_any_field_is_admitted_or_refused_in_one_sentence(carrier, api):
+    fields = HOLDING[api]
+    bodies = [*odd_bodies({**dict.fromkeys(ic.FIELD_RULES[api]), **fields}, Random(api)),
+              *({**fields, "tool_choice": {"type": "tool", "name": odd}} for odd in ODD)]
+    path, seen = next(path for path, name in ic.METERED_APIS.items() if name == api), set()
+
+    for body in bodies:
+        request = carrier.request(path, body)
+        try:
+            call = carrier.router._admitted(
+                request, api, request.parsed(), carrier.router.providers[
+                    "anthropic" if api == "messages" else "openai"], fields["model"], None)
+            carrier.router._upstream_body(call)
+            carrier.router._settle(call)
+            seen.add(200)
+        except ic.IroncageError as err:
+            assert err.status in (400, 402), body
+            seen.add(err.status)
+
+    assert {200, 400} <= seen
     assert (0, 0) == carrier.spent
 
 
