@@ -166,6 +166,7 @@ MAX_INTERIM_ANSWERS = 100                 # of status 1xx, before the answer its
 MAX_JSON_DEPTH = 200                      # deeper bodies are attacks, not prompts
 MAX_JSON_VALUES = 1_000_000               # more hold the interpreter for over 0.2 s
 MAX_INTEGER_DIGITS = 4300                 # as Python reads and writes; what costs has less room
+MAX_MODEL_CHARS = 512
 MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry megabytes in one
 MAX_ANSWER_BYTES = 64 * 1024 * 1024       # an answer that is metered whole is held in memory
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
@@ -351,10 +352,9 @@ ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
 # vercel/ai and pydantic-ai (August 2026), and in reports of refusals.
 # Caps: DeepSeek ignores max_completion_tokens (measured: 76 tokens where 5 were asked for), and so
 # does Ollama; Mistral refuses it. A cap of 0 is none to servers that cannot see it from none.
-# DashScope, SiliconFlow and Volcengine cap the answer alone, not the reasoning before it (their API
-# references and Ark's SDKs); the longest that one of them documents is 262,144 tokens (Qwen 3.7).
+# At DashScope, SiliconFlow and Volcengine max_tokens may cap the answer alone, by model (notice of
+# DashScope's, 2 November 2026): the README says so, and `reasoning_beyond_caps` bounds it.
 _BOTH_CAPS = ("max_completion_tokens", "max_tokens")
-MOST_REASONING_TOKENS = 262_144
 KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for row in (
     Provider("openai", "openai", "https://api.openai.com/v1", key_env="OPENAI_API_KEY",
              responses=True, caps=_BOTH_CAPS, zero_is_a_cap=True, fields=None,
@@ -369,7 +369,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("dashscope", "openai", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
              anthropic_base_url="https://dashscope-intl.aliyuncs.com/apps/anthropic",
              key_env="DASHSCOPE_API_KEY", path="/compatible-mode/v1", sold_as=("qwencloud",),
-             cache_marks=True, reasoning_beyond_caps=MOST_REASONING_TOKENS,
+             cache_marks=True,
              hosts=("dashscope*.aliyuncs.com", "*.maas.aliyuncs.com")),
     Provider("deepseek", "openai", "https://api.deepseek.com/v1", key_env="DEEPSEEK_API_KEY",
              anthropic_base_url="https://api.deepseek.com/anthropic",
@@ -409,8 +409,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
                       "vertex_ai-anthropic_models", "vertex_ai-embedding-models"),
              hosts=("*aiplatform.googleapis.com", "aiplatform.*.rep.googleapis.com")),
     Provider("volcengine", "openai", "https://ark.cn-beijing.volces.com/api/v3",
-             key_env="ARK_API_KEY", path="/api/v3", responses=True,
-             reasoning_beyond_caps=MOST_REASONING_TOKENS),
+             key_env="ARK_API_KEY", path="/api/v3", responses=True),
     Provider("xai", "openai", "https://api.x.ai/v1", key_env="XAI_API_KEY", responses=True),
     Provider("zai", "openai", "https://api.z.ai/api/paas/v4", key_env="ZAI_API_KEY",
              anthropic_base_url="https://api.z.ai/api/anthropic", path="/api/paas/v4",
@@ -421,7 +420,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("novita", "openai", "https://api.novita.ai/v3/openai", key_env="NOVITA_API_KEY",
              anthropic_base_url="https://api.novita.ai/anthropic", path="/v3/openai"),
     Provider("siliconflow", "openai", "https://api.siliconflow.com/v1",
-             key_env="SILICONFLOW_API_KEY", reasoning_beyond_caps=MOST_REASONING_TOKENS,
+             key_env="SILICONFLOW_API_KEY",
              hosts=("api.siliconflow.cn",)),
     Provider("cohere", "openai", "https://api.cohere.ai/compatibility/v1", key_env="CO_API_KEY",
              path="/compatibility/v1", stream_usage=False, sold_as=("cohere_chat",)),
@@ -473,10 +472,15 @@ HOP_BY_HOP_HEADERS = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
 })
+# What browsers, and proxies on the way to us, say of this side.
+LOCAL_HEADERS = frozenset({
+    "forwarded", "via", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host",
+    "x-forwarded-port", "x-forwarded-proto", "x-forwarded-server", "referer", "origin",
+})
 # Beside those: the client's credentials and cookies, and what the sender writes itself.
 REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "host", "content-length", "content-encoding", "accept-encoding", "expect",
-    "authorization", "x-api-key", "api-key", "cookie",
+    "authorization", "x-api-key", "api-key", "cookie", *LOCAL_HEADERS,
 }
 ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "content-length", "set-cookie", "set-cookie2", "x-accel-buffering"}
@@ -1514,7 +1518,7 @@ class PriceBook:
         self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
         self._providers, self._price_as = {row.name: row for row in providers}, price_as
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
-        self.find = functools.lru_cache(maxsize=1024)(self._find)
+        self._found = functools.lru_cache(maxsize=1024)(self._find)
 
     @classmethod
     def load(cls, path: str) -> PriceBook:
@@ -1560,6 +1564,10 @@ class PriceBook:
             except ValueError:
                 self._prices[key] = None
         return self._prices.get(key)
+
+    def find(self, model: str, provider: str = "") -> Optional[Price]:
+        """The price of a model as a provider sells it, or None."""
+        return self._found(model, provider) if len(model) <= MAX_MODEL_CHARS else None
 
     def _find(self, model: str, provider: str = "") -> Optional[Price]:
         """The price of a model as a provider sells it: its own, else the one that stands in for
@@ -1660,12 +1668,17 @@ class PriceBook:
         return lines
 
 
+NO_TOKENS: Mapping[str, int] = dict.fromkeys(
+    ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 0)
+
+
 def billed_entries(usage: Mapping[str, Any],
                    model: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
     """(model, usage) of each billed part of a call.
 
     Anthropic's `iterations`, where present, hold all that was billed (compaction and advisor
-    turns are missing in the top-level counts), each at its own model's price.
+    turns are missing in the top-level counts), each at its own model's price; not where they come
+    to less than the top level.
     """
     iterations = usage.get("iterations")
     if not isinstance(iterations, list) or not iterations:
@@ -1674,6 +1687,11 @@ def billed_entries(usage: Mapping[str, Any],
         raise MalformedUsage("there are too many iterations")
     if not all(isinstance(entry, dict) for entry in iterations):
         raise MalformedUsage("an iteration is not an object")
+    read = USAGE_READERS["messages"]
+    tokens = [counts.prompt_tokens + counts.completion_tokens
+              for counts in map(read, (*iterations, {**NO_TOKENS, **usage}))]
+    if sum(tokens[:-1]) < tokens[-1]:
+        return [(model, usage)]
     return [(entry["model"] if isinstance(entry.get("model"), str) else model, entry)
             for entry in iterations]
 
@@ -3245,8 +3263,6 @@ USAGE_PARTS: Mapping[str, tuple] = MappingProxyType({
                   "cache_creation"), ("output_tokens", "output_tokens_details"),
                  ("iterations",), ("server_tool_use",)),
 })
-NO_TOKENS: Mapping[str, int] = dict.fromkeys(
-    ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 0)
 
 
 def _amount(api: str, part: Mapping[str, Any]) -> int:
@@ -3292,7 +3308,7 @@ class AnswerMeter:
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
     output_bytes = 0                            # UTF-8 bytes of generated text seen
     has_ended = False                           # the stream's last event was seen
-    failure: Optional[str] = None               # the type of an error inside a stream
+    failure: Optional[str] = None               # the type of an error inside a stream: no end yet
     body_has_ended = False                      # in order, whatever it held
     awaits_usage = True                         # the last report is not known to be the last
     is_beyond_limits = False                    # a part that might be JSON was not parsed
@@ -3300,8 +3316,8 @@ class AnswerMeter:
     _bytes_at_usage = 0                         # `output_bytes` at the last report
     _done_bytes = 0                             # of those, what whole items of a response hold
 
-    def __init__(self, api: str) -> None:
-        self.api = api
+    def __init__(self, api: str, choices: int = 1) -> None:
+        self.api, self._choices = api, choices  # that were asked for
         self._finished: dict[str, bool] = {}    # by choice: its finish_reason came, and no more
 
     @property
@@ -3310,6 +3326,11 @@ class AnswerMeter:
         return self.usage is not None and self.malformed is None and not self.awaits_usage \
             and self.output_bytes == self._bytes_at_usage \
             and all(name in self.usage for name in USAGE_PARTS[self.api][1][:1])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the client has what ends a stream: its last event, or an error."""
+        return self.has_ended or self.failure is not None
 
     @property
     def reported(self) -> Usage:
@@ -3455,7 +3476,8 @@ class AnswerMeter:
                 not shown and self._finished.get(index, False))
         if usage_in(chunk) is not None:
             # Running usage beside choices is not final before the end.
-            self.awaits_usage = bool(choices) or not self._has_finished()
+            self.awaits_usage = bool(choices) or not self._has_finished() \
+                or len(self._finished) < self._choices
         self._read_result(chunk)
 
     def _has_finished(self) -> bool:
@@ -3503,7 +3525,6 @@ class AnswerMeter:
         """Note an error's type; Responses has "error" there, as an event, and then a code."""
         self.failure = next((error[name] for name in ("type", "code") if isinstance(
             error.get(name), str) and error[name] not in ("", "error")), "error")
-        self.has_ended = True
 
 
 EVENT_READERS = MappingProxyType({
@@ -11662,16 +11683,26 @@ def anthropic_betas(head: RequestHead, added: Iterable[str]) -> str:
     return ",".join(filter(None, [asked, *(beta for beta in added if beta not in asked)]))
 
 
+def offered_tokens(headers: Headers) -> list[str]:
+    """Return what a client shows to be let in."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    offered = (bearer.strip() if scheme.lower() == "bearer" else None, headers.get("x-api-key"))
+    return [token for token in offered if token]
+
+
 def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
                      translator: Optional[Translator] = None,
                      added_betas: Iterable[str] = ()) -> dict[str, str]:
     """Return the headers of an upstream call: the client's end-to-end ones, and the provider's key.
 
-    A translated call is the proxy's own: what one vendor's clients say to it stays behind, but
-    for the features of Anthropic that a client of OpenAI's names.
+    The client's token stays behind in whatever header it stands. A translated call is the proxy's
+    own: what one vendor's clients say to it stays behind, but for the features of Anthropic that a
+    client of OpenAI's names.
     """
+    tokens = offered_tokens(head.headers)
     headers = {name: value for name, value in head.headers.values.items()
-               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(OWN_HEADERS)}
+               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(OWN_HEADERS)
+               and not any([token in value for token in tokens])}
     for name in connection_options(head.headers):
         headers.pop(name, None)
     if translator is not None:
@@ -11825,6 +11856,7 @@ class Call:
     first_byte_ms: Optional[int] = None               # from sending to the head of the answer
     provider_request_id: Optional[str] = None
     heard_s = 0.0                                     # when its client last heard something
+    failed_ns = 0                                     # when an error came in its stream
     client_left = False
     charge: Optional[Charge] = None                   # set when it is settled
     row: Optional[dict] = None                        # in the ledger, once the intent is written
@@ -11835,7 +11867,7 @@ class Call:
         self.model = model                            # the name that goes upstream
         self.losses = Losses()                        # what a translator could not carry over
         self.wants_stream = optional_flag(body.fields, "stream")
-        self.meter = AnswerMeter(api)
+        self.meter = AnswerMeter(api, optional_count(body.fields, "n") or 1)
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
 
     def intent_row(self) -> dict:
@@ -11892,6 +11924,8 @@ TIER_TOKENS_PER_S = MappingProxyType({
 # An error that comes this soon, before any output or usage, is taken as not billed; an unstreamed
 # call that breaks off later without a byte, as one that its provider may finish unseen.
 SOON_NS = 10 * 10 ** 9
+# A gateway's word that it has no answer of the provider's, who may go on (524: Cloudflare's).
+NO_ANSWER_STATUSES = frozenset({502, 504, 524})
 
 
 def tokens_per_s(call: Call) -> int:
@@ -11912,10 +11946,12 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
 
     Nothing: not sent; refused without usage; ended by an error event soon, before all else.
     Exactly: by final usage, which for a call that loops at the provider has its input.
-    Its reservation: not streamed, and broken off late without a byte. All else: _most_bill().
+    Its reservation: not streamed, and broken off late without a byte, which a gateway may say.
+    All else: _most_bill().
     """
     meter, is_soon = call.meter, elapsed_ns <= SOON_NS
-    refused = call.status is not None and not 200 <= call.status < 300
+    gave_up = not is_soon and call.status in NO_ANSWER_STATUSES
+    refused = call.status is not None and not 200 <= call.status < 300 and not gave_up
     reported = meter.usage is not None or meter.malformed is not None
     if not call.was_sent or (refused and not reported) \
             or (meter.failure is not None and meter.is_blank and is_soon):
@@ -11930,7 +11966,8 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
         except UnpricedModel:
             reason = "a model without a price served it" if call.price is not None \
                 else "no price is known"
-    if meter.is_blank and not is_soon and not meter.body_has_ended and not call.wants_stream:
+    broke_off = meter.is_blank and not is_soon and not meter.body_has_ended
+    if (broke_off or gave_up) and not call.wants_stream:
         return Charge(reserved_in_full(call), reason)
     return Charge(_most_bill(call, prices, elapsed_ns), reason)
 
@@ -11939,7 +11976,8 @@ def _end_of(call: Call) -> str:
     """Say in a few words how a call without exact usage ended."""
     meter = call.meter
     ends = ((meter.malformed is not None, f"malformed usage: {meter.malformed}"),
-            (call.client_left, "client gone"), (call.status is None, "no answer"),
+            (call.client_left, "client gone"),
+            (call.status is None or call.status in NO_ANSWER_STATUSES, "no answer"),
             (meter.failure is not None, "an error in the stream"),
             (not (meter.has_ended or meter.body_has_ended), "the answer broke off"))
     return next((reason for is_so, reason in ends if is_so), "no usage in the answer")
@@ -13975,6 +14013,14 @@ class ProviderFailed(Exception):
         self.status, self.body = status, body
 
 
+def _bounded_name(model: str, param: str) -> str:
+    """Return a model's name, which is looked for, kept and logged. Raises BadRequest."""
+    if len(model) > MAX_MODEL_CHARS:
+        raise BadRequest(f"{param} must name models by at most {MAX_MODEL_CHARS} characters",
+                         param=param)
+    return model
+
+
 def named_model(fields: Mapping[str, Any]) -> str:
     """Return the model that a request names; "" where a prompt stored at the provider names it.
 
@@ -13985,19 +14031,22 @@ def named_model(fields: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be a string that names a model", param="model")
-    return model
+    return _bounded_name(model, "model")
 
 
 def other_models(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Yield models that a request names beside its own: in tools, as fallbacks, in another case."""
+    """Yield models that a request names beside its own: in tools, as fallbacks, in another case.
+
+    Raises BadRequest.
+    """
     for name, value in fields.items():
         if name in ("models", "fallbacks", "tools"):
             for row in value if isinstance(value, list) else ():
                 model = row if isinstance(row, str) else json_object(row).get("model")
                 if model is not None:
-                    yield str(model)
+                    yield _bounded_name(str(model), name)
         elif name != "model" and name.lower() == "model":
-            yield str(value)
+            yield _bounded_name(str(value), name)
 
 
 _CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
@@ -14662,7 +14711,7 @@ class Router:
         if call.translator is None:
             yield from map(reader.read, self._reads(call, response, reader))
             yield [reader.finish()]
-            if not call.meter.has_ended and reader.can_read:
+            if not call.meter.is_over and reader.can_read:
                 raise UpstreamBroke(NO_LAST_EVENT)
             return
         for event in call.translator.events(self._provider_events(call, response, reader)):
@@ -14680,7 +14729,7 @@ class Router:
                     self.turns.leave()
                 yield pieces
         except UpstreamError:
-            if not call.meter.has_ended:
+            if not call.meter.is_over:
                 raise
 
     def _provider_events(self, call: Call, response: Response,
@@ -14720,6 +14769,8 @@ class Router:
             for pieces in reads:
                 if call.meter.has_ended:
                     self._settle(call)
+                elif call.meter.failure is not None and not call.failed_ns:
+                    call.failed_ns = time.monotonic_ns()
                 if any(pieces):
                     yield pieces
             self._settle(call)
@@ -14745,7 +14796,8 @@ class Router:
         """
         if call.charge is not None:
             return call.charge
-        elapsed_ns = time.monotonic_ns() - call.sent_ns
+        ended_ns = (call.meter.is_blank and call.failed_ns) or time.monotonic_ns()
+        elapsed_ns = ended_ns - call.sent_ns
         try:
             if call.was_sent and not call.meter.usage_is_final:
                 call.bound = self._tight_bound(call)
@@ -15135,12 +15187,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _authenticated(self, head: RequestHead) -> Caller:
         """Return whose token a request has. Raises Unauthorized."""
-        offered = head.headers
-        scheme, _, bearer = offered.get("authorization", "").partition(" ")
-        for credential in (bearer.strip() if scheme.lower() == "bearer" else None,
-                           offered.get("x-api-key")):
-            if not credential:
-                continue
+        for credential in offered_tokens(head.headers):
             # Looked up by its hash, so that the time says nothing of how much of it was right.
             caller = self.server.callers.get(token_sha256(credential))
             if caller is not None and caller.has_expired():

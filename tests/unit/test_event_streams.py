@@ -245,7 +245,7 @@ def test_our_own_error_event_is_a_failure_to_our_own_meter(api):
 
     meter.read_event(ic.event_data(ic.error_event(BROKE, api, "req_1").lstrip()))
 
-    assert meter.has_ended
+    assert meter.is_over
     assert meter.failure in ("server_error", "api_error")
 
 
@@ -411,10 +411,10 @@ def test_a_messages_stream_ends_in_message_stop():
     ("messages", {"type": "error"}, "error"), ("messages", {"type": "error", "error": None},
                                                "error"),
 ])
-def test_an_error_event_ends_a_stream_as_a_failure(api, event, failure):
+def test_an_error_event_is_a_failure_and_all_that_a_client_waits_for(api, event, failure):
     meter = metered(api, event)
 
-    assert (failure, True) == (meter.failure, meter.has_ended)
+    assert (failure, False, True) == (meter.failure, meter.has_ended, meter.is_over)
 
 
 GARBAGE = (b"", b"{", b"null", b"5", b"[]", b'"x"', b"true", b"[DONE", b"\xff\xfe", b"{}", b"NaN",
@@ -704,3 +704,14 @@ def test_a_json_answer_in_a_stream_is_held_up_to_a_limit(monkeypatch):
     assert [] == [*reader.parsed([b"{" + b" " * 99])]
     with pytest.raises(ic.UpstreamBroke, match="larger"):
         list(reader.parsed([b"}"]))
+
+
+def test_a_choice_that_never_began_keeps_the_usage_from_being_final():
+    meter = ic.AnswerMeter("chat", choices=2)
+    done = {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}]}
+    for event in (done, {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 1}}):
+        meter.read_event(json.dumps(event).encode())
+    assert not meter.usage_is_final
+
+    meter.end_body()                       # a server that makes one choice only, whatever is asked
+    assert meter.usage_is_final

@@ -266,6 +266,13 @@ def test_each_iteration_meets_the_long_context_threshold_by_itself(first, second
     assert microdollars == cost_in(LONG_CLAUDE, usage, "messages")
 
 
+def test_iterations_that_come_to_less_than_the_top_level_are_not_all_of_the_bill():
+    usage = {"input_tokens": 1_000, "output_tokens": 10, "iterations": [
+        {"input_tokens": 1, "output_tokens": 1}]}
+
+    assert 10_000 + 500 == cost_in(CLAUDE, usage, "messages")
+
+
 def test_an_empty_list_of_iterations_bills_the_top_level():
     assert 100 == cost_in(CLAUDE, {"input_tokens": 10, "output_tokens": 0, "iterations": []},
                           "messages")

@@ -124,6 +124,18 @@ def test_every_model_that_a_request_names_beside_its_own_is_found(fields, models
     assert models == [*ic.other_models(fields)]
 
 
+@pytest.mark.parametrize("fields", [
+    {"model": "m" * 513}, {"model": "m", "models": ["m" * 513]}, {"model": "m", "MODEL": "m" * 513},
+    {"model": "m", "tools": [{"model": "m" * 513}]}])
+def test_a_name_too_long_to_look_for_is_refused_and_kept_nowhere(fields):
+    assert "m" * 512 == ic.named_model({"model": "m" * 512})
+
+    with pytest.raises(ic.BadRequest, match="at most 512 characters"):
+        [ic.named_model(fields), *ic.other_models(fields)]
+
+    assert PRICES.find("m" * 513) is None and 0 == PRICES._found.cache_info().currsize
+
+
 @pytest.mark.parametrize("content_type, is_taken", [
     (None, True), ("application/json", True), ("application/json; charset=UTF-8", True),
     ('application/json; charset="utf8"', True), ("application/json; charset=latin-1", False)])
@@ -467,6 +479,30 @@ def test_a_stream_without_its_last_event_ends_in_an_error_that_the_client_sees(c
     assert 200 == status and ic.NO_LAST_EVENT in body.decode()
     assert carrier.rows[0]["estimated"] is not None
     assert 0 < carrier.spent[0] and 0 == carrier.spent[1]
+
+
+ERROR_EVENT = {"error": {"type": "server_error", "message": "x"}}
+
+
+def test_what_a_provider_bills_behind_an_error_event_is_charged(carrier):
+    body = stream(ERROR_EVENT, delta("hello", "stop"), {**DONE, "choices": []}, b"[DONE]")
+
+    assert 200 == carrier.call(CHAT[0], {**CHAT[1], **STREAM}, body)[0]
+
+    assert DONE_COSTS == carrier.router.controller.get_status()[0]
+
+
+def test_an_error_event_that_came_soon_is_free_however_long_its_stream_stays_open(
+        carrier, monkeypatch):
+    now = [10 ** 9]
+    monkeypatch.setattr(ic.time, "monotonic_ns", lambda: now[0])
+    with carrier.open(CHAT[0], {**CHAT[1], **STREAM}, stream(ERROR_EVENT)) as (answer, _):
+        reads = iter(answer.reads)
+        assert b"server_error" in b"".join(next(reads))
+        now[0] += 60 * 10 ** 9
+        list(reads)
+
+    assert 0 == carrier.router.controller.get_status()[0]
 
 
 def test_a_stream_that_breaks_after_its_last_event_is_whole(carrier):

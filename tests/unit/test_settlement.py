@@ -79,6 +79,14 @@ BODY = {"choices": [{"message": {"role": "assistant", "content": "x" * 40}}]}
     (dict(events=[{"usage": "many"}, ERROR]), 0, (100, "malformed usage: it is not an object")),
     (dict(api="responses", events=[{"type": "response.failed", "response": {"error": {}}}]), 1,
      (0, None)),
+    # A gateway that gave up on its provider, who may go on.
+    (dict(status=504, streams=False, answer=ERROR), 10, (0, None)),
+    (dict(status=504, streams=False, answer=ERROR), 10.1, (5_100, "no answer")),
+    (dict(status=502, streams=False, answer=b"<html>"), 10.1, (5_100, "no answer")),
+    (dict(status=524, answer=ERROR), 11, (5_100, "no answer")),
+    (dict(status=503, streams=False, answer=ERROR), 100, (0, None)),
+    # An error event is no end: what is billed behind it is charged.
+    (dict(events=[ERROR, text("x", finish="stop"), usage(), b"[DONE]"]), 100, (110, None)),
     # Exactly.
     (dict(events=[text("x", finish="stop"), usage(), b"[DONE]"]), 100, (110, None)),
     (dict(status=500, answer=usage()), 100, (110, None)),

@@ -398,6 +398,15 @@ def test_what_travels_up_is_end_to_end_and_the_providers_own_key():
             "accept-encoding": "identity", "content-length": "5"} == sent_up()
 
 
+@pytest.mark.parametrize("name, value", [
+    ("x-forwarded-for", "10.1.2.3"), ("forwarded", "for=10.1.2.3"), ("via", "1.1 caddy"),
+    ("x-real-ip", "10.1.2.3"), ("referer", "https://wiki.internal/page"),
+    ("origin", "https://wiki.internal"), ("x-goog-api-key", "ic-token"),
+    ("x-custom", "Token ic-token;v=1")])
+def test_nothing_says_who_stands_before_the_proxy_nor_its_token(name, value):
+    assert name not in sent_up([(name, value)])
+
+
 def test_what_one_vendors_client_says_to_it_stays_behind_in_a_translated_call():
     assert {"host": "p.example", "user-agent": "sdk/1", "authorization": f"Bearer {KEY}",
             "accept-encoding": "identity", "content-length": "5",

@@ -333,13 +333,3 @@ def test_reasoning_that_no_cap_holds_is_set_aside_too(mock, proxy_with, path):
     assert (200, 402, 1) == (first.status, second.status, len(mock.seen))
     assert (1_100, 1_100) == (second.json["error"]["ironcage"]["spent_microdollars"],
                               second.json["error"]["ironcage"]["needed_microdollars"])
-
-
-@pytest.mark.parametrize("name, host", [
-    ("dashscope", ""), ("siliconflow", ""), ("volcengine", ""),
-    ("mine", "https://api.siliconflow.cn/v1"), ("mine", "https://dashscope-us.aliyuncs.com/x")])
-def test_servers_that_cap_the_answer_alone_are_known(name, host):
-    row = provider(name, **({"base_url": host} if host else {}))
-
-    assert 262_144 == row.reasoning_beyond_caps
-    assert 262_144 == row.speaking("messages").reasoning_beyond_caps
