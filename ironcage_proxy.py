@@ -235,13 +235,15 @@ COUNTING_ROUTES = MappingProxyType({
     "/v1/messages/count_tokens": "messages",
     "/v1/responses/input_tokens": "responses",
 })
-# Routes that cost nothing at the provider; every other unmetered one is refused under a budget.
-FREE_ROUTES = (
+# Routes that cost nothing, since no model runs: (method, pattern). Where one does, it is free at
+# the providers in a third place alone: OpenAI's moderations are (its guide, November 2026), others'
+# have a price. Every other unmetered route is refused under a budget.
+FREE_ROUTES: Sequence[tuple[str, ...]] = (
     ("GET", r"/v1/models"),
     ("GET", r"/v1/models/([A-Za-z0-9._:/-]|%2[Ff]|%3[Aa])+(?i:\[1m\]|%5b1m%5d)?"),
     ("POST", r"/v1/messages/count_tokens"),
     ("POST", r"/v1/responses/input_tokens"),
-    ("POST", r"/v1/moderations"),
+    ("POST", r"/v1/moderations", "openai"),
     ("GET", r"/v1/responses/[A-Za-z0-9_-]+"),
     ("DELETE", r"/v1/responses/[A-Za-z0-9_-]+"),
     ("POST", r"/v1/responses/[A-Za-z0-9_-]+/cancel"),
@@ -465,6 +467,14 @@ def manners_of(name: str, base_url: str = "") -> Provider:
         return Provider(name, "openai", "")
     return row._replace(name=name, base_url="", anthropic_base_url="", key_env="", is_free=False,
                         sold_as=(row.name, *row.sold_as))
+
+
+def is_free_route(method: str, path: str, provider: Provider) -> bool:
+    """Whether a route costs nothing at a provider."""
+    names = {provider.name, *provider.sold_as}
+    return any(known == method and re.fullmatch(pattern, path)
+               and (provider.is_free or not there or not names.isdisjoint(there))
+               for known, pattern, *there in FREE_ROUTES)
 
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -705,7 +715,7 @@ def split_path(path: str) -> tuple[str, str]:
     named = first if has_rest and first not in RESERVED_PROVIDERS else ""
     behind = "/" + rest if named else path
     route = "/v1" + re.sub("^(/v1(?=/))+", "", behind)
-    is_ours = route in METERED_APIS or any(re.fullmatch(free, route) for _, free in FREE_ROUTES)
+    is_ours = route in METERED_APIS or any(re.fullmatch(row[1], route) for row in FREE_ROUTES)
     return named, route if is_ours else behind
 
 
@@ -14327,8 +14337,8 @@ class Router:
             if fields.get("model") is not None:
                 provider, model = self.routes.of_model(named_model(fields), named)
                 check_models(caller, provider, [model])
-        free = any(m == method and re.fullmatch(pattern, path) for m, pattern in FREE_ROUTES)
-        if not free and not any(
+        whose = named or self.routes.of_path(request, path)
+        if not is_free_route(method, path, whose) and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
             raise UnmeteredRoute(
                 f"{method} {path[:100]} is not metered, so it cannot be used under a budget; "

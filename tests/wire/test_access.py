@@ -345,6 +345,22 @@ def test_free_routes_pass_under_any_budget_and_cost_nothing(mock, proxy_for, met
     assert 0 == settled_status(proxy)["spent_microdollars"]
 
 
+@pytest.mark.parametrize("provider, passes", [
+    ("mistral", False), ("lab", False), ("ollama", True), ("openai", True)])
+def test_moderations_pass_under_a_budget_only_where_they_are_free(
+        mock, proxy_for, tmp_path, provider, passes):
+    config = tmp_path / "cage.json"
+    config.write_text(json.dumps({"providers": {
+        name: {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}
+        for name in ("mistral", "lab", "ollama")}}))
+    proxy = proxy_for("--budget", "0.000001", "--config", str(config))
+    mock.always = Reply(steps=(b"{}",))
+
+    answer = call(proxy.port, "POST", f"/{provider}/v1/moderations", {"model": "m", "input": "x"})
+
+    assert (200 if passes else 400, int(passes)) == (answer.status, len(mock.seen))
+
+
 def test_an_allowed_path_passes_unmetered_and_is_named_in_the_banner(mock, proxy_for):
     mock.always = Reply(steps=(b"{}",))
     proxy = proxy_for("--budget", "1", "--allow-path", "/v1/images/*")
