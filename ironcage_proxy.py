@@ -509,6 +509,13 @@ METHOD_OVERRIDE_HEADERS = frozenset({
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
+# Hosts that nobody else serves: private and link-local addresses (RFC 1918, 3927, 4193, 6598), and
+# names that no public DNS has.
+OWN_HOST = re.compile(
+    LOOPBACK_HOST.pattern + r"|0\.0\.0\.0|(10\.\d{1,3}|192\.168|169\.254|172\.(1[6-9]|2\d|3[01])"
+    r"|100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7]))(\.\d{1,3}){2}"
+    r"|(f[cd][\da-f]{2}|fe[89ab][\da-f]):[\da-f:]*"
+    r"|[a-z][\w-]*|[\w.-]+\.(localhost|local|lan|internal|home\.arpa)", re.IGNORECASE)
 PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/@+\[\]-]{1,128}")
 UNPRINTABLE = r"[^ -~]"
 
@@ -1527,6 +1534,7 @@ class PriceBook:
                  price_as: Mapping[str, str] = MappingProxyType({})) -> None:
         self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
         self._providers, self._price_as = {row.name: row for row in providers}, price_as
+        self._own: Container[str] = ()                     # the rows that the operator has added
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
         self._found = functools.lru_cache(maxsize=1024)(self._find)
 
@@ -1557,6 +1565,7 @@ class PriceBook:
         providers whose models all cost nothing, and the rows that stand in for models without a
         price (pattern -> row). Raises ValueError where such a row has no price itself."""
         book = PriceBook({**self._rows, **rows}, providers=providers, price_as=price_as)
+        book._own = rows
         for pattern, key in price_as.items():
             if book.row(key) is None:
                 shown = re.sub(UNPRINTABLE, "?", pattern)
@@ -1592,14 +1601,21 @@ class PriceBook:
         return None if key is None else self.row(key)._replace(is_stand_in=True)
 
     def _own_price(self, model: str, provider: str) -> Optional[Price]:
-        """The price that a model has itself, or None.
+        """The price that a model has itself, or None. One of a provider that is free has a row of
+        the operator's only, and at a server that is usually free also one of the table."""
+        price = self._listed_price(model, provider)
+        if provider not in self._providers or not self._providers[provider].is_free or (
+                price is not None and (price.key in self._own or manners_of(provider).is_free)):
+            return price
+        return price_from_row(f"{provider}/*", FREE_ROW)
+
+    def _listed_price(self, model: str, provider: str) -> Optional[Price]:
+        """The price of a model in the rows, or None.
 
         Tried in order: the name itself, and without a prefix that names the provider again; then
         each less its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row
         only.
         """
-        if provider in self._providers and self._providers[provider].is_free:
-            return price_from_row(f"{provider}/*", FREE_ROW)
         if model.startswith("ft:"):
             return self._sold(":".join(model.split(":")[:2]), provider)
         prefix, slash, rest = model.partition("/")
@@ -1638,7 +1654,7 @@ class PriceBook:
             raise UnpricedModel(
                 f"no price is known for the model {shown}: add {key} with {INPUT_PRICE} and "
                 f"{OUTPUT_PRICE} to pricing.json or to prices in --config, or name a model that "
-                "has one", param="model")
+                'has one; a provider that costs nothing needs "free": true there', param="model")
         return price
 
     def cost(self, model: str, usage: Mapping[str, Any], **options: Any) -> int:
@@ -10285,7 +10301,11 @@ def provider_from(name: str, row: Any) -> Provider:
         known._replace(path=values.pop("path", known.path)), values.pop("base_url"))
     if not at_url.base_url:
         raise ValueError("needs a base_url")
-    return at_url._replace(**values)
+    made = at_url._replace(**values)
+    hosts = [_url_parts(url).hostname or ""
+             for url in (made.base_url, made.anthropic_base_url) if url]
+    return made._replace(is_free=values.get(
+        "is_free", made.is_free and all(map(OWN_HOST.fullmatch, hosts))))
 
 
 class Config(NamedTuple):

@@ -1088,3 +1088,23 @@ def test_all_models_of_a_provider_that_is_free_cost_nothing_and_only_those():
     assert {0} == set(book.price("gpt-5.5", "ollama").amounts.values())
     assert book.find("unheard-of", "lm_studio") is None
     assert 0 < book.price("gpt-5.5", "openai").amounts["input_cost_per_token"]
+
+
+@pytest.mark.parametrize("key, provider, free, wins", [
+    ("vllm/m", "vllm", None, True), ("m", "vllm", None, True), ("vllm/m", "vllm", True, True),
+    ("gemini/m", "gemini", True, True), ("m", "gemini", True, True), ("x", "vllm", None, False)])
+def test_an_operators_own_price_wins_where_a_provider_is_free(key, provider, free, wins):
+    row = {"input_cost_per_token": 1, "output_cost_per_token": 1}
+    served = ic.provider_from(provider, {} if free is None else {"free": free})
+    book = BOOK.with_own({key: row}, providers=[served], price_as={})
+
+    assert wins == any(book.price("m", provider).amounts.values())
+
+
+def test_a_table_that_names_a_free_server_prices_it_but_not_what_its_operator_calls_free():
+    row = {"input_cost_per_token": 1, "output_cost_per_token": 1}
+    book = ic.PriceBook({"vllm/m": row, "gemini/m": row}).with_own({}, price_as={}, providers=[
+        ic.provider_from("vllm", {}), ic.provider_from("gemini", {"free": True})])
+
+    assert any(book.price("m", "vllm").amounts.values())
+    assert not any(book.price("m", "gemini").amounts.values())

@@ -238,6 +238,24 @@ def test_a_server_on_the_lan_without_a_key_needs_no_encryption(mock, proxy_with)
                                     anthropic_base_url="http://a.example"), {})
 
 
+@pytest.mark.parametrize("host, is_free", [
+    *[(host, True) for host in (
+        "127.0.0.1:8000", "localhost", "[::1]:8000", "0.0.0.0", "10.0.0.9", "192.168.1.7",
+        "172.31.0.1", "169.254.1.1", "100.100.1.2", "[fd00::1]", "[fe80::1]", "gpu-box", "ollama",
+        "box.local", "a.b.lan", "x.internal", "x.home.arpa", "host.docker.internal")],
+    *[(host, False) for host in (
+        "ollama.com", "8.8.8.8", "172.32.0.1", "100.128.1.1", "192.169.1.1", "10.0.0.9.nip.io",
+        "134744072", "0x08080808", "[2001:db8::1]", "[fd::1]", "localhost.example", "local.com")]])
+def test_a_server_that_is_usually_free_is_so_at_a_host_of_ones_own(host, is_free):
+    at_host = {"base_url": f"https://{host}"}
+
+    assert is_free == provider("vllm", **at_host).is_free
+    assert is_free == provider("ollama", anthropic_base_url=f"https://{host}").is_free
+    assert provider("vllm", **at_host, free=True).is_free
+    assert not provider("vllm", **at_host, free=False).is_free
+    assert not provider("lab", **at_host).is_free
+
+
 @pytest.mark.parametrize("model, hint", [
     ("olama/qwen3", "did you mean ollama"), ("zai/glm-5", "set ZAI_API_KEY"),
     ("vllm/qwen", "under providers in --config"), ("hf/x", "names a provider that there is not"),
