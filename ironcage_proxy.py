@@ -16275,7 +16275,7 @@ GIVEN_FIELDS = ("name", "token", "sha256")     # of a token: none is a word of `
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser of flags whose complaints are one line."""
+    """An argument parser of flags and words whose complaints are one line."""
 
     def __init__(self, rows: Iterable[Setting], **words: Any) -> None:
         super().__init__(allow_abbrev=False, add_help=False, **words)
@@ -16284,6 +16284,7 @@ class _Parser(argparse.ArgumentParser):
                 "action": "append" if row.repeats else "store", "metavar": row.metavar}
             self.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
                               help=row.help.replace("%", "%%"), **kind)
+        self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> None:             # type: ignore[override]
         raise Misconfigured(f"{message[:200]} (--help lists what there is)")
@@ -16339,9 +16340,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     argv = [*argv]
     end = argv.index("--") if "--" in argv else len(argv)
     own, wrapped = argv[:end], argv[end + 1:] if argv[end:] else None
-    parser = _Parser((*SETTINGS, *OPTIONS))
-    parser.add_argument("words", nargs="*")
-    found, unknown = parser.parse_known_intermixed_args(own)
+    found, unknown = _Parser((*SETTINGS, *OPTIONS)).parse_known_intermixed_args(own)
     given = {**vars(found), "wrapped": wrapped}
     if given["words"][:1] == ["help"]:
         given.update(words=given["words"][1:], help=True)

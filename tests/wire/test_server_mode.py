@@ -43,6 +43,7 @@ class IronCage:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True          # or the body waits 40 ms for an acknowledgement
 
             def do_POST(self):
                 raw = self.rfile.read(int(self.headers["content-length"]))
