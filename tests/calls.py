@@ -283,11 +283,17 @@ def questions(calls: Calls) -> dict[str, Question]:
             for match in Question.ROW.finditer(ast.get_docstring(calls.tree, clean=False))}
 
 
-def main() -> None:
-    calls = Calls((Path(__file__).resolve().parents[1] / "ironcage_proxy.py").read_text())
-    question = questions(calls)[sys.argv[1]]
+@functools.lru_cache(maxsize=None)
+def mapped() -> tuple[Calls, dict[str, Question]]:
+    """The program's calls, and the questions of its map."""
+    calls = Calls((Path(__file__).resolve().parents[1] / "ironcage_proxy.py").read_text("utf-8"))
+    return calls, questions(calls)
+
+
+def show(name: str) -> None:
+    calls, asked = mapped()
     rows, last = calls.source.splitlines(), 0
-    for number in sorted(calls.lines(question.code(calls))):
+    for number in sorted(calls.lines(asked[name].code(calls))):
         if number != last + 1:
             print()
         print(f"{number:6} {rows[number - 1]}")
@@ -295,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    show(sys.argv[1])

@@ -1109,23 +1109,23 @@ def test_new_connections_are_refused_while_stopping(mock):
 def test_a_client_that_reads_by_drops_does_not_hold_a_call_for_ever(mock, proxy_for, monkeypatch):
     """It makes progress before every stall, but more slowly than anybody has to wait for."""
     monkeypatch.setattr(program(), "LEAST_BYTES_PER_S", 100_000_000)
-    proxy = proxy_for("--budget", "1", timeouts={"write_stall_s": 0.3})
+    proxy = proxy_for("--budget", "1", timeouts={"write_stall_s": 0.1})
     mock.always = Reply(200, (("content-type", "application/json"),), (
         json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1},
-                    "junk": "x" * 30_000_000}).encode(),))
+                    "junk": "x" * 15_000_000}).encode(),))
     with RawClient(proxy.port) as client:
         client.request("POST", "/v1/chat/completions", json.dumps(CHAT).encode())
         read = 0
         with contextlib.suppress(OSError):
             while "it reads":
-                slowly = read < 200_000
+                slowly = read < 100_000
                 data = client.sock.recv(1_000 if slowly else 1_000_000)
                 read += len(data)
                 if not data:
                     break
                 pause(0.005 if slowly else 0, "it reads slowly")
 
-    assert 200_000 <= read < 30_000_000
+    assert 100_000 <= read < 15_000_000
     assert 0 == settled_status(proxy)["reserved_microdollars"]
 
 

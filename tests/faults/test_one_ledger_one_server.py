@@ -158,7 +158,7 @@ def test_a_wait_ends(path):
     ledger = ic.SqliteLedger(path)
 
     with pytest.raises(ic.Misconfigured, match=IN_USE):
-        ic.SqliteLedger(path, wait_s=1)
+        ic.SqliteLedger(path, wait_s=0.2)
     ledger.close()
     ic.SqliteLedger(path, wait_s=1).close()
 

@@ -407,13 +407,13 @@ def test_a_body_that_comes_by_drops_is_dropped(mock, proxy_for, monkeypatch):
 def test_a_slow_body_that_keeps_up_is_served_however_long_it_takes(mock, proxy_for, monkeypatch):
     """Far longer than it may stall for."""
     monkeypatch.setattr(ic, "LEAST_BYTES_PER_S", 100)
-    proxy = proxy_for("--budget", "1", timeouts={"body_stall_s": 0.3})
+    proxy = proxy_for("--budget", "1", timeouts={"body_stall_s": 0.15})
     body = json.dumps(CHAT).encode() + b" " * 200
     with RawClient(proxy.port) as client:
         client.send(HEAD.format(TOKEN, len(body)).encode())
         for at in range(0, len(body), 10):
             client.send(body[at:at + 10])
-            pause(0.04, "250 bytes a second, 1.2 s in all")
+            pause(0.015, "650 bytes a second, half a second in all")
 
         assert 200 == client.read_answer().status
     assert 0 == settled_status(proxy)["reserved_microdollars"]

@@ -735,10 +735,10 @@ def test_an_engine_that_stalls_makes_nobody_dead(own_engine, quick):
     for process in processes:
         process.ask(fixed(100))
     engine.pause()
-    pause(1, "thrice what makes one dead")
+    pause(0.6, "twice what makes one dead")
     engine.go_on()
     until(lambda: all(process.accounts.fault is None for process in processes), "all are back")
-    pause(0.5, "they would be charged by now")
+    pause(0.4, "they would be charged by now")
 
     assert (0, 300) == shared.amounts()
     shared.close()
@@ -944,6 +944,7 @@ def test_what_was_corrected_leaves_no_row_in_the_usage(shared):
 
 def test_an_engine_that_is_away_is_asked_now_and_then_and_not_in_a_tight_loop(own_engine,
                                                                               monkeypatch):
+    monkeypatch.setattr(ic, "CATCH_UP_S", 0.1)
     engine = own_engine()
     shared, asked = Shared(engine), []
     controller = shared.process(limit=1_000, runs=True)

@@ -15,6 +15,7 @@ import pytest
 PROGRAM = Path(__file__).resolve().parents[2] / "ironcage_proxy.py"
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
+NODES = [*ast.walk(TREE)]
 BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {
@@ -85,12 +86,12 @@ def test_a_chapter_uses_only_names_of_chapters_above_it():
     """Annotations are left out: they are never evaluated, and say where a thing is going."""
     home = definitions()
     annotations = set()
-    for node in ast.walk(TREE):
+    for node in NODES:
         for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if part is not None:
                 annotations.update(id(inner) for inner in ast.walk(part))
 
-    downward = [(node.lineno, node.id) for node in ast.walk(TREE)
+    downward = [(node.lineno, node.id) for node in NODES
                 if isinstance(node, ast.Name) and id(node) not in annotations
                 and home.get(node.id, 0) > chapter_of(node.lineno)]
 
@@ -99,7 +100,7 @@ def test_a_chapter_uses_only_names_of_chapters_above_it():
 
 def test_nothing_blocks_or_calls_out_under_a_lock():
     loud = []
-    for node in ast.walk(TREE):
+    for node in NODES:
         holds = isinstance(node, ast.With) and any(
             re.search("lock|_changed", ast.unparse(item.context_expr)) for item in node.items)
         for call in (inner for statement in node.body for inner in ast.walk(statement)
@@ -113,7 +114,7 @@ def test_nothing_blocks_or_calls_out_under_a_lock():
 
 def test_only_known_modules_of_the_standard_library_are_imported():
     imported = set()
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, ast.Import):
             imported.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -125,7 +126,7 @@ def test_only_known_modules_of_the_standard_library_are_imported():
 def test_no_float_arithmetic_in_money():
     """True division is allowed on a Fraction only."""
     floats, divisions = [], []
-    annotations = {id(inner) for node in ast.walk(TREE)
+    annotations = {id(inner) for node in NODES
                    for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
                    if part is not None for inner in ast.walk(part)}
     for node in (inner for top in chapter_tree("4. Money") + chapter_tree("16. Cost controller")
@@ -146,7 +147,7 @@ def test_exceptions_are_caught_broadly_at_the_five_boundaries_only():
     """The request's, the command line's, on_event's, a reload's, and that of a thread which serving
     needs; BaseException only there, and to clean up and raise."""
     broad = []
-    for function in ast.walk(TREE):
+    for function in NODES:
         for node in ast.iter_child_nodes(function) if isinstance(function, ast.Try) else ():
             if isinstance(node, ast.ExceptHandler):
                 name = "bare" if node.type is None else ast.unparse(node.type)
@@ -159,12 +160,12 @@ def test_exceptions_are_caught_broadly_at_the_five_boundaries_only():
 
 
 def test_no_assert_guards_behaviour():
-    assert [] == [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Assert)]
+    assert [] == [node.lineno for node in NODES if isinstance(node, ast.Assert)]
 
 
 def test_every_public_function_and_class_has_a_docstring_or_is_pure_variation():
     undocumented = []
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") \
                 and ast.get_docstring(node) is None:
             one_liner = node.end_lineno - node.lineno <= 8
@@ -175,7 +176,7 @@ def test_every_public_function_and_class_has_a_docstring_or_is_pure_variation():
 
 
 def test_functions_are_short():
-    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in ast.walk(TREE)
+    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in NODES
                      if isinstance(node, ast.FunctionDef))
 
     assert lengths[-1][0] <= MAX_FUNCTION_LINES, lengths[-3:]
@@ -188,7 +189,7 @@ def test_lines_are_at_most_100_columns():
 
 def test_every_signature_is_typed():
     untyped = []
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             bare = [argument.arg for argument in arguments

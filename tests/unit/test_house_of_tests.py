@@ -31,8 +31,14 @@ UNIT_FILES_OF_ALL = {"unit/test_house.py", "unit/test_house_of_tests.py", "unit/
                      "unit/test_support.py"}
 
 
+@functools.lru_cache(maxsize=None)
+def walked(node):
+    return [*ast.walk(node)]
+
+
+@functools.lru_cache(maxsize=None)
 def functions(tree):
-    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {node.name: node for node in walked(tree) if isinstance(node, ast.FunctionDef)}
 
 
 def dotted(node):
@@ -42,8 +48,9 @@ def dotted(node):
     return dotted(node.func) + "()" if isinstance(node, ast.Call) else getattr(node, "id", "?")
 
 
+@functools.lru_cache(maxsize=None)
 def calls(node):
-    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+    return [inner for inner in walked(node) if isinstance(inner, ast.Call)]
 
 
 def names_called(node):
@@ -53,7 +60,7 @@ def names_called(node):
 
 
 def asserts(node):
-    return any(isinstance(inner, ast.Assert) for inner in ast.walk(node)) or any(
+    return any(isinstance(inner, ast.Assert) for inner in walked(node)) or any(
         dotted(call.func) in ASSERTING for call in calls(node))
 
 
@@ -96,13 +103,13 @@ def test_no_test_asserts_that_something_was_quick():
     timed = []
     for file, tree in TEST_FILES.items():
         for node in functions(tree).values():
-            taken = {target.id for inner in ast.walk(node) if isinstance(inner, ast.Assign)
+            taken = {target.id for inner in walked(node) if isinstance(inner, ast.Assign)
                      for target in inner.targets if isinstance(target, ast.Name)
                      if any(dotted(call.func) in CLOCKS for call in calls(inner.value))}
-            timed += [(file, inner.lineno) for inner in ast.walk(node)
+            timed += [(file, inner.lineno) for inner in walked(node)
                       if isinstance(inner, ast.Assert) and not is_at_least(inner.test) and any(
                           dotted(part) in CLOCKS or getattr(part, "id", None) in taken
-                          for part in ast.walk(inner.test))]
+                          for part in walked(inner.test))]
 
     assert [] == timed
 
@@ -114,7 +121,7 @@ def call_tables(node):
 
 
 def test_long_rows_of_a_table_name_their_fields():
-    tables = [(file, table) for file, tree in TEST_FILES.items() for node in ast.walk(tree)
+    tables = [(file, table) for file, tree in TEST_FILES.items() for node in walked(tree)
               for table in (
                   [node.value] if isinstance(node, ast.Assign) and node in tree.body else
                   call_tables(node))]
@@ -152,9 +159,8 @@ def test_a_file_that_is_named_after_a_chapter_is_in_its_row(title):
 @functools.lru_cache(maxsize=None)
 def promises_of_the_program():
     """{title: the test that attacks it, or a file of them} of the file's docstring."""
-    found = re.findall(r"^ {4}([A-Z][^:\n]+): .*?\n {8}tests/(\S+)$", ast.get_docstring(
-        ast.parse(PROGRAM), clean=False), re.MULTILINE | re.DOTALL)
-    return dict(found)
+    return dict(re.findall(r"^ {4}([A-Z][^:\n]+): .*?\n {8}tests/(\S+)$",
+                           PROGRAM.split('"""')[1], re.MULTILINE | re.DOTALL))
 
 
 def promises_of_the_readme():

@@ -1,12 +1,9 @@
 """The map in the file's docstring: for each question the code that answers it, and nothing missing."""
 import ast
-import functools
 import re
-import subprocess
-import sys
 
 import pytest
-from calls import Calls, questions
+from calls import mapped, show
 from support import ROOT
 
 MOST_LINES = {"overspend": 3_700, "leaves": 700, "changed": 1_000}
@@ -20,12 +17,6 @@ SENDING = ("posted", "Router._send")                  # what opens them, for who
 CONNECTS = ("create_connection", "connect", "connect_ex", "sendto", "urlopen")
 # What replaces bytes of a message in its own API.
 CHANGES = ("JsonBody.spliced", "without_usage", "with_notice")
-
-
-@functools.lru_cache(maxsize=None)
-def mapped():
-    calls = Calls((ROOT / "ironcage_proxy.py").read_text(encoding="utf-8"))
-    return calls, questions(calls)
 
 
 def code_of(name):
@@ -89,9 +80,8 @@ def test_whatever_replaces_bytes_is_in_the_answer_to_changed():
     assert set() == calls.users(CHANGES) - code_of("changed") - {"Router._unmetered"}
 
 
-def test_the_code_of_a_question_can_be_printed():
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "calls.py"), "changed"],
-                          capture_output=True, text=True)
+def test_the_code_of_a_question_can_be_printed(capsys):
+    show("changed")
 
-    assert 0 == done.returncode, done.stderr
-    assert "def spliced" in done.stdout and "def _price_reached" not in done.stdout
+    shown = capsys.readouterr().out
+    assert "def spliced" in shown and "def _price_reached" not in shown

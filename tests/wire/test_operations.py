@@ -129,7 +129,9 @@ def test_a_restart_repeats_no_threshold_that_was_passed(mock, proxy_for, receive
     assert now_passed - passed == receiver.taken.qsize() - before
 
 
-def test_an_alert_is_sent_again_until_it_is_taken_and_a_no_is_final(proxy_for, receiver_of, caplog):
+def test_an_alert_is_sent_again_until_it_is_taken_and_a_no_is_final(
+        proxy_for, receiver_of, caplog, monkeypatch):
+    monkeypatch.setattr(program(), "MAX_BACKOFF_S", 0.05)
     receiver = receiver_of(500, 429, 200, 302, 404, 200)
     proxy = proxy_for("--alert-url", receiver.url)
 
@@ -145,7 +147,9 @@ def test_an_alert_is_sent_again_until_it_is_taken_and_a_no_is_final(proxy_for, r
     assert "s3cret" not in logged and "127.0.0.1" in logged
 
 
-def test_a_receiver_that_never_answers_holds_up_no_call_and_the_queue_is_bounded(mock, proxy_for):
+def test_a_receiver_that_never_answers_holds_up_no_call_and_the_queue_is_bounded(
+        mock, proxy_for, monkeypatch):
+    monkeypatch.setattr(program(), "ALERT_STOP_S", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -424,7 +428,8 @@ def test_a_probe_learns_nothing_and_opens_nothing_else(proxy):
     assert 401 == call(proxy.port, "POST", "/healthz", {}, token="ic_nobody_0123456789").status
 
 
-def test_a_ledger_that_another_program_holds_is_not_ready(proxy_for, tmp_path):
+def test_a_ledger_that_another_program_holds_is_not_ready(proxy_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(program(), "LEDGER_BUSY_S", 0.1)
     path = tmp_path / "cage.db"
     proxy = proxy_for("--ledger", str(path))
     other = sqlite3.connect(path, isolation_level=None)
