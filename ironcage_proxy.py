@@ -281,6 +281,7 @@ class Provider(NamedTuple):
     caps: tuple[str, ...] = ("max_tokens",)    # of a chat completion, honoured; the first is set
     zero_is_a_cap: bool = False                # a cap of 0 is one, and not the same as none
     reasoning_beyond_caps: int = 0             # tokens of it that no cap of a chat or message holds
+    file_tools: bool = False                   # it runs tools of its own over a file, for a fee
     fields: Optional[tuple[str, ...]] = ()     # it knows beside OpenAI's and COMPATIBLE_FIELDS
     reasoning_field: str = ""                  # of a past answer that it wants its reasoning in
     user_after_tool: bool = True               # a user's message may follow a tool's
@@ -356,6 +357,8 @@ ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
 # does Ollama; Mistral refuses it. A cap of 0 is none to servers that cannot see it from none.
 # At DashScope, SiliconFlow and Volcengine max_tokens may cap the answer alone, by model (notice of
 # DashScope's, 2 November 2026): the README says so, and `reasoning_beyond_caps` bounds it.
+# Files: xAI adds a search of them to the call, a loop with a fee (docs.x.ai/developers/files), and
+# OpenRouter reads them by a parser with a fee where the model cannot (its PDF guide).
 _BOTH_CAPS = ("max_completion_tokens", "max_tokens")
 KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for row in (
     Provider("openai", "openai", "https://api.openai.com/v1", key_env="OPENAI_API_KEY",
@@ -400,7 +403,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
              key_env="NVIDIA_API_KEY"),
     Provider("openrouter", "openai", "https://openrouter.ai/api/v1", key_env="OPENROUTER_API_KEY",
              anthropic_base_url="https://openrouter.ai/api", path="/api/v1", responses=True,
-             cache_marks=True, hosts=("*.openrouter.ai",)),
+             file_tools=True, cache_marks=True, hosts=("*.openrouter.ai",)),
     Provider("perplexity", "openai", "https://api.perplexity.ai", key_env="PERPLEXITY_API_KEY",
              path="", responses=True),
     Provider("sambanova", "openai", "https://api.sambanova.ai/v1", key_env="SAMBANOVA_API_KEY"),
@@ -412,7 +415,8 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
              hosts=("*aiplatform.googleapis.com", "aiplatform.*.rep.googleapis.com")),
     Provider("volcengine", "openai", "https://ark.cn-beijing.volces.com/api/v3",
              key_env="ARK_API_KEY", path="/api/v3", responses=True),
-    Provider("xai", "openai", "https://api.x.ai/v1", key_env="XAI_API_KEY", responses=True),
+    Provider("xai", "openai", "https://api.x.ai/v1", key_env="XAI_API_KEY", responses=True,
+             file_tools=True),
     Provider("zai", "openai", "https://api.z.ai/api/paas/v4", key_env="ZAI_API_KEY",
              anthropic_base_url="https://api.z.ai/api/anthropic", path="/api/paas/v4",
              reasoning_field="reasoning_content", hosts=("open.bigmodel.cn",),
@@ -1931,6 +1935,7 @@ UNSEEN_PART_TYPES = (
     r"_call(_output)?|computer_call_safety_check|web_search_call_output"
     r"|(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)"
     r"(_tool)?(_search)?(_result|_result_error)|encrypted_.*")
+FILE_PART_TYPES = r"(input_)?(file|document)(_url|_file)?"
 HOSTED_RESULT_TYPES = frozenset({
     "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
 IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
@@ -2343,7 +2348,12 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
             and any(fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
         yield UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
                                "for at least 1", param=MAX_TOKENS_FIELDS[api][0]), ""
-    for field, kind, _ in contents.parts:
+    for field, kind, part in contents.parts:
+        if provider.file_tools and re.fullmatch(FILE_PART_TYPES, kind) and _is_unseen(kind, part):
+            yield UnboundedRequest(
+                f"{provider.name} runs tools of its own over a file, which a budget cannot bound; "
+                f"send its text, or let the operator count it as a whole context with "
+                f"--allow-content {kind}", param=field), f"content {kind}"
         if kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES \
                 and not re.fullmatch(UNSEEN_PART_TYPES, kind):
             yield UnboundedRequest(
@@ -10236,6 +10246,7 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "caps": ("caps", list_like("|".join(MAX_TOKENS_FIELDS["chat"]),
                                " or ".join(MAX_TOKENS_FIELDS["chat"]))),
     "zero_is_a_cap": ("zero_is_a_cap", _config_flag),
+    "file_tools": ("file_tools", _config_flag),
     "reasoning_beyond_caps": ("reasoning_beyond_caps", value_like(
         lambda value: type(value) is int and 0 <= value <= 10 ** 6, "a number of tokens")),
     "fields": ("fields", list_like(r"\w{1,64}", "names of fields that cost nothing", least=0)),

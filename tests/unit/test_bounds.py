@@ -720,6 +720,25 @@ def test_a_tool_that_the_client_runs_is_accepted(tool):
     assert [] == checked("chat", {"tools": [tool]})
 
 
+@pytest.mark.parametrize("api, fields", [
+    ("chat", UNSEEN["file"]), ("responses", UNSEEN["input file"]),
+    ("responses", {"input": [{"type": "input_file", "file_data": "data:application/pdf;base64,AA"}]}),
+    ("responses", UNSEEN["instructions that are items"]), ("chat", UNSEEN["file data without a type"]),
+    ("chat", content({"type": "document_url", "document_url": "https://x/y.pdf"}))], ids=repr)
+def test_a_file_is_refused_where_the_provider_runs_its_own_tools_over_it(api, fields):
+    for provider in ("xai", "openrouter"):
+        with pytest.raises(ic.UnboundedRequest, match="tools of its own over a file.*--allow-cont"):
+            checked(api, fields, provider=provider)
+    assert [] == checked(api, fields, provider="openai")
+    kinds = frozenset({"file", "input_file", "document_url"})
+    assert checked(api, fields, provider="xai", hatches=ic.Hatches(contents=kinds))
+
+
+def test_what_is_no_file_passes_where_the_provider_runs_its_own_tools_over_files():
+    for fields in (IMAGES["image"], UNSEEN["audio"], SEEN["text document"]):
+        assert [] == checked("chat", fields, provider="xai")
+
+
 SCALARS = [(api, name) for api, rules in ic.FIELD_RULES.items() for name in rules
            if rules[name] is ic._is_scalar]
 

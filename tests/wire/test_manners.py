@@ -169,7 +169,7 @@ def test_a_host_that_only_looks_like_a_known_one_has_no_manners():
     ("call_ids", "[a-z]+", "call_ids", "[a-z]+"),
     ("reasoning_field", "reasoning", "reasoning_field", "reasoning"),
     ("echo_reasoning", True, "reasoning_field", "reasoning_content"),
-    ("zero_is_a_cap", True, "zero_is_a_cap", True),
+    ("zero_is_a_cap", True, "zero_is_a_cap", True), ("file_tools", True, "file_tools", True),
     ("reasoning_beyond_caps", 80_000, "reasoning_beyond_caps", 80_000),
     ("key_as", "api-key", "key_as", "api-key"),
     ("fields", ["mine"], "fields", ("mine",)),
