@@ -14142,6 +14142,14 @@ def known_input_tokens(call: Call, counts: KnownCounts, price: Price,
         if referred is None else referred
 
 
+def check_sessions(config: Config, settings: Settings) -> None:
+    """Raise Misconfigured where budgets of sessions would have to be held with those of others."""
+    for caller in config.callers if settings.shared is not None else ():
+        if caller.session_budget_microdollars is not None:
+            raise Misconfigured(f"the token {caller.name} has a session_budget_usd, which is not "
+                                "held with --shared; leave one of them out")
+
+
 NO_RESPONSES = ' (if this server has no /v1/responses, give its provider "responses": false in ' \
                "--config, or start with --openai-chat-only where it stands in for OpenAI)"
 NO_LAST_EVENT = "the provider's stream ended without its last event"
@@ -14206,10 +14214,7 @@ class Router:
             check_encrypted("the alerts", settings.alert_url, settings.allow_plain_http)
         providers = {provider.name: provider for provider in (
             *settings.providers, *config.providers, ECHO_PROVIDER)}
-        for caller in config.callers if self.controller.accounts.is_shared else ():
-            if caller.session_budget_microdollars is not None:
-                raise Misconfigured(f"the token {caller.name} has a session_budget_usd, which is "
-                                    "not held with --shared; leave one of them out")
+        check_sessions(config, settings)
         self.controller.set_scopes([Scope(
             caller.name, caller.budget_microdollars, caller.period, caller.stop_at_microdollars,
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
@@ -15519,9 +15524,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             super().__init__(address[:2], ProxyHandler)      # type: ignore[arg-type]
         except (OSError, OverflowError, ValueError, TypeError) as err:      # of an embedder's port
             undo.close()
+            hint = "an address of this machine with --host" if isinstance(err, socket.gaierror) \
+                or getattr(err, "errno", None) == errno.EADDRNOTAVAIL else \
+                "another with --port, from 0 to 65535 (8787 is the default of other gateways too)"
             raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
-                               f"{_reason(err)}; choose another with --port, from 0 to 65535 "
-                               "(8787 is the default of other gateways too)") from err
+                               f"{_reason(err)}; choose {hint}") from err
 
     @property
     def port(self) -> int:
@@ -16834,6 +16841,7 @@ def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
     if settings.ledger_path is not None:
         yield "ledger", _ledger_state(settings.ledger_path)
     if settings.shared is not None:
+        check_sessions(router.config, settings)
         total = _cage_usage(settings, 0)["total"]
         yield "shared", f"the cage {settings.cage} at {settings.shared}: {total['requests']} " \
                         f"calls, {format_usd(total['cost_microdollars'])}"

@@ -1162,6 +1162,20 @@ def test_metrics_and_check_and_banner_show_the_cage(mock, two, engine, capsys):
     assert f"shared    the cage {cage} at" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_budget_of_sessions_is_refused_by_check_as_by_a_start(engine, capsys, tmp_path, command):
+    path = tmp_path / "cage.json"
+    path.write_text(json.dumps({"tokens": [
+        {"name": "ci", "token": "ic_0123456789", "session_budget_usd": "1"}]}))
+
+    assert 0 == ic.main(["cage", "new", "of-sessions", "--shared", engine.url])
+
+    code = ic.main([command, "--port", "0", "--shared", engine.url, "--cage", "of-sessions",
+                    "--config", str(path)])
+
+    assert (2, True) == (code, "not held with --shared" in capsys.readouterr().err)
+
+
 def test_a_start_that_finds_no_cage_names_the_command_which_makes_one(engine, capsys):
     flags = ["--shared", engine.url, "--cage", "never-made"]
 

@@ -110,6 +110,14 @@ def test_a_taken_port_is_one_line_and_exit_code_1():
     assert port in err and "--port" in err
 
 
+@pytest.mark.parametrize("host", ["192.0.2.7", "no.such.host.invalid"])
+def test_an_address_of_another_machine_is_one_line_that_says_so(capsys, host):
+    code, out, err = said(capsys, "--port", "0", "--host", host)
+
+    assert (1, "", 1) == (code, out, err.count("\n"))
+    assert host in err and "--host" in err and "--port" not in err
+
+
 # Other commands.
 
 def test_version_check_models_and_help_say_what_they_should():
