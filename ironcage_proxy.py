@@ -15111,6 +15111,124 @@ class Place:
         self.behind_s = time.monotonic()     # strange, silent, or slower than the least speed
 
 
+def open_files_limit(wanted: int = 0) -> int:
+    """Return how many files this process may have open, once so many are allowed if they can be."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource          # here only: Windows has none
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+        if soft < min(wanted, hard):
+            soft = min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+        return soft
+    return sys.maxsize
+
+
+def most_connections() -> int:
+    """Return MAX_CONNECTIONS, or as many as this process may have two sockets for."""
+    return max(1, min(MAX_CONNECTIONS, (open_files_limit() - SPARE_FILES) // 2))
+
+
+def most_waiting() -> int:
+    """Return LISTEN_BACKLOG, or as many connections beside those as there are files for."""
+    files = open_files_limit() - SPARE_FILES - 2 * most_connections()
+    return min(LISTEN_BACKLOG, max(SPARE_FILES // 2, files))
+
+
+class Places:
+    """The places of all connections: `most` at once, and of which one is given up where they are
+    short."""
+
+    def __init__(self) -> None:
+        self.most = most_connections()
+        self._changed = threading.Condition()          # guards the next field
+        self._places: dict[socket.socket, Place] = {}
+
+    def open(self, sock: socket.socket) -> None:
+        with self._changed:
+            self._places[sock] = Place()
+
+    def forget(self, sock: socket.socket) -> None:
+        with self._changed:
+            self._places.pop(sock, None)
+            self._changed.notify_all()
+
+    def await_change(self) -> None:
+        """Wait for a connection to end, but for a moment only."""
+        with self._changed:
+            self._changed.wait(STOP_POLL_S)
+
+    def sockets(self) -> list[socket.socket]:
+        with self._changed:
+            return [*self._places]
+
+    def of(self, sock: socket.socket) -> Place:
+        """Return the place that a connection was let in to."""
+        with self._changed:
+            return self._places[sock]
+
+    def count(self, which: Callable[[Place], bool] = lambda place: True) -> int:
+        """Return how many places are taken, in all or by such."""
+        with self._changed:
+            return sum(place.does != CLOSED and which(place) for place in self._places.values())
+
+    def close_some(self, most: int, which: Callable[[Place], bool] = lambda place: True,
+                    silent_s: float = 0) -> int:
+        """Close up to so many connections that can be spared, and return how many were closed.
+
+        First go those that have their last answer, then those that showed no token for a while,
+        then those of the token (or of none) that has most; of these the one that was silent, or too
+        slow, for longest. One that is served stays; one that has sent what was not looked at yet
+        stays, and so do all that would go after its holder's.
+        """
+        closed, now_s, stays = 0, time.monotonic(), None
+        with self._changed:
+            held = Counter(place.holder for place in self._places.values())
+            spare = [] if most <= 0 else [
+                (place.does != LEAVING, bool(place.holder) or now_s - place.behind_s < STRANGER_S,
+                 -held[place.holder], bool(place.holder), place.behind_s, id(sock), sock, place)
+                for sock, place in self._places.items()
+                if place.does in CAN_GO and place.behind_s <= now_s - silent_s and which(place)]
+        heapq.heapify(spare)                                     # few of them are wanted
+        while spare and closed < most:
+            *_, sock, place = heapq.heappop(spare)
+            if stays not in (None, place.holder):
+                break
+            with contextlib.suppress(OSError, ValueError):       # it may be closed meanwhile
+                if place.does != LEAVING and ready_of([sock], 0):
+                    stays = place.holder
+                    continue
+                with self._changed:
+                    can_go = place.does in CAN_GO
+                    place.does = CLOSED if can_go else place.does
+                if can_go:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    closed += 1
+        return closed
+
+    def take(self, place: Place, caller: Caller, is_alone: bool) -> None:
+        """Note whose token a connection showed. Raises TooManyRequests where that one has all the
+        places that a token may have, if it is not alone, and none of them is silent."""
+        place.holder, place.behind_s = caller.name, time.monotonic()
+        most = self.most - self.most // STRANGERS_PART
+        if is_alone or len(self._places) <= most:
+            return
+        over = self.count(lambda other: other.holder == caller.name) - most
+        if over > 0 and not self.close_some(
+                over, lambda other: other.holder == caller.name, silent_s=STRANGER_S):
+            raise TooManyRequests(f"the token {caller.name} has {most} of the proxy's {self.most} "
+                                  "connections in use", headers=[("retry-after", "1")])
+
+    def note(self, place: Place, does: str) -> None:
+        """Note what a connection does from now on. Raises ClientGone where its place is taken."""
+        with self._changed:
+            if place.does == CLOSED:
+                raise ClientGone
+            place.does = does
+            if place.holder:
+                place.behind_s = time.monotonic()
+
+
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, on a thread of its own."""
     server: ProxyServer
@@ -15119,7 +15237,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.wire = Wire(self.connection, self.server.turns)
-        self.place = self.server.place_of(self.connection)
+        self.places = self.server.places
+        self.place = self.places.of(self.connection)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
         self._is_head = False                # the current request is a HEAD: no body in its answer
@@ -15168,14 +15287,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         first = self._served == 0
         self.server.turns.take()      # if the last request left it
         deadline_s = time.monotonic() + timeouts.head_s
-        self.server.note(self.place, IDLE)
+        self.places.note(self.place, IDLE)
         try:
             if not self.wire.await_line(
                     deadline_s if first else time.monotonic() + timeouts.keep_alive_s):
                 return None
         except TimeoutError:
             return None
-        self.server.note(self.place, READING)
+        self.places.note(self.place, READING)
         self._served += 1
         try:
             return self.wire.read_head(
@@ -15205,11 +15324,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise Forbidden("the admin's token cannot call models; use a caller's token")
         self._caller = None if is_own else caller
         with contextlib.nullcontext() if is_own else self.server.traffic.entered(caller):
-            self.server.take_place(self.place, caller)
+            self.places.take(self.place, caller, len(self.server.callers) == 1)
             self._memory = Claim(self.server.router.memory, caller.name)
             request = ClientRequest(head, self._read_body(head, self._memory), self._request_id,
                                     caller, self._memory)
-            self.server.note(self.place, SERVING)
+            self.places.note(self.place, SERVING)
             if head.path == "/":
                 return self._write_answer(OPEN_ROUTES["/"](self.server))
             if is_own:
@@ -15343,7 +15462,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 ("content-type", "application/json"), *own_ids(self._request_id), *error.headers),
                 body), must_close=error.must_close)
             if error.must_close:             # the client may still be sending its request
-                self.server.note(self.place, LEAVING)
+                self.places.note(self.place, LEAVING)
                 self.wire.linger(self.server.settings.timeouts.linger_s)
 
     def _note_refusal(self, error: IroncageError) -> None:
@@ -15430,30 +15549,6 @@ OPEN_ROUTES: Mapping[str, Callable[[ProxyServer], Answer]] = MappingProxyType({
 })
 
 
-def open_files_limit(wanted: int = 0) -> int:
-    """Return how many files this process may have open, once so many are allowed if they can be."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource          # here only: Windows has none
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
-        if soft < min(wanted, hard):
-            soft = min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
-        return soft
-    return sys.maxsize
-
-
-def most_connections() -> int:
-    """Return MAX_CONNECTIONS, or as many as this process may have two sockets for."""
-    return max(1, min(MAX_CONNECTIONS, (open_files_limit() - SPARE_FILES) // 2))
-
-
-def most_waiting() -> int:
-    """Return LISTEN_BACKLOG, or as many connections beside those as there are files for."""
-    files = open_files_limit() - SPARE_FILES - 2 * most_connections()
-    return min(LISTEN_BACKLOG, max(SPARE_FILES // 2, files))
-
-
 LISTENER_LOST = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -15502,18 +15597,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.failure: Optional[str] = None             # the thread that failed: nothing is served
         self.on_failure: Callable[[], Any] = lambda: None
         self.turns.on_fault = self.fail
-        self._has_stopped = False
+        self._stopping = threading.Lock()              # held by who sets is_stopping
+        self._has_stopped = threading.Event()
         self._thread: Optional[threading.Thread] = None
         self._tending: Optional[threading.Thread] = None
         self._is_over = threading.Event()              # nothing is tended any more
         self.has_refused = threading.Event()           # there is a refusal to write down
-        self.most_connections = most_connections()
+        self.places = Places()
         self.run_id = secrets.token_hex(8)             # with a number, the id of a request
         self.request_numbers = itertools.count(1)
         self.traffic = Traffic()
-        self._lock = threading.Lock()                  # guards the next but one field
-        self._changed = threading.Condition(self._lock)
-        self._places: dict[socket.socket, Place] = {}
         try:
             if not 0 <= settings.port <= 65535:        # or getaddrinfo takes its last 16 bits
                 raise OverflowError("there is no such port")
@@ -15585,16 +15678,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
         Whoever calls this while another does waits for the end of it.
         """
-        with self._changed:
+        with self._stopping:
             is_first, self.is_stopping = not self.is_stopping, True
-            self._changed.wait_for(lambda: is_first or self._has_stopped)
-        if is_first:
-            try:
-                self._stop()
-            finally:
-                with self._changed:
-                    self._has_stopped = True
-                    self._changed.notify_all()
+        if not is_first:
+            self._has_stopped.wait()
+            return
+        try:
+            self._stop()
+        finally:
+            self._has_stopped.set()
 
     def _stop(self) -> None:
         self.router.controller.close()
@@ -15608,7 +15700,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.router.shut_down()
         self.cuts_now = False                          # streams end with an error event
         self._end_connections(CUT_JOIN_S)
-        for sock in self._connections():
+        for sock in self.places.sockets():
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         self._end_connections(CUT_JOIN_S)
@@ -15642,15 +15734,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         comes. Where another process will accept, requests on their way to us are awaited."""
         deadline_s = time.monotonic() + most_s
         silent_s = 0 if self.settings.listener is None else LAST_REQUEST_S
-        while self._connections() and time.monotonic() < deadline_s and not self.cuts_now:
+        while self.places.sockets() and time.monotonic() < deadline_s and not self.cuts_now:
             with self.turns.inside():
-                self._close_some(self.most_connections, ending, silent_s)
-            with self._changed:
-                self._changed.wait(STOP_POLL_S)
-
-    def _connections(self) -> list[socket.socket]:
-        with self._lock:
-            return [*self._places]
+                self.places.close_some(self.places.most, ending, silent_s)
+            self.places.await_change()
 
     # The configuration, which may change while we serve.
 
@@ -15783,7 +15870,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if err.errno in LISTENER_LOST:
                 raise RuntimeError("the listening socket is lost") from err
             if err.errno in OUT_OF_RESOURCES:
-                self._close_some(1)
+                self.places.close_some(1)
             if not isinstance(err, BlockingIOError):
                 time.sleep(STOP_POLL_S)
             raise
@@ -15799,15 +15886,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         for pause_s in (0, *[STOP_POLL_S] * LET_IN_TRIES):
             time.sleep(pause_s)
             with self.turns.inside():
-                self._close_some(
-                    self._count(lambda place: not place.holder)
-                    - self.most_connections // STRANGERS_PART,
+                self.places.close_some(
+                    self.places.count(lambda place: not place.holder)
+                    - self.places.most // STRANGERS_PART,
                     lambda place: not place.holder, silent_s=STRANGER_S)
                 for closes in (False, True):         # once all that find a place have come in
-                    self._close_some(len(arrived) if closes else 0)
-                    for _ in range(min(len(arrived), self.most_connections - self._count())):
+                    self.places.close_some(len(arrived) if closes else 0)
+                    for _ in range(min(len(arrived), self.places.most - self.places.count())):
                         self._let_in(*arrived.popleft())
-            if not arrived or not self._count(lambda place: place.does != SERVING):
+            if not arrived or not self.places.count(lambda place: place.does != SERVING):
                 break
         for sock, _ in arrived:
             self._turn_away(sock)
@@ -15820,78 +15907,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _let_in(self, request: socket.socket, client_address: Any) -> None:
         """Start a connection's thread."""
-        with self._lock:
-            self._places[request] = Place()
+        self.places.open(request)
         try:
             super().process_request(request, client_address)
         except RuntimeError:                           # out of threads
             log.error("a connection was closed, since no thread could be started for it")
             self.shutdown_request(request)
 
-    def _count(self, which: Callable[[Place], bool] = lambda place: True) -> int:
-        """Return how many places are taken, in all or by such."""
-        with self._lock:
-            return sum(place.does != CLOSED and which(place) for place in self._places.values())
-
-    def _close_some(self, most: int, which: Callable[[Place], bool] = lambda place: True,
-                    silent_s: float = 0) -> int:
-        """Close up to so many connections that can be spared, and return how many were closed.
-
-        First go those that have their last answer, then those that showed no token for a while,
-        then those of the token (or of none) that has most; of these the one that was silent, or too
-        slow, for longest. One that is served stays; one that has sent what was not looked at yet
-        stays, and so do all that would go after its holder's.
-        """
-        closed, now_s, stays = 0, time.monotonic(), None
-        with self._lock:
-            held = Counter(place.holder for place in self._places.values())
-            spare = [] if most <= 0 else [
-                (place.does != LEAVING, bool(place.holder) or now_s - place.behind_s < STRANGER_S,
-                 -held[place.holder], bool(place.holder), place.behind_s, id(sock), sock, place)
-                for sock, place in self._places.items()
-                if place.does in CAN_GO and place.behind_s <= now_s - silent_s and which(place)]
-        heapq.heapify(spare)                                     # few of them are wanted
-        while spare and closed < most:
-            *_, sock, place = heapq.heappop(spare)
-            if stays not in (None, place.holder):
-                break
-            with contextlib.suppress(OSError, ValueError):       # it may be closed meanwhile
-                if place.does != LEAVING and ready_of([sock], 0):
-                    stays = place.holder
-                    continue
-                with self._lock:
-                    can_go = place.does in CAN_GO
-                    place.does = CLOSED if can_go else place.does
-                if can_go:
-                    sock.shutdown(socket.SHUT_RDWR)
-                    closed += 1
-        return closed
-
-    def take_place(self, place: Place, caller: Caller) -> None:
-        """Note whose token a connection showed. Raises TooManyRequests where that one has all the
-        places that a token may have, if there are others, and none of them is silent."""
-        place.holder, place.behind_s = caller.name, time.monotonic()
-        most = self.most_connections - self.most_connections // STRANGERS_PART
-        if len(self._places) <= most or len(self.callers) == 1:
-            return
-        over = self._count(lambda other: other.holder == caller.name) - most
-        if over > 0 and not self._close_some(
-                over, lambda other: other.holder == caller.name, silent_s=STRANGER_S):
-            raise TooManyRequests(f"the token {caller.name} has {most} of the proxy's "
-                                  f"{self.most_connections} connections in use",
-                                  headers=[("retry-after", "1")])
-
-    def note(self, place: Place, does: str) -> None:
-        """Note what a connection does from now on. Raises ClientGone where its place is taken."""
-        with self._lock:
-            if place.does == CLOSED:
-                raise ClientGone
-            place.does = does
-            if place.holder:
-                place.behind_s = time.monotonic()
-
     def _turn_away(self, request: socket.socket) -> None:
-        error = ServerBusy(f"the proxy serves {self.most_connections} connections already")
+        error = ServerBusy(f"the proxy serves {self.places.most} connections already")
         body = json_bytes(error_object(error, "openai", "req_none"))
         head = format_head("HTTP/1.1 503 Service Unavailable",
                            [("content-type", "application/json"), ("retry-after", "1"),
@@ -15901,17 +15925,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             request.send(head + body)
         self.shutdown_request(request)
 
-    def place_of(self, connection: socket.socket) -> Place:
-        """Return the place that a connection was let in to."""
-        with self._lock:
-            return self._places[connection]
-
     def shutdown_request(self, request: Any) -> None:
         """End a connection and forget it."""
         super().shutdown_request(request)
-        with self._changed:
-            self._places.pop(request, None)
-            self._changed.notify_all()
+        self.places.forget(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an exception outside a request, for socketserver; never to stderr raw."""
@@ -15925,7 +15942,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if request.caller.scopes:
             raise Forbidden("metrics are read with --token or --admin-token")
         scopes = [PROXY_SCOPE, *(c.name for c in self.callers.values() if c.scopes)]
-        in_flight = self._count(lambda place: place.does in (READING, SERVING))
+        in_flight = self.places.count(lambda place: place.does in (READING, SERVING))
         of_server = {} if self.router.server is None else self.router.server.as_json()
         shared = self.router.controller.accounts.as_json()
         return metrics_text(
@@ -17151,7 +17168,6 @@ def _replace_file(path: str, config: Mapping[str, Any]) -> None:
 
 class _FakeProvider(http.server.BaseHTTPRequestHandler):
     """Answers as the echo model does, and keeps what it was sent."""
-    protocol_version = "HTTP/1.1"
     seen: list[tuple[str, bytes, str]] = []        # (path, body, credentials)
 
     def do_POST(self) -> None:
@@ -17162,14 +17178,8 @@ class _FakeProvider(http.server.BaseHTTPRequestHandler):
         api, fields = METERED_APIS[self.path], json.loads(body)
         answer = echo_whole(api, echo(api, fields, answer_id="1", created_at=0))
         data = json_bytes({**answer, "model": fields["model"]})
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        self.wfile.write(format_head("HTTP/1.1 200 OK", [
+            ("content-type", "application/json"), ("content-length", str(len(data)))]) + data)
 
 
 class _Laboratory:

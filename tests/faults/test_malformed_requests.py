@@ -451,7 +451,7 @@ def test_too_many_connections_close_the_longest_idle_and_then_get_a_503(mock, pr
 
 def test_an_idle_connection_whose_next_request_waits_is_not_closed(mock, proxy_for):
     proxy = proxy_for("--budget", "1")
-    proxy.most_connections = 2
+    proxy.places.most = 2
     first, second = RawClient(proxy.port), RawClient(proxy.port)
     for client in (first, second):
         client.request("POST", "/v1/chat/completions", CHAT)

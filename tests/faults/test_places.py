@@ -121,13 +121,13 @@ def proxy_of(mock, proxy_for, config):
     """A proxy with few places, and a token of --config beside the default one."""
     def start(places, timeouts=None, **caged):
         proxy = proxy_for("--budget", "1", "--config", config(**caged), timeouts=timeouts)
-        proxy.most_connections = places
+        proxy.places.most = places
         return proxy
     return start
 
 
 def doing(proxy, does):
-    return proxy._count(lambda place: place.does == does)
+    return proxy.places.count(lambda place: place.does == does)
 
 
 def reads(proxy, count):
@@ -215,7 +215,7 @@ def test_of_the_token_with_most_places_the_one_that_is_furthest_behind_goes_firs
         client.send(HEAD.format(CAGED, len(body)).encode())
         reads(proxy, count)
     monkeypatch.setattr(ic, "LEAST_BYTES_PER_S", 0.1)
-    place = next(place for place in proxy._places.values() if place.holder == "caged")
+    place = next(place for place in proxy.places._places.values() if place.holder == "caged")
     before_s = place.behind_s
     steady.send(body[:1])
     until(lambda: place.behind_s > before_s, "the steady one's byte is read")
@@ -259,12 +259,12 @@ def test_who_has_a_last_answer_and_goes_on_sending_is_the_first_to_go(mock, prox
 def test_it_goes_though_it_has_sent_what_nobody_has_looked_at(mock, proxy_of):
     proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
     with leaving_and_reading(proxy) as (wrong, stranger):
-        left = next(sock for sock, place in proxy._places.items() if place.does == ic.LEAVING)
+        left = next(sock for sock, place in proxy.places._places.items() if place.does == ic.LEAVING)
         with turn_of(proxy.turns):
             wrong.send(b"more of the body")
             until(lambda: ic.ready_of([left], 0), "it has come")
 
-            assert 1 == proxy._close_some(1)
+            assert 1 == proxy.places.close_some(1)
 
         assert not is_closed(stranger.sock)
 
@@ -277,7 +277,7 @@ def test_a_stranger_that_came_just_now_does_not_go_before_what_one_token_holds(m
             half.send(HALF_BODY)
         reads(proxy, 3)
         fresh = stack.enter_context(RawClient(proxy.port))
-        until(lambda: proxy._count() == 4)
+        until(lambda: proxy.places.count() == 4)
         with being_served(mock, proxy, 1):
             until(lambda: sum(is_closed(half.sock) for half in halves) == 1)
             ask(fresh)
@@ -290,7 +290,7 @@ def test_a_request_that_is_whole_is_served_though_places_are_short(mock, proxy_o
     with RawClient(proxy.port) as client:
         ask(client)
         assert 200 == client.read_answer().status
-        place = next(iter(proxy._places.values()))
+        place = next(iter(proxy.places._places.values()))
         until(lambda: place.does == ic.IDLE)
         place.does = ic.CLOSED                         # between its last answer and its next head
         ask(client)
@@ -328,7 +328,7 @@ def test_one_token_does_not_hold_all_places_where_there_are_others(mock, proxy_o
 
 def test_one_token_alone_holds_all_places(mock, proxy_for):
     proxy = proxy_for("--budget", "1")
-    proxy.most_connections = 4
+    proxy.places.most = 4
     with being_served(mock, proxy, 4):
         assert 503 == chat(proxy).status
 
