@@ -15237,8 +15237,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.wire = Wire(self.connection, self.server.turns)
-        self.places = self.server.places
-        self.place = self.places.of(self.connection)
+        self.place = self.server.places.of(self.connection)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
         self._is_head = False                # the current request is a HEAD: no body in its answer
@@ -15287,14 +15286,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         first = self._served == 0
         self.server.turns.take()      # if the last request left it
         deadline_s = time.monotonic() + timeouts.head_s
-        self.places.note(self.place, IDLE)
+        self.server.places.note(self.place, IDLE)
         try:
             if not self.wire.await_line(
                     deadline_s if first else time.monotonic() + timeouts.keep_alive_s):
                 return None
         except TimeoutError:
             return None
-        self.places.note(self.place, READING)
+        self.server.places.note(self.place, READING)
         self._served += 1
         try:
             return self.wire.read_head(
@@ -15324,11 +15323,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise Forbidden("the admin's token cannot call models; use a caller's token")
         self._caller = None if is_own else caller
         with contextlib.nullcontext() if is_own else self.server.traffic.entered(caller):
-            self.places.take(self.place, caller, len(self.server.callers) == 1)
+            self.server.places.take(self.place, caller, len(self.server.callers) == 1)
             self._memory = Claim(self.server.router.memory, caller.name)
             request = ClientRequest(head, self._read_body(head, self._memory), self._request_id,
                                     caller, self._memory)
-            self.places.note(self.place, SERVING)
+            self.server.places.note(self.place, SERVING)
             if head.path == "/":
                 return self._write_answer(OPEN_ROUTES["/"](self.server))
             if is_own:
@@ -15462,7 +15461,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 ("content-type", "application/json"), *own_ids(self._request_id), *error.headers),
                 body), must_close=error.must_close)
             if error.must_close:             # the client may still be sending its request
-                self.places.note(self.place, LEAVING)
+                self.server.places.note(self.place, LEAVING)
                 self.wire.linger(self.server.settings.timeouts.linger_s)
 
     def _note_refusal(self, error: IroncageError) -> None:
@@ -16667,6 +16666,14 @@ def _on_signals(action: Callable[[int], None], *names: str) -> None:
             signal.signal(getattr(signal, name), lambda number, frame: action(number))
 
 
+def _say(text: str, file: Any) -> None:
+    """Print to a file that may be full, or a pipe that nobody reads: that ends no server."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())       # for what it has buffered
+
+
 def _stopped(server: ProxyServer) -> bool:
     """Stop a server, and say in the log what it spent. Whether that was as it should be."""
     server.stop()
@@ -16696,11 +16703,9 @@ def run_serve(settings: Settings, given: Mapping[str, Any]) -> int:
     _on_signals(on_signal, "SIGINT", "SIGTERM", "SIGBREAK")
     _on_signals(lambda number: setattr(server, "reload_asked", True), "SIGHUP")
     server.start()
-    if not settings.quiet:
-        print(banner(server), flush=True)
-    elif settings.token_is_generated or settings.port == 0:
-        print(f"{server.url} {settings.token if settings.token_is_generated else ''}".strip(),
-              flush=True)
+    short = f"{server.url} {settings.token if settings.token_is_generated else ''}".strip()
+    if not settings.quiet or settings.token_is_generated or settings.port == 0:
+        _say(short if settings.quiet else banner(server), sys.stdout)
     while server.failure is None and not asked_to_stop.acquire(timeout=1):
         pass                               # in slices: Windows cannot interrupt a longer wait
     return 0 if _stopped(server) else 1
@@ -16783,7 +16788,7 @@ def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:
     pass_on()
     code = child.wait()
     is_fine = _stopped(server)
-    print(bill(server), file=sys.stderr)
+    _say(bill(server), sys.stderr)
     return 1 if not is_fine else code if code >= 0 else 128 - code
 
 
@@ -17383,6 +17388,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1 if isinstance(err, CannotListen) else 2
     except BrokenPipeError:                    # `models | head`
         return 0
+    except OSError as err:                     # as of a full disk behind our output
+        print(f"ironcage_proxy: {_reason(err)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:                  # before it served, as while it waits for a ledger
         return 1
     except Exception:

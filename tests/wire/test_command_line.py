@@ -3,6 +3,7 @@
 A fault of the user is one clear line and exit code 2 (1 where the machine is at fault), never a
 traceback. Stopping drains and settles.
 """
+import contextlib
 import json
 import os
 import re
@@ -17,8 +18,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from engines import free_port
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, program, proxy_environment, run_program)
+                     call, program, proxy_environment, run_program, started, until)
 
 PROGRAM = str(ROOT / "ironcage_proxy.py")
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
@@ -227,6 +229,53 @@ def test_quiet_prints_only_what_cannot_be_known_otherwise():
 
     assert f"http://127.0.0.1:{served.port}\n" == served.first_line
     assert ("", "") == (out, err)
+
+
+full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+
+
+ON_A_FULL_DISK = """
+import sys
+sys.stdout = open("/dev/full", "w", buffering=1)
+import ironcage_proxy
+sys.exit(ironcage_proxy.main())
+"""
+
+
+@full_disk
+def test_a_full_disk_behind_the_output_is_one_line():
+    done = run_program("models", code=ON_A_FULL_DISK)
+
+    assert (1, 1) == (done.returncode, done.stderr.count("\n"))
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+@full_disk
+def test_a_full_disk_behind_the_output_ends_no_server():
+    port = free_port()
+    process = started("--port", str(port), "--token", TOKEN, code=ON_A_FULL_DISK)
+    try:
+        call_until_it_serves(port, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+
+    assert 0 == process.wait(PATIENCE_S * 3)
+
+
+def call_until_it_serves(port, process):
+    def serves():
+        assert process.poll() is None
+        with contextlib.suppress(OSError):
+            return 200 == call(port, "GET", "/healthz", token=None).status
+    until(serves, "it serves")
+
+
+@full_disk
+def test_a_bill_that_cannot_be_printed_does_not_hide_how_the_command_ended():
+    with open("/dev/full", "w") as full:
+        process = started("--", sys.executable, "-c", "raise SystemExit(3)", stderr=full)
+
+        assert 3 == process.wait(PATIENCE_S * 3)
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
