@@ -732,6 +732,8 @@ def split_path(path: str) -> tuple[str, str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that is nearest to a wrong one; "" where none is near."""
+    if not PRINTABLE_NAME.fullmatch(name):       # of megabytes, to compare took seconds, and more
+        return ""
     import difflib               # here only: few need it
     near = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {shown_name(near[0])}?)" if near else ""
@@ -8046,34 +8048,6 @@ def echo_stream(api: str, answer: EchoAnswer) -> Iterator[bytes]:
     yield from STREAM_ENDS.get(api, ())
 
 
-def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price]]) -> dict:
-    """Return the answer to /v1/models or /v1/models/{id}; models: name -> (provider, price).
-
-    Raises NotFound for a model that is not among them.
-    """
-    def entry(name: str) -> dict:
-        owner, price = models[name]
-        if dialect == "anthropic":
-            return {"type": "model", "id": name, "display_name": name, "lifecycle": "active",
-                    "created_at": "1970-01-01T00:00:00Z", "capabilities": None,
-                    "max_input_tokens": price.max_input_tokens,
-                    "max_tokens": price.max_output_tokens}
-        return {"id": name, "object": "model", "created": 0, "owned_by": owner}
-
-    named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
-    if named:
-        named = named if named in models else LONG_WINDOW_SUFFIX.sub("", named)
-        if named not in models:
-            raise NotFound("no such model is known here: it has no price, or its provider's key "
-                           "is not set")
-        return entry(named)
-    data = [entry(name) for name in models]
-    if dialect == "anthropic":
-        names = [*models] or [None]                # a token may be for none of them
-        return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
-    return {"object": "list", "data": data}
-
-
 # ==== 16. Cost controller =======================================================================
 #
 # The cage itself: what each scope (the proxy, and each token of --config) may spend, has spent and
@@ -14112,6 +14086,34 @@ def answer_to_warming(fields: Mapping[str, Any], request_id: str) -> Answer:
                        "text/event-stream")
 
 
+def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price]]) -> dict:
+    """Return the answer to /v1/models or /v1/models/{id}; models: name -> (provider, price).
+
+    Raises NotFound for a model that is not among them.
+    """
+    def entry(name: str) -> dict:
+        owner, price = models[name]
+        if dialect == "anthropic":
+            return {"type": "model", "id": name, "display_name": name, "lifecycle": "active",
+                    "created_at": "1970-01-01T00:00:00Z", "capabilities": None,
+                    "max_input_tokens": price.max_input_tokens,
+                    "max_tokens": price.max_output_tokens}
+        return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+
+    named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
+    if named:
+        named = named if named in models else LONG_WINDOW_SUFFIX.sub("", named)
+        if named not in models:
+            raise NotFound("no such model is known here: it has no price, or its provider's key "
+                           "is not set")
+        return entry(named)
+    data = [entry(name) for name in models]
+    if dialect == "anthropic":
+        names = [*models] or [None]                # a token may be for none of them
+        return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return {"object": "list", "data": data}
+
+
 def check_method_override(request: ClientRequest) -> None:
     """Raises UnmeteredRoute where a request may become another one at the provider."""
     if not METHOD_OVERRIDE_HEADERS.isdisjoint(request.head.headers.values) \
@@ -15562,6 +15564,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
+    reload_asked = False                               # by SIGHUP
+    is_stopping = False
+    cuts_now = False                                   # a second signal: do not wait
+    failure: Optional[str] = None                      # the thread that failed: nothing is served
+    _thread: Optional[threading.Thread] = None
+    _tending: Optional[threading.Thread] = None
+    _unready: Optional[str] = None                     # what unreadiness() found,
+    _tried_s = NEVER_S                                 # and when
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.callers: Mapping[str, Caller] = {}        # by the SHA-256 of their tokens
@@ -15582,45 +15593,39 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.router = Router(settings, prices, self.ledger, self.turns)
             undo.callback(self.router.controller.accounts.close)
             self._take_config(config, prices)
-            undo = undo.pop_all()                      # and listening may still fail
-        self.reload_asked = False                      # set by SIGHUP
+            self._listen()
+            undo.pop_all()
         self._looked_s = time.monotonic()
         self.allowed_hosts = {
             host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
             for name in (settings.host, *settings.allow_hosts)}
         self.started_s = time.monotonic()
-        self._unready: Optional[str] = None           # what unreadiness() found,
-        self._tried_s = NEVER_S                       # and when
-        self.is_stopping = False
-        self.cuts_now = False                          # a second signal: do not wait
-        self.failure: Optional[str] = None             # the thread that failed: nothing is served
         self.on_failure: Callable[[], Any] = lambda: None
         self.turns.on_fault = self.fail
         self._stopping = threading.Lock()              # held by who sets is_stopping
         self._has_stopped = threading.Event()
-        self._thread: Optional[threading.Thread] = None
-        self._tending: Optional[threading.Thread] = None
         self._is_over = threading.Event()              # nothing is tended any more
         self.has_refused = threading.Event()           # there is a refusal to write down
         self.places = Places()
         self.run_id = secrets.token_hex(8)             # with a number, the id of a request
         self.request_numbers = itertools.count(1)
         self.traffic = Traffic()
+
+    def _listen(self) -> None:
+        """Have the socket. Raises CannotListen."""
+        host, port = self.settings.host, self.settings.port
         try:
-            if not 0 <= settings.port <= 65535:        # or getaddrinfo takes its last 16 bits
+            if not 0 <= port <= 65535:                 # or getaddrinfo takes its last 16 bits
                 raise OverflowError("there is no such port")
-            family, _, _, _, address = socket.getaddrinfo(
-                settings.host, settings.port, type=socket.SOCK_STREAM,
-                flags=socket.AI_PASSIVE)[0]
-            self.address_family = family
+            self.address_family, _, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             super().__init__(address[:2], ProxyHandler)      # type: ignore[arg-type]
         except (OSError, OverflowError, ValueError, TypeError) as err:      # of an embedder's port
-            undo.close()
             hint = "an address of this machine with --host" if isinstance(err, socket.gaierror) \
                 or getattr(err, "errno", None) == errno.EADDRNOTAVAIL else \
                 "another with --port, from 0 to 65535 (8787 is the default of other gateways too)"
-            raise CannotListen(f"cannot listen on {settings.host} port {settings.port}: "
-                               f"{_reason(err)}; choose {hint}") from err
+            raise CannotListen(f"cannot listen on {host} port {port}: {_reason(err)}; choose "
+                               f"{hint}") from err
 
     @property
     def port(self) -> int:

@@ -85,6 +85,12 @@ def test_the_nearest_name_is_offered_and_none_that_is_far():
     assert "" == ic.did_you_mean("zzz", ["claude", "gpt-4o"])
 
 
+def test_a_name_that_is_none_is_not_compared_whatever_its_length(monkeypatch):
+    monkeypatch.setattr("difflib.get_close_matches", lambda *_: pytest.fail("it took seconds"))
+
+    assert "" == ic.did_you_mean("gpt-4o" * 1_000_000, ["gpt-4o"])
+
+
 def test_an_error_notes_what_model_the_request_asked_for():
     with pytest.raises(ic.NotFound) as caught, ic.about_model("gpt-4o"):
         raise ic.NotFound(SENTENCE)
