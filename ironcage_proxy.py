@@ -16792,9 +16792,9 @@ def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:
     server.on_failure = child.terminate
     pass_on()
     code = child.wait()
-    is_fine = _stopped(server)
+    server.stop()
     _say(bill(server), sys.stderr)
-    return 1 if not is_fine else code if code >= 0 else 128 - code
+    return 1 if not _stopped(server) else code if code >= 0 else 128 - code
 
 
 def model_text(router: Router, model: str) -> str:
