@@ -219,7 +219,7 @@ class Watched:
         settings = SimpleNamespace(alert_url=None, on_event=on_event, agent_id=None,
                                    provider_id=None)
         accounts = SimpleNamespace(known=lambda scopes: budgets)
-        self.reporter = ic.Reporter(settings, ic.Turns(), accounts, lambda: [])
+        self.reporter = ic.Reporter(settings, ic.Turns(), accounts, list)
         self.reporter.tell_server = self.told.append
         self.reporter.alerts = SimpleNamespace(tell=lambda *alert: self.alerted.append(alert))
 
