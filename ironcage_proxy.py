@@ -1328,11 +1328,14 @@ class Price(NamedTuple):
         suffixes = frozenset(tier_suffix(tier, self.provider) for tier in tiers)
         reached = self._reached(most_tokens)
         if (suffixes, reached) not in self.known_rates:
-            cases = [self._rates(suffix, reached[:passed])[0] for suffix in suffixes
-                     for passed in range(len(reached) + 1)]
+            cases = self._cases(suffixes, reached)
             self.known_rates[suffixes, reached] = {
                 bucket: max(rates[bucket] for rates in cases) for bucket in PRICE_KEYS}
         return self.known_rates[suffixes, reached]
+
+    def _cases(self, suffixes: Iterable[str], reached: tuple) -> list[Mapping[str, Rate]]:
+        return [self._rates(suffix, reached[:passed])[0] for suffix in suffixes
+                for passed in range(len(reached) + 1)]
 
     @property
     def search_picodollars(self) -> Rate:
@@ -1354,9 +1357,7 @@ class Price(NamedTuple):
     def every_rate(self) -> Mapping[str, frozenset]:
         """All picodollars that a token of a bucket, or a fee, can be billed at: in any tier, size
         of prompt, place and speed."""
-        cases = [self._rates(suffix, self.thresholds[:passed])[0]
-                 for suffix in {*TIER_SUFFIXES.values(), UNKNOWN_TIER}
-                 for passed in range(len(self.thresholds) + 1)]
+        cases = self._cases({*TIER_SUFFIXES.values(), UNKNOWN_TIER}, self.thresholds)
         cases += [{**rates, "output": rates["image_output"]} for rates in cases]
         multipliers = {1, self.us_multiplier, self.fast_multiplier,
                        self.us_multiplier * self.fast_multiplier,
@@ -8633,11 +8634,6 @@ class CostController:
         self.accounts.set_scopes(rows)
         self._serve_queue()
 
-    def is_limited(self, scopes: Sequence[str] = ()) -> bool:
-        """Whether any of a request's scopes has a limit."""
-        return any(budget.limit is not None
-                   for budget in self.accounts.known((PROXY_SCOPE, *scopes)))
-
     # What it holds.
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
@@ -9384,10 +9380,8 @@ class SqliteLedger:
     def intent(self, row: dict, shared: Optional[str] = None) -> None:
         """Put a call on disk before it is sent, with what the engine of a shared budget knows it
         by. Raises LedgerUnavailable: it must not be sent."""
-        error = self._write(_Write(_INSERT, row, is_intent=True, shared=shared))
-        if error is not None:
-            raise LedgerUnavailable("the proxy's ledger cannot be written, so that nothing is "
-                                    f"sent to providers: {_reason(error)}")
+        self._write_first(_Write(_INSERT, row, is_intent=True, shared=shared),
+                          "nothing is sent to providers")
 
     def unconfirmed(self) -> list[dict]:
         """Return settled calls whose end the engine of a shared budget may not know."""
@@ -9405,6 +9399,12 @@ class SqliteLedger:
         if error is not None:
             log.error("a settlement is not in the ledger yet", extra={"fields": {
                 "request_id": row["request_id"], "reason": _reason(error)}})
+
+    def _write_first(self, write: _Write, otherwise: str) -> None:
+        error = self._write(write)
+        if error is not None:
+            raise LedgerUnavailable("the proxy's ledger cannot be written, so that "
+                                    f"{otherwise}: {_reason(error)}")
 
     def _write(self, write: _Write) -> Optional[Exception]:
         """Commit a statement, together with all that others queued meanwhile; or say why not."""
@@ -9582,11 +9582,8 @@ class SqliteLedger:
 
     def keep_lease(self, lease: Lease) -> None:
         """Remember on disk that it must be given back. Raises LedgerUnavailable."""
-        error = self._write(_Write("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease,
-                                   is_intent=True))
-        if error is not None:
-            raise LedgerUnavailable("the proxy's ledger cannot be written, so that no budget is "
-                                    f"leased: {_reason(error)}")
+        self._write_first(_Write("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease,
+                                 is_intent=True), "no budget is leased")
 
     def forget_lease(self, lease: Lease) -> None:
         """Forget one that was given back. Else it would be given back twice, and refused."""
@@ -13598,25 +13595,23 @@ class SharedAccounts:
         kept as known; `flushed`: and have the engine's disk hold it. Raises EngineFailed."""
         then, extra_s = ([_FLUSH], DISK_DEADLINE_MS // 1000) if flushed else ([], 0)
 
-        def evaluate(how: str, script: str) -> list[Reply]:
-            return self.engine.ask(
-                [how, script, 1, self._key, self._generation, self._run_id, *words], *then,
-                run_id=self._run_id, extra_s=extra_s)
-        try:
+        replies: list[Reply] = []
+        for how, script in (("EVALSHA", SCRIPT_DIGESTS[name]), ("EVAL", SCRIPTS[name])):
             try:
-                reply, *disk = evaluate("EVALSHA", SCRIPT_DIGESTS[name])
+                replies = self.engine.ask(
+                    [how, script, 1, self._key, self._generation, self._run_id, *words], *then,
+                    run_id=self._run_id, extra_s=extra_s)
+                break
             except EngineFailed as err:
-                if err.code != "NOSCRIPT":
-                    raise
-                reply, *disk = evaluate("EVAL", SCRIPTS[name])
-        except EngineFailed as err:
-            self._is_entering |= err.code == "RESTARTED"
-            if err.code != "HELD":
-                self._note(err.reason)
-            raise
+                if (how, err.code) == ("EVALSHA", "NOSCRIPT"):
+                    continue
+                self._is_entering |= err.code == "RESTARTED"
+                if err.code != "HELD":
+                    self._note(err.reason)
+                raise
         self._note(None)
         with replied():
-            found, *amounts = reply
+            (found, *amounts), *disk = replies
             budgets = [_budget_from(text) for text in amounts]
             is_late = flushed and not disk[0][0]
         with self._lock:
@@ -13897,7 +13892,7 @@ class SharedAccounts:
             self._thread.join()
         with contextlib.suppress(EngineFailed):
             self._catch_up()
-            if not self._open:
+            if not self._open and not self._ending:        # else it is charged, as of the dead
                 self.engine.ask(["HDEL", f"{self._key}:beats", self._process])
         if self._ending:
             log.error("settlements are not in the shared budget", extra={"fields": {
@@ -14367,7 +14362,7 @@ class Router:
                          path: str) -> None:
         """Refuse, under a budget, all but the routes that are free. Raises UnmeteredRoute."""
         caller, method = request.caller, request.head.method
-        if not caller.models and not self.controller.is_limited(request.scopes):
+        if not caller.models and self.controller.available(request.scopes) is None:
             return
         check_method_override(request)
         if caller.models and request.body:

@@ -382,6 +382,20 @@ def test_many_open_calls_of_the_dead_are_charged_at_once(shared):
     assert shared.ask("HGET", ":beats", dead.accounts._process) is None
 
 
+def test_what_cannot_be_settled_by_one_that_stops_is_charged_as_of_the_dead(shared, quick):
+    shared.process(runs=True, limit=1_000)
+    leaving = shared.process()
+    claim, tombs = leaving.ask(fixed(500)), f":done:{leaving.accounts._process}"
+    shared.ask("HSET", tombs, "no", "bitmap")
+
+    leaving.commit(claim, 200)
+    leaving.accounts.close()
+    assert (0, 500) == shared.amounts()
+    shared.ask("DEL", tombs)
+
+    until(lambda: shared.amounts() == (500, 0), "the bound is charged")
+
+
 def test_a_process_that_beats_again_is_not_charged(shared):
     dead, judge = shared.process(limit=1_000), shared.process(limit=1_000)
     held = dead.ask(fixed(600))
