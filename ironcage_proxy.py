@@ -1754,8 +1754,6 @@ def _fees(price: Price, usage: Mapping[str, Any], api: str,
     searches, fee = tool_calls.get("web_search_call", 0), price.call_fee(usage)
     if api == "messages":
         searches += _count(usage.get("server_tool_use"), "web_search_requests")
-    elif not tool_calls and not fee:
-        return []
     lines = (("call", 1 if fee else 0, fee), ("web_search", searches, price.search_picodollars),
              ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
              ("container", int(bool(tool_calls.get("code_interpreter_call"))),
@@ -1978,8 +1976,7 @@ SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # th
 
 class HostedTool(NamedTuple):
     """A tool that the provider runs, sampling the model again to read each result."""
-    api: str
-    provider: str                       # LiteLLM's name of the provider
+    api: str                            # a key of HOSTED_TOOL_SELLERS
     types: str                          # a pattern of its types
     models: str                         # a pattern of the price rows it holds for
     prompt_tokens: int                  # what it adds to every sampling
@@ -1992,19 +1989,16 @@ class HostedTool(NamedTuple):
 # exchanges of 2025 and 2026 were billed (at most 16,900 a result; Anthropic's tools add up to 2,400
 # to the prompt, OpenAI's 4,400); no vendor documents a cap on a result. Anthropic samples at most
 # ten times and once more, and once more than max_uses where the model tries again.
+HOSTED_TOOL_SELLERS = MappingProxyType({"messages": "anthropic", "responses": "openai"})
 HOSTED_TOOLS = (
-    HostedTool("messages", "anthropic", r"web_search_20250305", "",
-               4096, 16_000, True, False),
-    HostedTool("messages", "anthropic", r"web_search_(20260209|20260318)", "",
-               4096, 16_000, True, True),
-    HostedTool("messages", "anthropic", r"web_fetch_20250910", "", 4096, 0, False, False),
-    HostedTool("messages", "anthropic", r"web_fetch_(20260209|20260309|20260318)", "",
-               4096, 0, False, True),
-    HostedTool("messages", "anthropic", r"tool_search_tool_(bm25|regex)(_20251119)?", "",
-               4096, 0, False, True),
-    HostedTool("responses", "openai", r"web_search(_2025_08_26)?", r"gpt-([5-9]|\d\d)",
-               5000, 5000, True, False),
-    HostedTool("responses", "openai", r"web_search(_2025_08_26)?", "", 5000, 17_000, True, False),
+    HostedTool("messages", r"web_search_20250305", "", 4096, 16_000, True, False),
+    HostedTool("messages", r"web_search_(20260209|20260318)", "", 4096, 16_000, True, True),
+    HostedTool("messages", r"web_fetch_20250910", "", 4096, 0, False, False),
+    HostedTool("messages", r"web_fetch_(20260209|20260309|20260318)", "", 4096, 0, False, True),
+    HostedTool("messages", r"tool_search_tool_(bm25|regex)(_20251119)?", "", 4096, 0, False, True),
+    HostedTool("responses", r"web_search(_2025_08_26)?", r"gpt-([5-9]|\d\d)", 5000, 5000,
+               True, False),
+    HostedTool("responses", r"web_search(_2025_08_26)?", "", 5000, 17_000, True, False),
 )
 
 
@@ -2095,9 +2089,7 @@ def _brought_tools(parts: Iterable[tuple[str, str, dict]]) -> Iterator[tuple[str
 
 def _flat_tools(field: str, tools: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Each tool of a list, also those in namespaces; of the type "?" where it is not a tool."""
-    if tools is not None and not isinstance(tools, list):
-        yield field, "?", {}
-    for tool in tools if isinstance(tools, list) else ():
+    for tool in tools if isinstance(tools, list) else [] if tools is None else [None]:
         fields = json_object(tool)
         kind = fields.get("type")
         if kind is None and fields.keys() <= FUNCTION_MEMBERS:
@@ -2119,7 +2111,7 @@ def _runs_at_client(kind: str, tool: Mapping[str, Any]) -> bool:
 def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
     """What is known of a type of tool that the provider of a price row runs."""
     return next((row for row in HOSTED_TOOLS
-                 if (row.api, row.provider) == (api, price.provider)
+                 if row.api == api and HOSTED_TOOL_SELLERS[api] == price.provider
                  and re.fullmatch(row.types, kind)
                  and re.match(row.models, price.key.rpartition("/")[2])), None)
 
@@ -2457,11 +2449,9 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                 f"max_input_tokens for {price.key} to bound it with")
         return context
     tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
-    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body)
-    if not contents.images:
-        return tokens
-    tokens += len(contents.images) * per_image
-    return min(tokens, context) if price.max_input_tokens else tokens
+    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body) \
+        + len(contents.images) * (per_image or 0)
+    return min(tokens, context) if contents.images and price.max_input_tokens else tokens
 
 
 def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
@@ -2541,7 +2531,6 @@ MOST_SAMPLINGS = 11                     # of one Anthropic call
 # (samplings beyond the uses, the most samplings) of one call; other APIs have no hosted tools.
 SAMPLINGS = MappingProxyType({"responses": (1, 1 + MOST_HOSTED_USES),
                               "messages": (2, MOST_SAMPLINGS)})
-NO_SAMPLINGS = (0, 1)
 DEFAULT_FETCHED_TOKENS = 25_000         # web_fetch's max_content_tokens, where it has none
 FETCHED_TOKENS_MARGIN = Fraction(11, 10)         # the documentation calls that cap approximate
 
@@ -2572,15 +2561,15 @@ class HostedUses(NamedTuple):
 
 class Bound(NamedTuple):
     """The worst case of one request, linear in its output tokens and its uses of hosted tools."""
-    input_tokens: int
-    input_picodollars: Rate             # all input at its dearest rate
-    output_picodollars: Rate            # one output token in every choice, at its dearest
-    unlimited_output_tokens: int        # output beside max_tokens: rejected predictions
-    asked_output_tokens: Optional[int]  # the client's own cap, or the API's default; else None
-    most_output_tokens: int             # what an answer without a cap of its own can be
+    input_tokens: int = 0
+    input_picodollars: Rate = 0         # all input at its dearest rate
+    output_picodollars: Rate = 0        # one output token in every choice, at its dearest
+    unlimited_output_tokens: int = 0    # output beside max_tokens: rejected predictions
+    asked_output_tokens: Optional[int] = None       # the client's cap, or the API's default
+    most_output_tokens: int = 0         # what an answer without a cap of its own can be
     least_output_tokens: int = 0        # a lower cap would not be a valid request
     may_be_lowered: bool = True         # the client's caps, to what is free
-    loops: bool = False                 # the provider may run the model several times for it
+    loops: bool = False                 # the model may run again: early usage is not its input
     fees_picodollars: Rate = 0          # of the call, and of all uses of hosted tools it admits
     hosted: Optional[HostedUses] = None         # until admission says how many uses it has
     reasoning_tokens: int = 0           # likewise beside max_tokens, where no cap holds them
@@ -2699,15 +2688,13 @@ class Bound(NamedTuple):
 
 def fixed_bound(microdollars: int) -> Bound:
     """The bound of what costs an amount at most, whatever it answers."""
-    return Bound(input_tokens=0, input_picodollars=microdollars * PICODOLLARS_PER_MICRODOLLAR,
-                 output_picodollars=0, unlimited_output_tokens=0, asked_output_tokens=0,
-                 most_output_tokens=0)
+    return Bound(input_picodollars=microdollars * PICODOLLARS_PER_MICRODOLLAR,
+                 asked_output_tokens=0)
 
 
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
                      data_residency: Optional[str] = None, measured: bool = False,
-                     window: int = 0, may_be_lowered: bool = True,
-                     reasoning_tokens: int = 0,
+                     window: int = 0, may_be_lowered: bool = True, reasoning_tokens: int = 0,
                      input_tokens: Optional[int] = None) -> Bound:
     """The worst case of a request at a price; `input_tokens` is a bound on its input, if known, and
     `reasoning_tokens` what the provider's caps do not hold.
@@ -2833,7 +2820,7 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, win
     least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
     return HostedUses(
         levels=tuple([_level(uses, tools, visible, context, least_samplings,
-                             SAMPLINGS.get(api, NO_SAMPLINGS), rates, price.search_picodollars)
+                             SAMPLINGS.get(api, (0, 1)), rates, price.search_picodollars)
                       for uses in range(1 + max((asked for asked, *_ in tools), default=0))]),
         is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
         has_caps=bool(tools),
@@ -3066,10 +3053,6 @@ def _is_kept_elsewhere(kind: str, part: Mapping[str, Any]) -> bool:
 FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
 
 
-def _body_of(fields: Mapping[str, Any]) -> JsonBody:
-    return parse_json_object(json_bytes(fields))
-
-
 def _known_and_more(known_tokens: int, rest: JsonBody, price: Price, window: int) -> int:
     """Return a bound on input of which a part was counted, and the rest was not."""
     more = input_tokens_bound(rest, price, measured=True, window=window)
@@ -3090,9 +3073,9 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
     added = [*(row for digest, row in prompt.parts.items() if digest not in counted.parts),
              *prompt.uncounted]
     tools = [part for field, part in added if field in ("tools", "functions")]
-    rest = _body_of({
+    rest = parse_json_object(json_bytes({
         name: body.fields[name][length:], "added": tools,
-        "system": [part for field, part in added if field in ("system", "instructions")]})
+        "system": [part for field, part in added if field in ("system", "instructions")]}))
     if RECONFIGURING_TYPE in contents_of(rest).kinds:
         return None
     kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
@@ -3116,9 +3099,8 @@ def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
     where it reads that one in another way."""
     if RECONFIGURING_TYPE in contents_of(body).kinds:
         return None
-    added = _body_of({name: value for name, value in body.fields.items()
-                      if name != "previous_response_id"})
-    return _known_and_more(before.tokens, added, price, window)
+    added = {name: value for name, value in body.fields.items() if name != "previous_response_id"}
+    return _known_and_more(before.tokens, parse_json_object(json_bytes(added)), price, window)
 
 
 def referred_input_tokens(body: JsonBody, price: Price, window: int,
@@ -3139,8 +3121,9 @@ def referred_input_tokens(body: JsonBody, price: Price, window: int,
     made = sum({digest: counted.tokens for counted in known for digest in counted.parts}.values())
     kept = [{name: value for name, value in item.items() if name not in ("type", "id")}
             for item in named]
-    return _known_and_more(made * max(times.values()) + REFERRED_ITEM_TOKENS * len(named),
-                           _body_of({**body.fields, "input": others + kept}), price, window)
+    rest = parse_json_object(json_bytes({**body.fields, "input": others + kept}))
+    return _known_and_more(made * max(times.values()) + REFERRED_ITEM_TOKENS * len(named), rest,
+                           price, window)
 
 
 class CountRow(NamedTuple):
@@ -3173,10 +3156,9 @@ class KnownCounts:
                 self._answered[scope] = ""
             self._counts.pop((scope, row.digest), None)
             self._counts[scope, row.digest] = (row.learned_s, row.counted)
-            kept: Any
             for kept in (self._counts, self._answered):
                 if len(kept) > MOST_COUNTS:
-                    del kept[next(iter(kept))]
+                    del kept[next(iter(kept))]              # type: ignore[attr-defined]
 
     def find(self, scope: str, digests: Sequence[bytes]) -> list[Optional[Counted]]:
         """What is known of each digest."""
@@ -8073,12 +8055,9 @@ DO_NOT_RETRY = (("x-should-retry", "false"),)
 
 def period_start(period: str, now_s: int) -> int:
     """Return when the UTC day, week (Monday) or month began, in Unix seconds; 0 for "total"."""
-    today = now_s - now_s % DAY_S
-    if period == "month":
-        return today - (time.gmtime(now_s).tm_mday - 1) * DAY_S
-    if period == "week":
-        return today - time.gmtime(now_s).tm_wday * DAY_S
-    return today if period == "day" else 0
+    now = time.gmtime(now_s)
+    days = {"day": 0, "week": now.tm_wday, "month": now.tm_mday - 1}.get(period)
+    return 0 if days is None else now_s - now_s % DAY_S - days * DAY_S
 
 
 def period_end(period: str, since_s: int) -> Optional[int]:
@@ -8122,11 +8101,6 @@ class Budget(NamedTuple):
         """Whether less than that is free."""
         return self.free is not None and self.free < least_free
 
-    def may_fit(self, bound: Bound) -> bool:
-        """Whether a request would fit here, were all that is in flight settled for nothing."""
-        free = self._replace(reserved=0).free
-        return free is None or bound.fitting_caps(free, at_last=True) is not None
-
     def as_json(self) -> dict:
         """Return the five amounts under their public names."""
         free = 0 if self.ended_by is not None else self.free
@@ -8165,7 +8139,8 @@ def decided(bound: Bound, budgets: Sequence[Budget], *, may_wait: bool,
             caps = Caps(*map(min, caps, fitting))
     if not lacking or not bound.microdollars(*bound.asked_caps):
         return Decision(caps)
-    hopeless = [budget for budget in lacking if not budget.may_fit(bound)]
+    hopeless = [budget for budget in lacking            # even if all in flight cost nothing
+                if bound.fitting_caps(budget._replace(reserved=0).free, at_last=True) is None]
     if may_wait and not hopeless:
         return Decision(lacking=tuple(budget.scope for budget in lacking))
     return Decision(refused_by=(hopeless or lacking)[0])
@@ -11969,7 +11944,8 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
             or (meter.failure is not None and meter.is_blank and is_soon):
         return Charge()
     reason = _end_of(call)
-    if meter.usage_is_final and (meter.input_is_last or not _loops(call)):
+    loops = call.bound is not None and call.bound.loops
+    if meter.usage_is_final and (meter.input_is_last or not loops):
         try:
             lines = _metered_bill(call, prices, meter.usage)
             return Charge(lines, lines.doubt)
@@ -11995,12 +11971,6 @@ def _end_of(call: Call) -> str:
     return next((reason for is_so, reason in ends if is_so), "no usage in the answer")
 
 
-def _loops(call: Call) -> bool:
-    """Whether the provider may run the model several times, so that early usage is not its input.
-    """
-    return call.bound is not None and call.bound.loops
-
-
 def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]:
     """Bill the most that a call without exact usage can have cost.
 
@@ -12019,7 +11989,7 @@ def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]
     output_tokens = max(-(-reported.completion_tokens // choices),
                         min(call.reservation.output_cap + bound.reasoning_tokens, made))
     knows_input = reported.prompt_tokens and "iterations" not in usage and (
-        not _loops(call) or (meter.input_is_last and not meter.awaits_usage))
+        not bound.loops or (meter.input_is_last and not meter.awaits_usage))
     input_only = {name: value for name, value in usage.items()
                   if not name.startswith(("output_", "completion_", "total_"))}
     lines = _bill_or_none(call, prices, {**NO_TOKENS, **input_only}) if knows_input else None
