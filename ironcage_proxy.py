@@ -1744,8 +1744,9 @@ def _reported_picodollars(usage: Mapping[str, Any], names: Iterable[str]) -> Rat
     for name in path:
         value = json_object(value).get(name)
     amount = exact_number(str(value))
-    is_amount = isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts
-    return _exact(amount, PICODOLLARS_PER_USD // parts) if is_amount else 0
+    if not isinstance(amount, Decimal) or not 0 <= amount < MOST_USD * parts:
+        return 0
+    return _exact(amount, PICODOLLARS_PER_USD // parts)
 
 
 def _fees(price: Price, usage: Mapping[str, Any], api: str,
@@ -2704,11 +2705,9 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     fields = body.fields
     if input_tokens is None:
         input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
-    multiplier = price.residency_multiplier(data_residency)
-    if api == "messages":
-        multiplier = 1 if fields.get("inference_geo") == "global" else price.us_multiplier
-        if fields.get("speed") is not None:
-            multiplier *= price.fast_multiplier
+    multiplier = _multiplier(price, {
+        "inference_geo": None if fields.get("inference_geo") == "global" else "us",
+        "speed": None if fields.get("speed") is None else "fast"}, api, data_residency)
 
     def rates_up_to(most_tokens: int) -> tuple[Rate, Rate]:
         dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
@@ -3156,9 +3155,10 @@ class KnownCounts:
                 self._answered[scope] = ""
             self._counts.pop((scope, row.digest), None)
             self._counts[scope, row.digest] = (row.learned_s, row.counted)
+            kept: Any
             for kept in (self._counts, self._answered):
                 if len(kept) > MOST_COUNTS:
-                    del kept[next(iter(kept))]              # type: ignore[attr-defined]
+                    del kept[next(iter(kept))]
 
     def find(self, scope: str, digests: Sequence[bytes]) -> list[Optional[Counted]]:
         """What is known of each digest."""
@@ -9387,24 +9387,16 @@ class SqliteLedger:
         if fault is not None:
             return fault
         self._queue.append(write)
-        if self._is_quick:
-            self._try_at_once()
+        if self._is_quick and self._turn.acquire(blocking=False):
+            try:                    # it takes 50 us; to go aside for it would take as long again
+                self._commit(self._queue[:])
+            finally:
+                self._turn.release()
         if not write.is_written:
             with self._aside(), self._turn:
                 if not write.is_written and write.error is None:
                     self._commit_patiently()
         return write.error
-
-    def _try_at_once(self) -> None:
-        """Commit the queue, unless another thread is at it.
-
-        A commit without fsync takes 50 us; to go aside for it would take as long again.
-        """
-        if self._turn.acquire(blocking=False):
-            try:
-                self._commit(self._queue[:])
-            finally:
-                self._turn.release()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -12879,7 +12871,8 @@ class EngineAddress(NamedTuple):
         return f"unix://{self.host}" if self.scheme == "unix" \
             else f"{self.scheme}://{self.host}:{self.port}/{self.database}"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def parse_engine_url(text: str) -> EngineAddress:
@@ -14187,17 +14180,21 @@ class Router:
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
         self.reporter.thresholds.begin(self.controller.accounts.known(
             (PROXY_SCOPE, *(caller.name for caller in config.callers))))
-        for name in providers.keys() & self.providers.keys():
-            if providers[name].key != self.providers[name].key:
-                log.warning("the key of a provider was changed", extra={"fields": {
-                    "provider": name}})
+        self._log_providers(providers)
         self.providers, self.config, self.prices = providers, config, prices
         self.settings = self.reporter.settings = settings
         if self.server is not None:
             self.server.token = settings.server_token or settings.token
         if self.reporter.alerts is not None:
             self.reporter.alerts.url = settings.alert_url
-        for provider in self.providers.values():
+
+    def _log_providers(self, providers: Mapping[str, Provider]) -> None:
+        """Log which keys have changed, and which base URLs may not be as they were meant."""
+        for name in providers.keys() & self.providers.keys():
+            if providers[name].key != self.providers[name].key:
+                log.warning("the key of a provider was changed", extra={"fields": {
+                    "provider": name}})
+        for provider in providers.values():
             if provider.format == "openai" and not provider.base_url.endswith("/v1") \
                     and provider.base_url != manners_of(provider.name).base_url:
                 log.warning("this base URL is used as it stands; 0.2.3 put /v1 behind it",
