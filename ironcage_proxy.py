@@ -3970,6 +3970,9 @@ PING = Ping()
 AnswerEvent = Union[Began, Opened, More, Closed, Ended, Ping]
 
 
+NO_LAST_EVENT = "the provider's stream ended without its last event"
+
+
 class Whole(NamedTuple):
     """An answer at once."""
     began: Began
@@ -7151,7 +7154,7 @@ def responses_events(stream: Iterable[Mapping[str, Any]],
     for event in stream:
         kind = str(event.get("type"))
         if kind == "ping":
-            yield from (PING,) if reader else ()
+            yield PING
             continue
         if reader is None:
             reader, response = _ItemReader(), object_in(event, "response", IN_ANSWER)
@@ -7675,6 +7678,21 @@ def carrying_api(api: str, provider: Provider, model: str,
     return "chat"
 
 
+def begun_late(events: Iterator[AnswerEvent]) -> Iterator[AnswerEvent]:
+    """Yield an answer's events, of which the first one waits until it goes on, or for a ping: a
+    call that fails before has a status. Where it is missing, it is made."""
+    began = None
+    for event in events:
+        if isinstance(event, Began):
+            began = event
+        elif began is None and event is PING:
+            yield event
+        else:
+            yield from (began or Began("", None), event)
+            break
+    yield from events
+
+
 class Translator:
     """Carries one call of a client's API over its provider's. Raises BadRequest."""
 
@@ -7734,11 +7752,14 @@ class Translator:
         return self._writer.failed(body)
 
     def _freed(self, events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
-        """Yield an answer's events as if the request had gone as its client wrote it."""
-        opened = 0
+        """Yield an answer's events as if the request had gone as its client wrote it.
+
+        Raises UpstreamBroke where the last one is missing.
+        """
+        opened, has_ended = 0, False
         wrapped: dict[Part, TextInput] = {}          # the parts whose text is inside an object
         self._used_ids = {*self._ids_of_history}
-        for event in events:
+        for event in begun_late(iter(events)):
             kind = type(event)
             if kind is More:
                 if wrapped and event.part in wrapped:
@@ -7754,8 +7775,10 @@ class Translator:
             elif isinstance(event, Began):
                 event = event._replace(model=self._asked_model or event.model)
             elif isinstance(event, Ended):
-                event = self._end(event)
+                event, has_ended = self._end(event), True
             yield event
+        if not has_ended:
+            raise UpstreamBroke(NO_LAST_EVENT)
 
     def _free_call(self, call: Part) -> bool:
         """Give a call its client's name, or make it the answer; whether its text is wrapped."""
@@ -14112,7 +14135,6 @@ def check_sessions(config: Config, settings: Settings) -> None:
 
 NO_RESPONSES = ' (if this server has no /v1/responses, give its provider "responses": false in ' \
                "--config, or start with --openai-chat-only where it stands in for OpenAI)"
-NO_LAST_EVENT = "the provider's stream ended without its last event"
 
 
 class Router:
@@ -14705,6 +14727,8 @@ class Router:
         if not is_fine or call.meter.failure or is_error(value):
             raise self._provider_failure(
                 call, stated_status(value, 502) if is_fine else status, value)
+        if events and not call.meter.has_ended:
+            raise UpstreamBroke(NO_LAST_EVENT)
         if not isinstance(value, dict):
             raise UpstreamBroke(BEYOND_LIMITS if call.meter.is_beyond_limits
                                 else "the provider's answer is not JSON")
@@ -14744,8 +14768,8 @@ class Router:
 
     def _provider_events(self, call: Call, response: Response,
                          reader: StreamReader) -> Iterator[dict]:
-        """Yield what the provider streams, metered, up to its end or its error; and a ping where
-        the client has heard nothing for ping_s, whatever the provider sends.
+        """Yield what the provider streams, metered, up to its end or its error; and, in place of
+        its pings, one where the client has heard nothing for ping_s, whatever the provider sends.
 
         Raises UpstreamError, ProviderFailed.
         """
@@ -14761,7 +14785,8 @@ class Router:
         for pieces in self._reads(call, response, reader, ping_s):
             if not pieces or time.monotonic() - call.heard_s >= ping_s:
                 yield {"type": "ping"}
-            yield from map(checked, reader.parsed(pieces))
+            yield from (checked(event) for event in reader.parsed(pieces)
+                        if event.get("type") != "ping")
         last, whole = reader.finished_events()
         checked(last or whole, is_error(whole))
         if whole is not None:                  # one JSON answer, though a stream was asked for

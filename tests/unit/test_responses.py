@@ -228,7 +228,7 @@ def parts_read(events):
     return ic.folded(ic.responses_events(events, TERMS))
 
 
-def test_a_ping_is_passed_on_once_the_answer_has_begun_and_an_empty_text_is_no_part():
+def test_a_ping_is_passed_on_also_before_the_answer_begins_and_an_empty_text_is_no_part():
     ping, empty = {"type": "ping"}, {"type": "message", "content": [
         {"type": "output_text", "text": ""}]}
     events = [*ic.responses_events([
@@ -236,7 +236,7 @@ def test_a_ping_is_passed_on_once_the_answer_has_begun_and_an_empty_text_is_no_p
         {"type": "response.output_item.done", "output_index": 0, "item": empty},
         {"type": "response.completed", "response": {}}], TERMS)]
 
-    assert [ic.Began, ic.Ping, ic.Ended] == [*map(type, events)]
+    assert [ic.Ping, ic.Began, ic.Ping, ic.Ended] == [*map(type, events)]
 
 
 def said(*parts, fields=None, **more):

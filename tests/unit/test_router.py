@@ -541,6 +541,78 @@ def test_a_whole_error_where_a_stream_was_asked_for_is_one(carrier):
     assert 429 == status and "no" in json.loads(shown)["error"]["message"]
 
 
+ON_GPT_5 = {"/v1/messages": {**MESSAGES[1], "model": "gpt-5.5", **STREAM},
+            CHAT[0]: {**CHAT[1], "model": "gpt-5-codex", **STREAM}}
+CREATED = {"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}}
+MESSAGE_START = {"type": "message_start", "message": {"id": "msg_1", "model": "m", "content": []}}
+
+
+def failed(code):
+    return {"type": "response.failed", "response": {
+        **CREATED["response"], "status": "failed", "error": {"code": code, "message": "no, sorry"}}}
+
+
+@pytest.mark.parametrize("path", ON_GPT_5)
+@pytest.mark.parametrize("code, status", [("context_length_exceeded", 400),
+                                          ("rate_limit_exceeded", 429), ("server_error", 500)])
+def test_a_translated_stream_that_only_begins_before_its_error_has_a_status(carrier, path, code,
+                                                                            status):
+    shown, body, _ = carrier.call(path, ON_GPT_5[path], stream(CREATED, {
+        **CREATED, "type": "response.in_progress"}, failed(code)))
+
+    assert status == shown and "no, sorry" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("path, fields", [ON_CLAUDE, (
+    RESPONSES[0], {**RESPONSES[1], "model": "claude-haiku-4-5"})], ids=["chat", "responses"])
+def test_a_message_that_only_begins_and_pings_before_its_error_has_a_status(carrier, path, fields):
+    status, body, _ = carrier.call(path, {**fields, **STREAM}, stream(
+        MESSAGE_START, {"type": "ping"},
+        {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}))
+
+    assert 503 == status and "Overloaded" in json.loads(body)["error"]["message"]
+
+
+def test_a_chunk_with_a_role_only_before_an_error_begins_nothing(carrier):
+    role = delta("")
+    role["choices"][0]["delta"]["role"] = "assistant"
+
+    status, _, _ = carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, stream(
+        role, {"error": {"type": "rate_limit_exceeded", "message": "slow down"}}))
+
+    assert 429 == status
+
+
+@pytest.mark.parametrize("path, events", [
+    *((path, (CREATED, {"type": "response.output_text.delta", "delta": "hello"}))
+      for path in ON_GPT_5),
+    ("/v1/responses", (MESSAGE_START, {"type": "content_block_start", "index": 0,
+                                       "content_block": {"type": "text", "text": "hello"}}))])
+@pytest.mark.parametrize("end", [(), (b"[DONE]",)], ids=["nothing", "[DONE]"])
+def test_a_translated_answer_without_its_last_event_is_broken_off(carrier, path, events, end):
+    fields = ON_GPT_5.get(path, {**RESPONSES[1], "model": "claude-haiku-4-5", **STREAM})
+    data = stream(*events, *end)
+
+    status, body, _ = carrier.call(path, fields, data)
+    whole_one = carrier.refused(ic.UpstreamBroke, path, {**fields, "stream": False}, data)
+
+    assert 200 == status and b"hello" in body and b"without its last event" in body
+    assert ic.NO_LAST_EVENT == whole_one.message
+    carrier.refused(ic.UpstreamBroke, path, fields, stream(events[0], *end))
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_chat_stream_of_its_end_alone_is_an_empty_answer(carrier, path):
+    fields = {**ON_GPT[1], "max_output_tokens": 10, "input": "hi", **STREAM}
+    carrier.router.providers["openai"] = carrier.router.providers["openai"]._replace(
+        responses=False)
+
+    status, body, _ = carrier.call(path, fields, stream(b"[DONE]"))
+
+    assert 200 == status and (b"message_stop" in body or b"response.completed" in body)
+    assert b"message_start" in body or b"response.created" in body
+
+
 def test_a_whole_answer_where_a_stream_was_asked_for_is_streamed(carrier):
     status, body, _ = carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, whole(DONE))
 

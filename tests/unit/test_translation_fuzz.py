@@ -90,7 +90,7 @@ def test_broken_answers_are_carried_over_or_said_to_be_broken(seed):
 
 
 def _some_mutated(rng, events):
-    return (mutated(rng, event) if rng.random() < 0.3 else event for event in events)
+    return (mutated(rng, event) if rng.random() < 0.2 else event for event in events)
 
 
 def chat_conversation(rng):
