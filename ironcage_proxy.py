@@ -2288,6 +2288,15 @@ class Hatches(NamedTuple):
                 *(f"content {kind}" for kind in self.contents)}
 
 
+HATCH_NAME = r"[A-Za-z0-9_.-]{1,64}"
+ALLOW_FIELD = "the operator can let it through with --allow-field "
+
+
+def hatch_hint(hint: str, name: str) -> str:
+    """Return a hint at a flag that takes a name, where it takes this one."""
+    return hint + name if re.fullmatch(HATCH_NAME, name) else "leave it out"
+
+
 def check_thread(fields: Mapping[str, Any]) -> None:
     """Refuse a thread that goes on from a conversation kept at the provider."""
     if fields.get("thread") not in (None, NEW_THREAD):
@@ -2332,8 +2341,7 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
         elif costs:
             yield UnboundedRequest(
                 f"{shown} is not known here, so what it costs cannot be bounded under a budget; "
-                f"the operator can let it through with --allow-field {shown}",
-                param=shown), f"field {name}"
+                + hatch_hint(ALLOW_FIELD, name), param=shown), f"field {name}"
     if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
         yield UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
                                "under a budget: what it does cannot be bounded", param="model"), ""
@@ -2354,8 +2362,9 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
                 and not re.fullmatch(UNSEEN_PART_TYPES, kind):
             yield UnboundedRequest(
                 f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
-                f"under a budget; the operator can count it as a whole context with "
-                f"--allow-content {shown_name(kind)}", param=field), f"content {kind}"
+                "under a budget; " + hatch_hint("the operator can count it as a whole context "
+                                                "with --allow-content ", kind),
+                param=field), f"content {kind}"
     for field, kind, tool in contents.tools:
         if not _runs_at_client(kind, tool):
             yield from _unbounded_tool(api, field, kind, tool, price, hatches)
@@ -2405,8 +2414,8 @@ def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], pr
         if value is not None and name not in HOSTED_OPTIONS:
             yield UnboundedRequest(
                 f"{shown_name(name)} of {shown} is not known here, so what it costs cannot be "
-                "bounded under a budget; the operator can let it through with --allow-field "
-                f"{shown_name(name)}", param="tools"), f"field {name}"
+                "bounded under a budget; " + hatch_hint(ALLOW_FIELD, name),
+                param="tools"), f"field {name}"
 
 
 # 4. What its input can count.
@@ -16153,7 +16162,7 @@ _parse_days = _number_like("a whole number of days from 1 up", 1, 99_999)
 _parse_megabytes = _number_like("a whole number of megabytes from 1 up", 1, 999_999, 1024 * 1024)
 _parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
 _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
-_parse_field = text_like(r"[A-Za-z0-9_.-]{1,64}", "the name of a field, such as top_k or a.b")
+_parse_field = text_like(HATCH_NAME, "the name of a field, such as top_k or a.b")
 
 
 def parse_moment(text: str, now_s: int) -> int:

@@ -811,6 +811,14 @@ def test_a_field_that_is_not_known_is_refused_and_its_hatch_named(api, name):
                                         hatches=ic.Hatches(fields=frozenset({name})))
 
 
+@pytest.mark.parametrize("fields", [
+    {"a b": 5}, {"x" * 99: 5},
+    {"messages": [{"role": "user", "content": [{"type": "a b"}]}]}], ids=range(3))
+def test_no_flag_is_named_for_what_it_cannot_name(fields):
+    with pytest.raises(ic.UnboundedRequest, match="leave it out$"):
+        checked("messages", fields)
+
+
 @pytest.mark.parametrize("name", ["top_k", "min_p", "chat_template_kwargs", "safe_prompt"])
 def test_servers_of_the_format_have_fields_that_openai_has_not(name):
     assert [] == checked("chat", {name: 1}, provider="vllm")
