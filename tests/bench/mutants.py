@@ -23,7 +23,8 @@ HERE = Path(__file__).resolve().parents[2]
 FILE = "ironcage_proxy.py"
 # Title of a chapter -> its tests, which are to kill its mutants, quickest first.
 TESTS = {
-    "Limits and tables": "unit/test_errors.py wire/test_providers.py wire/test_manners.py",
+    "Limits and tables": "unit/test_limits_and_tables.py unit/test_errors.py "
+                         "wire/test_providers.py wire/test_manners.py",
     "Errors": "unit/test_errors.py",
     "JSON bodies": "unit/test_json_bodies.py unit/test_regressions.py",
     "Money": "unit/test_money.py",
@@ -51,8 +52,9 @@ TESTS = {
                        "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py unit/test_histories.py faults/test_one_ledger_one_server.py "
               "faults/test_crashes.py",
-    "Callers and configuration": "wire/test_tokens.py wire/test_providers.py wire/test_keys.py "
-                                 "wire/test_manners.py wire/test_operations.py",
+    "Callers and configuration": "unit/test_callers_and_configuration.py wire/test_tokens.py "
+                                 "wire/test_providers.py wire/test_keys.py wire/test_manners.py "
+                                 "wire/test_operations.py",
     "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_turns.py "
                         "faults/test_malformed_requests.py",
     "Upstream": "unit/test_upstream.py unit/test_http_wire.py wire/test_keys.py "

@@ -695,11 +695,12 @@ def test_a_call_for_no_output_that_warms_anthropics_cache_costs_nothing_elsewher
 
 def test_a_session_budget_is_refused_beside_a_shared_one(carrier):
     config = ic.Config(callers=(ALICE._replace(session_budget_microdollars=1),))
-    carrier.router.configure(config, PRICES)
-    carrier.router.controller.accounts.is_shared = True
+    shared = SETTINGS._replace(shared="redis://engine.example")
 
+    carrier.router.configure(config, PRICES)
+    assert None is ic.check_sessions(ic.Config(callers=(ALICE,)), shared)
     with pytest.raises(ic.Misconfigured, match="alice has a session_budget_usd"):
-        carrier.router.configure(config, PRICES)
+        ic.check_sessions(config, shared)
 
 
 def test_a_refused_key_is_reported_to_the_server_that_gave_it(carrier):

@@ -1,5 +1,4 @@
-"""The table of providers: where each is called, with which key, and how a configuration says
-otherwise. Rows are compared with what their vendors document (read 28 November 2026)."""
+"""The manners of a provider on the wire: with which key, and at which endpoint it is called."""
 import json
 
 import pytest
@@ -7,188 +6,6 @@ from support import OPENAI_KEY, Reply, call, program, proxy_environment
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
-
-
-def provider(name, **row):
-    return program().provider_from(name, row)
-
-
-CHAT_URLS = {
-    "openai": "https://api.openai.com/v1/chat/completions",
-    "cerebras": "https://api.cerebras.ai/v1/chat/completions",
-    "dashscope": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1/chat/completions",
-    "deepseek": "https://api.deepseek.com/v1/chat/completions",
-    "fireworks_ai": "https://api.fireworks.ai/inference/v1/chat/completions",
-    "gemini": "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions",
-    "github": "https://models.github.ai/inference/chat/completions",
-    "groq": "https://api.groq.com/openai/v1/chat/completions",
-    "huggingface": "https://router.huggingface.co/v1/chat/completions",
-    "minimax": "https://api.minimax.io/v1/chat/completions",
-    "mistral": "https://api.mistral.ai/v1/chat/completions",
-    "moonshot": "https://api.moonshot.ai/v1/chat/completions",
-    "nvidia_nim": "https://integrate.api.nvidia.com/v1/chat/completions",
-    "openrouter": "https://openrouter.ai/api/v1/chat/completions",
-    "perplexity": "https://api.perplexity.ai/chat/completions",
-    "sambanova": "https://api.sambanova.ai/v1/chat/completions",
-    "together_ai": "https://api.together.xyz/v1/chat/completions",
-    "volcengine": "https://ark.cn-beijing.volces.com/api/v3/chat/completions",
-    "xai": "https://api.x.ai/v1/chat/completions",
-    "zai": "https://api.z.ai/api/paas/v4/chat/completions",
-    "deepinfra": "https://api.deepinfra.com/v1/openai/chat/completions",
-    "novita": "https://api.novita.ai/v3/openai/chat/completions",
-    "siliconflow": "https://api.siliconflow.com/v1/chat/completions",
-    "cohere": "https://api.cohere.ai/compatibility/v1/chat/completions",
-    "ai21": "https://api.ai21.com/studio/v1/chat/completions",
-    "llamacpp": "http://127.0.0.1:8080/v1/chat/completions",
-    "lm_studio": "http://127.0.0.1:1234/v1/chat/completions",
-    "ollama": "http://127.0.0.1:11434/v1/chat/completions",
-    "sglang": "http://127.0.0.1:30000/v1/chat/completions",
-    "vllm": "http://127.0.0.1:8000/v1/chat/completions",
-}
-MESSAGES_URLS = {
-    "anthropic": "https://api.anthropic.com/v1/messages",
-    "dashscope": "https://dashscope-intl.aliyuncs.com/apps/anthropic/v1/messages",
-    "deepseek": "https://api.deepseek.com/anthropic/v1/messages",
-    "fireworks_ai": "https://api.fireworks.ai/inference/v1/messages",
-    "minimax": "https://api.minimax.io/anthropic/v1/messages",
-    "moonshot": "https://api.moonshot.ai/anthropic/v1/messages",
-    "novita": "https://api.novita.ai/anthropic/v1/messages",
-    "openrouter": "https://openrouter.ai/api/v1/messages",
-    "zai": "https://api.z.ai/api/anthropic/v1/messages",
-    "llamacpp": "http://127.0.0.1:8080/v1/messages",
-    "lm_studio": "http://127.0.0.1:1234/v1/messages",
-    "ollama": "http://127.0.0.1:11434/v1/messages",
-    "sglang": "http://127.0.0.1:30000/v1/messages",
-    "vllm": "http://127.0.0.1:8000/v1/messages",
-}
-
-
-def test_every_known_provider_has_its_url_here():
-    rows = program().KNOWN_PROVIDERS.values()
-
-    assert set(CHAT_URLS) == {row.name for row in rows if row.format == "openai" and row.base_url}
-    assert set(MESSAGES_URLS) == {row.name for row in rows
-                                  if row.format == "anthropic" or row.anthropic_base_url}
-
-
-@pytest.mark.parametrize("name, url", CHAT_URLS.items())
-def test_a_chat_completion_is_called_where_its_vendor_documents_it(name, url):
-    assert url == provider(name).url("/v1/chat/completions")
-
-
-@pytest.mark.parametrize("name, url", MESSAGES_URLS.items())
-def test_a_message_is_called_untranslated_where_its_vendor_documents_it(name, url):
-    speaking = provider(name).speaking("messages")
-
-    assert ("anthropic", url) == (speaking.format, speaking.url("/v1/messages"))
-
-
-@pytest.mark.parametrize("name, row, url", [
-    ("lab", {"base_url": "https://lab.example"}, "https://lab.example/v1/chat/completions"),
-    ("lab", {"base_url": "https://lab.example/"}, "https://lab.example/v1/chat/completions"),
-    ("lab", {"base_url": "https://lab.example/v1/"}, "https://lab.example/v1/chat/completions"),
-    ("lab", {"base_url": "https://lab.example/api/paas/v4"},
-     "https://lab.example/api/paas/v4/chat/completions"),
-    ("lab", {"base_url": "https://lab.example/openai"},
-     "https://lab.example/openai/chat/completions"),
-    ("lab", {"base_url": "https://lab.example", "path": ""},
-     "https://lab.example/chat/completions"),
-    ("lab", {"base_url": "https://lab.example", "path": "/v3"},
-     "https://lab.example/v3/chat/completions"),
-    ("azure", {"base_url": "https://mine.openai.azure.com"},
-     "https://mine.openai.azure.com/openai/v1/chat/completions"),
-    ("azure", {"base_url": "https://mine.openai.azure.com/openai/v1/"},
-     "https://mine.openai.azure.com/openai/v1/chat/completions"),
-    ("vertex", {"base_url": "https://eu-aiplatform.googleapis.com/v1/projects/p/locations/eu/"
-                            "endpoints/openapi"},
-     "https://eu-aiplatform.googleapis.com/v1/projects/p/locations/eu/endpoints/openapi"
-     "/chat/completions"),
-    ("perplexity", {"base_url": "https://api.perplexity.ai"},
-     "https://api.perplexity.ai/chat/completions"),
-    ("google", {}, "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions"),
-])
-def test_a_base_url_with_a_path_is_used_as_it_stands(name, row, url):
-    assert url == provider(name, **row).url("/v1/chat/completions")
-
-
-@pytest.mark.parametrize("url", ["https://lab.example", "https://lab.example/v1",
-                                 "https://lab.example/v1/v1"])
-def test_an_endpoint_in_anthropics_format_has_one_v1(url):
-    lab = provider("lab", base_url=url, format="anthropic")
-
-    assert "https://lab.example/v1/messages" == lab.url("/v1/messages")
-    assert "https://lab.example/v1/messages" == provider(
-        "lab", base_url="https://other.example", anthropic_base_url=url
-    ).speaking("messages").url("/v1/messages")
-
-
-@pytest.mark.parametrize("end", ["/chat/completions", "/v1/chat/completions/", "/messages",
-                                 "/v1/responses", "/embeddings", "/v1/completions"])
-def test_a_base_url_that_goes_on_to_an_endpoint_is_refused(end):
-    with pytest.raises(ValueError, match="must end before /"):
-        provider("lab", base_url="https://lab.example" + end)
-
-
-def test_a_known_provider_at_another_host_loses_the_endpoint_that_is_known_at_its_own():
-    moved = provider("deepseek", base_url="https://gateway.example/v1")
-
-    assert moved == moved.speaking("messages")
-    assert "reasoning_content" == moved.reasoning_field
-
-
-@pytest.mark.parametrize("url, manners, seller", [
-    ("https://api.mistral.ai/v1", {"stream_usage": False, "user_after_tool": False}, "mistral"),
-    ("https://eu.openrouter.ai/api/v1", {"caps": ("max_tokens",)}, "openrouter"),
-    ("https://api.moonshot.cn/v1", {"reasoning_field": "reasoning_content"}, "moonshot"),
-    ("https://mine.openai.azure.com/openai/v1", {"zero_is_a_cap": True}, "azure"),
-    ("https://API.Mistral.ai:443/v1", {"stream_usage": False}, "mistral"),
-    ("https://api.mistral.ai./v1", {"stream_usage": False}, "mistral"),
-    ("http://localhost:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
-    ("http://[::1]:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
-    ("http://127.0.0.1:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
-])
-def test_a_provider_of_another_name_has_the_manners_of_its_host(url, manners, seller):
-    mine = provider("mine", base_url=url)
-
-    assert manners == {name: getattr(mine, name) for name in manners}
-    assert (url, "", seller) == (mine.base_url, mine.key_env, mine.sold_as[0])
-
-
-def test_a_host_that_only_looks_like_a_known_one_has_no_manners():
-    for url in ("https://api.mistral.ai.evil.example", "https://xapi.mistral.ai",
-                "https://openai.azure.com.evil.example"):
-        assert () == provider("mine", base_url=url).sold_as
-
-
-@pytest.mark.parametrize("field, given, name, value", [
-    ("caps", ["max_completion_tokens"], "caps", ("max_completion_tokens",)),
-    ("stream_usage", True, "stream_usage", True),
-    ("responses", False, "responses", False),
-    ("user_after_tool", True, "user_after_tool", True),
-    ("cache_marks", True, "cache_marks", True),
-    ("call_ids", "[a-z]+", "call_ids", "[a-z]+"),
-    ("reasoning_field", "reasoning", "reasoning_field", "reasoning"),
-    ("echo_reasoning", True, "reasoning_field", "reasoning_content"),
-    ("zero_is_a_cap", True, "zero_is_a_cap", True), ("file_tools", True, "file_tools", True),
-    ("reasoning_beyond_caps", 80_000, "reasoning_beyond_caps", 80_000),
-    ("key_as", "api-key", "key_as", "api-key"),
-    ("fields", ["mine"], "fields", ("mine",)),
-    ("sold_as", ["mistralai"], "sold_as", ("mistralai",)),
-    ("anthropic_base_url", "https://lab.example/v1", "anthropic_base_url", "https://lab.example"),
-])
-def test_a_configuration_can_say_each_manner(field, given, name, value):
-    assert value == getattr(provider("mistral", **{field: given}), name)
-
-
-@pytest.mark.parametrize("field, wrong", [
-    ("caps", []), ("caps", ["max_output_tokens"]), ("caps", "max_tokens"), ("caps", [1]),
-    ("responses", "yes"), ("call_ids", "["), ("call_ids", 5), ("call_ids", "(" * 500),
-    ("key_as", "basic"), ("fields", ["a b"]), ("fields", [{}]), ("path", "v1"), ("path", None),
-    ("anthropic_base_url", "lab.example"), ("sold_as", []), ("reasoning_field", "thoughts"),
-    ("reasoning_beyond_caps", -1), ("reasoning_beyond_caps", True)])
-def test_a_manner_that_is_none_is_refused_by_its_name(field, wrong):
-    with pytest.raises(ValueError, match=f"^{field}: must "):
-        provider("mistral", **{field: wrong})
 
 
 @pytest.mark.parametrize("row, sent", [
@@ -226,34 +43,6 @@ def test_a_provider_with_two_endpoints_is_called_untranslated_in_both_formats(mo
         seen.target for seen in mock.seen]
     assert [{**body, "model": "some-model"}] * 3 == [seen.json for seen in mock.seen[:3]]
     assert ["2023-06-01"] * 3 == [seen.header("anthropic-version") for seen in mock.seen[1:]]
-
-
-def test_a_server_on_the_lan_without_a_key_needs_no_encryption(mock, proxy_with):
-    assert "http://10.0.0.9:11434/v1" == provider("ollama", base_url="http://10.0.0.9:11434"
-                                                  ).base_url
-    with pytest.raises(program().Misconfigured, match="in the clear"):
-        program().with_key(provider("deepseek", base_url="http://10.0.0.9"), {})
-    with pytest.raises(program().Misconfigured, match="in the clear"):
-        program().with_key(provider("lab", base_url="https://a.example", key_env="LAB_KEY",
-                                    anthropic_base_url="http://a.example"), {})
-
-
-@pytest.mark.parametrize("host, is_free", [
-    *[(host, True) for host in (
-        "127.0.0.1:8000", "localhost", "[::1]:8000", "0.0.0.0", "10.0.0.9", "192.168.1.7",
-        "172.31.0.1", "169.254.1.1", "100.100.1.2", "[fd00::1]", "[fe80::1]", "gpu-box", "ollama",
-        "box.local", "a.b.lan", "x.internal", "x.home.arpa", "host.docker.internal")],
-    *[(host, False) for host in (
-        "ollama.com", "8.8.8.8", "172.32.0.1", "100.128.1.1", "192.169.1.1", "10.0.0.9.nip.io",
-        "134744072", "0x08080808", "[2001:db8::1]", "[fd::1]", "localhost.example", "local.com")]])
-def test_a_server_that_is_usually_free_is_so_at_a_host_of_ones_own(host, is_free):
-    at_host = {"base_url": f"https://{host}"}
-
-    assert is_free == provider("vllm", **at_host).is_free
-    assert is_free == provider("ollama", anthropic_base_url=f"https://{host}").is_free
-    assert provider("vllm", **at_host, free=True).is_free
-    assert not provider("vllm", **at_host, free=False).is_free
-    assert not provider("lab", **at_host).is_free
 
 
 @pytest.mark.parametrize("model, hint", [
@@ -309,17 +98,6 @@ def test_a_path_that_was_completed_before_is_named_with_both_urls(mock, proxy_wi
              "https://lab.example/openai/v1/chat/completions")] == [
         (record.fields["provider"], record.fields["url"], record.fields["before"])
         for record in caplog.records if "0.2.3" in record.getMessage()]
-
-
-def test_a_model_is_priced_as_its_host_sells_it_whatever_the_provider_is_called():
-    mine = provider("mine", base_url="https://api.deepseek.com")
-    rows = {"deepseek/some-chat": {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6,
-                                   "litellm_provider": "deepseek"}}
-    rows = json.loads(json.dumps(rows), parse_float=program().exact_number)
-    book = program().PriceBook(rows).with_own({}, providers=[mine], price_as={})
-
-    assert "deepseek/some-chat" == book.price("some-chat", "mine").key
-    assert book.find("some-chat", "another") is None
 
 
 def test_check_says_which_url_would_be_called(mock, proxy_with, capsys, tmp_path):
