@@ -3277,6 +3277,16 @@ def usage_in(result: Mapping[str, Any]) -> Any:
     return usage
 
 
+def error_in(body: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
+    """Return the error that an event, or an answer with 200, holds or is; None if there is none."""
+    error = body.get("error")
+    if error or isinstance(error, dict):
+        return error if isinstance(error, dict) else {"message": error}
+    is_bare = not body.keys() & {"type", "object", "choices", "content", "output", "usage"}
+    has_words = isinstance(body.get("message"), str) or body.get("detail")      # as FastAPI's
+    return body if body.get("type") == "error" or (is_bare and has_words) else None
+
+
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
 
 # The parts of a usage object. Of two reports the larger part counts, as a whole: the input with
@@ -3390,21 +3400,26 @@ class AnswerMeter:
             self._read_result(parsed)
             self._end()
             self._bytes_at_usage = self.output_bytes
+            error = error_in(parsed)
+            if error is not None and not self.output_bytes:
+                self._fail(error)
         return parsed
 
     def read_event(self, data: bytes) -> Optional[dict]:
         """Read the data of one streamed event, and return it parsed; None if it is no object."""
         if data == b"[DONE]":
-            self._end()
+            if self.api in ENDED_BY_DONE:
+                self._end()
             return None
         parsed = self._parsed(data)
         if not isinstance(parsed, dict):
             if self.is_beyond_limits:                # all of it may be output
                 self.output_bytes += len(data)
             return None
-        if parsed.get("type") == "error" or isinstance(parsed.get("error"), dict):
+        error = error_in(parsed)
+        if error is not None:
             self._report(parsed.get("usage"))
-            self._fail(json_object(parsed.get("error")) or parsed)
+            self._fail(error)
         else:
             EVENT_READERS[self.api](self, parsed)
         return parsed
@@ -3511,7 +3526,7 @@ class AnswerMeter:
         self._read_result(chunk)
 
     def _has_finished(self) -> bool:
-        """Whether each choice of a chat stream has its finish reason."""
+        """Whether each choice of a stream has its finish reason."""
         return bool(self._finished) and all(self._finished.values())
 
     def _read_responses_event(self, event: dict) -> None:
@@ -3539,13 +3554,17 @@ class AnswerMeter:
                          if name not in ("output_tokens", "output_tokens_details", "iterations")}
             self._read_result({**message, "usage": usage})
             self.input_is_last = False
-        elif kind == "message_delta" and event.get("usage") is not None:
-            self._report(event["usage"])
-            self._note_changes(event)
-            self.awaits_usage = json_object(event.get("delta")).get("stop_reason") is None
+        elif kind == "message_delta":
+            has_finished = json_object(event.get("delta")).get("stop_reason") is not None
+            self._finished = {"0": has_finished}
+            if event.get("usage") is not None:
+                self._report(event["usage"])
+                self._note_changes(event)
+                self.awaits_usage = not has_finished
         elif kind == "message_stop":
             self._end()
-        elif kind != "message_delta":
+        else:
+            self._finished.clear()
             block = json_object(event.get("content_block"))
             self._note_changes({}, [block["type"]] if "type" in block else ())
             if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
@@ -3557,6 +3576,7 @@ class AnswerMeter:
             error.get(name), str) and error[name] not in ("", "error")), "error")
 
 
+ENDED_BY_DONE = frozenset({"chat", "completions", "embeddings"})
 EVENT_READERS = MappingProxyType({
     "chat": AnswerMeter._read_chat_event,
     "completions": AnswerMeter._read_chat_event,
@@ -3635,15 +3655,9 @@ def inflated(body: bytes, encoding: str, hold: Callable[[int], None]) -> bytes:
         return b""
 
 
-def is_error(answer: Any) -> bool:
-    """Whether an answer that came with 200 is an error."""
-    holder = json_object(answer)
-    return bool(holder.get("error")) and not {"choices", "content", "output"} & holder.keys()
-
-
 def stated_status(answer: Any, otherwise: int) -> int:
     """Return the status that an error in a 200 says, as OpenRouter's do."""
-    code = json_object(json_object(answer).get("error")).get("code")
+    code = json_object(error_in(json_object(answer))).get("code")
     return code if type(code) is int and 400 <= code < 600 else otherwise
 
 
@@ -6594,6 +6608,7 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
     """Read Anthropic's stream of an answer."""
     usage: dict = {}
     end: dict = {}                                   # what the last delta said
+    is_over = False
     parts: dict[str, Part] = {}                      # by the index of their blocks
     for event in stream:
         kind, index = event.get("type"), str(event.get("index"))
@@ -6619,7 +6634,8 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
             usage.update((name, value) for name, value in json_object(event.get("usage")).items()
                          if value is not None)
             end.update(json_object(event.get("delta")))
-        elif kind == "message_stop":
+        elif kind in ("message_stop", "done") and not is_over:
+            is_over = True
             yield _end_of_message(end, usage)
 
 
@@ -11990,7 +12006,8 @@ def _end_of(call: Call) -> str:
     ends = ((meter.malformed is not None, f"malformed usage: {meter.malformed}"),
             (call.client_left, "client gone"),
             (call.status is None or call.status in NO_ANSWER_STATUSES, "no answer"),
-            (meter.failure is not None, "an error in the stream"),
+            (meter.failure is not None,
+             f"an error in the {'stream' if call.wants_stream else 'answer'}"),
             (not (meter.has_ended or meter.body_has_ended), "the answer broke off"))
     return next((reason for is_so, reason in ends if is_so), "no usage in the answer")
 
@@ -14733,7 +14750,7 @@ class Router:
         if value is None:
             value = plain[:500].decode("utf-8", "replace")
         is_fine = 200 <= status < 300
-        if not is_fine or call.meter.failure or is_error(value):
+        if not is_fine or call.meter.failure:
             raise self._provider_failure(
                 call, stated_status(value, 502) if is_fine else status, value)
         if events and not call.meter.has_ended:
@@ -14785,8 +14802,8 @@ class Router:
         meter, ping_s = call.meter, self.settings.timeouts.ping_s
         call.heard_s = time.monotonic()
 
-        def checked(event: Optional[dict], is_failure: bool = False) -> Optional[dict]:
-            if meter.failure is None and not is_failure:
+        def checked(event: Optional[dict]) -> Optional[dict]:
+            if meter.failure is None:
                 return event
             status = ERROR_STATUSES.get(str(meter.failure), 500)
             raise self._provider_failure(call, stated_status(event, status), event)
@@ -14797,7 +14814,7 @@ class Router:
             yield from (checked(event) for event in reader.parsed(pieces)
                         if event.get("type") != "ping")
         last, whole = reader.finished_events()
-        checked(last or whole, is_error(whole))
+        checked(last or whole)
         if whole is not None:                  # one JSON answer, though a stream was asked for
             yield from call.translator.stream_of(whole)
         elif last is not None:

@@ -18,6 +18,7 @@ RESPONSES = ("/v1/responses", {"model": "gpt-4o-mini", "max_output_tokens": 10, 
 ON_GPT = ("/v1/messages", {**MESSAGES[1], "model": "gpt-4o-mini"})
 ON_CLAUDE = ("/v1/chat/completions", {**CHAT[1], "model": "claude-haiku-4-5"})
 STREAM = {"stream": True}
+ON_GPT_STREAMED = ON_GPT[0], {**ON_GPT[1], **STREAM}
 DONE = {"id": "c", "model": "gpt-4o-mini", "choices": [
     {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hello"}}],
     "usage": {"prompt_tokens": 100, "completion_tokens": 100}}
@@ -482,6 +483,32 @@ def test_a_stream_without_its_last_event_ends_in_an_error_that_the_client_sees(c
 
 
 ERROR_EVENT = {"error": {"type": "server_error", "message": "x"}}
+
+
+@pytest.mark.parametrize("event", [
+    {"error": "no room left"}, {"detail": "no room left"}, {"message": "no room left", "code": 503}])
+def test_an_error_event_of_any_shape_keeps_its_words(carrier, event):
+    status, body, _ = carrier.call(*ON_GPT_STREAMED, stream(delta("he"), event))
+
+    assert (200, 1) == (status, body.count(b"event: error"))
+    assert b"no room left" in body
+
+    _, body, _ = carrier.call(CHAT[0], {**CHAT[1], **STREAM}, stream(delta("he"), event))
+    assert body.endswith(json.dumps(event).encode() + b"\n\n")     # and none of ours behind it
+
+
+@pytest.mark.parametrize("path, fields", [MESSAGES, ON_CLAUDE])
+def test_a_message_with_a_stop_reason_and_an_end_is_whole(carrier, path, fields):
+    events = [{"type": "message_start", "message": {"usage": {"input_tokens": 9}}},
+              {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+               "usage": {"output_tokens": 3}}]
+    done = [b"[DONE]"]
+    for end in ([], done):
+        _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events, *end))
+        assert b'"error"' not in body and (b"end_turn" in body or b'"stop"' in body)
+
+        _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(events[0], *end))
+        assert b"ended without its last event" in body
 
 
 def test_what_a_provider_bills_behind_an_error_event_is_charged(carrier):

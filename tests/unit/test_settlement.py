@@ -85,6 +85,18 @@ BODY = {"choices": [{"message": {"role": "assistant", "content": "x" * 40}}]}
     (dict(status=502, streams=False, answer=b"<html>"), 10.1, (5_100, "no answer")),
     (dict(status=524, answer=ERROR), 11, (5_100, "no answer")),
     (dict(status=503, streams=False, answer=ERROR), 100, (0, None)),
+    # So is an error that comes as a whole answer with 200, and one of any shape.
+    (dict(streams=False, answer=ERROR), 10, (0, None)),
+    (dict(streams=False, answer=ERROR), 10.1, (5_100, "an error in the answer")),
+    (dict(answer={"error": "overloaded"}), 10, (0, None)),
+    (dict(api="messages", answer={"type": "error", **ERROR}), 10, (0, None)),
+    (dict(api="responses", streams=False, answer={"status": "failed", "output": [], **ERROR}), 10,
+     (0, None)),
+    (dict(streams=False, answer={**BODY, **ERROR}), 0.01, (300, "no usage in the answer")),
+    (dict(events=[{"error": "overloaded"}]), 10, (0, None)),
+    (dict(events=[{"message": "overloaded", "code": 503}]), 10, (0, None)),
+    (dict(events=[{"detail": [{"msg": "overloaded"}]}]), 10, (0, None)),
+    (dict(events=[text("xx"), {"detail": "overloaded"}]), 0, (110, "an error in the stream")),
     # An error event is no end: what is billed behind it is charged.
     (dict(events=[ERROR, text("x", finish="stop"), usage(), b"[DONE]"]), 100, (110, None)),
     # Exactly.
