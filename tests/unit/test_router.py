@@ -500,6 +500,9 @@ def test_an_error_event_of_any_shape_keeps_its_words(carrier, event):
 @pytest.mark.parametrize("path, fields", [MESSAGES, ON_CLAUDE])
 def test_a_message_with_a_stop_reason_and_an_end_is_whole(carrier, path, fields):
     events = [{"type": "message_start", "message": {"usage": {"input_tokens": 9}}},
+              {"type": "content_block_start", "index": 0,
+               "content_block": {"type": "text", "text": "he"}},
+              {"type": "content_block_stop", "index": 0},
               {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
                "usage": {"output_tokens": 3}}]
     done = [b"[DONE]"]
@@ -507,7 +510,7 @@ def test_a_message_with_a_stop_reason_and_an_end_is_whole(carrier, path, fields)
         _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events, *end))
         assert b'"error"' not in body and (b"end_turn" in body or b'"stop"' in body)
 
-        _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(events[0], *end))
+        _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events[:-1], *end))
         assert b"ended without its last event" in body
 
 
@@ -625,7 +628,7 @@ def test_a_translated_answer_without_its_last_event_is_broken_off(carrier, path,
 
     assert 200 == status and b"hello" in body and b"without its last event" in body
     assert ic.NO_LAST_EVENT == whole_one.message
-    carrier.refused(ic.UpstreamBroke, path, fields, stream(events[0], *end))
+    carrier.refused(ic.UpstreamBroke, path, fields, stream(*events[:-1], *end))
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
