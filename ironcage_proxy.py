@@ -5654,7 +5654,6 @@ class _ChunkReader:
                 call in self._touched
             call = None if is_other or (more.strip() and _is_whole(call)) else call
         if call is None:
-            self._kinds.add("call")
             call = Part("call", pieces=[], is_open=False, is_closed=False, given_id="")
             self._calls.append(call)
         if call_id and not call.given_id:
@@ -5685,28 +5684,36 @@ class _ChunkReader:
             self._back["calls"] = {**json_object(self._back.get("calls")), number: opaque_in(row)}
         if call.is_closed and more.strip():
             raise UpstreamBroke("the provider went on with a tool call after another block")
-        if not call.is_open and name:
+        if call.is_open:
+            if more and not call.is_closed:
+                yield call.grown(more)
+            return
+        if name:                                     # which may come in pieces, or in each delta
+            self._kinds.add("call")
             call.name = name if name.startswith(call.name) else call.name + name
             call.is_text = "input" in inner
-            yield from self._open_call(call)
-        if more and not call.is_open:                # it waits for its name
+        if more:
             call.pieces.append(more)
-        elif more and not call.is_closed:
-            yield call.grown(more)
+        if call.name and call.pieces:
+            yield from self._open_call(call)
 
     def _open_call(self, call: Part) -> Iterator[AnswerEvent]:
+        """Open a call, after those that were named before it."""
         yield from self._close_said()
         yield from self._close_calls(whole_only=True)
         yield from self._carry_back()
-        call.is_open, waited = True, call.pieces
-        yield call.opened()
-        for text in waited:
-            yield call.grown(text)
+        for waiting in self._calls[:self._calls.index(call) + 1]:
+            if not waiting.is_open and (waiting.name or waiting is call):
+                waiting.is_open, waited = True, waiting.pieces
+                yield waiting.opened()
+                for text in waited:
+                    yield waiting.grown(text)
 
     def _close_calls(self, *, whole_only: bool) -> Iterator[AnswerEvent]:
-        """Close the calls that are open, and open those that waited for a name in vain."""
+        """Close the calls that are open, and those that wait; what says nothing of one is none."""
         for call in self._calls:
-            if call.is_closed or (whole_only and not (call.is_open and _is_whole(call))):
+            if call.is_closed or not (call.name or call.pieces) \
+                    or (whole_only and not (call.is_open and _is_whole(call))):
                 continue
             if not call.is_open:
                 yield from self._open_call(call)
@@ -5732,7 +5739,7 @@ class _ChunkReader:
         if "refusal" in self._kinds:
             reason = "refused"
         elif reason in ("end", "calls"):
-            reason = "calls" if self._calls else "end"
+            reason = "calls" if "call" in self._kinds else "end"
             matched = self._choice.get("stop_reason")        # as vLLM and others add it
             if reason == "end" and matched in self._terms.stops:
                 reason, stop = "stop", matched
@@ -7810,6 +7817,8 @@ class Translator:
         if self.terms.answers_by_tool:
             call.kind = "text"
             return False
+        if not call.name:
+            raise UpstreamBroke("the provider called a tool without a name")
         call.name, call.namespace, is_wrapped = self.terms.names.own(call.name)
         call.id = carried_call_id(call.id or f"toolu_{secrets.token_hex(12)}", self._used_ids)
         self._used_ids.add(call.id)

@@ -1606,6 +1606,44 @@ def test_arguments_behind_a_thought_reach_their_call():
     assert [("f", {"x": 1})] == tool_uses(message)
 
 
+@pytest.mark.parametrize("names, name", [
+    (("get_", "weather"), "get_weather"), (("get_", "get_weather"), "get_weather"),
+    (("f", "f"), "f"), (("", "f"), "f"), (("a", "b", "c"), "abc")])
+def test_a_name_in_pieces_is_one_as_is_one_that_is_repeated(names, name):
+    first, *more = [piece(0, "", name=text) for text in names]
+
+    message = folded_stream({**first, **piece(0, "", id="a", name=names[0])}, *more,
+                            piece(0, "{}"), {"tool_calls": [{"index": 0, "function": None}]})
+
+    assert [(name, {})] == tool_uses(message)
+
+
+def test_calls_keep_the_order_in_which_they_were_named():
+    message = folded_stream(
+        piece(0, "", id="a", name="f"), piece(1, '{"y": 2}', id="b", name="g"),
+        piece(0, '{"x": 1}'))
+
+    assert BOTH_CALLS == tool_uses(message)
+
+
+@pytest.mark.parametrize("nothing", [{"function": None}, {"function": {}}, {"type": "function"},
+                                     {"function": {"name": None, "arguments": ""}}])
+def test_what_says_nothing_of_a_call_but_its_id_is_none(nothing):
+    message = folded_stream({"content": "x"}, {"tool_calls": [{"index": 0, "id": "a", **nothing}]})
+
+    assert ([], "end_turn") == (tool_uses(message), message["stop_reason"])
+
+
+@pytest.mark.parametrize("answer", [
+    lambda: to_chat({})[0].answer(completion(tool_calls=[{"id": "a", "function": {
+        "arguments": '{"x": 1}'}}])),
+    lambda: to_claude({})[0].answer(message({"type": "tool_use", "id": "a", "input": {"x": 1}}))],
+    ids=["chat", "messages"])
+def test_a_call_without_a_name_is_no_answer(answer):
+    with pytest.raises(ic.UpstreamBroke, match="without a name"):
+        answer()
+
+
 @pytest.mark.parametrize("functions", [True, False])
 def test_ids_that_come_again_are_other_calls_for_claude(functions):
     if functions:
