@@ -15855,7 +15855,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return "the shared budget cannot be asked"
         shared = self.router.controller.accounts.as_json()
         if shared is not None and shared["fault"] is not None:
-            return f"the shared budget: {shared['fault']}"
+            return "the shared budget admits no call yet"    # not where it is: anybody reads this
         return "the ledger cannot be written" if self.ledger.try_to_write() else None
 
     def _tend_ledger(self) -> None:

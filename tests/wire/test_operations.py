@@ -391,11 +391,12 @@ def test_another_empty_variable_sets_nothing_and_is_shown_at_the_start(proxy_for
 
 def test_a_shared_budget_that_admits_no_call_yet_is_not_ready(proxy_for, monkeypatch):
     proxy = proxy_for()
-    monkeypatch.setattr(proxy.router.controller.accounts, "as_json", lambda: {"fault": "it waits"})
+    monkeypatch.setattr(proxy.router.controller.accounts, "as_json",
+                        lambda: {"fault": "redis://engine.internal waits"})
 
     answer = call(proxy.port, "GET", "/readyz")
 
-    assert (503, b"the shared budget: it waits\n") == (answer.status, answer.body)
+    assert (503, b"the shared budget admits no call yet\n") == (answer.status, answer.body)
 
 
 def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_setting():
