@@ -995,7 +995,21 @@ def json_object(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-compact_json = json.JSONEncoder(separators=(",", ":")).encode     # json.dumps makes one a call
+def _json_writer(**style: Any) -> Callable[[Any], str]:
+    """Return what writes JSON. NaN and Infinity, which some providers send and no client reads,
+    become null."""
+    encode = json.JSONEncoder(allow_nan=False, **style).encode     # json.dumps makes one a call
+
+    def write(value: Any) -> str:
+        try:
+            return encode(value)
+        except ValueError:
+            return encode(json.loads(json.dumps(value), parse_constant=lambda name: None))
+    return write
+
+
+compact_json = _json_writer(separators=(",", ":"))
+plain_json = _json_writer(ensure_ascii=False)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -3822,7 +3836,8 @@ class Part:
     pieces: list[str]                    # of its text, while it is read or written as a stream
     at: str                              # its place in an answer of Responses that is read
     carried_id: str                      # of a call that is written, where it has another there
-    given_id: str                        # of a call that is read in pieces: the server's
+    given_id: str                        # of a call that is read in pieces: the server's,
+    number: int                          # how many calls came before it
     is_open: bool                        # and how far that is
     is_closed: bool
 
@@ -3907,6 +3922,7 @@ class Conversation:
         self.model = model                       # as the provider names it
         self.turns: list[Turn] = []              # each message, in order; a system prompt is first
         self.tools: list[Tool] = []              # those that are allowed
+        self.known_tools: set[tuple] = set()     # kind, name and namespace, while they are read
         self.changed: dict[str, str] = {}        # what the reader had to change, to be reported
         self.names: dict[str, str] = {}          # of losses, where not the API's usual ones
         self.rest: dict[str, Any] = {}           # lost, and reported, where a writer has no place
@@ -4160,14 +4176,17 @@ class Losses:
     def __init__(self, *, strict: bool = False) -> None:
         self._strict = strict
         self.names: Mapping[str, str] = {}       # word -> field of the client's API
-        self.dropped: list[str] = []             # fields of the client's request
+        self._dropped: dict[str, None] = {}      # fields of the client's request, in order
         self.adjusted: dict[str, str] = {}       # field -> what it became
 
     def drop(self, name: str) -> None:
         """Report a field that the provider has no place for."""
-        name = self._checked(name, "cannot be carried over to this model's provider")
-        if name not in self.dropped:
-            self.dropped.append(name)
+        self._dropped[self._checked(name, "cannot be carried over to this model's provider")] = None
+
+    @property
+    def dropped(self) -> list[str]:
+        """Return the fields that were dropped."""
+        return [*self._dropped]
 
     def adjust(self, name: str, became: Any) -> None:
         """Report a field whose value had to change; `became` is a number or a word of ours."""
@@ -4325,24 +4344,26 @@ def lowered_effort(asked: str, taken: Sequence[str]) -> str:
     return known[-1] if known else taken[0]
 
 
-def _parse_strictly(text: str) -> Any:
-    """Return JSON that our own reading of a body will take. Raises BadRequest, ValueError."""
-    value = _STRICT_JSON.decode(text)
-    if _nested_deeper_than([value], MAX_JSON_DEPTH - 16):
+def parsed_inside(text: str) -> Any:
+    """Return JSON that stands as text in a body, and can stand there as itself. Raises ValueError.
+    """
+    try:
+        value = _STRICT_JSON.decode(text)
+    except (RecursionError, BadRequest) as err:
+        raise ValueError("JSON that others may not read") from err
+    most = MAX_JSON_DEPTH - 16
+    if text.count("[") + text.count("{") > most and _nested_deeper_than([value], most):
         raise ValueError("nested too deep")
     return value
 
 
-def arguments_to_input(text: str, parse: Callable[[str], Any] = json.loads) -> dict:
+def arguments_to_input(text: str) -> dict:
     """Return a call's arguments as an object; what is none is wrapped until its return."""
     try:
-        value = parse(text) if text.strip() else {}
-    except (ValueError, RecursionError, BadRequest):
+        value = parsed_inside(text) if text.strip() else {}
+    except ValueError:
         return {"__raw": text}
     return value if isinstance(value, dict) else {"__value": value}
-
-
-plain_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes one at each call
 
 
 def input_to_arguments(value: Any) -> str:
@@ -4355,9 +4376,9 @@ def input_to_arguments(value: Any) -> str:
     return plain_json(fields)
 
 
-def call_input(call: Part, parse: Callable[[str], Any] = json.loads) -> dict:
+def call_input(call: Part) -> dict:
     """Return the input of a call as an object."""
-    return {"input": call.text} if call.is_text else arguments_to_input(call.text, parse)
+    return {"input": call.text} if call.is_text else arguments_to_input(call.text)
 
 
 TEXT_TOOL_SCHEMA = MappingProxyType({
@@ -4373,27 +4394,32 @@ class TextInput:
     """The text inside {"input": "…"}, as it comes."""
 
     def __init__(self) -> None:
-        self._json, self._at = "", 0                 # all of it, and how much of that was read
-        self.text = ""                               # what that says
+        self._json, self._has_begun = "", False      # of the object, what was not read yet
+        self._pieces: list[str] = []                 # what was read
 
     def more(self, json_text: str) -> str:
         """Return what another piece of the object adds to the text."""
         self._json += json_text
-        if not self._at:
+        if not self._has_begun:
             start = re.match(TEXT_TOOL_START, self._json)
             if start is None:
                 return ""
-            self._at = start.end()
-        chars = re.compile(TEXT_TOOL_CHARS).match(self._json, self._at)
-        self._at, more = chars.end(), json.loads(f'"{chars[0]}"', strict=False)
-        self.text += more
+            self._has_begun, self._json = True, self._json[start.end():]
+        chars = re.match(TEXT_TOOL_CHARS, self._json)[0]
+        self._json, more = self._json[len(chars):], json.loads(f'"{chars}"', strict=False)
+        self._pieces.append(more)
         return more
 
     def rest(self, whole: str) -> str:
         """Return what the whole object says beyond the text so far."""
-        given = arguments_to_input(whole)
+        given, shown = arguments_to_input(whole), self.text
         text = str(given.get("input", given.get("__raw", "")))
-        return text[len(self.text):] if text.startswith(self.text) else ""
+        return text[len(shown):] if text.startswith(shown) else ""
+
+    @property
+    def text(self) -> str:
+        """Return what was read."""
+        return "".join(self._pieces)
 
 
 class OwnName(NamedTuple):
@@ -4566,9 +4592,9 @@ def sealed(part: Part) -> str:
 def unseal(thought: Part, seal: str) -> None:
     """Give a thought the form that sealed() packed; none where that cannot be read."""
     try:
-        packed = json.loads(base64.urlsafe_b64decode(
-            (seal[len(OWN_SIGNATURE):] + "==").encode("ascii")))
-    except (ValueError, RecursionError):
+        packed = parsed_inside(base64.urlsafe_b64decode(
+            (seal[len(OWN_SIGNATURE):] + "==").encode("ascii")).decode("utf-8"))
+    except ValueError:
         packed = None
     said = json_object(packed)
     thought.origin, thought.maker = str(said.get("from") or ""), str(said.get("by") or "")
@@ -4854,13 +4880,14 @@ def object_schema(schema: Mapping[str, Any]) -> dict:
     own = {name: value for name, value in schema.items() if name not in ALTERNATIVES}
     if not branches:
         return {"type": "object", **own}
-    variants: dict[str, list] = {}                 # of each property
+    variants: dict[str, dict[str, Any]] = {}       # of each property, by their JSON
     for branch in branches:
         for name, child in branch.get("properties", {}).items():
-            if child not in variants.setdefault(name, []):
-                variants[name].append(child)
+            variants.setdefault(name, {}).setdefault(compact_json(child), child)
     properties = {**{name: children[0] if len(children) == 1 else {"anyOf": children}
-                     for name, children in variants.items()}, **own.get("properties", {})}
+                     for name, children in ((name, [*each.values()])
+                                            for name, each in variants.items())},
+                  **own.get("properties", {})}
     in_all = set.intersection(*(set(branch.get("required", ())) for branch in branches))
     required = sorted(in_all.union(own.get("required", ())))
     return {"type": "object", **own, "properties": properties,
@@ -5042,7 +5069,7 @@ def read_choice(wanted: Any, conversation: Conversation) -> None:
     rule, fault = json_object(wanted), in_request("tool_choice")
     if rule.get("type") == "allowed_tools":
         rule = object_in(rule, "allowed_tools", fault) or rule
-        names = [*map(named, rows_in(rule, "tools", fault))]
+        names = {*map(named, rows_in(rule, "tools", fault))}
         conversation.tools = [tool for tool in conversation.tools if tool.name in names]
         wanted = rule.get("mode", "auto")
     if wanted in ("auto", "none", "required"):
@@ -5378,8 +5405,12 @@ class _ChatRequest(_OpenAIRequest):
         last = self._messages[-1] if self._messages else {"role": ""}
         if role == "user" == last["role"] and not self._is_openai:
             both = (last["content"], content)
-            last["content"] = "\n\n".join(both) if all(isinstance(one, str) for one in both) \
-                else [part for one in both for part in _parts_of(one)]
+            if all(isinstance(one, str) for one in both):
+                last["content"] = "\n\n".join(both)
+                return
+            if isinstance(last["content"], str):
+                last["content"] = _parts_of(last["content"])
+            last["content"] += _parts_of(content)
             return
         if (last["role"], role) == ("tool", "user") and not self._target.manners.user_after_tool:
             self._messages.append({"role": "assistant", "content": "I have the results."})
@@ -5567,10 +5598,13 @@ class _ChunkReader:
         self._kinds: set[str] = set()                # of the parts there were
         self._said: Optional[Part] = None            # the text or thought that is open
         self._back: dict[str, Any] = {}              # what the server wants back, not yet carried
-        self._calls: list[Part] = []
+        self._calls = 0                              # how many there were
+        self._unclosed: dict[Part, None] = {}        # those that are not closed, in order
+        self._waiting: dict[Part, None] = {}         # of these, those that are not open yet
         self._newest: dict[Any, Part] = {}           # of each index of the provider's
         self._by_id: dict[str, Part] = {}
         self._touched: set[Part] = set()             # the calls of the delta that is read
+        self._grown: set[Part] = set()               # those that may be whole since
         self._usage: Any = None
         self._tier: Any = None
         self._choice: dict = {}                      # what the finish said
@@ -5600,8 +5634,8 @@ class _ChunkReader:
     def _read_delta(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
         if delta.get("reasoning_details"):
-            self._back["reasoning_details"] = [*self._back.get("reasoning_details", ()),
-                                               *_parts_of(delta["reasoning_details"])]
+            self._back.setdefault("reasoning_details", []).extend(
+                _parts_of(delta["reasoning_details"]))
         self._back.update(opaque_in(delta))
         yield from self._say("thought", thought)
         for name, kind in (("content", "text"), ("refusal", "refusal")):
@@ -5654,21 +5688,24 @@ class _ChunkReader:
                 call in self._touched
             call = None if is_other or (more.strip() and _is_whole(call)) else call
         if call is None:
-            call = Part("call", pieces=[], is_open=False, is_closed=False, given_id="")
-            self._calls.append(call)
+            call = Part("call", pieces=[], is_open=False, is_closed=False, given_id="",
+                        number=self._calls)
+            self._calls += 1
+            self._unclosed[call] = self._waiting[call] = None
         if call_id and not call.given_id:
             call.given_id = call_id
-            call.id = f"{call_id}_{len(self._calls)}" if call_id in self._by_id else call_id
+            call.id = f"{call_id}_{self._calls}" if call_id in self._by_id else call_id
             self._by_id.setdefault(call_id, call)
         self._newest[index] = call
         self._touched.add(call)
+        self._grown.add(call)
         return call
 
     def _read_call(self, row: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         inner = json_object(row.get("function", row.get("custom")))
         name, more = inner.get("name"), inner.get("arguments", inner.get("input"))
         name = name if isinstance(name, str) else ""
-        more = more if isinstance(more, str) else "" if more is None else json.dumps(more)
+        more = more if isinstance(more, str) else "" if more is None else plain_json(more)
         index, call_id = row.get("index"), row.get("id")
         call_id = "" if call_id is None else str(call_id)
         index = index if isinstance(index, (int, str)) else None
@@ -5680,8 +5717,7 @@ class _ChunkReader:
             return
         call = self._call_of(call_id, index, name, more)
         if opaque_in(row):
-            number = str(self._calls.index(call))
-            self._back["calls"] = {**json_object(self._back.get("calls")), number: opaque_in(row)}
+            self._back.setdefault("calls", {})[str(call.number)] = opaque_in(row)
         if call.is_closed and more.strip():
             raise UpstreamBroke("the provider went on with a tool call after another block")
         if call.is_open:
@@ -5702,22 +5738,30 @@ class _ChunkReader:
         yield from self._close_said()
         yield from self._close_calls(whole_only=True)
         yield from self._carry_back()
-        for waiting in self._calls[:self._calls.index(call) + 1]:
-            if not waiting.is_open and (waiting.name or waiting is call):
+        for waiting in [*self._waiting]:
+            if waiting.name or waiting is call:
+                del self._waiting[waiting]
+                self._grown.add(waiting)
                 waiting.is_open, waited = True, waiting.pieces
                 yield waiting.opened()
                 for text in waited:
                     yield waiting.grown(text)
+            if waiting is call:
+                return
 
     def _close_calls(self, *, whole_only: bool) -> Iterator[AnswerEvent]:
         """Close the calls that are open, and those that wait; what says nothing of one is none."""
-        for call in self._calls:
+        calls = sorted(self._grown, key=lambda call: call.number) if whole_only \
+            else [*self._unclosed]
+        self._grown.clear()
+        for call in calls:
             if call.is_closed or not (call.name or call.pieces) \
                     or (whole_only and not (call.is_open and _is_whole(call))):
                 continue
             if not call.is_open:
                 yield from self._open_call(call)
             call.is_closed = True
+            del self._unclosed[call]
             if not call.is_text and not any(map(str.strip, call.pieces)):
                 yield call.grown("{}")
             yield call.closed()
@@ -6546,7 +6590,7 @@ class _MessagesRequest(RequestWriter):
     def _call(self, part: Part) -> dict:
         return {"type": "tool_use", "id": part.id,
                 "name": self._names.fitting(part.name, part.namespace, part.is_text),
-                "input": call_input(part, _parse_strictly)}
+                "input": call_input(part)}
 
     def _result(self, part: Part) -> dict:
         result: dict = {"type": "tool_result", "tool_use_id": part.id}
@@ -7059,7 +7103,7 @@ def _add_tools(rows: Iterable[Mapping[str, Any]], conversation: Conversation, sp
                about: str = "") -> list[str]:
     """Add tools that are not known yet, and return the names of all. What is said of a namespace
     stands before its first."""
-    tools, names = conversation.tools, []
+    known, names = conversation.known_tools, []
     for row in rows:
         if row.get("type") == "namespace":
             names += _add_tools(rows_in(row, "tools", IN_TOOLS), conversation,
@@ -7067,9 +7111,9 @@ def _add_tools(rows: Iterable[Mapping[str, Any]], conversation: Conversation, sp
             continue
         tool = _tool_of_item(row, space, about)
         names.append(tool.name)
-        if (tool.kind, tool.name, space) not in {
-                (one.kind, one.name, one.namespace) for one in tools}:
-            tools.append(tool)
+        if (tool.kind, tool.name, space) not in known:
+            known.add((tool.kind, tool.name, space))
+            conversation.tools.append(tool)
         about = ""
         if tool.kind == "search":
             conversation.rest.update(

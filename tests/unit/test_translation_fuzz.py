@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import sys
 from collections import Counter
 from random import Random
 
@@ -286,3 +287,90 @@ def test_every_valid_schema_is_carried_as_the_other_vendor_takes_it(seed):
                 "name": "n", "schema": schema}}}, model)
         to_chat({"tools": [{"name": "f", "input_schema": schema, "strict": strict}]})
         to_chat({"output_config": {"format": {"type": "json_schema", "schema": schema}}})
+
+
+# What grows faster than what comes in would hold up everybody.
+
+USER = {"role": "user", "content": "hi"}
+WIDE_REQUESTS = {
+    "tools": ("responses", "chat", lambda n: {"input": "hi", "tools": [
+        {"type": "function", "name": f"f{i}", "parameters": {}} for i in range(n)]}),
+    "images of one side": ("messages", "chat", lambda n: {"max_tokens": 9, "messages": [
+        {"role": "user", "content": [{"type": "image", "source": {
+            "type": "url", "url": "https://a.b"}}]}] * n}),
+}
+
+
+def open_calls(n):
+    return [{"choices": [{"index": 0, "delta": {"tool_calls": [{
+        "index": i, "id": f"c{i}", "function": {"name": "f", "arguments": "{"}}]}}]}
+        for i in range(n)] + [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
+
+
+def work_of(action):
+    """How many steps the interpreter takes for something."""
+    steps = 0
+
+    def trace(frame, event, argument):
+        nonlocal steps
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        steps += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+@pytest.mark.parametrize("name", [*WIDE_REQUESTS])
+def test_the_work_for_a_request_grows_with_its_length_and_no_faster(name):
+    client, api, made = WIDE_REQUESTS[name]
+    few, many = (work_of(lambda n=n: ic.Translator(
+        client, api, {"model": "m", **made(n)}, ic.Losses(), ic.Target(100))) for n in (40, 160))
+
+    assert many < 4.4 * few
+
+
+def test_the_work_for_an_answer_grows_with_its_length_and_no_faster():
+    few, many = (work_of(lambda n=n: [*to_chat({})[0].events(open_calls(n))]) for n in (40, 160))
+
+    assert many < 4.4 * few
+
+
+@pytest.mark.parametrize("client", ["chat", "responses"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_answer_whose_start_its_server_left_out_is_carried_over(client, is_whole):
+    events = [*stream_of(STREAMED["text"])][1:]
+    translator = ic.Translator(client, "messages", {
+        "model": "m", "messages": [USER], "input": "hi"}, ic.Losses(), ic.Target(100))
+
+    said = translator.answer_of(events) if is_whole else [*translator.events(events)]
+
+    assert "hel" in json.dumps(said)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_no_number_that_json_lacks_reaches_a_client_in_a_tools_arguments(number):
+    answer = completion(tool_calls=[call(arguments='{"a": %s}' % number)], content=None)
+    block = to_chat({})[0].answer(answer)["content"][0]
+
+    assert {"__raw": '{"a": %s}' % number} == block["input"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_no_number_that_json_lacks_is_written_whoever_sent_it(number):
+    def no_constant(name):
+        raise AssertionError(name)
+
+    sent = json.loads('{"type": "tool_use", "id": "a", "name": "f", "input": {"n": [%s]}}' % number)
+    translator = ic.Translator("chat", "messages", {"model": "m", "messages": [USER]},
+                               ic.Losses(), ic.Target(100))
+    said = translator.answer({"content": [sent], "stop_reason": "tool_use", "model": sent["input"]})
+    arguments = said["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+
+    assert {"n": [None]} == json.loads(arguments, parse_constant=no_constant)
+    assert {"n": [None]} == json.loads(ic.json_bytes(said), parse_constant=no_constant)["model"]
