@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence, Union
+from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
 
 import forked
 import pytest
@@ -926,24 +926,58 @@ def sse_events(stream: bytes) -> list[tuple[Optional[str], str]]:
     return events
 
 
-def each_seed(count: int) -> Callable:
-    """Run a test with the seeds from 0 on, as one test; a failure says with which.
-
-    The fixtures are made once: it is for tests that leave nothing behind.
+def each(names: str, rows: Iterable) -> Callable:
+    """Run a test with each row in turn, as one test; a failure says with which rows. As with
+    pytest.mark.parametrize, but the fixtures are made once: what one row does must not matter to
+    the next.
     """
+    fields = re.findall(r"\w+", names)
+    table = [dict(zip(fields, row if len(fields) > 1 else (row,))) for row in rows]
+
     def decorated(test: Callable) -> Callable:
         @functools.wraps(test)
         def run(*arguments: object, **fixtures: object) -> None:
-            for seed in range(count):
+            failed = []
+            for row in table:
                 try:
-                    test(*arguments, seed=seed, **fixtures)
+                    test(*arguments, **row, **fixtures)
                 except (Exception, pytest.fail.Exception) as err:      # "DID NOT RAISE" is none
-                    raise AssertionError(f"with the seed {seed}") from err
+                    failed.append((row, err))
+            if failed:
+                shown = "; ".join(", ".join(f"{name}={value!r:.80}" for name, value in row.items())
+                                  for row, _ in failed[:20])
+                raise AssertionError(f"with {shown} ({len(failed)} of {len(table)})"
+                                     ) from failed[0][1]
         signature = inspect.signature(test)
         run.__signature__ = signature.replace(parameters=[        # or pytest takes it for a fixture
-            parameter for name, parameter in signature.parameters.items() if name != "seed"])
+            parameter for name, parameter in signature.parameters.items() if name not in fields])
         return run
     return decorated
+
+
+def each_seed(count: int, most: int = 0) -> Callable:
+    """Run a test with the seeds from 0 on, as each() does; with those up to `most` if it is long.
+    """
+    if not most:
+        return each("seed", range(count))
+
+    def decorated(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(seeds: range, **fixtures: object) -> None:
+            each("seed", seeds)(test)(**fixtures)
+        signature = inspect.signature(test)
+        run.__signature__ = signature.replace(parameters=[
+            parameter.replace(name="seeds") if name == "seed" else parameter
+            for name, parameter in signature.parameters.items()])
+        return pytest.mark.parametrize("seeds", [range(count), pytest.param(
+            range(count, most), marks=pytest.mark.soak)], ids=["first", "others"])(run)
+    return decorated
+
+
+def seeds(count: int, most: int) -> list:
+    """Rows for parametrize(): the seeds from 0 on, of which all after `count` are long tests."""
+    return [*range(count), *(pytest.param(seed, marks=pytest.mark.soak)
+                             for seed in range(count, most))]
 
 
 def until(condition: Callable[[], object], what: str = "it came to that") -> None:

@@ -3,6 +3,7 @@ turns, of which the server refuses nothing, and each turn of which is charged on
 
 What a client keeps of an answer, and sends back with the next turn, is its own: the servers that
 want their reasoning or their signatures back must get them."""
+import importlib
 import json
 
 import pytest
@@ -108,9 +109,9 @@ LOOPS = {"openai, chat completions": openai_chat, "openai, responses": openai_re
 
 @pytest.fixture
 def sdk_of(request):
-    """Make the SDK that a loop needs; skip where it is not installed."""
+    """Make the SDK that a loop needs."""
     def make(loop, proxy):
-        module = pytest.importorskip(loop.partition(",")[0])
+        module = importlib.import_module(loop.partition(",")[0])
         kind, base = (module.OpenAI, proxy.url + "/v1") if module.__name__ == "openai" else \
             (module.Anthropic, proxy.url)
         sdk = kind(base_url=base, api_key=TOKEN, max_retries=0, timeout=PATIENCE_S,
@@ -124,6 +125,7 @@ def sdk_of(request):
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", HOSTS)
 def test_an_sdk_has_its_tool_loop(mock, host, sdk_of, name, loop, stream):
+    pytest.importorskip(loop.partition(",")[0])
     proxy = host(name, "--budget", "1")
 
     text, calls, thoughts = LOOPS[loop](sdk_of(loop, proxy), f"{name}/m", stream)

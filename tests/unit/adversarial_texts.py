@@ -7,6 +7,7 @@ writes the real token counts of a few seeds of every kind to token_counts.json b
 """
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -167,6 +168,7 @@ KINDS: dict[str, Callable[[Random], str]] = {
                                         identifiers, mixed_scripts, records)}
 
 
+@functools.lru_cache(maxsize=None)
 def text_of(kind: str, seed: int) -> str:
     return KINDS[kind](Random(f"{kind} {seed}"))
 

@@ -97,7 +97,7 @@ def measured(fields, api="messages"):
     return ic.input_tokens_bound(body_of(fields), price(api), measured=True)
 
 
-@each_seed(120)
+@each_seed(30, 120)
 def test_a_learned_bound_is_never_below_the_bill(seed):
     """Whatever grows, moves or is added between calls: messages, cache marks, tools, system."""
     rng, session = Random(seed), Session()

@@ -1,4 +1,5 @@
 """The mock itself: its shapes, its strictness, its bills, its scripts. Bills are worked by hand."""
+import inspect
 import json
 import re
 import threading
@@ -6,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from support import (ANTHROPIC_KEY, OPENAI_KEY, Close, Cut, Gate, MockProvider, RawClient, Reply,
-                     call, exact_microdollars, recordings, sse_events)
+                     call, each, each_seed, exact_microdollars, recordings, seeds, sse_events)
 from translation_checker import (check_chat_stream, check_message_stream, check_response,
                                  check_response_stream)
 from vendor_answers import Refuse, Say, Speaker, Think, Use, openai_seal
@@ -54,7 +55,7 @@ def text_of(path, document):
 @pytest.mark.parametrize("path", STREAMED)
 def test_a_stream_brings_the_text_of_the_whole_answer(mock, path):
     whole = text_of(path, ask(mock, path).json)
-    streamed = "".join(text_of(path, each) for each in documents(ask(mock, path, stream=True)))
+    streamed = "".join(text_of(path, event) for event in documents(ask(mock, path, stream=True)))
 
     assert whole == streamed == mock.output_text
 
@@ -604,3 +605,43 @@ def test_searches_and_cache_writes_are_billed():
 
     assert 1_000 + 40 + 250 + 100 + 20_000 == exact_microdollars("gpt-6.2-sol", usage)
     assert 4_000 + 200 + 10_000 == exact_microdollars("claude-opus-5-5", claude)
+
+
+# Rows in one test.
+
+def test_each_row_of_a_table_is_tried_and_the_failure_names_those_that_failed():
+    tried = []
+
+    @each("number, word", [(1, "one"), (2, "two"), (3, "three"), (4, "four")])
+    def even(number, word, tmp_path):
+        tried.append((number, word, tmp_path))
+        assert number % 2 == 0
+
+    assert ["tmp_path"] == [*inspect.signature(even).parameters]
+    with pytest.raises(AssertionError) as caught:
+        even(tmp_path="folder")
+    assert "with number=1, word='one'; number=3, word='three' (2 of 4)" == str(caught.value)
+    assert [(1, "one", "folder"), (4, "four", "folder")] == [tried[0], tried[-1]]
+
+
+def test_a_row_that_does_not_raise_as_it_should_is_named_too():
+    @each_seed(2)
+    def raises(seed):
+        with pytest.raises(ValueError):
+            int(str(seed) * seed or "none")
+
+    with pytest.raises(AssertionError, match=r"seed=1 \(1 of 2\)"):
+        raises()
+
+
+def test_seeds_after_the_first_are_long_tests():
+    @each_seed(3, 5)
+    def tried(seed):
+        assert seed < 3
+
+    first, others = tried.pytestmark[0].args[1]
+    tried(seeds=first)
+    with pytest.raises(AssertionError, match="seed=3; seed=4"):
+        tried(*others.values)
+    assert ["soak"] == [mark.name for mark in others.marks]
+    assert [0, 1] == seeds(2, 3)[:2] and (2,) == seeds(2, 3)[2].values

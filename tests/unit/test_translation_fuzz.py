@@ -56,7 +56,7 @@ MESSAGES_REQUESTS = [{"messages": [{"role": "user", "content": "hi"}], "max_toke
     {"messages": row[0], "max_tokens": 9} for row in CHAT_TURNS.values()]
 
 
-@each_seed(40)
+@each_seed(15, 40)
 def test_hostile_requests_are_refused_or_carried_over(seed):
     rng = Random(seed)
     for client, api, model, requests in (
@@ -75,7 +75,7 @@ def test_hostile_requests_are_refused_or_carried_over(seed):
         assert carried > 2                 # of about a hundred: it does not refuse whatever comes
 
 
-@each_seed(40)
+@each_seed(15, 40)
 def test_broken_answers_are_carried_over_or_said_to_be_broken(seed):
     rng = Random(seed)
     wholes = [_carried(lambda answer=answer: to_claude({})[0].answer(mutated(rng, answer)))
@@ -152,7 +152,7 @@ def check_carried(translate, fields, model):
     assert carried == said or (not carried - said and "paired" in losses.adjusted.values())
 
 
-@each_seed(300)
+@each_seed(100, 300)
 def test_what_is_carried_over_meets_the_other_vendors_rules(seed):
     """to_claude and to_chat hold what comes out against them."""
     rng = Random(seed)
@@ -275,7 +275,7 @@ def random_object(rng, depth=0):
     return schema
 
 
-@each_seed(40)
+@each_seed(12, 40)
 def test_every_valid_schema_is_carried_as_the_other_vendor_takes_it(seed):
     """to_claude() and to_chat() ask the vendors' rules; strict or not, nobody is refused."""
     rng = Random(seed)

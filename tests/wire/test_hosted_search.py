@@ -108,7 +108,8 @@ def test_its_number_is_lowered_to_what_fits_and_reported(mock, proxy_for):
     assert 0 == status["reserved_microdollars"] == status["bound_exceeded"]
 
 
-@pytest.mark.parametrize("budget", ["0.15", "0.3", "0.6", "1", "2", "5"])
+@pytest.mark.parametrize("budget", ["0.15", "0.6", "2", *(
+    pytest.param(usd, marks=pytest.mark.soak) for usd in ("0.3", "1", "5"))])
 @pytest.mark.parametrize("path, fields", [("/v1/messages", claude()), ("/v1/responses", gpt()),
                                           ("/v1/responses", gpt(stream=True))],
                          ids=["messages", "responses", "responses, streamed"])
