@@ -2719,9 +2719,9 @@ def fixed_bound(microdollars: int) -> Bound:
 def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
                      data_residency: Optional[str] = None, measured: bool = False,
                      window: int = 0, may_be_lowered: bool = True, reasoning_tokens: int = 0,
-                     input_tokens: Optional[int] = None) -> Bound:
-    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known, and
-    `reasoning_tokens` what the provider's caps do not hold.
+                     input_tokens: Optional[int] = None, said_choice: Any = None) -> Bound:
+    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known,
+    `reasoning_tokens` what the provider's caps do not hold, `said_choice` a tool_choice in words.
 
     Raises BadRequest, UnboundedRequest.
     """
@@ -2746,7 +2746,8 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
         may_be_lowered=may_be_lowered,
         reasoning_tokens=reasoning_tokens if api in ("chat", "messages") else 0,
-        hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to))
+        hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to,
+                           said_choice or fields.get("tool_choice")))
 
 
 def _choices(api: str, fields: Mapping[str, Any]) -> int:
@@ -2813,7 +2814,8 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
 
 def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, window: int,
-                rates_up_to: Callable[[int], tuple[Rate, Rate]]) -> Optional[HostedUses]:
+                rates_up_to: Callable[[int], tuple[Rate, Rate]],
+                choice: Any) -> Optional[HostedUses]:
     """The hosted tools of a request, with the uses that it asks for; None where it has none.
 
     Raises BadRequest for a number of uses that is no whole number from 0 up.
@@ -2846,8 +2848,7 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, win
                       for uses in range(1 + max((asked for asked, *_ in tools), default=0))]),
         is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
         has_caps=bool(tools),
-        least=int(_forces_hosted(body.fields.get("tool_choice"),
-                                 {str(tool.get("name")) for tool, _ in capped})),
+        least=int(_forces_hosted(choice, {str(tool.get("name")) for tool, _ in capped})),
         are_all=len(capped) == len(contents.tools))
 
 
@@ -3947,6 +3948,7 @@ class Terms:
     answers_by_tool = False                      # the answer comes as the input of ANSWER_TOOL
     unfences = False                             # JSON was asked for in words: it may be fenced
     betas: tuple[str, ...] = ()                  # for the header anthropic-beta
+    said_choice: Any = None                      # a tool_choice that became words
     digest = ""                                  # of all that the answer's thinking is bound to
 
     def __init__(self, names: ToolNames) -> None:
@@ -4075,7 +4077,7 @@ MAX_ERROR_CHARS = 8192                   # of words that are looked through; ven
 # How servers say that a prompt is longer than the context, and what the most is. Sources: their
 # code and reports (HOSTS of 28 November 2026: vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI,
 # DeepSeek, Mistral, Moonshot, MiniMax, Z.ai, xAI, Gemini, DashScope, OpenRouter, Together, GitHub,
-# Vertex, Bedrock, Cohere).
+# Vertex, Bedrock, Cohere, Copilot, Volcengine, Baidu).
 OVERFLOW = re.compile(
     r"maximum context length|context_length_exceeded"
     r"|exceed[^.]{0,200}context[ _-]?(length|window|size|limit)"
@@ -4083,16 +4085,18 @@ OVERFLOW = re.compile(
     r"|prompt (is )?(too long|exceeds max length)"
     r"|maximum (prompt|input|model) length|model token limit|with [\d,]+ maximum context"
     r"|longer than the model|too many (input )?tokens\b[.:]|tokens exceeds maximum length"
-    r"|range of input length|input token count[^.]{0,200}(exceeds|only supports up to)"
-    r"|maximum allowed input length"
+    r"|range of input length|(input|prompt) token count[^.]{0,200}(exceeds|only supports up to)"
+    r"|maximum allowed input length|input length \([\d,]+ tokens\) exceeds|context the overflows"
+    r"|`inputs` must have less than [\d,]+ tokens|(input|prompt) tokens?( length)? too long"
+    r"|tokens[^.]{0,60} exceed (max message tokens|the configured limit)"
     r"|tokens in request more than max tokens|request body too large for [^.]* model\. max size"
     r"|reduce the length of the messages|`inputs` tokens \+ `max_new_tokens` must be"
     r"|tokens to keep from the initial prompt|current length is \d+ while limit is"
     r"|exceed_context_size|exceeded max context length|input is too long", re.IGNORECASE)
 _LIMIT = re.compile(
     r"(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit"
-    r"|maximum (?:prompt|model|input) length|tokens allowed|max\w* size|limit is|<=|\[1,"
-    r"|input tokens:|supports up to|cannot exceed)"
+    r"|maximum (?:prompt|model|input|allowed) length|tokens allowed|max\w* size|limit (?:is|of)"
+    r"|<=|\[1,|less than|input tokens:|supports up to|cannot exceed)"
     r".{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context", re.IGNORECASE)
 # How they say which part of it is the cap, and which the prompt.
 _CAP = re.compile(r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for the completion"
@@ -6485,6 +6489,7 @@ class _MessagesRequest(RequestWriter):
             choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
         if choice.get("type") in ("any", "tool") and (
                 self._thinking.get("type") == "enabled" or not self._claude.forced_tools):
+            self.terms.said_choice = {**choice}
             which = f"the tool {choice.pop('name')}" if "name" in choice else "one of the tools"
             self._losses.adjust("choice", "auto")
             self._system.append({"type": "text", "text": f"Call {which} now."})
@@ -14565,6 +14570,7 @@ class Router:
                          "data_residency": call.provider.data_residency,
                          "may_be_lowered": not self.settings.no_fit,
                          "reasoning_tokens": call.provider.reasoning_beyond_caps,
+                         "said_choice": call.translator and call.translator.terms.said_choice,
                          "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
         if free is None or self.settings.bound == "bytes" \

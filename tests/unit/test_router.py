@@ -631,6 +631,17 @@ def test_a_translated_answer_without_its_last_event_is_broken_off(carrier, path,
     carrier.refused(ic.UpstreamBroke, path, fields, stream(*events[:-1], *end))
 
 
+@pytest.mark.parametrize("model", ["claude-opus-5-5", "claude-opus-4-5", "gpt-5.5"])
+def test_a_search_that_is_forced_is_refused_rather_than_taken_away(model):
+    """Also where the model cannot be forced, and is asked for it in words."""
+    fields = {"model": model, "max_output_tokens": 1000, "input": "hi",
+              "tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}
+    carrier = Carrier(budget_microdollars=100_000)
+
+    assert carrier.refused(ic.InsufficientBudget, "/v1/responses", fields).details
+    carrier.call("/v1/responses", {**fields, "tool_choice": "auto"}, whole({"error": {}}, 400))
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 def test_a_chat_stream_of_its_end_alone_is_an_empty_answer(carrier, path):
     fields = {**ON_GPT[1], "max_output_tokens": 10, "input": "hi", **STREAM}

@@ -374,6 +374,22 @@ OVERFLOWS = {
     "length or `max_tokens` and try again": (222000, 200000),
     "litellm.ContextWindowExceededError: litellm.BadRequestError: too much": None,
     "Requested input length 140000 exceeds maximum input length 131072": (140000, 131072),
+    # SGLang's validate_input_length
+    "Input length (9000 tokens) exceeds the maximum allowed length (8192 tokens). Use a shorter "
+    "input or enable --allow-auto-truncate.": (9000, 8192),
+    # huggingface/text-generation-inference#695
+    "Input validation error: `inputs` must have less than 4096 tokens. Given: 5000": (5000, 4096),
+    # lmstudio-ai/lmstudio-bug-tracker#546, 2025-03-24
+    "Trying to keep the first 5000 tokens when context the overflows. However, the model is loaded "
+    "with context length of only 4096 tokens, which is not enough. Try to load the model with a "
+    "larger context length, or provide a shorter input": (5000, 4096),
+    # Volcengine, OpenAI, Moonshot's list of errors, Copilot, Baidu; as clients look for them
+    "Total tokens of image and text exceed max message tokens. Request id: 0217": None,
+    "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 "
+    "tokens.": (300000, 272000),
+    "Input token length too long": None,
+    "prompt token count of 140000 exceeds the limit of 128000": (140000, 128000),
+    "Prompt tokens too long": None,
 }
 # Of those: words from which it can be seen that a smaller cap would do -> Anthropic's sums of them.
 CAPS = {
@@ -398,6 +414,12 @@ CAPS = {
     "`inputs` tokens + `max_new_tokens` must be <= 8193. Given: 8000 `inputs` tokens and 1000 "
     "`max_new_tokens`": (8000, 1000, 8193),
 }
+# Neighbouring refusals, which have nothing to do with the context.
+NO_OVERFLOWS = (
+    "Tool name exceeds maximum length of 64", "max_new_tokens must be at most 4096",
+    "string too long. Expected a string with maximum length 1048576",
+    "Too many tokens per minute: the limit of 10000 is exceeded", "stop must have less than 5 items",
+)
 BODIES = {
     "OpenAI's": lambda words: {"error": {"message": words, "type": "BadRequestError",
                                          "code": 400}},
@@ -445,6 +467,13 @@ def test_a_full_context_is_said_in_the_words_on_which_claude_code_compacts(mock,
     assert (400, "invalid_request_error") == (answer.status, answer.json["error"]["type"])
     assert answer.json["error"]["message"].startswith(start)
     assert words in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("words", NO_OVERFLOWS)
+def test_another_refusal_is_no_full_context(words):
+    failure = program().overflow_of(program().Failure(400, words), {})
+
+    assert (None, words) == (failure.code, failure.message)
 
 
 @pytest.mark.parametrize("form", BODIES)
