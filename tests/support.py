@@ -1016,6 +1016,12 @@ def program():
     return ironcage_proxy
 
 
+def said(capsys, *argv: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command, in this process."""
+    code = program().main([*argv])
+    return (code, *capsys.readouterr())
+
+
 def proxy_environment(mock: Optional[MockProvider]) -> dict[str, str]:
     url = "http://127.0.0.1:9" if mock is None else mock.url
     return {"OPENAI_API_KEY": OPENAI_KEY, "ANTHROPIC_API_KEY": ANTHROPIC_KEY,

@@ -28,17 +28,18 @@ TESTS = {
     "Errors": "unit/test_errors.py",
     "JSON bodies": "unit/test_json_bodies.py unit/test_regressions.py",
     "Money": "unit/test_money.py",
-    "Bounds": "unit/test_hosted_tools.py unit/test_known_counts.py unit/test_admission.py "
-              "unit/test_bounds.py",
+    "Bounds": "unit/test_bounds.py unit/test_hosted_tools.py unit/test_known_counts.py "
+              "unit/test_admission.py",
     "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
     "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
                         "faults/test_every_way_to_end.py",
     "The neutral form": "unit/test_the_neutral_form.py unit/test_translation.py "
                         "unit/test_translation_fuzz.py",
-    "Names, ids and losses": "unit/test_translation.py unit/test_responses.py "
-                             "unit/test_peer_bugs.py wire/test_sloppy_servers.py "
-                             "unit/test_translation_fuzz.py wire/test_translated_calls.py",
-    "JSON schemas": "unit/test_translation.py unit/test_responses.py "
+    "Names, ids and losses": "unit/test_names_ids_and_losses.py unit/test_translation.py "
+                             "unit/test_responses.py unit/test_peer_bugs.py "
+                             "wire/test_sloppy_servers.py unit/test_translation_fuzz.py "
+                             "wire/test_translated_calls.py",
+    "JSON schemas": "unit/test_json_schemas.py unit/test_translation.py unit/test_responses.py "
                     "unit/test_translation_fuzz.py",
     "Chat completions": "unit/test_translation.py unit/test_peer_bugs.py "
                         "wire/test_sloppy_servers.py unit/test_translation_fuzz.py "
@@ -47,7 +48,8 @@ TESTS = {
     "Responses": "unit/test_responses.py unit/test_translation.py wire/test_three_dialects.py",
     "Translators": "unit/test_translation.py unit/test_responses.py wire/test_three_dialects.py "
                    "wire/test_translated_calls.py",
-    "The echo model": "unit/test_the_echo_model.py wire/test_the_cage.py wire/test_three_dialects.py",
+    "The echo model": "unit/test_the_echo_model.py wire/test_the_cage.py "
+                      "wire/test_three_dialects.py",
     "Cost controller": "unit/test_cost_controller.py unit/test_admission.py unit/test_periods.py "
                        "wire/test_stop_at.py",
     "Ledger": "unit/test_ledger.py unit/test_histories.py faults/test_one_ledger_one_server.py "
@@ -64,19 +66,20 @@ TESTS = {
                   "faults/test_every_way_to_end.py",
     "Events and metrics": "unit/test_events_and_metrics.py wire/test_embedding.py "
                           "wire/test_operations.py",
-    "Iron Cage server": "wire/test_server_mode.py",
-    "Shared budget": "faults/test_shared_budget.py",
+    "Iron Cage server": "unit/test_iron_cage_server.py wire/test_server_mode.py",
+    "Shared budget": "unit/test_shared_engine.py faults/test_shared_budget.py",
     "Router": "unit/test_router.py wire/test_the_cage.py wire/test_waiting.py "
               "wire/test_providers.py wire/test_translated_calls.py wire/test_access.py "
               "wire/test_learned_counts.py wire/test_money_attacks.py "
               "faults/test_every_way_to_end.py",
-    "Dashboard": "wire/test_dashboard.py",
-    "Server": "faults/test_malformed_requests.py faults/test_places.py wire/test_access.py "
-              "wire/test_operations.py wire/test_tokens.py wire/test_stop_at.py",
-    "Settings and command line": "wire/test_command_line.py wire/test_operations.py "
+    "Dashboard": "unit/test_dashboard_page.py wire/test_dashboard.py",
+    "Server": "unit/test_server.py faults/test_malformed_requests.py faults/test_places.py "
+              "wire/test_access.py wire/test_operations.py wire/test_tokens.py wire/test_stop_at.py",
+    "Settings and command line": "unit/test_settings_and_command_line.py "
+                                 "wire/test_command_line.py wire/test_operations.py "
                                  "wire/test_attribution.py wire/test_tokens.py wire/test_prices.py "
                                  "faults/test_restarts.py faults/test_serves_or_ends.py",
-    "Embedding": "wire/test_embedding.py wire/test_server_mode.py",
+    "Embedding": "unit/test_embedded_router.py wire/test_embedding.py wire/test_server_mode.py",
 }
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
            ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn,

@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 from engines import BUDGET, NIL, FakeEngine, RealEngine, free_port, many
-from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, each_seed, pause,
+from support import (ADMIN_TOKEN, OPENAI_KEY, PATIENCE_S, TOKEN, Gate, call, pause,
                      settled_status, status_of, until)
 
 import ironcage_proxy as ic
@@ -416,36 +416,6 @@ def test_a_process_that_was_taken_for_dead_is_judged_again_if_it_dies_later(shar
     charge(judge, dead)
 
     assert held.is_open and (600, 0) == shared.amounts()
-
-
-@each_seed(100)
-def test_nobody_is_dead_before_he_was_silent_for_so_long_while_the_watch_was_unbroken(seed):
-    """Against the plainest account of who was heard when."""
-    rng, watch = Random(seed), ic.Watch(30, 10)
-    now_s, beats, last_change, unbroken_since, heard_s = 1000.0, {}, {}, None, None
-    for _ in range(200):
-        now_s += rng.choice([1, 5, 5, 9, 11, 60])
-        for name in rng.sample("abcd", rng.randrange(5)):
-            beats[name] = str(now_s)
-        if rng.random() < 0.05:
-            beats.pop(rng.choice("abcd"), None)
-        if rng.random() < 0.03:
-            watch.forget()
-            heard_s = None
-        if heard_s is None or now_s - heard_s > 10:
-            last_change, unbroken_since = {}, now_s
-        heard_s = now_s
-        for name in set(last_change) - set(beats):
-            del last_change[name]
-        for name, beat in beats.items():
-            if last_change.get(name, ("", 0))[0] != beat:
-                last_change[name] = (beat, now_s)
-
-        dead = watch.dead(beats, now_s)
-
-        assert dead == {name: beat for name, (beat, since_s) in last_change.items()
-                        if now_s - since_s >= 30}
-        assert not dead or now_s - unbroken_since >= 30
 
 
 def test_a_heartbeat_charges_what_the_engine_holds_of_us_and_we_do_not_know(shared):
@@ -1020,39 +990,6 @@ def test_a_reply_that_never_comes_is_cancelled_by_its_number(shared, monkeypatch
 
 # RESP.
 
-def replies(data):
-    rest = [data]
-
-    def part(size=-1):
-        end = rest[0].index(b"\r\n") if size < 0 else size
-        text, rest[0] = rest[0][:end], rest[0][end + 2:]
-        return text
-    return ic.read_reply(part)
-
-
-@pytest.mark.parametrize("data, reply", [
-    (b"+OK\r\n", b"OK"), (b":-12\r\n", -12), (b"$-1\r\n", None), (b"*-1\r\n", None),
-    (b"$5\r\na\r\nbc\r\n", b"a\r\nbc"), (b"$0\r\n\r\n", b""), (b"*0\r\n", []),
-    (b"*3\r\n:1\r\n*1\r\n$1\r\nx\r\n$-1\r\n", [1, [b"x"], None]),
-    (b"-ERR no\r\n", ic.EngineError("ERR no")), (b"*1\r\n-ERR x\r\n", [ic.EngineError("ERR x")]),
-])
-def test_replies_are_read(data, reply):
-    assert reply == replies(data)
-
-
-@pytest.mark.parametrize("data", [
-    b"\r\n", b"OK\r\n", b"%1\r\n", b"_\r\n", b":\r\n", b":1.5\r\n", b": 1\r\n", b":+1\r\n",
-    b"$x\r\n", b"$-2\r\n", b"*-2\r\n", b"$536870913\r\n", b"*536870913\r\n",
-    b":99999999999999999999\r\n", b"*1\r\n" * 12 + b":1\r\n"])
-def test_what_is_no_reply_is_not_read(data):
-    with pytest.raises(ValueError):
-        replies(data)
-
-
-def test_a_command_is_written_with_the_length_of_each_word():
-    assert b"*3\r\n$3\r\nSET\r\n$3\r\n\xc3\xbcx\r\n$1\r\n7\r\n" == ic.format_command(
-        ["SET", "\u00fcx", 7])
-
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_replies_are_read_however_they_are_cut(fake, monkeypatch, size):
@@ -1080,33 +1017,6 @@ def test_what_a_broken_connection_carried_may_be_done_also_where_the_next_is_ref
 
     assert failed.value.was_sent
     engine.close()
-
-
-@pytest.mark.parametrize("url, parts", [
-    ("redis://h", ("redis", "h", 6379, 0, "", "")),
-    ("redis://:p%40ss@h:1/3", ("redis", "h", 1, 3, "", "p@ss")),
-    ("rediss://me:pw@h.example:6380/0", ("rediss", "h.example", 6380, 0, "me", "pw")),
-    ("redis://[::1]:7/", ("redis", "::1", 7, 0, "", "")),
-    ("unix:///run/redis.sock", ("unix", "/run/redis.sock", 6379, 0, "", "")),
-    ("unix://:pw@/run/redis.sock", ("unix", "/run/redis.sock", 6379, 0, "", "pw")),
-])
-def test_the_url_of_an_engine_is_read(url, parts):
-    address = ic.parse_engine_url(url)
-
-    assert parts == address[:6]
-    assert not address.password or address.password not in f"{address} {address!r} {[address]}"
-
-
-@pytest.mark.parametrize("url", [
-    "", "redis://", "http://h", "redis:h", "redis://h:x", "redis://h:99999", "redis://h/x",
-    "redis://h/1/2", "redis://me@h", "redis://h?db=1", "unix://", "unix://host", "redis://h#x",
-    "redis://[::1", "//h"])
-def test_what_is_no_url_of_an_engine_is_refused_without_showing_it(url):
-    secret = url.replace("h", "s3cr3t-word")
-
-    with pytest.raises(ValueError) as caught:
-        ic.parse_engine_url(secret)
-    assert "s3cr3t" not in str(caught.value)
 
 
 # The program.
@@ -1326,12 +1236,6 @@ def test_an_engine_is_reached_by_tls_whose_certificate_is_checked(engine, tmp_pa
         secure.stop()
 
 
-def test_a_server_and_a_shared_budget_exclude_each_other():
-    with pytest.raises(ic.Misconfigured, match="two places for one budget"):
-        ic.settings_from(["--shared", "redis://h", "--server-url", "https://h", "--server-token",
-                          TOKEN], {})
-
-
 def test_an_embedded_router_takes_a_cage(mock, engine):
     environ = {"OPENAI_API_KEY": OPENAI_KEY, "IRONCAGE_OPENAI_BASE_URL": mock.url + "/v1"}
     cage = engine.cage()
@@ -1391,11 +1295,6 @@ def count(number, parts=3):
     return ic.CountRow('["ci", "openai", "gpt-5.5"]', bytes([number % 256]) * 16, ic.Counted(
         1_000 + number, frozenset(part.to_bytes(2, "big") * 8 for part in range(parts)), True),
         "gpt-5.5", 1_795_996_800)
-
-
-def test_a_count_is_the_same_after_it_was_kept():
-    for row in (count(1), count(2, 0)):
-        assert row == ic.count_from_json(ic.count_to_json(row).encode())
 
 
 def test_what_a_provider_counted_for_one_process_all_others_know_and_those_that_come_later(shared):

@@ -432,6 +432,20 @@ def test_a_secret_comes_from_its_variable_or_its_file_and_not_from_both():
         ic.named_file("KEY", {"KEY_FILE": "/f", "KEY": "k"})
 
 
+@pytest.mark.parametrize("environ, fault", [
+    ({"OPENAI_API_KEY": "sk-1\x012345"}, "holds a character that a key cannot have"),
+    ({"OPENAI_API_KEY": "'sk-12345'"}, "holds quotes"),
+    ({"OPENAI_API_KEY": "sk-12345", "OPENAI_API_KEY_FILE": "/k"}, "leave one out"),
+])
+def test_a_key_that_cannot_be_one_is_refused_and_not_shown(environ, fault):
+    provider = ic.KNOWN_PROVIDERS["openai"]
+
+    with pytest.raises(ic.Misconfigured, match=fault) as refused:
+        ic.with_key(provider, environ)
+
+    assert "sk-1" not in str(refused.value)
+
+
 @pytest.mark.parametrize("key, fault", [
     ("two words", "a character that a key cannot have"), ("k\u00e9", "a character"),
     ('"k"', "holds quotes"), ("k'", "holds quotes")])

@@ -589,14 +589,6 @@ def test_a_file_at_anthropic_brings_its_beta_along():
     assert ("files-api-2025-04-14",) == translator.terms.betas
 
 
-def test_a_schema_of_doubling_references_is_walked_once():
-    """Each definition names the next one twice: 2 to the 2,000th ways, and one walk."""
-    schema = {"$ref": "#/$defs/d0", "$defs": {
-        f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(2000)}}
-
-    assert not ic._is_recursive(schema)
-
-
 @pytest.mark.parametrize("ref", ["#/default", "#/$defs", "#/$defs/A/const", "#/title/x"])
 def test_a_reference_to_what_is_no_schema_is_one_to_nothing(ref):
     schema = {"anyOf": [{"$ref": ref}], "default": {"required": 7, "properties": [7]},
@@ -733,16 +725,6 @@ def test_a_conversation_grows_at_its_end_only():
 
     assert first.request["messages"] == later.request["messages"][:1]
     assert first.request["system"] == later.request["system"]
-
-
-@pytest.mark.parametrize("arguments, wrapped", [
-    ("", {}), ("  ", {}), ('{"a": "ü"}', {"a": "ü"}), ("[1]", {"__value": [1]}),
-    ("null", {"__value": None}), ("{bad", {"__raw": "{bad"})])
-def test_any_arguments_survive_the_way_there_and_back(arguments, wrapped):
-    assert wrapped == ic.arguments_to_input(arguments)
-    if arguments.strip():
-        again = ic.input_to_arguments(ic.arguments_to_input(arguments))
-        assert again == arguments or json.loads(again) == json.loads(arguments)
 
 
 def test_names_and_ids_that_anthropic_refuses_are_replaced_and_come_back():
@@ -1841,29 +1823,6 @@ def test_what_a_response_format_says_of_itself_is_told_to_claude(schema):
         assert '"own"' in json.dumps(own).replace("\\", "")
 
 
-@pytest.mark.parametrize("pattern, is_kept", [
-    ("^[a-z]+(?:-[0-9]{2,4})?$", True), (r"^\d+\.\w*$", True), (r"^(?=.*\d).+$", False),
-    (r"(?<!a)b", False), (r"(a)\1", False), (r"\bword\b", False)])
-def test_a_pattern_that_claude_does_not_take_becomes_words(pattern, is_kept):
-    schema = {"type": "string", "pattern": pattern}
-
-    assert ic.claude_schema(schema) == (schema if is_kept else {
-        "type": "string", "description": f"pattern: {json.dumps(pattern)}"})
-
-
-def test_a_schema_that_wraps_another_is_that_one():
-    wrapped = {"title": "T", "description": "d", "allOf": [{"type": "string", "title": "U"}]}
-    assert {"title": "U", "description": "d", "type": "string"} == ic.claude_schema(wrapped)
-    extended = {"type": "object", "properties": {}, "allOf": [{"title": "U"}]}
-    assert [{"title": "U"}] == ic.claude_schema(extended)["allOf"]
-
-
-def test_what_may_be_anything_stays_so_in_a_schema():
-    schema = {"type": "object", "properties": {"a": True, "b": {"type": "array", "items": True}}}
-
-    assert schema["properties"] == ic.claude_schema(schema)["properties"]
-
-
 def test_marks_on_tools_and_told_system_messages_count_among_the_four():
     mark = {"cache_control": {"type": "ephemeral"}}
     texts = [text(str(n), **mark) for n in range(4)]
@@ -1946,12 +1905,6 @@ def test_deltas_of_a_kind_that_is_not_known_and_empty_ones_add_nothing():
 
 
 # What a provider or a client can make costly, or odd.
-
-@pytest.mark.parametrize("description", [5, {"a": 1}, ["a", 5]])
-def test_a_description_in_a_schema_that_is_no_text_is_left_out(description):
-    schema = {"type": "integer", "minimum": 3, "description": description}
-
-    assert {"type": "integer", "description": "minimum: 3"} == ic.claude_schema(schema)
 
 
 class CountedJoins(collections.UserList):

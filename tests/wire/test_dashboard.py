@@ -1,6 +1,4 @@
 """The dashboard: a page without data or outside resources; in a real browser where there is one."""
-import base64
-import hashlib
 import json
 import os
 import re
@@ -22,20 +20,6 @@ def test_the_page_needs_no_token_and_holds_no_data(mock, proxy):
 
     assert (200, "text/html; charset=utf-8") == (answer.status, answer.header("content-type"))
     assert b"gpt-4o-mini" not in answer.body and TOKEN.encode() not in answer.body
-
-
-def test_its_policy_lets_only_its_own_script_and_style_run(proxy):
-    answer = call(proxy.port, "GET", "/ironcage/dashboard", token=None)
-    policy, page = answer.header("content-security-policy"), answer.body.decode()
-
-    for kind in ("script", "style"):
-        [inline] = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-        assert f"{kind}-src 'sha256-{digest}'" in policy
-    for rule in ("default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'",
-                 "form-action 'none'"):
-        assert rule in policy
-    assert not re.search(r"https?://|src=|innerHTML|localStorage|eval\(", page)
 
 
 @pytest.fixture
