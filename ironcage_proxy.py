@@ -172,10 +172,15 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024       # an answer that is metered whole is h
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
 READ_BYTES = 16 * 1024                    # one read from a socket: room for most messages
 LARGE_READ_BYTES = 64 * 1024              # and where it was full, the next
+BODY_READ_BYTES = 1024 * 1024             # those of a body that is read beside other requests
 LONG_TURN_BYTES = 64 * 1024               # a larger body is worked on beside other requests
 COPIES = 3                                # of a body: as it came, parsed, and while it is
 UNCOUNTED_BYTES = 16 * 1024               # of memory: MAX_CONNECTIONS times that is 16 MB
 SMALL_CLAIM_BYTES = 2 * 1024 * 1024       # a quarter of the memory is kept for these
+# glibc gives free memory back to the system beyond twice the largest block that was freed, and to
+# get it again took 30 ms of CPU for each body of 20 MB: so one of the largest that count is made,
+# never written to, and freed.
+FREED_BLOCK_BYTES = 32 * 1024 * 1024 - 64 * 1024
 MEMORY_WAIT_S = 20                        # in line for it; then the client may try again
 MEMORY_LINE = 64                          # of one token's requests; each is a thread that waits
 INFLATED_AT_ONCE = 1024                   # compressed bytes, which can be a thousand times more
@@ -777,6 +782,9 @@ _DATA_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/
 _DATA_URL_START = re.compile(rb"(data:[A-Za-z0-9/+.;=-]{1,128},)?")
 
 
+MARK_BYTES, WORD_BYTES = 16, 24         # of a word that stands for data: all begin alike
+
+
 class InlineData(str):
     """A long string of data in a body, and the bytes there that it was read from."""
     raw: memoryview
@@ -812,11 +820,17 @@ class JsonBody:
             if not left and not is_first:     # behind it all stays
                 break
         pieces.append(text[done:])
-        if not self.data:
-            return pieces
-        words = re.compile(b"(%b)" % b"|".join(self.data))
-        return [self.data[part].raw if part in self.data else part
-                for piece in pieces for part in words.split(piece)]
+        return [part for piece in pieces for part in self._with_data(piece)] \
+            if self.data else pieces
+
+    def _with_data(self, piece: bytes) -> Iterator[bytes]:
+        """Yield a piece of the text, with the data in place of their words."""
+        mark = next(iter(self.data))[:MARK_BYTES]
+        text, *others = bytes(piece).split(mark)
+        yield text
+        for other in others:
+            yield self.data[mark + other[:WORD_BYTES - MARK_BYTES]].raw
+            yield other[WORD_BYTES - MARK_BYTES:]
 
 
 _scan_json = json.JSONDecoder().scan_once          # type: ignore[attr-defined]
@@ -898,7 +912,7 @@ def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSON
     view, pieces, data, done = memoryview(raw), [], {}, 0
     mark = b""
     for start, end in _data_spans(raw):
-        mark = mark or secrets.token_hex(8).encode()        # that no client can know
+        mark = mark or secrets.token_hex(MARK_BYTES // 2).encode()     # that no client can know
         word = b"%b%08x" % (mark, len(data))
         data[word] = InlineData(view[start:end], "ascii")
         data[word].raw = view[start:end]
@@ -3020,7 +3034,7 @@ def without_cache_marks(value: Any) -> Any:
 def _with_hash(text: str) -> str:
     """A string for a digest: of data the hash, which no other string can look like."""
     if isinstance(text, InlineData):
-        return "\0" + hashlib.blake2b(text.raw, digest_size=DIGEST_BYTES).hexdigest()
+        return "\0" + hashlib.sha256(text.raw).hexdigest()     # fastest, of so much
     return "\0" + text if text.startswith("\0") else text
 
 
@@ -11054,7 +11068,8 @@ class Wire:
         """Whether the socket has something to read, or has ended."""
         return bool(ready_of([self.sock], 0))
 
-    def receive(self, timeout_s: float, watched: Optional[Wire] = None) -> bytes:
+    def receive(self, timeout_s: float, watched: Optional[Wire] = None,
+                most_bytes: int = LARGE_READ_BYTES) -> bytes:
         """Return some bytes, or b"" at the end. `watched` is a client to give up with.
 
         Raises: TimeoutError; OSError; ClientGone when the watched peer hangs up first.
@@ -11073,7 +11088,7 @@ class Wire:
                 self._wait_to_read(deadline_s, watched)
             except ssl.SSLWantWriteError:
                 self._wait_to_write(deadline_s)
-        self._room = LARGE_READ_BYTES if len(data) == self._room else READ_BYTES
+        self._room = min(4 * self._room, most_bytes) if len(data) == self._room else READ_BYTES
         return data
 
     def _wait_to_read(self, deadline_s: float, watched: Optional[Wire]) -> None:
@@ -11222,6 +11237,7 @@ class Memory:
     """
 
     def __init__(self, limit_bytes: int, turns: Turns) -> None:
+        bytes(FREED_BLOCK_BYTES)
         self.limit_bytes, self._turns = limit_bytes, turns
         self.small_bytes = limit_bytes // 4
         self.common_bytes = limit_bytes - self.small_bytes
@@ -15483,9 +15499,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         began_s = time.monotonic()           # it may have waited for memory until now
         decoder, size = BodyDecoder(length), 0
         body = bytearray()                   # not a list: a read can be a byte
+        most_bytes = LARGE_READ_BYTES        # of a read
         while not decoder.is_done:
             try:
-                data = self.wire.receive(self._left_s(began_s, size))
+                data = self.wire.receive(self._left_s(began_s, size), None, most_bytes)
             except TimeoutError:
                 raise RequestTimedOut("the request's body did not arrive in time") from None
             if not data:
@@ -15497,6 +15514,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             memory.grow(COPIES * len(body))
             if max(length, len(body)) > LONG_TURN_BYTES:
                 self.server.turns.leave()
+                most_bytes = BODY_READ_BYTES
         self.wire.received = decoder.rest
         return body
 
