@@ -1106,6 +1106,11 @@ OUTPUT_BUCKETS = frozenset({"output", "reasoning", "audio_output", "image_output
 INPUT_BUCKETS = frozenset(PRICE_KEYS) - OUTPUT_BUCKETS
 READ_BUCKETS = frozenset({"cache_read", "audio_read", "image_read"})
 WRITE_BUCKETS = frozenset({"cache_write", "cache_write_1h", "cache_write_12h"})
+# Kinds of tokens -> the buckets that hold those of each of theirs where usage has no such kind.
+HIDDEN_IN: Mapping[str, Mapping[str, str]] = MappingProxyType({
+    "audio_input": {"audio_input": "input", "audio_read": "cache_read"},
+    "image_input": {"image_input": "input", "image_read": "cache_read"},
+    "audio_output": {"audio_output": "output"}, "image_output": {"image_output": "output"}})
 
 
 class Usage(NamedTuple):
@@ -1133,14 +1138,14 @@ def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_token
                       completion_name: str = "completion_tokens") -> Usage:
     """Read usage of OpenAI's format: cached, audio and image tokens are inside prompt_tokens.
 
-    Where it is not reported which tokens were cached, those of images were not. `image_output` is
-    a bucket only where it is reported: a seller that leaves it out may have made images.
+    Where it is not reported which tokens were cached, those of images were not. Audio and images
+    have buckets only where they are reported: a seller that leaves them out may have had some.
     """
     prompt, completion = (_count(usage, name, is_required=True)
                           for name in (prompt_name, completion_name))
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
     read = json_object(usage.get(f"{prompt_name}_details"))
-    made = usage.get(f"{completion_name}_details")
+    made = json_object(usage.get(f"{completion_name}_details"))
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
     written = _count(read, "cache_write_tokens")
     written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
@@ -1158,10 +1163,10 @@ def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_token
         "audio_input": audio - audio_read, "audio_read": audio_read,
         "image_input": seen, "image_read": image_read,
         "output": completion - spoken - drawn - reasoned, "reasoning": reasoned,
-        "audio_output": spoken}
-    if json_object(made).get("image_tokens") is not None:
-        buckets["image_output"] = drawn
-    return Usage(prompt, completion, buckets)
+        "audio_output": spoken, "image_output": drawn}
+    return Usage(prompt, completion, {
+        bucket: count for bucket, count in buckets.items() if count or bucket not in HIDDEN_IN
+        or (made if bucket in OUTPUT_BUCKETS else read).get(f"{bucket[:5]}_tokens") is not None})
 
 
 def usage_from_anthropic(usage: Mapping[str, Any]) -> Usage:
@@ -1386,7 +1391,8 @@ class Price(NamedTuple):
         """All picodollars that a token of a bucket, or a fee, can be billed at: in any tier, size
         of prompt, place and speed."""
         cases = self._cases({*TIER_SUFFIXES.values(), UNKNOWN_TIER}, self.thresholds)
-        cases += [{**rates, "output": rates["image_output"]} for rates in cases]
+        cases += [{**rates, plain: rates[dear]} for rates in cases
+                  for hidden in HIDDEN_IN.values() for dear, plain in hidden.items()]
         multipliers = {1, self.us_multiplier, self.fast_multiplier,
                        self.us_multiplier * self.fast_multiplier,
                        *self.residency_multipliers.values()}
@@ -1698,12 +1704,15 @@ class PriceBook:
 
     def bill(self, model: str, usage: Mapping[str, Any], *, api: str, provider: str = "",
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
-             tool_calls: Optional[Mapping[str, int]] = None) -> Bill:
+             tool_calls: Optional[Mapping[str, int]] = None,
+             held: Iterable[str] = ()) -> Bill:
         """What one finished call is charged for, line by line.
 
         Shape: `usage` is the provider's own usage object; `service_tier` is the one that served
         (the answer's, where it says); `data_residency` "us" or "eu" for OpenAI's regional hosts;
-        `tool_calls` counts OpenAI's hosted-tool items by type, which its usage leaves out.
+        `tool_calls` counts OpenAI's hosted-tool items by type, which its usage leaves out; `held`
+        are kinds of HIDDEN_IN that the call may have had: where usage does not break them out,
+        the dearer rate counts. Any model may have made images.
         Raises: UnpricedModel; MalformedUsage.
         """
         lines = Bill()
@@ -1714,8 +1723,10 @@ class PriceBook:
             entry_price = price if entry_model == model else self.price(entry_model, provider)
             counts = USAGE_READERS[api](entry)
             rates = entry_price.rates(tier, counts.prompt_tokens)
-            if rates["image_output"] > rates["output"] and "image_output" not in counts.buckets:
-                rates = {**rates, "output": rates["image_output"]}
+            for kind in {"image_output", *held} - counts.buckets.keys():
+                if rates[kind] > rates[HIDDEN_IN[kind][kind]]:
+                    rates = {**rates, **{plain: max(rates[plain], rates[dear])
+                                         for dear, plain in HIDDEN_IN[kind].items()}}
             multiplier = _multiplier(entry_price, usage, api, data_residency)
             used = {bucket: count for bucket, count in counts.buckets.items() if count}
             lines += [(bucket, count, rates[bucket] * multiplier) for bucket, count in used.items()]
@@ -2381,15 +2392,13 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
         yield UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
                                "for at least 1", param=MAX_TOKENS_FIELDS[api][0]), ""
     for field, kind, part in contents.parts:
-        if provider.file_tools and re.fullmatch(FILE_PART_TYPES, kind) and _is_unseen(kind, part):
+        works_on_it = provider.file_tools and re.fullmatch(FILE_PART_TYPES, kind) \
+            and _is_unseen(kind, part)
+        if works_on_it or (kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES
+                           and not re.fullmatch(UNSEEN_PART_TYPES, kind)):
+            fault = "is worked on by tools of this provider" if works_on_it else "is not known"
             yield UnboundedRequest(
-                f"{provider.name} runs tools of its own over a file, which a budget cannot bound; "
-                f"send its text, or let the operator count it as a whole context with "
-                f"--allow-content {kind}", param=field), f"content {kind}"
-        if kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES \
-                and not re.fullmatch(UNSEEN_PART_TYPES, kind):
-            yield UnboundedRequest(
-                f"content of the type {shown_name(kind)} is not known, so it cannot be bounded "
+                f"content of the type {shown_name(kind)} {fault}, so it cannot be bounded "
                 "under a budget; " + hatch_hint("the operator can count it as a whole context "
                                                 "with --allow-content ", kind),
                 param=field), f"content {kind}"
@@ -2795,6 +2804,24 @@ def _least_output_tokens(api: str, fields: Mapping[str, Any], may_be_lowered: bo
     return min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
 
 
+def kinds_held(body: JsonBody) -> frozenset:
+    """Return the kinds of HIDDEN_IN that a call with this body may have tokens of."""
+    contents = contents_of(body)
+    unseen = [row[1:] for row in contents.parts if _is_unseen(*row[1:])]
+    only_read = unseen and all(itertools.starmap(_is_document, unseen))
+    speaks = any([body.fields.get(name) is not None for name in ("audio", "modalities")])
+    held = {"audio_input": contents.is_unseen and not only_read,
+            "image_input": contents.is_unseen or contents.images, "audio_output": speaks}
+    return frozenset([kind for kind, is_held in held.items() if is_held])
+
+
+def _is_document(kind: str, part: Mapping[str, Any]) -> bool:
+    """Whether a part says that it is a PDF or a text, which holds no audio."""
+    data = [text for text in strings_in(part) if text.startswith("data:")]
+    return "audio" not in kind and bool(data) and all(
+        [text.startswith(("data:application/pdf", "data:text/")) for text in data])
+
+
 def _possible_tiers(fields: Mapping[str, Any], default_tier: str) -> tuple:
     """The service tiers that may serve a request; an unknown one may be any."""
     asked = fields.get("service_tier")
@@ -2814,7 +2841,7 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
     dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
     output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
-    if body.fields.get("audio") is not None or body.fields.get("modalities") is not None:
+    if "audio_output" in kinds_held(body):
         output = max(output, dearest["audio_output"])
     # The body is searched only for what would change the rate.
     plain = max([dearest[bucket] for bucket in INPUT_BUCKETS - WRITE_BUCKETS])
@@ -12144,7 +12171,7 @@ def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, Any]) -> Bi
                        service_tier=tier if call.meter.service_tier in (None, "auto")
                        else call.meter.service_tier,
                        data_residency=call.provider.data_residency,
-                       tool_calls=call.meter.tool_calls)
+                       tool_calls=call.meter.tool_calls, held=kinds_held(call.body))
 
 
 def count_scope(call: Call) -> tuple[str, str, str]:

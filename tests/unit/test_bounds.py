@@ -727,7 +727,7 @@ def test_a_tool_that_the_client_runs_is_accepted(tool):
     ("chat", content({"type": "document_url", "document_url": "https://x/y.pdf"}))], ids=repr)
 def test_a_file_is_refused_where_the_provider_runs_its_own_tools_over_it(api, fields):
     for provider in ("xai", "openrouter"):
-        with pytest.raises(ic.UnboundedRequest, match="tools of its own over a file.*--allow-cont"):
+        with pytest.raises(ic.UnboundedRequest, match="worked on by tools.*--allow-content"):
             checked(api, fields, provider=provider)
     assert [] == checked(api, fields, provider="openai")
     kinds = frozenset({"file", "input_file", "document_url"})
@@ -737,6 +737,21 @@ def test_a_file_is_refused_where_the_provider_runs_its_own_tools_over_it(api, fi
 def test_what_is_no_file_passes_where_the_provider_runs_its_own_tools_over_files():
     for fields in (IMAGES["image"], UNSEEN["audio"], SEEN["text document"]):
         assert [] == checked("chat", fields, provider="xai")
+
+
+@pytest.mark.parametrize("fields, held", [
+    (chat(), ""), (UNSEEN["audio"], "audio image"), (UNSEEN["file"], "audio image"),
+    (IMAGES["image"], "image"), (chat(modalities=["text", "audio"]), "out"),
+    (chat(audio={"voice": "x"}), "out"), (UNSEEN["previous response"], "audio image"),
+    (content({"type": "file", "file": {"file_data": "data:application/pdf;base64,AA"}}), "image"),
+    (content({"type": "file", "file": {"file_data": "data:audio/wav;base64,AA",
+                                       "x": "data:text/plain,x"}}), "audio image"),
+    (content({"type": "input_audio", "x": "data:text/plain,x"}), "audio image"),
+    (content({"type": "video_url", "video_url": {"url": "https://x"}}), "audio image")], ids=repr)
+def test_a_request_shows_what_dear_tokens_its_call_may_have(fields, held):
+    names = {"audio": "audio_input", "image": "image_input", "out": "audio_output"}
+
+    assert set(map(names.get, held.split())) == ic.kinds_held(body_of(fields))
 
 
 SCALARS = [(api, name) for api, rules in ic.FIELD_RULES.items() for name in rules

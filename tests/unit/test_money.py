@@ -729,6 +729,40 @@ def test_images_that_may_have_been_cached_are_not_counted_twice():
     assert 1_000 == cost_in(PLAIN, usage)
 
 
+DEAR = {**PLAIN, "cache_read_input_token_cost": 0.000001, "output_cost_per_token": 0.00001,
+        "input_cost_per_audio_token": 0.0001, "cache_read_input_audio_token_cost": 0.00005,
+        "output_cost_per_audio_token": 0.0002, "input_cost_per_image_token": 0.00002}
+
+
+@pytest.mark.parametrize("held, details, made, microdollars", [
+    ((), {}, {}, 5 * 10 + 5 * 1 + 10),
+    (("audio_input",), {}, {}, 5 * 100 + 5 * 50 + 10),
+    (("audio_input",), {"audio_tokens": None}, {}, 5 * 100 + 5 * 50 + 10),
+    (("audio_input",), {"audio_tokens": 0}, {}, 5 * 10 + 5 * 1 + 10),
+    (("audio_input",), {"audio_tokens": 2}, {}, 3 * 10 + 2 * 100 + 5 * 1 + 10),
+    (("image_input",), {}, {}, 5 * 20 + 5 * 20 + 10),
+    (("audio_input", "image_input"), {}, {}, 5 * 100 + 5 * 50 + 10),
+    (("audio_output",), {}, {}, 5 * 10 + 5 * 1 + 200),
+    (("audio_output",), {}, {"audio_tokens": 0}, 5 * 10 + 5 * 1 + 10)])
+def test_audio_and_images_that_usage_does_not_break_out_cost_the_dearer_rate(
+        held, details, made, microdollars):
+    usage = {"prompt_tokens": 10, "completion_tokens": 1, "completion_tokens_details": made,
+             "prompt_tokens_details": {"cached_tokens": 5, **details}}
+    bill = book_of(m=DEAR).bill("m", usage, api="chat", held=held)
+
+    assert microdollars == ic.total_of(bill)
+    rates = book_of(m=DEAR).price("m").every_rate()
+    assert all(rate in rates[what] for what, _, rate in bill)
+
+
+def test_cached_images_cost_what_is_cached_where_images_have_no_price_of_their_own():
+    usage = {"input_tokens": 1, "cache_read_input_tokens": 100, "output_tokens": 1}
+    plain, held = (ic.total_of(book_of(m=CLAUDE).bill("m", usage, api="messages", held=kinds))
+                   for kinds in ((), ("image_input", "audio_input")))
+
+    assert plain == held
+
+
 @pytest.mark.parametrize("provider, cost, microdollars", [
     ("openrouter", 0.00123, 1_230), ("openrouter", 0.00004, 100), ("openrouter", 1e-07, 100),
     ("openrouter", 1, 1_000_000), ("openrouter", -5, 100), ("openrouter", True, 100),

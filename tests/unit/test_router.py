@@ -388,6 +388,19 @@ def test_an_answer_passes_as_it_came_and_is_settled_at_its_cost(carrier):
     assert [DONE_COSTS] == [row["cost_microdollars"] for row in carrier.rows]
 
 
+def test_audio_that_an_answer_does_not_count_apart_costs_the_rate_of_audio():
+    carrier = Carrier(budget_microdollars=10 ** 8)
+    heard = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+    fields = {**CHAT[1], "model": "gpt-4o-audio-preview-2024-12-17",
+              "messages": [{"role": "user", "content": [heard]}]}
+
+    for details in ({}, {"prompt_tokens_details": {"audio_tokens": 0}}):
+        answer = {**DONE, "model": fields["model"], "usage": {**DONE["usage"], **details}}
+        carrier.call(CHAT[0], fields, whole(answer))
+
+    assert [1_250, 5_000] == sorted(row["cost_microdollars"] for row in carrier.rows)
+
+
 def test_a_call_settles_once(carrier):
     with carrier.open(*CHAT, whole(DONE)) as (answer, _):
         before = carrier.spent, len(carrier.rows)
