@@ -1577,6 +1577,7 @@ class PriceBook:
         self._providers, self._price_as = {row.name: row for row in providers}, price_as
         self._own: Container[str] = ()                     # the rows that the operator has added
         self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
+        self._faults: dict[str, str] = {}                  # of rows that are no price
         self._found = functools.lru_cache(maxsize=1024)(self._find)
 
     @classmethod
@@ -1621,8 +1622,8 @@ class PriceBook:
             named = row.get("alias_of", key) if isinstance(row, Mapping) else key
             try:
                 self._prices[key] = price_from_row(str(named), self._rows.get(str(named)))
-            except ValueError:
-                self._prices[key] = None
+            except ValueError as err:
+                self._prices[key], self._faults[key] = None, str(err)
         return self._prices.get(key)
 
     def find(self, model: str, provider: str = "") -> Optional[Price]:
@@ -1689,6 +1690,9 @@ class PriceBook:
         """As find(), but raises UnpricedModel, naming the key to add."""
         price = self.find(model, provider)
         if price is None:
+            for key in self._faults.keys() & {model, f"{provider}/{model}"}:
+                raise UnpricedModel(f"the price of {shown_name(key)} cannot be used: "
+                                    f"{self._faults[key]}; mend that row", param="model")
             is_anothers = self.row(model) is not None
             shown = shown_name(f"{provider}/{model}" if is_anothers else model)
             key = f'the key "{shown}"' if shown != "?" else "its name as a key"
@@ -2490,7 +2494,7 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                       if price.provider == provider and re.match(start, price.key)), None)
     context = max(price.max_input_tokens or 0, window)
     if contents.is_unseen or (contents.images and per_image is None):
-        if price.max_input_tokens is None:
+        if price.max_input_tokens is None and any(price.amounts.values()):
             raise UnboundedRequest(
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
@@ -8865,8 +8869,10 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
     affordable = min(bound.affordable_output_tokens(free, uses), bound.most_output_tokens)
     raised = f"raise the limit to {format_usd(budget.spent + budget.reserved + needed)} or more"
     if affordable < max(1, bound.least_output_tokens):
-        advice = f"Its input alone can cost {format_usd(bound.microdollars(0, uses))}: send less " \
-            f"input, or {raised}"
+        tools = " and what tools at the provider add to it", ", fewer uses of them (max_uses)"
+        why, less = ("", "") if bound.hosted is None else tools
+        advice = f"Its input{why} alone can cost {format_usd(bound.microdollars(0, uses))}: send " \
+            f"less input{less}, or {raised}"
     else:
         advice = f"Its input fits, its output does not: reduce max_tokens to {affordable} or " \
             f"less, or {raised}"
@@ -11798,11 +11804,24 @@ def posted(opener: urllib.request.OpenerDirector, url: str, body: bytes, key: Op
                                        watched=None, key=key))
 
 
+# How a key begins that only one provider makes: their SDKs and consoles, read November 2026.
+KEY_FORMS = (("sk-ant-", "anthropic"), ("sk-or-", "openrouter"), ("sk-proj-", "openai"),
+             ("gsk_", "groq"), ("AIza", "gemini"), ("xai-", "xai"), ("pplx-", "perplexity"))
+
+
 def check_key(provider: Provider) -> None:
-    """Raises NoProviderKey, naming the environment variable to set."""
+    """Raises NoProviderKey, naming the environment variable to set, where there is no key, or at a
+    provider's own address one that another made."""
+    where = f"{provider.key_env} in the proxy's environment"
     if provider.key is None and provider.key_env:
-        raise NoProviderKey(f"no key for the provider {provider.name} is known: set "
-                            f"{provider.key_env} in the proxy's environment")
+        raise NoProviderKey(f"no key for the provider {provider.name} is known: set {where}")
+    maker = next((name for start, name in KEY_FORMS if (provider.key or "").startswith(start)), "")
+    known = KNOWN_PROVIDERS.get(provider.name)
+    if maker and known and maker != provider.name and known.base_url == provider.base_url:
+        raise NoProviderKey(
+            f"the key of the provider {provider.name} is one of {maker}'s, by how it begins, and "
+            f"was not sent: set it as {KNOWN_PROVIDERS[maker].key_env}, and {provider.name}'s own "
+            f"as {where}")
 
 
 def anthropic_betas(head: RequestHead, added: Iterable[str]) -> str:

@@ -604,6 +604,9 @@ def test_unseen_input_is_refused_where_the_models_context_is_unknown(fields):
     with pytest.raises(ic.UnboundedRequest, match="max_input_tokens for m"):
         bound_of("chat", fields, row)
 
+    free = bound_of("chat", fields, {**row, ic.INPUT_PRICE: 0, ic.OUTPUT_PRICE: 0})
+    assert 0 == free.microdollars(free.most_output_tokens)
+
 
 # What cannot be bounded.
 

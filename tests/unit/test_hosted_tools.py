@@ -3,6 +3,7 @@
 The oracle adds up the samplings one by one, as the providers were seen to bill them.
 """
 import json
+import re
 from random import Random
 from typing import NamedTuple
 
@@ -88,6 +89,15 @@ def test_a_compaction_reads_the_prompt_twice():
 
     assert 2 * plain.microdollars(0) < compacting.microdollars(0)
     assert compacting.admitted(ic.Caps(100)).loops
+
+
+@pytest.mark.parametrize("tools, advice", [
+    ([], "Its input alone can cost .*send less input, or raise"),
+    ([SEARCH], "Its input and what tools at the provider add to it alone can cost .*fewer uses")])
+def test_a_refusal_says_that_tools_make_the_input_dear(tools, advice):
+    refusal = ic.insufficient_budget(ic.Budget("proxy", 1, 0, 0), bound_of(tools))
+
+    assert re.search(advice, refusal.message)
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])

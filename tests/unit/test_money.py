@@ -639,7 +639,11 @@ def test_a_price_file_that_is_no_json_object_is_refused(tmp_path, text):
 ])
 def test_a_row_with_a_price_that_is_not_read_is_unpriced(name, value):
     assert book_of(m=PLAIN).find("m") is not None
-    assert book_of(m={**PLAIN, name: value}).find("m") is None
+    book = book_of(m={**PLAIN, name: value})
+
+    assert book.find("m") is None
+    with pytest.raises(ic.UnpricedModel, match="the price of m cannot be used: "):
+        book.price("m")
 
 
 @pytest.mark.parametrize("name, value", [

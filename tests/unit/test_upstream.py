@@ -449,6 +449,21 @@ def test_a_provider_without_its_key_is_named_with_the_variable_to_set():
     assert None is ic.check_key(provider._replace(key_env=""))             # it wants none
 
 
+@pytest.mark.parametrize("name, maker, key", [
+    ("openai", "anthropic", "sk-ant-canary"), ("anthropic", "openai", "sk-proj-canary"),
+    ("openai", "openrouter", "sk-or-v1-canary"), ("openai", "groq", "gsk_canary"),
+    ("anthropic", "gemini", "AIzacanary")])
+def test_a_key_that_another_provider_made_is_not_sent_and_both_are_named(name, maker, key):
+    provider = ic.KNOWN_PROVIDERS[name]._replace(key=key)
+
+    with pytest.raises(ic.NoProviderKey) as refused:
+        ic.check_key(provider)
+    assert ic.KNOWN_PROVIDERS[maker].key_env in refused.value.message
+    assert provider.key_env in refused.value.message and key not in refused.value.message
+    assert None is ic.check_key(provider._replace(base_url="https://gateway.example"))
+    assert None is ic.check_key(ic.KNOWN_PROVIDERS[maker]._replace(key=key))
+
+
 @pytest.mark.parametrize("text, seconds", [
     ("1s", 1), ("6m0s", 360), ("120ms", 1), ("1h2m3s", 3723), ("0.5s", 1), ("2m", 120),
     ("1s1ms", 2), ("0s", 0)])
