@@ -3461,7 +3461,7 @@ class AnswerMeter:
             self._end()
             self._bytes_at_usage = self.output_bytes
             error = error_in(parsed)
-            if error is not None and not self.output_bytes:
+            if error is not None and (parsed.get("status") == "failed" or not self.output_bytes):
                 self._fail(error)
         return parsed
 
@@ -14829,6 +14829,15 @@ class Router:
             translated["error"]["message"] += NO_RESPONSES
         return ProviderFailed(status_shown, translated)
 
+    def _checked(self, call: Call, answer: Any) -> Any:
+        """Return what came with a 200, an event or an answer. Raises ProviderFailed where it, or
+        what came before it, says that the call has failed."""
+        failure = call.meter.failure
+        if failure is None:
+            return answer
+        raise self._provider_failure(
+            call, stated_status(answer, ERROR_STATUSES.get(failure, 502)), answer)
+
     def _whole_answer(self, call: Call, response: Response) -> Answer:
         """Read an answer, meter and settle it. One that is too large to be read is forwarded as it
         comes, and cannot be translated. Raises UpstreamError, ProviderFailed."""
@@ -14870,10 +14879,9 @@ class Router:
         value = events[-1] if events else value
         if value is None:
             value = plain[:500].decode("utf-8", "replace")
-        is_fine = 200 <= status < 300
-        if not is_fine or call.meter.failure:
-            raise self._provider_failure(
-                call, stated_status(value, 502) if is_fine else status, value)
+        if not 200 <= status < 300:
+            raise self._provider_failure(call, status, value)
+        self._checked(call, value)
         if events and not call.meter.has_ended:
             raise UpstreamBroke(NO_LAST_EVENT)
         if not isinstance(value, dict):
@@ -14920,27 +14928,21 @@ class Router:
 
         Raises UpstreamError, ProviderFailed.
         """
-        meter, ping_s = call.meter, self.settings.timeouts.ping_s
+        ping_s = self.settings.timeouts.ping_s
         call.heard_s = time.monotonic()
-
-        def checked(event: Optional[dict]) -> Optional[dict]:
-            if meter.failure is None:
-                return event
-            status = ERROR_STATUSES.get(str(meter.failure), 500)
-            raise self._provider_failure(call, stated_status(event, status), event)
 
         for pieces in self._reads(call, response, reader, ping_s):
             if not pieces or time.monotonic() - call.heard_s >= ping_s:
                 yield {"type": "ping"}
-            yield from (checked(event) for event in reader.parsed(pieces)
+            yield from (self._checked(call, event) for event in reader.parsed(pieces)
                         if event.get("type") != "ping")
         last, whole = reader.finished_events()
-        checked(last or whole)
+        self._checked(call, last or whole)
         if whole is not None:                  # one JSON answer, though a stream was asked for
             yield from call.translator.stream_of(whole)
         elif last is not None:
             yield last
-        if not meter.has_ended:
+        if not call.meter.has_ended:
             raise UpstreamBroke(NO_LAST_EVENT)
         yield {"type": "done"}
 

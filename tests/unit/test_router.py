@@ -606,6 +606,20 @@ def test_a_translated_stream_that_only_begins_before_its_error_has_a_status(carr
     assert status == shown and "no, sorry" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ON_GPT_5)
+@pytest.mark.parametrize("output", [[], [{"type": "message", "content": [
+    {"type": "output_text", "text": "half"}]}]], ids=["nothing", "a half"])
+@pytest.mark.parametrize("code, status", [("context_length_exceeded", 400),
+                                          ("rate_limit_exceeded", 429), ("server_error", 500)])
+def test_a_whole_response_that_failed_keeps_its_code_and_words(carrier, path, output, code, status):
+    answer = {**failed(code)["response"], "output": output}
+
+    for asks_for_stream in (False, True):
+        shown, body, _ = carrier.call(path, {**ON_GPT_5[path], "stream": asks_for_stream},
+                                      whole(answer))
+        assert status == shown and "no, sorry" in json.loads(body)["error"]["message"]
+
+
 @pytest.mark.parametrize("path, fields", [ON_CLAUDE, (
     RESPONSES[0], {**RESPONSES[1], "model": "claude-haiku-4-5"})], ids=["chat", "responses"])
 def test_a_message_that_only_begins_and_pings_before_its_error_has_a_status(carrier, path, fields):
