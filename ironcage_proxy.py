@@ -13015,7 +13015,7 @@ COUNTS_WAITING = 500                          # of what providers have counted, 
 MOST_SHARED_COUNTS = 4_000
 MAX_COUNT_BYTES = 64 * 1024
 AT_ONCE = 200                                 # scopes in one exchange, which holds up everybody
-MOST_SHARED = 2 ** 53 - 1                     # microdollars
+MOST_SHARED = 2 ** 53 - 1                     # microdollars, in a limit or a reservation
 UNNAMED_TOKEN = "default"                     # the name of --token, which has no scope of its own
 NOT_A_REPLY = "what it answers is not Redis' protocol"
 Reply = Any                    # None, int, bytes, EngineError or a list of these
@@ -13770,7 +13770,7 @@ class SharedAccounts:
         """Do as Accounts.take, by one exchange. One without a reply is cancelled."""
         if self._is_entering:
             raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
-        number = self._new_number(opens=True)
+        number, microdollars = self._new_number(opens=True), min(microdollars, MOST_SHARED)
         try:
             taken, budgets = self._run("take", self._process, number, microdollars,
                                        "|".join(claim.scopes), *least_free,

@@ -382,6 +382,17 @@ def test_many_open_calls_of_the_dead_are_charged_at_once(shared):
     assert shared.ask("HGET", ":beats", dead.accounts._process) is None
 
 
+def test_a_worst_case_that_the_engine_cannot_add_up_poisons_nothing(shared):
+    controller = shared.process()
+    claim = controller.ask(fixed(10 ** 18))                  # of a call that nothing limits
+
+    controller.commit(claim, 7)
+
+    assert (7, 0) == shared.amounts()
+    limited = shared.process(limit=ic.MOST_SHARED)
+    assert not limited.ask(fixed(10 ** 18)).is_open
+
+
 def test_what_cannot_be_settled_by_one_that_stops_is_charged_as_of_the_dead(shared, quick):
     shared.process(runs=True, limit=1_000)
     leaving = shared.process()
