@@ -8608,8 +8608,11 @@ class CostController:
         """
         claim = self.ask(bound, scopes, may_wait=wait_s > 0)
         if claim.is_waiting:
-            with waiting():
-                self._await_decision(claim, time.monotonic() + wait_s, has_left)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.leave, claim)         # whatever breaks the wait off
+                with waiting():
+                    self._await_decision(claim, time.monotonic() + wait_s, has_left)
+                undo.pop_all()
         if claim.failure is not None:
             raise claim.failure
         if claim.refused_by is not None:
@@ -8625,7 +8628,6 @@ class CostController:
             if now_s >= deadline_s:
                 self.expire(claim)
             elif has_left():
-                self.leave(claim)
                 raise ClientGone
             elif self.accounts.is_shared and now_s >= self._served_s + WAIT_POLL_S:
                 self._serve_queue()

@@ -224,6 +224,21 @@ def test_one_that_waits_for_accounts_that_cannot_be_asked_is_not_admitted(monkey
         controller.admit(asks(8_000), wait_s=60)
 
 
+@pytest.mark.parametrize("left", [KeyboardInterrupt, ic.ClientGone, ValueError])
+def test_whatever_breaks_a_wait_off_holds_nothing(left):
+    controller = ic.CostController(10_000)
+    held = controller.ask(asks(9_000))
+
+    def interrupted():
+        raise left
+
+    with pytest.raises(left):
+        controller.admit(asks(8_000), wait_s=60, has_left=interrupted)
+    controller.commit(held, 0)
+
+    assert (0, 0, 10_000) == controller.get_full_status()
+
+
 def test_a_scope_whose_limit_was_taken_away_is_lacked_by_nobody():
     """Who waited for it may still stand in the queue: that is looked through in a moment."""
     free = ic.Budget("proxy", None, spent=0, reserved=9_000)
