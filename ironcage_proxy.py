@@ -2332,12 +2332,11 @@ class Hatches(NamedTuple):
 
 
 HATCH_NAME = r"[A-Za-z0-9_.-]{1,64}"
-ALLOW_FIELD = "the operator can let it through with --allow-field "
-
-
-def hatch_hint(hint: str, name: str) -> str:
-    """Return a hint at a flag that takes a name, where it takes this one."""
-    return hint + name if re.fullmatch(HATCH_NAME, name) else "leave it out"
+HATCH_HINTS = MappingProxyType({
+    "field": "the operator can let it through with --allow-field ",
+    "content": "the operator can count it as a whole context with --allow-content "})
+# (the field that no bound covers, why not, the hatch that would let it through or "")
+Unbounded = Iterator[tuple[str, str, str]]
 
 
 def check_thread(fields: Mapping[str, Any]) -> None:
@@ -2358,54 +2357,49 @@ def check_boundable(api: str, body: JsonBody, price: Price, *,
     """
     check_thread(body.fields)
     opened = []
-    for fault, hatch in _unbounded(api, body, price, provider, model, hatches):
+    for field, reason, hatch in _unbounded(api, body, price, provider, model, hatches):
         if hatch not in hatches.names:
-            raise fault
+            kind, _, name = hatch.partition(" ")
+            if hatch:
+                reason += "; " + (HATCH_HINTS[kind] + name if re.fullmatch(HATCH_NAME, name)
+                                  else "leave it out")
+            raise UnboundedRequest(reason, param=shown_name(field))
         opened.append(hatch)
     return opened
 
 
 def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model: str,
-               hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
-    """(why not, the hatch that would let it through or "") of all that no bound covers.
-
-    Models that are free may have fields that are not known.
-    """
+               hatches: Hatches) -> Unbounded:
+    """Find all that no bound covers. Models that are free may have fields that are not known."""
     fields, contents = body.fields, contents_of(body)
     rules, costs = FIELD_RULES[api], any(price.amounts.values())
     if provider.fields is not None and api != "messages":
         rules = {**COMPATIBLE_FIELDS, **_rules(" ".join(provider.fields)), **rules}
     for name, is_known in _unbounded_fields(rules, fields, price, ""):
-        shown = shown_name(name)
         if is_known:
-            yield UnboundedRequest(
-                f"{shown}, as asked for here, cannot be used under a budget: what it costs cannot "
-                "be bounded before it is sent", param=shown), ""
+            yield name, f"{shown_name(name)}, as asked for here, cannot be used under a budget: " \
+                "what it costs cannot be bounded before it is sent", ""
         elif costs:
-            yield UnboundedRequest(
-                f"{shown} is not known here, so what it costs cannot be bounded under a budget; "
-                + hatch_hint(ALLOW_FIELD, name), param=shown), f"field {name}"
+            yield name, f"{shown_name(name)} is not known here, so what it costs cannot be " \
+                "bounded under a budget", f"field {name}"
     if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
-        yield UnboundedRequest("a model that searches by itself, or runs others, cannot be used "
-                               "under a budget: what it does cannot be bounded", param="model"), ""
+        yield "model", "a model that searches by itself, or runs others, cannot be used under a " \
+            "budget: what it does cannot be bounded", ""
     if api in PLAIN_PROMPTS and not _is_plain(fields.get(PLAIN_PROMPTS[api])):
-        yield UnboundedRequest("what is neither text nor tokens cannot be bounded here under a "
-                               "budget", param=PLAIN_PROMPTS[api]), ""
+        yield PLAIN_PROMPTS[api], "what is neither text nor tokens cannot be bounded here under " \
+            "a budget", ""
     if costs and not provider.zero_is_a_cap \
             and any(fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
-        yield UnboundedRequest("a cap of 0 is no cap to some servers, so it bounds nothing; ask "
-                               "for at least 1", param=MAX_TOKENS_FIELDS[api][0]), ""
+        yield MAX_TOKENS_FIELDS[api][0], "a cap of 0 is no cap to some servers, so it bounds " \
+            "nothing; ask for at least 1", ""
     for field, kind, part in contents.parts:
         works_on_it = provider.file_tools and re.fullmatch(FILE_PART_TYPES, kind) \
             and _is_unseen(kind, part)
         if works_on_it or (kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES
                            and not re.fullmatch(UNSEEN_PART_TYPES, kind)):
             fault = "is worked on by tools of this provider" if works_on_it else "is not known"
-            yield UnboundedRequest(
-                f"content of the type {shown_name(kind)} {fault}, so it cannot be bounded "
-                "under a budget; " + hatch_hint("the operator can count it as a whole context "
-                                                "with --allow-content ", kind),
-                param=field), f"content {kind}"
+            yield field, f"content of the type {shown_name(kind)} {fault}, so it cannot be " \
+                "bounded under a budget", f"content {kind}"
     for field, kind, tool in contents.tools:
         if not _runs_at_client(kind, tool):
             yield from _unbounded_tool(api, field, kind, tool, price, hatches)
@@ -2438,25 +2432,24 @@ def _is_plain(prompt: Any) -> bool:
 
 
 def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], price: Price,
-                    hatches: Hatches) -> Iterator[tuple[UnboundedRequest, str]]:
+                    hatches: Hatches) -> Unbounded:
     """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
     options known."""
     shown = f"the tool type {shown_name(kind)}"
-    faults = (
-        (kind == "?", "a tool has no type that is known, so it cannot be bounded under a budget"),
-        (hosted_tool(api, kind, price) is None, f"{shown} runs at the provider, which a budget "
-         f"cannot bound; remove it from {field}"),
-        (not hatches.hosted_tools, f"{shown} runs at the provider, and this proxy was started with "
-         f"--no-hosted-tools or --bound bytes; remove it from {field}"),
-        (field != "tools" and api == "messages", f"{shown} runs at the provider, and its uses can "
-         "be capped in tools only; declare it there"))
-    yield from ((UnboundedRequest(reason, param=field), "") for is_so, reason in faults if is_so)
+    runs = f"{shown} runs at the provider,"
+    if kind == "?":
+        yield field, "a tool has no type that is known, so it cannot be bounded under a budget", ""
+    if hosted_tool(api, kind, price) is None:
+        yield field, f"{runs} which a budget cannot bound; remove it from {field}", ""
+    if not hatches.hosted_tools:
+        yield field, f"{runs} and this proxy was started with --no-hosted-tools or --bound " \
+            f"bytes; remove it from {field}", ""
+    if field != "tools" and api == "messages":
+        yield field, f"{runs} and its uses can be capped in tools only; declare it there", ""
     for name, value in tool.items():
         if value is not None and name not in HOSTED_OPTIONS:
-            yield UnboundedRequest(
-                f"{shown_name(name)} of {shown} is not known here, so what it costs cannot be "
-                "bounded under a budget; " + hatch_hint(ALLOW_FIELD, name),
-                param="tools"), f"field {name}"
+            yield "tools", f"{shown_name(name)} of {shown} is not known here, so what it costs " \
+                "cannot be bounded under a budget", f"field {name}"
 
 
 # 4. What its input can count.
