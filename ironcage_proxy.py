@@ -365,6 +365,8 @@ ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
 # Files: xAI adds a search of them to the call, a loop with a fee (docs.x.ai/developers/files), and
 # OpenRouter reads them by a parser with a fee where the model cannot (its PDF guide).
 _BOTH_CAPS = ("max_completion_tokens", "max_tokens")
+# Google's guides to the OpenAI libraries (Gemini, Vertex); what else stands there can cost more.
+_GOOGLE_FIELDS = ("extra_body.google.thinking_config",)
 KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for row in (
     Provider("openai", "openai", "https://api.openai.com/v1", key_env="OPENAI_API_KEY",
              responses=True, caps=_BOTH_CAPS, zero_is_a_cap=True, fields=None,
@@ -389,7 +391,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
              key_env="FIREWORKS_API_KEY", responses=True,
              sold_as=("fireworks_ai-embedding-models",)),
     Provider("gemini", "openai", "https://generativelanguage.googleapis.com/v1beta/openai",
-             key_env="GEMINI_API_KEY", path="/v1beta/openai"),
+             key_env="GEMINI_API_KEY", path="/v1beta/openai", fields=_GOOGLE_FIELDS),
     Provider("github", "openai", "https://models.github.ai/inference", key_env="GITHUB_TOKEN",
              path="/inference", sold_as=("github_models",), is_named_only=True),
     Provider("groq", "openai", "https://api.groq.com/openai/v1", key_env="GROQ_API_KEY",
@@ -415,6 +417,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("together_ai", "openai", "https://api.together.xyz/v1", key_env="TOGETHER_API_KEY",
              hosts=("api.together.ai",)),
     Provider("vertex", "openai", "", key_env="VERTEX_ACCESS_TOKEN", is_named_only=True,
+             fields=_GOOGLE_FIELDS,
              sold_as=("vertex_ai", "vertex_ai-openai_models", "vertex_ai-language-models",
                       "vertex_ai-anthropic_models", "vertex_ai-embedding-models"),
              hosts=("*aiplatform.googleapis.com", "aiplatform.*.rep.googleapis.com")),
@@ -2374,7 +2377,7 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
     fields, contents = body.fields, contents_of(body)
     rules, costs = FIELD_RULES[api], any(price.amounts.values())
     if provider.fields is not None and api != "messages":
-        rules = {**COMPATIBLE_FIELDS, **_rules(" ".join(provider.fields)), **rules}
+        rules = {**COMPATIBLE_FIELDS, **_rules_of_paths(provider.fields), **rules}
     for name, is_known in _unbounded_fields(rules, fields, price, ""):
         if is_known:
             yield name, f"{shown_name(name)}, as asked for here, cannot be used under a budget: " \
@@ -2403,6 +2406,18 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
     for field, kind, tool in contents.tools:
         if not _runs_at_client(kind, tool):
             yield from _unbounded_tool(api, field, kind, tool, price, hatches)
+
+
+def _rules_of_paths(paths: Iterable[str]) -> dict:
+    """Return rules that let fields pass, also ones inside others: a.b.c."""
+    rules: dict = {}
+    for path in sorted(paths, key=len, reverse=True):
+        *outer, last = path.split(".")
+        inner = rules
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = None
+    return rules
 
 
 def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any], price: Price,

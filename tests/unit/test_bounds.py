@@ -853,6 +853,28 @@ def test_searches_and_dearer_models_of_other_servers_are_refused(fields):
         checked("chat", fields, provider="openrouter")
 
 
+@pytest.mark.parametrize("provider", ["gemini", "vertex"])
+def test_googles_own_place_for_the_thinking_passes_and_its_neighbours_do_not(provider):
+    thinking = {"thinking_config": {"thinking_budget": 100, "include_thoughts": True}}
+    assert [] == checked("chat", {"extra_body": {"google": thinking}}, provider=provider)
+    for extra in ({"google": {**thinking, "cached_content": "x"}}, {"google": "x"},
+                  {"google": thinking, "x": 1}, thinking, [{"google": {"cached_content": "x"}}]):
+        with pytest.raises(ic.UnboundedRequest, match="extra_body"):
+            checked("chat", {"extra_body": extra}, provider=provider)
+    with pytest.raises(ic.UnboundedRequest, match="extra_body"):
+        checked("chat", {"extra_body": {"google": thinking}}, provider="groq")
+
+
+def test_a_field_of_a_provider_may_be_named_whole_beside_one_inside_it():
+    provider = ic.manners_of("vllm")._replace(fields=("a", "a.b", "c.d", "c.e"))
+    fields = {"a": {"z": 1}, "c": {"d": 1, "e": 2}}
+    price = price_of(ROW, "m")
+
+    assert [] == ic.check_boundable("chat", body_of(fields), price, provider=provider)
+    with pytest.raises(ic.UnboundedRequest, match="c.f"):
+        ic.check_boundable("chat", body_of({"c": {"f": 1}}), price, provider=provider)
+
+
 def test_models_that_are_free_may_have_fields_that_are_not_known_but_not_those_that_are_refused():
     free = {**ROW, "input_cost_per_token": 0, "output_cost_per_token": 0}
 

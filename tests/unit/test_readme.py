@@ -1,4 +1,5 @@
 """The README says what the program does: settings, routes, error codes and sums are compared."""
+import json
 import os
 import re
 from pathlib import Path
@@ -125,3 +126,16 @@ def test_the_table_of_agents_is_that_of_the_last_run():
     assert {row: cells for row, cells in shown.items() if row in ran and row[0] not in missing} \
         == {row: ran[row] for row in shown if row in ran and row[0] not in missing}
     assert [] == [row for row in shown if "FAILED" in shown[row]]
+
+
+def test_the_providers_without_a_price_are_named():
+    module = program()
+    rows = json.loads((ROOT / "pricing.json").read_text())
+    sellers = {row.get("litellm_provider") for row in rows.values()} | {
+        key.split("/")[0] for key in rows}
+    missing = {row.name for row in module.KNOWN_PROVIDERS.values()
+               if not row.is_free and sellers.isdisjoint({row.name, *row.sold_as})}
+
+    said = re.search(r"It has no rows for (.*?): under a budget", README, re.DOTALL)[1]
+
+    assert missing == {*re.findall(r"`(\w+)`", said)}
