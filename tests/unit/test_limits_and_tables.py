@@ -89,6 +89,48 @@ def test_regional_hosts_of_openai_are_known(url, region):
     assert region == ic.Provider("openai", "openai", url).data_residency
 
 
+@pytest.mark.parametrize("url, manners, seller", [
+    ("https://api.mistral.ai/v1", {"stream_usage": False, "user_after_tool": False}, "mistral"),
+    ("https://eu.openrouter.ai/api/v1", {"caps": ("max_tokens",)}, "openrouter"),
+    ("https://api.moonshot.cn/v1", {"reasoning_field": "reasoning_content"}, "moonshot"),
+    ("https://mine.openai.azure.com/openai/v1", {"zero_is_a_cap": True}, "azure"),
+    ("https://API.Mistral.ai:443/v1", {"stream_usage": False}, "mistral"),
+    ("https://api.mistral.ai./v1", {"stream_usage": False}, "mistral"),
+    ("http://localhost:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
+    ("http://[::1]:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
+    ("http://127.0.0.1:8000/v1", {"zero_is_a_cap": True, "is_free": False}, "vllm"),
+])
+def test_a_provider_of_another_name_has_the_manners_of_its_host(url, manners, seller):
+    mine = provider("mine", base_url=url)
+
+    assert manners == {name: getattr(mine, name) for name in manners}
+    assert (url, "", seller) == (mine.base_url, mine.key_env, mine.sold_as[0])
+
+
+def test_a_host_that_only_looks_like_a_known_one_has_no_manners():
+    for url in ("https://api.mistral.ai.evil.example", "https://xapi.mistral.ai",
+                "https://openai.azure.com.evil.example"):
+        assert () == provider("mine", base_url=url).sold_as
+
+
+@pytest.mark.parametrize("host, is_free", [
+    *[(host, True) for host in (
+        "127.0.0.1:8000", "localhost", "[::1]:8000", "0.0.0.0", "10.0.0.9", "192.168.1.7",
+        "172.31.0.1", "169.254.1.1", "100.100.1.2", "[fd00::1]", "[fe80::1]", "gpu-box", "ollama",
+        "box.local", "a.b.lan", "x.internal", "x.home.arpa", "host.docker.internal")],
+    *[(host, False) for host in (
+        "ollama.com", "8.8.8.8", "172.32.0.1", "100.128.1.1", "192.169.1.1", "10.0.0.9.nip.io",
+        "134744072", "0x08080808", "[2001:db8::1]", "[fd::1]", "localhost.example", "local.com")]])
+def test_a_server_that_is_usually_free_is_so_at_a_host_of_ones_own(host, is_free):
+    at_host = {"base_url": f"https://{host}"}
+
+    assert is_free == provider("vllm", **at_host).is_free
+    assert is_free == provider("ollama", anthropic_base_url=f"https://{host}").is_free
+    assert provider("vllm", **at_host, free=True).is_free
+    assert not provider("vllm", **at_host, free=False).is_free
+    assert not provider("lab", **at_host).is_free
+
+
 @pytest.mark.parametrize("format, responses, api, is_spoken", [
     ("openai", True, "responses", True), ("openai", False, "responses", False),
     ("openai", False, "chat", True), ("openai", True, "messages", False),
@@ -110,3 +152,15 @@ def test_a_key_travels_as_its_provider_wants_it(key, key_as, format, sent):
 
 def test_a_provider_is_printed_without_its_key():
     assert "secret" not in repr(ic.Provider("p", "openai", "https://p", key="secret"))
+
+
+@pytest.mark.parametrize("method, path, name, more, is_free", [
+    ("GET", "/v1/models", "lab", {}, True), ("POST", "/v1/models", "lab", {}, False),
+    ("GET", "/v1/models/a%2Fb", "lab", {}, True), ("GET", "/v1/models/a?b", "lab", {}, False),
+    ("GET", "/v1/files", "lab", {"is_free": True}, False),
+    ("POST", "/v1/moderations", "openai", {}, True), ("POST", "/v1/moderations", "lab", {}, False),
+    ("POST", "/v1/moderations", "lab", {"is_free": True}, True),
+    ("POST", "/v1/moderations", "lab", {"sold_as": ("openai",)}, True)])
+def test_a_route_is_free_at_every_provider_or_at_the_one_that_says_so(method, path, name, more,
+                                                                      is_free):
+    assert is_free is ic.is_free_route(method, path, ic.Provider(name, "openai", "", **more))
