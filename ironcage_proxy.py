@@ -1578,9 +1578,9 @@ class PriceBook:
                  price_as: Mapping[str, str] = MappingProxyType({})) -> None:
         self._rows = {**rows, ECHO_MODEL: ECHO_ROW}
         self._providers, self._price_as = {row.name: row for row in providers}, price_as
-        self._own: Container[str] = ()                     # the rows that the operator has added
-        self._prices: dict[str, Optional[Price]] = {}      # a race computes a row twice, alike
-        self._faults: dict[str, str] = {}                  # of rows that are no price
+        self._own: Mapping[str, Any] = {}                  # the rows that the operator has added
+        self._base: Optional[PriceBook] = None             # which has read the others, or will
+        self._prices: dict[str, Union[Price, str]] = {}    # a race computes a row twice, alike
         self._found = functools.lru_cache(maxsize=1024)(self._find)
 
     @classmethod
@@ -1610,7 +1610,7 @@ class PriceBook:
         providers whose models all cost nothing, and the rows that stand in for models without a
         price (pattern -> row). Raises ValueError where such a row has no price itself."""
         book = PriceBook({**self._rows, **rows}, providers=providers, price_as=price_as)
-        book._own = rows
+        book._own, book._base = rows, self
         for pattern, key in price_as.items():
             if book.row(key) is None:
                 shown = re.sub(UNPRINTABLE, "?", pattern)
@@ -1620,14 +1620,22 @@ class PriceBook:
 
     def row(self, key: str) -> Optional[Price]:
         """The price in the row of exactly this name; None where it has none."""
-        if key in self._rows and key not in self._prices:
+        read = self._read(key) if key in self._rows else None
+        return read if isinstance(read, Price) else None
+
+    def _read(self, key: str) -> Union[Price, str]:
+        """The price in a row, or why it is none; read once, also where the base has it."""
+        if key not in self._prices:
             row = self._rows[key]
-            named = row.get("alias_of", key) if isinstance(row, Mapping) else key
-            try:
-                self._prices[key] = price_from_row(str(named), self._rows.get(str(named)))
-            except ValueError as err:
-                self._prices[key], self._faults[key] = None, str(err)
-        return self._prices.get(key)
+            named = str(row.get("alias_of", key) if isinstance(row, Mapping) else key)
+            if self._base is not None and not {key, named} & self._own.keys():
+                self._prices[key] = self._base._read(key)
+            else:
+                try:
+                    self._prices[key] = price_from_row(named, self._rows.get(named))
+                except ValueError as err:
+                    self._prices[key] = str(err)
+        return self._prices[key]
 
     def find(self, model: str, provider: str = "") -> Optional[Price]:
         """The price of a model as a provider sells it, or None."""
@@ -1693,9 +1701,10 @@ class PriceBook:
         """As find(), but raises UnpricedModel, naming the key to add."""
         price = self.find(model, provider)
         if price is None:
-            for key in self._faults.keys() & {model, f"{provider}/{model}"}:
-                raise UnpricedModel(f"the price of {shown_name(key)} cannot be used: "
-                                    f"{self._faults[key]}; mend that row", param="model")
+            for key in self._rows.keys() & {model, f"{provider}/{model}"}:
+                if self.row(key) is None:
+                    raise UnpricedModel(f"the price of {shown_name(key)} cannot be used: "
+                                        f"{self._read(key)}; mend that row", param="model")
             is_anothers = self.row(model) is not None
             shown = shown_name(f"{provider}/{model}" if is_anothers else model)
             key = f'the key "{shown}"' if shown != "?" else "its name as a key"

@@ -1120,6 +1120,20 @@ def test_a_row_that_stands_in_for_others_must_have_a_price():
         BOOK.with_own({}, providers=(), price_as={"gpt-*": "gpt-none"})
 
 
+def test_an_own_row_holds_for_its_alias_too_and_the_book_before_keeps_its_own():
+    cheap, dear = ({"input_cost_per_token": cost, "output_cost_per_token": cost}
+                   for cost in (Decimal("1e-6"), Decimal("9e-6")))
+    book = ic.PriceBook({"m": cheap, "latest": {"alias_of": "m"}, "other": cheap})
+    before = [book.row(name) for name in ("m", "latest", "other")]
+
+    own = book.with_own({"m": dear}, providers=(), price_as={})
+
+    assert [9_000_000] * 2 + [1_000_000] == [
+        own.row(name).amounts["input_cost_per_token"] for name in ("m", "latest", "other")]
+    assert before == [book.row(name) for name in ("m", "latest", "other")]
+    assert own.row("other") is before[2]                  # it is read once
+
+
 def test_all_models_of_a_provider_that_is_free_cost_nothing_and_only_those():
     book = BOOK.with_own({}, providers=[ic.manners_of("ollama")], price_as={})
 
