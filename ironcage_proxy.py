@@ -4012,6 +4012,7 @@ class Terms:
     betas: tuple[str, ...] = ()                  # for the header anthropic-beta
     said_choice: Any = None                      # a tool_choice that became words
     digest = ""                                  # of all that the answer's thinking is bound to
+    ids: Container[str] = frozenset()            # of the calls there were, as the client has them
 
     def __init__(self, names: ToolNames) -> None:
         self.names = names                       # of tools, as the provider knows them
@@ -4085,13 +4086,13 @@ class Whole(NamedTuple):
 
 def folded(events: Iterable[AnswerEvent]) -> Whole:
     """Return an answer at once. Its parts are in the order in which they were opened."""
-    newest: dict = {Began: Began("", None), Ended: Ended("end")}
+    newest: dict = {}
     parts = []
     for event in events:
         newest[type(event)] = event
         if type(event) is Opened:
             parts.append(event.part)
-    return Whole(newest[Began], parts, newest[Ended])
+    return Whole(newest.get(Began) or Began("", None), parts, newest.get(Ended) or Ended("end"))
 
 
 class AnswerWriter:
@@ -4115,7 +4116,8 @@ class AnswerWriter:
         """Return what ends a stream after an error, given as the client's API has it."""
         return [body]
 
-    end_of_ids = ""                      # servers may give each answer the same id: what tells them
+    # What tells the ids of items apart where a server gives each answer the same one.
+    end_of_ids: Callable[[], str] = staticmethod(lambda: "")
 
     # Takes an item that its client may name by its id alone; Translator says where to.
     keep: Callable = staticmethod(lambda item: None)
@@ -4339,7 +4341,7 @@ def texts_in(fields: Mapping[str, Any], name: str) -> list[str]:
 
 def count_or_zero(usage: Any, name: str) -> int:
     """Return a count in a usage object that is carried over; 0 where there is none."""
-    value = json_object(usage).get(name)
+    value = usage.get(name) if isinstance(usage, dict) else 0
     return value if type(value) is int and value > 0 else 0
 
 
@@ -4374,8 +4376,9 @@ def by_rules(fields: Mapping[str, Any],
     """
     kept: dict[str, dict[str, Any]] = {"rest": {}, "hint": {}}
     for name, value in fields.items():
-        action, *neutral = rules.get(name, ("rest",))
-        if action == "own" or value is None or value in neutral:
+        rule = rules.get(name, ("rest",))
+        action = rule[0]
+        if action == "own" or value is None or value in rule[1:]:
             continue
         if action == "refuse":
             raise BadRequest(f"{shown_name(name)}, as asked for here, cannot be carried over to "
@@ -4526,7 +4529,8 @@ class CallIds:
 
     def __init__(self, pattern: str, prefix: str) -> None:
         self._fits, self._prefix = re.compile(pattern).fullmatch, prefix
-        self._uses: dict[str, int] = {}            # of each of the client's ids
+        self._uses: dict[str, int] = {}            # of each of the provider's ids
+        self.given: set[str] = set()               # those that the client has in their place
 
     def fitting(self, own: str) -> str:
         """Return the id of one call; a changed one depends on the client's alone."""
@@ -4568,9 +4572,12 @@ def own_call_id(carried: str) -> str:
         return carried
 
 
+_FOREIGN_CHARS, _ID_PREFIX = re.compile("[^A-Za-z0-9_-]"), re.compile("^(msg|resp)_")
+
+
 def id_stem(own: str) -> str:
     """Return what of an answer's id can stand in another API's; a new one where there is none."""
-    return re.sub("[^A-Za-z0-9_-]", "_", re.sub("^(msg|resp)_", "", own)) or secrets.token_hex(12)
+    return _FOREIGN_CHARS.sub("_", _ID_PREFIX.sub("", own)) or secrets.token_hex(12)
 
 
 NO_RESULT = "[no result provided]"
@@ -4602,6 +4609,7 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
             both.append(Turn("assistant", said))
         for call, result in zip(calls, front):
             call.carried_id = call.id
+            ids.given.add(call.id)
             call.id = result.id = ids.fitting(own_call_id(call.id))
         if front and turns_behind and turns_behind[0].role == "user":
             front += turns_behind.pop(0).parts
@@ -4620,20 +4628,21 @@ def _answers_to(calls: Sequence[Part], after: Iterable[Turn],
     for role, parts in after:
         rest: list[Part] = []
         for part in parts:
-            queue = waiting.get(part.id) if part.kind == "result" else None
+            if part.kind != "result":
+                rest.append(part)
+                continue
+            queue = waiting.get(part.id)
             if queue is not None:
                 call = queue.pop(0) if len(queue) > 1 else queue[0]
                 if call in results:
                     losses.adjust("results", "paired")
                 results[call] = part
-            elif part.kind == "result":
+            else:
                 losses.adjust("results", "text")
                 texts, media = ([piece for piece in part.parts if (piece.kind == "text") is is_text]
                                 for is_text in (True, False))
                 rest += [Part("text", f"[result of tool call {part.id}]\n"
                               + "".join(piece.text for piece in texts)), *media]
-            else:
-                rest.append(part)
         if rest:
             turns.append(Turn(role, rest))
     if len(results) < len(calls):
@@ -4708,6 +4717,11 @@ class RequestWriter:
         self._names = ToolNames(self.most_name_chars)
         self.terms = Terms(self._names)
         self.terms.stops, self.terms.calls_in_order = conversation.stops, target.is_openai
+
+    def _paired(self, ids: CallIds) -> list[Turn]:
+        """Return the turns, in which calls and results are paired and have ids that fit."""
+        self.terms.ids = ids.given
+        return paired(self._asked.turns, ids, self._losses)
 
     def _left_over(self, takes: Container[str]) -> dict:
         """Return what a target takes under the client's name; the rest is reported as lost."""
@@ -4941,6 +4955,8 @@ def size_of(schema: Any) -> Counter:
 def object_schema(schema: Mapping[str, Any]) -> dict:
     """Return a tool's schema with one object at its top, where Anthropic takes no alternatives:
     a property can be as any of them has it, and what all require is required."""
+    if schema.keys().isdisjoint(ALTERNATIVES):
+        return {"type": "object", **schema}
     branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
                 for name in ALTERNATIVES for branch in _parts_of(schema.get(name))]
     own = {name: value for name, value in schema.items() if name not in ALTERNATIVES}
@@ -5153,19 +5169,21 @@ def _tool_of(row: Mapping[str, Any]) -> Tool:
         return Tool("other", str(row.get("name") or ""), native=row, origin="messages")
     inner = json_object(row.get(str(kind)))
     extras = {key: holder[key] for holder in (row, inner) for key in TOOL_EXTRAS if key in holder}
-    return openai_tool(kind, inner)._replace(native=extras, origin="messages")
+    return openai_tool(kind, inner, native=extras, origin="messages")
 
 
-def openai_tool(kind: Any, row: Mapping[str, Any]) -> Tool:
-    """Read a function, or a tool that takes text. Raises BadRequest."""
-    name, words = text_in(row, "name", IN_TOOLS), text_in(row, "description", IN_TOOLS)
+def openai_tool(kind: Any, row: Mapping[str, Any], **more: Any) -> Tool:
+    """Read a function, or a tool that takes text, with `more` that is known of it. Raises
+    BadRequest."""
+    name = text_in(row, "name", IN_TOOLS)
+    own = {"description": text_in(row, "description", IN_TOOLS), **more}
     if kind not in ("function", "custom") or not name:
         raise BadRequest("a tool must be a function or a custom tool with a name", param="tools")
     if kind == "custom":
         syntax = object_in(row, "format", IN_TOOLS)
-        return Tool("text", name, words, syntax=syntax if syntax.get("type") == "grammar" else {})
-    return Tool("function", name, words, checked_schema(object_in(
-        row, "parameters", IN_TOOLS), IN_TOOLS), bool(row.get("strict")))
+        return Tool("text", name, syntax=syntax if syntax.get("type") == "grammar" else {}, **own)
+    return Tool("function", name, strict=bool(row.get("strict")), schema=checked_schema(
+        object_in(row, "parameters", IN_TOOLS), IN_TOOLS), **own)
 
 
 def _turn_of(message: Mapping[str, Any]) -> Turn:
@@ -5374,7 +5392,7 @@ class _OpenAIRequest(RequestWriter):
 
     def _turns(self, ids: CallIds) -> tuple[list[Part], list[Turn]]:
         """Return the system prompt, and the turns behind it."""
-        turns = paired(self._asked.turns, ids, self._losses)
+        turns = self._paired(ids)
         start = next((at for at, turn in enumerate(turns) if turn.role != "system"), len(turns))
         return [part for turn in turns[:start] for part in turn.parts], turns[start:]
 
@@ -5608,13 +5626,19 @@ FAILED_FINISHES = frozenset({"error", "abort", "network_error", "insufficient_sy
                              "malformed_function_call", "unexpected_tool_call"})
 
 
+@functools.lru_cache(maxsize=64)
+def _reason_of_finish(finish: str) -> str:
+    """Return our reason for a finish_reason; "failed" for an error, "" for an unknown word."""
+    words = [word.strip() for word in finish.lower().split(":")]
+    return REASONS_OF_FINISH.get(words[0], "") if FAILED_FINISHES.isdisjoint(words) else "failed"
+
+
 def chat_tokens(usage: Any, prompt_name: str = "prompt_tokens",
                 completion_name: str = "completion_tokens") -> Tokens:
     """Return usage of OpenAI's format in our counting. Where a server's total is more than prompt
     and completion, the rest was reasoning; some have a name of their own for cache writes."""
-    prompt = count_or_zero(usage, prompt_name)
-    read, made = (json_object(usage).get(f"{name}_details")
-                  for name in (prompt_name, completion_name))
+    prompt, usage = count_or_zero(usage, prompt_name), json_object(usage)
+    read, made = usage.get(f"{prompt_name}_details"), usage.get(f"{completion_name}_details")
     return Tokens(
         prompt, count_or_zero(read, "cached_tokens"),
         count_or_zero(read, "cache_write_tokens") or count_or_zero(read, "cache_creation_tokens"),
@@ -5706,9 +5730,10 @@ class _ChunkReader:
         yield from self._say("thought", thought)
         for name, kind in (("content", "text"), ("refusal", "refusal")):
             text = delta.get(name)
-            yield from self._say(kind, text if isinstance(text, str) else _text_of(text))
+            if text:
+                yield from self._say(kind, text if isinstance(text, str) else _text_of(text))
         self._touched.clear()
-        for call in _parts_of(delta.get("tool_calls")):
+        for call in _parts_of(delta.get("tool_calls") or ()):
             yield from self._read_call(call)
         if isinstance(delta.get("function_call"), dict):
             yield from self._read_call({"index": 0, "function": delta["function_call"]})
@@ -5837,10 +5862,8 @@ class _ChunkReader:
         finish = self._choice.get("finish_reason")
         if finish is None and not self.is_done:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
-        word, *more = (word.strip() for word in str(finish or "stop").lower().split(":"))
-        reason, stop = REASONS_OF_FINISH.get(word, "end"), None
-        if not FAILED_FINISHES.isdisjoint((word, *more)) \
-                or not (self._kinds or word in REASONS_OF_FINISH):
+        reason, stop = _reason_of_finish(str(finish or "stop")), None
+        if reason == "failed" or not (reason or self._kinds):
             raise UpstreamBroke("the provider's answer ended in "
                                 + shown_name(str(finish).replace(" ", "")))
         yield from self._close_said()
@@ -5848,7 +5871,7 @@ class _ChunkReader:
         yield from self._carry_back()
         if "refusal" in self._kinds:
             reason = "refused"
-        elif reason in ("end", "calls"):
+        elif reason in ("", "end", "calls"):
             reason = "calls" if "call" in self._kinds else "end"
             matched = self._choice.get("stop_reason")        # as vLLM and others add it
             if reason == "end" and matched in self._terms.stops:
@@ -6255,21 +6278,22 @@ def _tools_at_last(fields: Mapping[str, Any],
 
 def _tool_of_claude(row: Mapping[str, Any], conversation: Conversation) -> Tool:
     kind, name = str(row.get("type") or "custom"), text_in(row, "name", IN_TOOLS)
-    known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
     if kind == "custom":
-        tool = Tool("function", name, text_in(row, "description", IN_TOOLS),
+        return Tool("function", name, text_in(row, "description", IN_TOOLS),
                     checked_schema(object_in(row, "input_schema", IN_TOOLS), IN_TOOLS),
-                    row.get("strict") is True)
-    elif known is not None:
+                    row.get("strict") is True, native=row, origin="messages")
+    known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
+    if known is not None:
         conversation.changed[f"tools.{kind}"] = "function"
-        tool = Tool("function", name, *known[1:])
-    else:
-        tool = Tool("search" if kind.startswith("web_search_") else "other", name, search={
-            key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
-    return tool._replace(native=row, origin="messages")
+        return Tool("function", name, *known[1:], native=row, origin="messages")
+    return Tool("search" if kind.startswith("web_search_") else "other", name, native=row,
+                origin="messages", search={
+                    key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
 
 
 def _message_parts(content: Any) -> list[Part]:
+    if isinstance(content, str):
+        return [Part("text", content)] if content else []
     parts: list[Part] = []
     for row in _parts_of(content):
         read, mark = _BLOCKS_READ.get(str(row.get("type"))), row.get("cache_control")
@@ -6312,9 +6336,10 @@ def _tool_use_blocks(row: Mapping[str, Any]) -> list[Part]:
 
 
 def _tool_result_blocks(row: Mapping[str, Any]) -> list[Part]:
-    pieces = _message_parts([piece if str(piece.get("type")) in RESULT_BLOCKS
-                             else {"type": "text", "text": json.dumps(piece)}
-                             for piece in _parts_of(_content_of(row))])
+    content = _content_of(row)
+    pieces = _message_parts(content if isinstance(content, str) else [
+        piece if str(piece.get("type")) in RESULT_BLOCKS
+        else {"type": "text", "text": json.dumps(piece)} for piece in _parts_of(content)])
     return [Part("result", id=str(row.get("tool_use_id") or ""), parts=pieces,
                  is_error=row.get("is_error") is True)]
 
@@ -6342,6 +6367,7 @@ class _MessagesRequest(RequestWriter):
         self._enforced: Counter = Counter()        # of MOST_ENFORCED
         self._system: list[dict] = []
         self._thinking: Mapping[str, Any] = {}     # what the request says of it
+        self._marks = 0                            # of caches, there are so many
 
     def request(self) -> dict:
         """Return the request."""
@@ -6350,6 +6376,7 @@ class _MessagesRequest(RequestWriter):
         cap = self._cap() or (most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS))
         request: dict = {"model": asked.model, "max_tokens": cap}
         tools = self._written_tools()
+        self._marks = sum("cache_control" in tool for tool in tools)
         self._set_thinking(request, passed.pop("thinking", None))
         messages = request["messages"] = self._messages()
         self._carry_thinking(messages, tools)
@@ -6370,7 +6397,8 @@ class _MessagesRequest(RequestWriter):
             passed["output_config"] = {**request.get("output_config", {}),
                                        **json_object(passed["output_config"])}
         request.update(self._optional(), **passed)
-        self._limit_cache_marks(request)
+        if self._marks >= MAX_CACHE_MARKS:
+            self._limit_cache_marks(request)
         return request
 
     def _optional(self) -> dict:
@@ -6563,7 +6591,7 @@ class _MessagesRequest(RequestWriter):
         """Return the messages; the system prompt is kept aside."""
         ids = CallIds(r"[A-Za-z0-9_-]+", "toolu_")
         written = [(role, self._blocks(parts))
-                   for role, parts in paired(self._asked.turns, ids, self._losses)]
+                   for role, parts in self._paired(ids)]
         rows = [(role, blocks) for role, blocks in written if blocks]
         start = next((at for at, (role, _) in enumerate(rows) if role != "system"), len(rows))
         self._system = [block for _, blocks in rows[:start] for block in blocks]
@@ -6623,6 +6651,7 @@ class _MessagesRequest(RequestWriter):
             if block is not None:
                 if part.mark is not None:
                     block["cache_control"] = part.mark
+                self._marks += "cache_control" in block
                 blocks.append(block)
         return blocks
 
@@ -6663,7 +6692,7 @@ class _MessagesRequest(RequestWriter):
         result: dict = {"type": "tool_result", "tool_use_id": part.id}
         content = self._blocks(part.parts)
         if content:
-            is_plain = len(content) == 1 and set(content[0]) == {"type", "text"}
+            is_plain = len(content) == 1 and content[0].keys() == {"type", "text"}
             result["content"] = content[0]["text"] if is_plain else content
         if part.is_error:
             result["is_error"] = True
@@ -6693,10 +6722,10 @@ BLOCK_KINDS = MappingProxyType({"text": "text", "thinking": "thought", "tool_use
 
 def messages_tokens(usage: Mapping[str, Any]) -> Tokens:
     """Return Anthropic's usage in our counting."""
-    plain, read, written, output = (count_or_zero(usage, name) for name in (
-        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
-        "output_tokens"))
-    return Tokens(plain + read + written, read, written, output,
+    read, written = (count_or_zero(usage, "cache_read_input_tokens"),
+                     count_or_zero(usage, "cache_creation_input_tokens"))
+    return Tokens(count_or_zero(usage, "input_tokens") + read + written, read, written,
+                  count_or_zero(usage, "output_tokens"),
                   count_or_zero(usage.get("output_tokens_details"), "thinking_tokens"))
 
 
@@ -6732,7 +6761,9 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
         kind, index = event.get("type"), str(event.get("index"))
         part = parts.get(index)
         if kind == "content_block_delta" and part is not None:
-            yield from _block_grown(part, json_object(event.get("delta")))
+            grown = _block_grown(part, json_object(event.get("delta")))
+            if grown is not None:
+                yield grown
         elif kind == "content_block_start":
             block = json_object(event.get("content_block"))
             part = parts[index] = _part_of_block(block)
@@ -6766,15 +6797,17 @@ def _part_of_block(block: Mapping[str, Any]) -> Part:
 
 
 def _citations_of(rows: Any) -> tuple[Citation, ...]:
-    return tuple(Citation(str(row.get("url") or ""), str(row.get("title") or ""))
-                 for row in _parts_of(rows) if row.get("type") == "web_search_result_location")
+    return () if not rows else tuple(
+        Citation(str(row.get("url") or ""), str(row.get("title") or ""))
+        for row in _parts_of(rows) if row.get("type") == "web_search_result_location")
 
 
-def _block_grown(part: Part, delta: Mapping[str, Any]) -> Iterable[AnswerEvent]:
+def _block_grown(part: Part, delta: Mapping[str, Any]) -> Optional[More]:
+    """Add a delta to the part of its block; return what a client sees of that, if anything."""
     name = _DELTA_FIELDS.get(str(delta.get("type")))
     more = delta.get(name)
     if not more:
-        return ()
+        return None
     if name == "citation":
         part.citations += _citations_of(more)
     elif not isinstance(more, str):
@@ -6783,8 +6816,8 @@ def _block_grown(part: Part, delta: Mapping[str, Any]) -> Iterable[AnswerEvent]:
         part.native["signature"] = str(part.native.get("signature") or "") + more
     else:
         grown = part.grown(more)
-        return [grown] if part.kind in _STREAMED_KINDS else ()
-    return ()
+        return grown if part.kind in _STREAMED_KINDS else None
+    return None
 
 
 def _block_over(part: Part) -> Iterator[AnswerEvent]:
@@ -6804,11 +6837,13 @@ def _tier_of(usage: Mapping[str, Any]) -> Optional[str]:
 
 
 def _end_of_message(end: Mapping[str, Any], usage: Mapping[str, Any]) -> Ended:
-    stop, details = str(end.get("stop_reason")), json_object(end.get("stop_details"))
-    refusal = str(details.get("explanation")
-                  or f"refused: {details.get('category') or 'no reason given'}")
+    stop, refusal = str(end.get("stop_reason")), None
+    if stop == "refusal":
+        details = json_object(end.get("stop_details"))
+        refusal = str(details.get("explanation")
+                      or f"refused: {details.get('category') or 'no reason given'}")
     return Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(usage),
-                 end.get("stop_sequence"), refusal if stop == "refusal" else None, _tier_of(usage))
+                 end.get("stop_sequence"), refusal, _tier_of(usage))
 
 
 _DELTA_FIELDS = MappingProxyType({
@@ -6853,11 +6888,13 @@ class MessagesWriter(AnswerWriter):
         """Return an answer as a message."""
         began, parts, ended = answer
         content = [block for part in parts for block in _answer_blocks(part)]
-        return {**_empty_message(began), "content": content, **_stop_of(ended),
+        return {**_message_start(began), "content": content, **_stop_of(ended),
                 "usage": messages_usage(ended.tokens, ended.tier)}
 
     def _began(self, event: Began) -> Iterable[dict]:
-        return [{"type": "message_start", "message": _empty_message(event)}, {"type": "ping"}]
+        return [{"type": "message_start", "message": {
+            **_message_start(event), "usage": messages_usage(event.tokens, event.tier)}},
+            {"type": "ping"}]
 
     def _opened(self, event: Opened) -> Iterable[dict]:
         part, row = event.part, _STREAMED_BLOCKS.get(event.part.kind)
@@ -6917,10 +6954,9 @@ _STREAMED_BLOCKS: Mapping[str, tuple] = MappingProxyType({
     "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json")})
 
 
-def _empty_message(began: Began) -> dict:
+def _message_start(began: Began) -> dict:
     return {"id": f"msg_{id_stem(began.id)}", "type": "message", "role": "assistant",
-            "model": began.model, "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": messages_usage(began.tokens, began.tier)}
+            "model": began.model, "content": [], "stop_reason": None, "stop_sequence": None}
 
 
 def _stop_of(ended: Ended) -> dict:
@@ -7077,7 +7113,7 @@ def with_kept_items(fields: Mapping[str, Any], recall: Callable[[str, str], list
     clients do that take them to be stored; what is not kept stays named."""
     def kept(item: Any) -> list:
         row = json_object(item)
-        is_name = row.get("type") == "item_reference" or (row and row.keys() <= {"id"})
+        is_name = row.get("type") == "item_reference" or (len(row) == 1 and "id" in row)
         return (recall(str(row.get("id")), KEPT_ITEM) if is_name else []) or [item]
 
     given = fields.get("input")
@@ -7193,7 +7229,7 @@ def _tool_of_item(row: Mapping[str, Any], space: str, about: str) -> Tool:
     kind, words = text_in(row, "type", IN_TOOLS), text_in(row, "description", IN_TOOLS)
     known, words = OPENAI_CLIENT_TOOLS.get(kind), f"{about}\n\n{words}".strip()
     if kind in ("function", "custom"):
-        return openai_tool(kind, row)._replace(description=words, namespace=space)
+        return openai_tool(kind, row, description=words, namespace=space)
     schema = checked_schema(object_in(row, "parameters", IN_TOOLS), IN_TOOLS)
     if re.fullmatch(SEARCH_TYPES, kind):
         options = {**row, **object_in(row, "filters", IN_TOOLS)}
@@ -7510,7 +7546,7 @@ class ResponsesWriter(AnswerWriter):
 
     def _began(self, event: Began) -> Iterable[dict]:
         own = id_stem(event.id)[:40]                 # ids have at most 64 characters
-        self._stem = own + self.end_of_ids
+        self._stem = own + self.end_of_ids()
         self._response.update(id=f"resp_{own}", model=event.model,
                               service_tier=event.tier or "default")
         return [self._event(f"response.{kind}", response={**self._response})
@@ -7850,8 +7886,6 @@ class Translator:
             else self._client.names
         for name, became in conversation.changed.items():
             losses.adjust(name, became)
-        self._ids_of_history = {part.id for role, parts in conversation.turns
-                                if role == "assistant" for part in parts if part.kind == "call"}
         try:
             writer = self._provider.request_writer(conversation, target, losses)
             self.request, self.terms = writer.request(), writer.terms
@@ -7859,7 +7893,7 @@ class Translator:
             err.param = self._client.names["turns"] if err.param == "messages" else err.param
             raise
         self._writer = self._client.writer(fields, int(time.time()))
-        self._writer.end_of_ids = f"_{secrets.token_hex(4)}"
+        self._writer.end_of_ids = lambda: f"_{secrets.token_hex(4)}"
         self._writer.keep = lambda item: target.keep(item["id"], KEPT_ITEM, thoughts=[item])
         self.thoughts: list[Mapping[str, Any]] = []        # the answer's, where all is behind them
         self.first_call_id = ""                      # in the answer
@@ -7875,11 +7909,11 @@ class Translator:
     def answer_of(self, stream: Iterable[Mapping[str, Any]]) -> dict:
         """Return a streamed answer as a whole one. Raises UpstreamBroke."""
         whole = folded(self._freed(self._provider.read_answer(stream, self.terms)))
-        texts = [part for part in whole.parts if part.kind == "text"]
-        fenced = re.fullmatch(FENCED, "".join(part.text for part in texts)) \
-            if self.terms.unfences else None
-        for number, part in enumerate(texts if fenced else ()):
-            part.text = "" if number else fenced[1]
+        if self.terms.unfences:
+            texts = [part for part in whole.parts if part.kind == "text"]
+            fenced = re.fullmatch(FENCED, "".join(part.text for part in texts))
+            for number, part in enumerate(texts if fenced else ()):
+                part.text = "" if number else fenced[1]
         return self._writer.whole(whole)
 
     def events(self, stream: Iterable[Mapping[str, Any]]) -> Iterator[dict]:
@@ -7901,7 +7935,7 @@ class Translator:
         """
         opened, has_ended = 0, False
         wrapped: dict[Part, TextInput] = {}          # the parts whose text is inside an object
-        self._used_ids = {*self._ids_of_history}
+        self._used_ids = {*self.terms.ids}
         for event in begun_late(iter(events)):
             kind = type(event)
             if kind is More:
@@ -7916,7 +7950,7 @@ class Translator:
             elif kind is Closed:
                 yield from self._over(event.part, wrapped.get(event.part))
             elif isinstance(event, Began):
-                event = event._replace(model=self._asked_model or event.model)
+                event = Began(event.id, self._asked_model or event.model, event.tier, event.tokens)
             elif isinstance(event, Ended):
                 event, has_ended = self._end(event), True
             yield event
