@@ -1323,10 +1323,6 @@ class Price(NamedTuple):
         """Picodollars per token of each bucket, for a call that `tier` served."""
         return self._rates(tier_suffix(tier, self.provider), self._reached(prompt_tokens))[0]
 
-    def guessed(self, tier: Optional[str], prompt_tokens: int) -> frozenset:
-        """The buckets whose rate is a guess: the row does not say what they cost in that tier."""
-        return self._rates(tier_suffix(tier, self.provider), self._reached(prompt_tokens))[1]
-
     def _rates(self, suffix: str, reached: tuple) -> tuple[Mapping[str, Rate], frozenset]:
         """(rates, the buckets for which they are a guess) of a tier beyond thresholds.
 
@@ -1705,8 +1701,7 @@ class PriceBook:
                 if self.row(key) is None:
                     raise UnpricedModel(f"the price of {shown_name(key)} cannot be used: "
                                         f"{self._read(key)}; mend that row", param="model")
-            is_anothers = self.row(model) is not None
-            shown = shown_name(f"{provider}/{model}" if is_anothers else model)
+            shown = shown_name(model if self.row(model) is None else f"{provider}/{model}")
             key = f'the key "{shown}"' if shown != "?" else "its name as a key"
             raise UnpricedModel(
                 f"no price is known for the model {shown}: add {key} with {INPUT_PRICE} and "
@@ -1738,15 +1733,16 @@ class PriceBook:
         for entry_model, entry in billed_entries(usage, model):
             entry_price = price if entry_model == model else self.price(entry_model, provider)
             counts = USAGE_READERS[api](entry)
-            rates = entry_price.rates(tier, counts.prompt_tokens)
-            for kind in {"image_output", *held} - counts.buckets.keys():
-                if rates[kind] > rates[HIDDEN_IN[kind][kind]]:
-                    rates = {**rates, **{plain: max(rates[plain], rates[dear])
-                                         for dear, plain in HIDDEN_IN[kind].items()}}
+            rates, guessed = entry_price._rates(tier_suffix(tier, entry_price.provider),
+                                                entry_price._reached(counts.prompt_tokens))
+            hidden = [(rates[dear], plain) for kind in {"image_output", *held} - {*counts.buckets}
+                      if rates[kind] > rates[HIDDEN_IN[kind][kind]]
+                      for dear, plain in HIDDEN_IN[kind].items()]
+            rates = {**rates, **{plain: max(rates[plain], rate) for rate, plain in sorted(hidden)}}
             multiplier = _multiplier(entry_price, usage, api, data_residency)
             used = {bucket: count for bucket, count in counts.buckets.items() if count}
             lines += [(bucket, count, rates[bucket] * multiplier) for bucket, count in used.items()]
-            if not used.keys().isdisjoint(entry_price.guessed(tier, counts.prompt_tokens)):
+            if not used.keys().isdisjoint(guessed):
                 lines.doubt = f"no price is known for the tier {shown_name(str(tier))}"
         lines += _fees(price, usage, api, tool_calls or {})
         more = _reported_picodollars(usage, self.sellers(provider)) \
@@ -2304,6 +2300,7 @@ COMPATIBLE_FIELDS = _rules(
     "session_id priority usage safety_settings documents client_metadata input_type truncate",
     reasoning=_rules("effort max_tokens exclude enabled summary"),
     thinking=_rules("type budget_tokens clear_thinking keep"),
+    # of OpenRouter, with capped_sellers(); its provider routing, read in November 2026
     provider=_rules("allow_fallbacks data_collection enforce_distillable_text ignore max_price "
                     "quantizations require_parameters zdr"))
 # Their options that cost nothing beyond that. Sources: the types of openai 3.57.0 and anthropic
@@ -2988,6 +2985,21 @@ def lowered_thinking(fields: Mapping[str, Any], cap: int) -> dict:
         lowered = max(LEAST_THINKING_TOKENS, lowered // 2)
     return {} if lowered == budget else {"thinking": {**fields["thinking"],
                                                       "budget_tokens": lowered}}
+
+
+def capped_sellers(fields: Mapping[str, Any], price: Price, input_tokens: int) -> dict[str, str]:
+    """Return what to set of provider.max_price, in USD a million tokens and a call, where a request
+    chooses among a router's sellers: a dearer one could serve it. What is lower stays."""
+    chosen = fields.get("provider")
+    if not isinstance(chosen, dict) or not any(price.amounts.values()):
+        return {}
+    asked, rates = json_object(chosen.get("max_price")), price.dearest_rates((None,), input_tokens)
+    caps = {name: format_usd(int(microdollars))[1:] for name, microdollars in (
+        ("prompt", rates["input"]), ("completion", rates["output"]),
+        ("request", price.call_picodollars // PICODOLLARS_PER_MICRODOLLAR))}
+    stated = {name: exact_number(str(asked.get(name))) for name in caps}
+    return {name: cap for name, cap in caps.items() if not isinstance(
+        stated[name], Decimal) or not 0 <= stated[name] <= Decimal(cap)}
 
 
 def hosted_changes(api: str, fields: Mapping[str, Any],
@@ -14741,24 +14753,32 @@ class Router:
             if call.hides_usage:
                 changes["stream_options"] = {**(options or {}), "include_usage": True}
         without: frozenset = frozenset()
+        reported: dict[str, Any] = {}
         if call.reservation.is_limited and call.bound.output_picodollars:
             changed, without = capped_output(call.api, call.provider, call.body.fields,
                                              call.set_output_cap)
             changes.update(changed)
-            for name in without:
-                call.losses.report(name, honoured_caps(call.api, call.provider)[0])
+            reported.update(dict.fromkeys(without, honoured_caps(call.api, call.provider)[0]))
+        prices = capped_sellers(call.body.fields, call.price, call.bound.input_tokens) \
+            if call.reservation.is_limited else {}
+        if prices:
+            sellers = call.body.fields["provider"]
+            changes["provider"] = {**sellers, "max_price": {
+                **json_object(sellers.get("max_price")), **prices}}
+            reported.update((f"provider.max_price.{name}", cap) for name, cap in prices.items())
         if call.api == "messages" and call.set_output_cap is not None:
             lowered = lowered_thinking(call.body.fields, call.set_output_cap)
             changes.update(lowered)
-            for name in lowered:
-                call.losses.report("thinking.budget_tokens", lowered[name]["budget_tokens"])
+            reported.update(("thinking.budget_tokens", thinking["budget_tokens"])
+                            for thinking in lowered.values())
         if call.set_hosted_uses is not None:
-            changed, left_out, reported = hosted_changes(call.api, call.body.fields,
-                                                         call.set_hosted_uses)
+            changed, left_out, told = hosted_changes(call.api, call.body.fields,
+                                                     call.set_hosted_uses)
             changes.update(changed)
+            reported.update(told)
             without |= left_out
-            for name, value in reported.items():
-                call.losses.report(name, value)
+        for name, value in reported.items():
+            call.losses.report(name, value)
         if call.api in SEALS and call.translator is None \
                 and OWN_SIGNATURE.encode("ascii") in call.body.raw:
             kept = without_own_thinking(call.api, call.body.fields)

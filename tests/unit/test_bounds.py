@@ -757,6 +757,23 @@ def test_a_request_shows_what_dear_tokens_its_call_may_have(fields, held):
     assert set(map(names.get, held.split())) == ic.kinds_held(body_of(fields))
 
 
+@pytest.mark.parametrize("provider, row, caps", [
+    (None, {}, {}), ("x", {}, {}), ([], {}, {}),
+    ({"ignore": ["a"]}, {}, {"prompt": "10.00", "completion": "50.00", "request": "0.00"}),
+    ({"zdr": True, "max_price": {"prompt": 1, "completion": "49.99", "request": 0}}, {}, {}),
+    ({"max_price": {"prompt": 11, "completion": -1, "request": "x", "image": 1}}, {},
+     {"prompt": "10.00", "completion": "50.00", "request": "0.00"}),
+    ({"max_price": []}, {"input_cost_per_request": Decimal("0.0123")},
+     {"prompt": "10.00", "completion": "50.00", "request": "0.0123"}),
+    ({}, {"input_cost_per_token_above_1k_tokens": Decimal("0.00002")},
+     {"prompt": "20.00", "completion": "50.00", "request": "0.00"}),
+    ({}, {"input_cost_per_token": 0, "output_cost_per_token": 0}, {})], ids=repr)
+def test_sellers_that_a_request_chooses_from_may_cost_no_more_than_its_price(provider, row, caps):
+    fields = chat(provider=provider)
+
+    assert caps == ic.capped_sellers(fields, price_of({**ROW, **row}), 5_000)
+
+
 SCALARS = [(api, name) for api, rules in ic.FIELD_RULES.items() for name in rules
            if rules[name] is ic._is_scalar]
 

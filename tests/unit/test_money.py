@@ -746,6 +746,7 @@ DEAR = {**PLAIN, "cache_read_input_token_cost": 0.000001, "output_cost_per_token
     (("audio_input",), {"audio_tokens": 2}, {}, 3 * 10 + 2 * 100 + 5 * 1 + 10),
     (("image_input",), {}, {}, 5 * 20 + 5 * 20 + 10),
     (("audio_input", "image_input"), {}, {}, 5 * 100 + 5 * 50 + 10),
+    (("image_input", "audio_input"), {"audio_tokens": 0}, {}, 5 * 20 + 5 * 20 + 10),
     (("audio_output",), {}, {}, 5 * 10 + 5 * 1 + 200),
     (("audio_output",), {}, {"audio_tokens": 0}, 5 * 10 + 5 * 1 + 10)])
 def test_audio_and_images_that_usage_does_not_break_out_cost_the_dearer_rate(

@@ -6,7 +6,7 @@ import os
 import threading
 
 import pytest
-from support import Gate, call, program, proxy_environment, settled_status, until
+from support import Gate, Reply, call, program, proxy_environment, settled_status, until
 
 CHAT = {"max_completion_tokens": 100, "messages": [{"role": "user", "content": "hello"}]}
 IN, OUT = "input_cost_per_token", "output_cost_per_token"
@@ -340,6 +340,25 @@ def test_a_provider_of_ones_own_is_priced_by_its_operator(mock, proxy_with, more
     answer = chat(proxy, "lab/gpt-4o-mini")
 
     assert per_token * tokens_of(answer) == cost_of(answer)
+
+
+@pytest.mark.parametrize("chosen, sent", [
+    ({"zdr": True, "max_price": {"prompt": 0.5, "completion": 9, "image": 1}},
+     {"zdr": True, "max_price": {"prompt": 0.5, "completion": "2.00", "image": 1,
+                                 "request": "0.00"}}), (None, None)])
+def test_a_seller_that_is_chosen_at_a_router_costs_no_more_than_the_price(
+        mock, proxy_with, chosen, sent):
+    proxy = proxy_with({
+        "providers": {"openrouter": {"base_url": mock.url + "/v1", "key_env": "OPENAI_API_KEY"}},
+        "prices": {"openrouter/gpt-4o-mini": {IN: 1e-6, OUT: 2e-6}}})
+
+    mock.always = Reply(steps=(b'{"choices": [], "usage": {"prompt_tokens": 1}}',))
+    answer = call(proxy.port, "POST", "/v1/chat/completions", {
+        **CHAT, "model": "openrouter/gpt-4o-mini", "provider": chosen})
+
+    assert (200, sent) == (answer.status, mock.seen[0].json["provider"])
+    told = answer.header("x-ironcage-adjusted") or ""
+    assert bool(chosen) == ("provider.max_price.completion=2.00" in told)
 
 
 def test_an_answer_of_a_tier_without_a_price_is_charged_at_the_highest_and_marked(
