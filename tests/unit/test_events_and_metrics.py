@@ -133,6 +133,38 @@ def test_few_wait_until_there_are_enough():
     assert [*"ab"] == box.items
 
 
+def test_what_is_refused_is_tried_less_and_less_often_and_not_sooner_for_what_comes():
+    box, waits = Receiver(*[False] * 99, at_once=2, every_s=30), []
+
+    def wait_for(is_time, most_s):
+        waits.append((is_time(), most_s))
+        box.outbox.put("more")
+        if len(waits) == 9:
+            box.outbox._stop_by_s = ic.time.monotonic() - 1
+
+    box.outbox._changed.wait_for = wait_for
+    box.outbox.put("one")
+    box.outbox._send_all()
+
+    assert [(False, seconds) for seconds in (30, 1, 2, 4, 8, 16, 32, 60, 60)] == waits
+
+
+def test_it_is_time_once_enough_wait_or_at_the_end():
+    for items, stop_by_s, is_time in (("a", None, False), ("ab", None, True), ("", 1, True)):
+        box, seen = Receiver(at_once=2), []
+
+        def wait_for(ready, most_s):
+            seen.append(ready())
+            box.outbox._stop_by_s = 0
+
+        box.outbox._changed.wait_for = wait_for
+        for item in items:
+            box.outbox.put(item)
+        box.outbox._stop_by_s = stop_by_s
+        box.outbox._send_all()
+        assert [is_time] == seen
+
+
 def test_where_there_is_no_more_room_the_oldest_goes_and_is_counted():
     box = Receiver()
     for item in "abcd":
@@ -269,6 +301,38 @@ def test_a_call_that_cost_more_than_its_bound_is_an_alert(cost, bound, is_alerte
     watched.reporter.settled(*settled(cost_microdollars=cost, bound=bound))
 
     assert ["bound_exceeded"] * is_alerted == [event for event, *_ in watched.alerted]
+
+
+def test_the_log_says_of_a_call_what_is_known_of_it():
+    _, row = settled(estimated="no answer", session="s", price_key=None, input_tokens=None)
+    shown = ic.row_shown(row)
+
+    assert ("other", 0, 2, "0.000007", "no answer", "s") == tuple(shown[name] for name in (
+        "model", "input_tokens", "output_tokens", "cost_usd", "estimated", "session"))
+    exact = ic.row_shown(settled(output_tokens=None)[1])
+    assert ("m", 1, 0, False, False) == (exact["model"], exact["input_tokens"],
+                                         exact["output_tokens"], "estimated" in exact,
+                                         "session" in exact)
+
+
+@pytest.mark.parametrize("estimated, count", [(None, 0), ("no answer", 1)])
+def test_charges_that_are_estimated_are_counted(estimated, count):
+    watched = Watched()
+    watched.reporter.settled(*settled(estimated=estimated, input_tokens=None, output_tokens=None))
+
+    assert count == watched.reporter.totals.snapshot()["by_token"]["alice"]["estimated_requests"]
+    assert (bool(count), 0, 0) == (watched.told[0].is_estimated, watched.told[0].input_tokens,
+                                   watched.told[0].output_tokens)
+
+
+@pytest.mark.parametrize("url", [None, "https://chat.example/hook"])
+def test_there_are_alerts_where_there_is_a_url_for_them(url):
+    settings = SimpleNamespace(alert_url=url)
+    reporter = ic.Reporter(settings, ic.Turns(), None, lambda: [])
+
+    assert url == (reporter.alerts and reporter.alerts.url)
+    reporter.alert("event", "text", more=1)
+    assert url is None or (1, 0) == reporter.alerts.outbox.counts()
 
 
 def test_a_model_without_a_price_is_not_named_where_a_name_would_be_a_label():
