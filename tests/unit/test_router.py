@@ -607,6 +607,16 @@ def test_a_translated_stream_that_only_begins_before_its_error_has_a_status(carr
 
 
 @pytest.mark.parametrize("path", ON_GPT_5)
+def test_a_stream_that_only_begins_is_heard_of_at_the_first_ping(carrier, path):
+    data = stream(CREATED, failed("server_error"))
+    at = data.index(b"\n\n") + 2
+
+    status, body, _ = carrier.call(path, ON_GPT_5[path], data[:at], TimeoutError(), data[at:])
+
+    assert 200 == status and b"ping" in body and b"no, sorry" in body
+
+
+@pytest.mark.parametrize("path", ON_GPT_5)
 @pytest.mark.parametrize("output", [[], [{"type": "message", "content": [
     {"type": "output_text", "text": "half"}]}]], ids=["nothing", "a half"])
 @pytest.mark.parametrize("code, status", [("context_length_exceeded", 400),
