@@ -7870,16 +7870,16 @@ def carrying_api(api: str, provider: Provider, model: str,
 
 
 def begun_late(events: Iterator[AnswerEvent]) -> Iterator[AnswerEvent]:
-    """Yield an answer's events, of which the first one waits until it goes on, or for a ping: a
-    call that fails before has a status. Where it is missing, it is made."""
-    began = None
+    """Yield an answer's events, of which those that say nothing yet wait for more, or for a ping: a
+    call that fails before has a status. A first one that is missing is made."""
+    held: list[AnswerEvent] = []
     for event in events:
-        if isinstance(event, Began):
-            began = event
-        elif began is None and event is PING:
+        if event is PING and not held:
             yield event
-        else:
-            yield from (began or Began("", None), event)
+            continue
+        held += (event,) if held or isinstance(event, Began) else (Began("", None), event)
+        if not isinstance(event, (Began, Opened)):
+            yield from held
             break
     yield from events
 

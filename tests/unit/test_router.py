@@ -634,7 +634,8 @@ def test_a_whole_response_that_failed_keeps_its_code_and_words(carrier, path, ou
     RESPONSES[0], {**RESPONSES[1], "model": "claude-haiku-4-5"})], ids=["chat", "responses"])
 def test_a_message_that_only_begins_and_pings_before_its_error_has_a_status(carrier, path, fields):
     status, body, _ = carrier.call(path, {**fields, **STREAM}, stream(
-        MESSAGE_START, {"type": "ping"},
+        MESSAGE_START, {"type": "content_block_start", "index": 0, "content_block": {
+            "type": "text", "text": ""}}, {"type": "ping"},
         {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}))
 
     assert 503 == status and "Overloaded" in json.loads(body)["error"]["message"]
