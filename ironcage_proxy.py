@@ -12706,6 +12706,7 @@ class Reporter:
             settings.alert_url, secrets, lambda name: turns.on_fault(name))
         self.tell_server: Callable[[Event], None] = lambda event: None
         self._turns, self._accounts = turns, accounts
+        self._telling = threading.local()              # what this thread hands to on_event
 
     def settled(self, call: Call, row: Mapping[str, Any]) -> None:
         """Count a settled call, log it, and report it."""
@@ -12777,10 +12778,17 @@ class Reporter:
         if self.settings.on_event is None:
             return
         try:
+            self._telling.event = event
             with self._turns.outside():
                 self.settings.on_event(event)
         except Exception:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
+        finally:
+            self._telling.event = None
+
+    def tells(self) -> bool:
+        """Whether this is called from `on_event`."""
+        return getattr(self._telling, "event", None) is not None
 
 
 # ==== 23. Iron Cage server ======================================================================
@@ -15891,8 +15899,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def stop(self) -> None:
         """Stop accepting, let requests in flight finish for a while, then cut and settle them.
 
-        Whoever calls this while another does waits for the end of it.
+        Whoever calls this while another does waits for the end of it; `on_event` waits for nothing.
         """
+        if self.router.reporter.tells():               # whose call is to end first
+            threading.Thread(target=self.stop, name="ironcage-stop").start()
+            return
         with self._stopping:
             is_first, self.is_stopping = not self.is_stopping, True
         if not is_first:
@@ -16679,6 +16690,25 @@ def _providers_from(values: dict, environ: Mapping[str, str]) -> tuple[Provider,
                 at_base_url(provider, url) if url else provider, environ,
                 allow_plain_http=bool(values.get("allow_plain_http"))))
     return tuple(providers)
+
+
+def flags_from(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return settings by their fields, as an embedder gives them, as flags; and those that no flag
+    can give, or takes in another unit, or whose variable might say otherwise. Raises Misconfigured.
+    """
+    argv, as_they_are = [], {**values}
+    for row in SETTINGS:
+        value = values.get(row.field)
+        if (not row.metavar and isinstance(value, bool)) or (
+                re.search("_(bytes|s)$", row.field) and type(value) in (int, float)):
+            with checking(f"{row.field}:"):
+                value_like(lambda size: 0 <= size < 10 ** 12, "a number from 0 up")(value)
+            continue
+        as_they_are.pop(row.field, None)
+        argv += [f"{row.flag}={item}" for item in (
+            value if isinstance(value, (list, tuple)) and row.repeats else [value])
+            if item is not None]
+    return argv, as_they_are
 
 
 def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
@@ -17638,32 +17668,28 @@ class LlmRouter:
                  ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
                  environ: Optional[Mapping[str, str]] = None, **more: Any) -> None:
-        name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
+        name = "anthropic" if str(provider_key).startswith("sk-ant-") else "openai"
         hidden = {"IRONCAGE_TOKEN", *(known.key_env for known in KNOWN_PROVIDERS.values()
                                       if provider_key is not None)}
         given = os.environ if environ is None else environ
         environ = {variable: value for variable, value in given.items()
                    if re.sub("_FILE$", "", variable) not in hidden}
+        flags = {"port": 0, "token": api_key or None, "cage": cage, "budget_microdollars": budget,
+                 "stop_at_microdollars": stop_at, "shared": shared, "ledger_path": ledger, **more}
         if provider_key is not None:
+            if not isinstance(provider_key, str):
+                raise Misconfigured("provider_key must be text")
             environ[KNOWN_PROVIDERS[name].key_env] = provider_key
         elif server_url is not None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
-            with checking("server_url:"):
-                more = {"server_url": parse_base_url(server_url),
-                        "cache_ttl_s": cache_ttl_seconds, **more}
-        if shared is not None:
-            with checking("shared:"):
-                more = {"shared": parse_engine_url(shared), **more}
+            flags.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
         for field in more.keys() - {*Settings._fields}:
             raise Misconfigured(f"LlmRouter has no {shown_name(field)}"
                                 f"{did_you_mean(field, Settings._fields)}")
-        flags = {"--port": 0, "--cage": cage, "--budget": budget, "--stop-at": stop_at,
-                 "--ledger": ledger}
-        settings = settings_from([f"{flag}={value}" for flag, value in flags.items()
-                                  if value is not None], environ)
-        self._server = ProxyServer(settings._replace(**{
-            "token": api_key or settings.token, "on_event": on_event, "quiet": True, **more}))
+        argv, as_they_are = flags_from(flags)
+        self._server = ProxyServer(settings_from(argv, environ)._replace(**{
+            "on_event": on_event, "quiet": True, **as_they_are}))
         self._provider = name
         self._is_running = True
         self._server.start()
@@ -17721,10 +17747,10 @@ class LlmRouter:
                 **self._server.router.totals.snapshot()}
 
     def stop(self) -> None:
-        """Let requests in flight finish, settle everything, free the port. Again: nothing."""
-        if self._is_running:
-            self._is_running = False
-            self._server.stop()
+        """Let requests in flight finish, settle everything, free the port. Again: nothing. Within
+        `on_event` it only begins that, since the event's own call is in flight."""
+        self._is_running = False
+        self._server.stop()
 
     def __enter__(self) -> LlmRouter:
         return self

@@ -107,6 +107,42 @@ def test_a_budget_that_is_no_amount_is_refused(router_for, budget):
         router_for(budget=budget)
 
 
+@pytest.mark.parametrize("field, value, words", [
+    ("bound", "foo", "--bound: must be measured or bytes"), ("wait_s", -1, "wait_s: "),
+    ("wait_s", float("nan"), "wait_s: "), ("keep_days", 0, "--keep-days: "),
+    ("max_body_bytes", -1, "max_body_bytes: "), ("log_format", "xml", "--log-format: "),
+    ("alert_url", "ftp://x", "--alert-url: "), ("port", "many", "--port: "),
+    ("api_key", "short", "--token: "), ("api_key", "abcdefgh\r\nx: y", "--token: "),
+    ("provider_key", 5, "provider_key must be text"), ("allow_fields", ["a b"], "--allow-field: "),
+    ("strict", "yes", "strict")])
+def test_what_an_embedder_sets_is_looked_at_as_a_flag_is(router_for, field, value, words):
+    with pytest.raises(program().Misconfigured, match=words):
+        router_for(**{field: value})
+
+
+def test_an_embedder_sets_what_a_flag_sets(router_for):
+    router = router_for(port="0", wait_s=0.5, max_body_bytes=70_000, allow_hosts="myhost", strict=True,
+                        allow_fields=("one", "two"), api_key=12345678)
+    settings = router._server.settings
+
+    assert (0.5, 70_000, ("myhost",), True, ("one", "two"), "12345678") == (
+        settings.wait_s, settings.max_body_bytes, settings.allow_hosts, settings.strict,
+        settings.allow_fields, router.api_key)
+
+
+def test_a_handler_of_events_can_stop_the_router_and_its_call_ends(router_for):
+    made = []
+    router = router_for(on_event=lambda event: made[0].stop() if type(event).__name__
+                        == "LlmRequestCompleted" else None)
+    made.append(router)
+
+    assert 200 == ask(router).status
+
+    router.stop()                              # waits for what the handler began
+    with pytest.raises(OSError):
+        call(router.port, "GET", "/", token=None)
+
+
 def test_an_empty_budget_is_refused_not_none(router_for):
     with pytest.raises(program().Misconfigured, match="--budget has an empty value"):
         router_for(budget="")
