@@ -5506,7 +5506,7 @@ class _ChatRequest(_OpenAIRequest):
                 return
             if isinstance(last["content"], str):
                 last["content"] = _parts_of(last["content"])
-            last["content"] += _parts_of(content)
+            last["content"].extend(_parts_of(content))
             return
         if (last["role"], role) == ("tool", "user") and not self._target.manners.user_after_tool:
             self._messages.append({"role": "assistant", "content": "I have the results."})
