@@ -1577,7 +1577,7 @@ class PriceBook:
         self._own: Mapping[str, Any] = {}                  # the rows that the operator has added
         self._base: Optional[PriceBook] = None             # which has read the others, or will
         self._prices: dict[str, Union[Price, str]] = {}    # a race computes a row twice, alike
-        self._found = functools.lru_cache(maxsize=1024)(self._find)
+        self.find = functools.lru_cache(maxsize=1024)(self._find)
 
     @classmethod
     def load(cls, path: str) -> PriceBook:
@@ -1632,10 +1632,6 @@ class PriceBook:
                 except ValueError as err:
                     self._prices[key] = str(err)
         return self._prices[key]
-
-    def find(self, model: str, provider: str = "") -> Optional[Price]:
-        """The price of a model as a provider sells it, or None."""
-        return self._found(model, provider) if len(model) <= MAX_MODEL_CHARS else None
 
     def _find(self, model: str, provider: str = "") -> Optional[Price]:
         """The price of a model as a provider sells it: its own, else the one that stands in for
@@ -1776,8 +1772,8 @@ def billed_entries(usage: Mapping[str, Any],
               for counts in map(read, (*iterations, {**NO_TOKENS, **usage}))]
     if sum(tokens[:-1]) < tokens[-1]:
         return [(model, usage)]
-    return [(entry["model"] if isinstance(entry.get("model"), str) else model, entry)
-            for entry in iterations]
+    return [(entry["model"][:MAX_MODEL_CHARS] if isinstance(entry.get("model"), str) else model,
+             entry) for entry in iterations]
 
 
 def _multiplier(price: Price, usage: Mapping[str, Any], api: str,
@@ -3547,7 +3543,7 @@ class AnswerMeter:
         """The fields that whole answers, chat chunks and `response` objects have in common."""
         self._report(usage_in(result))
         if isinstance(result.get("model"), str):
-            self.model = result["model"]
+            self.model = result["model"][:MAX_MODEL_CHARS]
         if isinstance(result.get("id"), str):
             self.answer_id = result["id"]
         if isinstance(result.get("service_tier"), str):

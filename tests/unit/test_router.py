@@ -128,13 +128,21 @@ def test_every_model_that_a_request_names_beside_its_own_is_found(fields, models
 @pytest.mark.parametrize("fields", [
     {"model": "m" * 513}, {"model": "m", "models": ["m" * 513]}, {"model": "m", "MODEL": "m" * 513},
     {"model": "m", "tools": [{"model": "m" * 513}]}])
-def test_a_name_too_long_to_look_for_is_refused_and_kept_nowhere(fields):
+def test_a_name_too_long_to_look_for_is_refused(fields):
     assert "m" * 512 == ic.named_model({"model": "m" * 512})
 
     with pytest.raises(ic.BadRequest, match="at most 512 characters"):
         [ic.named_model(fields), *ic.other_models(fields)]
 
-    assert PRICES.find("m" * 513) is None and 0 == PRICES._found.cache_info().currsize
+
+def test_no_answer_names_a_model_by_more():
+    meter, name = ic.AnswerMeter("messages"), "m" * 513
+    meter.read_answer(json.dumps({"model": name, "content": []}).encode())
+
+    assert "m" * 512 == meter.model
+    assert "m" * 512 == ic.billed_entries({"iterations": [{
+        "model": name, "input_tokens": 1, "output_tokens": 1}]}, "x")[0][0]
+
 
 
 @pytest.mark.parametrize("content_type, is_taken", [
