@@ -17349,20 +17349,20 @@ def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
             for row in rows)))
     if action not in ("add", "revoke") or not words or (action == "revoke" and len(words) > 1):
         raise Misconfigured("tokens takes: list, add NAME [field=value ...], or revoke NAME")
-    config = read_config(path) if action == "revoke" or os.path.exists(path) else {}
-    shown, tokens = shown_name(words[0]), config.setdefault("tokens", [])
-    known = [row for row in tokens if isinstance(row, dict) and row.get("name") == words[0]]
-    if bool(known) is (action == "add"):
-        raise Misconfigured(f"there is a token named {shown} in {path} already" if known
-                            else f"there is no token named {shown} in {path}")
-    if action == "revoke":
-        config["tokens"] = [row for row in tokens if row not in known]
-        said = f"{shown} is revoked"
-    else:
-        token = new_token()
-        tokens.append(_token_row(words[0], token, words[1:]))
-        said = f"{token}\n  is the token {shown}; it is not shown again"
-    _replace_file(path, config)
+    shown = shown_name(words[0])
+    with _edited(path) as config:
+        tokens = config.setdefault("tokens", [])
+        known = [row for row in tokens if isinstance(row, dict) and row.get("name") == words[0]]
+        if bool(known) is (action == "add"):
+            raise Misconfigured(f"there is a token named {shown} in {path} already" if known
+                                else f"there is no token named {shown} in {path}")
+        if action == "revoke":
+            config["tokens"] = [row for row in tokens if row not in known]
+            said = f"{shown} is revoked"
+        else:
+            token = new_token()
+            tokens.append(_token_row(words[0], token, words[1:]))
+            said = f"{token}\n  is the token {shown}; it is not shown again"
     print(said)
 
 
@@ -17389,25 +17389,32 @@ def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, An
     return fields
 
 
-def _replace_file(path: str, config: Mapping[str, Any]) -> None:
-    """Write a configuration in one step: a reader sees the old file or the new one."""
+@contextlib.contextmanager
+def _edited(path: str) -> Iterator[dict]:
+    """Yield a configuration to change, and put it in place in one step: a reader sees the old file
+    or the new one, and of two edits at once one is refused. Raises Misconfigured."""
     path = os.path.realpath(path)
-    try:
-        handle = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "w", encoding="utf-8") as file:
-            if os.name == "posix" and os.path.exists(path):       # a proxy must still read it
-                old = os.stat(path)
-                with contextlib.suppress(PermissionError):        # a file of somebody else
-                    os.fchown(handle, old.st_uid, old.st_gid)
-                os.fchmod(handle, stat.S_IMODE(old.st_mode))
-            json.dump(config, file, indent=2, default=float)       # of a Decimal: as it was read
-            file.write("\n")
-        os.replace(path + ".new", path)
-    except FileExistsError:
-        raise Misconfigured(f"{path}.new exists: another edit is under way, or was cut off and "
-                            "left it; remove it then") from None
-    except OSError as err:
-        raise Misconfigured(f"{path} cannot be written: {_reason(err)}") from err
+    with contextlib.ExitStack() as undo:
+        try:
+            handle = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            undo.callback(os.unlink, path + ".new")
+            with open(handle, "w", encoding="utf-8") as file:
+                config = read_config(path) if os.path.exists(path) else {}
+                yield config
+                if os.name == "posix" and os.path.exists(path):       # a proxy must still read it
+                    old = os.stat(path)
+                    with contextlib.suppress(PermissionError):        # a file of somebody else
+                        os.fchown(handle, old.st_uid, old.st_gid)
+                    os.fchmod(handle, stat.S_IMODE(old.st_mode))
+                json.dump(config, file, indent=2, default=float)      # of a Decimal: as it was read
+                file.write("\n")
+            os.replace(path + ".new", path)
+            undo.pop_all()
+        except FileExistsError:
+            raise Misconfigured(f"{path}.new exists: another edit is under way, or was cut off and "
+                                "left it; remove it then") from None
+        except OSError as err:
+            raise Misconfigured(f"{path} cannot be written: {_reason(err)}") from err
 
 
 # The self-test: each guarantee tried on a real server against a fake provider, in this process.

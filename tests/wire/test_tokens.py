@@ -274,6 +274,24 @@ def run(*argv, capsys):
     return code, out, err
 
 
+def test_of_two_edits_at_once_one_is_refused_and_none_is_lost(config, capsys, monkeypatch):
+    module, flags = program(), ("--config", str(config))
+    read, codes = module.read_config, []
+    assert 0 == run("tokens", "add", "first", *flags, capsys=capsys)[0]
+
+    def beside(path):
+        found = read(path)
+        monkeypatch.setattr(module, "read_config", read)
+        codes.append(module.main(["tokens", "add", "second", *flags]))
+        return found
+    monkeypatch.setattr(module, "read_config", beside)
+    codes.append(module.main(["tokens", "add", "third", *flags]))
+
+    added = {name for name, code in zip(("second", "third"), codes) if code == 0}
+    assert {"first", *added} == {row["name"] for row in json.loads(config.read_text())["tokens"]}
+    assert [2, 0] == codes and [config.name] == [path.name for path in config.parent.glob("cage*")]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX")
 @pytest.mark.parametrize("mode", [0o640, 0o600, 0o644])
 def test_a_configuration_that_is_edited_can_be_read_by_whoever_could(config, capsys, mode):
