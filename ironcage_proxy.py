@@ -15304,6 +15304,11 @@ def host_name(authority: str) -> str:
     return (match[1] or match[2]).lower() if match else "?"
 
 
+def own_host(name: str) -> str:
+    """Return a host of our own, which a setting names, as host_name() does."""
+    return host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
+
+
 IDLE, READING, SERVING, LEAVING, CLOSED = "idle", "reading", "serving", "leaving", "closed"
 CAN_GO = frozenset({IDLE, READING, LEAVING})       # closed without harm to a call
 
@@ -15811,9 +15816,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._listen()
             undo.pop_all()
         self._looked_s = time.monotonic()
-        self.allowed_hosts = {
-            host_name(f"[{name}]" if name.count(":") > 1 and "[" not in name else name)
-            for name in (settings.host, *settings.allow_hosts)}
+        self.allowed_hosts = {*map(own_host, (settings.host, *settings.allow_hosts))} - {"?"}
         self.started_s = time.monotonic()
         self.on_failure: Callable[[], Any] = lambda: None
         self.turns.on_fault = self.fail
@@ -16382,7 +16385,9 @@ _parse_port = _number_like("a port number from 0 to 65535", 0, 65535)
 _parse_seconds = _number_like("a whole number of seconds", 0, 99_999)
 _parse_days = _number_like("a whole number of days from 1 up", 1, 99_999)
 _parse_megabytes = _number_like("a whole number of megabytes from 1 up", 1, 999_999, 1024 * 1024)
-_parse_host_name = text_like(r"[A-Za-z0-9._:\[\]-]{1,255}", "a host name or an address")
+_parse_host_name = value_like(
+    lambda text: re.fullmatch(r"[A-Za-z0-9._:\[\]-]{1,255}", text) and own_host(text) != "?",
+    "a host name or an address")
 _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
 _parse_field = text_like(HATCH_NAME, "the name of a field, such as top_k or a.b")
 

@@ -62,6 +62,8 @@ BAD_USES = {
     "price file that is not there": ["--pricing", "/nonexistent.json"],
     "price file that is a folder": ["--pricing", "/"],
     "host name": ["--host", "a b"],
+    "host with a port that is none": ["--allow-host", "a:b"],
+    "half a bracket": ["--allow-host", "[::1"],
 }
 
 
