@@ -16621,7 +16621,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     if wrapped is not None and (command != "serve" or rest or not wrapped):
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
     for row in (*SETTINGS, *OPTIONS):
-        if given[row.field] == "":
+        if isinstance(given[row.field], str) and not given[row.field].strip():
             raise Misconfigured(f"{row.flag} {EMPTY}")
         if given[row.field] and command not in row.commands.split():
             raise _unknown_flag(command, row.flag, str(given[row.field]))
@@ -16645,8 +16645,9 @@ _OF_A_SERVICE = (r"(?s)IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[
 def _setting_value(row: Setting, given: Any, environ: Mapping[str, str]) -> Any:
     """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
     text = environ.get(row.env, "")
-    if not given and not text and row.env in environ and row.field in LIMITS_SPEND:
-        raise Misconfigured(f"{row.env} {EMPTY}: it would set no limit")
+    for name in (row.env, f"{row.env}_FILE") if row.field in LIMITS_SPEND and not given else ():
+        if name in environ and not environ[name].strip():
+            raise Misconfigured(f"{name} {EMPTY}: it would set no limit")
     if not given and (not text or re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}")):
         return None
     with checking(f"{row.flag if given else row.env}:"):

@@ -48,10 +48,12 @@ def test_a_misspelled_variable_is_refused_as_a_flag_is(argv, name, meant):
     assert f"IRONCAGE_{name} sets nothing (did you mean IRONCAGE_{meant}?)" in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["BUDGET", "STOP_AT", "SHARED", "LEDGER"])
-def test_an_empty_variable_that_would_limit_spend_is_refused(name):
+@pytest.mark.parametrize("name, empty", [
+    ("BUDGET", ""), ("STOP_AT", ""), ("SHARED", ""), ("SHARED_FILE", ""), ("LEDGER", ""),
+    ("BUDGET", " "), ("LEDGER", " ")])
+def test_an_empty_variable_that_would_limit_spend_is_refused(name, empty):
     with pytest.raises(ic.Misconfigured, match=f"IRONCAGE_{name} has an empty value"):
-        ic.settings_from([], {"IRONCAGE_BUDGET": "2", f"IRONCAGE_{name}": ""})
+        ic.settings_from([], {"IRONCAGE_BUDGET": "2", f"IRONCAGE_{name}": empty})
 
 
 def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_setting():

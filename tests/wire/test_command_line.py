@@ -48,6 +48,7 @@ BAD_USES = {
     "infinite budget": ["--budget", "inf"],
     "budget of a variable that is not set": ["--budget", ""],
     "stop of a variable that is not set": ["--budget", "1", "--stop-at="],
+    "ledger of blanks": ["--ledger", " "],
     "token with a space": ["--token", "a b c d e f g h"],
     "short token": ["--token", "abc"],
     "one token twice": ["--token", TOKEN, "--admin-token", TOKEN],
