@@ -396,7 +396,7 @@ def test_a_ledger_or_configuration_that_cannot_be_used_is_one_line(capsys, argv,
     assert fault in err
 
 
-@pytest.mark.parametrize("model", ["gpt-\ud800", "x" * 100_000, "a\nb", "\u202e"])
+@pytest.mark.parametrize("model", ["gpt-\ud800", "x" * 512, "a\nb", "\u202e"])
 def test_a_strange_model_name_cannot_break_the_ledger(mock, proxy_for, tmp_path, model):
     proxy = proxy_for("--ledger", str(tmp_path / "cage.db"))
 
