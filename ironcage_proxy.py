@@ -14577,9 +14577,8 @@ class Router:
         whose = named or self.routes.of_path(request, path)
         if not is_free_route(method, path, whose) and not any(
                 fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
-            raise UnmeteredRoute(
-                f"{method} {path[:100]} is not metered, so it cannot be used under a budget; "
-                f"--allow-path lets a path through unmetered")
+            raise UnmeteredRoute(f"{method} {path[:100]} is not metered, so it cannot be used "
+                                 "under a budget; --allow-path lets a path through unmetered")
 
     @staticmethod
     def _counted_here(request_id: str, api: str, provider: Provider,
@@ -16245,7 +16244,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if not fields or not fields.keys() <= names.keys():
             raise BadRequest("the body must be {\"limit_usd\": \"20.00\"}, with or without a "
                              "\"stop_at_usd\"", param="limit_usd")
-        name = next(iter(fields))
         try:
             limits = {}
             for name, value in fields.items():
