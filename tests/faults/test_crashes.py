@@ -17,6 +17,12 @@ CHAT = {"model": "gpt-4o-mini", "max_tokens": 400,
         "messages": [{"role": "user", "content": "hello there"}]}
 MESSAGE = {**CHAT, "model": "claude-haiku-4-5"}
 
+IMPATIENT = """
+import sys, ironcage_proxy as ic
+ic.LEDGER_BUSY_S = 0.2
+sys.exit(ic.main())
+"""
+
 posix = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and file limits are POSIX")
 
 
@@ -173,7 +179,7 @@ def test_a_full_disk_refuses_new_calls_and_loses_none(tmp_path):
 
 def test_a_ledger_locked_by_another_program_refuses_and_goes_on_afterwards(tmp_path):
     path = str(tmp_path / "cage.db")
-    with MockProvider() as mock, served(mock, path, "--budget", "10") as server:
+    with MockProvider() as mock, served(mock, path, "--budget", "10", code=IMPATIENT) as server:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         refused = call(server.port, "POST", "/v1/chat/completions", CHAT)

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from forked import MAIN
 from support import (PATIENCE_S, TOKEN, Gate, RawClient, Served, call, pause, program,
                      proxy_environment, settled_status, turn_of, until)
 
@@ -14,7 +15,9 @@ ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
 CAGED, OTHER = "ic_caged_token_0123", "ic_other_token_0123"
-FLOOD = 1_100
+# A server of fewer places, for it takes a second to open 1,100 connections; and one as it is.
+FEW, FLOOD = "import sys, ironcage_proxy as ic\nic.MAX_CONNECTIONS = 256\nsys.exit(ic.main())", 1_100
+FLOODS = [(FEW, 300), pytest.param(MAIN, FLOOD, marks=pytest.mark.soak)]
 HEAD = ("POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {}\r\n"
         "content-length: {}\r\n\r\n")
 HALVES = {
@@ -58,7 +61,7 @@ def is_closed(sock):
 
 
 @contextlib.contextmanager
-def flooded(port, data, count=FLOOD):
+def flooded(port, data, count):
     socks = [connected(port, data) for _ in range(count)]
     try:
         yield socks
@@ -81,13 +84,13 @@ def timed_calls(port, token, count, answers):
             answers.append((time.monotonic() - begun_s, status))
 
 
-def beside(port, data, token, callers=4, count=10):
+def beside(port, data, token, flood, callers=4, count=10):
     """What callers get before, while and after a flood comes."""
     answers = []
     threads = [threading.Thread(target=timed_calls, args=(port, token, count, answers))
                for _ in range(callers)]
     threads[0].start()
-    with flooded(port, data):
+    with flooded(port, data, flood):
         for thread in threads[1:]:
             thread.start()
         for thread in threads:
@@ -106,12 +109,13 @@ def allow_files(count):
             pytest.skip(f"{count} files cannot be opened here")
 
 
+@pytest.mark.parametrize("code, flood", FLOODS, ids=["few places", "all places"])
 @pytest.mark.parametrize("data", HALVES.values(), ids=HALVES)
-def test_beside_a_flood_another_caller_gets_its_answers(mock, config, data):
+def test_beside_a_flood_another_caller_gets_its_answers(mock, config, data, code, flood):
     allow_files(2 * FLOOD)
-    with Served("--token", TOKEN, "--config", config(), "--budget", "10",
+    with Served("--token", TOKEN, "--config", config(), "--budget", "10", code=code,
                 environ=proxy_environment(mock)) as served:
-        answers = beside(served.port, data, OTHER)
+        answers = beside(served.port, data, OTHER, flood)
 
     assert {200} == {status for _, status in answers}
 

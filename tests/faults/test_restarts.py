@@ -305,7 +305,7 @@ def restarts(mock, listener, ledger, rounds, threads, cuts):
 def stopped(serving, hanging):
     """Stop a process, which lets calls finish or, where some hang, cuts them at a second signal."""
     serving.process.send_signal(signal.SIGTERM)
-    for patience_s in (0.5, 5, 5):               # of two signals that come at once one is seen
+    for patience_s in (0.2, 5, 5):               # of two signals that come at once one is seen
         with contextlib.suppress(subprocess.TimeoutExpired):
             serving.process.wait(patience_s)
             break

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from engines import free_port
 from support import (ADMIN_TOKEN, PATIENCE_S, ROOT, TOKEN, Gate, Hang, RawClient, Reply, Served,
-                     call, program, proxy_environment, run_program, said, started, until)
+                     call, compiled_program, program, proxy_environment, run_program, said, started,
+                     until)
 
 PROGRAM = str(ROOT / "ironcage_proxy.py")
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 9, "stream": True,
@@ -178,8 +179,7 @@ def test_two_files_in_an_empty_folder_are_enough(tmp_path):
 
 
 def test_without_a_price_table_a_budget_is_refused_and_none_is_warned_of(tmp_path):
-    shutil.copy(PROGRAM, tmp_path)
-    program = str(tmp_path / "ironcage_proxy.py")
+    program = shutil.copy(compiled_program(), tmp_path)
 
     refused = subprocess.run([sys.executable, program, "--budget", "1"], capture_output=True,
                              text=True, env={})

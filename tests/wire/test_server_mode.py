@@ -102,7 +102,7 @@ def proxy_of(mock, cage, proxy_for, monkeypatch):
     """A proxy in server mode, without a key of its own, which waits for nothing needlessly."""
     monkeypatch.setattr(program(), "SERVER_RETRY_S", 0)
     monkeypatch.setattr(program(), "RETRY_POLL_S", 0.01)
-    monkeypatch.setattr(program(), "SERVER_STOP_S", 0.2)
+    monkeypatch.setattr(program(), "SERVER_STOP_S", 0.1)
     environ = {name: value for name, value in proxy_environment(mock).items()
                if not name.endswith("_API_KEY")}
 
