@@ -782,10 +782,8 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 # the URL of a part; screenshots are nearly all of what computer-using agents send at each turn.
 LEAST_DATA_BYTES = 4096
 _DATA_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_-"
+_DATA_WORD = re.compile(rb"(data[0-9a-f]{22})")
 _DATA_URL_START = re.compile(rb"(data:[A-Za-z0-9/+.;=-]{1,128},)?")
-
-
-MARK_BYTES, WORD_BYTES = 16, 24         # of a word that stands for data: all begin alike
 
 
 class InlineData(str):
@@ -823,17 +821,10 @@ class JsonBody:
             if not left and not is_first:     # behind it all stays
                 break
         pieces.append(text[done:])
-        return [part for piece in pieces for part in self._with_data(piece)] \
-            if self.data else pieces
-
-    def _with_data(self, piece: bytes) -> Iterator[bytes]:
-        """Yield a piece of the text, with the data in place of their words."""
-        mark = next(iter(self.data))[:MARK_BYTES]
-        text, *others = bytes(piece).split(mark)
-        yield text
-        for other in others:
-            yield self.data[mark + other[:WORD_BYTES - MARK_BYTES]].raw
-            yield other[WORD_BYTES - MARK_BYTES:]
+        if not self.data:
+            return pieces
+        return [self.data[part].raw if part in self.data else part
+                for piece in pieces for part in _DATA_WORD.split(piece)]
 
 
 _scan_json = json.JSONDecoder().scan_once          # type: ignore[attr-defined]
@@ -915,8 +906,8 @@ def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSON
     view, pieces, data, done = memoryview(raw), [], {}, 0
     mark = b""
     for start, end in _data_spans(raw):
-        mark = mark or secrets.token_hex(MARK_BYTES // 2).encode()     # that no client can know
-        word = b"%b%08x" % (mark, len(data))
+        mark = mark or secrets.token_hex(8).encode()        # that no client can know
+        word = b"data%b%06x" % (mark, len(data))
         data[word] = InlineData(view[start:end], "ascii")
         data[word].raw = view[start:end]
         pieces += [view[done:start], word]
@@ -928,9 +919,6 @@ def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSON
         [(name, words.get(value, value) if type(value) is str else value)
          for name, value in pairs]))
     return b"".join([*pieces, view[done:]]), data, decoder
-
-
-COUNTED_BYTES = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
 
 
 def _nested_deeper_than(value: Any, depth: int) -> bool:
@@ -982,8 +970,7 @@ def parse_json_object(raw: bytes, hold: Callable[[int], Any] = abs) -> JsonBody:
         raise BadRequest(f"the request body is not JSON: {err}") from None
     if not isinstance(fields, dict):
         raise BadRequest("the request body must be a JSON object")
-    if (len(text) > COUNTED_BYTES or text.count(b"{") + text.count(b"[") > MAX_JSON_DEPTH) \
-            and _nested_deeper_than(fields, MAX_JSON_DEPTH):
+    if len(text) > 2 * MAX_JSON_DEPTH and _nested_deeper_than(fields, MAX_JSON_DEPTH):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
     return JsonBody(raw, fields, text, data)
 
@@ -3367,9 +3354,10 @@ def error_in(body: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     error = body.get("error")
     if error or isinstance(error, dict):
         return error if isinstance(error, dict) else {"message": error}
-    is_bare = not body.keys() & {"type", "object", "choices", "content", "output", "usage"}
     has_words = isinstance(body.get("message"), str) or body.get("detail")      # as FastAPI's
-    return body if body.get("type") == "error" or (is_bare and has_words) else None
+    is_bare = has_words and not body.keys() & {"type", "object", "choices", "content", "output",
+                                               "usage"}
+    return body if body.get("type") == "error" or is_bare else None
 
 
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
@@ -3482,7 +3470,7 @@ class AnswerMeter:
         if isinstance(parsed, dict):
             self.output_bytes = sum([_text_bytes(parsed.get(name))
                                      for name in ("choices", "content", "output")])
-            self._read_result(parsed)
+            self._read_result(parsed, usage_in(parsed))
             self._end()
             self._bytes_at_usage = self.output_bytes
             error = error_in(parsed)
@@ -3539,9 +3527,10 @@ class AnswerMeter:
         first = parsed[0] if isinstance(parsed, list) and parsed else None
         return first if "error" in json_object(first) else parsed        # as Gemini sends errors
 
-    def _read_result(self, result: Mapping[str, Any]) -> None:
-        """The fields that whole answers, chat chunks and `response` objects have in common."""
-        self._report(usage_in(result))
+    def _read_result(self, result: Mapping[str, Any], usage: Any) -> None:
+        """The fields that whole answers, chat chunks and `response` objects have in common, and
+        the usage that one has."""
+        self._report(usage)
         if isinstance(result.get("model"), str):
             self.model = result["model"][:MAX_MODEL_CHARS]
         if isinstance(result.get("id"), str):
@@ -3604,11 +3593,12 @@ class AnswerMeter:
             self.output_bytes += shown
             self._finished[index] = choice.get("finish_reason") is not None or (
                 not shown and self._finished.get(index, False))
-        if usage_in(chunk) is not None:
+        usage = usage_in(chunk)
+        if usage is not None:
             # Running usage beside choices is not final before the end.
             self.awaits_usage = bool(choices) or not self._has_finished() \
                 or len(self._finished) < self._choices
-        self._read_result(chunk)
+        self._read_result(chunk, usage)
 
     def _has_finished(self) -> bool:
         """Whether each choice of a stream has its finish reason."""
@@ -3618,7 +3608,7 @@ class AnswerMeter:
         kind = event.get("type")
         if kind in ("response.completed", "response.incomplete", "response.failed"):
             response = json_object(event.get("response"))
-            self._read_result(response)
+            self._read_result(response, usage_in(response))
             self._end()
             if kind == "response.failed":
                 self._fail(json_object(response.get("error")))
@@ -3637,7 +3627,7 @@ class AnswerMeter:
             if isinstance(usage, dict):
                 usage = {name: value for name, value in usage.items()
                          if name not in ("output_tokens", "output_tokens_details", "iterations")}
-            self._read_result({**message, "usage": usage})
+            self._read_result(message, usage)
             self.input_is_last = False
         elif kind == "message_delta":
             has_finished = json_object(event.get("delta")).get("stop_reason") is not None
@@ -10889,7 +10879,7 @@ class BodyDecoder:
                 self._left -= len(piece)
                 continue
             expected = self._expected
-            if expected is _SIZE_LINE:
+            if expected is _SIZE_LINE and data.startswith(b"\r", at + 1):
                 small = [*filter(None, _SMALL_CHUNK.findall(data, at))]
                 pieces += small
                 at += sum(map(len, small)) + len(small) * len(b"1\r\n\r\n")
@@ -12282,7 +12272,8 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
     meter, charge = call.meter, call.charge
     if charge.estimated is not None or not charge.lines or call.has_failed \
             or meter.changed_its_input or "iterations" in (meter.usage or {}) \
-            or meter.model is None or not call.reservation.is_limited:
+            or meter.model is None or not call.reservation.is_limited \
+            or (call.api != "responses" and len(call.body.raw) < LEAST_COUNTED_BYTES):
         return []
     counted, learned = meter.reported, []
     if call.api == "responses" and meter.answer_id is not None \
