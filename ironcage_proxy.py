@@ -4203,7 +4203,7 @@ def overflow_of(failure: Failure, inner: Mapping[str, Any]) -> Failure:
     words = failure.message[:MAX_ERROR_CHARS]
     if failure.code != "context_length_exceeded" and (
             failure.status not in (400, 413, 422)
-            or not OVERFLOW.search(f"{inner.get('type')} {words}")):
+            or not OVERFLOW.search(f"{inner.get('type')} {failure.code} {words}")):
         return failure
     asked, most, cap = _sizes_in(words)
     stated = [inner.get(name) for name in ("n_prompt_tokens", "n_ctx")]      # llama.cpp's
@@ -5862,8 +5862,10 @@ class _ChunkReader:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
         reason, stop = _reason_of_finish(str(finish or "stop")), None
         if reason == "failed" or not (reason or self._kinds):
+            words = words_of({"error": self._choice.get("error")})       # OpenRouter's
             raise UpstreamBroke("the provider's answer ended in "
-                                + shown_name(str(finish).replace(" ", "")))
+                                + shown_name(str(finish).replace(" ", ""))
+                                + (words and f": {words[:MAX_ERROR_CHARS]}"))
         yield from self._close_said()
         yield from self._close_calls(whole_only=False)
         yield from self._carry_back()

@@ -614,6 +614,14 @@ def test_a_translated_stream_that_only_begins_before_its_error_has_a_status(carr
     assert status == shown and "no, sorry" in json.loads(body)["error"]["message"]
 
 
+def test_an_error_inside_a_choice_keeps_its_words(carrier):
+    choice = {"index": 0, "message": {"content": "par"}, "finish_reason": "error",
+              "error": {"code": 502, "message": "no, sorry"}}
+
+    assert "in error: no, sorry" in carrier.refused(
+        ic.UpstreamBroke, *ON_GPT, whole({**DONE, "choices": [choice]})).message
+
+
 @pytest.mark.parametrize("path", ON_GPT_5)
 def test_a_stream_that_only_begins_is_heard_of_at_the_first_ping(carrier, path):
     data = stream(CREATED, failed("server_error"))

@@ -124,6 +124,12 @@ def test_a_full_context_is_known_by_its_words_or_its_code(status, message, code,
         failure.status, failure.code, failure.sizes, failure.cap)
 
 
+def test_a_full_context_is_seen_in_another_code_too():
+    failure = ic.Failure(400, "no", "model_context_window_exceeded")
+
+    assert "context_length_exceeded" == ic.overflow_of(failure, {}).code
+
+
 @pytest.mark.parametrize("status, message", [
     (500, "maximum context length"), (429, "prompt is too long"), (400, "temperature is too high"),
     (400, "x" * ic.MAX_ERROR_CHARS + "prompt is too long")])
