@@ -8924,6 +8924,7 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
     if affordable < max(1, bound.least_output_tokens):
         tools = " and what tools at the provider add to it", ", fewer uses of them (max_uses)"
         why, less = ("", "") if bound.hosted is None else tools
+        why += " and the reasoning that no cap holds" if bound.reasoning_tokens else ""
         advice = f"Its input{why} alone can cost {format_usd(bound.microdollars(0, uses))}: send " \
             f"less input{less}, or {raised}"
     else:

@@ -129,3 +129,5 @@ def test_reasoning_that_no_cap_holds_is_set_aside_too(mock, proxy_with, path):
     assert (200, 402, 1) == (first.status, second.status, len(mock.seen))
     assert (1_100, 1_100) == (second.json["error"]["ironcage"]["spent_microdollars"],
                               second.json["error"]["ironcage"]["needed_microdollars"])
+    assert "Its input and the reasoning that no cap holds alone can cost $0.001" \
+        in second.json["error"]["message"]
