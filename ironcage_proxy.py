@@ -2980,9 +2980,9 @@ def capped_sellers(fields: Mapping[str, Any], price: Price, input_tokens: int) -
     caps = {name: format_usd(int(microdollars))[1:] for name, microdollars in (
         ("prompt", rates["input"]), ("completion", rates["output"]),
         ("request", price.call_picodollars // PICODOLLARS_PER_MICRODOLLAR))}
-    stated = {name: exact_number(str(asked.get(name))) for name in caps}
-    return {name: cap for name, cap in caps.items() if not isinstance(
-        stated[name], Decimal) or not 0 <= stated[name] <= Decimal(cap)}
+    return {name: cap for name, cap in caps.items()
+            for stated in [exact_number(str(asked.get(name)))]
+            if not isinstance(stated, Decimal) or not 0 <= stated <= Decimal(cap)}
 
 
 def hosted_changes(api: str, fields: Mapping[str, Any],
