@@ -3903,8 +3903,9 @@ class Part:
     is_closed: bool
 
     def __init__(self, kind: str, text: str = "", **more: Any) -> None:
-        self.__dict__ = more
         self.kind, self.text = kind, text
+        if more:
+            self.__dict__.update(more)
 
     def opened(self) -> Opened:
         """Begin, in an answer that is read, without a text."""
@@ -5720,6 +5721,15 @@ class _ChunkReader:
             self._choice = choice
 
     def _read_delta(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
+        if len(delta) > 1 or "tool_calls" not in delta:      # which most of a call's have alone
+            yield from self._read_said(delta)
+        self._touched.clear()
+        for call in _parts_of(delta.get("tool_calls") or ()):
+            yield from self._read_call(call)
+        if isinstance(delta.get("function_call"), dict):
+            yield from self._read_call({"index": 0, "function": delta["function_call"]})
+
+    def _read_said(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
         if delta.get("reasoning_details"):
             self._back.setdefault("reasoning_details", []).extend(
@@ -5730,11 +5740,6 @@ class _ChunkReader:
             text = delta.get(name)
             if text:
                 yield from self._say(kind, text if isinstance(text, str) else _text_of(text))
-        self._touched.clear()
-        for call in _parts_of(delta.get("tool_calls") or ()):
-            yield from self._read_call(call)
-        if isinstance(delta.get("function_call"), dict):
-            yield from self._read_call({"index": 0, "function": delta["function_call"]})
 
     def _say(self, kind: str, text: str) -> Iterable[AnswerEvent]:
         part, before = self._said, []
