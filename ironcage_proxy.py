@@ -7516,8 +7516,8 @@ class ResponsesWriter(AnswerWriter):
         self._may_be_named = fields.get("store") is not False
         self._response: dict = {
             "object": "response", "created_at": created_at, "status": "in_progress",
-            "background": False, "error": None, "incomplete_details": None, "store": False,
-            "previous_response_id": None, "usage": None, "output": [],
+            "model": fields.get("model"), "background": False, "error": None, "store": False,
+            "incomplete_details": None, "previous_response_id": None, "usage": None, "output": [],
             **{name: blank if fields.get(name) is None else fields[name]
                for name, blank in _ECHOED.items()},
             "reasoning": {"effort": None, "summary": None, **json_object(fields.get("reasoning"))},
@@ -7539,6 +7539,8 @@ class ResponsesWriter(AnswerWriter):
     def failed(self, body: dict) -> Iterator[dict]:
         """Yield what ends a stream after an error: as OpenAI does, the error and its response."""
         error = json_object(body.get("error"))
+        if "id" not in self._response:               # OpenAI's SDK wants a start before anything
+            yield from self._began(Began("", self._response["model"]))
         yield self._event("error", **body)
         yield self._event("response.failed", response={
             **self._response, "status": "failed", "output": [*filter(None, self._output)],

@@ -614,6 +614,17 @@ def test_a_translated_stream_that_only_begins_before_its_error_has_a_status(carr
     assert status == shown and "no, sorry" in json.loads(body)["error"]["message"]
 
 
+def test_a_response_that_fails_after_a_ping_has_a_start_before_its_error(carrier):
+    data = stream({"type": "error", "error": {"type": "overloaded_error", "message": "no, sorry"}})
+    at = data.index(b"\r\n\r\n") + 4
+    fields = {**RESPONSES[1], "model": "claude-haiku-4-5", **STREAM}
+
+    _, body, _ = carrier.call(RESPONSES[0], fields, data[:at], TimeoutError(), data[at:])
+
+    assert ["response.created", "response.in_progress", "error", "response.failed"] == [
+        line[7:].decode() for line in body.splitlines() if line.startswith(b"event: ")]
+
+
 def test_an_error_inside_a_choice_keeps_its_words(carrier):
     choice = {"index": 0, "message": {"content": "par"}, "finish_reason": "error",
               "error": {"code": 502, "message": "no, sorry"}}
