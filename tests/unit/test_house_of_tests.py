@@ -122,9 +122,9 @@ def test_no_test_asserts_that_something_was_quick():
 
 
 def call_tables(node):
-    """The rows that a parametrize() has in it."""
+    """The rows that a parametrize(), or an each(), has in it."""
     return node.args[1:2] if isinstance(node, ast.Call) \
-        and dotted(node.func) == "pytest.mark.parametrize" else []
+        and dotted(node.func) in ("pytest.mark.parametrize", "each") else []
 
 
 def test_long_rows_of_a_table_name_their_fields():

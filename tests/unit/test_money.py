@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 from price_oracle import random_call
-from support import SHARED, each_seed
+from support import SHARED, each, each_seed
 
 import ironcage_proxy as ic
 
@@ -116,8 +116,7 @@ def cost_of_oracle_row(row: dict) -> int:
                      data_residency=row.get("data_residency"))
 
 
-@pytest.mark.parametrize("row", oracle_rows(ORACLE),
-                         ids=lambda row: f"{row['model']}-{row['expected_usd']}")
+@each("row", oracle_rows(ORACLE))
 def test_a_call_costs_what_the_oracle_says(row):
     assert ceil_microdollars(Fraction(row["expected_usd"])) == cost_of_oracle_row(row)
 
@@ -498,7 +497,7 @@ def test_prices_finer_than_a_picodollar_stay_exact():
 BAD_COUNTS = (-1, True, False, 1.0, 1.5, "1", "", [], {}, float("nan"))
 
 
-@pytest.mark.parametrize("bad", BAD_COUNTS, ids=repr)
+@each("bad", BAD_COUNTS)
 @pytest.mark.parametrize("api, place", [
     ("chat", "prompt_tokens"), ("chat", "completion_tokens"),
     ("chat", "prompt_tokens_details.cached_tokens"),
@@ -563,7 +562,7 @@ BAD_PRICES = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_PRICES.values(), ids=BAD_PRICES)
+@each("bad", BAD_PRICES.values())
 @pytest.mark.parametrize("name", [
     "input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
     "cache_creation_input_token_cost_above_1hr", "input_cost_per_token_above_200k_tokens",
@@ -1036,8 +1035,7 @@ def test_the_random_calls_reach_most_of_the_price_table():
         ROWS[name]["litellm_provider"] for name in PRICED}
 
 
-@pytest.mark.parametrize("text", LITELLM_ROWS.read_text(encoding="utf-8").splitlines(),
-                         ids=lambda text: json.loads(text)["model"])
+@each("text", LITELLM_ROWS.read_text(encoding="utf-8").splitlines())
 def test_rows_of_every_shape_in_litellms_table_cost_what_their_cells_say(text):
     """One row for each set of price cells of version 1.110.2, with figures made from them alone."""
     case = json.loads(text, parse_float=Decimal)

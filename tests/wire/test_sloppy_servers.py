@@ -18,14 +18,11 @@ PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome"}'
 
 
 @pytest.fixture
-def lab(mock, proxy_for, tmp_path):
+def lab(mock, proxy_with):
     """A proxy with the mock as a server of OpenAI's format that nothing is known of."""
-    path = tmp_path / "cage.json"
-    path.write_text(json.dumps({
+    return lambda *flags: proxy_with({
         "providers": {"lab": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}},
-        "prices": {"lab/m": RATES}}))
-    return lambda *flags: proxy_for("--config", str(path), *flags,
-                                    environ=proxy_environment(mock))
+        "prices": {"lab/m": RATES}}, *flags)
 
 
 def chunk(delta=None, finish=None, usage=None, **more):
