@@ -353,12 +353,10 @@ def test_free_routes_pass_under_any_budget_and_cost_nothing(mock, proxy_for, met
 @pytest.mark.parametrize("provider, passes", [
     ("mistral", False), ("lab", False), ("ollama", True), ("openai", True)])
 def test_moderations_pass_under_a_budget_only_where_they_are_free(
-        mock, proxy_for, tmp_path, provider, passes):
-    config = tmp_path / "cage.json"
-    config.write_text(json.dumps({"providers": {
+        mock, proxy_with, provider, passes):
+    proxy = proxy_with({"providers": {
         name: {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}
-        for name in ("mistral", "lab", "ollama")}}))
-    proxy = proxy_for("--budget", "0.000001", "--config", str(config))
+        for name in ("mistral", "lab", "ollama")}}, "--budget", "0.000001")
     mock.always = Reply(steps=(b"{}",))
 
     answer = call(proxy.port, "POST", f"/{provider}/v1/moderations", {"model": "m", "input": "x"})
@@ -622,13 +620,10 @@ def test_a_key_that_is_a_word_is_no_secret_and_changes_no_answer(mock, proxy_for
     ("/v1/chat/completions", {**CHAT, "model": "openrouter/openai/gpt-4o-mini"}),
     ("/v1/messages/count_tokens", {**MESSAGE, "model": "claude-sonnet-4-5"}),
     ("/v1/moderations", {"model": "omni-moderation-latest", "input": "x"})])
-def test_a_token_reaches_its_own_models_only_without_a_budget_too(
-        mock, proxy_for, tmp_path, path, fields):
-    config = tmp_path / "cage.json"
-    config.write_text(json.dumps({
+def test_a_token_reaches_its_own_models_only_without_a_budget_too(mock, proxy_with, path, fields):
+    proxy = proxy_with({
         "tokens": [{"name": "a", "token": "tok_0123456789", "models": ["openai/gpt-4o-mini"]}],
-        "providers": {"openrouter": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}}}))
-    proxy = proxy_for("--config", str(config))
+        "providers": {"openrouter": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}}})
 
     own = call(proxy.port, "POST", "/v1/chat/completions", CHAT, token="tok_0123456789")
     others = call(proxy.port, "POST", path, {"model": "gpt-4o-mini", **fields},

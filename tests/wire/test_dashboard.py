@@ -23,14 +23,13 @@ def test_the_page_needs_no_token_and_holds_no_data(mock, proxy):
 
 
 @pytest.fixture
-def caged(proxy_for, tmp_path):
+def caged(proxy_with):
     """A proxy with a token whose sessions are capped, one with a budget by the day, and flags."""
-    config = tmp_path / "cage.json"
-    config.write_text(json.dumps({"tokens": [
+    config = {"tokens": [
         {"name": "alice", "token": ALICE, "session_budget_usd": "0.000085",
          "expires": "2120-01-31"},
-        {"name": "bob", "token": BOB, "budget_usd": "0.0001", "period": "day"}]}))
-    return lambda *flags: proxy_for("--config", str(config), *flags)
+        {"name": "bob", "token": BOB, "budget_usd": "0.0001", "period": "day"}]}
+    return lambda *flags: proxy_with(config, *flags)
 
 
 def chat(proxy, token=TOKEN, session=None, **fields):

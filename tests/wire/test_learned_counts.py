@@ -85,11 +85,10 @@ def test_an_estimate_is_not_learned(mock, proxy_for):
     assert reserved_for(proxy, fields_of(9)) == reserved_for(proxy, fields_of(9))
 
 
-def test_another_tokens_session_teaches_nothing(mock, proxy_for, tmp_path):
-    config = tmp_path / "cage.json"
-    config.write_text(json.dumps({"tokens": [
-        {"name": name, "token": f"ic_{name}_0123456789"} for name in ("alice", "bob")]}))
-    proxy = proxy_for("--budget", "0.5", "--config", str(config))
+def test_another_tokens_session_teaches_nothing(mock, proxy_with):
+    proxy = proxy_with({"tokens": [
+        {"name": name, "token": f"ic_{name}_0123456789"} for name in ("alice", "bob")]},
+        "--budget", "0.5")
     mock.always = message_reply()
 
     first, again = [reserved_for(proxy, fields_of(9), token="ic_alice_0123456789")

@@ -100,7 +100,7 @@ def test_a_path_that_was_completed_before_is_named_with_both_urls(mock, proxy_wi
         for record in caplog.records if "0.2.3" in record.getMessage()]
 
 
-def test_check_says_which_url_would_be_called(mock, proxy_with, capsys, tmp_path):
+def test_check_says_which_url_would_be_called(capsys, tmp_path):
     path = tmp_path / "cage.json"
     path.write_text(json.dumps({"providers": {"deepseek": {}}}))
 

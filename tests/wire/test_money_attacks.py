@@ -55,12 +55,9 @@ def test_reasoning_that_only_the_total_counts_is_charged(mock, proxy):
 
 @pytest.mark.parametrize("asked", [{}, {"service_tier": "auto"}, {"service_tier": None}])
 @pytest.mark.parametrize("told", [{}, {"service_tier": "auto"}])
-def test_a_tier_that_nobody_tells_is_the_providers_default(
-        mock, proxy_for, tmp_path, asked, told):
-    config = tmp_path / "cage.json"
-    config.write_text(json.dumps({"providers": {"openai": {
-        "base_url": mock.url, "default_service_tier": "priority"}}}))
-    proxy = proxy_for("--budget", "1", "--config", str(config))
+def test_a_tier_that_nobody_tells_is_the_providers_default(mock, proxy_with, asked, told):
+    proxy = proxy_with({"providers": {"openai": {
+        "base_url": mock.url, "default_service_tier": "priority"}}}, "--budget", "1")
     mock.script(whole({"prompt_tokens": 100_000, "completion_tokens": 0}, **told))
 
     call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, **asked})
@@ -115,13 +112,11 @@ def test_a_client_that_leaves_pays_for_the_output_in_spite_of_old_iterations(moc
 
 
 def test_an_unreadable_stream_whose_client_leaves_costs_a_token_for_each_of_its_bytes(
-        mock, proxy_for, tmp_path):
+        mock, proxy_with):
     """Of a provider without a key: under a key a coding that cannot be read is refused."""
     from support import Hang
-    path = tmp_path / "cage.json"
-    path.write_text(json.dumps({"providers": {"lab": {"base_url": mock.url}}, "prices": {
-        "lab/m": {"input_cost_per_token": 1.5e-7, "output_cost_per_token": 6e-7}}}))
-    proxy = proxy_for("--budget", "1", "--config", str(path))
+    proxy = proxy_with({"providers": {"lab": {"base_url": mock.url}}, "prices": {
+        "lab/m": {"input_cost_per_token": 1.5e-7, "output_cost_per_token": 6e-7}}}, "--budget", "1")
     mock.script(Reply(headers=(("content-type", "text/event-stream"), ("content-encoding", "br")),
                       framing="chunked", steps=(b"\x01" * 8_000, Hang())))
     with RawClient(proxy.port) as client:
@@ -178,12 +173,9 @@ def test_only_a_global_place_is_bounded_without_the_premium(geo, factor):
     assert factor == pytest.approx(float(ratio))
 
 
-def test_an_alias_with_a_price_that_stands_in_hides_no_model_that_searches(
-        mock, proxy_for, tmp_path):
-    config = tmp_path / "cage.json"
-    config.write_text(json.dumps({"models": {"quick": "gpt-9-search-api"},
-                                  "price_as": {"gpt-9-*": "gpt-4o-mini"}}))
-    proxy = proxy_for("--budget", "1", "--config", str(config))
+def test_an_alias_with_a_price_that_stands_in_hides_no_model_that_searches(mock, proxy_with):
+    proxy = proxy_with({"models": {"quick": "gpt-9-search-api"},
+                        "price_as": {"gpt-9-*": "gpt-4o-mini"}}, "--budget", "1")
 
     answer = call(proxy.port, "POST", "/v1/chat/completions", {**CHAT, "model": "quick"})
 

@@ -704,13 +704,11 @@ def test_what_a_server_wants_back_comes_back_also_from_clients_that_forget_it(
                        if name in message["tool_calls"][0]}
 
 
-def test_what_one_server_wants_back_does_not_reach_another(mock, lab, proxy_for, tmp_path):
+def test_what_one_server_wants_back_does_not_reach_another(mock, proxy_with):
     events = FIRST["both, behind words"][0]
     mock.script(streamed(stream_of([*events, *CALLED])))
-    path = tmp_path / "two.json"
     row = {"base_url": mock.url, "key_env": "OPENAI_API_KEY", "free": True}
-    path.write_text(json.dumps({"providers": {"lab": row, "other": row}}))
-    proxy = proxy_for("--config", str(path), environ=proxy_environment(mock))
+    proxy = proxy_with({"providers": {"lab": row, "other": row}})
 
     said = said_by(call(proxy.port, "POST", "/v1/messages", {**ASKED, "stream": True}))
     answer = call(proxy.port, "POST", "/v1/messages", {**next_turn(said), "model": "other/m"})
@@ -743,12 +741,10 @@ def test_ids_are_legal_and_new_for_the_client_and_the_servers_own_on_the_way_bac
         assert given == sent[2]["tool_call_id"]
 
 
-def test_mistral_gets_its_ids_its_order_of_messages_and_no_stream_options(
-        mock, proxy_for, tmp_path):
-    path = tmp_path / "cage.json"
-    path.write_text(json.dumps({"providers": {"mistral": {
-        "base_url": mock.url, "key_env": "OPENAI_API_KEY"}}, "prices": {"mistral/m": RATES}}))
-    proxy = proxy_for("--config", str(path), "--budget", "1", environ=proxy_environment(mock))
+def test_mistral_gets_its_ids_its_order_of_messages_and_no_stream_options(mock, proxy_with):
+    proxy = proxy_with({"providers": {"mistral": {
+        "base_url": mock.url, "key_env": "OPENAI_API_KEY"}}, "prices": {"mistral/m": RATES}},
+        "--budget", "1")
     mock.script(streamed(stream_of([*TEXT, chunk({}, "stop", USAGE), "[DONE]"])))
     asked = next_turn([{"type": "tool_use", "id": "toolu_01", "name": "get_weather",
                         "input": {"city": "Paris"}}])
@@ -801,13 +797,11 @@ def test_a_client_hears_of_its_stream_though_its_provider_sends_only_comments(mo
     assert b"event: ping" in pinged and b"message_stop" in rest
 
 
-def test_cache_marks_reach_a_server_that_takes_them_at_the_price_of_a_write(
-        mock, proxy_for, tmp_path):
-    path = tmp_path / "cage.json"
-    path.write_text(json.dumps({
+def test_cache_marks_reach_a_server_that_takes_them_at_the_price_of_a_write(mock, proxy_with):
+    proxy = proxy_with({
         "providers": {"openrouter": {"base_url": mock.url, "key_env": "OPENAI_API_KEY"}},
-        "prices": {"openrouter/m": {**RATES, "cache_creation_input_token_cost": 4e-6}}}))
-    proxy = proxy_for("--config", str(path), "--budget", "1", environ=proxy_environment(mock))
+        "prices": {"openrouter/m": {**RATES, "cache_creation_input_token_cost": 4e-6}}},
+        "--budget", "1")
     mark = {"cache_control": {"type": "ephemeral"}}
     text = {"type": "text", "text": "a" * 4000, **mark}
     mock.script(refusal(whole_of([chunk({"content": "Hello"})]), 200))

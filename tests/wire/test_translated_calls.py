@@ -82,11 +82,9 @@ def test_a_stream_of_gpt_reaches_a_messages_client_as_events(mock, proxy):
     assert {"include_usage": True} == mock.seen[0].json["stream_options"]
 
 
-def test_a_server_that_does_not_know_stream_options_is_not_sent_them(mock, proxy_for, tmp_path):
-    path = tmp_path / "cage.json"
-    path.write_text(json.dumps({"providers": {"lab": {
-        "base_url": mock.url, "key_env": "OPENAI_API_KEY", "stream_usage": False, "free": True}}}))
-    proxy = proxy_for("--config", str(path))
+def test_a_server_that_does_not_know_stream_options_is_not_sent_them(mock, proxy_with):
+    proxy = proxy_with({"providers": {"lab": {
+        "base_url": mock.url, "key_env": "OPENAI_API_KEY", "stream_usage": False, "free": True}}})
 
     answer = call(proxy.port, "POST", MESSAGES, {**ON_GPT, "model": "lab/gpt-4o-mini",
                                                  "stream": True})
