@@ -1569,7 +1569,7 @@ class PriceBook:
     @classmethod
     def load(cls, path: str) -> PriceBook:
         """Read a price file. Raises OSError, or ValueError where it is not a JSON object."""
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             rows = json.load(file, parse_float=exact_number, parse_int=exact_integer)
         if not isinstance(rows, dict):
             raise ValueError("a price file is a JSON object of model names")
@@ -9474,6 +9474,7 @@ class SqliteLedger:
         self._turn = threading.Lock()         # one transaction at a time
         self._queue: list[_Write] = []        # appended by all, emptied under _turn
         self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
+        self._kept_prices: set[str] = set()   # by their digests
         self._reading = threading.Lock()      # one query at a time on a connection of its own
         self._upkeep: list[Callable] = [_seal_rows, functools.partial(_add_up_rows, STEP_ROWS)] \
             if keep_days is None else [_seal_rows, functools.partial(_add_up_rows, 1),
@@ -9730,9 +9731,12 @@ class SqliteLedger:
         written = {row["request_id"] for row in kept}
         return [*(row for row in waiting[::-1] if row["request_id"] not in written), *kept][:most]
 
-    def keep_price(self, digest: str, cells: str) -> None:
+    def keep_price(self, digest: str, price: Price) -> None:
         """Write what a price says with the next commit, once for each price."""
-        self._queue.append(_Write("INSERT OR IGNORE INTO prices VALUES (?, ?)", (digest, cells)))
+        if digest not in self._kept_prices:
+            self._kept_prices.add(digest)
+            self._queue.append(_Write("INSERT OR IGNORE INTO prices VALUES (?, ?)",
+                                      (digest, price.cells())))
 
     # Upkeep.
 
@@ -10152,7 +10156,7 @@ def check_encrypted(name: str, url: str, allow_plain_http: bool) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "http" and not LOOPBACK_HOST.fullmatch(parts.hostname or "") \
             and not allow_plain_http:
-        raise Misconfigured(f"the URL of {name}: http:// would send the key in the clear; "
+        raise Misconfigured(f"the URL of {name}: http:// would send its secrets in the clear; "
                             "use https://, or say --allow-plain-http")
 
 
@@ -10494,7 +10498,7 @@ CONFIG_FIELDS = MappingProxyType({
 def read_config(path: str) -> dict:
     """Read the JSON object in a configuration file. Raises Misconfigured."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             parsed = json.load(file, parse_float=exact_number, parse_int=exact_integer,
                                object_pairs_hook=_object_without_duplicates)
     except OSError as err:
@@ -15084,9 +15088,8 @@ class Router:
         if price is None:
             return None
         if "digest" not in price.known_rates:
-            cells = price.cells()
-            price.known_rates["digest"] = text_digest(cells)
-            self.ledger.keep_price(price.known_rates["digest"], cells)
+            price.known_rates["digest"] = text_digest(price.cells())
+        self.ledger.keep_price(price.known_rates["digest"], price)
         return price.known_rates["digest"]
 
 
@@ -16412,9 +16415,11 @@ def _parse_when(text: str) -> int:
 def _parse_groups(text: str) -> list[str]:
     groups = text.split(",")
     for group in groups:
-        if group not in USAGE_GROUPS or groups.count(group) > 1:
+        if group not in USAGE_GROUPS:
             raise ValueError(f"{shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, each once"
                              + did_you_mean(group, USAGE_GROUPS))
+        if groups.count(group) > 1:
+            raise ValueError(f"{group} stands there twice; take each once")
     return groups
 
 
@@ -17214,6 +17219,8 @@ def run_usage(settings: Settings, given: Mapping[str, Any]) -> None:
     until_s = MOST_SECONDS if given["until"] is None else given["until"]
     if since_s >= until_s:
         raise Misconfigured("--until must be later than --since")
+    if given["csv"] and given["json"]:
+        raise Misconfigured("--csv and --json are two forms of one report; use one")
     if settings.shared is not None and (given["shared"] or not given["ledger_path"]):
         if any(given[flag] for flag in ("by", "csv", "refused", "until")):
             raise Misconfigured("of a shared budget there is no --by, --until, --csv or --refused: "
@@ -17346,7 +17353,8 @@ def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
     if path is None:
         raise Misconfigured("say which configuration holds the tokens, with --config FILE")
     if action == "list" and not words:
-        rows = [token_standing(caller, settings.ledger_path, int(time.time()))
+        ledger = None if settings.ledger_path is None else _ledger_path(settings)
+        rows = [token_standing(caller, ledger, int(time.time()))
                 for caller in load_config(path, {}).callers]
         return _print_report(given, {"tokens": rows}, report_table(TOKEN_COLUMNS, ({
             **row, "models": ",".join(row["models"]) or "any",
@@ -17374,9 +17382,10 @@ def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
 def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, Any]:
     """A token's row in a configuration. Raises Misconfigured."""
     row: dict[str, Any] = {"name": name, "sha256": token_sha256(token)}
-    with checking("the token"):
+    with checking(f"{shown_name(name)}:"):
         row.update(_fields_of_words(words, known=row))
-        caller_from(row)
+        if caller_from(row).has_expired():
+            raise ValueError("it would have expired already")
     return row
 
 

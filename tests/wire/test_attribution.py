@@ -337,6 +337,8 @@ def test_tokens_list_shows_limits_what_is_left_and_when_it_resets(mock, caged, c
         assert ["gpt-*", "any"] == [row.split()[-1] for row in table.splitlines()[1:]]
         proxy.stop()
     assert "-" in run("tokens", "list", "--config", str(config))[1].splitlines()[1].split()
+    assert "there is no ledger typo.db" in run(
+        "tokens", "list", "--config", str(config), "--ledger", "typo.db")[2]
 
 
 def test_a_wrapped_commands_bill_is_of_that_command_alone(ledger):

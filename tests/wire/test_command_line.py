@@ -49,6 +49,9 @@ BAD_USES = {
     "infinite budget": ["--budget", "inf"],
     "budget of a variable that is not set": ["--budget", ""],
     "stop of a variable that is not set": ["--budget", "1", "--stop-at="],
+    "a group twice": ["usage", "--by", "token,token"],
+    "two forms of a report": ["usage", "--csv", "--json"],
+    "a token that has expired": ["tokens", "add", "x", "expires=2020-01-01", "--config", "new.json"],
     "ledger of blanks": ["--ledger", " "],
     "token with a space": ["--token", "a b c d e f g h"],
     "short token": ["--token", "abc"],
@@ -67,6 +70,13 @@ BAD_USES = {
     "host with a port that is none": ["--allow-host", "a:b"],
     "half a bracket": ["--allow-host", "[::1"],
 }
+
+
+def test_a_file_that_windows_marked_as_utf_8_is_read(tmp_path):
+    config = tmp_path / "cage.json"
+    config.write_bytes(b'\xef\xbb\xbf{"tokens": []}')
+
+    assert 0 == run("check", "--port", "0", "--config", str(config))[0]
 
 
 @pytest.mark.parametrize("argv", BAD_USES.values(), ids=BAD_USES)
