@@ -4011,7 +4011,7 @@ class Terms:
     betas: tuple[str, ...] = ()                  # for the header anthropic-beta
     said_choice: Any = None                      # a tool_choice that became words
     digest = ""                                  # of all that the answer's thinking is bound to
-    ids: Container[str] = frozenset()            # of the calls there were, as the client has them
+    ids: Iterable[str] = frozenset()             # of the calls there were, as the client has them
 
     def __init__(self, names: ToolNames) -> None:
         self.names = names                       # of tools, as the provider knows them
