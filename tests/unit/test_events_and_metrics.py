@@ -328,7 +328,7 @@ def test_charges_that_are_estimated_are_counted(estimated, count):
 @pytest.mark.parametrize("url", [None, "https://chat.example/hook"])
 def test_there_are_alerts_where_there_is_a_url_for_them(url):
     settings = SimpleNamespace(alert_url=url)
-    reporter = ic.Reporter(settings, ic.Turns(), None, lambda: [])
+    reporter = ic.Reporter(settings, ic.Turns(), None, list)
 
     assert url == (reporter.alerts and reporter.alerts.url)
     reporter.alert("event", "text", more=1)
