@@ -921,6 +921,15 @@ def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSON
     return b"".join([*pieces, view[done:]]), data, decoder
 
 
+COUNTED_BYTES = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
+
+
+def _is_too_deep(value: Any, text: bytes) -> bool:
+    """Whether a value, read from a text, is nested deeper than MAX_JSON_DEPTH."""
+    return (len(text) > COUNTED_BYTES or text.count(b"{") + text.count(b"[") > MAX_JSON_DEPTH) \
+        and _nested_deeper_than(value, MAX_JSON_DEPTH)
+
+
 def _nested_deeper_than(value: Any, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
@@ -970,7 +979,7 @@ def parse_json_object(raw: bytes, hold: Callable[[int], Any] = abs) -> JsonBody:
         raise BadRequest(f"the request body is not JSON: {err}") from None
     if not isinstance(fields, dict):
         raise BadRequest("the request body must be a JSON object")
-    if len(text) > 2 * MAX_JSON_DEPTH and _nested_deeper_than(fields, MAX_JSON_DEPTH):
+    if _is_too_deep(fields, text):
         raise BadRequest(f"the request body is nested deeper than {MAX_JSON_DEPTH}")
     return JsonBody(raw, fields, text, data)
 
@@ -3517,7 +3526,7 @@ class AnswerMeter:
             if len(text) > UNCOUNTED_BYTES:
                 self.hold(COPIES * len(text) + bytes_to_parse(text))
             parsed = _parse_json(text.decode("utf-8"))
-            if len(text) > 2 * MAX_JSON_DEPTH and _nested_deeper_than(parsed, MAX_JSON_DEPTH):
+            if _is_too_deep(parsed, text):
                 raise RecursionError
         except (ValueError, RecursionError, BadRequest, ServerBusy) as err:
             self.is_beyond_limits |= not isinstance(err, ValueError)
