@@ -111,6 +111,8 @@ def test_an_error_without_words_is_shown_as_it_came(status, body, message):
           "9,000 tokens", None, (9_000, 8_192), 0),
     (413, "maximum context length is 4096 tokens, you requested 4100 tokens (100 in the messages, "
           "4000 in the completion)", None, (4_100, 4_096), 4_000),
+    (400, "maximum context length is 4096 tokens, you requested 4100 tokens (0 in the messages, "
+          "4100 in the completion)", None, (4_100, 4_096), 0),         # no prompt, no cap in it
     (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens and 200 "
           "`max_new_tokens`", None, (4_200, 4_096), 200),
     (400, "prompt is too long", None, None, 0),
