@@ -1761,8 +1761,6 @@ def billed_entries(usage: Mapping[str, Any],
         return [(model, usage)]
     if len(iterations) > MOST_ITERATIONS:
         raise MalformedUsage("there are too many iterations")
-    if not all(isinstance(entry, dict) for entry in iterations):
-        raise MalformedUsage("an iteration is not an object")
     read = USAGE_READERS["messages"]
     tokens = [counts.prompt_tokens + counts.completion_tokens
               for counts in map(read, (*iterations, {**NO_TOKENS, **usage}))]
