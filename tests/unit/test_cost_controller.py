@@ -470,3 +470,115 @@ def test_a_session_that_a_request_is_in_is_kept_and_others_are_forgotten_the_old
 
     assert ["a/5", "a/1"] == [budget.scope for budget in controller.accounts.sessions("a", 9)]
     assert 400 == controller.budget("a/1").reserved == held.microdollars
+
+
+# The stop, which is another limit: below the budget, and not for what is in flight.
+
+def fixed(amount):
+    return ic.fixed_bound(amount)
+
+
+def test_once_the_stop_is_spent_no_call_begins_and_before_that_all_of_the_budget_can_be_reserved():
+    controller = ic.CostController(2_000, stop_at=1_000)
+    controller.add_spend(999)
+    last = controller.reserve(1_001)
+    controller.commit(last, 1)
+
+    with pytest.raises(ic.BudgetExceeded) as refused:
+        controller.reserve(1)
+    with pytest.raises(ic.BudgetExceeded):
+        controller.check_budget()
+    assert type(refused.value) is ic.BudgetExceeded
+    assert "stop_at" == refused.value.details["limit"]
+    assert "Spent: $0.001, Reserved: $0.00, Stop at: $0.001." in refused.value.message
+    assert 0 == controller.available() == controller.budget().as_json()["available_microdollars"]
+    assert 0 == controller.ask(fixed(0)).microdollars              # what is free always passes
+
+
+@pytest.mark.parametrize("spent, ended_by", [
+    (0, None), (999, None), (1_000, "stop_at"), (1_999, "stop_at"), (2_000, "budget"),
+    (9_999, "budget")])
+def test_a_refusal_says_which_limit_ended_it(spent, ended_by):
+    assert ended_by == ic.Budget("proxy", 2_000, spent, 0, 1_000).ended_by
+
+
+def test_those_who_wait_are_refused_when_the_stop_is_reached_and_no_sooner():
+    controller = ic.CostController(2_000, stop_at=1_000)
+    flights = [controller.reserve(900), controller.reserve(900)]
+    waiting = [controller.ask(fixed(1_000), may_wait=True) for _ in range(3)]
+    controller.commit(flights[0], 600)
+    assert all(claim.is_waiting for claim in waiting)
+
+    controller.commit(flights[1], 400)
+
+    assert ["stop_at"] * 3 == [claim.refused_by.ended_by for claim in waiting]
+    assert all(claim.decided.is_set() for claim in waiting)
+
+
+def test_new_limits_decide_at_once_about_those_who_wait():
+    controller = ic.CostController(1_000)
+    controller.reserve(900)
+    first, second = (controller.ask(fixed(500), may_wait=True) for _ in range(2))
+
+    controller.set_limits(limit=1_500)
+    assert first.is_open and second.is_waiting
+    controller.set_limits(stop_at=0)
+
+    assert "stop_at" == second.refused_by.ended_by
+
+
+def test_a_stop_without_a_limit_stops_too():
+    """No setting makes one; the controller does not rest on that."""
+    controller = ic.CostController(stop_at=1_000)
+    controller.commit(controller.reserve(10 ** 9), 1_000)
+
+    with pytest.raises(ic.BudgetExceeded, match="Stop at"):
+        controller.reserve(1)
+
+
+def test_limits_are_set_together_or_not_at_all():
+    controller = ic.CostController(2_000, stop_at=1_000)
+
+    for changes in ({"limit": 1_000}, {"stop_at": 2_000}, {"limit": None},
+                    {"limit": 500, "stop_at": 600}):
+        with pytest.raises(ValueError, match="must be below the budget"):
+            controller.set_limits(**changes)
+        assert (2_000, 1_000) == (controller.budget().limit, controller.budget().stop_at)
+    controller.set_limits(stop_at=None)
+    controller.set_limits(limit=500)
+
+    assert (500, None) == (controller.budget().limit, controller.budget().stop_at)
+
+
+def test_a_stop_by_period_begins_anew_with_it():
+    now_s = [10 * ic.DAY_S]
+    controller = ic.CostController(10_000, clock=lambda: now_s[0])
+    controller.set_scopes([ic.Scope("a", 500, "day", 100, lambda since_s: 0)])
+    controller.commit(controller.ask(fixed(200), ["a"]), 150)
+    stopped = controller.ask(fixed(1), ["a"])
+    now_s[0] += ic.DAY_S
+
+    assert ("a", "stop_at") == (stopped.refused_by.scope, stopped.refused_by.ended_by)
+    assert controller.ask(fixed(1), ["a"]).is_open
+
+
+@each_seed(40)
+def test_any_schedule_admits_nothing_past_the_stop_and_never_passes_the_budget(seed):
+    rng = Random(seed)
+    limit = rng.randrange(1_000, 5_000)
+    stop_at = rng.randrange(limit)
+    controller, flights, line = ic.CostController(limit, stop_at=stop_at), [], []
+    for _ in range(200):
+        spent = controller.total_spent()
+        if rng.random() < 0.5:
+            line.append(controller.ask(fixed(rng.randrange(1, 900)), may_wait=rng.random() < 0.6))
+            assert spent < stop_at or line[-1].refused_by is not None
+        elif flights:
+            flight = flights.pop(rng.randrange(len(flights)))
+            controller.commit(flight, rng.randrange(flight.microdollars + 1) // 3)
+        flights += [claim for claim in line if claim.is_open]
+        line = [claim for claim in line if claim.is_waiting]
+
+        budget = controller.budget()
+        assert budget.spent + budget.reserved <= limit
+        assert not line or budget.spent < stop_at
