@@ -5,17 +5,17 @@ mock provider, against the echo model, and in every situation of ERRORS, the err
 """
 import asyncio
 import json
-import threading
 from dataclasses import dataclass
 
 import pytest
+import stages
+from stages import BUDGET, Row, described, noting_reservations
 from support import (ANTHROPIC_KEY, PATIENCE_S, TOKEN, Close, Cut, Hang, Reply, anthropic_error,
-                     proxy_environment, settled_status, sse, status_of)
+                     proxy_environment, settled_status, sse)
 
 anthropic = pytest.importorskip("anthropic")
 pydantic = pytest.importorskip("pydantic")
 
-BUDGET = ("--budget", "10.00")
 MODEL = "claude-haiku-4-5"
 PROMPT = "Count the canaries in the cave."
 PROMPT_WORDS = 6
@@ -356,17 +356,6 @@ def test_an_ordinary_request_goes_up_byte_for_byte(mock, proxy, client_of, name)
 
 # The error matrix: what each call raises in each situation.
 
-@dataclass(frozen=True)
-class Row:
-    """What a situation comes to: for whole answers, for streams, at the provider, in money."""
-    whole: str                      # the exception's exact class, and its HTTP status
-    streamed: str
-    attempts: int                   # requests that the provider sees
-    charged: str                    # "nothing", or "at most": by the rule of chapter 21
-    kind: str                       # error.type in the body
-    words: str                      # in the exception's message
-
-
 NO_SUCH_THING = "no such thing"     # a whole answer has no events
 # fmt: off  (reads as the table that it is)
 ERRORS = {
@@ -436,33 +425,11 @@ FORMERLY = {"PaymentRequiredError": "APIStatusError", "OverloadedError": "Intern
             "GatewayTimeoutError": "InternalServerError"}
 
 
-class Stage:
-    """What a situation sets up before the call."""
-
-    def __init__(self, mock):
-        self.mock = mock
-        self.argv, self.environ, self.timeouts = BUDGET, None, None
-        self.fields = {}
-        self.client_options = {}
-        self.is_over = threading.Event()
+class Stage(stages.Stage):
+    """What a situation sets up before a call of this SDK."""
 
     def provider_says(self, status, text, kind, headers=()):
         self.mock.always = anthropic_error(status, text, kind, headers)
-
-    def breaks_with(self, *steps):
-        """The provider answers as it does, but for the steps with which it breaks off midway."""
-        def reply(request):
-            whole = self.mock.default_reply(request)
-            parts = whole.steps if len(whole.steps) > 1 else (whole.body[:40], whole.body[40:])
-            half = len(parts) // 2
-            return whole.with_steps([*parts[:half], *steps, *parts[half:]])
-        self.mock.always = reply
-
-    def never_answers(self):
-        def reply(_):
-            self.is_over.wait(PATIENCE_S)
-            return Reply(answers=False)
-        self.mock.always = reply
 
 
 def key_is_refused(stage):
@@ -479,22 +446,13 @@ def there_is_no_key(stage):
     del stage.environ["ANTHROPIC_API_KEY"]
 
 
-def provider_never_answers(stage):
-    stage.timeouts = {"first_byte_s": 0.2}
-    stage.never_answers()
-
-
-def answer_stalls(stage):
-    stage.timeouts = {"between_bytes_s": 0.2}
-    stage.breaks_with(Hang())
-
-
 def stream_ends_with_an_error(stage):
     error = {"type": "overloaded_error", "message": "Overloaded", "details": None}
     stage.breaks_with(sse({"type": "error", "error": error}, "error"), Close())
 
 
 SITUATIONS = {
+    **stages.SITUATIONS,
     "provider says 400": lambda stage: stage.provider_says(
         400, "tools.0: purple", "invalid_request_error"),
     "provider refuses our key": key_is_refused,
@@ -505,32 +463,11 @@ SITUATIONS = {
         500, "Internal server error", "api_error"),
     "provider says 529": lambda stage: stage.provider_says(529, "Overloaded", "overloaded_error"),
     "request is malformed": lambda stage: stage.fields.update(extra_body={"max_tokens": -1}),
-    "token is wrong": lambda stage: stage.client_options.update(api_key="ic_wrong"),
-    "nothing is left": lambda stage: setattr(stage, "argv", ("--budget", "0")),
     "request does not fit": request_does_not_fit,
     "model has no price": lambda stage: stage.fields.update(model="claude-unpriced-9"),
     "provider has no key here": there_is_no_key,
-    "provider is unreachable": lambda stage: stage.mock.refuse_connections(),
-    "provider closes without an answer": lambda stage: setattr(
-        stage.mock, "always", Reply(answers=False)),
-    "provider never answers": provider_never_answers,
-    "answer is reset in its middle": lambda stage: stage.breaks_with(Cut()),
-    "answer ends in its middle": lambda stage: stage.breaks_with(Close()),
-    "answer stalls in its middle": answer_stalls,
     "provider ends its stream with an error": stream_ends_with_an_error,
 }
-
-
-def noting_reservations(mock, proxy):
-    """Let the mock note what is reserved whenever a request reaches it; the list of notes."""
-    notes, behaviour = [], mock.always or mock.default_reply
-
-    def reply(request):
-        notes.append(status_of(proxy)["reserved_microdollars"])
-        return behaviour(request) if callable(behaviour) else behaviour
-
-    mock.always = reply
-    return notes
 
 
 def named(expected):
@@ -539,13 +476,8 @@ def named(expected):
     return f"{name if hasattr(anthropic, name) else FORMERLY[name]} {status}"
 
 
-def described(error):
-    """The exact class of an exception, and the HTTP status that it carries."""
-    return f"{type(error).__name__} {error.status_code}"
-
-
 def test_every_situation_of_the_matrix_is_set_up():
-    assert list(ERRORS) == list(SITUATIONS)
+    assert {*ERRORS} == {*SITUATIONS}
 
 
 @pytest.mark.parametrize("situation, name", CELLS)
@@ -564,7 +496,7 @@ def test_error_matrix(mock, proxy_for, client_of, situation, name):
     error = caught.value
     assert named(row.streamed if call.streamed else row.whole) == described(error), error
     assert row.words in error.body["error"]["message"] and row.words in str(error)
-    assert row.kind == error.body["error"]["type"]
+    assert row.code == error.body["error"]["type"]
     assert row.attempts == len(mock.seen)
     assert 1 == len(client.sent)
     spent = settled_status(proxy)["spent_microdollars"]

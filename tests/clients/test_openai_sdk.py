@@ -5,18 +5,18 @@ mock provider, against the echo model, and in every situation of ERRORS, the err
 """
 import asyncio
 import json
-import threading
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
-from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Close, Cut, Hang, Reply, openai_error,
-                     proxy_environment, settled_status, sse, status_of)
+import stages
+from stages import BUDGET, Row, described, noting_reservations
+from support import (OPENAI_KEY, PATIENCE_S, TOKEN, Close, Cut, Hang, openai_error,
+                     proxy_environment, settled_status, sse)
 
 openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
 
-BUDGET = ("--budget", "10.00")
 PROMPT = "Count the canaries in the cave."
 PROMPT_WORDS = 6
 API_MODELS = {"chat": "gpt-4o-mini", "responses": "gpt-4o-mini",
@@ -455,17 +455,6 @@ def test_an_ordinary_request_goes_up_byte_for_byte_but_for_the_usage_option(
 
 # The error matrix: what each call raises in each situation.
 
-@dataclass(frozen=True)
-class Row:
-    """What a situation comes to: for whole answers, for streams, at the provider, in money."""
-    whole: str                      # the exception's exact class, and its HTTP status
-    streamed: str
-    attempts: int                   # requests that the provider sees
-    charged: str                    # "nothing", or "at most": by the rule of chapter 21
-    code: object
-    words: str                      # in the exception's message
-
-
 NO_SUCH_THING = "no such thing"     # a whole answer has no events
 # fmt: off  (reads as the table that it is)
 ERRORS = {
@@ -539,35 +528,21 @@ CELLS = [(situation, name) for situation, row in ERRORS.items()
          if CALLS[name].streamed or row.whole != NO_SUCH_THING]
 
 
-class Stage:
-    """What a situation sets up before the call."""
+class Stage(stages.Stage):
+    """What a situation sets up before a call of this SDK."""
 
     def __init__(self, mock, call):
-        self.mock, self.call = mock, call
-        self.argv, self.environ, self.timeouts = BUDGET, None, None
-        self.fields = cap_of(call, 1000)
-        self.client_options = {}
-        self.is_over = threading.Event()
+        super().__init__(mock, cap_of(call, 1000))
+        self.call = call
 
     def provider_says(self, status, message, code=None, headers=()):
         self.mock.always = openai_error(status, message, code=code, headers=headers)
 
     def breaks_with(self, *steps):
-        """The provider answers as it does, but for the steps with which it breaks off midway."""
-        def reply(request):
-            whole = self.mock.default_reply(request)
-            parts = whole.steps if len(whole.steps) > 1 else (whole.body[:40], whole.body[40:])
-            half = len(parts) // 2
-            broken = whole.with_steps([*parts[:half], *steps, *parts[half:]])
-            # The mock bills what breaks off by its output tokens; embeddings have none.
-            return replace(broken, bills=None) if self.call.api == "embeddings" else broken
-        self.mock.always = reply
-
-    def never_answers(self):
-        def reply(_):
-            self.is_over.wait(PATIENCE_S)
-            return Reply(answers=False)
-        self.mock.always = reply
+        super().breaks_with(*steps)
+        if self.call.api == "embeddings":       # what breaks off is billed by output: it has none
+            broken = self.mock.always
+            self.mock.always = lambda request: replace(broken(request), bills=None)
 
 
 def key_is_refused(stage):
@@ -593,16 +568,6 @@ def there_is_no_key(stage):
     del stage.environ["OPENAI_API_KEY"]
 
 
-def provider_never_answers(stage):
-    stage.timeouts = {"first_byte_s": 0.2}
-    stage.never_answers()
-
-
-def answer_stalls(stage):
-    stage.timeouts = {"between_bytes_s": 0.2}
-    stage.breaks_with(Hang())
-
-
 def stream_ends_with_an_error(stage):
     error = {"message": "The model is overloaded", "type": "server_error", "param": None,
              "code": "server_is_overloaded"}
@@ -611,6 +576,7 @@ def stream_ends_with_an_error(stage):
 
 
 SITUATIONS = {
+    **stages.SITUATIONS,
     "provider says 400": lambda stage: stage.provider_says(
         400, "Invalid value: 'purple'.", "invalid_value"),
     "provider refuses our key": key_is_refused,
@@ -622,18 +588,9 @@ SITUATIONS = {
         503, "The engine is overloaded", "overloaded"),
     "provider says 529": lambda stage: stage.provider_says(529, "Overloaded"),
     "request is malformed": request_is_malformed,
-    "token is wrong": lambda stage: stage.client_options.update(api_key="ic_wrong"),
-    "nothing is left": lambda stage: setattr(stage, "argv", ("--budget", "0")),
     "request does not fit": request_does_not_fit,
     "model has no price": lambda stage: stage.fields.update(model="gpt-unpriced-9"),
     "provider has no key here": there_is_no_key,
-    "provider is unreachable": lambda stage: stage.mock.refuse_connections(),
-    "provider closes without an answer": lambda stage: setattr(
-        stage.mock, "always", Reply(answers=False)),
-    "provider never answers": provider_never_answers,
-    "answer is reset in its middle": lambda stage: stage.breaks_with(Cut()),
-    "answer ends in its middle": lambda stage: stage.breaks_with(Close()),
-    "answer stalls in its middle": answer_stalls,
     "provider ends its stream with an error": stream_ends_with_an_error,
 }
 
@@ -652,26 +609,8 @@ def text_of_event(event):
     return event.delta if event.type == "response.output_text.delta" else ""
 
 
-def noting_reservations(mock, proxy):
-    """Let the mock note what is reserved whenever a request reaches it; the list of notes."""
-    notes, behaviour = [], mock.always or mock.default_reply
-
-    def reply(request):
-        notes.append(status_of(proxy)["reserved_microdollars"])
-        return behaviour(request) if callable(behaviour) else behaviour
-
-    mock.always = reply
-    return notes
-
-
-def described(error):
-    """The exact class of an exception, and the HTTP status that it carries."""
-    status = getattr(error, "status_code", "in stream")
-    return f"{type(error).__name__} {status}"
-
-
 def test_every_situation_of_the_matrix_is_set_up():
-    assert list(ERRORS) == list(SITUATIONS)
+    assert {*ERRORS} == {*SITUATIONS}
 
 
 @pytest.mark.parametrize("situation, name", CELLS)
