@@ -14773,7 +14773,7 @@ class Router:
             changed, without = capped_output(call.api, call.provider, call.body.fields,
                                              call.set_output_cap)
             changes.update(changed)
-            reported.update(dict.fromkeys(without, honoured_caps(call.api, call.provider)[0]))
+            reported.update({cap: honoured_caps(call.api, call.provider)[0] for cap in without})
         prices = capped_sellers(call.body.fields, call.price, call.bound.input_tokens) \
             if call.reservation.is_limited else {}
         if prices:

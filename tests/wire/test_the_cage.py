@@ -616,6 +616,17 @@ def test_the_echo_model_answers_and_bills_without_key_or_network(proxy_for, path
     assert 3 * 1 + 3 * 2 == settled_status(proxy)["spent_microdollars"]
 
 
+def test_the_echo_model_embeds_under_a_budget_for_its_input(proxy_for):
+    """Its row has a price of output, and embeddings have no cap that could be lowered."""
+    proxy = proxy_for("--budget", "0.05", environ={})
+
+    answer = call(proxy.port, "POST", "/v1/embeddings",
+                  {"model": "ironcage/echo", "input": "one two three"})
+
+    assert 200 == answer.status and answer.json["data"][0]["embedding"]
+    assert 3 == settled_status(proxy)["spent_microdollars"]
+
+
 @pytest.mark.parametrize("path, fields", ECHO)
 def test_the_echo_model_cuts_at_the_cap(proxy_for, path, fields):
     proxy = proxy_for(environ={})
