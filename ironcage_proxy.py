@@ -134,8 +134,8 @@ from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import (TYPE_CHECKING, Any, Callable, Container, ContextManager, Iterable, Iterator,
-                    Mapping, NamedTuple, Optional, Sequence, TypeVar, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Collection, Container, ContextManager, Iterable,
+                    Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union)
 
 if TYPE_CHECKING:
     import sqlite3           # at run time where a ledger is opened: most commands need none
@@ -4556,7 +4556,7 @@ def _packed(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).decode("ascii").rstrip("=")
 
 
-def carried_call_id(given: str, used: Container[str]) -> str:
+def carried_call_id(given: str, used: Collection[str]) -> str:
     """Return the id of a call as every client and vendor takes it, unlike the ones in use. One
     that is changed can be had back with own_call_id()."""
     if given not in used and re.fullmatch(LEGAL_CALL_ID, given):
@@ -4564,7 +4564,7 @@ def carried_call_id(given: str, used: Container[str]) -> str:
     packed = _packed(given.encode("utf-8", "surrogatepass"))
     if not given or len(packed) > 48:
         packed = secrets.token_hex(12)
-    return next(own for number in itertools.chain(("",), itertools.count(1))
+    return next(own for number in itertools.chain(("",), itertools.count(len(used)))
                 for own in (f"icid{number}_{packed}",) if own not in used)
 
 

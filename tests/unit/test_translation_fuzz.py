@@ -341,6 +341,22 @@ def test_the_work_for_an_answer_grows_with_its_length_and_no_faster():
     assert many < 4.4 * few
 
 
+def test_of_many_calls_with_one_id_each_gets_its_own_at_the_first_try():
+    class Asked(set):
+        asked = 0
+
+        def __contains__(self, one):
+            self.asked += 1
+            return super().__contains__(one)
+    used = Asked()
+
+    for _ in range(100):
+        used.add(ic.carried_call_id("call_1", used))
+
+    assert (100, True) == (len(used), used.asked <= 300)
+    assert {"call_1"} == {ic.own_call_id(one) for one in used}
+
+
 @pytest.mark.parametrize("client", ["chat", "responses"])
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_an_answer_whose_start_its_server_left_out_is_carried_over(client, is_whole):
