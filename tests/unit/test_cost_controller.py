@@ -582,3 +582,10 @@ def test_any_schedule_admits_nothing_past_the_stop_and_never_passes_the_budget(s
         budget = controller.budget()
         assert budget.spent + budget.reserved <= limit
         assert not line or budget.spent < stop_at
+
+
+@pytest.mark.parametrize("spent, stop_at, kind", [
+    (9, None, ic.InsufficientBudget), (10, None, ic.BudgetExceeded), (9, 9, ic.BudgetExceeded)])
+def test_a_limit_that_is_spent_and_one_that_is_too_low_for_a_call_are_two_refusals(spent, stop_at,
+                                                                                   kind):
+    assert kind is type(ic.budget_refusal(ic.Budget("proxy", 10, spent, 0, stop_at), fixed(5)))
