@@ -1730,7 +1730,9 @@ class PriceBook:
             hidden = [(rates[dear], plain) for kind in {"image_output", *held} - {*counts.buckets}
                       if rates[kind] > rates[HIDDEN_IN[kind][kind]]
                       for dear, plain in HIDDEN_IN[kind].items()]
-            rates = {**rates, **{plain: max(rates[plain], rate) for rate, plain in sorted(hidden)}}
+            if hidden:
+                rates = {**rates, **{plain: max(rates[plain], rate)
+                                     for rate, plain in sorted(hidden)}}
             multiplier = _multiplier(entry_price, usage, api, data_residency)
             used = {bucket: count for bucket, count in counts.buckets.items() if count}
             lines += [(bucket, count, rates[bucket] * multiplier) for bucket, count in used.items()]
