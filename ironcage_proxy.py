@@ -10210,11 +10210,12 @@ def secret_in(path: str, held: Mapping[str, str],
 def _secret_line(path: str, read: Callable[[str], str]) -> str:
     try:
         with open(path, "rb") as file:
-            line = re.fullmatch(rb"(?:\xef\xbb\xbf)?\s*([!-~]+)\s*", file.read(MAX_SECRET_BYTES))
+            text = file.read(MAX_SECRET_BYTES + 1)
     except OSError as err:
         raise Misconfigured(f"the file {path} cannot be read: {_reason(err)}") from err
+    line = re.fullmatch(rb"(?:\xef\xbb\xbf)?\s*([!-~]+)\s*", text)
     with checking(f"the file {path}"):
-        if line is None:
+        if line is None or len(text) > MAX_SECRET_BYTES:
             raise ValueError("must hold one line of printable characters without spaces")
         check_unquoted(line[1].decode())
         return read(line[1].decode())

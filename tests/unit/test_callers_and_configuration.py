@@ -468,3 +468,13 @@ def test_an_alias_is_an_exact_name_first_and_then_the_first_pattern(model, targe
 def test_a_model_of_a_provider_that_there_is_not_is_refused(model, words):
     with pytest.raises(ic.UnknownProvider, match=words):
         routes("groq").of_model(model)
+
+
+def test_a_secret_too_long_for_its_file_is_refused_not_cut(tmp_path):
+    path = tmp_path / "key"
+    path.write_bytes(b"k" * ic.MAX_SECRET_BYTES)
+    assert "k" * ic.MAX_SECRET_BYTES == ic.secret_in(str(path), {})
+
+    path.write_bytes(b"k" * (ic.MAX_SECRET_BYTES + 1))
+    with pytest.raises(ic.Misconfigured, match="one line"):
+        ic.secret_in(str(path), {})
