@@ -16715,6 +16715,8 @@ def flags_from(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     argv, as_they_are = [], {**values}
     for row in SETTINGS:
         value = values.get(row.field)
+        if row.field == "port" and isinstance(value, int):     # listening says what is wrong
+            continue
         if (not row.metavar and isinstance(value, bool)) or (
                 re.search("_(bytes|s)$", row.field) and type(value) in (int, float)):
             with checking(f"{row.field}:"):
@@ -17710,6 +17712,8 @@ class LlmRouter:
         elif server_url is not None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
+            with checking("server_url:"):
+                parse_base_url(server_url)
             flags.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
         for field in more.keys() - {*Settings._fields}:
             raise Misconfigured(f"LlmRouter has no {shown_name(field)}"

@@ -111,7 +111,7 @@ def test_a_budget_that_is_no_amount_is_refused(router_for, budget):
     ("bound", "foo", "--bound: must be measured or bytes"), ("wait_s", -1, "wait_s: "),
     ("wait_s", float("nan"), "wait_s: "), ("keep_days", 0, "--keep-days: "),
     ("max_body_bytes", -1, "max_body_bytes: "), ("log_format", "xml", "--log-format: "),
-    ("alert_url", "ftp://x", "--alert-url: "), ("port", "many", "--port: "),
+    ("alert_url", "ftp://x", "--alert-url: "), ("port", "many", "--port: "), ("port", -1, "listen"),
     ("api_key", "short", "--token: "), ("api_key", "abcdefgh\r\nx: y", "--token: "),
     ("provider_key", 5, "provider_key must be text"), ("allow_fields", ["a b"], "--allow-field: "),
     ("strict", "yes", "strict")])
