@@ -166,7 +166,7 @@ MAX_INTERIM_ANSWERS = 100                 # of status 1xx, before the answer its
 MAX_JSON_DEPTH = 200                      # deeper bodies are attacks, not prompts
 MAX_JSON_VALUES = 1_000_000               # more hold the interpreter for over 0.2 s
 MAX_INTEGER_DIGITS = 4300                 # as Python reads and writes; what costs has less room
-MAX_MODEL_CHARS = 512
+MAX_MODEL_CHARS = 512                     # of a model's name, a client's or an answer's
 MAX_EVENT_BYTES = 32 * 1024 * 1024        # one SSE event; image streams carry megabytes in one
 MAX_ANSWER_BYTES = 64 * 1024 * 1024       # an answer that is metered whole is held in memory
 MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to read its usage
@@ -1149,7 +1149,8 @@ def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_token
     written = _count(read, "cache_write_tokens")
     written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
     of_cached = read.get("cached_tokens_details")
-    audio_read = min(cached, audio, _count(of_cached, "audio_tokens"))
+    audio_read = min(cached, audio, max(_count(of_cached, "audio_tokens"),
+                                        audio - max(0, prompt - cached - written)))
     image_read = min(cached - audio_read, _count(of_cached, "image_tokens"))
     plain = max(0, prompt - cached - written - (audio - audio_read))
     seen = min(plain, max(0, _count(read, "image_tokens") - image_read))
@@ -1639,16 +1640,21 @@ class PriceBook:
         full_name = f"{provider}/{model}" if provider else model
         key = next((key for pattern, key in self._price_as.items()
                     if fnmatch.fnmatchcase(full_name if "/" in pattern else model, pattern)), None)
-        return None if key is None else self.row(key)._replace(is_stand_in=True)
+        return None if key is None else self.row(key)._replace(is_stand_in=True, known_rates={})
 
     def _own_price(self, model: str, provider: str) -> Optional[Price]:
         """The price that a model has itself, or None. One of a provider that is free has a row of
-        the operator's only, and at a server that is usually free also one of the table."""
-        price = self._listed_price(model, provider)
-        if provider not in self._providers or not self._providers[provider].is_free or (
-                price is not None and (price.key in self._own or manners_of(provider).is_free)):
+        the operator's only, and at a server that is usually free also one of the table; that the
+        table calls such a server free is no price where it is not."""
+        price, row = self._listed_price(model, provider), self._providers.get(provider)
+        if row is None or (price is not None and price.key in self._own):
             return price
-        return price_from_row(f"{provider}/*", FREE_ROW)
+        is_usually_free = manners_of(provider).is_free
+        if row.is_free:
+            return price if price is not None and is_usually_free \
+                else price_from_row(f"{provider}/*", FREE_ROW)
+        return price if price is None or not is_usually_free or any(price.amounts.values()) \
+            else None
 
     def _listed_price(self, model: str, provider: str) -> Optional[Price]:
         """The price of a model in the rows, or None.
@@ -2818,7 +2824,8 @@ def kinds_held(body: JsonBody) -> frozenset:
     """Return the kinds of HIDDEN_IN that a call with this body may have tokens of."""
     contents = contents_of(body)
     unseen = [row[1:] for row in contents.parts if _is_unseen(*row[1:])]
-    only_read = unseen and all(itertools.starmap(_is_document, unseen))
+    keeps = any([body.fields.get(name) is not None for name in STORED_STATE_FIELDS])
+    only_read = not keeps and all(itertools.starmap(_is_document, unseen))
     speaks = any([body.fields.get(name) is not None for name in ("audio", "modalities")])
     held = {"audio_input": contents.is_unseen and not only_read,
             "image_input": contents.is_unseen or contents.images, "audio_output": speaks}
@@ -3364,8 +3371,8 @@ def error_in(body: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     if error or isinstance(error, dict):
         return error if isinstance(error, dict) else {"message": error}
     has_words = isinstance(body.get("message"), str) or body.get("detail")      # as FastAPI's
-    is_bare = has_words and not body.keys() & {"type", "object", "choices", "content", "output",
-                                               "usage"}
+    is_bare = has_words and not body.get("data") and not body.keys() & {
+        "type", "object", "choices", "content", "output", "usage"}
     return body if body.get("type") == "error" or is_bare else None
 
 
@@ -3430,7 +3437,7 @@ class AnswerMeter:
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
     output_bytes = 0                            # UTF-8 bytes of generated text seen
     has_ended = False                           # the stream's last event was seen
-    failure: Optional[str] = None               # the type of an error inside a stream: no end yet
+    failure: Optional[str] = None               # the type of an error in it; more may follow
     body_has_ended = False                      # in order, whatever it held
     awaits_usage = True                         # the last report is not known to be the last
     is_beyond_limits = False                    # a part that might be JSON was not parsed
@@ -3647,7 +3654,7 @@ class AnswerMeter:
                 self.awaits_usage = not has_finished
         elif kind == "message_stop":
             self._end()
-        else:
+        elif kind != "ping":
             self._finished.clear()
             block = json_object(event.get("content_block"))
             self._note_changes({}, [block["type"]] if "type" in block else ())
@@ -8636,7 +8643,10 @@ class CostController:
         with self._lock:
             claim.may_wait = not self._is_closed
             self._queue.append(claim)
-        self._serve_queue()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.leave, claim)           # where an interrupt breaks this off
+            self._serve_queue()
+            undo.pop_all()
         return claim
 
     def _lacking(self, claim: Reservation, budgets: Optional[Sequence[Budget]],
@@ -10415,7 +10425,8 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
     "file_tools": ("file_tools", _config_flag),
     "reasoning_beyond_caps": ("reasoning_beyond_caps", value_like(
         lambda value: type(value) is int and 0 <= value <= 10 ** 6, "a number of tokens")),
-    "fields": ("fields", list_like(r"\w{1,64}", "names of fields that cost nothing", least=0)),
+    "fields": ("fields", list_like(r"\w{1,64}(\.\w{1,64})*", "names of fields that cost nothing",
+                                   least=0)),
     "echo_reasoning": ("reasoning_field",
                        lambda value: "reasoning_content" if _config_flag(value) else ""),
     "reasoning_field": ("reasoning_field", text_like("(reasoning(_content)?)?",
@@ -11921,7 +11932,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     own: what one vendor's clients say to it stays behind, but for the features of Anthropic that a
     client of OpenAI's names.
     """
-    tokens = offered_tokens(head.headers)
+    tokens = [token for token in offered_tokens(head.headers) if len(token) >= 8]    # as each has
     headers = {name: value for name, value in head.headers.values.items()
                if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(OWN_HEADERS)
                and not any([token in value for token in tokens])}
@@ -12089,7 +12100,8 @@ class Call:
         self.model = model                            # the name that goes upstream
         self.losses = Losses()                        # what a translator could not carry over
         self.wants_stream = optional_flag(body.fields, "stream")
-        self.meter = AnswerMeter(api, optional_count(body.fields, "n") or 1)
+        n = body.fields.get("n")                      # an odd one is the provider's to refuse
+        self.meter = AnswerMeter(api, n if type(n) is int else 1)
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
 
     def intent_row(self) -> dict:
@@ -12166,7 +12178,8 @@ def tokens_per_s(call: Call) -> int:
 def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
     """Return what a call costs, from how it ended. Pure.
 
-    Nothing: not sent; refused without usage; ended by an error event soon, before all else.
+    Nothing: not sent; refused without usage; ended soon by an error before all else, in a stream or
+    in a 200.
     Exactly: by final usage, which for a call that loops at the provider has its input.
     Its reservation: not streamed, and broken off late without a byte, which a gateway may say.
     All else: _most_bill().
@@ -12789,17 +12802,17 @@ class Reporter:
         if self.settings.on_event is None:
             return
         try:
-            self._telling.event = event
+            before, self._telling.event = self.is_in_on_event(), True
             with self._turns.outside():
                 self.settings.on_event(event)
         except Exception:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
         finally:
-            self._telling.event = None
+            self._telling.event = before
 
-    def tells(self) -> bool:
+    def is_in_on_event(self) -> bool:
         """Whether this is called from `on_event`."""
-        return getattr(self._telling, "event", None) is not None
+        return getattr(self._telling, "event", False)
 
 
 # ==== 23. Iron Cage server ======================================================================
@@ -14242,7 +14255,7 @@ class ProviderFailed(Exception):
 def _bounded_name(model: str, param: str) -> str:
     """Return a model's name, which is looked for, kept and logged. Raises BadRequest."""
     if len(model) > MAX_MODEL_CHARS:
-        raise BadRequest(f"{param} must name models by at most {MAX_MODEL_CHARS} characters",
+        raise BadRequest(f"{param}: a model's name has at most {MAX_MODEL_CHARS} characters",
                          param=param)
     return model
 
@@ -15022,8 +15035,8 @@ class Router:
         ping_s = self.settings.timeouts.ping_s
         call.heard_s = time.monotonic()
 
-        for pieces in self._reads(call, response, reader, ping_s):
-            if not pieces or time.monotonic() - call.heard_s >= ping_s:
+        for pieces in self._reads(call, response, reader, ping_s / 4):
+            if time.monotonic() - call.heard_s >= ping_s:
                 yield {"type": "ping"}
             yield from (self._checked(call, event) for event in reader.parsed(pieces)
                         if event.get("type") != "ping")
@@ -15913,7 +15926,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
         Whoever calls this while another does waits for the end of it; `on_event` waits for nothing.
         """
-        if self.router.reporter.tells():               # whose call is to end first
+        if self.router.reporter.is_in_on_event():               # whose call is to end first
             threading.Thread(target=self.stop, name="ironcage-stop").start()
             return
         with self._stopping:
@@ -16429,7 +16442,7 @@ def _parse_groups(text: str) -> list[str]:
             raise ValueError(f"{shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, each once"
                              + did_you_mean(group, USAGE_GROUPS))
         if groups.count(group) > 1:
-            raise ValueError(f"{group} stands there twice; take each once")
+            raise ValueError(f"{group} is given twice; take each once")
     return groups
 
 
@@ -16659,7 +16672,8 @@ _OF_A_SERVICE = (r"(?s)IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[
 def _setting_value(row: Setting, given: Any, environ: Mapping[str, str]) -> Any:
     """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
     text = environ.get(row.env, "")
-    for name in (row.env, f"{row.env}_FILE") if row.field in LIMITS_SPEND and not given else ():
+    for name in (row.env, f"{row.env}_FILE") if row.field in LIMITS_SPEND \
+            and not given and not text.strip() else ():
         if name in environ and not environ[name].strip():
             raise Misconfigured(f"{name} {EMPTY}: it would set no limit")
     if not given and (not text or re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}")):
@@ -16724,7 +16738,7 @@ def flags_from(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
             continue
         as_they_are.pop(row.field, None)
         argv += [f"{row.flag}={item}" for item in (
-            value if isinstance(value, (list, tuple)) and row.repeats else [value])
+            value if isinstance(value, (list, tuple, set, frozenset)) and row.repeats else [value])
             if item is not None]
     return argv, as_they_are
 
@@ -17037,7 +17051,8 @@ def run_wrapped(settings: Settings, given: Mapping[str, Any]) -> int:
         signals.extend(came)
         while child is not None and signals:
             number = signals.pop()
-            if number != signal.SIGINT or not sys.stdin.isatty():    # a terminal tells both
+            # A terminal sends it to both, but for what came before there was a command.
+            if not came or number != signal.SIGINT or not sys.stdin.isatty():
                 child.send_signal(number)
 
     _on_signals(pass_on, "SIGINT", "SIGTERM", "SIGHUP")
@@ -17459,7 +17474,8 @@ class _FakeProvider(http.server.BaseHTTPRequestHandler):
         answer = echo_whole(api, echo(api, fields, answer_id="1", created_at=0))
         data = json_bytes({**answer, "model": fields["model"]})
         self.wfile.write(format_head("HTTP/1.1 200 OK", [
-            ("content-type", "application/json"), ("content-length", str(len(data)))]) + data)
+            ("content-type", "application/json"), ("content-length", str(len(data))),
+            ("connection", "close")]) + data)
 
 
 class _Laboratory:
@@ -17705,9 +17721,10 @@ class LlmRouter:
                    if re.sub("_FILE$", "", variable) not in hidden}
         flags = {"port": 0, "token": api_key or None, "cage": cage, "budget_microdollars": budget,
                  "stop_at_microdollars": stop_at, "shared": shared, "ledger_path": ledger, **more}
+        for field, text in (("api_key", api_key), ("provider_key", provider_key)):
+            if not isinstance(text, (str, type(None))):
+                raise Misconfigured(f"{field} must be text")
         if provider_key is not None:
-            if not isinstance(provider_key, str):
-                raise Misconfigured("provider_key must be text")
             environ[KNOWN_PROVIDERS[name].key_env] = provider_key
         elif server_url is not None:
             if api_key is None and "server_token" not in more:
@@ -17715,11 +17732,19 @@ class LlmRouter:
             with checking("server_url:"):
                 parse_base_url(server_url)
             flags.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
+        for field, amount in more.items():
+            if field.endswith("_microdollars") and amount is not None:         # flags are in USD
+                if type(amount) is not int or amount < 0:
+                    raise Misconfigured(f"{field} must be an integer from 0 up")
+                flags[field] = format_usd(amount)[1:]
         for field in more.keys() - {*Settings._fields}:
             raise Misconfigured(f"LlmRouter has no {shown_name(field)}"
                                 f"{did_you_mean(field, Settings._fields)}")
         argv, as_they_are = flags_from(flags)
-        self._server = ProxyServer(settings_from(argv, environ)._replace(**{
+        settings = settings_from(argv, environ)
+        if settings.shared is not None:            # it stands on no command line
+            as_they_are["shared"] = settings.shared._replace(is_public=False)
+        self._server = ProxyServer(settings._replace(**{
             "on_event": on_event, "quiet": True, **as_they_are}))
         self._provider = name
         self._is_running = True

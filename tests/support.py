@@ -932,7 +932,9 @@ def each(names: str, rows: Iterable) -> Callable:
     the next.
     """
     fields = re.findall(r"\w+", names)
-    table = [dict(zip(fields, row if len(fields) > 1 else (row,))) for row in rows]
+    rows = [row if len(fields) > 1 else (row,) for row in rows]
+    assert rows and all(len(row) == len(fields) for row in rows), "no rows, or one of another length"
+    table = [dict(zip(fields, row)) for row in rows]
 
     def decorated(test: Callable) -> Callable:
         @functools.wraps(test)

@@ -5,6 +5,7 @@ every schedule can be played here one step at a time.
 """
 from __future__ import annotations
 
+import signal
 from random import Random
 
 import pytest
@@ -234,6 +235,18 @@ def test_whatever_breaks_a_wait_off_holds_nothing(left):
 
     with pytest.raises(left):
         controller.admit(asks(8_000), wait_s=60, has_left=interrupted)
+    controller.commit(held, 0)
+
+    assert (0, 0, 10_000) == controller.get_full_status()
+
+
+def test_an_interrupt_while_a_request_is_asked_for_leaves_nothing_in_the_queue(monkeypatch):
+    controller = ic.CostController(10_000)
+    held = controller.ask(asks(9_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(controller, "_serve_queue", lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            controller.ask(asks(8_000), may_wait=True)
     controller.commit(held, 0)
 
     assert (0, 0, 10_000) == controller.get_full_status()

@@ -750,6 +750,8 @@ def test_what_is_no_file_passes_where_the_provider_runs_its_own_tools_over_files
     (content({"type": "file", "file": {"file_data": "data:audio/wav;base64,AA",
                                        "x": "data:text/plain,x"}}), "audio image"),
     (content({"type": "input_audio", "x": "data:text/plain,x"}), "audio image"),
+    ({**content({"type": "file", "file": {"file_data": "data:application/pdf;base64,AA"}}),
+      "previous_response_id": "r"}, "audio image"),
     (content({"type": "video_url", "video_url": {"url": "https://x"}}), "audio image")], ids=repr)
 def test_a_request_shows_what_dear_tokens_its_call_may_have(fields, held):
     names = {"audio": "audio_input", "image": "image_input", "out": "audio_output"}

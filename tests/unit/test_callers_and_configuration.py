@@ -94,7 +94,7 @@ def test_a_known_provider_at_another_host_loses_the_endpoint_that_is_known_at_it
     ("zero_is_a_cap", True, "zero_is_a_cap", True), ("file_tools", True, "file_tools", True),
     ("reasoning_beyond_caps", 80_000, "reasoning_beyond_caps", 80_000),
     ("key_as", "api-key", "key_as", "api-key"),
-    ("fields", ["mine"], "fields", ("mine",)),
+    ("fields", ["mine", "a.b"], "fields", ("mine", "a.b")),
     ("sold_as", ["mistralai"], "sold_as", ("mistralai",)),
     ("anthropic_base_url", "https://lab.example/v1", "anthropic_base_url", "https://lab.example"),
 ])

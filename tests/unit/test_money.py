@@ -1141,6 +1141,24 @@ def test_all_models_of_a_provider_that_is_free_cost_nothing_and_only_those():
     assert 0 < book.price("gpt-5.5", "openai").amounts["input_cost_per_token"]
 
 
+def test_a_table_calls_a_server_free_only_where_it_is_ones_own():
+    rows = {"ollama/m": {**ic.FREE_ROW, "litellm_provider": "ollama"},
+            "ollama/dear": {**PLAIN, "litellm_provider": "ollama"}}
+    away = ic.provider_from("ollama", {"base_url": "https://ollama.example/v1"})
+    book = book_of(**rows).with_own({}, providers=[away], price_as={})
+    own = book_of(**rows).with_own(rows, providers=[away], price_as={})
+
+    assert [None, True, True] == [
+        book.find("m", "ollama"), book.find("dear", "ollama") is not None,
+        own.find("m", "ollama") is not None]
+
+
+def test_a_price_that_stands_in_says_so_to_the_ledger():
+    book = BOOK.with_own({}, providers=(), price_as={"unheard-*": "gpt-5.5"})
+
+    assert book.find("unheard-of").known_rates is not book.find("gpt-5.5").known_rates
+
+
 @pytest.mark.parametrize("key, provider, free, wins", [
     ("vllm/m", "vllm", None, True), ("m", "vllm", None, True), ("vllm/m", "vllm", True, True),
     ("gemini/m", "gemini", True, True), ("m", "gemini", True, True), ("x", "vllm", None, False)])

@@ -101,6 +101,12 @@ def carrier():
     return Carrier()
 
 
+@pytest.fixture
+def pinging():
+    """One whose translated streams ping at each read, for it is always time to."""
+    return Carrier(timeouts=SETTINGS.timeouts._replace(ping_s=0))
+
+
 # What a request names.
 
 @pytest.mark.parametrize("fields, model", [
@@ -525,13 +531,13 @@ def test_a_message_with_a_stop_reason_and_an_end_is_whole(carrier, path, fields)
                "content_block": {"type": "text", "text": "he"}},
               {"type": "content_block_stop", "index": 0},
               {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
-               "usage": {"output_tokens": 3}}]
+               "usage": {"output_tokens": 3}}, {"type": "ping"}]
     done = [b"[DONE]"]
     for end in ([], done):
         _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events, *end))
         assert b'"error"' not in body and (b"end_turn" in body or b'"stop"' in body)
 
-        _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events[:-1], *end))
+        _, body, _ = carrier.call(path, {**fields, **STREAM}, stream(*events[:-2], *end))
         assert b"ended without its last event" in body
 
 
@@ -614,12 +620,12 @@ def test_a_translated_stream_that_only_begins_before_its_error_has_a_status(carr
     assert status == shown and "no, sorry" in json.loads(body)["error"]["message"]
 
 
-def test_a_response_that_fails_after_a_ping_has_a_start_before_its_error(carrier):
+def test_a_response_that_fails_after_a_ping_has_a_start_before_its_error(pinging):
     data = stream({"type": "error", "error": {"type": "overloaded_error", "message": "no, sorry"}})
     at = data.index(b"\r\n\r\n") + 4
     fields = {**RESPONSES[1], "model": "claude-haiku-4-5", **STREAM}
 
-    _, body, _ = carrier.call(RESPONSES[0], fields, data[:at], TimeoutError(), data[at:])
+    _, body, _ = pinging.call(RESPONSES[0], fields, data[:at], TimeoutError(), data[at:])
 
     assert ["response.created", "response.in_progress", "error", "response.failed"] == [
         line[7:].decode() for line in body.splitlines() if line.startswith(b"event: ")]
@@ -634,11 +640,11 @@ def test_an_error_inside_a_choice_keeps_its_words(carrier):
 
 
 @pytest.mark.parametrize("path", ON_GPT_5)
-def test_a_stream_that_only_begins_is_heard_of_at_the_first_ping(carrier, path):
+def test_a_stream_that_only_begins_is_heard_of_at_the_first_ping(pinging, path):
     data = stream(CREATED, failed("server_error"))
     at = data.index(b"\n\n") + 2
 
-    status, body, _ = carrier.call(path, ON_GPT_5[path], data[:at], TimeoutError(), data[at:])
+    status, body, _ = pinging.call(path, ON_GPT_5[path], data[:at], TimeoutError(), data[at:])
 
     assert 200 == status and b"ping" in body and b"no, sorry" in body
 
@@ -733,15 +739,15 @@ def test_a_stream_that_nobody_asked_for_passes_and_is_metered(carrier):
     assert (DONE_COSTS, 0) == carrier.spent
 
 
-def test_a_translated_stream_pings_while_its_provider_is_silent(carrier):
+def test_a_translated_stream_pings_when_it_is_time_to_whatever_its_provider_sends(carrier, pinging):
     data = stream(*GOOD)
     at = data.index(b"\n\n") + 2
+    reads = [data[:at], TimeoutError(), data[at:]]
 
-    steady, with_a_pause = [
-        carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, *reads)[1]
-        for reads in ([data], [data[:at], TimeoutError(), data[at:]])]
+    early, due = [one.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, *reads)[1].count(b"event: ping")
+                  for one in (carrier, pinging)]
 
-    assert 1 == with_a_pause.count(b"event: ping") - steady.count(b"event: ping")
+    assert early + len(reads) == due
 
 
 # What is not metered.

@@ -56,6 +56,12 @@ def test_an_empty_variable_that_would_limit_spend_is_refused(name, empty):
         ic.settings_from([], {"IRONCAGE_BUDGET": "2", f"IRONCAGE_{name}": empty})
 
 
+def test_an_empty_twin_of_a_variable_that_is_set_is_nothing():
+    settings = ic.settings_from([], {"IRONCAGE_SHARED": "redis://h", "IRONCAGE_SHARED_FILE": ""})
+
+    assert "h" == settings.shared.host
+
+
 def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_setting():
     linked = {"IRONCAGE_PORT": "tcp://10.0.0.7:8787", "IRONCAGE_SERVICE_HOST": "10.0.0.7",
               "IRONCAGE_SERVICE_PORT": "8787", "IRONCAGE_SERVICE_PORT_HTTP": "8787",

@@ -92,6 +92,8 @@ BODY = {"choices": [{"message": {"role": "assistant", "content": "x" * 40}}]}
     (dict(api="messages", answer={"type": "error", **ERROR}), 10, (0, None)),
     (dict(api="responses", streams=False, answer={"status": "failed", "output": [], **ERROR}), 10,
      (0, None)),
+    (dict(api="embeddings", streams=False, answer={"data": [{}], "message": "ok"}), 0.01,
+     (150, "no usage in the answer")),
     (dict(streams=False, answer={**BODY, **ERROR}), 0.01, (300, "no usage in the answer")),
     (dict(events=[{"error": "overloaded"}]), 10, (0, None)),
     (dict(events=[{"message": "overloaded", "code": 503}]), 10, (0, None)),

@@ -407,6 +407,14 @@ def test_nothing_says_who_stands_before_the_proxy_nor_its_token(name, value):
     assert name not in sent_up([(name, value)])
 
 
+def test_a_word_beside_the_token_takes_no_header_away():
+    head = ic.RequestHead("POST", "/v1/x", None, 1, ic.Headers([
+        ("authorization", "Bearer ic-token"), ("x-api-key", "1"), ("user-agent", "sdk/1")]))
+    provider = ic.Provider("p", "openai", "https://p.example", key=KEY)
+
+    assert "sdk/1" == ic.upstream_headers(head, provider, 5)["user-agent"]
+
+
 def test_what_one_vendors_client_says_to_it_stays_behind_in_a_translated_call():
     assert {"host": "p.example", "user-agent": "sdk/1", "authorization": f"Bearer {KEY}",
             "accept-encoding": "identity", "content-length": "5",

@@ -122,12 +122,32 @@ def test_what_an_embedder_sets_is_looked_at_as_a_flag_is(router_for, field, valu
 
 def test_an_embedder_sets_what_a_flag_sets(router_for):
     router = router_for(port="0", wait_s=0.5, max_body_bytes=70_000, allow_hosts="myhost", strict=True,
-                        allow_fields=("one", "two"), api_key=12345678)
+                        allow_fields=("one", "two"), api_key="12345678")
     settings = router._server.settings
 
     assert (0.5, 70_000, ("myhost",), True, ("one", "two"), "12345678") == (
         settings.wait_s, settings.max_body_bytes, settings.allow_hosts, settings.strict,
         settings.allow_fields, router.api_key)
+
+
+def test_an_embedders_amounts_are_in_microdollars_where_the_setting_is(router_for):
+    router = router_for(budget_microdollars=5_000_000, stop_at_microdollars=1_250_000)
+
+    assert 5.0 == router.budget
+    assert 1_250_000 == router._server.router.controller.budget().stop_at
+    with pytest.raises(program().Misconfigured, match="budget_microdollars must be an integer"):
+        router_for(budget_microdollars="5")
+
+
+def test_an_embedders_sets_are_lists_and_its_engine_is_on_no_command_line(router_for, monkeypatch):
+    router = router_for(allow_fields=frozenset({"top_k"}))
+    assert ("top_k",) == router._server.settings.allow_fields
+
+    seen = []
+    monkeypatch.setattr(program(), "ProxyServer", lambda settings: seen.append(settings) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        router_for(shared="redis://u:canary-password@127.0.0.1:1")
+    assert not seen[0].shared.is_public
 
 
 def test_a_handler_of_events_can_stop_the_router_and_its_call_ends(router_for):
