@@ -88,12 +88,13 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
         chapter 24, where many processes share a budget
     leaves: What leaves this machine? What these use of chapters 18 and 20.
         KeepAliveHandler; posted; Router: _sent _send _passed_through; CageServer: _post;
-        Alerts: _is_done; EngineLink
+        Alerts: _is_done; EngineLink; row_shown; refusal_row; child_environment
     changed: Is my message changed, where its API is the provider's own? What these use of chapters
         3, 6, 7, 20 and 21.
         JsonBody: spliced; Router: _upstream_body _answered _whole_answer _streamed _reads
         _to_its_end _unread _counted_here; UpstreamResponse; StreamReader; without_usage;
-        and, where it is translated, chapters 8 to 14
+        capped_output; lowered_thinking; hosted_changes; capped_sellers;
+        without_own_thinking; and, where it is translated, chapters 8 to 14
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
@@ -494,15 +495,14 @@ HOP_BY_HOP_HEADERS = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
 })
-# What browsers, and proxies on the way to us, say of this side.
-LOCAL_HEADERS = frozenset({
-    "forwarded", "via", "x-real-ip", "x-client-ip", "x-forwarded-for", "x-forwarded-host",
-    "x-forwarded-port", "x-forwarded-proto", "x-forwarded-server", "referer", "origin",
-})
+# What browsers, and proxies on the way to us, say of this side, of who is there and how they let
+# them in. Source: what Caddy, nginx, Cloudflare, AWS, Tailscale, oauth2-proxy add, November 2026.
+LOCAL_HEADER = re.compile(r"forwarded|via|referer|origin|x-forwarded-.*|x-real-ip|.*-client-ip|"
+                          r"cf-.*|x-amzn-oidc-.*|x-auth-request-.*|tailscale-.*|remote-user")
 # Beside those: the client's credentials and cookies, and what the sender writes itself.
 REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "host", "content-length", "content-encoding", "accept-encoding", "expect",
-    "authorization", "x-api-key", "api-key", "cookie", *LOCAL_HEADERS,
+    "authorization", "x-api-key", "api-key", "cookie",
 }
 ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "content-length", "set-cookie", "set-cookie2", "x-accel-buffering"}
@@ -1770,9 +1770,8 @@ def billed_entries(usage: Mapping[str, Any],
     if len(iterations) > MOST_ITERATIONS:
         raise MalformedUsage("there are too many iterations")
     read = USAGE_READERS["messages"]
-    tokens = [counts.prompt_tokens + counts.completion_tokens
-              for counts in map(read, (*iterations, {**NO_TOKENS, **usage}))]
-    if sum(tokens[:-1]) < tokens[-1]:
+    whole, *parts = [counts[:2] for counts in map(read, ({**NO_TOKENS, **usage}, *iterations))]
+    if any(map(operator.lt, map(sum, zip(*parts)), whole)):
         return [(model, usage)]
     return [(entry["model"][:MAX_MODEL_CHARS] if isinstance(entry.get("model"), str) else model,
              entry) for entry in iterations]
@@ -2866,7 +2865,7 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
                                                     dearest["cache_write_12h"])
     if max(write, long_write) > plain and (api != "messages" or may_say(b"cache_control")):
         plain = max(plain, write)
-        if long_write > plain and may_say(b'"1h"', b'"12h"'):
+        if long_write > plain and may_say(*(b'"1h"',) if api == "messages" else (b'"ttl"',)):
             plain = long_write
     return plain, output
 
@@ -3404,15 +3403,16 @@ def _amount(api: str, part: Mapping[str, Any]) -> int:
 
 
 def _with_lifetimes(part: dict, before: Mapping[str, Any]) -> dict:
-    """Add the lifetimes of cache writes to a part of Messages usage: only the start has them."""
+    """Add the lifetimes of cache writes to a part of Messages usage: only the start has them. What
+    was written since has the dearest of them."""
     split, written = before.get("cache_creation"), part.get("cache_creation_input_tokens")
     if not isinstance(split, dict) or not written or "cache_creation" in part:
         return part
     hour = min(_count(split, "ephemeral_1h_input_tokens"), written)
+    short = min(_count(split, "ephemeral_5m_input_tokens"), written - hour)
+    hour = written - short if hour else 0
     return {**part, "cache_creation": {
-        **split, "ephemeral_1h_input_tokens": hour,
-        "ephemeral_5m_input_tokens": min(_count(split, "ephemeral_5m_input_tokens"),
-                                         written - hour)}}
+        **split, "ephemeral_1h_input_tokens": hour, "ephemeral_5m_input_tokens": short}}
 
 
 # What answers consist of: items of Responses, and blocks of Messages. Any other is made by the
@@ -3506,11 +3506,10 @@ class AnswerMeter:
                 self.output_bytes += len(data)
             return None
         error = error_in(parsed)
-        if error is not None:
+        EVENT_READERS[self.api](self, parsed)
+        if error is not None:                            # it may end what has begun
             self._report(parsed.get("usage"))
             self._fail(error)
-        else:
-            EVENT_READERS[self.api](self, parsed)
         return parsed
 
     def see(self, pieces: Iterable[bytes]) -> None:
@@ -3858,8 +3857,8 @@ class StreamReader:
 
     def finish(self) -> bytes:
         """The end of the stream: read an event that no empty line ended, and what is held of it."""
-        self.finished_events()
-        return self._splitter.rest if self._hides_usage else b""
+        event = self.finished_events()[0]
+        return without_usage(self._splitter.rest, event) if self._hides_usage else b""
 
     def finished_events(self) -> tuple[Optional[dict], Optional[dict]]:
         """Read what the end of the stream completes: (an event, or else a whole answer)."""
@@ -8786,7 +8785,7 @@ class CostController:
                 self._queue.remove(claim)
                 claim.is_open = claim.refused_by is None
                 claim.decided.set()
-        if not is_here and claim.refused_by is None:
+        if not is_here and (claim.refused_by is None or claim.microdollars):     # or we are closing
             self.accounts.settle(claim, 0)
 
     def _fail_queue(self, failure: IroncageError) -> None:
@@ -11903,7 +11902,8 @@ def check_key(provider: Provider) -> None:
         raise NoProviderKey(f"no key for the provider {provider.name} is known: set {where}")
     maker = next((name for start, name in KEY_FORMS if (provider.key or "").startswith(start)), "")
     known = KNOWN_PROVIDERS.get(provider.name)
-    if maker and known and maker != provider.name and known.base_url == provider.base_url:
+    if maker and known and maker != provider.name \
+            and provider.base_url in (known.base_url, known.anthropic_base_url):
         raise NoProviderKey(
             f"the key of the provider {provider.name} is one of {maker}'s, by how it begins, and "
             f"was not sent: set it as {KNOWN_PROVIDERS[maker].key_env}, and {provider.name}'s own "
@@ -11935,6 +11935,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     tokens = [token for token in offered_tokens(head.headers) if len(token) >= 8]    # as each has
     headers = {name: value for name, value in head.headers.values.items()
                if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(OWN_HEADERS)
+               and not LOCAL_HEADER.fullmatch(name)
                and not any([token in value for token in tokens])}
     for name in connection_options(head.headers):
         headers.pop(name, None)
@@ -12147,6 +12148,7 @@ PROVIDER_TOKENS_PER_S = (
     ("sambanova", 3_000),    # 2,382, Llama 3.2 1B: its record, 2024; up to 717 in May 2026
     ("inception", 2_000),    # "more than 1,000", mercury-2: openrouter.ai, March 2026
     ("openrouter", 4_000),   # it can send a call to any of these: its `:nitro`, 2026
+    ("huggingface", 4_000),  # so can its router: huggingface.co/docs/inference-providers, 2026
 )
 # By service tier or Anthropic's `speed`; asked for, the provider's default, or the one that served.
 TIER_TOKENS_PER_S = MappingProxyType({
@@ -15092,12 +15094,14 @@ class Router:
             call.charge = charge_of(call, call.prices, elapsed_ns)
         finally:
             call.charge = call.charge or Charge(reserved_in_full(call), "a fault of the proxy")
-            row = call.row or call.intent_row()
-            complete_row(row, call, call.charge, elapsed_ns)
-            row["price_row"] = self._kept_price(call.charge.lines)
-            if call.row is not None:               # first: a restart can report it to others
-                self.ledger.settle(row)
-            self.controller.commit(call.reservation, call.charge.microdollars, call.row)
+            try:
+                row = call.row or call.intent_row()
+                complete_row(row, call, call.charge, elapsed_ns)
+                row["price_row"] = self._kept_price(call.charge.lines)
+                if call.row is not None:           # first: a restart can report it to others
+                    self.ledger.settle(row)
+            finally:
+                self.controller.commit(call.reservation, call.charge.microdollars, call.row)
             self.reporter.settled(call, row)
         for count in counts_of(call, int(time.time())):
             self.counts.learn(count)

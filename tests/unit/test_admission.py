@@ -240,6 +240,23 @@ def test_whatever_breaks_a_wait_off_holds_nothing(left):
     assert (0, 0, 10_000) == controller.get_full_status()
 
 
+def test_what_is_set_aside_while_the_proxy_closes_is_given_back(monkeypatch):
+    controller = ic.CostController(10_000)
+    held = controller.ask(asks(9_000))
+    waiting = controller.ask(asks(8_000), may_wait=True)
+    take = controller.accounts.take
+
+    def closing(*arguments):
+        taken = take(*arguments)
+        controller.close()                           # on another thread, as the money is taken
+        return taken
+    monkeypatch.setattr(controller.accounts, "take", closing)
+    controller.commit(held, 0)
+
+    assert not waiting.is_open
+    assert (0, 0, 10_000) == controller.get_full_status()
+
+
 def test_an_interrupt_while_a_request_is_asked_for_leaves_nothing_in_the_queue(monkeypatch):
     controller = ic.CostController(10_000)
     held = controller.ask(asks(9_000))

@@ -706,6 +706,15 @@ def test_a_json_answer_in_a_stream_is_held_up_to_a_limit(monkeypatch):
         list(reader.parsed([b"}"]))
 
 
+def test_a_usage_chunk_that_no_empty_line_ends_is_hidden_too():
+    reader = ic.StreamReader(ic.AnswerMeter("chat"), "identity", hides_usage=True)
+    usage = {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 1}}
+
+    reader.read([b"data: " + json.dumps(usage).encode()])
+
+    assert b"" == reader.finish()
+
+
 def test_a_choice_that_never_began_keeps_the_usage_from_being_final():
     meter = ic.AnswerMeter("chat", choices=2)
     done = {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}]}

@@ -266,10 +266,10 @@ def test_each_iteration_meets_the_long_context_threshold_by_itself(first, second
 
 
 def test_iterations_that_come_to_less_than_the_top_level_are_not_all_of_the_bill():
-    usage = {"input_tokens": 1_000, "output_tokens": 10, "iterations": [
-        {"input_tokens": 1, "output_tokens": 1}]}
+    for part in ({"input_tokens": 1, "output_tokens": 1}, {"input_tokens": 9_000, "output_tokens": 0}):
+        usage = {"input_tokens": 1_000, "output_tokens": 10, "iterations": [part]}
 
-    assert 10_000 + 500 == cost_in(CLAUDE, usage, "messages")
+        assert 10_000 + 500 == cost_in(CLAUDE, usage, "messages")
 
 
 def test_an_empty_list_of_iterations_bills_the_top_level():

@@ -99,6 +99,8 @@ BODY = {"choices": [{"message": {"role": "assistant", "content": "x" * 40}}]}
     (dict(events=[{"message": "overloaded", "code": 503}]), 10, (0, None)),
     (dict(events=[{"detail": [{"msg": "overloaded"}]}]), 10, (0, None)),
     (dict(events=[text("xx"), {"detail": "overloaded"}]), 0, (110, "an error in the stream")),
+    (dict(events=[{**text("x" * 30, finish="error"), **ERROR}]), 0,
+     (250, "an error in the stream")),
     # An error event is no end: what is billed behind it is charged.
     (dict(events=[ERROR, text("x", finish="stop"), usage(), b"[DONE]"]), 100, (110, None)),
     # Exactly.
@@ -214,6 +216,13 @@ def test_what_was_reported_is_not_lost(events, expected):
      {"input_tokens": 200, "cache_creation_input_tokens": 40, "output_tokens": 2,
       "cache_creation": {
          "ephemeral_1h_input_tokens": 40, "ephemeral_5m_input_tokens": 0}}),
+    # What was written after the start has the dearest lifetime that there was.
+    ([start(input_tokens=10, cache_creation_input_tokens=20, cache_creation={
+        "ephemeral_1h_input_tokens": 10, "ephemeral_5m_input_tokens": 10}),
+      delta(input_tokens=10, cache_creation_input_tokens=60, output_tokens=2)],
+     {"input_tokens": 10, "cache_creation_input_tokens": 60, "output_tokens": 2,
+      "cache_creation": {
+         "ephemeral_1h_input_tokens": 50, "ephemeral_5m_input_tokens": 10}}),
     ([start(input_tokens=200), delta(input_tokens=10, cache_read_input_tokens=190,
                                      output_tokens=2)],
      {"input_tokens": 10, "cache_read_input_tokens": 190, "output_tokens": 2}),

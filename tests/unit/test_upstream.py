@@ -402,6 +402,8 @@ def test_what_travels_up_is_end_to_end_and_the_providers_own_key():
     ("x-forwarded-for", "10.1.2.3"), ("forwarded", "for=10.1.2.3"), ("via", "1.1 caddy"),
     ("x-real-ip", "10.1.2.3"), ("referer", "https://wiki.internal/page"),
     ("origin", "https://wiki.internal"), ("x-goog-api-key", "ic-token"),
+    ("x-forwarded-access-token", "secret"), ("cf-access-jwt-assertion", "secret"),
+    ("true-client-ip", "10.1.2.3"), ("tailscale-user-login", "me@example"),
     ("x-custom", "Token ic-token;v=1")])
 def test_nothing_says_who_stands_before_the_proxy_nor_its_token(name, value):
     assert name not in sent_up([(name, value)])
@@ -469,6 +471,9 @@ def test_a_key_that_another_provider_made_is_not_sent_and_both_are_named(name, m
     assert ic.KNOWN_PROVIDERS[maker].key_env in refused.value.message
     assert provider.key_env in refused.value.message and key not in refused.value.message
     assert None is ic.check_key(provider._replace(base_url="https://gateway.example"))
+    with pytest.raises(ic.NoProviderKey):
+        ic.check_key(ic.KNOWN_PROVIDERS["deepseek"].speaking("messages")._replace(
+            key=key.replace("AIza", "gsk_")))
     assert None is ic.check_key(ic.KNOWN_PROVIDERS[maker]._replace(key=key))
 
 
