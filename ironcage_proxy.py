@@ -435,8 +435,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
     Provider("novita", "openai", "https://api.novita.ai/v3/openai", key_env="NOVITA_API_KEY",
              anthropic_base_url="https://api.novita.ai/anthropic", path="/v3/openai"),
     Provider("siliconflow", "openai", "https://api.siliconflow.com/v1",
-             key_env="SILICONFLOW_API_KEY",
-             hosts=("api.siliconflow.cn",)),
+             key_env="SILICONFLOW_API_KEY", hosts=("api.siliconflow.cn",)),
     Provider("cohere", "openai", "https://api.cohere.ai/compatibility/v1", key_env="CO_API_KEY",
              path="/compatibility/v1", stream_usage=False, sold_as=("cohere_chat",)),
     Provider("ai21", "openai", "https://api.ai21.com/studio/v1", key_env="AI21_API_KEY",
@@ -1736,9 +1735,8 @@ class PriceBook:
             hidden = [(rates[dear], plain) for kind in {"image_output", *held} - {*counts.buckets}
                       if rates[kind] > rates[HIDDEN_IN[kind][kind]]
                       for dear, plain in HIDDEN_IN[kind].items()]
-            if hidden:
-                rates = {**rates, **{plain: max(rates[plain], rate)
-                                     for rate, plain in sorted(hidden)}}
+            for rate, plain in hidden:
+                rates = {**rates, plain: max(rates[plain], rate)}
             multiplier = _multiplier(entry_price, usage, api, data_residency)
             used = {bucket: count for bucket, count in counts.buckets.items() if count}
             lines += [(bucket, count, rates[bucket] * multiplier) for bucket, count in used.items()]
@@ -1760,9 +1758,8 @@ def billed_entries(usage: Mapping[str, Any],
                    model: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
     """(model, usage) of each billed part of a call.
 
-    Anthropic's `iterations`, where present, hold all that was billed (compaction and advisor
-    turns are missing in the top-level counts), each at its own model's price; not where they come
-    to less than the top level.
+    Anthropic's `iterations`, where present and not less, hold all that was billed (compaction and
+    advisor turns are missing in the top-level counts), each at its own model's price.
     """
     iterations = usage.get("iterations")
     if not isinstance(iterations, list) or not iterations:
@@ -2009,6 +2006,7 @@ TOOL_BRINGERS = MappingProxyType({
     "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
     "tool_removal": "tool"})
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
+SPOKEN_FIELDS = ("audio", "modalities")          # with one, the answer may be audio
 # Tools that the client runs.
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
@@ -2061,6 +2059,11 @@ class Contents(NamedTuple):
     cited: Sequence[dict]                   # documents and search results: read again in pieces
 
 
+def _has_any(fields: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a request states one of these fields."""
+    return any([fields.get(name) is not None for name in names])
+
+
 def contents_of(body: JsonBody) -> Contents:
     """What a request consists of, looked for once."""
     if body.contents is None:
@@ -2070,8 +2073,8 @@ def contents_of(body: JsonBody) -> Contents:
             parts, [*_flat_tools("tools", fields.get("tools")),
                     *_flat_tools("functions", fields.get("functions")), *_brought_tools(parts)],
             frozenset([kind for _, kind, _ in parts]),
-            any([fields[name] is not None for name in STORED_STATE_FIELDS & fields.keys()]
-                + [_is_unseen(kind, part) for _, kind, part in parts]),
+            _has_any(fields, STORED_STATE_FIELDS)
+            or any([_is_unseen(kind, part) for _, kind, part in parts]),
             [part for _, kind, part in parts if kind in IMAGE_PART_TYPES],
             [part for _, kind, part in parts if kind in ("document", "search_result")
              and json_object(part.get("citations")).get("enabled")])
@@ -2233,7 +2236,7 @@ def _has_a_priced_tier(value: Any, price: Price) -> bool:
 
 
 def _rules(names: str, scalars: str = "", **guarded: FieldRule) -> Mapping[str, FieldRule]:
-    """Return rules: none for what names name, that it holds no content for scalars, and others."""
+    """Return rules: None for `names`, _is_scalar for `scalars`, and the given ones."""
     return MappingProxyType({**dict.fromkeys(names.split()),
                              **dict.fromkeys(scalars.split(), _is_scalar), **guarded})
 
@@ -2822,12 +2825,11 @@ def _least_output_tokens(api: str, fields: Mapping[str, Any], may_be_lowered: bo
 def kinds_held(body: JsonBody) -> frozenset:
     """Return the kinds of HIDDEN_IN that a call with this body may have tokens of."""
     contents = contents_of(body)
-    unseen = [row[1:] for row in contents.parts if _is_unseen(*row[1:])]
-    keeps = any([body.fields.get(name) is not None for name in STORED_STATE_FIELDS])
-    only_read = not keeps and all(itertools.starmap(_is_document, unseen))
-    speaks = any([body.fields.get(name) is not None for name in ("audio", "modalities")])
+    only_read = not _has_any(body.fields, STORED_STATE_FIELDS) and all(
+        [_is_document(kind, part) for _, kind, part in contents.parts if _is_unseen(kind, part)])
     held = {"audio_input": contents.is_unseen and not only_read,
-            "image_input": contents.is_unseen or contents.images, "audio_output": speaks}
+            "image_input": contents.is_unseen or contents.images,
+            "audio_output": _has_any(body.fields, SPOKEN_FIELDS)}
     return frozenset([kind for kind, is_held in held.items() if is_held])
 
 
@@ -2857,7 +2859,7 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
 
     dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
     output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
-    if "audio_output" in kinds_held(body):
+    if _has_any(body.fields, SPOKEN_FIELDS):
         output = max(output, dearest["audio_output"])
     # The body is searched only for what would change the rate.
     plain = max([dearest[bucket] for bucket in INPUT_BUCKETS - WRITE_BUCKETS])
@@ -11042,7 +11044,8 @@ class Turns:
 
     @contextlib.contextmanager
     def outside(self, is_inside: bool = False) -> Iterator[None]:
-        """Do what can block or takes long, beside which others run; or, inside, what none may."""
+        """Do what can block or takes long while others run; with `is_inside`, what only one
+        connection may do at a time."""
         had_turn = self._here.seat.has_turn
         (self.take if is_inside else self.leave)()
         try:
@@ -14805,10 +14808,10 @@ class Router:
             reported.update(("thinking.budget_tokens", thinking["budget_tokens"])
                             for thinking in lowered.values())
         if call.set_hosted_uses is not None:
-            changed, left_out, told = hosted_changes(call.api, call.body.fields,
-                                                     call.set_hosted_uses)
+            changed, left_out, shown = hosted_changes(call.api, call.body.fields,
+                                                      call.set_hosted_uses)
             changes.update(changed)
-            reported.update(told)
+            reported.update(shown)
             without |= left_out
         for name, value in reported.items():
             call.losses.report(name, value)
@@ -17367,10 +17370,9 @@ def audit_verdict(audit: LedgerAudit) -> dict:
 def token_standing(caller: Caller, ledger_path: Optional[str], now_s: int) -> dict:
     """Return a token's limits and, where a ledger is given, what it spent and has left."""
     since_s, limit = period_start(caller.period, now_s), caller.budget_microdollars
-    spent = None if ledger_path is None else 0
-    if ledger_path is not None and os.path.exists(ledger_path):
-        spent = sum(row["cost_microdollars"] for row in usage_by(ledger_path, ["token"], since_s)
-                    if row["token"] == caller.name)
+    spent = None if ledger_path is None else sum(
+        row["cost_microdollars"] for row in usage_by(ledger_path, ["token"], since_s)
+        if row["token"] == caller.name)
     return {"name": caller.name, "limit_microdollars": limit,
             "stop_at_microdollars": caller.stop_at_microdollars, "period": caller.period,
             "spent_microdollars": spent, "left_microdollars": None if None in (limit, spent)
