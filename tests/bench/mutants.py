@@ -33,20 +33,27 @@ TESTS = {
     "Event streams": "unit/test_event_streams.py unit/test_settlement.py",
     "Usage of answers": "unit/test_event_streams.py unit/test_settlement.py wire/test_identity.py "
                         "faults/test_every_way_to_end.py",
-    "The neutral form": "unit/test_the_neutral_form.py unit/test_translation.py "
+    "The neutral form": "unit/test_the_neutral_form.py unit/test_messages.py "
+                        "unit/test_chat_completions.py unit/test_translators.py "
                         "unit/test_translation_fuzz.py",
-    "Names, ids and losses": "unit/test_names_ids_and_losses.py unit/test_translation.py "
+    "Names, ids and losses": "unit/test_names_ids_and_losses.py unit/test_messages.py "
+                             "unit/test_chat_completions.py unit/test_translators.py "
                              "unit/test_responses.py unit/test_peer_bugs.py "
                              "wire/test_sloppy_servers.py unit/test_translation_fuzz.py "
                              "wire/test_translated_calls.py",
-    "JSON schemas": "unit/test_json_schemas.py unit/test_translation.py unit/test_responses.py "
+    "JSON schemas": "unit/test_json_schemas.py unit/test_messages.py "
+                    "unit/test_chat_completions.py unit/test_responses.py "
                     "unit/test_translation_fuzz.py",
-    "Chat completions": "unit/test_translation.py unit/test_peer_bugs.py "
+    "Chat completions": "unit/test_chat_completions.py unit/test_peer_bugs.py "
+                        "unit/test_messages.py unit/test_translators.py "
                         "wire/test_sloppy_servers.py unit/test_translation_fuzz.py "
                         "wire/test_hosts.py wire/test_three_dialects.py",
-    "Messages": "unit/test_translation.py unit/test_responses.py wire/test_three_dialects.py",
-    "Responses": "unit/test_responses.py unit/test_translation.py wire/test_three_dialects.py",
-    "Translators": "unit/test_translation.py unit/test_responses.py wire/test_three_dialects.py "
+    "Messages": "unit/test_messages.py unit/test_chat_completions.py unit/test_translators.py "
+                "unit/test_responses.py wire/test_three_dialects.py",
+    "Responses": "unit/test_responses.py unit/test_chat_completions.py unit/test_messages.py "
+                 "wire/test_three_dialects.py",
+    "Translators": "unit/test_translators.py unit/test_messages.py unit/test_responses.py "
+                   "unit/test_chat_completions.py wire/test_three_dialects.py "
                    "wire/test_translated_calls.py",
     "The echo model": "unit/test_the_echo_model.py wire/test_the_cage.py "
                       "wire/test_three_dialects.py",

@@ -29,13 +29,11 @@ UNNAMED_FIELDS = 5                                     # in a row of a table; mo
 UNIT_FILES_OF_ALL = {"unit/test_house.py", "unit/test_house_of_tests.py", "unit/test_map.py",
                      "unit/test_peer_bugs.py", "unit/test_readme.py", "unit/test_regressions.py",
                      "unit/test_support.py"}
-# Else the unit file of a chapter is named after it. No two files have one name; and what one
-# chapter reads another writes, so that a pair of them can have one file.
+# Else the unit file of a chapter is named after it. No two files have one name.
 UNIT_FILES_OF_OTHER_NAMES = {
-    "Usage of answers": "test_event_streams.py", "Chat completions": "test_translation.py",
-    "Messages": "test_translation.py", "Translators": "test_translation.py",
-    "HTTP on a socket": "test_http_wire.py", "Shared budget": "test_shared_engine.py",
-    "Dashboard": "test_dashboard_page.py", "Embedding": "test_embedded_router.py"}
+    "Usage of answers": "test_event_streams.py", "HTTP on a socket": "test_http_wire.py",
+    "Shared budget": "test_shared_engine.py", "Dashboard": "test_dashboard_page.py",
+    "Embedding": "test_embedded_router.py"}
 
 
 @functools.lru_cache(maxsize=None)

@@ -22,6 +22,15 @@ def test_a_loss_is_shown_once_by_its_name_alone():
     assert [] == ic.Losses().headers()
 
 
+def test_losses_are_told_in_headers_that_hold_names_only():
+    losses = ic.Losses()
+    losses.drop("seed"), losses.drop("seed"), losses.drop("a\r\nb: c")
+    losses.adjust("max_tokens", 9)
+
+    assert [("x-ironcage-dropped-params", "seed,?"),
+            ("x-ironcage-adjusted", "max_tokens=9")] == losses.headers()
+
+
 def test_the_header_of_losses_has_an_end():
     losses = ic.Losses()
     for number in range(1_000):

@@ -6,9 +6,8 @@ tests/clients/test_claude_code.py, the budget's in tests/wire/test_waiting.py.
 import json
 
 import pytest
-from test_translation import (CHAT_USAGE, IMAGE, NEW, OLD, SCHEMA, USE, USER, call, chunks_of,
-                              completion, message, piece, result, stream_of, text, to_chat,
-                              to_claude, tool)
+from translated import (CHAT_USAGE, IMAGE, NEW, OLD, SCHEMA, USE, USER, call, chunks_of, completion,
+                        message, piece, result, stream_of, text, to_chat, to_claude, tool)
 from translation_checker import check_chat_stream, check_message_stream
 
 import ironcage_proxy as ic

@@ -7,9 +7,10 @@ from collections import Counter
 from random import Random
 
 import pytest
-from test_translation import (CHAT_STREAMS, CHAT_TURNS, OLD, OPEN_SCHEMA, STREAMED, TO_CHAT,
-                              TO_CLAUDE, TURNS, call, chunks_of, completion, stream_of, text,
-                              to_chat, to_claude, tool)
+from test_chat_completions import CHAT_STREAMS, CHAT_TURNS, TO_CHAT
+from test_messages import STREAMED, TO_CLAUDE, TURNS
+from translated import (OLD, OPEN_SCHEMA, call, chunks_of, completion, stream_of, text, to_chat,
+                        to_claude, tool)
 from translation_checker import check_message_stream
 
 import ironcage_proxy as ic
