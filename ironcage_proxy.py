@@ -9103,6 +9103,13 @@ class Lease(NamedTuple):
     spent_before: int
 
 
+def parse_ledger_path(text: str) -> str:
+    """Read what --ledger names. Raises ValueError for what SQLite has its own meaning of."""
+    if text == ":memory:" or text.startswith("file:"):
+        raise ValueError("must be the path of a file; leave it out to keep the ledger in memory")
+    return text
+
+
 def lines_to_json(lines: Iterable[BillLine]) -> str:
     """Write a bill as a ledger stores it; rates that are not whole as "n/d"."""
     return compact_json([[what, count, rate if isinstance(rate, int) else str(rate)]
@@ -9451,9 +9458,9 @@ def _add_up_rows(least: int, db: sqlite3.Connection, state: Mapping[str, Any]) -
         return False
     ids = (state["tallied_id"], rows[-1]["id"])
     db.execute(_ADD_UP_MORE, ids)
-    db.execute("UPDATE chain SET tallied_id = ?2, tallied = tallied + ?3, tallied_microdollars = "
+    db.execute("UPDATE chain SET tallied = tallied + ?, tallied_id = ?, tallied_microdollars = "
                "tallied_microdollars + (SELECT SUM(cost_microdollars) FROM calls "
-               "WHERE id > ?1 AND id <= ?2)", (*ids, len(rows)))
+               "WHERE id > ? AND id <= ?)", (len(rows), ids[1], *ids))
     return True
 
 
@@ -13795,9 +13802,11 @@ class SharedAccounts:
         forgets = FORGETS.get(flushes, FORGETS[None])
         if not fsync or flushes == b"always":
             return forgets, False
-        with contextlib.suppress(EngineFailed):
-            self.engine.ask(_FLUSH, extra_s=DISK_DEADLINE_MS // 1000)
-            return "nothing: reservations wait for its disk", True
+        with contextlib.suppress(EngineFailed):            # it lacks WAITAOF, or never flushes
+            _, (flushed, _) = self.engine.ask(["HSET", self._key, "asked_to_flush", 1], _FLUSH,
+                                              extra_s=DISK_DEADLINE_MS // 1000)
+            if flushed:
+                return "nothing: reservations wait for its disk", True
         raise Misconfigured(f"--fsync: the engine at {self.engine.address} does not flush to its "
                             "disk; set appendonly yes and appendfsync always (or use one with "
                             "WAITAOF), or leave --fsync out")
@@ -14146,6 +14155,10 @@ def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[S
     if address.is_public:
         log.warning("the password of the shared budget is in the command line, where every "
                     "process of this machine can read it; put the URL into IRONCAGE_SHARED")
+    if address.scheme == "redis" and not LOOPBACK_HOST.fullmatch(address.host):
+        log.warning("redis:// sends the password of the shared budget, and what is spent, in the "
+                    "clear: use rediss:// over a network that others can read",
+                    extra={"fields": {"engine": str(address)}})
     if not address.password:
         log.warning("the engine of the shared budget has no password: an agent that can reach it "
                     "can change its budget", extra={"fields": {"engine": str(address)}})
@@ -15327,6 +15340,7 @@ def dashboard_answer() -> Answer:
 
 CALLER, ADMIN = "default", "admin"           # the names of the two tokens of the command line
 MOST_REFUSAL_CHARS = 1_000                   # of each text that is kept of a refusal
+MAX_BUDGET_BYTES = 4096                    # of a new limit: a longer one would be read for seconds
 SESSIONS_SHOWN = 50                          # of those with a budget of their own
 
 
@@ -16272,6 +16286,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             raise Forbidden("the budget is leased from the Iron Cage server, and changed there")
         if media_type(request.head.headers) != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
+        if len(request.body) > MAX_BUDGET_BYTES:
+            raise BadRequest(f"the body is larger than {MAX_BUDGET_BYTES} bytes; send the amounts "
+                             "alone")
         request.parsed()                               # strict: no duplicate keys
         fields = json.loads(request.body, parse_float=exact_number)
         names = {"limit_usd": "limit", "stop_at_usd": "stop_at"}
@@ -16486,8 +16503,8 @@ SETTINGS = (
             "unix://PATH", commands="serve check usage cage"),
     Setting("--cage", "cage", "NAME", _parse_id, "which of the budgets there (default); `cage new` "
             "makes one", commands="serve check usage"),
-    Setting("--ledger", "ledger_path", "FILE", str, "SQLite file that keeps what every call cost; "
-            "without it a restart forgets", commands="serve check usage audit tokens"),
+    Setting("--ledger", "ledger_path", "FILE", parse_ledger_path, "SQLite file that keeps what "
+            "every call cost; without it a restart forgets", commands="serve check usage audit tokens"),
     Setting("--fsync", "fsync", "", str, "let the ledger, and a shared budget, survive a loss of "
             "power too, at a disk flush for each call"),
     Setting("--keep-days", "keep_days", "DAYS", _parse_days, "fold what is older in the ledger "

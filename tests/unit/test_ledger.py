@@ -1,5 +1,7 @@
 """The ledger: a row is on disk before its call is sent, is completed once, and adds up."""
+import ast
 import os
+import re
 import sqlite3
 import stat
 import sys
@@ -410,3 +412,12 @@ def test_the_report_groups_by_model_token_and_day(path):
                           report["total"]["unsettled_requests"])
     assert 420 == later["total"]["cost_microdollars"]
     ledger.close()
+
+
+def test_no_placeholder_of_a_statement_has_a_number():
+    """Where one is bound to a sequence Python 3.12.0 warns, and announces that 3.14 refuses it."""
+    source = ast.parse(open(ic.__file__, encoding="utf-8").read())
+    texts = [node.value for node in ast.walk(source)
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+    assert [] == [text for text in texts if re.search(r"(=|>|<|\(|,|\+) ?\?\d", text)]

@@ -80,6 +80,15 @@ def test_a_server_and_a_shared_budget_exclude_each_other():
                           TOKEN], {})
 
 
+@pytest.mark.parametrize("path", [":memory:", "file:cage.db", "file::memory:?cache=shared"])
+def test_a_name_that_sqlite_takes_for_no_path_is_refused_as_a_ledger(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ic.Misconfigured, match="must be the path of a file; leave it out to keep"):
+        ic.LlmRouter(ledger=path, environ={"OPENAI_API_KEY": "sk-x"})
+    assert [] == [*tmp_path.iterdir()]
+
+
 # Commands.
 
 @pytest.mark.parametrize("name", ["serve", "check", "usage", "audit", "tokens", "selftest",

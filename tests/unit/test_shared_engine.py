@@ -72,6 +72,19 @@ def test_what_is_no_url_of_an_engine_is_refused_without_showing_it(url):
     assert "s3cr3t" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url, is_warned", [
+    ("redis://:pw@engine.internal", True), ("redis://:pw@10.0.0.1:7", True),
+    ("rediss://:pw@engine.internal", False), ("redis://:pw@127.0.0.1", False),
+    ("redis://:pw@[::1]:7", False), ("redis://:pw@localhost", False), ("unix://:pw@/s", False)])
+def test_a_password_that_would_cross_a_network_in_the_clear_is_warned_about(
+        monkeypatch, caplog, url, is_warned):
+    monkeypatch.setattr(ic, "SharedAccounts", lambda *_, **settings: settings)
+
+    ic.accounts_for(ic.settings_from([], {"IRONCAGE_SHARED": url}), None, None)
+
+    assert is_warned is ("in the clear: use rediss://" in caplog.text)
+
+
 # Who is dead.
 
 @each_seed(100)

@@ -146,6 +146,17 @@ def test_a_bad_limit_is_refused_and_changes_nothing(served, body):
     assert 1_000_000 == proxy.router.controller.budget_limit()
 
 
+@pytest.mark.parametrize("many", [b"1.5", b"1e9", b'"a"', b"{}"])
+def test_a_limit_of_a_million_values_is_refused_before_any_is_read(served, monkeypatch, many):
+    _, proxy = served
+    monkeypatch.setattr(ic, "exact_number", lambda text: pytest.fail("a number was read"))
+
+    answer = put_budget(proxy, b'{"limit_usd": [%b]}' % b",".join([many] * 100_000))
+
+    assert 400 == answer.status
+    assert "send the amounts alone" in answer.json["error"]["message"]
+
+
 @pytest.mark.parametrize("content_type, status", [
     ("text/plain", 415), ("application/x-www-form-urlencoded", 415), (None, 415),
     ("application/json; charset=utf-8", 200)])
