@@ -16503,8 +16503,9 @@ SETTINGS = (
             "unix://PATH", commands="serve check usage cage"),
     Setting("--cage", "cage", "NAME", _parse_id, "which of the budgets there (default); `cage new` "
             "makes one", commands="serve check usage"),
-    Setting("--ledger", "ledger_path", "FILE", parse_ledger_path, "SQLite file that keeps what "
-            "every call cost; without it a restart forgets", commands="serve check usage audit tokens"),
+    Setting("--ledger", "ledger_path", "FILE", parse_ledger_path,
+            "SQLite file that keeps what every call cost; without it a restart forgets",
+            commands="serve check usage audit tokens"),
     Setting("--fsync", "fsync", "", str, "let the ledger, and a shared budget, survive a loss of "
             "power too, at a disk flush for each call"),
     Setting("--keep-days", "keep_days", "DAYS", _parse_days, "fold what is older in the ledger "
