@@ -4368,12 +4368,13 @@ def _parts_of(content: Any) -> list[dict]:
             for row in rows if isinstance(row, (dict, str))]
 
 
-def _content_of(message: Mapping[str, Any]) -> Any:
-    """Return a message's content. Raises BadRequest where it is no text, list or null."""
-    content = message.get("content")
+def _content_of(holder: Mapping[str, Any], name: str = "content") -> Any:
+    """Return what a message, or another, holds. Raises BadRequest where it is no text, list or
+    null."""
+    content = holder.get(name)
     if content is not None and not isinstance(content, (str, list)):
-        raise BadRequest("a message's content must be a string or a list of parts",
-                         param="messages")
+        raise BadRequest(f"a message's {name} must be a string or a list of parts",
+                         param="messages" if name == "content" else name)
     return content
 
 
@@ -6131,10 +6132,6 @@ CLAUDE_FAMILIES = (
     (r"claude-(fable|mythos)", Claude(may_not_think=False)),
     (r"", Claude()),
 )
-SERVICE_TIERS_TO_CLAUDE = MappingProxyType({
-    "auto": ("auto", False), "default": ("standard_only", False),
-    "flex": ("standard_only", True), "priority": ("auto", True), "fast": ("auto", True),
-    "scale": ("auto", True)})                      # (what it becomes, whether that is a change)
 THINKING_BUDGETS = MappingProxyType({
     "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32000})
 # Models that can be told to leave out thinking whose beginning has changed, where they would answer
@@ -6203,48 +6200,42 @@ MESSAGES_TAKES = frozenset({
     "thinking", "output_config", "cache_control", "speed", "inference_geo", "context_management",
     "mcp_servers", "container"})
 THINKING_EFFORTS = ((2048, "minimal"), (8192, "low"), (16384, "medium"), (32768, "high"))
-ASKED_TIERS = MappingProxyType({"auto": "auto", "standard_only": "default"})
 MESSAGES_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none",
                                      "tool": "tool"})
 
 
 def read_messages_request(fields: Mapping[str, Any]) -> Conversation:
     """Read a Messages request. Raises BadRequest."""
-    conversation = begun(fields, MESSAGES_RULES)
-    conversation.output_cap = optional_count(fields, "max_tokens", least=1)
-    if conversation.output_cap is None:
+    asked = begun(fields, MESSAGES_RULES)
+    asked.output_cap = optional_count(fields, "max_tokens", least=1)
+    if asked.output_cap is None:
         raise BadRequest("max_tokens must be a whole number from 1 up", param="max_tokens")
-    conversation.stops = texts_in(fields, "stop_sequences")
-    conversation.tier = ASKED_TIERS.get(str(fields.get("service_tier")))
-    _read_user(fields, conversation)
+    asked.stops = texts_in(fields, "stop_sequences")
+    asked.tier = {"auto": "auto", "standard_only": "default"}.get(str(fields.get("service_tier")))
     messages = messages_in(fields, "messages")
-    _read_output_config(fields, messages, conversation)
-    system = [part for part in _message_parts(fields.get("system"))
+    system = [part for part in _message_parts(fields, "system")
               if not part.text.startswith(CLAUDE_CODE_BILLING)]
-    conversation.turns = [*[Turn("system", system)] * bool(system), *_message_turns(messages)]
-    conversation.tools = [_tool_of_claude(row, conversation)
-                          for row in _tools_at_last(fields, messages)]
-    choice = object_in(fields, "tool_choice")
-    if choice:
-        mode = MESSAGES_CHOICES.get(str(choice.get("type")))
-        if mode is None:
-            raise BadRequest("tool_choice is not one of auto, any, tool, none",
-                             param="tool_choice")
-        conversation.choice = Choice(mode, text_in(choice, "name", in_request("tool_choice")))
-    conversation.one_call_at_a_time = choice.get("disable_parallel_tool_use") is True
-    return conversation
-
-
-def _read_user(fields: Mapping[str, Any], conversation: Conversation) -> None:
+    asked.turns = [Turn("system", system)] if system else []
+    asked.turns += _message_turns(messages)
+    asked.tools = [_tool_of_claude(row, asked) for row in _tools_at_last(fields, messages)]
+    _read_output_config(fields, messages, asked)
     user = object_in(fields, "metadata").get("user_id")
     if isinstance(user, str):
-        conversation.user = user
+        asked.user = user
         session = re.search(r"session(?:_id)?[\"_: ]+([0-9a-f-]{36})", user)   # Claude Code's
         if session:
-            conversation.hints["prompt_cache_key"] = session[1]
+            asked.hints["prompt_cache_key"] = session[1]
     edits = object_in(fields, "context_management").get("edits")
     if any(str(edit.get("type")).startswith("compact") for edit in _parts_of(edits)):
-        conversation.rest["context_management"] = edits
+        asked.rest["context_management"] = edits
+    choice = object_in(fields, "tool_choice")
+    mode = MESSAGES_CHOICES.get(str(choice.get("type")))
+    if mode is not None:
+        asked.choice = Choice(mode, text_in(choice, "name", in_request("tool_choice")))
+    elif choice:
+        raise BadRequest("tool_choice is not one of auto, any, tool, none", param="tool_choice")
+    asked.one_call_at_a_time = choice.get("disable_parallel_tool_use") is True
+    return asked
 
 
 def _read_output_config(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]],
@@ -6275,12 +6266,13 @@ def _message_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Turn]:
     last_user = max((at for at, message in enumerate(messages) if message.get("role") == "user"),
                     default=-1)
     for at, message in enumerate(messages):
-        role, parts = message.get("role"), _message_parts(_content_of(message))
+        role = message.get("role")
         if role not in ("user", "assistant", "system"):
             raise BadRequest("a message has a role that is not known", param="messages")
-        is_over = role == "system" and message.get("clear_at") == "next_user_message" \
-            and at < last_user
-        yield Turn(role, [] if is_over else parts)
+        parts = _message_parts(message)
+        if role == "system" and message.get("clear_at") == "next_user_message" and at < last_user:
+            parts = []
+        yield Turn(role, parts)
 
 
 def _tools_at_last(fields: Mapping[str, Any],
@@ -6300,34 +6292,31 @@ def _tools_at_last(fields: Mapping[str, Any],
 
 def _tool_of_claude(row: Mapping[str, Any], conversation: Conversation) -> Tool:
     kind, name = str(row.get("type") or "custom"), text_in(row, "name", IN_TOOLS)
+    own = {"native": row, "origin": "messages"}
     if kind == "custom":
         return Tool("function", name, text_in(row, "description", IN_TOOLS),
                     checked_schema(object_in(row, "input_schema", IN_TOOLS), IN_TOOLS),
-                    row.get("strict") is True, native=row, origin="messages")
-    known = next((known for known in CLIENT_TOOLS if kind.startswith(known[0])), None)
-    if known is not None:
-        conversation.changed[f"tools.{kind}"] = "function"
-        return Tool("function", name, *known[1:], native=row, origin="messages")
-    return Tool("search" if kind.startswith("web_search_") else "other", name, native=row,
-                origin="messages", search={
-                    key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
+                    row.get("strict") is True, **own)
+    for start, description, schema in CLIENT_TOOLS:
+        if kind.startswith(start):
+            conversation.changed[f"tools.{kind}"] = "function"
+            return Tool("function", name, description, schema, **own)
+    return Tool("search" if kind.startswith("web_search_") else "other", name, **own, search={
+        key: row[key] for key in SEARCH_OPTIONS if row.get(key)})
 
 
-def _message_parts(content: Any) -> list[Part]:
+def _message_parts(holder: Mapping[str, Any], name: str = "content") -> list[Part]:
+    """Return the parts of a message, a result or a system prompt. Raises BadRequest."""
+    content = _content_of(holder, name)
     if isinstance(content, str):
         return [Part("text", content)] if content else []
     parts: list[Part] = []
     for row in _parts_of(content):
-        read, mark = _BLOCKS_READ.get(str(row.get("type"))), row.get("cache_control")
-        parts += [Part("other", native=row, origin="messages")] if read is None else read(row)
-        if mark is not None and parts:
-            parts[-1].mark = mark
+        read = _BLOCKS_READ.get(str(row.get("type")))
+        parts += (Part("other", native=row, origin="messages"),) if read is None else read(row)
+        if parts and row.get("cache_control") is not None:
+            parts[-1].mark = row["cache_control"]
     return parts
-
-
-def _text_blocks(row: Mapping[str, Any]) -> list[Part]:
-    text = text_in(row, "text", IN_MESSAGES)
-    return [Part("text", text)] if text else []
 
 
 # Where the content of an image or a document is: (what it is of a part, its member), both ways.
@@ -6336,41 +6325,39 @@ _SOURCES = MappingProxyType({
     "url": (("url", "url"),), "file": (("file_id", "file_id"),)})
 
 
-def _media_blocks(row: Mapping[str, Any]) -> list[Part]:
+def _media_parts(row: Mapping[str, Any]) -> list[Part]:
     """Return an image or a document; one that consists of parts as those."""
     source = object_in(row, "source", IN_MESSAGES)
     if source.get("type") == "content":
-        return _message_parts(source.get("content"))
+        return _message_parts(source)
     members = {name: text_in(source, member, IN_MESSAGES)
                for name, member in _SOURCES.get(str(source.get("type")), ())}
     return [Part(row["type"], **{"text": "", **members}, native=row, origin="messages",
                  name=text_in(row, "title", IN_MESSAGES))]
 
 
-def _search_result_blocks(row: Mapping[str, Any]) -> list[Part]:
-    return [Part("text", f"{row.get('title')} ({row.get('source')})\n"
-                 + _text_of(row.get("content"), "\n"))]
-
-
-def _tool_use_blocks(row: Mapping[str, Any]) -> list[Part]:
-    return [Part("call", input_to_arguments(row.get("input")), id=str(row.get("id") or ""),
-                 name=text_in(row, "name", IN_MESSAGES))]
-
-
-def _tool_result_blocks(row: Mapping[str, Any]) -> list[Part]:
-    content = _content_of(row)
-    pieces = _message_parts(content if isinstance(content, str) else [
-        piece if str(piece.get("type")) in RESULT_BLOCKS
-        else {"type": "text", "text": json.dumps(piece)} for piece in _parts_of(content)])
-    return [Part("result", id=str(row.get("tool_use_id") or ""), parts=pieces,
+def _tool_result_parts(row: Mapping[str, Any]) -> list[Part]:
+    if isinstance(row.get("content"), list):
+        row = {**row, "content": [
+            piece if str(piece.get("type")) in RESULT_BLOCKS
+            else {"type": "text", "text": json.dumps(piece)} for piece in _parts_of(row["content"])]}
+    return [Part("result", id=str(row.get("tool_use_id") or ""), parts=_message_parts(row),
                  is_error=row.get("is_error") is True)]
 
 
+def _text_parts(text: str) -> list[Part]:
+    return [Part("text", text)] if text else []
+
+
 _BLOCKS_READ = MappingProxyType({
-    "text": _text_blocks, "image": _media_blocks, "document": _media_blocks,
-    "search_result": _search_result_blocks, "tool_use": _tool_use_blocks,
-    "tool_result": _tool_result_blocks,
-    "compaction": lambda row: _text_blocks({"text": row.get("content")}),   # of all before it
+    "text": lambda row: _text_parts(text_in(row, "text", IN_MESSAGES)),
+    "compaction": lambda row: _text_parts(text_in(row, "content", IN_MESSAGES)),   # of all before
+    "search_result": lambda row: _text_parts(
+        f"{row.get('title')} ({row.get('source')})\n" + _text_of(row.get("content"), "\n")),
+    "image": _media_parts, "document": _media_parts, "tool_result": _tool_result_parts,
+    "tool_use": lambda row: [Part("call", input_to_arguments(row.get("input")),
+                                  id=str(row.get("id") or ""),
+                                  name=text_in(row, "name", IN_MESSAGES))],
     **dict.fromkeys(("thinking", "redacted_thinking"), lambda row: [thought_of(row)]),
     **dict.fromkeys(("tool_addition", "tool_removal"), lambda row: [])})    # _tools_at_last()
 RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result"})
@@ -6429,9 +6416,9 @@ class _MessagesRequest(RequestWriter):
         stops = [text for text in asked.stops if text.strip()]
         if len(stops) < len(asked.stops):
             self._losses.drop("stops")
-        tier, changed = SERVICE_TIERS_TO_CLAUDE.get(str(asked.tier), (None, True))
-        if asked.tier is not None and changed:
-            self._losses.adjust("tier", tier or "auto")
+        tier = asked.tier and ("standard_only" if asked.tier in ("default", "flex") else "auto")
+        if asked.tier not in (None, "default", "auto"):
+            self._losses.adjust("tier", tier)
         optional = {
             "system": self._system, "stop_sequences": stops, "service_tier": tier,
             "stream": asked.streams,
