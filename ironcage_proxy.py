@@ -6339,8 +6339,8 @@ def _media_parts(row: Mapping[str, Any]) -> list[Part]:
 def _tool_result_parts(row: Mapping[str, Any]) -> list[Part]:
     if isinstance(row.get("content"), list):
         row = {**row, "content": [
-            piece if str(piece.get("type")) in RESULT_BLOCKS
-            else {"type": "text", "text": json.dumps(piece)} for piece in _parts_of(row["content"])]}
+            piece if str(piece.get("type")) in RESULT_BLOCKS else {
+                "type": "text", "text": json.dumps(piece)} for piece in _parts_of(row["content"])]}
     return [Part("result", id=str(row.get("tool_use_id") or ""), parts=_message_parts(row),
                  is_error=row.get("is_error") is True)]
 
