@@ -490,6 +490,7 @@ def is_free_route(method: str, path: str, provider: Provider) -> bool:
 
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})     # of requests that say what is to be done
 HOP_BY_HOP_HEADERS = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
@@ -746,10 +747,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {shown_name(near[0])}?)" if near else ""
 
 
-def dialect_of(path: str) -> str:
-    """The dialect in which a client of `path` reads errors: "anthropic" or "openai"."""
-    is_messages = re.fullmatch(r"/*([^/]+/)??(v1/)*messages(/.*)?", path)
-    return "anthropic" if is_messages else "openai"
+def dialect_of(path: str, headers: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The dialect in which a client of `path` reads errors: "anthropic" or "openai". Of routes that
+    both vendors have, it is said by a header of Anthropic's clients."""
+    route = re.fullmatch(r"/*([^/]+/)??(v1/)*(messages|models|files)(/.*)?", path)
+    is_anthropic = route and (route[3] == "messages" or "anthropic-version" in headers)
+    return "anthropic" if is_anthropic else "openai"
 
 
 def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
@@ -10661,12 +10664,9 @@ class Routes(NamedTuple):
         provider = self._provider(name)
         return provider, behind if provider or not name else path
 
-    def of_path(self, request: ClientRequest, path: str) -> Provider:
-        """Return the provider of a path that names neither a provider nor a model."""
-        speaks_anthropic = request.dialect == "anthropic" or (
-            re.match(r"/v1/(models|files)(/|$)", path)
-            and request.head.headers.get("anthropic-version") is not None)
-        return self.providers["anthropic" if speaks_anthropic else "openai"]
+    def of_client(self, request: ClientRequest) -> Provider:
+        """Return the provider of a request that names neither a provider nor a model."""
+        return self.providers[request.dialect]
 
     def of_model(self, model: str, named: Optional[Provider] = None) -> tuple[Provider, str]:
         """Return the provider of a model, and the model's name there.
@@ -10697,10 +10697,11 @@ class Routes(NamedTuple):
         is_long = any(map(LONG_WINDOW_SUFFIX.search, (model, self.config.aliased(model))))
         return (LONG_WINDOW_BETA,) if is_long and provider.format == "anthropic" else ()
 
-    def known_models(self, prices: PriceBook, caller: Caller,
-                     of_server: Optional[str]) -> dict[str, tuple[str, Price]]:
-        """Return the priced models of the providers that can be called, and aliases: (provider,
-        price). `of_server` names the provider whose key an Iron Cage server gave."""
+    def known_models(self, prices: PriceBook, caller: Caller, of_server: Optional[str],
+                     asked: str = "") -> dict[str, tuple[str, Price]]:
+        """Return the priced models of the providers that can be called, aliases, and the one that
+        is asked for, by any name that a call can give it: (provider, price). `of_server` names the
+        provider whose key an Iron Cage server gave."""
         ready = {name for name, provider in self.providers.items()
                  if provider.key is not None or not provider.key_env or name == of_server}
         owners = {seller: name for name in self.providers if name in ready
@@ -10713,12 +10714,13 @@ class Routes(NamedTuple):
             if owner is not None and caller.may_use(owner, model):
                 plain = model == key and owner in ("openai", "anthropic", ECHO_PROVIDER.name)
                 models[key if plain else f"{owner}/{model}"] = (owner, price)
-        for alias in self.config.aliases:
-            provider, model = self.of_model(alias)
-            found = prices.find(model, provider.name)
-            if found is not None and not re.search("[*?[]", alias) and provider.name in ready \
-                    and caller.may_use(provider.name, model):
-                models[alias] = (provider.name, found)
+        for name in filter(None, (*self.config.aliases, asked)):
+            with contextlib.suppress(UnknownProvider):
+                provider, model = self.of_model(name)
+                found = prices.find(model, provider.name)
+                if found is not None and not re.search("[*?[]", name) and provider.name in ready \
+                        and caller.may_use(provider.name, model):
+                    models[name] = (provider.name, found)
         return models
 
     def _provider(self, name: str) -> Optional[Provider]:
@@ -11945,7 +11947,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
         headers.update({"anthropic-beta": betas} if betas else {})
         headers.setdefault("anthropic-version", DEFAULT_ANTHROPIC_VERSION)
     headers["accept-encoding"] = "identity"
-    if body_bytes or head.method in ("POST", "PUT", "PATCH"):
+    if body_bytes or head.method in BODY_METHODS:
         headers["content-length"] = str(body_bytes)
         headers.setdefault("content-type", "application/json")
     return headers
@@ -12042,7 +12044,7 @@ class ClientRequest(NamedTuple):
 
     @property
     def dialect(self) -> str:
-        return dialect_of(self.head.path)
+        return dialect_of(self.head.path, self.head.headers.values)
 
     @property
     def scopes(self) -> tuple[str, ...]:
@@ -14315,6 +14317,12 @@ def answer_to_warming(fields: Mapping[str, Any], request_id: str) -> Answer:
                        "text/event-stream")
 
 
+def model_in(path: str) -> str:
+    """Return the model that /v1/models/{id} asks for; "" for the list of all."""
+    named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
+    return LONG_WINDOW_SUFFIX.sub("", named)
+
+
 def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price]]) -> dict:
     """Return the answer to /v1/models or /v1/models/{id}; models: name -> (provider, price).
 
@@ -14329,9 +14337,8 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
                     "max_tokens": price.max_output_tokens}
         return {"id": name, "object": "model", "created": 0, "owned_by": owner}
 
-    named = urllib.parse.unquote(path[len("/v1/models"):]).strip("/")
+    named = model_in(path)
     if named:
-        named = named if named in models else LONG_WINDOW_SUFFIX.sub("", named)
         if named not in models:
             raise NotFound("no such model is known here: it has no price, or its provider's key "
                            "is not set")
@@ -14341,6 +14348,17 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
         names = [*models] or [None]                # a token may be for none of them
         return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
     return {"object": "list", "data": data}
+
+
+def may_be_metered(path: str) -> bool:
+    """Whether some server may read a path as a metered route, behind whatever it begins with: in
+    another case, with escapes within escapes, empty or dot segments, parameters, an extension."""
+    for _ in range(4):                                 # whoever writes more of them hides something
+        path, before = urllib.parse.unquote(path), path
+    text = unicodedata.normalize("NFKC", re.split(r"[?#\0]", path)[0]).casefold()
+    words = re.findall(r"[/\\]\W*?(\.\.|\w+)[^/\\]*", text)
+    return path != before or ".." in words or words[-1:] in [
+        route.split("/")[-1:] for route in METERED_APIS]
 
 
 def check_method_override(request: ClientRequest) -> None:
@@ -14353,8 +14371,8 @@ def check_method_override(request: ClientRequest) -> None:
 def check_models(caller: Caller, provider: Provider, models: Iterable[str]) -> None:
     """Raises ModelForbidden where a token is not for one of them."""
     if not all(caller.may_use(provider.name, model) for model in models):
-        raise ModelForbidden(f"the token {caller.name} may use other models only: "
-                             f"{', '.join(caller.models)}", param="model")
+        raise ModelForbidden(f"the token {caller.name} may use only {', '.join(caller.models)}",
+                             param="model")
 
 
 def known_input_tokens(call: Call, counts: KnownCounts, price: Price,
@@ -14429,8 +14447,8 @@ class Router:
 
     def _take_lease(self, lease: Lease) -> None:
         """Set the limit that a lease allows, which --budget can lower."""
-        limits = (self.settings.budget_microdollars, lease.spent_before + lease.granted)
-        self.controller.set_budget(min(limit for limit in limits if limit is not None))
+        limit, granted = self.settings.budget_microdollars, lease.spent_before + lease.granted
+        self.controller.set_budget(granted if limit is None else min(limit, granted))
 
     def configure(self, config: Config, prices: PriceBook,
                   settings: Optional[Settings] = None) -> None:
@@ -14502,9 +14520,9 @@ class Router:
             raise ServerBusy("the proxy is stopping")
         named, path = self.routes.in_path(request.head.path)
         is_metered = request.head.method == "POST" and path in METERED_APIS
+        carry = self._carried if is_metered else self._unmetered
         with self._session(request):
-            yield from (self._carried if is_metered else self._unmetered)(
-                request, named, path, client)
+            yield from carry(request, named, path, client)
 
     def _session(self, request: ClientRequest) -> ContextManager[None]:
         """Keep the budget of a request's session, where its token caps each. Raises
@@ -14573,7 +14591,7 @@ class Router:
         here; all else at its provider. What counts a call's tokens goes where that call would."""
         self._check_unmetered(request, named, path)
         method, api = request.head.method, COUNTING_ROUTES.get(path)
-        provider, pieces = named or self.routes.of_path(request, path), [request.body]
+        provider, pieces = named or self.routes.of_client(request), [request.body]
         betas: Sequence[str] = ()
         if api is not None and method == "POST":
             body = request.parsed()
@@ -14589,9 +14607,10 @@ class Router:
         elif method == "GET" and re.match(r"/v1/models(/|$)", path) \
                 and (named is None or named.key is None):      # else the provider's own list
             models = self.routes.known_models(self.prices, request.caller,
-                                              self.server.provider_name if self.server else None)
-            dialect = self.routes.of_path(request, path).format
-            yield made_answer(request.request_id, json_bytes(models_answer(path, dialect, models)))
+                                              self.server.provider_name if self.server else None,
+                                              model_in(path))
+            yield made_answer(request.request_id, json_bytes(
+                models_answer(path, request.dialect, models)))
             return
         yield from self._passed_through(request, self._ready(provider), path, pieces, betas, client)
 
@@ -14607,11 +14626,13 @@ class Router:
             if fields.get("model") is not None:
                 provider, model = self.routes.of_model(named_model(fields), named)
                 check_models(caller, provider, [model])
-        whose = named or self.routes.of_path(request, path)
-        if not is_free_route(method, path, whose) and not any(
-                fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths):
-            raise UnmeteredRoute(f"{method} {path[:100]} is not metered, so it cannot be used "
-                                 "under a budget; --allow-path lets a path through unmetered")
+        is_allowed = any(fnmatch.fnmatchcase(path, p) for p in self.settings.allow_paths) \
+            and not (method in BODY_METHODS and may_be_metered(path))
+        if not is_allowed and not is_free_route(
+                method, path, named or self.routes.of_client(request)):
+            raise UnmeteredRoute(
+                f"{method} {path[:100]} is not metered, so it cannot be used under a budget; "
+                "--allow-path lets a path through, unless a provider may read it as a metered one")
 
     @staticmethod
     def _counted_here(request_id: str, api: str, provider: Provider,
@@ -14646,11 +14667,10 @@ class Router:
     def _admitted(self, request: ClientRequest, api: str, body: JsonBody, provider: Provider,
                   model: str, client: Optional[Wire]) -> Call:
         """Set aside the worst case of a call. Raises BadRequest and its kin, BudgetExceeded."""
-        scopes = request.scopes
         while True:
-            free = self.controller.available(scopes)
+            free = self.controller.available(request.scopes)
             call = self._planned(request, api, body, provider, model, free)
-            call.scopes = scopes
+            call.scopes = request.scopes
             call.reservation = self._reserved(call, client)
             if free is not None or not call.reservation.is_limited:
                 break
@@ -15089,8 +15109,7 @@ class Router:
         """
         if call.charge is not None:
             return call.charge
-        ended_ns = (call.meter.is_blank and call.failed_ns) or time.monotonic_ns()
-        elapsed_ns = ended_ns - call.sent_ns
+        elapsed_ns = (call.meter.is_blank and call.failed_ns or time.monotonic_ns()) - call.sent_ns
         try:
             if call.was_sent and not call.meter.usage_is_final:
                 call.bound = self._tight_bound(call)
@@ -15624,7 +15643,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         400, 408, 411, 413, 415, 503."""
         settings = self.server.settings
         length = body_length(head.headers, otherwise=0)
-        if length == 0 and head.method in ("POST", "PUT", "PATCH") \
+        if length == 0 and head.method in BODY_METHODS \
                 and head.headers.get("content-length") is None:
             raise LengthRequired(f"{head.method} needs a content-length or a chunked body")
         if length > settings.max_body_bytes:
@@ -15709,7 +15728,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if self._head_written:
             return
-        dialect = dialect_of(self._asked.path) if self._asked is not None else "openai"
+        dialect = "openai" if self._asked is None else dialect_of(
+            self._asked.path, self._asked.headers.values)
         body = json_bytes(error_object(error, dialect, self._request_id))
         self._note_refusal(error)
         with contextlib.suppress(ClientGone):
@@ -16280,8 +16300,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         fields = json.loads(request.body, parse_float=exact_number)
         names = {"limit_usd": "limit", "stop_at_usd": "stop_at"}
         if not fields or not fields.keys() <= names.keys():
-            raise BadRequest("the body must be {\"limit_usd\": \"20.00\"}, with or without a "
-                             "\"stop_at_usd\"", param="limit_usd")
+            raise BadRequest('the body must be {"limit_usd": "20.00"}, with or without a '
+                             '"stop_at_usd"', param="limit_usd")
         try:
             limits = {}
             for name, value in fields.items():

@@ -62,6 +62,14 @@ def test_an_error_is_written_for_the_client_of_its_path(path, dialect):
     assert dialect == ic.dialect_of(path)
 
 
+@pytest.mark.parametrize("path, dialect", [
+    ("/v1/models", "anthropic"), ("/v1/models/nope", "anthropic"), ("/models/nope", "anthropic"),
+    ("/anthropic/v1/files/x", "anthropic"), ("/v1/chat/completions", "openai"),
+    ("/v1/models2", "openai")])
+def test_on_routes_of_both_vendors_a_header_of_anthropics_says_whose_client_asks(path, dialect):
+    assert dialect == ic.dialect_of(path, {"anthropic-version": "2023-06-01"})
+
+
 @pytest.mark.parametrize("path, provider, rest", [
     ("/v1/chat/completions", "", "/v1/chat/completions"),
     ("/chat/completions", "", "/v1/chat/completions"),

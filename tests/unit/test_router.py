@@ -763,6 +763,28 @@ def test_under_a_budget_only_what_costs_nothing_or_is_named_passes(carrier, meth
         assert 200 == named.call(path, None, whole(b"{}"), method=method)[0]
 
 
+READ_AS_METERED = (
+    "/v1/Chat/Completions", "/v1//chat//completions", "//v1/chat/completions",
+    "/v1/chat/completions/", "/v1/chat/completions;x=1", "/v1/chat;x/completions",
+    "/v1/%63hat/completion%73", "/v1/chat%2Fcompletions", "/v1/chat/completion%2573",
+    "/v1/chat/completion%25252525252573", "/v1/chat%5Ccompletions", "/v1/chat/completions/%2e",
+    "/v1/chat/x/%252e%252e/completions", "/v1/chat/completions/x/..;/", "/v1/completions.json",
+    "/v1/chat/completions%20", "/v1/completions%00.png", "/v1/completions%3F/x",
+    "/v1/completions%0D%0Ax", "/v1/%EF%BD%83ompletions", "/v1/messages/", "/V1/MESSAGES",
+    "/v1/responses//", "/v1/Embeddings", "/v1/openai/deployments/x/chat/completions")
+
+
+@pytest.mark.parametrize("prefix", ["", "/openai"])
+def test_no_spelling_of_a_metered_route_goes_unmetered_where_every_path_is_let_through(prefix):
+    carrier = Carrier(allow_paths=("*",))
+
+    for path in READ_AS_METERED:
+        carrier.refused(ic.UnmeteredRoute, prefix + path, CHAT[1])
+    for path in ("/v1/messages/batches", "/v1/chat/completions/abc", "/v1/images/generations"):
+        assert 200 == carrier.call(prefix + path, CHAT[1], whole(b"{}"))[0]
+    assert 200 == carrier.call("/v1/chat/completions/", None, whole(b"{}"), method="GET")[0]
+
+
 def test_a_token_for_some_models_is_held_to_them_and_to_free_routes_without_a_budget():
     carrier = Carrier()
     carrier.router.controller.set_budget(None)
@@ -789,6 +811,22 @@ def test_models_are_listed_here_unless_a_provider_with_its_key_is_named(carrier)
 
     assert "gpt-4o-mini" in {row["id"] for row in here["data"]}
     assert {"data": 7} == there
+
+
+@pytest.mark.parametrize("name", [
+    "gpt-4o", "openai/gpt-4o", "anthropic/claude-haiku-4-5", "anthropic%2Fclaude-haiku-4-5[1m]"])
+def test_a_model_is_found_by_every_name_that_a_call_can_give_it(carrier, name):
+    model = json.loads(carrier.call(f"/v1/models/{name}", None, method="GET")[1])
+
+    assert name.replace("%2F", "/").replace("[1m]", "") == model["id"]
+
+
+@pytest.mark.parametrize("name", ["nope", "nobody/gpt-4o", "groq/gpt-4o", "openai/", "openai/nope"])
+def test_a_model_that_no_call_could_name_is_not_found(carrier, name):
+    for caller in (DEFAULT, DEFAULT._replace(models=("nope",))):
+        carrier.refused(ic.NotFound, f"/v1/models/{name}", None, method="GET", caller=caller)
+    carrier.refused(ic.NotFound, "/v1/models/openai/gpt-4o", None, method="GET",
+                    caller=DEFAULT._replace(models=("gpt-4o-mini",)))
 
 
 def test_a_call_for_no_output_that_warms_anthropics_cache_costs_nothing_elsewhere(carrier):

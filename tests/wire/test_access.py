@@ -85,6 +85,16 @@ def test_the_greeting_does_not_read_a_body_that_nobody_vouches_for(served):
         assert client.is_closed_by_server()
 
 
+def test_an_error_about_a_model_has_the_shape_that_its_client_reads(served):
+    _, proxy = served
+
+    theirs, ours = (call(proxy.port, "GET", "/v1/models/nope", None, headers).json
+                    for headers in ([("anthropic-version", "2023-06-01")], []))
+
+    assert ("error", "not_found_error") == (theirs["type"], theirs["error"]["type"])
+    assert "type" not in ours and "code" in ours["error"]
+
+
 @pytest.mark.parametrize("path", ["/ironcage/nothing", "/v1/foo", "/v1/models/none"])
 def test_an_error_to_a_head_request_has_no_body_that_could_be_the_next_answer(served, path):
     _, proxy = served
