@@ -4861,6 +4861,15 @@ def checked_schema(schema: Any, fault: Fault) -> Any:
     return schema
 
 
+def tool_schema(row: Mapping[str, Any], name: str) -> tuple[dict, bool]:
+    """Return the schema of a tool's input, and whether it is to be enforced. One that is not goes
+    on as it stands, unread. Raises BadRequest."""
+    schema = object_in(row, name, IN_TOOLS)
+    if row.get("strict"):
+        checked_schema(schema, IN_TOOLS)
+    return schema, bool(row.get("strict"))
+
+
 def _is_object(schema: Mapping[str, Any]) -> bool:
     kind = schema.get("type")
     return kind == "object" or (isinstance(kind, list) and "object" in kind)
@@ -4977,6 +4986,7 @@ def object_schema(schema: Mapping[str, Any]) -> dict:
     a property can be as any of them has it, and what all require is required."""
     if schema.keys().isdisjoint(ALTERNATIVES):
         return {"type": "object", **schema}
+    checked_schema(schema, IN_TOOLS)
     branches = [_referred(branch["$ref"], schema) if "$ref" in branch else branch
                 for name in ALTERNATIVES for branch in _parts_of(schema.get(name))]
     own = {name: value for name, value in schema.items() if name not in ALTERNATIVES}
@@ -5202,8 +5212,8 @@ def openai_tool(kind: Any, row: Mapping[str, Any], **more: Any) -> Tool:
     if kind == "custom":
         syntax = object_in(row, "format", IN_TOOLS)
         return Tool("text", name, syntax=syntax if syntax.get("type") == "grammar" else {}, **own)
-    return Tool("function", name, strict=bool(row.get("strict")), schema=checked_schema(
-        object_in(row, "parameters", IN_TOOLS), IN_TOOLS), **own)
+    schema, strict = tool_schema(row, "parameters")
+    return Tool("function", name, schema=schema, strict=strict, **own)
 
 
 def _turn_of(message: Mapping[str, Any]) -> Turn:
@@ -6298,8 +6308,7 @@ def _tool_of_claude(row: Mapping[str, Any], conversation: Conversation) -> Tool:
     own = {"native": row, "origin": "messages"}
     if kind == "custom":
         return Tool("function", name, text_in(row, "description", IN_TOOLS),
-                    checked_schema(object_in(row, "input_schema", IN_TOOLS), IN_TOOLS),
-                    row.get("strict") is True, **own)
+                    *tool_schema(row, "input_schema"), **own)
     for start, description, schema in CLIENT_TOOLS:
         if kind.startswith(start):
             conversation.changed[f"tools.{kind}"] = "function"
