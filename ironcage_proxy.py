@@ -3380,6 +3380,20 @@ def error_in(body: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     return body if body.get("type") == "error" or is_bare else None
 
 
+ANSWER_ENDS = frozenset({"completed", "incomplete"})       # of a response; others are failures
+_RESPONSE_ENDS = ANSWER_ENDS | {"failed", "cancelled"}
+
+
+def response_end(response: Mapping[str, Any], kind: str = "") -> str:
+    """Return how a response is over, by the type of the event that brings it, by its status or its
+    error; "" where it goes on."""
+    status = response.get("status")
+    for said in (kind.partition(".")[2], status if isinstance(status, str) else ""):
+        if said in _RESPONSE_ENDS:
+            return said
+    return "failed" if response.get("error") else ""
+
+
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
 
 # The parts of a usage object. Of two reports the larger part counts, as a whole: the input with
@@ -3494,9 +3508,9 @@ class AnswerMeter:
             self._read_result(parsed, usage_in(parsed))
             self._end()
             self._bytes_at_usage = self.output_bytes
-            error = error_in(parsed)
-            if error is not None and (parsed.get("status") == "failed" or not self.output_bytes):
-                self._fail(error)
+            error, end = error_in(parsed), response_end(parsed) if self.api == "responses" else ""
+            if end not in ("", *ANSWER_ENDS) or (error is not None and not self.output_bytes):
+                self._fail({"code": end, **(error or {})})
         return parsed
 
     def read_event(self, data: bytes) -> Optional[dict]:
@@ -3625,13 +3639,13 @@ class AnswerMeter:
         return bool(self._finished) and all(self._finished.values())
 
     def _read_responses_event(self, event: dict) -> None:
-        kind = event.get("type")
-        if kind in ("response.completed", "response.incomplete", "response.failed"):
-            response = json_object(event.get("response"))
+        kind, response = event.get("type"), json_object(event.get("response"))
+        end = response_end(response, str(kind))
+        if end:
             self._read_result(response, usage_in(response))
             self._end()
-            if kind == "response.failed":
-                self._fail(json_object(response.get("error")))
+            if end not in ANSWER_ENDS:
+                self._fail({"code": end, **json_object(response.get("error"))})
         elif kind == "response.output_item.done":         # what it holds may have come in deltas
             self._done_bytes += _text_bytes(event.get("item"))
             self.output_bytes = max(self.output_bytes, self._done_bytes)
@@ -7102,23 +7116,25 @@ _CLIENT_CALLS = MappingProxyType({row.call: kind for kind, row in OPENAI_CLIENT_
 def read_responses_request(fields: Mapping[str, Any]) -> Conversation:
     """Read a request of Responses. Raises BadRequest."""
     conversation = begun(fields, RESPONSES_RULES)
-    reasoning, text = (object_in(fields, name) for name in INNER_RULES)
-    for (name, rules), inner in zip(INNER_RULES.items(), (reasoning, text)):
-        rest, hints = by_rules(inner, rules)
+    for name, rules in INNER_RULES.items():
+        rest, hints = by_rules(object_in(fields, name), rules)
         conversation.rest.update((f"{name}.{key}", value) for key, value in rest.items())
         conversation.hints.update(hints)
-    conversation.effort = effort_of(reasoning.get("effort"), "reasoning.effort")
+    reasoning = object_in(fields, "reasoning")
     conversation.summary = next((summary for summary in (
         text_in(reasoning, name, in_request("reasoning"))
         for name in ("summary", "generate_summary")) if summary), None)
-    conversation.format = format_of(object_in(text, "format", in_request("text.format")),
-                                    "text.format")
     conversation.output_cap = optional_count(fields, "max_output_tokens", least=1)
     conversation.one_call_at_a_time = fields.get("parallel_tool_calls") is False
     set_user(conversation, fields)
+    _set_manner(fields, conversation)
     _add_tools(rows_in(fields, "tools", IN_TOOLS), conversation)
     _read_input(fields, conversation)
-    _limit_searches(optional_count(fields, "max_tool_calls"), conversation)
+    most = optional_count(fields, "max_tool_calls")
+    if most is not None:                           # of OpenAI's own tools: here, searches
+        conversation.tools = [
+            tool._replace(search={**tool.search, "max_uses": most}) if tool.kind == "search"
+            else tool for tool in conversation.tools if most or tool.kind != "search"]
     read_choice(fields.get("tool_choice"), conversation)
     chosen = conversation.choice
     if chosen and chosen.mode == "tool" and all(
@@ -7142,14 +7158,15 @@ def with_kept_items(fields: Mapping[str, Any], recall: Callable[[str, str], list
         **fields, "input": [one for item in given for one in kept(item)]}
 
 
-def _limit_searches(most: Optional[int], conversation: Conversation) -> None:
-    """Have a cap of the calls of OpenAI's own tools as one of the searches: others are not
-    carried over."""
-    if most is not None:
-        conversation.tools = [
-            tool if tool.kind != "search" else tool._replace(search={**tool.search,
-                                                                     "max_uses": most})
-            for tool in conversation.tools if most or tool.kind != "search"]
+def _set_manner(holder: Mapping[str, Any], conversation: Conversation, field: str = "") -> None:
+    """Read the effort and the form of the text, of a request or of an item that changes them: the
+    last one counts. Raises BadRequest, which names `field` where that is given."""
+    reasoning, text = (object_in(holder, name, in_request(field or name)) for name in INNER_RULES)
+    if "effort" in reasoning:
+        conversation.effort = effort_of(reasoning["effort"], field or "reasoning.effort")
+    if "format" in text:
+        field = field or "text.format"
+        conversation.format = format_of(object_in(text, "format", in_request(field)), field)
 
 
 def _read_input(fields: Mapping[str, Any], conversation: Conversation) -> None:
@@ -7160,67 +7177,29 @@ def _read_input(fields: Mapping[str, Any], conversation: Conversation) -> None:
         else rows_in(fields, "input", IN_INPUT)
     for item in items:
         kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
-        read = _ITEMS_READ.get(kind)
-        if read is not None:
-            turns.append(read(item, conversation))
-        elif kind in _ITEM_PARTS:
-            turns.append(Turn("assistant", _ITEM_PARTS[kind](item, IN_INPUT)))
-        else:                                      # what a provider's tools did, or unknown
+        role, read = _ITEMS_READ.get(kind, ("", None))
+        if kind == "message":
+            role = _ROLES.get(str(item.get("role")), "")
+            if not role:
+                raise BadRequest("a message has a role that is not known", param="input")
+        elif kind in ("item_reference", "compaction_trigger"):
+            raise BadRequest(f"an item of the type {shown_name(kind)} refers to what OpenAI has "
+                             "stored, or would store, which this model's provider cannot see: "
+                             "send the items themselves", param="input")
+        elif kind == "configuration_update":
+            _set_manner(item, conversation, "input")
+        elif kind in ("additional_tools", "tool_search_output"):
+            names = _add_tools(rows_in(item, "tools", IN_INPUT), conversation)
+            item = {**item, "output": f"Found: {', '.join(names)}"}
+        elif read is None:                         # what a provider's tools did, or unknown
             conversation.rest[f"input.{kind}"] = item
+        if read is not None:
+            turns.append(Turn(role, read(item, IN_INPUT)))
     conversation.turns = [turn for turn in turns if turn.parts]
 
 
-def _message_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
-    if role not in ("system", "user", "assistant"):
-        raise BadRequest("a message has a role that is not known", param="input")
-    return Turn(role, _content_parts(item, IN_INPUT))
-
-
-def _agent_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    author = Part("text", f"[message from {item.get('author')}]")
-    return Turn("user", [author, *_content_parts(item, IN_INPUT)])
-
-
-def _result_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    output, status = item.get("output"), item.get("status")
-    if item.get("type") == "shell_call_output":
-        output = json.dumps(output)                # streams and exit codes, command by command
-    elif item.get("type") == "apply_patch_call_output":
-        output = output or status
-    return Turn("user", [Part("result", id=str(item.get("call_id") or item.get("id") or ""),
-                              parts=_content_parts({"output": output}, IN_INPUT, "output"),
-                              is_error=status == "failed")])
-
-
-def _tools_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    names = _add_tools(rows_in(item, "tools", IN_INPUT), conversation)
-    if item.get("type") == "additional_tools" or not item.get("call_id"):
-        return Turn("user", [])
-    return _result_turn({**item, "output": f"Found: {', '.join(names)}"}, conversation)
-
-
-def _client_call_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    name = _CLIENT_CALLS[str(item["type"])]
-    arguments = item.get(OPENAI_CLIENT_TOOLS[name].member)
-    calls = [Part("call", json.dumps(arguments), name=name, id=str(item["call_id"]))] \
-        if item.get("call_id") else []             # else it ran at OpenAI
-    return Turn("assistant", calls)
-
-
-def _update_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    reasoning, text = (object_in(item, name, IN_INPUT) for name in INNER_RULES)
-    if "effort" in reasoning:
-        conversation.effort = effort_of(reasoning["effort"], "input")
-    if "format" in text:
-        conversation.format = format_of(object_in(text, "format", IN_INPUT), "input")
-    return Turn("system", [])
-
-
-def _refused_turn(item: Mapping[str, Any], conversation: Conversation) -> Turn:
-    raise BadRequest(f"an item of the type {shown_name(str(item.get('type')))} refers to what "
-                     "OpenAI has stored, or would store, which this model's provider cannot "
-                     "see: send the items themselves", param="input")
+_ROLES = MappingProxyType({"developer": "system", "system": "system", "user": "user",
+                           "assistant": "assistant"})
 
 
 def _add_tools(rows: Iterable[Mapping[str, Any]], conversation: Conversation, space: str = "",
@@ -7261,14 +7240,7 @@ def _tool_of_item(row: Mapping[str, Any], space: str, about: str) -> Tool:
     return Tool("function", kind, words or known.description, schema or known.schema)
 
 
-_ITEMS_READ = MappingProxyType({
-    "message": _message_turn, "agent_message": _agent_turn,
-    **dict.fromkeys(("function_call_output", "custom_tool_call_output",
-                     *(row.result for row in OPENAI_CLIENT_TOOLS.values())), _result_turn),
-    **dict.fromkeys(_CLIENT_CALLS, _client_call_turn),
-    **dict.fromkeys(("additional_tools", "tool_search_output"), _tools_turn),
-    "configuration_update": _update_turn,
-    **dict.fromkeys(("item_reference", "compaction_trigger"), _refused_turn)})
+# What its items say, in a history and in an answer. Readers raise what `fault` makes.
 
 
 def _content_parts(holder: Mapping[str, Any], fault: Fault,
@@ -7280,20 +7252,22 @@ def _content_parts(holder: Mapping[str, Any], fault: Fault,
 
 
 def _content_part(row: Mapping[str, Any], fault: Fault) -> Part:
-    """Read a part of a message, or of a result. Raises what `fault` makes."""
+    """Read a part of a message, or of a result."""
     part = openai_part(row, fault)
     if part is None or (fault is IN_ANSWER and part.kind in ("image", "document")):
         raise fault("content", "text, an image or a file, and of a type and in a form that can be "
                     "carried over to this model's provider")
-    part.citations = tuple(
-        Citation(text_in(note, "url", fault), text_in(note, "title", fault), *(
-            note[name] if isinstance(note.get(name), int) else None
-            for name in ("start_index", "end_index")))
-        for note in rows_in(row, "annotations", fault) if note.get("type") == "url_citation")
+    if row.get("annotations"):
+        part.citations = tuple(
+            Citation(text_in(note, "url", fault), text_in(note, "title", fault), *(
+                note[name] if isinstance(note.get(name), int) else None
+                for name in ("start_index", "end_index")))
+            for note in rows_in(row, "annotations", fault) if note.get("type") == "url_citation")
     return part
 
 
-# What its items say, in a history and in an answer.
+def _agent_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
+    return [Part("text", f"[message from {item.get('author')}]"), *_content_parts(item, fault)]
 
 
 def _reasoning_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
@@ -7319,6 +7293,26 @@ def _call_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
         is_text=is_text)]
 
 
+def _client_call_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
+    name = _CLIENT_CALLS[str(item["type"])]
+    arguments = item.get(OPENAI_CLIENT_TOOLS[name].member)
+    return [Part("call", json.dumps(arguments), name=name, id=str(item["call_id"]))] \
+        if item.get("call_id") else []             # else it ran at OpenAI
+
+
+def _result_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
+    kind, output, status = item.get("type"), item.get("output"), item.get("status")
+    if kind == "shell_call_output":
+        output = json.dumps(output)                # streams and exit codes, command by command
+    elif kind == "apply_patch_call_output":
+        output = output or status
+    elif kind == "tool_search_output" and not item.get("call_id"):
+        return []                                  # it ran at OpenAI
+    return [Part("result", id=str(item.get("call_id") or item.get("id") or ""),
+                 parts=_content_parts({"output": output}, fault, "output"),
+                 is_error=status == "failed")]
+
+
 def _search_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
     action = object_in(item, "action", fault)
     query = next((action[name] for name in ("query", "url", "pattern")
@@ -7329,30 +7323,53 @@ def _search_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
                  native=item, origin="responses")]
 
 
+# Items that an answer consists of -> their reader; and all that a history does: (whose turn each
+# is, its reader), where a message says that itself.
 _ITEM_PARTS: Mapping[str, Callable] = MappingProxyType({
     "message": _content_parts, "reasoning": _reasoning_parts, "function_call": _call_parts,
     "custom_tool_call": _call_parts, "web_search_call": _search_parts})
+_ITEMS_READ: Mapping[str, tuple[str, Any]] = MappingProxyType({
+    **{kind: ("assistant", read) for kind, read in _ITEM_PARTS.items()},
+    "agent_message": ("user", _agent_parts),
+    **dict.fromkeys(_CLIENT_CALLS, ("assistant", _client_call_parts)),
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output",
+                     *(row.result for row in OPENAI_CLIENT_TOOLS.values())),
+                    ("user", _result_parts))})
 
 
 # Its answers, read.
 
 
+def _ended_as(end: str) -> UpstreamBroke:
+    return UpstreamBroke(f"the provider ended its answer as {shown_name(end)}, not as completed")
+
+
+def responses_failure(status: int, body: Any) -> Failure:
+    """Read an error of Responses; one of a response that says no more than how it ended."""
+    holder = json_object(body)
+    response = json_object(holder.get("response") or body)
+    end = response_end(response, str(holder.get("type")))
+    if end in ("", *ANSWER_ENDS) or words_of(response.get("error")):
+        return openai_failure(status, body)
+    return Failure(status, _ended_as(end).message)
+
+
 def responses_stream_of(answer: dict) -> Iterable[dict]:
-    """Return a whole response as a stream of its last event. Raises UpstreamBroke where it
-    failed."""
-    status = answer.get("status")
-    if status in ("failed", "cancelled", "queued", "in_progress") or answer.get("error"):
-        raise UpstreamBroke("the provider's answer ended in an error of its own")
-    kind = "incomplete" if status == "incomplete" else "completed"
-    return [{"type": f"response.{kind}", "response": answer}]
+    """Return a whole response as a stream of its last event. Raises UpstreamBroke where it did not
+    end well."""
+    end = str(answer.get("status") or "completed")
+    if end not in ANSWER_ENDS or answer.get("error"):
+        raise _ended_as("failed" if end in ANSWER_ENDS else end)
+    return [{"type": f"response.{end}", "response": answer}]
 
 
 def responses_events(stream: Iterable[Mapping[str, Any]],
                      terms: Terms) -> Iterator[AnswerEvent]:
-    """Read a stream of Responses."""
+    """Read a stream of Responses. Raises UpstreamBroke."""
     reader = None
     for event in stream:
         kind = str(event.get("type"))
+        read = _RESPONSE_READERS.get(kind)
         if kind == "ping":
             yield PING
             continue
@@ -7360,15 +7377,21 @@ def responses_events(stream: Iterable[Mapping[str, Any]],
             reader, response = _ItemReader(), object_in(event, "response", IN_ANSWER)
             yield Began(text_in(response, "id", IN_ANSWER), response.get("model"),
                         _served_tier(response))
-        read = _RESPONSE_READERS.get(kind)
         if read is not None:
             yield from read(reader, event)
+            continue
+        end = response_end(json_object(event.get("response")), kind)
+        if end in ANSWER_ENDS and not reader.is_over:
+            yield from reader.finish(event, end)
+        elif end not in ("", *ANSWER_ENDS):
+            raise _ended_as(end)
 
 
 class _ItemReader:
     """The state of one stream of Responses: parts are closed when their item is done."""
 
     def __init__(self) -> None:
+        self.is_over = False
         self._open: dict[tuple[str, str], Part] = {}     # by the place of item and part
         self._items_done = 0
         self._kinds: set[str] = set()              # of the parts there were
@@ -7383,35 +7406,37 @@ class _ItemReader:
         item = object_in(event, "item", IN_ANSWER)
         if _ITEM_PARTS.get(str(item.get("type"))) is not _call_parts:
             return ()
-        return [self._opened((str(event.get("output_index")), "0"), *_call_parts(item, IN_ANSWER))]
+        return [self._opened((_place_of(event, item.get("id")), "0"),
+                             *_call_parts(item, IN_ANSWER))]
 
-    def _grow(self, event: Mapping[str, Any]) -> Iterator[AnswerEvent]:
-        kind, place = _GROWING[str(event["type"])]
+    def _grow(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
+        kind, place = _GROWING[event["type"]]
         at, text = str(event.get(place) or 0), text_in(event, "delta", IN_ANSWER)
-        key = (str(event.get("output_index")), at if kind in ("text", "refusal") else "0")
-        if key not in self._open:
+        key = (_place_of(event, event.get("item_id")), at if place == "content_index"
+               and kind != "thought" else "0")
+        part, before = self._open.get(key), ()
+        if part is None:
             if kind == "call":
-                return                             # without a name: its item will come whole
-            yield self._opened(key, Part(kind))
-        part = self._open[key]
-        if part.pieces and kind == "thought" and part.at != at:
+                return ()                          # without a name: its item will come whole
+            part = Part(kind)
+            before = (self._opened(key, part),)
+        if kind == "thought" and part.pieces and part.at != at:
             text = "\n\n" + text
         part.at = at
-        if text:
-            yield part.grown(text)
+        return (*before, part.grown(text)) if text else before
 
-    def _end_item(self, event: Mapping[str, Any]) -> Iterator[AnswerEvent]:
+    def _end_item(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
         self._items_done += 1
-        yield from self._whole_item(str(event.get("output_index")),
-                                    object_in(event, "item", IN_ANSWER))
+        item = object_in(event, "item", IN_ANSWER)
+        return self._whole_item(_place_of(event, item.get("id")), item)
 
-    def _whole_item(self, index: str, item: Mapping[str, Any]) -> Iterator[AnswerEvent]:
+    def _whole_item(self, place: str, item: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         """Close the parts of an item, after what no event before has brought of them."""
         read = _ITEM_PARTS.get(str(item.get("type")))
         parts = [Part("other", native=item, origin="responses")] if read is None \
             else read(item, IN_ANSWER)
         for number, whole in enumerate(parts):
-            key, text = (index, str(number)), whole.text
+            key, text = (place, str(number)), whole.text
             if key not in self._open:
                 if not text and not whole.native and whole.kind in ("text", "refusal", "thought"):
                     continue
@@ -7425,11 +7450,15 @@ class _ItemReader:
             part.text = part.text or text
             yield over
 
-    def _finish(self, event: Mapping[str, Any]) -> Iterator[AnswerEvent]:
+    def finish(self, event: Mapping[str, Any], end: str) -> Iterator[AnswerEvent]:
+        """Yield what ends the answer."""
+        self.is_over = True
         response = object_in(event, "response", IN_ANSWER)
         if not self._items_done:                   # a whole answer, or a server's that sends none
-            for index, item in enumerate(rows_in(response, "output", IN_ANSWER)):
-                yield from self._whole_item(str(index), item)
+            known = {place for place, _ in self._open}
+            for number, item in enumerate(rows_in(response, "output", IN_ANSWER)):
+                item_id = str(item.get("id"))
+                yield from self._whole_item(item_id if item_id in known else str(number), item)
         for part in self._open.values():
             if part.kind == "call" and not part.is_text and not part.pieces:
                 yield part.grown("{}")
@@ -7437,12 +7466,19 @@ class _ItemReader:
         why = object_in(response, "incomplete_details", IN_ANSWER).get("reason")
         if why == "content_filter" or "refusal" in self._kinds:
             reason = "refused"
-        elif event["type"] == "response.incomplete":
+        elif end == "incomplete":
             reason = "length"
         else:
             reason = "calls" if "call" in self._kinds else "end"
         yield Ended(reason, chat_tokens(response.get("usage"), "input_tokens", "output_tokens"),
                     tier=_served_tier(response))
+
+
+def _place_of(event: Mapping[str, Any], item_id: Any) -> str:
+    """Return which item an event is about. Some servers leave out its index, some its id, and those
+    of some have another id in each event."""
+    index = event.get("output_index")
+    return str((item_id or 0) if index is None else index)
 
 
 _WHOLE_KINDS = frozenset({"search", "other"})
@@ -7456,8 +7492,7 @@ _GROWING = MappingProxyType({
 _RESPONSE_READERS = MappingProxyType({
     "response.output_item.added": _ItemReader._begin_item,
     "response.output_item.done": _ItemReader._end_item,
-    **dict.fromkeys(_GROWING, _ItemReader._grow),
-    "response.completed": _ItemReader._finish, "response.incomplete": _ItemReader._finish})
+    **dict.fromkeys(_GROWING, _ItemReader._grow)})
 
 
 def _served_tier(response: Mapping[str, Any]) -> Optional[str]:
@@ -7511,13 +7546,16 @@ _ECHOED = MappingProxyType({
 _INCOMPLETE = MappingProxyType({"length": "max_output_tokens", "refused": "content_filter"})
 
 
-class _Item(NamedTuple):
-    """An item of a response: what it is so far, and where it stands."""
-    body: dict
-    where: Mapping[str, Any]
+class _Item:
+    """An item of a response that is written: what it is so far, and where it stands."""
+
+    def __init__(self, body: dict, index: int) -> None:
+        self.body, self.where = body, {"item_id": body["id"], "output_index": index}
+        self.parts = 0                             # of it that are open
 
 
 KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
+_NOT_SHOWN: tuple = (_Shown("", ""), None, {})     # where a part stands that has no place
 
 
 class ResponsesWriter(AnswerWriter):
@@ -7576,29 +7614,26 @@ class ResponsesWriter(AnswerWriter):
                 for kind in ("created", "in_progress")]
 
     def _opened(self, event: Opened) -> Iterator[dict]:
-        part, row, item = event.part, self._row_of(event.part), self._message
+        part, item = event.part, self._message
+        typed = part.name in self._client_tools and not part.namespace
+        row = _SHOWN.get(part.kind if part.kind != "call" else part.name if typed
+                         else "text call" if part.is_text else "call")
         if row is None:
             return
-        if row.item != "message" or item is None or self._is_open(item):
+        if row.item != "message" or item is None or item.parts:
             yield from self._leave_message()
             item = self._new_item(part, row)
             self._message = item if row.item == "message" else None
-            yield self._event("response.output_item.added", item={
-                **item.body, "status": "in_progress"}, output_index=item.where["output_index"])
+            yield self._event("response.output_item.added", output_index=item.where["output_index"],
+                              item={**item.body, **({row.inside: []} if row.inside else {}),
+                                    "status": "in_progress"})
+        item.parts += 1
         self._open[part] = row, item, {**item.where}
         if row.item == "message":
             yield self._begin_inside(part)
         elif part.kind == "search":
             for step in ("in_progress", "searching"):
                 yield self._event(f"response.{row.item}.{step}", **item.where)
-
-    def _row_of(self, part: Part) -> Optional[_Shown]:
-        if part.kind == "call" and part.name in self._client_tools and not part.namespace:
-            return _SHOWN[part.name]
-        return _SHOWN.get("text call" if part.is_text else part.kind)
-
-    def _is_open(self, item: _Item) -> bool:
-        return any(one is item for _, one, _ in self._open.values())
 
     def _new_item(self, part: Part, row: _Shown) -> _Item:
         index = len(self._output)
@@ -7613,28 +7648,30 @@ class ResponsesWriter(AnswerWriter):
         if part.namespace:
             body["namespace"] = part.namespace
         self._output.append({})
-        return _Item(body, {"item_id": body["id"], "output_index": index})
+        return _Item(body, index)
 
     def _begin_inside(self, part: Part) -> dict:
-        row, (body, _), where = self._open[part]
-        where[f"{row.inside}_index"] = len(body[row.inside])
-        inside = {**row.blank, row.member: ""}
-        body[row.inside] = [*body[row.inside], inside]       # events before have the list as it was
-        return self._event(f"{_INSIDE[row.inside]}.added", **where, part={**inside})
+        row, item, where = self._open[part]
+        rows = item.body[row.inside]
+        where[f"{row.inside}_index"] = len(rows)
+        rows.append({**row.blank, row.member: ""})
+        return self._event(f"{_INSIDE[row.inside]}.added", **where, part={**rows[-1]})
 
     def _more(self, event: More) -> Iterator[dict]:
         part, text = event
-        row, _, where = self._open.get(part, (None, None, None))
-        if row is None or not row.event or not text:
+        row, _, where = self._open.get(part, _NOT_SHOWN)
+        if not row.event or not text:
             return
-        if row.inside and f"{row.inside}_index" not in where:      # a summary, now there is one
+        if row.inside == "summary" and "summary_index" not in where:       # now there is one
             yield self._begin_inside(part)
-        yield self._event(f"{row.event}.delta", **where, delta=text, **row.notes)
+        self._number += 1                            # as _event() does, which is slower
+        yield {"type": f"{row.event}.delta", "sequence_number": self._number - 1, **where,
+               "delta": text, **row.notes}
 
     def _closed(self, event: Closed) -> Iterator[dict]:
         part = event.part
-        row, item, where = self._open.pop(part, (None, None, None))
-        if row is None:
+        row, item, where = self._open.pop(part, _NOT_SHOWN)
+        if item is None:
             return
         at = where.get(f"{row.inside}_index")
         notes = [{"type": "url_citation", **note} for note in annotations_of(part)]
@@ -7647,13 +7684,14 @@ class ResponsesWriter(AnswerWriter):
             inside = item.body[row.inside][at]
             inside.update({row.member: part.text}, **({"annotations": notes} if notes else {}))
             yield self._event(f"{_INSIDE[row.inside]}.done", **where, part={**inside})
-        if item is not self._message and not self._is_open(item):
+        item.parts -= 1
+        if item is not self._message and not item.parts:
             yield from self._end_item(item, part)
 
     def _leave_message(self) -> Iterable[dict]:
         """End the message that took texts; one with a text that is open ends with that."""
         item, self._message = self._message, None
-        return () if item is None or self._is_open(item) else self._end_item(item)
+        return () if item is None or item.parts else self._end_item(item)
 
     def _end_item(self, item: _Item, part: Part = Part("text"),
                   status: str = "completed") -> Iterator[dict]:
@@ -7856,7 +7894,7 @@ DIALECTS = MappingProxyType({
                         MessagesWriter, anthropic_failure, anthropic_error),
     "responses": Dialect("/v1/responses", RESPONSES_NAMES, read_responses_request,
                          _ResponsesRequest, responses_events, responses_stream_of,
-                         ResponsesWriter, openai_failure, openai_error),
+                         ResponsesWriter, responses_failure, openai_error),
 })
 
 

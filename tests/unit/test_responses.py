@@ -358,6 +358,39 @@ def test_every_part_is_opened_before_it_grows_and_grows_to_what_it_is():
     assert not open_parts and 4 == len(texts)
 
 
+def test_items_without_an_index_are_known_by_their_ids():
+    events, whole = said(Say("Hi"), Use("f", {"n": 1}), Use("f", {"n": 2}))
+    bare = [{name: value for name, value in event.items() if name != "output_index"}
+            for event in events if event["type"] != "response.output_item.done"]
+    in_turns = sorted(bare[:-1], key=lambda event: {"response.output_item.added": 1}.get(
+        event["type"], 2 if "arguments" in event["type"] else 0))
+    for sent in (bare, [*in_turns, bare[-1]], [*in_turns, {**bare[-1], "response": {
+            **whole, "output": []}}]):
+        assert [("text", "Hi"), ("call", '{"n": 1}'), ("call", '{"n": 2}')] == [
+            (part.kind, part.text) for part in parts_read(sent).parts]
+
+
+@pytest.mark.parametrize("ends", [
+    [{"type": "response.done", "response": {"status": "completed"}}],
+    [{"type": "response.completed", "response": {}},
+     {"type": "response.done", "response": {"status": "completed"}}]])
+def test_what_ends_a_response_is_known_by_its_status_and_ends_it_once(ends):
+    events, _ = said(Say("Hi"))
+    read = [*ic.responses_events([*events[:-1], *ends], TERMS)]
+
+    assert ["end"] == [event.reason for event in read if isinstance(event, ic.Ended)]
+
+
+@pytest.mark.parametrize("end", [
+    {"type": "response.cancelled", "response": {"status": "cancelled"}},
+    {"type": "response.stopped", "response": {"status": "cancelled"}},
+    {"type": "response.cancelled"}])
+def test_a_response_that_was_cancelled_says_so(end):
+    events, _ = said(Say("Hi"))
+    with pytest.raises(ic.UpstreamBroke, match="ended its answer as cancelled"):
+        [*ic.responses_events([*events[:-1], end], TERMS)]
+
+
 @pytest.mark.parametrize("answer", [
     {"status": "failed", "error": {"code": "server_error", "message": "x"}, "output": []},
     {"status": "cancelled", "output": []}, {"status": "in_progress", "output": []}])

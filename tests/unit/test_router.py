@@ -684,6 +684,27 @@ def test_a_chunk_with_a_role_only_before_an_error_begins_nothing(carrier):
     assert 429 == status
 
 
+CANCELLED = {"id": "resp_1", "status": "cancelled", "usage": {
+    "input_tokens": 9, "output_tokens": 3, "total_tokens": 12}}
+
+
+@pytest.mark.parametrize("end, words", [
+    ({"type": "response.cancelled", "response": CANCELLED}, "ended its answer as cancelled"),
+    ({"type": "response.expired", "response": CANCELLED}, "ended its answer as cancelled"),
+    ({"type": "response.expired", "response": {"error": {"message": "too late"}}}, "too late")])
+def test_a_response_that_ends_otherwise_is_an_error_in_the_clients_words(carrier, end, words):
+    begun = (CREATED, {"type": "response.output_text.delta", "delta": "hello"})
+    for path, fields in ON_GPT_5.items():
+        status, body, _ = carrier.call(path, fields, stream(*begun, end))
+        assert 200 == status and b"hello" in body and words.encode() in body
+        answer = {"object": "response", "output": [], **end["response"]}
+        status, body, _ = carrier.call(path, {**fields, "stream": False}, whole(answer))
+        assert status >= 500 and words.encode() in body
+
+    _, body, _ = carrier.call(RESPONSES[0], {**RESPONSES[1], **STREAM}, stream(*begun, end))
+    assert body.endswith(json.dumps(end).encode() + b"\n\n")      # and none of ours behind it
+
+
 @pytest.mark.parametrize("path, events", [
     *((path, (CREATED, {"type": "response.output_text.delta", "delta": "hello"}))
       for path in ON_GPT_5),

@@ -344,9 +344,39 @@ def test_the_work_for_a_request_grows_with_its_length_and_no_faster(name):
     assert many < 4.4 * few
 
 
-def test_the_work_for_an_answer_grows_with_its_length_and_no_faster():
-    few, many = (work_of(lambda n=n: [*to_chat({})[0].events(open_calls(n))]) for n in (40, 160))
+def open_blocks(n):
+    blocks = ({"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"},
+              {"type": "tool_use", "id": "t", "name": "f", "input": {}})
+    return [{"type": "message_start", "message": {}},
+            *({"type": "content_block_start", "index": i, "content_block": blocks[i % 3]}
+              for i in range(n)),
+            *({"type": "content_block_stop", "index": i} for i in range(n)),
+            {"type": "message_stop"}]
 
+
+def open_items(n):
+    calls = [{"type": "response.output_item.added", "output_index": i, "item": {
+        "type": "function_call", "call_id": "c", "name": "f"}} for i in range(n)]
+    texts = [{"type": f"response.{kind}.delta", "output_index": at * n, "content_index": i,
+              "delta": "x"} for i in range(n)
+             for at, kind in ((1, "output_text"), (2, "refusal"), (3, "reasoning_text"))]
+    return [*calls, *texts, {"type": "response.completed", "response": {}}]
+
+
+WIDE_ANSWERS = {"chat": open_calls, "messages": open_blocks, "responses": open_items}
+
+
+@pytest.mark.parametrize("client", [*WIDE_ANSWERS])
+@pytest.mark.parametrize("api", [*WIDE_ANSWERS])
+def test_the_work_for_an_answer_grows_with_its_length_and_no_faster(client, api):
+    fields = {"model": "m", "max_tokens": 9, "input": "x", "messages": [
+        {"role": "user", "content": "x"}]}
+
+    def carry(n):
+        translator = ic.Translator(client, api, fields, ic.Losses(), ic.Target(100))
+        return [*translator.events(WIDE_ANSWERS[api](n))]
+
+    few, many = (work_of(lambda n=n: carry(n)) for n in (40, 160))
     assert many < 4.4 * few
 
 
