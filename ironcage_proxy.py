@@ -3341,12 +3341,10 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 
     It opens with an empty line, which ends whatever event was cut short before it.
     """
-    if api == "messages":
-        return b"\n\n" + format_event(error_object(error, "anthropic", request_id), "error")
-    body = error_object(error, "openai", request_id)
-    if api == "responses":
-        return b"\n\n" + format_event({"type": "error", **body}, "error")
-    return b"\n\n" + format_event(body)
+    body = error_object(error, "anthropic" if api == "messages" else "openai", request_id)
+    is_named = api in ("messages", "responses")
+    return b"\n\n" + (format_event({"type": "error", **body}, "error") if is_named
+                      else format_event(body))
 
 
 # ==== 7. Usage of answers =======================================================================
@@ -3380,18 +3378,13 @@ def error_in(body: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     return body if body.get("type") == "error" or is_bare else None
 
 
-ANSWER_ENDS = frozenset({"completed", "incomplete"})       # of a response; others are failures
-_RESPONSE_ENDS = ANSWER_ENDS | {"failed", "cancelled"}
+ANSWER_ENDS = ("completed", "incomplete")          # of a response; others are failures
 
 
 def response_end(response: Mapping[str, Any], kind: str = "") -> str:
-    """Return how a response is over, by the type of the event that brings it, by its status or its
-    error; "" where it goes on."""
-    status = response.get("status")
-    for said in (kind.partition(".")[2], status if isinstance(status, str) else ""):
-        if said in _RESPONSE_ENDS:
-            return said
-    return "failed" if response.get("error") else ""
+    """Return how a response is over, by its event's type, its status or its error; or ""."""
+    said = (kind.partition(".")[2], response.get("status"), response.get("error") and "failed")
+    return next((end for end in said if end in (*ANSWER_ENDS, "failed", "cancelled")), "")
 
 
 _parse_json = json.JSONDecoder().decode      # json.loads, without its look at the encoding
@@ -3639,8 +3632,8 @@ class AnswerMeter:
         return bool(self._finished) and all(self._finished.values())
 
     def _read_responses_event(self, event: dict) -> None:
-        kind, response = event.get("type"), json_object(event.get("response"))
-        end = response_end(response, str(kind))
+        kind, response = str(event.get("type")), json_object(event.get("response"))
+        end = response_end(response, kind)
         if end:
             self._read_result(response, usage_in(response))
             self._end()
@@ -3687,9 +3680,7 @@ class AnswerMeter:
 
 ENDED_BY_DONE = frozenset({"chat", "completions", "embeddings"})
 EVENT_READERS = MappingProxyType({
-    "chat": AnswerMeter._read_chat_event,
-    "completions": AnswerMeter._read_chat_event,
-    "embeddings": AnswerMeter._read_chat_event,
+    **dict.fromkeys(ENDED_BY_DONE, AnswerMeter._read_chat_event),
     "responses": AnswerMeter._read_responses_event,
     "messages": AnswerMeter._read_messages_event,
 })
