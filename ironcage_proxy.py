@@ -80,12 +80,13 @@ Which code answers a question: `python tests/calls.py overspend` prints it and n
 follows the calls, and tests/unit/test_map.py sees that nothing is missing.
 
     overspend: Can it overspend? What these use of chapters 3 to 7, 16, 17 and 21.
-        CostController; Settlement; AnswerMeter; StreamReader; KnownCounts;
+        CostController; AnswerMeter; StreamReader; KnownCounts;
         PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
         ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
         _bound _tight_bound _reserved _upstream_body _settle _take_lease configure
-        _check_unmetered; known_input_tokens; and SharedAccounts, with all of
-        chapter 24, where many processes share a budget
+        _check_unmetered; known_input_tokens
+    shared: Can it overspend where many processes share a budget? What these use of chapter 24.
+        SharedAccounts; accounts_for; make_cage
     leaves: What leaves this machine? What these use of chapters 18 and 20.
         KeepAliveHandler; posted; Router: _sent _send _passed_through; CageServer: _post;
         Alerts: _is_done; EngineLink; row_shown; refusal_row; child_environment
@@ -8407,9 +8408,7 @@ class Reservation:
     """
 
     def __init__(self, bound: Bound, scopes: Sequence[str], may_wait: bool) -> None:
-        self.bound = bound
-        self.scopes = scopes
-        self.may_wait = may_wait
+        self.bound, self.scopes, self.may_wait = bound, scopes, may_wait
         self.microdollars = 0                 # what is set aside in every scope
         self.caps = bound.asked_caps          # what it is set aside for
         self.admitted_s = 0                   # Unix seconds: what it costs belongs to that period
@@ -8418,7 +8417,7 @@ class Reservation:
         self.is_open = False                  # set aside and not settled
         self.is_limited = False               # one of its scopes had a limit
         self.refused_by: Optional[Budget] = None
-        self.failure: Optional[IroncageError] = None         # its accounts could not be asked
+        self.failure: Optional[IroncageError] = None         # nothing can be decided about it
         self.decided: Optional[threading.Event] = None       # made for one that has to wait
 
     @property
@@ -8440,57 +8439,39 @@ class Scope(NamedTuple):
     spent_since: Callable[[int], int]         # what the ledger says it spent since a time
 
 
+@functools.lru_cache(maxsize=64)
+def _periods_of(day: int) -> Mapping[str, tuple[str, int]]:
+    """Return the periods that hold a day: {"week": ("week", when that began), ...}."""
+    return {period: (period, period_start(period, day * DAY_S)) for period in PERIODS}
+
+
 class Account:
     """One scope's money. Guarded by the lock of its Accounts.
 
-    Invariant: `spent` and `reserved` are the sums, over the current period, of two tables that
-    say on which day a call was admitted and are never cut. A period is whole days, so that
-    another one is another sum: it can neither lose nor double a charge, nor a call in flight.
+    Invariant: each amount is in the day, the week, the month and the total in which its call was
+    admitted. So another period of the scope is another look: it can neither lose nor double a
+    charge, nor a call in flight.
     """
 
-    def __init__(self, scope: str, limit: Optional[int], stop_at: Optional[int], period: str,
-                 now_s: int, spent_on: Mapping[int, int]) -> None:
-        self.scope, self.limit, self.stop_at = scope, limit, stop_at
+    def __init__(self, row: Scope, now_s: int) -> None:
+        self.row = row                        # its limits and its period
         self.users = 0                        # requests under way that name it as a session
-        self._seen_s = now_s                  # the latest time: a clock may go back
-        self._spent_on, self._reserved_on = Counter(spent_on), Counter()     # by day since 1970
-        self.begin(period)
+        self._seen_s = now_s                  # the latest time
+        self._amounts = {key: [row.spent_since(key[1]), 0]        # [spent, reserved]
+                         for key in _periods_of(now_s // DAY_S).values()}
 
     def budget(self, now_s: int) -> Budget:
-        """Return what it holds, in the period of now."""
-        self.roll(now_s)
-        return Budget(self.scope, self.limit, self.spent, self.reserved, self.stop_at, self.period,
-                      self.since_s)
-
-    def begin(self, period: str) -> None:
-        """Count by this period: what was admitted since its current one began."""
-        self.period, self.since_s = period, period_start(period, self._seen_s)
-        self.spent, self.reserved = (
-            sum([amount for day, amount in days.items() if day * DAY_S >= self.since_s])
-            for days in (self._spent_on, self._reserved_on))
-
-    def roll(self, now_s: int) -> None:
-        """Begin the period that holds `now_s`. A clock that goes back reopens none."""
-        if now_s > self._seen_s:
-            self._seen_s = now_s
-            if period_start(self.period, now_s) != self.since_s:
-                self.begin(self.period)
-
-    def configure(self, row: Scope, now_s: int) -> None:
-        """Take the limits and the period of a scope."""
-        self.roll(now_s)
-        if self.period != row.period:
-            self.begin(row.period)
-        self.limit, self.stop_at = row.limit, row.stop_at
+        """Return what it holds, in the period of now. A clock that goes back reopens none."""
+        self._seen_s, row = max(self._seen_s, now_s), self.row
+        key = _periods_of(self._seen_s // DAY_S)[row.period]
+        return Budget(row.name, row.limit, *self._amounts.get(key, (0, 0)), row.stop_at, *key)
 
     def add(self, admitted_s: int, *, spent: int = 0, reserved: int = 0) -> None:
-        """Change what a day's calls spent and hold: first spend, then release."""
-        day = admitted_s // DAY_S
-        self._spent_on[day] += spent
-        self._reserved_on[day] += reserved
-        if admitted_s >= self.since_s:                      # else its period is over
-            self.spent += spent
-            self.reserved += reserved
+        """Change what the calls of a day spent and hold: first spend, then release."""
+        for key in _periods_of(admitted_s // DAY_S).values():
+            amounts = self._amounts.setdefault(key, [0, 0])
+            amounts[0] += spent
+            amounts[1] += reserved
 
 
 class Accounts:
@@ -8507,8 +8488,8 @@ class Accounts:
         self._clock = clock               # Unix seconds
         self._lock = threading.Lock()     # guards all below, and every Account
         self._flags = {"limit": limit, "stop_at": stop_at}
-        self.by_scope = {PROXY_SCOPE: Account(PROXY_SCOPE, limit, stop_at, "total", 0,
-                                              {0: spent_microdollars})}
+        self.by_scope: dict[str, Account] = {PROXY_SCOPE: Account(Scope(
+            PROXY_SCOPE, limit, "total", stop_at, lambda since_s: spent_microdollars), 0)}
         self._sessions: dict[str, Account] = {}     # those that clients name, the last used last
 
     def take(self, claim: Reservation, microdollars: int,
@@ -8556,7 +8537,8 @@ class Accounts:
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
         """Set the proxy's limit; None is no limit."""
         with self._lock:
-            self.by_scope[PROXY_SCOPE].limit = limit_microdollars
+            account = self.by_scope[PROXY_SCOPE]
+            account.row = account.row._replace(limit=limit_microdollars)
 
     def set_limits(self, changes: Mapping[str, Any]) -> None:
         """Set the proxy's `limit` or `stop_at`, or both in one step; FLAGGED is what the flag
@@ -8566,27 +8548,24 @@ class Accounts:
         """
         with self._lock:
             account = self.by_scope[PROXY_SCOPE]
-            limits = {"limit": account.limit, "stop_at": account.stop_at, **{
+            row = account.row._replace(**{
                 name: self._flags[name] if amount is FLAGGED else amount
-                for name, amount in changes.items()}}
-            check_stop(**limits)
-            account.limit, account.stop_at = limits["limit"], limits["stop_at"]
+                for name, amount in changes.items()})
+            check_stop(row.limit, row.stop_at)
+            account.row = row
 
     def set_scopes(self, rows: Sequence[Scope]) -> None:
         """Open scopes, or change their limits and periods: all in one step, after what can fail.
         """
-        accounts, now_s = [*map(self._account_of, rows)], int(self._clock())
+        accounts = [*map(self._account_of, rows)]
         with self._lock:
             for account, row in zip(accounts, rows):
-                self.by_scope.setdefault(row.name, account).configure(row, now_s)
+                self.by_scope.setdefault(row.name, account).row = row
 
     def _account_of(self, row: Scope) -> Account:
         """Return a scope's account. What a new one spent before is asked for, from the beginning
         of each period on; one that is there knows it, also what the ledger does not hold yet."""
-        now_s = int(self._clock())
-        return self.by_scope.get(row.name) or Account(
-            row.name, row.limit, row.stop_at, row.period, now_s,
-            _spent_by_day(now_s, row.spent_since))
+        return self.by_scope.get(row.name) or Account(row, int(self._clock()))
 
     @contextlib.contextmanager
     def session(self, row: Scope) -> Iterator[None]:
@@ -8594,10 +8573,10 @@ class Accounts:
 
         Beyond MOST_SESSIONS the one used longest ago in which none is under way is forgotten.
         """
-        account, now_s = self._account_of(row), int(self._clock())
+        account = self._account_of(row)
         with self._lock:
             account = self.by_scope.setdefault(row.name, account)
-            account.configure(row, now_s)
+            account.row = row
             account.users += 1
             self._sessions[row.name] = self._sessions.pop(row.name, account)
         try:
@@ -8760,19 +8739,17 @@ class CostController:
         """Take a claim whose client is gone from the queue, or release what it was given."""
         with self._lock:
             was_open, claim.is_open = claim.is_open, False
-            self._queue = [other for other in self._queue if other is not claim]
+            if claim in self._queue:
+                self._queue.remove(claim)
         if was_open:
             self.accounts.settle(claim, 0)
         self._serve_queue()
 
     def close(self) -> None:
         """Refuse all requests that wait, and let none wait from now on."""
-        budget = self.accounts.known([PROXY_SCOPE])[0]
         with self._lock:
-            self._is_closed, waiting, self._queue = True, self._queue, []
-            for claim in waiting:
-                claim.refused_by = budget
-                claim.decided.set()
+            self._is_closed = True
+        self._fail_queue(ServerBusy("the proxy is stopping"))
         self._serve_queue()
 
     def _serve_queue(self) -> None:
@@ -8807,23 +8784,24 @@ class CostController:
         with self._lock:
             self._blocked = frozenset(blocked)
 
-    def _end_wait(self, claim: Reservation) -> None:
-        """Wake the request of a decided claim; for one that has left, give it all back."""
+    def _fail_queue(self, failure: IroncageError) -> None:
+        for claim in [*self._queue]:
+            self._end_wait(claim, failure)
+        with self._lock:
+            self._blocked = frozenset()
+
+    def _end_wait(self, claim: Reservation, failure: Optional[IroncageError] = None) -> None:
+        """Wake the request of a claim that is decided, or cannot be; for one that has left
+        meanwhile, give back what it was given."""
+        is_given = claim.refused_by is None and failure is None
         with self._lock:
             is_here = claim in self._queue
             if is_here:
                 self._queue.remove(claim)
-                claim.is_open = claim.refused_by is None
+                claim.is_open, claim.failure = is_given, failure
                 claim.decided.set()
-        if not is_here and (claim.refused_by is None or claim.microdollars):     # or we are closing
+        if is_given and not is_here:
             self.accounts.settle(claim, 0)
-
-    def _fail_queue(self, failure: IroncageError) -> None:
-        with self._lock:
-            for claim in self._queue:
-                claim.failure = failure
-                claim.decided.set()
-            self._queue, self._blocked = [], frozenset()
 
     # Settlement.
 
@@ -8915,25 +8893,12 @@ class CostController:
 
     def get_status(self) -> tuple[int, Optional[int]]:
         """Return (spent, limit) at one instant."""
-        spent, _, limit = self.get_full_status()
-        return spent, limit
+        return self.get_full_status()[::2]
 
     def get_full_status(self) -> tuple[int, int, Optional[int]]:
         """Return (spent, reserved, limit) at one instant."""
         budget = self.budget()
         return budget.spent, budget.reserved, budget.limit
-
-
-def _spent_by_day(now_s: int, spent_since: Callable[[int], int]) -> dict[int, int]:
-    """Return what was spent, as if on the first days of the periods of now: {day: amount}.
-
-    So each of these periods has its sum, and so has each later one, which holds all of such a
-    part or nothing of it.
-    """
-    starts = sorted({period_start(period, now_s) for period in PERIODS})
-    sums = [spent_since(start_s) for start_s in starts]
-    return {start_s // DAY_S: spent - spent_later
-            for start_s, spent, spent_later in zip(starts, sums, [*sums[1:], 0])}
 
 
 def session_scope(token: str, session: Optional[str]) -> str:

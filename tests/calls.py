@@ -88,6 +88,12 @@ class Calls:
                     self.methods.add(part.name)
                     self.nodes[f"{node.name}.{part.name}"] = [part]
                     self._returns[f"{node.name}.{part.name}"] = part.returns
+                elif isinstance(part, ast.Assign) and f"{node.name}.{ast.unparse(part.value)}" \
+                        in self._returns:                # another name of a method
+                    named = f"{node.name}.{ast.unparse(part.value)}"
+                    for target in part.targets:
+                        self.nodes[f"{node.name}.{ast.unparse(target)}"] = self.nodes[named]
+                        self._returns[f"{node.name}.{ast.unparse(target)}"] = self._returns[named]
                 else:
                     self.nodes[node.name].append(part)
         elif isinstance(node, ast.FunctionDef):
@@ -160,8 +166,10 @@ class Calls:
             return self._field(self._classes(node.value, known, owner), node.attr)
         if isinstance(node, ast.Subscript):
             return self._classes(node.value, known, owner)
-        if isinstance(node, (ast.IfExp, ast.BoolOp)):
-            parts = getattr(node, "values", None) or [node.body, node.orelse]
+        if isinstance(node, (ast.IfExp, ast.BoolOp, ast.List, ast.Starred)):
+            parts = getattr(node, "values", None) or getattr(node, "elts", None) or (
+                [node.body, node.orelse] if isinstance(node, ast.IfExp)
+                else [node.value] if isinstance(node, ast.Starred) else [])
             return frozenset().union(*(self._classes(part, known, owner) for part in parts))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in self._returns:
@@ -255,7 +263,7 @@ def _each_assignment(function: ast.AST) -> Iterator[tuple]:
 
 class Question:
     """A question of the file's map: its roots, and the chapters in which what they use is followed."""
-    ROW = re.compile(r"^    ([a-z]+): ([A-Z][^?]{5,120}\?) What these use of chapters\s+([\d, toand\n]+)\.\n"
+    ROW = re.compile(r"^    ([a-z]+): ([A-Z][^?]{5,120}\?) What these use of chapters?\s+([\d, toand\n]+)\.\n"
                      r"((?: {8}.+\n)+)", re.MULTILINE)
 
     def __init__(self, calls: Calls, match: re.Match) -> None:

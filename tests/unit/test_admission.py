@@ -32,7 +32,7 @@ def cap_of(bound, free, **how):
 
 
 def state(claim):
-    return "waiting" if claim.is_waiting else "refused" if claim.refused_by else claim.output_cap
+    return "waiting" if claim.is_waiting else claim.output_cap if claim.is_open else "refused"
 
 
 class Clock:

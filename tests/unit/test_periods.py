@@ -128,8 +128,8 @@ def test_no_interleaving_of_calls_and_reloads_loses_or_doubles_a_charge(ledger, 
             pass
     for every in ic.PERIODS:                          # and memory ends at what is on disk
         reload(controller, ledger, None, every)
-        account = controller.accounts.by_scope["a"]
-        assert (ledger.spent("a", account.since_s), 0) == (account.spent, account.reserved)
+        budget = controller.budget("a")
+        assert (ledger.spent("a", budget.since_s), 0) == (budget.spent, budget.reserved)
 
 
 def test_threads_that_call_while_periods_change_end_at_what_the_ledger_holds(ledger):
@@ -158,8 +158,8 @@ def test_threads_that_call_while_periods_change_end_at_what_the_ledger_holds(led
 
     for period in ic.PERIODS:
         reload(controller, ledger, None, period)
-        account = controller.accounts.by_scope["a"]
-        assert (ledger.spent("a", account.since_s), 0) == (account.spent, account.reserved)
+        budget = controller.budget("a")
+        assert (ledger.spent("a", budget.since_s), 0) == (budget.spent, budget.reserved)
 
 
 def test_a_period_that_changes_before_the_intent_is_written_forgets_no_money(ledger):
