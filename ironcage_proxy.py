@@ -99,7 +99,6 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
-import argparse
 import base64
 import bisect
 import contextlib
@@ -16451,8 +16450,9 @@ _parse_id = text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")
 _parse_field = text_like(HATCH_NAME, "the name of a field, such as top_k or a.b")
 
 
-def parse_moment(text: str, now_s: int) -> int:
+def parse_moment(text: str, now_s: Optional[int] = None) -> int:
     """Return the Unix seconds of a --since or --until: of a day or month its beginning, in UTC."""
+    now_s = int(time.time()) if now_s is None else now_s
     today_s = period_start("day", now_s)
     span = re.fullmatch(r"([0-9]{1,5})([dh])", text)
     if span is not None:
@@ -16463,10 +16463,6 @@ def parse_moment(text: str, now_s: int) -> int:
         return parse_time(f"{text}-01" if re.fullmatch("[0-9]{4}-[0-9]{2}", text) else text)
     raise ValueError("must be a date such as 2026-12-31 or 2026-12-31T23:59:59Z, a month such as "
                      "2026-12, today, yesterday, or a time back from now such as 7d or 24h")
-
-
-def _parse_when(text: str) -> int:
-    return parse_moment(text, int(time.time()))
 
 
 def _parse_groups(text: str) -> list[str]:
@@ -16494,6 +16490,13 @@ class Setting(NamedTuple):
     def env(self) -> str:
         """Its environment variable."""
         return "IRONCAGE_" + self.flag[2:].replace("-", "_").upper()
+
+    def read(self, given: Any) -> Any:
+        """Return the value of its field of text, or of several where it repeats. What is no text
+        is a value already. Raises ValueError."""
+        if self.repeats:
+            return tuple(map(self.parse, [given] if isinstance(given, str) else given))
+        return self.parse(given) if isinstance(given, str) else given
 
 
 SETTINGS = (
@@ -16580,9 +16583,9 @@ OPTIONS = (
     Setting("--csv", "csv", "", str, "print CSV", commands="usage"),
     Setting("--compare", "compare", "FILE", str, "print what another price table would change",
             commands="models"),
-    Setting("--since", "since", "WHEN", _parse_when, "from this time on (UTC): a date, with a time "
-            "or not, a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
-    Setting("--until", "until", "WHEN", _parse_when,
+    Setting("--since", "since", "WHEN", parse_moment, "from this time on (UTC): a date, with a "
+            "time or not, a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
+    Setting("--until", "until", "WHEN", parse_moment,
             "up to this time, which is the beginning of a date or month", commands="usage"),
     Setting("--by", "by", "NAMES", _parse_groups, "one table by one or several, joined by commas, "
             f"of {', '.join(USAGE_GROUPS)}", commands="usage"),
@@ -16590,28 +16593,15 @@ OPTIONS = (
     Setting("--help", "help", "", str, "what a command does and takes"),
     Setting("--version", "version", "", str, "print the version"),
 )
+FLAGS: Mapping[str, Setting] = MappingProxyType({row.flag: row for row in (*SETTINGS, *OPTIONS)})
 
 
-# A shell, or `docker compose`, makes an empty value of a variable of its own that is not set.
+# A shell, or `docker compose`, makes an empty value of a variable of its own that is not set. It
+# sets nothing, but where that would mean no limit, or another one.
 EMPTY = "has an empty value; leave it out if none is meant"
-LIMITS_SPEND = frozenset({"budget_microdollars", "stop_at_microdollars", "shared", "ledger_path"})
+LIMITS_SPEND = frozenset({"budget_microdollars", "stop_at_microdollars", "shared", "cage",
+                          "ledger_path", "config_path", "server_url"})
 GIVEN_FIELDS = ("name", "token", "sha256")     # of a token: none is a word of `tokens add`
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser of flags and words whose complaints are one line."""
-
-    def __init__(self, rows: Iterable[Setting], **words: Any) -> None:
-        super().__init__(allow_abbrev=False, add_help=False, **words)
-        for row in rows:
-            kind: dict = {"action": "store_true"} if not row.metavar else {
-                "action": "append" if row.repeats else "store", "metavar": row.metavar}
-            self.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
-                              help=row.help.replace("%", "%%"), **kind)
-        self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-
-    def error(self, message: str) -> None:             # type: ignore[override]
-        raise Misconfigured(f"{message[:200]} (--help lists what there is)")
 
 
 def _flags_of(command: str) -> list[Setting]:
@@ -16619,23 +16609,40 @@ def _flags_of(command: str) -> list[Setting]:
             if command in row.commands.split() or row.field == "help"]
 
 
+ABOUT_VARIABLES = """\
+Each setting has a variable, IRONCAGE_BUDGET for --budget and so on (1 for a switch, commas
+between several values); a flag goes first. IRONCAGE_TOKEN_FILE names a file that holds the value.
+Provider keys come from the environment, or from the file that OPENAI_API_KEY_FILE and so on name:
+"""
+
+
 def help_text(name: str) -> str:
     """Return what --help prints of a command; for `serve`, the default, of the program."""
+    import textwrap              # here only: nothing else needs it
     command = COMMANDS[name]
     about = command.about if name != "serve" else (
         "A proxy between AI agents and model providers that holds the keys and never lets spend "
-        "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n"
-        + table([(f"  {name}", one.about) for name, one in COMMANDS.items()], lefts=2))
-    variables = "" if name not in SERVERS else (
-        "\n\nEach setting has a variable, IRONCAGE_BUDGET for --budget and so on (1 for a switch, "
-        "commas\nbetween several values); a flag goes first. IRONCAGE_TOKEN_FILE names a file that "
-        "holds the value.\nProvider keys come from the environment, or from the file that "
-        "OPENAI_API_KEY_FILE and so on name:\n" + ", ".join(
-            filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + ".")
-    return _Parser(
-        _flags_of(name), usage=f"ironcage_proxy.py {name} [FLAG ...] {command.words}".rstrip(),
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}").format_help()
+        "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n" + table(
+            [(f"  {name}", one.about.split("\n")[0]) for name, one in COMMANDS.items()], lefts=2))
+    flags = [textwrap.fill(row.help, 98, initial_indent=f"  {row.flag + ' ' + row.metavar:25} ",
+                           subsequent_indent=" " * 28) for row in _flags_of(name)]
+    keys = ", ".join(filter(None, (row.key_env for row in KNOWN_PROVIDERS.values())))
+    return "\n".join([
+        f"usage: ironcage_proxy.py {name} [FLAG ...] {command.words}".rstrip(), "", about, "",
+        "flags:", *flags, "", f"example:\n  ironcage_proxy.py {command.example}\n",
+        *([ABOUT_VARIABLES + textwrap.fill(keys, 98) + "\n"] if name in SERVERS else [])])
+
+
+def _known_command(words: Sequence[str]) -> str:
+    """Return the command that begins the words of a command line. Raises Misconfigured."""
+    command = words[0] if words else "serve"
+    if command not in COMMANDS:
+        shown = shown_name(command)
+        raise Misconfigured(
+            f"there is no command {shown}{did_you_mean(command, COMMANDS)}; there are "
+            f"{', '.join(COMMANDS)}. To run a program inside the cage, put -- before it: "
+            f"ironcage_proxy.py [FLAG ...] -- {shown} ...")
+    return command
 
 
 def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
@@ -16648,7 +16655,7 @@ def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
         value = value if re.fullmatch(r"[0-9.]{1,20}", value) else "..."
         return Misconfigured(f"{shown} limits the proxy, not a token; a token's own limit is a "
                              f"word: {field}={value}")
-    users = [user for user in COMMANDS for row in _flags_of(user) if row.flag == flag]
+    users = FLAGS[flag].commands.split() if flag in FLAGS else ()
     hint = f"; it is for {', '.join(users)}" if users \
         else did_you_mean(flag, [row.flag for row in _flags_of(command)])
     return Misconfigured(f"{command} takes no flag {shown}{hint} ({command} --help lists what "
@@ -16656,89 +16663,98 @@ def _unknown_flag(command: str, flag: str, value: str = "...") -> Misconfigured:
 
 
 def parse_arguments(argv: Sequence[str]) -> dict:
-    """Return the command line by names: values of SETTINGS as text, of OPTIONS as they are read.
-    Raises Misconfigured.
+    """Return the command line by names: values of SETTINGS as text, of OPTIONS as they are read;
+    `command` and its `words`. Raises Misconfigured.
 
     `wrapped` is what follows a --, the command to run; None where there is no --.
     """
-    argv = [*argv]
-    end = argv.index("--") if "--" in argv else len(argv)
-    own, wrapped = argv[:end], argv[end + 1:] if argv[end:] else None
-    found, unknown = _Parser((*SETTINGS, *OPTIONS)).parse_known_intermixed_args(own)
-    given = {**vars(found), "wrapped": wrapped}
-    if given["words"][:1] == ["help"]:
-        given.update(words=given["words"][1:], help=True)
-    command, *rest = given["words"] or ["serve"]
-    if command not in COMMANDS and not (unknown and own.index(unknown[0]) < own.index(command)):
-        raise Misconfigured(
-            f"there is no command {shown_name(command)}{did_you_mean(command, COMMANDS)}; there "
-            f"are {', '.join(COMMANDS)}. To run a program inside the cage, put -- before it: "
-            f"ironcage_proxy.py [FLAG ...] -- {shown_name(command)} ...")
-    if unknown:
-        raise _unknown_flag(command if command in COMMANDS else "serve",
-                            unknown[0].partition("=")[0])
-    given.update(command=command, words=rest)
-    if given["help"] or given["version"]:
-        return given
-    if wrapped is not None and (command != "serve" or rest or not wrapped):
+    end = [*argv, "--"].index("--")
+    given: dict = {row.field: None for row in FLAGS.values()}
+    given["wrapped"] = [*argv[end + 1:]] if argv[end:] else None
+    words: list[str] = []
+    rest = iter(argv[:end])
+    for text in rest:
+        flag, has_value, value = text.partition("=")
+        row = FLAGS.get("--help" if flag == "-h" else flag)
+        if not text.startswith("-"):
+            words.append(text)
+            continue
+        if row is None:
+            raise _unknown_flag(_known_command(words), flag)
+        if row.metavar and not has_value:
+            value = next(rest, "--")
+        if not row.metavar if has_value else value.startswith("--"):
+            raise Misconfigured(f"{flag} takes {row.metavar or 'no value'}")
+        given[row.field] = True if not row.metavar else value if not row.repeats else [
+            *(given[row.field] or ()), value]
+    if words[:1] == ["help"]:
+        words, given["help"] = words[1:], True
+    command = "version" if given["version"] else _known_command(words)
+    given.update(command=command, words=words[1:])
+    if not given["help"] and not given["version"]:
+        _check_arguments(given)
+    return given
+
+
+def _check_arguments(given: dict) -> None:
+    """Read the options, and see that a command gets what it takes. Raises Misconfigured."""
+    command, words, wrapped = given["command"], given["words"], given["wrapped"]
+    if wrapped is not None and (command != "serve" or words or not wrapped):
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
-    for row in (*SETTINGS, *OPTIONS):
-        if isinstance(given[row.field], str) and not given[row.field].strip():
-            raise Misconfigured(f"{row.flag} {EMPTY}")
+    for row in FLAGS.values():
         if given[row.field] and command not in row.commands.split():
             raise _unknown_flag(command, row.flag, str(given[row.field]))
-    if rest and (command == "serve" or not COMMANDS[command].words):
-        raise Misconfigured(f"{command} takes no further words ({shown_name(rest[0])})")
+    if words and (command == "serve" or not COMMANDS[command].words):
+        raise Misconfigured(f"{command} takes no further words ({shown_name(words[0])})")
     for row in OPTIONS:
         if row.metavar and given[row.field] is not None:
             with checking(f"{row.flag}:"):
                 given[row.field] = row.parse(given[row.field])
-    return given
 
 
-_SWITCH_VALUES = MappingProxyType({"1": True, "true": True, "yes": True, "on": True,
-                                   "0": None, "false": None, "no": None, "off": None})
-_parse_switch = value_like(_SWITCH_VALUES.__contains__, "1 or 0", _SWITCH_VALUES.get)
+_parse_switch = value_like(lambda text: re.fullmatch("(?i)1|true|yes|on|0|false|no|off", text),
+                           "1 or 0", lambda text: text.lower() in ("1", "true", "yes", "on"))
 # What Kubernetes sets for services whose names begin with ironcage.
 _OF_A_SERVICE = (r"(?s)IRONCAGE_((\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_[0-9]+_\w+)=.*"
                  r"|(\w+_)?PORT=(tcp|udp|sctp)://.*)")
 
 
-def _setting_value(row: Setting, given: Any, environ: Mapping[str, str]) -> Any:
-    """Return one setting's value, or None. Raises Misconfigured, naming where a bad one is from."""
+def _value_of_variable(row: Setting, environ: Mapping[str, str]) -> Any:
+    """Return what its variable makes of a setting, or None. Raises Misconfigured."""
     text = environ.get(row.env, "")
-    for name in (row.env, f"{row.env}_FILE") if row.field in LIMITS_SPEND \
-            and not given and not text.strip() else ():
-        if name in environ and not environ[name].strip():
-            raise Misconfigured(f"{name} {EMPTY}: it would set no limit")
-    if not given and (not text or re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}")):
+    if not text.strip():
+        for name in (row.env, f"{row.env}_FILE"):
+            if row.field in LIMITS_SPEND and name in environ:
+                raise Misconfigured(f"{name} {EMPTY}: a limit on spend hangs on it")
         return None
-    with checking(f"{row.flag if given else row.env}:"):
-        if not given:
-            check_unquoted(text)
-            given = [part.strip() for part in text.split(",") if part.strip()] if row.repeats \
-                else text if row.metavar else _parse_switch(text.lower())
-        return given if not row.metavar else \
-            tuple(map(row.parse, given)) or None if row.repeats else row.parse(given)
+    if re.fullmatch(_OF_A_SERVICE, f"{row.env}={text}"):
+        return None
+    with checking(f"{row.env}:"):
+        check_unquoted(text)
+        return row.read([part.strip() for part in text.split(",") if part.strip()] if row.repeats
+                        else text if row.metavar else _parse_switch(text))
 
 
 def unread_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the variables that are named like settings and set none.
+    """Return what is to be said of variables that are named like settings and set none.
 
     Raises Misconfigured for one that looks like a misspelled setting: a limit that is not set
     would be no limit.
     """
-    known = [row.env for row in SETTINGS] + [
-        f"{row.env}_FILE" for row in SETTINGS if row.field in SECRETS]
-    start = len("IRONCAGE_")
-    names = [name[start:] for name in known]
-    unread = [name for name, value in environ.items() if name.startswith("IRONCAGE_")
-              and name not in known and not re.fullmatch(_OF_A_SERVICE, f"{name}={value}")]
-    for name in unread:
-        hint = did_you_mean(name[start:], names).replace("mean ", "mean IRONCAGE_")
+    known = [row.env + end for end in ("", "_FILE") for row in SETTINGS
+             if not end or row.field in SECRETS]
+    said = []
+    for name, value in environ.items():
+        if name in known and not value.strip():
+            said.append(f"{name} is empty, and sets nothing")
+        if name in known or not name.startswith("IRONCAGE_") \
+                or re.fullmatch(_OF_A_SERVICE, f"{name}={value}"):
+            continue
+        hint = did_you_mean(name[9:], [one[9:] for one in known]).replace("mean ", "mean IRONCAGE_")
         if hint:
             raise Misconfigured(f"the variable {shown_name(name)} sets nothing{hint}")
-    return unread
+        said.append(f"no setting reads {shown_name(name)}")
+    return said
 
 
 def _providers_from(values: dict, environ: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -16757,61 +16773,62 @@ def _providers_from(values: dict, environ: Mapping[str, str]) -> tuple[Provider,
     return tuple(providers)
 
 
-def flags_from(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return settings by their fields, as an embedder gives them, as flags; and those that no flag
-    can give, or takes in another unit, or whose variable might say otherwise. Raises Misconfigured.
+def settings_of(given: Mapping[str, Any], environ: Mapping[str, str], command: str = "serve", *,
+                named: str = "{0.flag}", **usual: Any) -> Settings:
+    """Return the settings that a command uses: those that are given, as Setting.read() takes them;
+    else those of variables; else `usual` ones. `named` is how a message names the row of one that
+    was given. Raises Misconfigured.
     """
-    argv, as_they_are = [], {**values}
-    for row in SETTINGS:
-        value = values.get(row.field)
-        if row.field == "port" and isinstance(value, int):     # listening says what is wrong
-            continue
-        if (not row.metavar and isinstance(value, bool)) or (
-                re.search("_(bytes|s)$", row.field) and type(value) in (int, float)):
-            with checking(f"{row.field}:"):
-                value_like(lambda size: 0 <= size < 10 ** 12, "a number from 0 up")(value)
-            continue
-        as_they_are.pop(row.field, None)
-        argv += [f"{row.flag}={item}" for item in (
-            value if isinstance(value, (list, tuple, set, frozenset)) and row.repeats else [value])
-            if item is not None]
-    return argv, as_they_are
-
-
-def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
-    """Return settings from command-line arguments and the environment: those that the command
-    uses. Raises Misconfigured.
-    """
-    environ = os.environ if environ is None else environ
-    given = parse_arguments(argv)
-    used = [row for row in SETTINGS if given["command"] in row.commands.split()]
+    used = [row for row in SETTINGS if command in row.commands.split()]
     if used:
         unread_variables(environ)
-    files = {row.field: path for row in used if row.field in SECRETS and not given[row.field]
-             for path in [named_file(row.env, environ)] if path}
-    found = {row.field: SECRETS[row.field](files[row.field], {}) if row.field in files
-             else _setting_value(row, given[row.field], environ) for row in used}
-    values = {name: value for name, value in found.items() if value is not None}
-    environ = environ if given["command"] in SERVERS else {}         # others need no key
+    values, files = usual, {}
+    for row in used:
+        value = given.get(row.field)
+        path = named_file(row.env, environ) if value is None and row.field in SECRETS else ""
+        if path:
+            files[row.field], value = path, SECRETS[row.field](path, {})
+        elif value is None:
+            value = _value_of_variable(row, environ)
+        elif isinstance(value, str) and not value.strip():
+            raise Misconfigured(f"{row.flag} {EMPTY}")
+        else:
+            with checking(f"{named.format(row)}:"):
+                value = row.read(value)
+        if value is not None:
+            values[row.field] = value
+    environ = environ if command in SERVERS else {}                  # others need no key
     providers = _providers_from(values, environ)
-    if given["wrapped"] is not None:
-        values = {"port": 0, "quiet": True, **values}
-        on_line = [row.env for row in used if row.field in SECRETS.keys() - {"token", "shared"}
-                   and given[row.field]]
-        if on_line:
-            raise Misconfigured(f"with -- CMD set {' and '.join(on_line)} in the environment: the "
-                                "command could read it on our command line")
     with checking("--stop-at:"):
         check_stop(values.get("budget_microdollars"), values.get("stop_at_microdollars"))
-    if given["shared"] is not None and values["shared"].password:
-        values["shared"] = values["shared"]._replace(is_public=True)
     if "server_url" in values and "shared" in values:
         raise Misconfigured("--server-url and --shared are two places for one budget; use one")
     if "server_url" in values and not {"token", "server_token"} & values.keys():
         raise Misconfigured("--server-url needs --server-token: what to authenticate with there")
     if "token" not in values:
         values.update(token=new_token(), token_is_generated=True)
-    return Settings(providers=providers, environ=environ, secret_files=files, **values)
+    return Settings(**{"providers": providers, "environ": environ, "secret_files": files, **values})
+
+
+def settings_on_line(given: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Return the settings of a command line, as parse_arguments() has it. Raises Misconfigured."""
+    usual = {} if given["wrapped"] is None else {"port": 0, "quiet": True}
+    on_line = [row.env for row in SETTINGS if given["wrapped"] is not None and given[row.field]
+               and row.field in SECRETS.keys() - {"token", "shared"}]
+    if on_line:
+        raise Misconfigured(f"with -- CMD set {' and '.join(on_line)} in the environment: the "
+                            "command could read it on our command line")
+    settings = settings_of(given, environ, given["command"], **usual)
+    shared = settings.shared if given["shared"] else None
+    return settings if shared is None else settings._replace(
+        shared=shared._replace(is_public=bool(shared.password)))
+
+
+def settings_from(argv: Sequence[str], environ: Optional[Mapping[str, str]] = None) -> Settings:
+    """Return settings from command-line arguments and the environment: those that the command
+    uses. Raises Misconfigured.
+    """
+    return settings_on_line(parse_arguments(argv), os.environ if environ is None else environ)
 
 
 class LogFormatter(logging.Formatter):
@@ -16918,16 +16935,13 @@ def budget_text(settings: Settings) -> str:
 def let_through(server: ProxyServer) -> list[tuple[str, str]]:
     """Return what the operator lets through or prices by hand, and what sets nothing: (what,
     names)."""
-    settings, environ = server.settings, server.settings.environ
+    settings = server.settings
     rows = (("unmetered paths", settings.allow_paths), ("unbounded fields", settings.allow_fields),
             ("unbounded content", settings.allow_contents))
     return [*((what, ", ".join(names)) for what, names in rows if names),
             *(("priced as another", re.sub(UNPRINTABLE, "?", f"{pattern} as {key}"))
               for pattern, key in server.router.config.price_as.items()),
-            *(("warning", f"no setting reads {shown_name(name)}")
-              for name in unread_variables(environ)),
-            *(("warning", f"{row.env} is empty, and sets nothing") for row in SETTINGS
-              if environ.get(row.env) == "")]
+            *(("warning", text) for text in unread_variables(settings.environ))]
 
 
 def banner(server: ProxyServer) -> str:
@@ -17166,8 +17180,7 @@ def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
                     f"largest body is {largest >> 20} MB"
     yield "tokens", str(len(router.config.callers))
     for what, names in let_through(server):
-        label = {"priced as another": "price_as", "warning": what}.get(what, "allowed")
-        yield label, f"{what}: {names}" if label == "allowed" else names
+        yield {"priced as another": "price_as"}.get(what, what), names
     if settings.alert_url is not None:
         yield "alerts", f"go to {urllib.parse.urlsplit(settings.alert_url).netloc}"
     if settings.server_url is not None:
@@ -17252,11 +17265,6 @@ TOKEN_COLUMNS = MappingProxyType({
 REFUSAL_SHOWN = ("refused_ms", "token", "status", "reason", "model", "path", "message")
 
 
-def spend_table(groups: Sequence[str], rows: Iterable[Mapping]) -> str:
-    """Return counts and costs as text, by the fields that are named."""
-    return report_table({**dict(zip(groups, groups)), **SPEND_COLUMNS}, rows)
-
-
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as CSV (RFC 4180), for spreadsheets that divide by ";" too. What one would take
     for a formula begins with a quote."""
@@ -17304,7 +17312,8 @@ def run_usage(settings: Settings, given: Mapping[str, Any]) -> None:
     rows = usage_by(path, groups, since_s, until_s)
     total = total_spend(rows)
     last = {**dict.fromkeys(groups, " "), groups[0]: "total", **total}
-    _print_report(given, {"rows": rows, "total": total}, spend_table(groups, [*rows, last]),
+    columns = {**dict(zip(groups, groups)), **SPEND_COLUMNS}
+    _print_report(given, {"rows": rows, "total": total}, report_table(columns, [*rows, last]),
                   [*groups, *total], rows)
 
 
@@ -17312,7 +17321,8 @@ def overview_text(report: Mapping[str, Any]) -> str:
     """Return what overview_of() makes, as text."""
     total = report["total"]
     return "\n".join([
-        *(spend_table([group], [*report[f"by_{group}"], {group: "total", **total}]) + "\n"
+        *(report_table({group: group, **SPEND_COLUMNS},
+                       [*report[f"by_{group}"], {group: "total", **total}]) + "\n"
           for group in USAGE_TABLES),
         f"{total['estimated_requests']} of the costs are estimates, "
         f"{total['unsettled_requests']} calls are in flight or were cut off"])
@@ -17441,27 +17451,21 @@ def run_tokens(settings: Settings, given: Mapping[str, Any]) -> None:
 
 
 def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, Any]:
-    """A token's row in a configuration. Raises Misconfigured."""
+    """Return a token's row in a configuration, of words like budget_usd=5.00. Raises
+    Misconfigured."""
     row: dict[str, Any] = {"name": name, "sha256": token_sha256(token)}
     with checking(f"{shown_name(name)}:"):
-        row.update(_fields_of_words(words, known=row))
+        for word in words:
+            field, is_pair, value = word.partition("=")
+            if field in row or not is_pair:
+                raise ValueError("is described by words like budget_usd=5.00, each field once; its "
+                                 "name comes first, and what it authenticates with is made here")
+            is_count = TOKEN_FIELDS.get(field, ("", None))[1] is _config_count
+            row[field] = list(filter(None, value.split(","))) if field == "models" else \
+                int(value) if is_count and re.fullmatch("[0-9]{1,7}", value) else value
         if caller_from(row).has_expired():
             raise ValueError("it would have expired already")
     return row
-
-
-def _fields_of_words(words: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
-    """Return a token's fields from words like budget_usd=5.00. Raises ValueError."""
-    fields: dict[str, Any] = {}
-    for word in words:
-        name, is_pair, value = word.partition("=")
-        if name in fields or name in known or not is_pair:
-            raise ValueError("is described by words like budget_usd=5.00, each field once; its "
-                             "name comes first, and what it authenticates with is made here")
-        is_count = TOKEN_FIELDS.get(name, ("", None))[1] is _config_count
-        fields[name] = list(filter(None, value.split(","))) if name == "models" else \
-            int(value) if is_count and re.fullmatch("[0-9]{1,7}", value) else value
-    return fields
 
 
 @contextlib.contextmanager
@@ -17655,11 +17659,6 @@ def run_models(settings: Settings, given: Mapping[str, Any]) -> None:
         + "\nin USD for a million tokens")
 
 
-def run_version(settings: Optional[Settings], given: Mapping[str, Any]) -> None:
-    """Print the version."""
-    print(f"ironcage_proxy {__version__}")
-
-
 class Command(NamedTuple):
     """What a word of the command line does."""
     run: Callable[[Settings, Mapping[str, Any]], Optional[int]]     # the exit code; None is 0
@@ -17680,7 +17679,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({
                     "new NAME", "cage new team --shared redis://10.0.0.5"),
     "audit": Command(run_audit, "look at every row of --ledger, its chain and its totals", "",
                      "audit --ledger cage.db"),
-    "tokens": Command(run_tokens, "the tokens of --config; fields: "
+    "tokens": Command(run_tokens, "the tokens of --config\n\nFIELD is one of "
                       + ", ".join(field for field in TOKEN_FIELDS if field not in GIVEN_FIELDS),
                       "list | add NAME [FIELD=VALUE ...] | revoke NAME",
                       "tokens add alice budget_usd=5 period=day --config cage.json"),
@@ -17688,22 +17687,19 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({
                         "", "selftest"),
     "models": Command(run_models, "what is priced, and how", "",
                       "models --compare newer_prices.json"),
-    "version": Command(run_version, "print the version", "", "version"),
+    "version": Command(lambda settings, given: print(f"ironcage_proxy {__version__}"),
+                       "print the version", "", "version"),
 })
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line. Returns the exit code: 0 fine, 1 runtime failure, 2 usage."""
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        given = parse_arguments(argv)
+        given = parse_arguments(sys.argv[1:] if argv is None else argv)
         if given["help"]:
             print(help_text(given["command"]), end="")
             return 0
-        if given["version"]:
-            run_version(None, given)
-            return 0
-        settings = settings_from(argv)
+        settings = settings_on_line(given, os.environ)
         _set_up_logging(settings)
         run = COMMANDS[given["command"]].run
         return (run if given["wrapped"] is None else run_wrapped)(settings, given) or 0
@@ -17725,8 +17721,44 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 # ==== 29. Embedding =============================================================================
 #
-# The original's Python class, over a server of ours. It tells amounts in USD as float, as that one
+# The original's Python class, over a server of ours. It shows amounts in USD as float, as that one
 # did; inside they are microdollars.
+
+_amount_of = value_like(lambda value: type(value) is int and 0 <= value <= 10 ** 18,
+                        "an integer from 0 up")
+_seconds_of = value_like(lambda value: type(value) in (int, float) and 0 <= value <= 10 ** 9,
+                         "a number from 0 up")
+_text_of_argument = value_like(
+    lambda value: isinstance(value, (str, int, float, Decimal, os.PathLike))
+    and not isinstance(value, bool), "text", str)
+# How the arguments are read that are not text as a flag takes it, but values of their fields.
+VALUE_ARGUMENTS: Mapping[str, Callable] = MappingProxyType({
+    **{row.field: _config_flag for row in SETTINGS if not row.metavar},
+    **{field: _amount_of for field in ("budget_microdollars", "stop_at_microdollars",
+                                       "max_body_bytes", "max_memory_bytes")},
+    "wait_s": _seconds_of, "cache_ttl_s": _seconds_of,
+    "port": lambda value: value if type(value) is int else _text_of_argument(value),
+    "on_event": value_like(callable, "a function"),
+    "listener": value_like(lambda value: isinstance(value, socket.socket), "a socket that listens"),
+    "timeouts": value_like(lambda value: isinstance(value, Timeouts) and all(
+        type(part) in (int, float) and 0 <= part <= 10 ** 9 for part in value),
+        "Timeouts of seconds"),
+    "providers": value_like(lambda value: isinstance(value, (list, tuple)) and all(
+        isinstance(part, Provider) for part in value), "a tuple of Provider", tuple),
+})
+
+
+def argument_of(field: str, value: Any) -> Any:
+    """Return an argument of LlmRouter as Setting.read() takes it. Raises Misconfigured for one that
+    there is not, or that is of another type."""
+    row = next((row for row in SETTINGS if row.field == field), None)
+    if row is None and field not in VALUE_ARGUMENTS:
+        known = [*(row.field for row in SETTINGS), *VALUE_ARGUMENTS]
+        raise Misconfigured(f"LlmRouter has no {shown_name(field)}{did_you_mean(field, known)}")
+    with checking(f"wrong {field}: {field}"):
+        if row is not None and row.repeats and isinstance(value, (list, tuple, set, frozenset)):
+            return [*map(_text_of_argument, value)]
+        return VALUE_ARGUMENTS.get(field, _text_of_argument)(value)
 
 
 class LlmRouter:
@@ -17737,7 +17769,7 @@ class LlmRouter:
     Cage server at `server_url`, where `api_key` (or `server_token`) is the credential, or else
     from the environment. `budget` and `stop_at` are in USD (str, Decimal, int, or float by its
     repr); `ledger` is a path; `shared` and `cage` are as --shared and --cage;
-    `on_event` gets each event. Raises Misconfigured.
+    `on_event` gets each event; `more` are fields of Settings, in their units. Raises Misconfigured.
     """
 
     def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
@@ -17747,39 +17779,31 @@ class LlmRouter:
                  ledger: Optional[str] = None,
                  on_event: Optional[Callable[[Event], None]] = None,
                  environ: Optional[Mapping[str, str]] = None, **more: Any) -> None:
-        name = "anthropic" if str(provider_key).startswith("sk-ant-") else "openai"
+        for field, text in (("api_key", api_key), ("provider_key", provider_key)):
+            if not isinstance(text, (str, type(None))):
+                raise Misconfigured(f"{field} must be text")
+        name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
         hidden = {"IRONCAGE_TOKEN", *(known.key_env for known in KNOWN_PROVIDERS.values()
                                       if provider_key is not None)}
         given = os.environ if environ is None else environ
         environ = {variable: value for variable, value in given.items()
                    if re.sub("_FILE$", "", variable) not in hidden}
-        flags = {"port": 0, "token": api_key or None, "cage": cage, "budget_microdollars": budget,
-                 "stop_at_microdollars": stop_at, "shared": shared, "ledger_path": ledger, **more}
-        for field, text in (("api_key", api_key), ("provider_key", provider_key)):
-            if not isinstance(text, (str, type(None))):
-                raise Misconfigured(f"{field} must be text")
+        arguments = {"port": 0, "quiet": True, "token": api_key or None, "cage": cage,
+                     "shared": shared, "ledger_path": ledger, "on_event": on_event, **more}
         if provider_key is not None:
             environ[KNOWN_PROVIDERS[name].key_env] = provider_key
         elif server_url is not None:
             if api_key is None and "server_token" not in more:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
-            with checking("server_url:"):
-                parse_base_url(server_url)
-            flags.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
-        for field, amount in more.items():
-            if field.endswith("_microdollars") and amount is not None:         # flags are in USD
-                if type(amount) is not int or amount < 0:
-                    raise Misconfigured(f"{field} must be an integer from 0 up")
-                flags[field] = format_usd(amount)[1:]
-        for field in more.keys() - {*Settings._fields}:
-            raise Misconfigured(f"LlmRouter has no {shown_name(field)}"
-                                f"{did_you_mean(field, Settings._fields)}")
-        argv, as_they_are = flags_from(flags)
-        settings = settings_from(argv, environ)
-        if settings.shared is not None:            # it stands on no command line
-            as_they_are["shared"] = settings.shared._replace(is_public=False)
+            arguments.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
+        in_usd = {"budget_microdollars": budget, "stop_at_microdollars": stop_at}
+        values = {field: str(usd) for field, usd in in_usd.items() if usd is not None}
+        values.update({field: argument_of(field, value) for field, value in arguments.items()
+                       if value is not None})
+        settings = settings_of(values, environ, named="{0.field}, as {0.flag}")
         self._server = ProxyServer(settings._replace(**{
-            "on_event": on_event, "quiet": True, **as_they_are}))
+            field: value for field, value in values.items()
+            if field not in {row.field for row in SETTINGS}}))
         self._provider = name
         self._is_running = True
         self._server.start()

@@ -25,14 +25,10 @@ MEMORY_FOLDER = "/dev/shm"
 
 def read_once(program):
     """Do once what thousands of starts would do alike: read the price table that is shipped, which
-    no test changes, make the parser of command lines, and parse the same command line."""
+    no test changes."""
     shipped, read_prices = str(ROOT / "pricing.json"), program.read_prices
     read_shipped = functools.lru_cache(maxsize=None)(lambda: read_prices(shipped))
-    parser_of = functools.lru_cache(maxsize=None)(program._Parser)
-    program._Parser = lambda rows, **words: parser_of(tuple(rows), **words)
-    parse_arguments = functools.lru_cache(maxsize=None)(program.parse_arguments)
     program.read_prices = lambda path: read_shipped() if path == shipped else read_prices(path)
-    program.parse_arguments = lambda argv: dict(parse_arguments(tuple(argv)))
 
 
 read_once(program())

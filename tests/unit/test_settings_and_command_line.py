@@ -50,10 +50,20 @@ def test_a_misspelled_variable_is_refused_as_a_flag_is(argv, name, meant):
 
 @pytest.mark.parametrize("name, empty", [
     ("BUDGET", ""), ("STOP_AT", ""), ("SHARED", ""), ("SHARED_FILE", ""), ("LEDGER", ""),
-    ("BUDGET", " "), ("LEDGER", " ")])
+    ("BUDGET", " "), ("LEDGER", " "), ("CAGE", ""), ("CONFIG", ""), ("SERVER_URL", "")])
 def test_an_empty_variable_that_would_limit_spend_is_refused(name, empty):
     with pytest.raises(ic.Misconfigured, match=f"IRONCAGE_{name} has an empty value"):
         ic.settings_from([], {"IRONCAGE_BUDGET": "2", f"IRONCAGE_{name}": empty})
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_any_other_empty_variable_sets_nothing_and_is_shown(value):
+    rows = [row for row in ic.SETTINGS if row.field not in ic.LIMITS_SPEND]
+    empty = {row.env: value for row in rows}
+
+    assert ic.settings_from(["--token", TOKEN], {}) == ic.settings_from(
+        ["--token", TOKEN], empty)._replace(environ={})
+    assert [f"{row.env} is empty, and sets nothing" for row in rows] == ic.unread_variables(empty)
 
 
 def test_an_empty_twin_of_a_variable_that_is_set_is_nothing():
@@ -123,7 +133,9 @@ def test_an_example_of_the_help_is_a_use_that_parses():
     (["--sk-s3cret-0123", "5"], "takes no flag ?"),
     (["claude", "-p", "fix it"], "ironcage_proxy.py [FLAG ...] -- claude ..."),
     (["--budget", "2", "codex", "exec", "--full-auto"], "-- codex ..."),
-    (["version", "now"], "takes no further words")])
+    (["version", "now"], "takes no further words"), (["--port"], "--port takes PORT"),
+    (["--port", "--budget", "5"], "--port takes PORT"),
+    (["--strict=yes"], "--strict takes no value")])
 def test_a_flag_or_word_that_is_out_of_place_is_one_sentence(capsys, argv, fault):
     code, out, err = said(capsys, *argv)
 
