@@ -16812,7 +16812,7 @@ def settings_of(given: Mapping[str, Any], environ: Mapping[str, str], command: s
 
 def settings_on_line(given: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """Return the settings of a command line, as parse_arguments() has it. Raises Misconfigured."""
-    usual = {} if given["wrapped"] is None else {"port": 0, "quiet": True}
+    usual: dict[str, Any] = {} if given["wrapped"] is None else {"port": 0, "quiet": True}
     on_line = [row.env for row in SETTINGS if given["wrapped"] is not None and given[row.field]
                and row.field in SECRETS.keys() - {"token", "shared"}]
     if on_line:
@@ -17797,7 +17797,8 @@ class LlmRouter:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
             arguments.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
         in_usd = {"budget_microdollars": budget, "stop_at_microdollars": stop_at}
-        values = {field: str(usd) for field, usd in in_usd.items() if usd is not None}
+        values: dict[str, Any] = {field: str(usd) for field, usd in in_usd.items()
+                                  if usd is not None}
         values.update({field: argument_of(field, value) for field, value in arguments.items()
                        if value is not None})
         settings = settings_of(values, environ, named="{0.field}, as {0.flag}")
