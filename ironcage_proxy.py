@@ -4438,11 +4438,14 @@ def lowered_effort(asked: str, taken: Sequence[str]) -> str:
     return known[-1] if known else taken[0]
 
 
-def parsed_inside(text: str) -> Any:
+_LAST_KEY_COUNTS = _decoder(dict)                  # as all readers of JSON have it that take two
+
+
+def parsed_inside(text: str, decoder: json.JSONDecoder = _STRICT_JSON) -> Any:
     """Return JSON that stands as text in a body, and can stand there as itself. Raises ValueError.
     """
     try:
-        value = _STRICT_JSON.decode(text)
+        value = decoder.decode(text)
     except (RecursionError, BadRequest) as err:
         raise ValueError("JSON that others may not read") from err
     most = MAX_JSON_DEPTH - 16
@@ -4451,10 +4454,10 @@ def parsed_inside(text: str) -> Any:
     return value
 
 
-def arguments_to_input(text: str) -> dict:
+def arguments_to_input(text: str, decoder: json.JSONDecoder = _LAST_KEY_COUNTS) -> dict:
     """Return a call's arguments as an object; what is none is wrapped until its return."""
     try:
-        value = parsed_inside(text) if text.strip() else {}
+        value = parsed_inside(text, decoder) if text.strip() else {}
     except ValueError:
         return {"__raw": text}
     return value if isinstance(value, dict) else {"__value": value}
@@ -5934,8 +5937,13 @@ def opaque_in(holder: Mapping[str, Any]) -> dict:
 
 def _is_whole(call: Part) -> bool:
     """Whether a call's arguments so far are JSON, so that no more can come."""
-    last = next(filter(str.strip, reversed(call.pieces)), "").rstrip()
-    return last.endswith("}") and "__raw" not in arguments_to_input("".join(call.pieces))
+    if not next(filter(str.strip, reversed(call.pieces)), "").rstrip().endswith("}"):
+        return False
+    try:
+        json.loads("".join(call.pieces))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _first_choice(body: Mapping[str, Any]) -> dict:
@@ -6712,7 +6720,8 @@ class _MessagesRequest(RequestWriter):
     def _call(self, part: Part) -> dict:
         return {"type": "tool_use", "id": part.id,
                 "name": self._names.fitting(part.name, part.namespace, part.is_text),
-                "input": call_input(part)}
+                "input": {"input": part.text} if part.is_text
+                else arguments_to_input(part.text, _STRICT_JSON)}      # to come back to the letter
 
     def _result(self, part: Part) -> dict:
         result: dict = {"type": "tool_result", "tool_use_id": part.id}
@@ -6898,13 +6907,64 @@ def one_at_a_time(events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
                 yield event
 
 
+# Of JSON: a string, or what there is of it, perhaps with half of an escape; a word; or signs.
+_JSON_TOKENS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*(?:"|(?P<half>\\?)\Z))'
+                          r'|(?P<word>[^\s"{}\[\],:]+)|[\s{}\[\],:]+', re.DOTALL)
+_OBJECT_START = re.compile(r'\s*\{\s*["}]')
+
+
+def _json_word(word: str) -> str:
+    try:
+        parsed_inside(word)
+    except ValueError:
+        return "null"
+    return word
+
+
+class _ShownArguments:
+    """The arguments of a call as a stream shows them: an object, in JSON that all readers take.
+
+    What does not begin as one, or with a word that JSON lacks, as NaN, is not shown: it comes
+    wrapped at the end. Behind what was shown such a word is null.
+    """
+
+    def __init__(self, is_text: bool) -> None:
+        self.is_shown, self._is_wrapped = False, is_text
+        self._held = ""                              # a word that may go on
+        self._inside = ""                            # of a string that goes on, shown before: its
+        # quote, and perhaps half of an escape
+
+    def more(self, text: str) -> str:
+        """Return what can be shown of them now."""
+        if self._inside == '"' and '"' not in text and "\\" not in text:
+            return text
+        text = self._held + text
+        if not self.is_shown and (self._is_wrapped or not _OBJECT_START.match(text)):
+            self._is_wrapped |= text.strip("{ \t\r\n") != ""
+            self._held = "" if self._is_wrapped else text
+            return ""
+        tokens = [*_JSON_TOKENS.finditer(self._inside + text)]
+        shown = "".join([token[0] if token["word"] is None or token is tokens[-1]
+                         else _json_word(token[0]) for token in tokens])[len(self._inside):]
+        if shown != text and not self.is_shown:
+            self._is_wrapped = True
+            return ""
+        self._held, half = tokens[-1]["word"] or "", tokens[-1]["half"]
+        self._inside = "" if half is None else '"' + half
+        self.is_shown = True
+        return shown[:len(shown) - len(self._held)]
+
+    def rest(self) -> str:
+        """Return what was held back at the end."""
+        return self._held and _json_word(self._held)
+
+
 class MessagesWriter(AnswerWriter):
     """Writes an answer as a message, whole or as a stream, where one block is open at a time."""
 
     def __init__(self, fields: Mapping[str, Any], created_at: int) -> None:
-        self._index = 0                              # of the next block
-        self._held: Optional[str] = None             # arguments that may be no object; None: they
-        # are seen to be one, and pass
+        self._index = 0                              # of the block that is open, or the next
+        self._arguments = _ShownArguments(False)     # of the call that is open
 
     def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
         """Yield an answer as the stream's events."""
@@ -6926,40 +6986,37 @@ class MessagesWriter(AnswerWriter):
         part, row = event.part, _STREAMED_BLOCKS.get(event.part.kind)
         if row is None:                              # it is written at its end
             return ()
-        self._held = "" if part.kind == "call" else None
-        own: dict = {"id": part.id, "name": part.name} if part.kind == "call" else {}
-        return [self._start({**row[0], **own})]
-
-    def _start(self, block: dict) -> dict:
-        return {"type": "content_block_start", "index": self._index, "content_block": block}
+        block = {**row[0]}
+        if part.kind == "call":
+            self._arguments = _ShownArguments(part.is_text)
+            block.update(id=part.id, name=part.name)
+        return [{"type": "content_block_start", "index": self._index, "content_block": block}]
 
     def _more(self, event: More) -> Iterable[dict]:
         part, text = event
         row = _STREAMED_BLOCKS.get(part.kind)
-        if self._held is not None:
-            text = self._held = self._held + text
-            if part.is_text or not re.match(OBJECT_START, text):
-                return ()
-            self._held = None
-        return () if row is None else [self._delta(row[1], row[2], text)]
+        if part.kind == "call":
+            text = self._arguments.more(text)
+        return [self._delta(row[1], row[2], text)] if row and text else ()
 
     def _delta(self, kind: str, name: str, text: str) -> dict:
         return {"type": "content_block_delta", "index": self._index,
                 "delta": {"type": kind, name: text}}
 
-    def _closed(self, event: Closed) -> Iterable[dict]:
-        part, held = event.part, self._held
-        self._held = None
+    def _closed(self, event: Closed) -> Iterator[dict]:
+        part, arguments = event.part, self._arguments
         if part.kind not in _STREAMED_BLOCKS:
             for block in _answer_blocks(part):
-                yield self._start(block)
+                yield {"type": "content_block_start", "index": self._index, "content_block": block}
                 yield self._stop()
             return
         if part.kind == "thought":
             signature = str(thinking_block(part).get("signature") or "")
             yield self._delta("signature_delta", "signature", signature)
-        elif held is not None:
-            yield self._delta("input_json_delta", "partial_json", plain_json(call_input(part)))
+        elif part.kind == "call":
+            rest = arguments.rest() if arguments.is_shown else plain_json(call_input(part))
+            if rest:
+                yield self._delta("input_json_delta", "partial_json", rest)
         yield self._stop()
 
     def _stop(self) -> dict:
@@ -6971,7 +7028,6 @@ class MessagesWriter(AnswerWriter):
                  "usage": messages_usage(event.tokens, event.tier)}, {"type": "message_stop"}]
 
 
-OBJECT_START = r'\s*\{\s*["}]'
 # Kind of a part -> its block before it goes on; type and member of what that goes on by.
 _STREAMED_BLOCKS: Mapping[str, tuple] = MappingProxyType({
     **dict.fromkeys(("text", "refusal"), ({"type": "text", "text": ""}, "text_delta", "text")),

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 from translated import (JPEG_CALLED_PNG, MANY_OPTIONAL, NEW, NODE, OLD, OPEN_SCHEMA, PDF,
                         RECURSIVE_SCHEMA, REFERRING_SCHEMA, SCHEMA, SYSTEM, TEXT_FILE, THOUGHT,
-                        USER, call, message, stream_of, text, to_claude, tool)
+                        USER, call, chunks_of, completion, folded_stream, message, piece, stream_of,
+                        text, to_chat, to_claude, tool, tool_uses)
 from translation_checker import check_chat_stream
 
 import ironcage_proxy as ic
@@ -763,3 +764,62 @@ def test_deltas_of_a_kind_that_is_not_known_and_empty_ones_add_nothing():
 
     assert ["Opened", "More", "Closed"] == [type(event).__name__ for event in events]
     assert "a" == events[-1].part.text
+
+
+# What a tool's arguments become that are no JSON, or not for all readers.
+
+NOT_JSON = ["NaN", "-Infinity", "Infinity", "1e999", "-1E+400", "None", "True", "undefined"]
+HAS_ONE = '{"a\\"": "NaN \\\\\\" , 1e999", "n": [%s, 1.5e3, true,-0.5 ], "z": {"é\\\\": null}}'
+
+
+def input_in(pieces):
+    """What a client of Messages reads in a stream of a call's arguments."""
+    stream = chunks_of(*(piece(0, more, **({} if number else {"id": "a", "name": "f"}))
+                         for number, more in enumerate(pieces)), finish="tool_calls")
+    deltas = [event["delta"]["partial_json"] for event in to_chat({})[0].events(stream)
+              if event["type"] == "content_block_delta"]
+    return json.loads("".join(deltas), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("word", NOT_JSON)
+def test_a_word_that_json_lacks_is_null_inside_arguments_of_which_a_part_was_shown(word):
+    given = HAS_ONE % word
+
+    for size in range(1, 13):
+        assert {'a"': 'NaN \\" , 1e999', "n": [None, 1500.0, True, -0.5], "z": {"é\\": None}} \
+            == input_in([given[at:at + size] for at in range(0, len(given), size)])
+
+
+@pytest.mark.parametrize("word", NOT_JSON)
+def test_arguments_with_a_word_that_json_lacks_are_wrapped_where_none_was_shown(word):
+    given = HAS_ONE % word
+
+    assert {"__raw": given} == input_in([given]) == input_in([given[:1], given[1:]])
+
+
+def test_arguments_that_json_has_are_shown_as_they_are_to_the_letter():
+    given = '{ "a" :[ 1.50E+2,-0, "\\u0041\\\\" ],"b":{}, "c": "true", "c": false}\n'
+
+    for size in range(1, 9):
+        pieces = [given[at:at + size] for at in range(0, len(given), size)]
+        stream = chunks_of(*(piece(0, more, **({} if number else {"id": "a", "name": "f"}))
+                             for number, more in enumerate(pieces)), finish="tool_calls")
+        assert given == "".join([event["delta"]["partial_json"]
+                                 for event in to_chat({})[0].events(stream)
+                                 if event["type"] == "content_block_delta"])
+
+
+def test_a_tools_call_is_not_lost_for_a_key_that_comes_twice():
+    """Readers of JSON take the last; of a stream its client does."""
+    given = '{"a": 1, "b": {"c": 2, "c": 3}, "a": 4}'
+    [block] = to_chat({})[0].answer(completion("tool_calls", tool_calls=[call(arguments=given)]))[
+        "content"]
+
+    assert {"a": 4, "b": {"c": 3}} == block["input"] == input_in([given]) == input_in(given)
+
+
+def test_a_call_whose_key_comes_twice_is_whole_when_the_next_one_begins():
+    message = folded_stream(piece(0, '{"x": 0, "x": 1}', id="", name="f"),
+                            piece(0, '{"y": 2}', id="", name="g"))
+
+    assert [("f", {"x": 1}), ("g", {"y": 2})] == tool_uses(message)
