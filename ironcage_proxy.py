@@ -1115,10 +1115,13 @@ HIDDEN_IN: Mapping[str, Mapping[str, str]] = MappingProxyType({
 
 
 class Usage(NamedTuple):
-    """Token counts of one provider call."""
+    """What a provider reports of one call: bills, rows, events and metrics take their counts here.
+    """
     prompt_tokens: int                  # everything read, cached or not: thresholds look at it
     completion_tokens: int              # everything written, reasoning and audio included
-    buckets: Mapping[str, int]          # the same tokens, as they are billed
+    searches: int                       # web searches, where usage counts them
+    buckets: Mapping[str, int]          # the tokens, as they are billed
+    parts: Sequence[tuple[Optional[str], Usage]] = ()     # (model, usage) that are billed apart
 
     @property
     def cached_tokens(self) -> int:
@@ -1126,11 +1129,11 @@ class Usage(NamedTuple):
 
 
 def _count(holder: Any, name: str, *, is_required: bool = False) -> int:
-    """A token count in a usage object; absent and null are 0. Raises MalformedUsage."""
-    value = json_object(holder).get(name)
+    """A count in a usage object; absent and null are 0. Raises MalformedUsage."""
+    value = holder.get(name) if isinstance(holder, dict) else None
     if value is None and not is_required:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_TOKENS:
+    if type(value) is not int or not 0 <= value < MOST_TOKENS:
         raise MalformedUsage(f"{name} is not a token count")
     return value
 
@@ -1142,15 +1145,16 @@ def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_token
     Where it is not reported which tokens were cached, those of images were not. Audio and images
     have buckets only where they are reported: a seller that leaves them out may have had some.
     """
-    prompt, completion = (_count(usage, name, is_required=True)
-                          for name in (prompt_name, completion_name))
+    prompt = _count(usage, prompt_name, is_required=True)
+    completion = _count(usage, completion_name, is_required=True)
     completion += max(0, _count(usage, "total_tokens") - prompt - completion)    # xAI's reasoning
-    read = json_object(usage.get(f"{prompt_name}_details"))
-    made = json_object(usage.get(f"{completion_name}_details"))
+    read, made = (json_object(usage.get(f"{name}_details"))
+                  for name in (prompt_name, completion_name))
+    if not read and not made:
+        return Usage(prompt, completion, 0, {"input": prompt, "output": completion})
     cached, audio = _count(read, "cached_tokens"), _count(read, "audio_tokens")
-    written = _count(read, "cache_write_tokens")
+    written, of_cached = _count(read, "cache_write_tokens"), read.get("cached_tokens_details")
     written_12h = min(written, _count(read.get("cache_write_tokens_details"), "ttl_12h_tokens"))
-    of_cached = read.get("cached_tokens_details")
     audio_read = min(cached, audio, max(_count(of_cached, "audio_tokens"),
                                         audio - max(0, prompt - cached - written)))
     image_read = min(cached - audio_read, _count(of_cached, "image_tokens"))
@@ -1159,16 +1163,16 @@ def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_token
     spoken = min(completion, _count(made, "audio_tokens"))
     drawn = min(completion - spoken, _count(made, "image_tokens"))
     reasoned = min(completion - spoken - drawn, _count(made, "reasoning_tokens"))
-    buckets = {
+    reported = {"audio_input": (audio - audio_read, read.get("audio_tokens")),
+                "image_input": (seen, read.get("image_tokens")),
+                "audio_output": (spoken, made.get("audio_tokens")),
+                "image_output": (drawn, made.get("image_tokens"))}
+    return Usage(prompt, completion, 0, {
         "input": plain - seen, "cache_read": cached - audio_read - image_read,
         "cache_write": written - written_12h, "cache_write_12h": written_12h,
-        "audio_input": audio - audio_read, "audio_read": audio_read,
-        "image_input": seen, "image_read": image_read,
+        "audio_read": audio_read, "image_read": image_read,
         "output": completion - spoken - drawn - reasoned, "reasoning": reasoned,
-        "audio_output": spoken, "image_output": drawn}
-    return Usage(prompt, completion, {
-        bucket: count for bucket, count in buckets.items() if count or bucket not in HIDDEN_IN
-        or (made if bucket in OUTPUT_BUCKETS else read).get(f"{bucket[:5]}_tokens") is not None})
+        **{bucket: count for bucket, (count, of) in reported.items() if of is not None}})
 
 
 def usage_from_anthropic(usage: Mapping[str, Any]) -> Usage:
@@ -1184,18 +1188,45 @@ def usage_from_anthropic(usage: Mapping[str, Any]) -> Usage:
                   written_1h + _count(split, "ephemeral_5m_input_tokens"))
     output = _count(usage, "output_tokens", is_required=True)
     reasoned = min(output, _count(usage.get("output_tokens_details"), "thinking_tokens"))
-    return Usage(plain + read + written, output, {
+    searches = _count(usage.get("server_tool_use"), "web_search_requests")
+    return Usage(plain + read + written, output, searches, {
         "input": plain, "cache_read": read, "cache_write": written - written_1h,
         "cache_write_1h": written_1h, "output": output - reasoned, "reasoning": reasoned})
 
 
-USAGE_READERS = MappingProxyType({
+USAGE_READERS: Mapping[str, Callable[[Mapping[str, Any]], Usage]] = MappingProxyType({
     "chat": usage_from_openai,
     "completions": usage_from_openai,
     "embeddings": lambda usage: usage_from_openai({"completion_tokens": 0, **usage}),
     "responses": lambda usage: usage_from_openai(usage, "input_tokens", "output_tokens"),
     "messages": usage_from_anthropic,
 })
+NO_TOKENS: Mapping[str, int] = dict.fromkeys(
+    ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 0)
+MOST_TOKENS = 10 ** 12            # in one count of one call; more is an error of the provider
+MOST_ITERATIONS = 1_000           # of one call, likewise
+
+
+def usage_of(api: str, stated: Mapping[str, Any]) -> Usage:
+    """Read a provider's usage object. Raises MalformedUsage.
+
+    Anthropic's `iterations`, where present and not less, hold all that was billed (compaction and
+    advisor turns are missing in the top-level counts), each at its own model's price.
+    """
+    read, iterations = USAGE_READERS[api], stated.get("iterations")
+    if api != "messages" or not isinstance(iterations, list) or not iterations:
+        return read(stated)
+    if len(iterations) > MOST_ITERATIONS:
+        raise MalformedUsage("there are too many iterations")
+    whole = read({**NO_TOKENS, **stated})
+    parts = [(entry["model"][:MAX_MODEL_CHARS] if isinstance(entry.get("model"), str) else None,
+              read(entry)) for entry in map(json_object, iterations)]
+    prompt, completion = (sum([part[at] for _, part in parts]) for at in (0, 1))
+    if prompt < whole.prompt_tokens or completion < whole.completion_tokens:
+        return whole
+    return Usage(prompt, completion, whole.searches,
+                 sum([Counter(part.buckets) for _, part in parts], Counter()), parts)
+
 
 # The tier that served a call -> the suffix of its price keys; "" has the prices without a suffix.
 TIER_SUFFIXES = MappingProxyType({
@@ -1216,9 +1247,6 @@ def tier_suffix(tier: Optional[str], seller: str) -> str:
         return ""
     return TIER_SUFFIXES.get(tier, UNKNOWN_TIER)
 
-
-MOST_TOKENS = 10 ** 12            # in one count of one call; more is an error of the provider
-MOST_ITERATIONS = 1_000           # of one call, likewise
 
 # What else a row's price keys say. A row with a key that is in no table here is unpriced: it would
 # be billed by something that we do not count. Sources: LiteLLM 1.110.2, and the vendors' pages.
@@ -1253,7 +1281,7 @@ REPORTED_COSTS = MappingProxyType({
     "openrouter": (("cost",), 1), "perplexity": (("cost", "total_cost"), 1),
     "xai": (("cost_in_usd_ticks",), 10 ** 10)})
 
-WEB_SEARCH_USD = Decimal("0.01")        # Anthropic and OpenAI, where a row does not say
+WEB_SEARCH_PICODOLLARS = 10 ** 10       # Anthropic and OpenAI: $0.01, where a row does not say
 FILE_SEARCH_PICODOLLARS = 25 * 10 ** 8  # OpenAI: $0.0025 each call
 CONTAINER_PICODOLLARS = 3 * 10 ** 10    # OpenAI code interpreter: $0.03 each session
 
@@ -1293,25 +1321,6 @@ class Price(NamedTuple):
     is_for_responses: bool = False            # the model is called in OpenAI's Responses only
     is_stand_in: bool = False                 # by price_as, for a model without a price of its own
 
-    def _amount(self, key: str, suffix: str, reached: Sequence[int]) -> tuple[Optional[Rate], bool]:
-        """(a price in a tier, or the standard one where it has none; whether it is the tier's).
-
-        A long-context price replaces the flat one. Batch prices never fall back to live ones.
-        """
-        found: tuple[Optional[Rate], bool] = (None, True)
-        for place in _places(reached):
-            own, live = (self.amounts.get(f"{key}{place}{tier}") for tier in (suffix, ""))
-            if own is not None:
-                found = own, True
-            elif live is not None and suffix != BATCH_SUFFIX:
-                found = live, False
-        return found
-
-    def _dearest_amount(self, key: str, reached: Sequence[int]) -> Rate:
-        """The highest price of a key in any tier, up to the thresholds reached; 0: it has none."""
-        return max(self.amounts.get(f"{key}{place}{suffix}") or 0
-                   for suffix in set(TIER_SUFFIXES.values()) for place in _places(reached))
-
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
         """The thresholds whose long prices hold: above them; at xAI "once its prompt reaches" it.
         """
@@ -1323,7 +1332,8 @@ class Price(NamedTuple):
         return self._rates(tier_suffix(tier, self.provider), self._reached(prompt_tokens))[0]
 
     def _rates(self, suffix: str, reached: tuple) -> tuple[Mapping[str, Rate], frozenset]:
-        """(rates, the buckets for which they are a guess) of a tier beyond thresholds.
+        """(rates, the buckets for which they are a guess) of a tier beyond thresholds; a price that
+        the tier has not is the standard one, but for batches.
 
         What a dear or unknown tier has no price for is guessed from above: at the highest that the
         row has for it, or in proportion to what the tier does to the bucket it falls back to.
@@ -1336,10 +1346,15 @@ class Price(NamedTuple):
         live = self._rates("", reached)[0] if suffix else {}
         halves = suffix == BATCH_SUFFIX and (self.provider == "anthropic" or not any(
             name.endswith(BATCH_SUFFIX) for name in self.amounts))
+        stated = {}             # key -> (price, whether it is the tier's): a long one replaces it
+        for place, tier in itertools.product(
+                _places(reached), [suffix] if suffix == BATCH_SUFFIX else ["", suffix]):
+            stated.update({key: (self.amounts[f"{key}{place}{tier}"], tier == suffix)
+                           for key in PRICE_KEYS.values() if f"{key}{place}{tier}" in self.amounts})
         rates: dict[str, Rate] = {}
         guessed = set()
         for bucket, key, fallback in BUCKETS:
-            amount, is_own = self._amount(key, suffix, reached)
+            amount, is_own = stated.get(key, (None, True))
             if is_own and amount is not None:
                 rates[bucket] = amount
             elif halves:
@@ -1349,7 +1364,9 @@ class Price(NamedTuple):
             else:
                 guessed.add(bucket)
                 rates[bucket] = live[bucket] if suffix in CHEAP_SUFFIXES else max(
-                    self._dearest_amount(key, reached), live[bucket] if not live.get(fallback or "")
+                    *[self.amounts.get(f"{key}{place}{tier}", 0) for place in _places(reached)
+                      for tier in {*TIER_SUFFIXES.values()}],
+                    live[bucket] if not live.get(fallback or "")
                     else _exact(Fraction(live[bucket] * rates[fallback], live[fallback])))
         return self.known_rates.setdefault((suffix, reached), (
             rates, frozenset(guessed) if any(self.amounts.values()) else frozenset()))
@@ -1371,7 +1388,7 @@ class Price(NamedTuple):
     @property
     def search_picodollars(self) -> Rate:
         """The most that one web search costs."""
-        return max(self.searches.values(), default=_picodollars(WEB_SEARCH_USD))
+        return max(self.searches.values(), default=WEB_SEARCH_PICODOLLARS)
 
     def call_fee(self, usage: Mapping[str, Any]) -> Rate:
         """Picodollars of a finished call beside its tokens and tools."""
@@ -1379,11 +1396,6 @@ class Price(NamedTuple):
             return self.call_picodollars
         size = f"search_context_size_{usage.get('search_context_size')}"
         return self.call_picodollars + self.searches.get(size, self.search_picodollars)
-
-    def residency_multiplier(self, region: Optional[str]) -> Rate:
-        """Of OpenAI's regional hosts; for one that the row does not name, the highest."""
-        known = self.residency_multipliers
-        return 1 if region is None else known.get(region, max(known.values(), default=1))
 
     def every_rate(self) -> Mapping[str, frozenset]:
         """All picodollars that a token of a bucket, or a fee, can be billed at: in any tier, size
@@ -1431,10 +1443,15 @@ def microdollars_ceil(picodollars: Rate) -> int:
 BillLine = tuple[str, int, Rate]          # what was used, how many, picodollars for each
 
 
-class Bill(list):
-    """The BillLines of one finished call; `doubt` says why they may be too high."""
-    doubt: Optional[str] = None
-    price: Optional[Price] = None         # by which they were made
+class Charge:
+    """What a call is charged, line by line, and why not exactly, if so."""
+    __slots__ = ("lines", "estimated", "price", "microdollars")
+
+    def __init__(self, lines: Sequence[BillLine] = (), estimated: Optional[str] = None,
+                 price: Optional[Price] = None) -> None:
+        self.lines, self.estimated = lines, estimated
+        self.price = price                    # by which they were made; None: by assumptions
+        self.microdollars = total_of(lines)
 
 
 def total_of(lines: Iterable[BillLine]) -> int:
@@ -1635,8 +1652,19 @@ class PriceBook:
     def _find(self, model: str, provider: str = "") -> Optional[Price]:
         """The price of a model as a provider sells it: its own, else the one that stands in for
         it, else None. A pattern with a slash is about provider/model, another about any's model.
+
+        A provider that is free has rows of the operator's only, and at a server that is usually
+        free also those of the table; that the table calls such a server free is no price where it
+        is not.
         """
-        price = self._own_price(model, provider)
+        price, row = self._listed_price(model, provider), self._providers.get(provider)
+        if row is not None and (price is None or price.key not in self._own):
+            is_usually_free = manners_of(provider).is_free
+            if row.is_free and (price is None or not is_usually_free):
+                return price_from_row(f"{provider}/*", FREE_ROW)
+            if price is not None and is_usually_free and not row.is_free \
+                    and not any(price.amounts.values()):
+                price = None
         if price is not None:
             return price
         full_name = f"{provider}/{model}" if provider else model
@@ -1644,50 +1672,27 @@ class PriceBook:
                     if fnmatch.fnmatchcase(full_name if "/" in pattern else model, pattern)), None)
         return None if key is None else self.row(key)._replace(is_stand_in=True, known_rates={})
 
-    def _own_price(self, model: str, provider: str) -> Optional[Price]:
-        """The price that a model has itself, or None. One of a provider that is free has a row of
-        the operator's only, and at a server that is usually free also one of the table; that the
-        table calls such a server free is no price where it is not."""
-        price, row = self._listed_price(model, provider), self._providers.get(provider)
-        if row is None or (price is not None and price.key in self._own):
-            return price
-        is_usually_free = manners_of(provider).is_free
-        if row.is_free:
-            return price if price is not None and is_usually_free \
-                else price_from_row(f"{provider}/*", FREE_ROW)
-        return price if price is None or not is_usually_free or any(price.amounts.values()) \
-            else None
-
     def _listed_price(self, model: str, provider: str) -> Optional[Price]:
         """The price of a model in the rows, or None.
 
         Tried in order: the name itself, and without a prefix that names the provider again; then
-        each less its date, then less "-latest". A fine-tuned model resolves to its `ft:BASE` row
-        only.
+        each less its date, then less "-latest"; a fine-tuned model only by its `ft:BASE`. Of each
+        its row under provider/name; else one under the name that is about this provider: one that
+        names no seller is an operator's own, and about whoever serves the model.
         """
-        if model.startswith("ft:"):
-            return self._sold(":".join(model.split(":")[:2]), provider)
         prefix, slash, rest = model.partition("/")
         names = [model, rest] if slash and prefix in ("models", provider) else [model]
-        for ending in NAME_ENDINGS:
-            for name in names:
-                price = self._sold(re.sub(f"({ending})$", "", name), provider)
-                if price is not None:
+        endings, sellers = NAME_ENDINGS, self.sellers(provider) if provider else ()
+        if model.startswith("ft:"):
+            names, endings = [":".join(model.split(":")[:2])], NAME_ENDINGS[:1]
+        for name in [re.sub(f"({ending})$", "", name) for ending in endings for name in names]:
+            for key in (*[f"{seller}/{name}" for seller in sellers], name):
+                price = self.row(key)
+                if price is not None and (key != name or not provider or price.provider in sellers):
                     return price
+                if price is not None and not price.provider:
+                    return price._replace(provider=provider, known_rates={})
         return None
-
-    def _sold(self, name: str, provider: str) -> Optional[Price]:
-        """The row of a name as a provider sells it: its row under provider/name; else a row under
-        the name that is about this provider. One that names no seller is an operator's own, and
-        about whoever serves the model."""
-        names = self.sellers(provider) if provider else ()
-        for key in [f"{seller}/{name}" for seller in names]:
-            if self.row(key) is not None:
-                return self.row(key)
-        price = self.row(name)
-        if price is None or not provider or price.provider in names:
-            return price
-        return None if price.provider else price._replace(provider=provider, known_rates={})
 
     def sellers(self, provider: str) -> tuple[str, ...]:
         """Return the names that price tables have for a provider."""
@@ -1709,105 +1714,77 @@ class PriceBook:
                 'has one; a provider that costs nothing needs "free": true there', param="model")
         return price
 
-    def cost(self, model: str, usage: Mapping[str, Any], **options: Any) -> int:
+    def cost(self, model: str, stated: Mapping[str, Any], **options: Any) -> int:
         """Return the total of a bill() in microdollars: exact, and rounded up once."""
-        return total_of(self.bill(model, usage, **options))
+        return self.bill(model, stated, **options).microdollars
 
-    def bill(self, model: str, usage: Mapping[str, Any], *, api: str, provider: str = "",
+    def bill(self, model: str, stated: Mapping[str, Any], *, api: str, provider: str = "",
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
-             tool_calls: Optional[Mapping[str, int]] = None,
-             held: Iterable[str] = ()) -> Bill:
+             tool_calls: Mapping[str, int] = MappingProxyType({}), held: Iterable[str] = (),
+             usage: Optional[Usage] = None) -> Charge:
         """What one finished call is charged for, line by line.
 
-        Shape: `usage` is the provider's own usage object; `service_tier` is the one that served
-        (the answer's, where it says); `data_residency` "us" or "eu" for OpenAI's regional hosts;
-        `tool_calls` counts OpenAI's hosted-tool items by type, which its usage leaves out; `held`
-        are kinds of HIDDEN_IN that the call may have had: where usage does not break them out,
-        the dearer rate counts. Any model may have made images.
+        Shape: `stated` is the provider's own usage object, and `usage` its counts if they are read;
+        `service_tier` is the one that served (the answer's, where it says); `data_residency` "us"
+        or "eu" for OpenAI's regional hosts; `tool_calls` counts OpenAI's hosted-tool items by type,
+        which its usage leaves out; `held` are kinds of HIDDEN_IN that the call may have had: where
+        usage does not break them out, the dearer rate counts. Any model may have made images.
         Raises: UnpricedModel; MalformedUsage.
         """
-        lines = Bill()
-        lines.price = price = self.price(model, provider)
-        tier = usage.get("service_tier") if api == "messages" else None
+        price, usage = self.price(model, provider), usage or usage_of(api, stated)
+        tier = stated.get("service_tier") if api == "messages" else None
         tier = tier if isinstance(tier, str) else service_tier
-        for entry_model, entry in billed_entries(usage, model):
-            entry_price = price if entry_model == model else self.price(entry_model, provider)
-            counts = USAGE_READERS[api](entry)
-            rates, guessed = entry_price._rates(tier_suffix(tier, entry_price.provider),
-                                                entry_price._reached(counts.prompt_tokens))
-            hidden = [(rates[dear], plain) for kind in {"image_output", *held} - {*counts.buckets}
-                      if rates[kind] > rates[HIDDEN_IN[kind][kind]]
-                      for dear, plain in HIDDEN_IN[kind].items()]
-            for rate, plain in hidden:
-                rates = {**rates, plain: max(rates[plain], rate)}
-            multiplier = _multiplier(entry_price, usage, api, data_residency)
-            used = {bucket: count for bucket, count in counts.buckets.items() if count}
-            lines += [(bucket, count, rates[bucket] * multiplier) for bucket, count in used.items()]
-            if not used.keys().isdisjoint(guessed):
-                lines.doubt = f"no price is known for the tier {shown_name(str(tier))}"
-        lines += _fees(price, usage, api, tool_calls or {})
-        more = _reported_picodollars(usage, self.sellers(provider)) \
-            - sum([n * rate for _, n, rate in lines])
+        lines: list[BillLine] = []
+        doubt = None
+        for part_model, part in usage.parts or ((None, usage),):
+            own = price if part_model in (None, model) else self.price(part_model, provider)
+            known, guessed = own._rates(tier_suffix(tier, own.provider),
+                                        own._reached(part.prompt_tokens))
+            rates, multiplier = known, _multiplier(own, stated, api, data_residency)
+            for kind in ("image_output", *held):
+                if kind not in part.buckets and known[kind] > known[HIDDEN_IN[kind][kind]]:
+                    rates = {**rates, **{plain: max(rates[plain], known[dear])
+                                         for dear, plain in HIDDEN_IN[kind].items()}}
+            lines += [(bucket, count, rates[bucket] * multiplier)
+                      for bucket, count in part.buckets.items() if count]
+            if any([part.buckets.get(bucket) for bucket in guessed]):
+                doubt = f"no price is known for the tier {shown_name(str(tier))}"
+        searches = usage.searches + tool_calls.get("web_search_call", 0)
+        fee = price.call_fee(stated)
+        fees = (("call", int(bool(fee)), fee), ("web_search", searches, price.search_picodollars),
+                ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
+                ("container", int(bool(tool_calls.get("code_interpreter_call"))),
+                 CONTAINER_PICODOLLARS))
+        lines += [line for line in fees if line[1]]
+        more = _reported_picodollars(stated, self.sellers(provider))
+        more = more and more - sum([count * rate for _, count, rate in lines])
         if more > 0:
             lines.append(("reported beyond that", 1, more))
-        return lines
-
-
-NO_TOKENS: Mapping[str, int] = dict.fromkeys(
-    ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 0)
-
-
-def billed_entries(usage: Mapping[str, Any],
-                   model: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
-    """(model, usage) of each billed part of a call.
-
-    Anthropic's `iterations`, where present and not less, hold all that was billed (compaction and
-    advisor turns are missing in the top-level counts), each at its own model's price.
-    """
-    iterations = usage.get("iterations")
-    if not isinstance(iterations, list) or not iterations:
-        return [(model, usage)]
-    if len(iterations) > MOST_ITERATIONS:
-        raise MalformedUsage("there are too many iterations")
-    read = USAGE_READERS["messages"]
-    whole, *parts = [counts[:2] for counts in map(read, ({**NO_TOKENS, **usage}, *iterations))]
-    if any(map(operator.lt, map(sum, zip(*parts)), whole)):
-        return [(model, usage)]
-    return [(entry["model"][:MAX_MODEL_CHARS] if isinstance(entry.get("model"), str) else model,
-             entry) for entry in iterations]
+        return Charge(lines, doubt, price)
 
 
 def _multiplier(price: Price, usage: Mapping[str, Any], api: str,
                 data_residency: Optional[str]) -> Rate:
-    if api != "messages":
-        return price.residency_multiplier(data_residency)
+    if api != "messages":            # of a regional host that the row does not name, the highest
+        known = price.residency_multipliers
+        return 1 if data_residency is None else known.get(data_residency,
+                                                          max(known.values(), default=1))
     place = price.us_multiplier if usage.get("inference_geo") == "us" else 1
     return place * (price.fast_multiplier if usage.get("speed") == "fast" else 1)
 
 
-def _reported_picodollars(usage: Mapping[str, Any], names: Iterable[str]) -> Rate:
+def _reported_picodollars(stated: Mapping[str, Any], names: Iterable[str]) -> Rate:
     """Return what a provider of these names says that a call cost; 0 where that is no amount."""
-    path, parts = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ((), 1))
-    value: Any = usage if path else None
-    for name in path:
-        value = json_object(value).get(name)
-    amount = exact_number(str(value))
-    if not isinstance(amount, Decimal) or not 0 <= amount < MOST_USD * parts:
-        return 0
-    return _exact(amount, PICODOLLARS_PER_USD // parts)
-
-
-def _fees(price: Price, usage: Mapping[str, Any], api: str,
-          tool_calls: Mapping[str, int]) -> list[BillLine]:
-    """What is billed by the call: the call itself, searches and hosted tools."""
-    searches, fee = tool_calls.get("web_search_call", 0), price.call_fee(usage)
-    if api == "messages":
-        searches += _count(usage.get("server_tool_use"), "web_search_requests")
-    lines = (("call", 1 if fee else 0, fee), ("web_search", searches, price.search_picodollars),
-             ("file_search", tool_calls.get("file_search_call", 0), FILE_SEARCH_PICODOLLARS),
-             ("container", int(bool(tool_calls.get("code_interpreter_call"))),
-              CONTAINER_PICODOLLARS))
-    return [line for line in lines if line[1]]
+    for name in names:
+        if name in REPORTED_COSTS:
+            path, parts = REPORTED_COSTS[name]
+            value: Any = stated
+            for field in path:
+                value = json_object(value).get(field)
+            amount = exact_number(str(value))
+            if isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts:
+                return _exact(amount, PICODOLLARS_PER_USD // parts)
+    return 0
 
 
 # ==== 5. Bounds =================================================================================
@@ -3405,26 +3382,17 @@ USAGE_PARTS: Mapping[str, tuple] = MappingProxyType({
 })
 
 
-def _amount(api: str, part: Mapping[str, Any]) -> int:
-    """Return the tokens, or searches, in a part of a usage object. Raises MalformedUsage."""
-    total = _count(part.get("server_tool_use"), "web_search_requests")
-    for _, entry in billed_entries(part, ""):
-        usage = USAGE_READERS[api]({**NO_TOKENS, **entry})
-        total += usage.prompt_tokens + usage.completion_tokens
-    return total
-
-
 def _with_lifetimes(part: dict, before: Mapping[str, Any]) -> dict:
     """Add the lifetimes of cache writes to a part of Messages usage: only the start has them. What
     was written since has the dearest of them."""
     split, written = before.get("cache_creation"), part.get("cache_creation_input_tokens")
     if not isinstance(split, dict) or not written or "cache_creation" in part:
         return part
-    hour = min(_count(split, "ephemeral_1h_input_tokens"), written)
-    short = min(_count(split, "ephemeral_5m_input_tokens"), written - hour)
-    hour = written - short if hour else 0
+    hour, short = (_count(split, f"ephemeral_{life}_input_tokens") for life in ("1h", "5m"))
+    short = min(short, max(0, written - hour))
     return {**part, "cache_creation": {
-        **split, "ephemeral_1h_input_tokens": hour, "ephemeral_5m_input_tokens": short}}
+        **split, "ephemeral_1h_input_tokens": written - short if hour else 0,
+        "ephemeral_5m_input_tokens": short}}
 
 
 # What answers consist of: items of Responses, and blocks of Messages. Any other is made by the
@@ -3436,10 +3404,15 @@ PLAIN_TYPES = frozenset({
 
 
 class AnswerMeter:
-    """What one answer says about its cost."""
+    """What one answer says about its cost.
+
+    A choice finishes with its finish reason. An answer has ended with its last event, or with its
+    body where its choices have finished; for its client it is over then, and after an error.
+    """
     usage: Optional[dict] = None                # what is well-formed in all reports of it
     malformed: Optional[str] = None             # what is wrong in one of them
     input_is_last = False                       # the last report has the input that counts
+    usage_is_last = False                       # none can follow that report
     model: Optional[str] = None
     answer_id: Optional[str] = None
     item_ids: Sequence[str] = ()                # of what a response consists of
@@ -3448,37 +3421,41 @@ class AnswerMeter:
     service_tier: Optional[str] = None
     tool_calls: Mapping[str, int] = MappingProxyType({})      # OpenAI hosted-tool items by type
     output_bytes = 0                            # UTF-8 bytes of generated text seen
-    has_ended = False                           # the stream's last event was seen
+    has_ended = False
     failure: Optional[str] = None               # the type of an error in it; more may follow
     body_has_ended = False                      # in order, whatever it held
-    awaits_usage = True                         # the last report is not known to be the last
     is_beyond_limits = False                    # a part that might be JSON was not parsed
     hold: Callable[[int], Any] = staticmethod(abs)       # called with the memory that it takes
+    _counts: Optional[Usage] = None             # those of `usage`, once they are read
     _bytes_at_usage = 0                         # `output_bytes` at the last report
     _done_bytes = 0                             # of those, what whole items of a response hold
 
     def __init__(self, api: str, choices: int = 1) -> None:
         self.api, self._choices = api, choices  # that were asked for
         self._finished: dict[str, bool] = {}    # by choice: its finish_reason came, and no more
+        self._usages: dict[str, Any] = {}       # by choice, where each of several has its own
 
     @property
     def usage_is_final(self) -> bool:
         """Whether `usage` is all that will be billed."""
-        return self.usage is not None and self.malformed is None and not self.awaits_usage \
+        of_input, of_output, *_ = USAGE_PARTS[self.api]
+        return self.usage is not None and self.malformed is None and self.usage_is_last \
             and self.output_bytes == self._bytes_at_usage \
-            and all(name in self.usage for name in USAGE_PARTS[self.api][1][:1])
+            and not (self._usages and self._finished.keys() - self._usages.keys()) \
+            and all([name in self.usage for name in (*of_input[:1], *of_output[:1])])
 
     @property
     def is_over(self) -> bool:
-        """Whether the client has what ends a stream: its last event, or an error."""
         return self.has_ended or self.failure is not None
 
     @property
     def reported(self) -> Usage:
         """Return the counts of `usage`; what was not reported is 0. A total needs its input."""
-        usage, (of_input, *_) = self.usage or {}, USAGE_PARTS[self.api]
-        total = usage.get("total_tokens") if of_input[0] in usage else None
-        return USAGE_READERS[self.api]({**NO_TOKENS, **usage, "total_tokens": total})
+        if self._counts is None:
+            usage, (of_input, *_) = self.usage or {}, USAGE_PARTS[self.api]
+            total = usage.get("total_tokens") if of_input[0] in usage else None
+            self._counts = usage_of(self.api, {**NO_TOKENS, **usage, "total_tokens": total})
+        return self._counts
 
     @property
     def is_blank(self) -> bool:
@@ -3496,9 +3473,10 @@ class AnswerMeter:
             return self.end_body()
         parsed = self._parsed(answer[3:] if answer.startswith(BOM) else answer)
         if isinstance(parsed, dict):
-            self.output_bytes = sum([_text_bytes(parsed.get(name))
-                                     for name in ("choices", "content", "output")])
-            self._read_result(parsed, usage_in(parsed))
+            self.output_bytes = sum([_text_bytes(parsed[name])
+                                     for name in ("choices", "content", "output")
+                                     if name in parsed])
+            self._read_result(parsed, self._usages_in(parsed))
             self._end()
             self._bytes_at_usage = self.output_bytes
             error, end = error_in(parsed), response_end(parsed) if self.api == "responses" else ""
@@ -3517,10 +3495,11 @@ class AnswerMeter:
             if self.is_beyond_limits:                # all of it may be output
                 self.output_bytes += len(data)
             return None
-        error = error_in(parsed)
         EVENT_READERS[self.api](self, parsed)
-        if error is not None:                            # it may end what has begun
-            self._report(parsed.get("usage"))
+        error = error_in(parsed)
+        if error is not None:                        # it may end what has begun
+            if parsed.get("usage") is not None and self.api not in ENDED_BY_DONE:
+                self._report(parsed["usage"])        # which those have read
             self._fail(error)
         return parsed
 
@@ -3529,14 +3508,18 @@ class AnswerMeter:
         self.output_bytes += sum([len(piece.strip()) for piece in pieces])
 
     def end_body(self) -> None:
-        """Note that the body ended in order: where all choices finished, the answer is whole."""
+        """Note that the body ended in order."""
         self.body_has_ended = True
-        if self._has_finished():
+        if self._have_finished(1):       # some servers make one choice, whatever is asked for
             self._end()
 
     def _end(self) -> None:
         """Note that all of the answer was seen, so that no more usage will come."""
-        self.has_ended, self.awaits_usage = True, False
+        self.has_ended = self.usage_is_last = True
+
+    def _have_finished(self, least: int) -> bool:
+        """Whether each choice that a stream has begun has finished, and there are so many."""
+        return len(self._finished) >= least and all(self._finished.values())
 
     def _parsed(self, text: bytes) -> Any:
         """Return the JSON in a text that has the limits of a request's, or None."""
@@ -3554,88 +3537,104 @@ class AnswerMeter:
         first = parsed[0] if isinstance(parsed, list) and parsed else None
         return first if "error" in json_object(first) else parsed        # as Gemini sends errors
 
-    def _read_result(self, result: Mapping[str, Any], usage: Any) -> None:
+    def _read_result(self, result: Mapping[str, Any], usages: Iterable[Any]) -> None:
         """The fields that whole answers, chat chunks and `response` objects have in common, and
         the usage that one has."""
-        self._report(usage)
+        for usage in usages:
+            self._report(usage)
         if isinstance(result.get("model"), str):
             self.model = result["model"][:MAX_MODEL_CHARS]
         if isinstance(result.get("id"), str):
             self.answer_id = result["id"]
         if isinstance(result.get("service_tier"), str):
             self.service_tier = result["service_tier"]
-        types: Mapping[str, int] = {}
         made = result.get("output", result.get("content"))
-        if isinstance(made, list):
-            items = [item for item in made if isinstance(item, dict)
-                     and isinstance(item.get("type"), str)]
-            types = Counter([item["type"] for item in items])
+        items = [item for item in made if isinstance(item, dict) and isinstance(
+            item.get("type"), str)] if isinstance(made, list) else []
+        if items:
             self.item_ids = [item["id"] for item in items if isinstance(item.get("id"), str)]
-            self.tool_calls = Counter(self.tool_calls) | types
-        self._note_changes(result, types)
+            self.tool_calls = Counter(self.tool_calls) | Counter([item["type"] for item in items])
+        self._note_changes(result, items)
 
-    def _note_changes(self, holder: Mapping[str, Any], types: Iterable[Any] = ()) -> None:
+    def _note_changes(self, holder: Mapping[str, Any], items: Iterable[dict]) -> None:
         """Note what makes a provider count more, or less, than the prompt as it was sent."""
-        edits = json_object(holder.get("context_management")).get("applied_edits")
-        self.changed_its_input |= bool(edits) or not PLAIN_TYPES.issuperset(map(str, types))
+        if json_object(holder.get("context_management")).get("applied_edits") \
+                or any([str(item["type"]) not in PLAIN_TYPES for item in items]):
+            self.changed_its_input = True
+
+    def _usages_in(self, result: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the reports of usage in an answer or a chunk. Where each of several choices has
+        its own, the output of all counts, and their input once."""
+        usage, choices = usage_in(result), result.get("choices")
+        if self._choices == 1 or not isinstance(choices, list):
+            return () if usage is None else (usage,)
+        own = {str(choice.get("index", at)): choice.get("usage")
+               for at, choice in enumerate(map(json_object, choices))}
+        self._finished = {**dict.fromkeys(own, False), **self._finished}
+        if usage is not None and all([usage is not one for one in own.values()]):
+            self._usages = {}                                # it is that of all
+            return (usage,)
+        stated = {index: one for index, one in own.items() if isinstance(one, dict)}
+        if not stated:
+            return ()
+        self._usages.update(stated)
+        of_output = USAGE_PARTS[self.api][1][0]
+        made = [one.get(of_output) for one in self._usages.values()]
+        made = sum(made) if {*map(type, made)} == {int} else made
+        return [*stated.values(), {**stated.popitem()[1], of_output: made}]
 
     def _report(self, usage: Any) -> None:
         """Take one report of usage: of each part, the larger one of it and of those before."""
-        if usage is None:
-            return
         if not isinstance(usage, dict):
             self.malformed, usage = self.malformed or "it is not an object", {}
         known = self.usage or {}
-        reported = {name: value for name, value in usage.items() if value is not None}
-        if "iterations" in known and "iterations" not in reported:
+        stated = {name: value for name, value in usage.items() if value is not None}
+        if "iterations" in known and "iterations" not in stated:
             self.malformed = self.malformed or "its iterations are gone"
-        merged = {**known, **reported}
-        is_sound = not known and self._counts(reported, {}) and "iterations" not in reported
-        counted = []
+        self._counts = None
+        with contextlib.suppress(MalformedUsage):            # what is wrong is found by its parts
+            self._counts = None if known else usage_of(self.api, stated)
+        merged, counted = {**known, **stated}, []
         for names in USAGE_PARTS[self.api]:
             before = {name: known[name] for name in names if name in known}
-            part = {name: reported[name] for name in names if name in reported}
-            counts = bool(part) and (is_sound or self._counts(part, before))
-            for name in {**before, **part}:
-                del merged[name]
+            part = {name: stated[name] for name in names if name in stated}
+            counts = bool(part) and (self._counts is not None or self._is_more(part, before))
+            for name in names:
+                merged.pop(name, None)
             merged.update(_with_lifetimes(part, before) if counts else before)
             counted.append(counts)
         self.usage, self.input_is_last = merged or self.usage, counted[0]
         if counted[1]:
             self._bytes_at_usage = self.output_bytes
 
-    def _counts(self, part: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    def _is_more(self, part: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
         """Whether a part of a report is well-formed, and no less than what was reported before."""
         try:
-            return _amount(self.api, part) >= (_amount(self.api, before) if before else 0)
+            now, then = [usage_of(self.api, {**NO_TOKENS, **one}) for one in (part, before)]
+            return sum(now[:3]) >= sum(then[:3])
         except MalformedUsage as err:
             self.malformed = self.malformed or str(err)
             return False
 
     def _read_chat_event(self, chunk: dict) -> None:
         choices = chunk.get("choices")
-        for choice in map(json_object, choices if isinstance(choices, list) else ()):
-            index = str(choice.get("index"))
+        for at, choice in enumerate(choices if isinstance(choices, list) else ()):
+            choice = json_object(choice)
+            index = str(choice.get("index", at))
             shown = _text_bytes([choice.get(name) for name in ("delta", "text", "message")])
             self.output_bytes += shown
             self._finished[index] = choice.get("finish_reason") is not None or (
                 not shown and self._finished.get(index, False))
-        usage = usage_in(chunk)
-        if usage is not None:
-            # Running usage beside choices is not final before the end.
-            self.awaits_usage = bool(choices) or not self._has_finished() \
-                or len(self._finished) < self._choices
-        self._read_result(chunk, usage)
-
-    def _has_finished(self) -> bool:
-        """Whether each choice of a stream has its finish reason."""
-        return bool(self._finished) and all(self._finished.values())
+        usages = self._usages_in(chunk)
+        if usages:              # running usage beside choices is not the last before the end
+            self.usage_is_last = not choices and self._have_finished(self._choices)
+        self._read_result(chunk, usages)
 
     def _read_responses_event(self, event: dict) -> None:
         kind, response = str(event.get("type")), json_object(event.get("response"))
         end = response_end(response, kind)
         if end:
-            self._read_result(response, usage_in(response))
+            self._read_result(response, self._usages_in(response))
             self._end()
             if end not in ANSWER_ENDS:
                 self._fail({"code": end, **json_object(response.get("error"))})
@@ -3654,21 +3653,21 @@ class AnswerMeter:
             if isinstance(usage, dict):
                 usage = {name: value for name, value in usage.items()
                          if name not in ("output_tokens", "output_tokens_details", "iterations")}
-            self._read_result(message, usage)
+            self._read_result(message, () if usage is None else (usage,))
             self.input_is_last = False
         elif kind == "message_delta":
             has_finished = json_object(event.get("delta")).get("stop_reason") is not None
             self._finished = {"0": has_finished}
             if event.get("usage") is not None:
                 self._report(event["usage"])
-                self._note_changes(event)
-                self.awaits_usage = not has_finished
+                self._note_changes(event, ())
+                self.usage_is_last = has_finished
         elif kind == "message_stop":
             self._end()
         elif kind != "ping":
             self._finished.clear()
             block = json_object(event.get("content_block"))
-            self._note_changes({}, [block["type"]] if "type" in block else ())
+            self._note_changes({}, [block] if "type" in block else ())
             if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
                 self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
 
@@ -10022,8 +10021,7 @@ def audit_row(row: Mapping[str, Any],
         billed, used = Counter(), Counter()
         for what, count, _ in lines:
             billed[what] += count
-        for _, entry in billed_entries(usage, row["model"]):
-            used.update(USAGE_READERS[row["api"]](entry).buckets)
+        used.update(usage_of(row["api"], usage).buckets)
         different = [bucket for bucket, _, _ in BUCKETS if billed[bucket] != used[bucket]]
     except (ValueError, TypeError, LookupError, AttributeError) as err:
         return f"it cannot be read: {type(err).__name__}"
@@ -12158,8 +12156,10 @@ class Call:
         self.model = model                            # the name that goes upstream
         self.losses = Losses()                        # what a translator could not carry over
         self.wants_stream = optional_flag(body.fields, "stream")
-        n = body.fields.get("n")                      # an odd one is the provider's to refuse
-        self.meter = AnswerMeter(api, n if type(n) is int else 1)
+        choices = 1
+        with contextlib.suppress(BadRequest):         # an odd number is the provider's to refuse
+            choices = _choices(api, body.fields)
+        self.meter = AnswerMeter(api, choices)
         self.sent_ns = time.monotonic_ns()            # set anew as it is sent
 
     def intent_row(self) -> dict:
@@ -12180,15 +12180,6 @@ class Call:
     def has_failed(self) -> bool:
         return self.status is None or not 200 <= self.status < 300 \
             or self.meter.failure is not None
-
-
-class Charge:
-    """What a call is charged, line by line, and why not exactly, if so."""
-    __slots__ = ("lines", "estimated", "microdollars")
-
-    def __init__(self, lines: Sequence[BillLine] = (), estimated: Optional[str] = None) -> None:
-        self.lines, self.estimated = lines, estimated
-        self.microdollars = total_of(lines)
 
 
 def reserved_in_full(call: Call) -> list[BillLine]:
@@ -12250,21 +12241,17 @@ def charge_of(call: Call, prices: PriceBook, elapsed_ns: int) -> Charge:
     if not call.was_sent or (refused and not reported) \
             or (meter.failure is not None and meter.is_blank and is_soon):
         return Charge()
-    reason = _end_of(call)
-    loops = call.bound is not None and call.bound.loops
-    if meter.usage_is_final and (meter.input_is_last or not loops):
+    reason = ""
+    if meter.usage_is_final and (meter.input_is_last or not (call.bound and call.bound.loops)):
         try:
-            lines = _metered_bill(call, prices, meter.usage)
-            return Charge(lines, lines.doubt)
-        except MalformedUsage as err:
-            reason = f"malformed usage: {err}"
+            return _metered_bill(call, prices, meter.usage, meter.reported)
         except UnpricedModel:
             reason = "a model without a price served it" if call.price is not None \
                 else "no price is known"
     broke_off = meter.is_blank and not is_soon and not meter.body_has_ended
     if (broke_off or gave_up) and not call.wants_stream:
-        return Charge(reserved_in_full(call), reason)
-    return Charge(_most_bill(call, prices, elapsed_ns), reason)
+        return Charge(reserved_in_full(call), reason or _end_of(call))
+    return Charge(_most_bill(call, prices, elapsed_ns), reason or _end_of(call))
 
 
 def _end_of(call: Call) -> str:
@@ -12279,65 +12266,60 @@ def _end_of(call: Call) -> str:
     return next((reason for is_so, reason in ends if is_so), "no usage in the answer")
 
 
-def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> list[BillLine]:
+def _most_bill(call: Call, prices: PriceBook, elapsed_ns: int) -> Sequence[BillLine]:
     """Bill the most that a call without exact usage can have cost.
 
     Input: as reported, else its bound and all fees. Output, in each choice: a token is at least a
     byte of what was seen; what was not seen (reasoning, read-ahead) was made since sending, at
     tokens_per_s(); never more than was reserved, and never less than was reported.
     """
-    meter, bound = call.meter, call.bound
-    usage = {**NO_TOKENS, **(meter.usage or {})}
-    if bound is None:                                   # nothing was reserved
-        return _bill_or_none(call, prices, usage) or []
-    choices = _choices(call.api, call.body.fields)
+    meter, bound, usage = call.meter, call.bound, call.meter.usage or {}
     reported = meter.reported
+    knows_input = bound is None or (reported.prompt_tokens and "iterations" not in usage and (
+        not bound.loops or (meter.input_is_last and meter.usage_is_last)))
+    lines: Sequence[BillLine] = ()
+    if knows_input:
+        of_output = ("output_", "completion_", "total_") if bound is not None else ()
+        with contextlib.suppress(UnpricedModel):
+            lines = _metered_bill(call, prices, {
+                **NO_TOKENS, **{name: usage[name] for name in usage
+                                if not name.startswith(of_output)}}).lines
+    if bound is None:                                   # nothing was reserved
+        return lines
+    if not lines:
+        lines = [("input at most", 1, bound.input_picodollars)]
+        if bound.fees_picodollars:
+            lines.append(("fees at most", 1, bound.fees_picodollars))
+    choices = _choices(call.api, call.body.fields)
     made = max(-(-meter.output_bytes // choices),
                -(-elapsed_ns * tokens_per_s(call) // 10 ** 9))
     output_tokens = max(-(-reported.completion_tokens // choices),
                         min(call.reservation.output_cap + bound.reasoning_tokens, made))
-    knows_input = reported.prompt_tokens and "iterations" not in usage and (
-        not bound.loops or (meter.input_is_last and not meter.awaits_usage))
-    input_only = {name: value for name, value in usage.items()
-                  if not name.startswith(("output_", "completion_", "total_"))}
-    lines = _bill_or_none(call, prices, {**NO_TOKENS, **input_only}) if knows_input else None
-    if lines is None:
-        lines = [("input at most", 1, bound.input_picodollars)]
-        if bound.fees_picodollars:
-            lines.append(("fees at most", 1, bound.fees_picodollars))
     return [*lines, ("output at most", output_tokens + bound.unlimited_output_tokens,
                      bound.output_picodollars)]
 
 
-def _bill_or_none(call: Call, prices: PriceBook,
-                  usage: Mapping[str, Any]) -> Optional[list[BillLine]]:
-    """Return the bill of reported counts, None where they have no price."""
-    try:
-        return _metered_bill(call, prices, usage)
-    except (MalformedUsage, UnpricedModel):
-        return None
-
-
-def _metered_bill(call: Call, prices: PriceBook, usage: Mapping[str, Any]) -> Bill:
-    """Make the exact bill: by the answer's model, tier, speed and place; where it names none,
-    or names a model that this provider does not sell, by the request's."""
-    asked, answered = call.body.fields, call.meter.model
+def _metered_bill(call: Call, prices: PriceBook, stated: Mapping[str, Any],
+                  usage: Optional[Usage] = None) -> Charge:
+    """Make the bill of a usage object: by the answer's model, tier, speed and place; where it names
+    none, or names a model that this provider does not sell, by the request's. Raises UnpricedModel.
+    """
+    asked, answered, served = call.body.fields, call.meter.model, call.meter.service_tier
     sold = prices.find(answered, call.provider.name) if answered is not None else None
     knows = sold is not None and (call.price is None or sold.provider == call.price.provider)
-    tier = asked.get("service_tier")
-    if tier in (None, "auto"):
-        tier = call.provider.default_service_tier
-    if tier in ("flex", "batch") or not isinstance(tier, str):
-        tier = None                               # a discount has to be stated
+    if served in (None, "auto"):
+        served = asked.get("service_tier")
+        if served in (None, "auto"):
+            served = call.provider.default_service_tier
+        if served in ("flex", "batch") or not isinstance(served, str):
+            served = None                         # a discount has to be stated
     if call.api == "messages":
-        usage = {**{name: asked.get(name) for name in ("speed", "inference_geo")},
-                 **{name: value for name, value in usage.items() if value is not None}}
-    return prices.bill(answered if knows else call.model, usage, api=call.api,
-                       provider=call.provider.name,
-                       service_tier=tier if call.meter.service_tier in (None, "auto")
-                       else call.meter.service_tier,
+        stated = {**{name: asked.get(name) for name in ("speed", "inference_geo")},
+                  **{name: value for name, value in stated.items() if value is not None}}
+    return prices.bill(answered if knows else call.model, stated, api=call.api,
+                       provider=call.provider.name, service_tier=served,
                        data_residency=call.provider.data_residency,
-                       tool_calls=call.meter.tool_calls, held=kinds_held(call.body))
+                       tool_calls=call.meter.tool_calls, held=kinds_held(call.body), usage=usage)
 
 
 def count_scope(call: Call) -> tuple[str, str, str]:
@@ -12390,13 +12372,9 @@ def counts_of(call: Call, now_s: int) -> list[CountRow]:
 
 def complete_row(row: dict, call: Call, charge: Charge, elapsed_ns: int) -> None:
     """Fill the settlement's columns of a ledger row."""
-    counts: Sequence = (None, None, None)
-    if charge.lines and charge.estimated is None:
-        counts = [sum([count for what, count, _ in charge.lines if what in buckets])
-                  for buckets in (INPUT_BUCKETS, READ_BUCKETS, OUTPUT_BUCKETS)]
-    elif call.meter.usage is not None:
-        usage = call.meter.reported
-        counts = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+    usage = None if call.meter.usage is None else call.meter.reported
+    counts = (None, None, None) if usage is None else (
+        usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
     row.update(
         zip(TOKEN_COUNTS, counts), settled_ms=time.time_ns() // 10 ** 6, status=call.status,
         cost_microdollars=charge.microdollars, estimated=charge.estimated,
@@ -15177,7 +15155,7 @@ class Router:
             try:
                 row = call.row or call.intent_row()
                 complete_row(row, call, call.charge, elapsed_ns)
-                row["price_row"] = self._kept_price(call.charge.lines)
+                row["price_row"] = self._kept_price(call.charge.price)
                 if call.row is not None:           # first: a restart can report it to others
                     self.ledger.settle(row)
             finally:
@@ -15189,9 +15167,8 @@ class Router:
             self.controller.accounts.keep_count(count)
         return call.charge
 
-    def _kept_price(self, lines: Sequence[BillLine]) -> Optional[str]:
+    def _kept_price(self, price: Optional[Price]) -> Optional[str]:
         """Return the name of the price that a bill was made by, which the ledger keeps with it."""
-        price = getattr(lines, "price", None)
         if price is None:
             return None
         if "digest" not in price.known_rates:

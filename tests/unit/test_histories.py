@@ -204,7 +204,7 @@ def test_rates_are_those_of_the_price_that_the_row_names(path):
     cheap = ic.stored_row({**settled(row()), "lines": [("input", 1_000, 1), ("output", 100, 1)],
                            "cost_microdollars": 1})
 
-    assert all(rate in rates[what] for what, _, rate in bill)
+    assert all(rate in rates[what] for what, _, rate in bill.lines)
     assert ic.audit_row(ic.stored_row(settled(row())), rates) is None
     assert "has no such rate for input, output" in ic.audit_row(cheap, rates)
 

@@ -754,14 +754,14 @@ def test_audio_and_images_that_usage_does_not_break_out_cost_the_dearer_rate(
              "prompt_tokens_details": {"cached_tokens": 5, **details}}
     bill = book_of(m=DEAR).bill("m", usage, api="chat", held=held)
 
-    assert microdollars == ic.total_of(bill)
+    assert microdollars == bill.microdollars
     rates = book_of(m=DEAR).price("m").every_rate()
-    assert all(rate in rates[what] for what, _, rate in bill)
+    assert all(rate in rates[what] for what, _, rate in bill.lines)
 
 
 def test_cached_images_cost_what_is_cached_where_images_have_no_price_of_their_own():
     usage = {"input_tokens": 1, "cache_read_input_tokens": 100, "output_tokens": 1}
-    plain, held = (ic.total_of(book_of(m=CLAUDE).bill("m", usage, api="messages", held=kinds))
+    plain, held = (book_of(m=CLAUDE).cost("m", usage, api="messages", held=kinds)
                    for kinds in ((), ("image_input", "audio_input")))
 
     assert plain == held
@@ -802,8 +802,8 @@ def test_a_tier_without_a_price_is_charged_at_the_highest_and_marked(tier, doubt
     bill = book_of(m=PLAIN).bill("m", {"prompt_tokens": 10, "completion_tokens": 1}, api="chat",
                                  service_tier=tier)
 
-    assert 140 == ic.total_of(bill)
-    assert bill.doubt == (doubt and f"no price is known for the tier {doubt}")
+    assert 140 == bill.microdollars
+    assert bill.estimated == (doubt and f"no price is known for the tier {doubt}")
 
 
 def test_what_a_dear_tier_leaves_out_is_in_proportion_to_what_it_says():
@@ -818,15 +818,15 @@ def test_what_a_dear_tier_leaves_out_is_in_proportion_to_what_it_says():
     bills = [book_of(m=row).bill("m", usage, api="chat", service_tier=tier)
              for tier in ("priority", "flex")]
 
-    assert [30 + 800, 10 + 400] == [ic.total_of(bill) for bill in bills]
-    assert all(bill.doubt is not None for bill in bills)
+    assert [30 + 800, 10 + 400] == [bill.microdollars for bill in bills]
+    assert all(bill.estimated is not None for bill in bills)
 
 
 def test_capacity_that_was_bought_beforehand_is_no_dearer_tier():
     bill = book_of(m=CLAUDE).bill("m", {"input_tokens": 10, "output_tokens": 0,
                                         "service_tier": "priority"}, api="messages")
 
-    assert (100, None) == (ic.total_of(bill), bill.doubt)
+    assert (100, None) == (bill.microdollars, bill.estimated)
 
 
 @each_seed(100)
@@ -1025,8 +1025,8 @@ def test_a_charge_is_the_exact_sum_or_less_than_a_microdollar_above_it(seed):
 
         bill = BOOK.bill(model, usage, **options)
 
-        assert usd * 10 ** 6 <= ic.total_of(bill) < usd * 10 ** 6 + 1, (model, usage, options)
-        assert is_guess == (bill.doubt is not None), (model, usage, options)
+        assert usd * 10 ** 6 <= bill.microdollars < usd * 10 ** 6 + 1, (model, usage, options)
+        assert is_guess == (bill.estimated is not None), (model, usage, options)
 
 
 def test_the_random_calls_reach_most_of_the_price_table():
@@ -1041,8 +1041,8 @@ def test_rows_of_every_shape_in_litellms_table_cost_what_their_cells_say(text):
     case = json.loads(text, parse_float=Decimal)
     bill = ic.PriceBook({"m": case["row"]}).bill("m", case["usage"], **case["options"])
 
-    assert ceil_microdollars(Fraction(case["usd"])) == ic.total_of(bill)
-    assert case["guessed"] == (bill.doubt is not None)
+    assert ceil_microdollars(Fraction(case["usd"])) == bill.microdollars
+    assert case["guessed"] == (bill.estimated is not None)
 
 
 def test_every_row_of_a_whole_litellm_table_costs_what_its_cells_say():

@@ -146,8 +146,8 @@ def test_no_answer_names_a_model_by_more():
     meter.read_answer(json.dumps({"model": name, "content": []}).encode())
 
     assert "m" * 512 == meter.model
-    assert "m" * 512 == ic.billed_entries({"iterations": [{
-        "model": name, "input_tokens": 1, "output_tokens": 1}]}, "x")[0][0]
+    assert "m" * 512 == ic.usage_of("messages", {"iterations": [{
+        "model": name, "input_tokens": 1, "output_tokens": 1}]}).parts[0][0]
 
 
 

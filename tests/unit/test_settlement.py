@@ -292,6 +292,49 @@ def test_running_usage_is_final_once_all_choices_have_finished_and_the_body_has_
         cost_of(call)[1] is not None for call in (cut, ended, half, early)]
 
 
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("outputs, more, output_tokens, is_exact", [
+    ((5, 7), {}, 12, True), ((5, None), {}, 5, False), ((5, -1), {}, 5, False),
+    ((5, "7"), {}, 5, False),
+    ((5, None), {"usage": {"prompt_tokens": 10, "completion_tokens": 12}}, 12, True),
+    ((5, 7), {"x_groq": {"usage": {"prompt_tokens": 10, "completion_tokens": 12}}}, 12, True)])
+def test_usage_that_each_of_several_choices_has_is_added_up(streams, outputs, more, output_tokens,
+                                                            is_exact):
+    choices = [{"index": index, "delta": {"content": "a"}, "finish_reason": "stop",
+                "usage": completion and {"prompt_tokens": 10, "completion_tokens": completion,
+                                         "total_tokens": 15}}
+               for index, completion in enumerate(outputs)]
+    call = call_of(n=2, streams=streams, **(
+        {"events": [*({"choices": [choice]} for choice in choices), {"choices": [], **more},
+                    b"[DONE]"]} if streams else {"answer": {"choices": choices, **more}}))
+
+    assert output_tokens == call.meter.reported.completion_tokens
+    microdollars, reason = cost_of(call)
+    assert is_exact == (reason is None)
+    assert 10 + 5 * output_tokens == microdollars if is_exact else 10 + 5 * 5 <= microdollars
+
+
+@pytest.mark.parametrize("prompt, is_whole", [
+    ("a", True), (["a"], True), ([1, 2], True), (["a", "b"], False), ([[1], [2]], False)])
+def test_a_stream_that_is_cut_after_one_of_several_prompts_is_no_exact_count(prompt, is_whole):
+    events = [{"choices": [{"index": 0, "text": "x", "finish_reason": "stop"}]}, usage(10, 1)]
+
+    assert is_whole == (cost_of(call_of("completions", prompt=prompt, events=events))[1] is None)
+
+
+@pytest.mark.parametrize("api", sorted(ic.EVENT_READERS))
+def test_an_event_that_is_an_error_reports_its_usage_once(api, monkeypatch):
+    reports, report = [], ic.AnswerMeter._report
+    monkeypatch.setattr(ic.AnswerMeter, "_report", lambda meter, counts: (
+        reports.append(counts), report(meter, counts)))
+    error = {"type": "error", "error": {"type": "overloaded"}, "choices": [],
+             "usage": {"prompt_tokens": 9, "input_tokens": 9}}
+
+    meter = call_of(api, events=[error]).meter
+
+    assert ([error["usage"]], "overloaded") == (reports, meter.failure)
+
+
 @pytest.mark.parametrize("events, size", [
     ([{"type": "response.output_text.delta", "delta": "abc"},
       {"type": "response.output_item.done", "item": {"type": "message", "id": "msg_1", "content": [
