@@ -94,8 +94,7 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
         3, 6, 7, 20 and 21.
         JsonBody: spliced; Router: _upstream_body _answered _whole_answer _streamed _reads
         _to_its_end _unread _counted_here; UpstreamResponse; StreamReader; without_usage;
-        capped_output; lowered_thinking; hosted_changes; capped_sellers;
-        without_own_thinking; and, where it is translated, chapters 8 to 14
+        Changes; without_own_thinking; and, where it is translated, chapters 8 to 14
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
@@ -514,10 +513,20 @@ RATE_LIMIT_HEADERS = tuple(
     (f"anthropic-ratelimit-{what}-{amount}", f"x-ratelimit-{amount}-{what}")
     for what in ("requests", "tokens") for amount in ("limit", "remaining", "reset"))
 REWRITTEN_HEADERS = frozenset({"content-type", "content-encoding", "x-request-id", "request-id"})
-METHOD_OVERRIDE_HEADERS = frozenset({
-    "x-http-method-override", "x-http-method", "x-method-override", "x-original-url",
-    "x-rewrite-url",
-})
+# Headers by which a call becomes another one, or costs more than its body says: (pattern, values
+# that do not). Priority and optimized latency have prices of their own, guardrails a fee, and a
+# spillover goes to another deployment. Sources: the guides of Vertex AI (Priority and Flex PayGo),
+# Bedrock (service tiers, latency, guardrails) and Azure (spillover), read in November 2026.
+COSTLY_HEADERS = (
+    (r"x-http-method(-override)?|x-method-override|x-(original|rewrite)-url", ""),
+    (r"x-vertex-ai-llm-(shared-)?request-type", "dedicated|shared|standard|flex"),
+    (r"(.*-)?service-?tier", "default|standard|flex|reserved"),
+    (r"x-amzn-bedrock-performanceconfig.*", "standard"),
+    (r"x-amzn-bedrock-guardrail.*|x-ms-spillover-.*", ""),
+)
+COSTLY_HEADER = re.compile("\n({})(?=\n)".format("|".join(name for name, _ in COSTLY_HEADERS)))
+# In a query: what Google's APIs take for headers, and others for another method.
+COSTLY_QUERY = r"(?i)_method=|http(headers|method)(=|%3d)"
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
@@ -1985,6 +1994,10 @@ MEDIA_FIELDS = MappingProxyType({
 TOOL_BRINGERS = MappingProxyType({
     "additional_tools": "tools", "tool_search_output": "tools", "tool_addition": "tool",
     "tool_removal": "tool"})
+NOT_CONTENT_OF = MappingProxyType({**TOOL_BRINGERS, "tool_use": "input",
+                                   "server_tool_use": "input"})
+READ_MEMBERS = frozenset({"type", "id", "content", "source", "citations", "encrypted_content",
+                          "output_config", "tool", "tools", "tool_name", *MEDIA_FIELDS})
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
 SPOKEN_FIELDS = ("audio", "modalities")          # with one, the answer may be audio
 # Tools that the client runs.
@@ -2029,69 +2042,118 @@ HOSTED_TOOLS = (
 )
 
 
-class Contents(NamedTuple):
-    """What a request consists of, for a bound."""
-    parts: Sequence[tuple[str, str, dict]]  # (field, type, part) of its prompt, wherever they stand
-    tools: Sequence[tuple[str, str, Mapping[str, Any]]]      # likewise all that it declares
-    kinds: frozenset                        # the types of its parts
-    is_unseen: bool                         # it brings input that its own bytes do not bound
-    images: Sequence[dict]
-    cited: Sequence[dict]                   # documents and search results: read again in pieces
-
-
 def _has_any(fields: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether a request states one of these fields."""
     return any([fields.get(name) is not None for name in names])
 
 
+class Contents:
+    """What a request consists of: one walk through its tools and its prompt finds all of it."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.kinds: set[str] = set()            # the types of its parts
+        self.images: list[dict] = []
+        # (field, type, part) of those that bring input that their own bytes do not bound
+        self.unseen: list[tuple[str, str, dict]] = []
+        self.has_state = _has_any(fields, STORED_STATE_FIELDS)      # likewise
+        self.cited: list[dict] = []             # documents and search results: read again in pieces
+        self.results = 0                        # of hosted searches
+        self.sets_format = False                # a message does, for the answers that follow
+        self.loads: Counter = Counter()         # the name of a tool -> how often a part loads it
+        self.tools: list[tuple[str, str, Mapping[str, Any]]] = []     # (field, type, tool)
+        for name in ("tools", "functions"):
+            self._declare(name, fields.get(name))
+        for name in PROMPT_FIELDS:
+            waiting = [fields.get(name)]
+            for value in waiting:               # which grows as we go
+                if isinstance(value, list):
+                    waiting += value
+                elif isinstance(value, dict):
+                    waiting += self._seen(name, value)
+
+    def _seen(self, field: str, part: dict) -> list:
+        """Note a part, wherever in the prompt it stands; return what in it may be parts too."""
+        kind = part.get("type")
+        if _is_oddly_named(part) or not (kind is None or isinstance(kind, str)):
+            kind = "?"
+        if kind is None:                       # servers take the type from the field that is there
+            kinds = [MEDIA_FIELDS[name] for name in MEDIA_FIELDS.keys() & part.keys()
+                     if part[name] is not None]
+            is_elsewhere = "id" in part and part.get("content") is None
+        else:
+            kinds = [kind]
+            is_elsewhere = kind in ("reasoning", "compaction") \
+                and not part.get("encrypted_content") \
+                and not (kind == "compaction" and part.get("content"))
+        for one in kinds + ["item_reference"] * bool(is_elsewhere):      # kept there, by its id
+            self._note(field, one, part)
+        if "output_config" in part:
+            self.sets_format |= bool(json_object(part["output_config"]).get("format"))
+        return [child for name, child in part.items()
+                if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS
+                and NOT_CONTENT_OF.get(kind) != name
+                and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child))]
+
+    def _note(self, field: str, kind: str, part: dict) -> None:
+        """Note a part under a type, and what it says of tools."""
+        self.kinds.add(kind)
+        if kind in IMAGE_PART_TYPES:
+            self.images.append(part)
+        elif kind in HOSTED_RESULT_TYPES:
+            self.results += 1
+        elif kind not in TEXT_PART_TYPES and not (
+                kind == "document" and _source_type(part) in ("text", "content")):
+            self.unseen.append((field, kind, part))
+        if kind in ("document", "search_result") \
+                and json_object(part.get("citations")).get("enabled"):
+            self.cited.append(part)
+        elif kind == "tool_reference":
+            self.loads[_loaded_name(part)] += 1
+        elif kind == "tool_addition":           # of a tool that was declared, or that it defines
+            added = json_object(part.get("tool"))
+            self.loads[_loaded_name(added)] += 1
+            if added.get("type") != "tool_reference":
+                self._declare(field, [added.get("definition")])
+        elif TOOL_BRINGERS.get(kind) == "tools":
+            self._declare(field, part.get("tools"))
+
+    def _declare(self, field: str, tools: Any) -> None:
+        """Note each tool of a list, and those that stand in others, as in namespaces: in the field
+        "tools.tools"; of the type "?" what is no tool."""
+        for tool in tools if isinstance(tools, list) else [] if tools is None else [None]:
+            fields = json_object(tool)
+            kind = fields.get("type")
+            if kind is None and fields.keys() <= FUNCTION_MEMBERS:
+                kind = "function"
+            if not isinstance(tool, dict) or not isinstance(kind, str) \
+                    or any([name != name.casefold() for name in tool]):
+                kind = "?"
+            self.tools.append((field, kind, fields))
+            self._declare(f"{field}.tools", fields.get("tools"))
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether it brings input that its own bytes do not bound."""
+        return self.has_state or bool(self.unseen)
+
+
 def contents_of(body: JsonBody) -> Contents:
-    """What a request consists of, looked for once."""
+    """Return what a request consists of, looked for once."""
     if body.contents is None:
-        fields = body.fields
-        parts = [(name, *found) for name in PROMPT_FIELDS for found in _parts(fields.get(name))]
-        body.contents = Contents(
-            parts, [*_flat_tools("tools", fields.get("tools")),
-                    *_flat_tools("functions", fields.get("functions")), *_brought_tools(parts)],
-            frozenset([kind for _, kind, _ in parts]),
-            _has_any(fields, STORED_STATE_FIELDS)
-            or any([_is_unseen(kind, part) for _, kind, part in parts]),
-            [part for _, kind, part in parts if kind in IMAGE_PART_TYPES],
-            [part for _, kind, part in parts if kind in ("document", "search_result")
-             and json_object(part.get("citations")).get("enabled")])
+        body.contents = Contents(body.fields)
     return body.contents
 
 
-def _parts(value: Any) -> Sequence[tuple[str, dict]]:
-    """(type, part) of every part in a prompt, wherever it stands; not those in tool arguments.
+def _is_oddly_named(part: Mapping[str, Any]) -> bool:
+    """Whether a part has, in other letters or with spaces, a member that is looked at here: a
+    server that reads it regardless would see another part."""
+    names = "".join(part)
+    return not (names.isascii() and names.islower() and names.isidentifier()) and any(
+        [name not in READ_MEMBERS and name.strip().casefold() in READ_MEMBERS for name in part])
 
-    What stands for content kept at the provider, by its id alone, counts as "item_reference".
-    """
-    found: list[tuple[str, dict]] = []
-    waiting = [value]
-    for value in waiting:                      # which grows as we go
-        if isinstance(value, list):
-            waiting += value
-        if not isinstance(value, dict):
-            continue
-        kind = value.get("type")
-        if kind is not None:
-            kind = kind if isinstance(kind, str) else "?"
-            found.append((kind, value))
-        elif "id" in value and value.get("content") is None:
-            found.append(("item_reference", value))
-        if kind is None:                       # servers take the type from the field that is there
-            found += [(MEDIA_FIELDS[name], value) for name in MEDIA_FIELDS.keys() & value.keys()
-                      if value[name] is not None]
-        if kind in ("reasoning", "compaction") and not value.get("encrypted_content") \
-                and not (kind == "compaction" and value.get("content")):
-            found.append(("item_reference", value))
-        for name, child in value.items():
-            if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS \
-                    and not (name == "input" and kind in ("tool_use", "server_tool_use")) \
-                    and not (kind in TOOL_BRINGERS and name == TOOL_BRINGERS[kind]) \
-                    and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child)):
-                waiting.append(child)
-    return found
+
+def _source_type(part: Mapping[str, Any]) -> Any:
+    return json_object(part.get("source")).get("type")
 
 
 def _is_image_data(name: str, child: Any) -> bool:
@@ -2100,38 +2162,8 @@ def _is_image_data(name: str, child: Any) -> bool:
         None, "base64", "url", "file"))
 
 
-def _is_unseen(kind: str, part: Mapping[str, Any]) -> bool:
-    """Whether a part brings input that its own bytes do not bound."""
-    if kind == "document":
-        return json_object(part.get("source")).get("type") not in ("text", "content")
-    return kind not in TEXT_PART_TYPES and kind not in IMAGE_PART_TYPES \
-        and kind not in HOSTED_RESULT_TYPES
-
-
-def _brought_tools(parts: Iterable[tuple[str, str, dict]]) -> Iterator[tuple[str, str, Mapping]]:
-    """The tools that content declares."""
-    for field, kind, part in parts:
-        if kind == "tool_addition":         # of a tool that was declared, or that it defines
-            added = json_object(part.get("tool"))
-            if added.get("type") != "tool_reference":
-                yield from _flat_tools(field, [added.get("definition")])
-        elif TOOL_BRINGERS.get(kind) == "tools":
-            yield from _flat_tools(field, part.get("tools"))
-
-
-def _flat_tools(field: str, tools: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Each tool of a list, also those in namespaces; of the type "?" where it is not a tool."""
-    for tool in tools if isinstance(tools, list) else [] if tools is None else [None]:
-        fields = json_object(tool)
-        kind = fields.get("type")
-        if kind is None and fields.keys() <= FUNCTION_MEMBERS:
-            kind = "function"
-        if not isinstance(tool, dict) or not isinstance(kind, str) \
-                or any(name != name.casefold() for name in tool):
-            kind = "?"
-        yield field, kind, fields
-        if kind == "namespace":
-            yield from _flat_tools(field, fields.get("tools"))
+def _loaded_name(part: Mapping[str, Any]) -> str:
+    return str(part.get("tool_name") or part.get("name"))
 
 
 def _runs_at_client(kind: str, tool: Mapping[str, Any]) -> bool:
@@ -2221,6 +2253,7 @@ def _rules(names: str, scalars: str = "", **guarded: FieldRule) -> Mapping[str, 
                              **dict.fromkeys(scalars.split(), _is_scalar), **guarded})
 
 
+_NO_RULE = object()
 _OFF = _one_of(None, False, [])
 _MODERATION = _rules("policy", model=lambda value, price: "moderation" in str(value))
 _STREAM_OPTIONS = _rules("include_usage include_obfuscation continuous_usage_stats")
@@ -2280,7 +2313,7 @@ COMPATIBLE_FIELDS = _rules(
     "session_id priority usage safety_settings documents client_metadata input_type truncate",
     reasoning=_rules("effort max_tokens exclude enabled summary"),
     thinking=_rules("type budget_tokens clear_thinking keep"),
-    # of OpenRouter, with capped_sellers(); its provider routing, read in November 2026
+    # of OpenRouter, with Changes.cap_sellers(); its provider routing, read in November 2026
     provider=_rules("allow_fallbacks data_collection enforce_distillable_text ignore max_price "
                     "quantizations require_parameters zdr"))
 # Their options that cost nothing beyond that. Sources: the types of openai 3.57.0 and anthropic
@@ -2360,10 +2393,8 @@ def check_boundable(api: str, body: JsonBody, price: Price, *,
 def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model: str,
                hatches: Hatches) -> Unbounded:
     """Find all that no bound covers. Models that are free may have fields that are not known."""
-    fields, contents = body.fields, contents_of(body)
-    rules, costs = FIELD_RULES[api], any(price.amounts.values())
-    if provider.fields is not None and api != "messages":
-        rules = {**COMPATIBLE_FIELDS, **_rules_of_paths(provider.fields), **rules}
+    fields, contents, costs = body.fields, contents_of(body), any(price.amounts.values())
+    rules = _rules_for(api, None if api == "messages" else provider.fields)
     for name, is_known in _unbounded_fields(rules, fields, price, ""):
         if is_known:
             yield name, f"{shown_name(name)}, as asked for here, cannot be used under a budget: " \
@@ -2378,14 +2409,12 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
         yield PLAIN_PROMPTS[api], "what is neither text nor tokens cannot be bounded here under " \
             "a budget", ""
     if costs and not provider.zero_is_a_cap \
-            and any(fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]):
+            and any([fields.get(name) == 0 for name in MAX_TOKENS_FIELDS[api]]):
         yield MAX_TOKENS_FIELDS[api][0], "a cap of 0 is no cap to some servers, so it bounds " \
             "nothing; ask for at least 1", ""
-    for field, kind, part in contents.parts:
-        works_on_it = provider.file_tools and re.fullmatch(FILE_PART_TYPES, kind) \
-            and _is_unseen(kind, part)
-        if works_on_it or (kind not in TEXT_PART_TYPES and kind not in HOSTED_RESULT_TYPES
-                           and not re.fullmatch(UNSEEN_PART_TYPES, kind)):
+    for field, kind, _ in contents.unseen:
+        works_on_it = provider.file_tools and re.fullmatch(FILE_PART_TYPES, kind)
+        if works_on_it or not re.fullmatch(UNSEEN_PART_TYPES, kind):
             fault = "is worked on by tools of this provider" if works_on_it else "is not known"
             yield field, f"content of the type {shown_name(kind)} {fault}, so it cannot be " \
                 "bounded under a budget", f"content {kind}"
@@ -2394,30 +2423,32 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
             yield from _unbounded_tool(api, field, kind, tool, price, hatches)
 
 
-def _rules_of_paths(paths: Iterable[str]) -> dict:
-    """Return rules that let fields pass, also ones inside others: a.b.c."""
+@functools.lru_cache(maxsize=256)
+def _rules_for(api: str, paths: Optional[tuple[str, ...]]) -> Mapping[str, FieldRule]:
+    """Return the rules of an API's fields; with `paths`, of a compatible server's, which lets those
+    fields pass too, also ones inside others: a.b.c."""
     rules: dict = {}
-    for path in sorted(paths, key=len, reverse=True):
+    for path in sorted(paths or (), key=len, reverse=True):
         *outer, last = path.split(".")
         inner = rules
         for name in outer:
             inner = inner.setdefault(name, {})
         inner[last] = None
-    return rules
+    return FIELD_RULES[api] if paths is None else {**COMPATIBLE_FIELDS, **rules, **FIELD_RULES[api]}
 
 
 def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any], price: Price,
                       inside: str) -> Iterator[tuple[str, bool]]:
     """(name, whether it is known) of what the rules do not bound, also inside objects."""
     for name, value in fields.items():
-        rule = rules.get(name)
-        if value is None or (rule is None and name in rules):
+        rule = rules.get(name, _NO_RULE)
+        if value is None or rule is None:
             continue
-        if callable(rule):
+        if rule is _NO_RULE:
+            yield inside + name, False
+        elif callable(rule):
             if not rule(value, price):
                 yield inside + name, True
-        elif name not in rules:
-            yield inside + name, False
         else:
             for row in value if isinstance(value, list) else [value]:
                 if isinstance(row, dict):
@@ -2436,21 +2467,22 @@ def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], pr
                     hatches: Hatches) -> Unbounded:
     """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
     options known."""
-    shown = f"the tool type {shown_name(kind)}"
+    shown, name = f"the tool type {shown_name(kind)}", field.partition(".")[0]
     runs = f"{shown} runs at the provider,"
     if kind == "?":
-        yield field, "a tool has no type that is known, so it cannot be bounded under a budget", ""
+        yield name, "a tool has no type that is known, so it cannot be bounded under a budget", ""
     if hosted_tool(api, kind, price) is None:
-        yield field, f"{runs} which a budget cannot bound; remove it from {field}", ""
+        yield name, f"{runs} which a budget cannot bound; remove it from {name}", ""
     if not hatches.hosted_tools:
-        yield field, f"{runs} and this proxy was started with --no-hosted-tools or --bound " \
-            f"bytes; remove it from {field}", ""
+        yield name, f"{runs} and this proxy was started with --no-hosted-tools or --bound " \
+            f"bytes; remove it from {name}", ""
     if field != "tools" and api == "messages":
-        yield field, f"{runs} and its uses can be capped in tools only; declare it there", ""
-    for name, value in tool.items():
-        if value is not None and name not in HOSTED_OPTIONS:
-            yield "tools", f"{shown_name(name)} of {shown} is not known here, so what it costs " \
-                "cannot be bounded under a budget", f"field {name}"
+        yield name, f"{runs} and its uses can be capped in tools only, not inside other tools; " \
+            "declare it there", ""
+    for option, value in tool.items():
+        if value is not None and option not in HOSTED_OPTIONS:
+            yield "tools", f"{shown_name(option)} of {shown} is not known here, so what it costs " \
+                "cannot be bounded under a budget", f"field {option}"
 
 
 # 4. What its input can count.
@@ -2483,25 +2515,25 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
     By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
     `window` is a context window that the request asks for beyond the model's own, in tokens.
     """
-    contents = contents_of(body)
+    contents, context = contents_of(body), max(price.max_input_tokens or 0, window)
     per_image = next((tokens for provider, start, tokens in IMAGE_TOKENS
-                      if price.provider == provider and re.match(start, price.key)), None)
-    context = max(price.max_input_tokens or 0, window)
-    if contents.is_unseen or (contents.images and per_image is None):
+                      if price.provider == provider and re.match(start, price.key)),
+                     None) if contents.images else 0
+    if contents.is_unseen or per_image is None:
         if price.max_input_tokens is None and any(price.amounts.values()):
             raise UnboundedRequest(
                 "the request has content other than text, and the price table has no "
                 f"max_input_tokens for {price.key} to bound it with")
         return context
     tokenizer = "anthropic" if "claude" in price.key else price.provider      # whoever sells it
-    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body) \
-        + len(contents.images) * (per_image or 0)
+    tokens = _text_tokens(body, tokenizer, measured) + _unseen_tokens(body.fields, contents) \
+        + len(contents.images) * per_image
     return min(tokens, context) if contents.images and price.max_input_tokens else tokens
 
 
 def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
     """Tokens of all text in a request whose images are known: by its bytes, or by a scan."""
-    text, utf8_bytes = body.text, len(body.raw)
+    text, utf8_bytes, contents = body.text, len(body.raw), contents_of(body)
     if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
         fields = mapped_strings(body.fields, lambda text: "" if isinstance(text, InlineData) else
@@ -2509,9 +2541,8 @@ def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
         text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
             .encode("utf-8", "surrogatepass")
         utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
-    of_images = {id(data): data for data in _inline_data(contents_of(body).images)}
-    again = [json.dumps(cited, ensure_ascii=False).encode("utf-8", "surrogatepass")
-             for cited in contents_of(body).cited]
+    of_images = {id(data): data for data in _inline_data(contents.images)}
+    again = [plain_json(cited).encode("utf-8", "surrogatepass") for cited in contents.cited]
     utf8_bytes += sum(map(len, again)) - sum(map(len, of_images.values()))
     if not measured:
         return utf8_bytes
@@ -2520,7 +2551,7 @@ def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
 
 
 def _inline_data(images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The data of images that is in the request itself; all else about them is text."""
+    """Yield the data of images that is in the request itself; all else about them is text."""
     for image in images:
         url, source = image.get("image_url"), json_object(image.get("source"))
         for data in (url, json_object(url).get("url"), source.get("data")):
@@ -2530,30 +2561,24 @@ def _inline_data(images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
                 yield data
 
 
-def _unseen_tokens(body: JsonBody) -> int:
-    """What the provider adds to a prompt that is text and images: framing, prompts of tools and
-    of formats, and what results of earlier hosted searches may hold beyond their own text."""
-    fields, contents = body.fields, contents_of(body)
-    is_prompted = contents.tools or contents.cited or RECONFIGURING_TYPE in contents.kinds \
-        or any(fields[name] for name in PROMPTING_FIELDS & fields.keys()) \
-        or any(json_object(json_object(message).get("output_config")).get("format")
-               for message in _listed(fields.get("messages")))
-    results = sum([kind in HOSTED_RESULT_TYPES for _, kind, _ in contents.parts])
+def _unseen_tokens(fields: Mapping[str, Any], contents: Contents) -> int:
+    """Return what the provider adds to a prompt that is text and images: framing, prompts of tools
+    and of formats, and what results of hosted searches may hold beyond their own text."""
+    is_prompted = contents.tools or contents.cited or contents.sets_format \
+        or RECONFIGURING_TYPE in contents.kinds \
+        or any([fields[name] for name in PROMPTING_FIELDS & fields.keys()])
     return (TOOL_PROMPT_TOKENS if is_prompted else FRAMING_TOKENS) \
-        + results * HOSTED_RESULT_TOKENS + _loaded_bytes(contents) \
+        + contents.results * HOSTED_RESULT_TOKENS + _loaded_bytes(contents.loads, contents.tools) \
         + TOOLSET_PROMPT_TOKENS * sum(["_toolset_" in kind for _, kind, _ in contents.tools])
 
 
-def _loaded_bytes(contents: Contents) -> int:
-    """The definitions of tools that content loads by name, once for each time that it does; but
+def _loaded_bytes(loads: Mapping[str, int], tools: Iterable[tuple[str, str, Mapping]]) -> int:
+    """Return the size of the tools that content loads by name, once for each time that it does; but
     for the first of a deferred one, which does not count where it is declared."""
-    loading = [part if kind == "tool_reference" else json_object(part.get("tool"))
-               for _, kind, part in contents.parts if kind in ("tool_reference", "tool_addition")]
-    names = Counter([str(part.get("tool_name") or part.get("name")) for part in loading])
-    return sum([
-        len(json_bytes(tool)) * max(0, names[str(tool.get("name"))]
-                                    - (field == "tools" and _is_deferred(tool)))
-        for field, _, tool in contents.tools if str(tool.get("name")) in names])
+    return sum([len(json_bytes(tool)) * max(0, loads[name] - (
+                    field.startswith("tools") and _is_deferred(tool)))
+                for field, _, tool in tools if loads
+                for name in [str(tool.get("name"))] if name in loads])
 
 
 # 5. What it can cost.
@@ -2587,37 +2612,57 @@ class Caps(NamedTuple):
 
 
 class Level(NamedTuple):
-    """The worst case with so many uses of each hosted tool."""
-    samplings: int                          # of the model, each of which reads its input
+    """The worst case of a request with so many uses of each hosted tool."""
     # (tokens, tokens for each one of output) of all input: it is on the lowest of these.
-    input_lines: tuple[tuple[int, int], ...]
-    rates: tuple[Rate, Rate]                # picodollars a token of (input, output), the dearest
-    fees_picodollars: Rate                  # of all uses
-
-
-class HostedUses(NamedTuple):
-    """The hosted tools of one request: how its worst case grows with each use of them."""
-    levels: tuple[Level, ...]               # by the uses: none, one, ... up to those asked for
-    is_asked: bool                          # the client set the number of uses of all of them
-    has_caps: bool                          # there is a number of uses to set
-    least: int                              # 0: it is a valid request without a use of them
-    are_all: bool                           # there are no other tools
+    input_lines: tuple[tuple[int, int], ...] = ((0, 0),)
+    rates: tuple[Rate, Rate] = (0, 0)       # picodollars a token of (input, output in every choice)
+    fees_picodollars: Rate = 0              # of the call, and of all uses
+    samplings: int = 1                      # of the model, each of which reads its input
 
 
 class Bound(NamedTuple):
-    """The worst case of one request, linear in its output tokens and its uses of hosted tools."""
+    """The worst case of one request, linear in its output tokens, by its uses of hosted tools."""
+    levels: tuple[Level, ...]           # for no use, one, ... up to those asked for; or as admitted
     input_tokens: int = 0
-    input_picodollars: Rate = 0         # all input at its dearest rate
-    output_picodollars: Rate = 0        # one output token in every choice, at its dearest
     unlimited_output_tokens: int = 0    # output beside max_tokens: rejected predictions
+    reasoning_tokens: int = 0           # likewise, where no cap holds them
     asked_output_tokens: Optional[int] = None       # the client's cap, or the API's default
     most_output_tokens: int = 0         # what an answer without a cap of its own can be
     least_output_tokens: int = 0        # a lower cap would not be a valid request
     may_be_lowered: bool = True         # the client's caps, to what is free
-    loops: bool = False                 # the model may run again: early usage is not its input
-    fees_picodollars: Rate = 0          # of the call, and of all uses of hosted tools it admits
-    hosted: Optional[HostedUses] = None         # until admission says how many uses it has
-    reasoning_tokens: int = 0           # likewise beside max_tokens, where no cap holds them
+    uses_are_asked: bool = True         # the client set the number of uses of all hosted tools
+    has_use_caps: bool = False          # there is a number of uses to set
+    least_uses: int = 0                 # 0: it is a valid request without a use
+    is_all_hosted: bool = False         # it has no tools but such as have these uses
+
+    # What an admitted bound is charged by, where no usage comes.
+
+    @property
+    def input_picodollars(self) -> Rate:
+        """All input at its dearest."""
+        return self.input_tokens * self.levels[-1].rates[0]
+
+    @property
+    def output_picodollars(self) -> Rate:
+        """One output token in every choice, at its dearest."""
+        return self.levels[-1].rates[1]
+
+    @property
+    def fees_picodollars(self) -> Rate:
+        return self.levels[-1].fees_picodollars
+
+    @property
+    def loops(self) -> bool:
+        """Whether the model may run again: early usage is not its input."""
+        return self.levels[-1].samplings > 1
+
+    def admitted(self, caps: Caps) -> Bound:
+        """Return the bound of the request with these caps."""
+        level = self.levels[caps.hosted_uses]
+        return self._replace(levels=(level,), input_tokens=min(
+            [tokens + caps.output_tokens * each for tokens, each in level.input_lines]))
+
+    # What it costs.
 
     @property
     def output_tokens(self) -> int:
@@ -2629,25 +2674,14 @@ class Bound(NamedTuple):
             else self.asked_output_tokens
 
     @property
-    def hosted_uses(self) -> int:
-        """The uses of each hosted tool that hold when we set none."""
-        return 0 if self.hosted is None else len(self.hosted.levels) - 1
-
-    @property
     def asked_caps(self) -> Caps:
         """The caps that hold when we set none."""
-        return Caps(self.output_tokens, self.hosted_uses)
+        return Caps(self.output_tokens, len(self.levels) - 1)
 
     @property
     def takes_what_it_asks(self) -> bool:
         """Whether all that is free may go for the client's own caps: other caps take half of it."""
-        return self.asked_output_tokens is not None and (
-            self.hosted is None or self.hosted.is_asked)
-
-    @property
-    def least_uses(self) -> int:
-        """The fewest uses of hosted tools that it is a valid request with."""
-        return 0 if self.hosted is None else min(self.hosted.least, self.hosted_uses)
+        return self.asked_output_tokens is not None and self.uses_are_asked
 
     @property
     def worthwhile_output_tokens(self) -> int:
@@ -2658,15 +2692,11 @@ class Bound(NamedTuple):
 
     def _lines(self, uses: int) -> list[tuple[Rate, Rate]]:
         """(picodollars, picodollars a token of output); the cost is on the lowest of them."""
-        fees, lines = self.fees_picodollars, [(self.input_picodollars, self.output_picodollars)]
-        if self.hosted is not None:
-            level = self.hosted.levels[uses]
-            input_rate, output_rate = level.rates
-            fees += level.fees_picodollars
-            lines = [(tokens * input_rate, each * input_rate + output_rate)
-                     for tokens, each in level.input_lines]
-        beside = self.unlimited_output_tokens + self.reasoning_tokens
-        return [(fixed + fees + beside * each, each) for fixed, each in lines]
+        level, beside = self.levels[uses], self.unlimited_output_tokens + self.reasoning_tokens
+        input_rate, output_rate = level.rates
+        lines = [(tokens * input_rate + level.fees_picodollars, each * input_rate + output_rate)
+                 for tokens, each in level.input_lines]
+        return [(fixed + beside * each, each) for fixed, each in lines]
 
     def microdollars(self, output_tokens: int, uses: int = 0) -> int:
         """The worst cost with those caps, rounded up."""
@@ -2703,15 +2733,15 @@ class Bound(NamedTuple):
         and may wait.
         """
         half, own, worthwhile = free // 2, self.output_tokens, self.worthwhile_output_tokens
-        asked, hosted = self.hosted_uses, self.hosted
+        asked = self.asked_caps.hosted_uses
         yield asked, free if self.takes_what_it_asks else half, own
-        if hosted is not None and hosted.is_asked and not self.may_be_lowered:
-            return
         for uses in range(asked, 1, -1):
+            if self.uses_are_asked and not self.may_be_lowered:
+                return
             yield uses, half, own
         comfortable = max(worthwhile, min(COMFORTABLE_OUTPUT_TOKENS, own))
         for uses in range(min(1, asked), self.least_uses - 1, -1):
-            if uses == 0 < asked and hosted.are_all and not at_last:
+            if uses == 0 < asked and self.is_all_hosted and not at_last:
                 return
             if self.asked_output_tokens is not None:
                 yield uses, free, own
@@ -2719,21 +2749,10 @@ class Bound(NamedTuple):
             if at_last:
                 yield uses, free, worthwhile
 
-    def admitted(self, caps: Caps) -> Bound:
-        """The bound of the request with these caps: what it is charged where no usage comes."""
-        if self.hosted is None:
-            return self
-        level = self.hosted.levels[caps.hosted_uses]
-        tokens = min(tokens + caps.output_tokens * each for tokens, each in level.input_lines)
-        return self._replace(hosted=None, loops=level.samplings > 1, input_tokens=tokens,
-                             fees_picodollars=self.fees_picodollars + level.fees_picodollars,
-                             input_picodollars=tokens * level.rates[0],
-                             output_picodollars=level.rates[1])
-
 
 def fixed_bound(microdollars: int) -> Bound:
-    """The bound of what costs an amount at most, whatever it answers."""
-    return Bound(input_picodollars=microdollars * PICODOLLARS_PER_MICRODOLLAR,
+    """Return the bound of what costs an amount at most, whatever it answers."""
+    return Bound((Level(fees_picodollars=microdollars * PICODOLLARS_PER_MICRODOLLAR),),
                  asked_output_tokens=0)
 
 
@@ -2741,8 +2760,9 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
                      data_residency: Optional[str] = None, measured: bool = False,
                      window: int = 0, may_be_lowered: bool = True, reasoning_tokens: int = 0,
                      input_tokens: Optional[int] = None, said_choice: Any = None) -> Bound:
-    """The worst case of a request at a price; `input_tokens` is a bound on its input, if known,
-    `reasoning_tokens` what the provider's caps do not hold, `said_choice` a tool_choice in words.
+    """Return the worst case of a request at a price; `input_tokens` is a bound on its input, if
+    known, `reasoning_tokens` what the provider's caps do not hold, `said_choice` a tool_choice in
+    words.
 
     Raises BadRequest, UnboundedRequest.
     """
@@ -2752,23 +2772,22 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     multiplier = _multiplier(price, {
         "inference_geo": None if fields.get("inference_geo") == "global" else "us",
         "speed": None if fields.get("speed") is None else "fast"}, api, data_residency)
+    answers = _choices(api, fields)
 
     def rates_up_to(most_tokens: int) -> tuple[Rate, Rate]:
         dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
-        return dearest[0] * multiplier, dearest[1] * multiplier * _choices(api, fields)
+        return dearest[0] * multiplier, dearest[1] * multiplier * answers
 
-    rates = rates_up_to(input_tokens)
-    return Bound(
-        input_tokens=input_tokens, input_picodollars=input_tokens * rates[0],
-        output_picodollars=rates[1], fees_picodollars=price.call_fee({}),
+    bound = Bound(
+        (), input_tokens,
         unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
+        reasoning_tokens=reasoning_tokens if api in ("chat", "messages") else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
         least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
-        may_be_lowered=may_be_lowered,
-        reasoning_tokens=reasoning_tokens if api in ("chat", "messages") else 0,
-        hosted=hosted_uses(api, body, price, input_tokens, window, rates_up_to,
-                           said_choice or fields.get("tool_choice")))
+        may_be_lowered=may_be_lowered)
+    return _with_hosted_tools(api, body, price, bound, window, rates_up_to,
+                              said_choice or fields.get("tool_choice"))
 
 
 def _choices(api: str, fields: Mapping[str, Any]) -> int:
@@ -2805,8 +2824,8 @@ def _least_output_tokens(api: str, fields: Mapping[str, Any], may_be_lowered: bo
 def kinds_held(body: JsonBody) -> frozenset:
     """Return the kinds of HIDDEN_IN that a call with this body may have tokens of."""
     contents = contents_of(body)
-    only_read = not _has_any(body.fields, STORED_STATE_FIELDS) and all(
-        [_is_document(kind, part) for _, kind, part in contents.parts if _is_unseen(kind, part)])
+    only_read = not contents.has_state and all(
+        [_is_document(kind, part) for _, kind, part in contents.unseen])
     held = {"audio_input": contents.is_unseen and not only_read,
             "image_input": contents.is_unseen or contents.images,
             "audio_output": _has_any(body.fields, SPOKEN_FIELDS)}
@@ -2852,20 +2871,19 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
     return plain, output
 
 
-def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, window: int,
-                rates_up_to: Callable[[int], tuple[Rate, Rate]],
-                choice: Any) -> Optional[HostedUses]:
-    """The hosted tools of a request, with the uses that it asks for; None where it has none.
+def _with_hosted_tools(api: str, body: JsonBody, price: Price, bound: Bound, window: int,
+                       rates_up_to: Callable[[int], tuple[Rate, Rate]], choice: Any) -> Bound:
+    """Return a bound with its levels, by the uses of hosted tools that the request asks for.
 
     Raises BadRequest for a number of uses that is no whole number from 0 up.
     """
-    contents = contents_of(body)
+    contents, call_fee, visible = contents_of(body), price.call_fee({}), bound.input_tokens
     declared = [(kind, tool, row) for _, kind, tool in contents.tools
                 for row in [None if _runs_at_client(kind, tool) else hosted_tool(api, kind, price)]
                 if row is not None]
     compacts = "compaction_trigger" in contents.kinds
     if not declared and not compacts:
-        return None
+        return bound._replace(levels=(Level(((visible, 0),), rates_up_to(visible), call_fee),))
     capped = [(tool, row) for kind, tool, row in declared if kind.startswith("web_")]
     caps = [optional_count(body.fields, "max_tool_calls") if api == "responses" else
             optional_count(tool, "max_uses") for tool, _ in capped]
@@ -2874,27 +2892,28 @@ def hosted_uses(api: str, body: JsonBody, price: Price, visible_tokens: int, win
              for cap, (tool, row) in zip(caps, capped)]
     if api == "responses" and tools:        # one cap for all of them
         tools = [max(tools, key=operator.itemgetter(1))]
-    visible = visible_tokens + sum(row.prompt_tokens for *_, row in declared) \
-        + TOOL_PROMPT_TOKENS * compacts
+    visible += sum(row.prompt_tokens for *_, row in declared) + TOOL_PROMPT_TOKENS * compacts
     context = max(price.max_input_tokens, window) if price.max_input_tokens else None
     # Usage is summed over the samplings, so that any long-context price may hold.
     rates = rates_up_to(visible), rates_up_to(MOST_TOKENS)
     # Tool search and compaction read again without any use.
     least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
-    return HostedUses(
+    asked, fees = max([uses for uses, *_ in tools], default=0), (call_fee, price.search_picodollars)
+    forced = _forces_hosted(choice, {str(tool.get("name")) for tool, _ in capped})
+    return bound._replace(
         levels=tuple([_level(uses, tools, visible, context, least_samplings,
-                             SAMPLINGS.get(api, (0, 1)), rates, price.search_picodollars)
-                      for uses in range(1 + max((asked for asked, *_ in tools), default=0))]),
-        is_asked=all(cap is not None and cap <= MOST_HOSTED_USES for cap in caps),
-        has_caps=bool(tools),
-        least=int(_forces_hosted(choice, {str(tool.get("name")) for tool, _ in capped})),
-        are_all=len(capped) == len(contents.tools))
+                             SAMPLINGS.get(api, (0, 1)), rates, fees)
+                      for uses in range(1 + asked)]),
+        uses_are_asked=all([cap is not None and cap <= MOST_HOSTED_USES for cap in caps]),
+        has_use_caps=bool(tools),
+        least_uses=min(asked, forced),
+        is_all_hosted=len(capped) == len(contents.tools))
 
 
 def _level(uses: int, tools: Sequence[tuple[int, int, HostedTool]], visible: int,
            context: Optional[int], least_samplings: int, more_and_most: tuple[int, int],
-           rates: tuple, fee: Rate) -> Level:
-    """The worst case with `uses` of each of (uses asked for, tokens of a result, tool).
+           rates: tuple, fees: tuple[Rate, Rate]) -> Level:
+    """Return the worst case with `uses` of each of (uses asked for, tokens of a result, tool).
 
     The first sampling of the model reads what is visible; each later one that, all results and all
     output before it. None reads more than the context.
@@ -2909,8 +2928,9 @@ def _level(uses: int, tools: Sequence[tuple[int, int, HostedTool]], visible: int
     window = context or sys.maxsize
     first, others = min(visible, window), min(visible + results, window)
     lines = [(first + later * others, later), (first + later * window, 0)]
-    return Level(1 + later, tuple(lines if context else lines[:1]), rates[later > 0],
-                 fee * sum(count for count, _, row in counted if row.has_fee))
+    return Level(tuple(lines if context else lines[:1]), rates[later > 0],
+                 fees[0] + fees[1] * sum(count for count, _, row in counted if row.has_fee),
+                 samplings=1 + later)
 
 
 def _fetch_cap(tool: Mapping[str, Any]) -> int:
@@ -2937,78 +2957,90 @@ def honoured_caps(api: str, provider: Provider) -> tuple[str, ...]:
     return provider.caps if api == "chat" else MAX_TOKENS_FIELDS[api]
 
 
-def capped_output(api: str, provider: Provider, fields: Mapping[str, Any],
-                  cap: Optional[int]) -> tuple[dict, frozenset]:
-    """(fields to set, fields to leave out) so that a provider heeds the client's caps, and `cap`.
+class Changes:
+    """The fields of a request that go upstream otherwise than its client wrote them."""
 
-    A cap in a field that it does not honour is moved to the one that it does.
-    """
-    honoured = honoured_caps(api, provider)
-    asked = {name: fields[name] for name in MAX_TOKENS_FIELDS[api] if fields.get(name) is not None}
-    caps = {name: value for name, value in asked.items() if name in honoured}
-    if not caps and (asked or cap is not None):
-        caps = {honoured[0]: max(asked.values(), default=cap)}
-    if cap is not None:
-        caps = {name: min(cap, value) for name, value in caps.items()}
-    return ({name: value for name, value in caps.items() if fields.get(name) != value},
-            frozenset(asked) - frozenset(honoured))
+    def __init__(self, api: str, fields: Mapping[str, Any]) -> None:
+        self._api, self._fields = api, fields
+        self.set: dict[str, Any] = {}
+        self.left_out: set[str] = set()
+        self.reported: dict[str, Any] = {}
 
+    def cap_output(self, provider: Provider, cap: Optional[int]) -> None:
+        """Have the provider heed the client's caps, and `cap`: one in a field that it does not
+        honour is moved to the one that it does."""
+        honoured = honoured_caps(self._api, provider)
+        asked = {name: self._fields[name] for name in MAX_TOKENS_FIELDS[self._api]
+                 if self._fields.get(name) is not None}
+        caps = {name: value for name, value in asked.items() if name in honoured}
+        if not caps and (asked or cap is not None):
+            caps = {honoured[0]: max(asked.values(), default=cap)}
+        for name, value in caps.items():
+            lowest = value if cap is None else min(cap, value)
+            if self._fields.get(name) != lowest:
+                self.set[name] = lowest
+        for name in asked.keys() - {*honoured}:
+            self.left_out.add(name)
+            self.reported[name] = honoured[0]
+        if self._api == "messages" and cap is not None:
+            self._lower_thinking(cap)
 
-def lowered_thinking(fields: Mapping[str, Any], cap: int) -> dict:
-    """The `thinking` to set beside a lower cap; {} where it may stay.
+    def _lower_thinking(self, cap: int) -> None:
+        """Lower the budget for thinking with a cap. It is halved, so that it changes seldom: each
+        change makes Anthropic write its cache anew."""
+        asked = lowered = _thinking_budget(self._fields)
+        while lowered + LEAST_OUTPUT_TOKENS > cap and lowered > LEAST_THINKING_TOKENS:
+            lowered = max(LEAST_THINKING_TOKENS, lowered // 2)
+        if lowered != asked:
+            self.set["thinking"] = {**self._fields["thinking"], "budget_tokens": lowered}
+            self.reported["thinking.budget_tokens"] = lowered
 
-    It is halved, so that it changes seldom: each change makes Anthropic write its cache anew.
-    """
-    budget = _thinking_budget(fields)
-    lowered = budget
-    while lowered + LEAST_OUTPUT_TOKENS > cap and lowered > LEAST_THINKING_TOKENS:
-        lowered = max(LEAST_THINKING_TOKENS, lowered // 2)
-    return {} if lowered == budget else {"thinking": {**fields["thinking"],
-                                                      "budget_tokens": lowered}}
+    def cap_sellers(self, price: Price, input_tokens: int) -> None:
+        """Set provider.max_price, in USD a million tokens and a call, where a request chooses among
+        a router's sellers: a dearer one could serve it. What is lower stays."""
+        chosen = self._fields.get("provider")
+        if not isinstance(chosen, dict) or not any(price.amounts.values()):
+            return
+        rates = price.dearest_rates((None,), input_tokens)
+        asked = json_object(chosen.get("max_price"))
+        caps = {}
+        for name, microdollars in (
+                ("prompt", rates["input"]), ("completion", rates["output"]),
+                ("request", price.call_picodollars // PICODOLLARS_PER_MICRODOLLAR)):
+            cap, stated = format_usd(int(microdollars))[1:], exact_number(str(asked.get(name)))
+            if not isinstance(stated, Decimal) or not 0 <= stated <= Decimal(cap):
+                caps[name] = self.reported[f"provider.max_price.{name}"] = cap
+        if caps:
+            self.set["provider"] = {**chosen, "max_price": {**asked, **caps}}
 
-
-def capped_sellers(fields: Mapping[str, Any], price: Price, input_tokens: int) -> dict[str, str]:
-    """Return what to set of provider.max_price, in USD a million tokens and a call, where a request
-    chooses among a router's sellers: a dearer one could serve it. What is lower stays."""
-    chosen = fields.get("provider")
-    if not isinstance(chosen, dict) or not any(price.amounts.values()):
-        return {}
-    asked, rates = json_object(chosen.get("max_price")), price.dearest_rates((None,), input_tokens)
-    caps = {name: format_usd(int(microdollars))[1:] for name, microdollars in (
-        ("prompt", rates["input"]), ("completion", rates["output"]),
-        ("request", price.call_picodollars // PICODOLLARS_PER_MICRODOLLAR))}
-    return {name: cap for name, cap in caps.items()
-            for stated in [exact_number(str(asked.get(name)))]
-            if not isinstance(stated, Decimal) or not 0 <= stated <= Decimal(cap)}
-
-
-def hosted_changes(api: str, fields: Mapping[str, Any],
-                   uses: int) -> tuple[dict, frozenset, dict[str, Any]]:
-    """(fields to set, fields to leave out, what to report) so that no hosted tool is used more."""
-    if api == "responses":
-        changed = {} if fields.get("max_tool_calls") == uses else {"max_tool_calls": uses}
-        return changed, frozenset(), changed
-    tools, reported = [], {}
-    for tool in fields.get("tools") or ():
-        kind = str(tool.get("type"))
-        if not re.fullmatch(SEARCH_TOOL_TYPES, kind):
-            tools.append(tool)
-            continue
-        name = f"tools.{tool.get('name')}"
-        own = optional_count(tool, "max_uses")
-        caps: dict[str, Any] = {"max_uses": uses if own is None else min(own, uses)}
-        if kind.startswith("web_fetch"):
-            caps["max_content_tokens"] = _fetch_cap(tool)
-        if uses or own == 0:
-            tools.append({**tool, **caps})
-            reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
-                            if tool.get(cap) != value)
-        else:
-            reported[name] = "removed"
-    if not reported:
-        return {}, frozenset(), {}
-    return ({"tools": tools}, frozenset(), reported) if tools else (
-        {}, frozenset({"tools", "tool_choice"}), reported)
+    def cap_uses(self, uses: int) -> None:
+        """Have no hosted tool used more often: by one cap, or by one of each tool of Anthropic's,
+        which is left out where it may have no use."""
+        if self._api == "responses":
+            if self._fields.get("max_tool_calls") != uses:
+                self.set["max_tool_calls"] = self.reported["max_tool_calls"] = uses
+            return
+        tools, reported = [], {}
+        for tool in self._fields.get("tools") or ():
+            kind, name = str(tool.get("type")), f"tools.{tool.get('name')}"
+            if not re.fullmatch(SEARCH_TOOL_TYPES, kind):
+                tools.append(tool)
+                continue
+            own = optional_count(tool, "max_uses")
+            caps = {"max_uses": uses if own is None else min(own, uses)}
+            if kind.startswith("web_fetch"):
+                caps["max_content_tokens"] = _fetch_cap(tool)
+            if uses or own == 0:
+                tools.append({**tool, **caps})
+                reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
+                                if tool.get(cap) != value)
+            else:
+                reported[name] = "removed"
+        if reported and tools:
+            self.set["tools"] = tools
+        elif reported:
+            self.left_out |= {"tools", "tool_choice"}
+        self.reported.update(reported)
 
 
 # 6. What a provider has counted.
@@ -3035,6 +3067,7 @@ UNCOUNTED_FIELDS = frozenset("""
 COUNTED_PARTS = ("system", "instructions", "tools", "functions")
 UNSTABLE_MODEL = re.compile(r"(^|[-_/])(auto|router|latest)$")
 KEPT_THINKING = r"clear_thinking_\d{8}"
+KEPT_ELSEWHERE = ("url", "file", "item_reference", "container_upload")
 URL_ELSEWHERE = r"\s*(?!data:)[A-Za-z][A-Za-z0-9+.-]*:"
 
 
@@ -3081,7 +3114,7 @@ def _with_hash(text: str) -> str:
 def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt]:
     """A request as digests; None where no count can be known. `scope` says whose it is: token,
     provider, model, and the headers that change a count."""
-    fields = body.fields
+    fields, contents = body.fields, contents_of(body)
     messages = fields.get(CONVERSATION_FIELDS.get(api, ""))
     if not isinstance(messages, list) or UNSTABLE_MODEL.search(scope[2]) \
             or STORED_STATE_FIELDS & fields.keys():
@@ -3112,19 +3145,17 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
         and fields.get("tool_choice") not in ("none", {"type": "none"}) \
         and all(re.fullmatch(KEPT_THINKING, str(edit.get("type"))) and edit.get("keep") == "all"
                 for edit in map(json_object, edits)) \
-        and not any(_is_kept_elsewhere(kind, part) for _, kind, part in contents_of(body).parts)
+        and not any(map(_is_kept_elsewhere, contents.images)) \
+        and not any([kind in KEPT_ELSEWHERE or _is_kept_elsewhere(part)
+                     for _, kind, part in contents.unseen])
     return Prompt(tuple(chain[1:]), parts, tuple(row for row in declared if _is_deferred(row[1])),
                   bool(fields.get("tools") or fields.get("functions")), is_stable)
 
 
-def _is_kept_elsewhere(kind: str, part: Mapping[str, Any]) -> bool:
-    """Whether a part names what can change behind its name: a URL, a file, an item."""
-    elsewhere = ("url", "file", "item_reference", "container_upload")
-    if kind in elsewhere or json_object(part.get("source")).get("type") in elsewhere \
-            or not part.keys().isdisjoint({"file_id", "file_url"}):
-        return True
-    return (kind in IMAGE_PART_TYPES or _is_unseen(kind, part)) and any(
-        re.match(URL_ELSEWHERE, text) for text in strings_in(part))
+def _is_kept_elsewhere(part: Mapping[str, Any]) -> bool:
+    """Whether an image, or what is unseen, names what can change behind its name: a URL, a file."""
+    return _source_type(part) in KEPT_ELSEWHERE or "file_id" in part or "file_url" in part \
+        or any([re.match(URL_ELSEWHERE, text) for text in strings_in(part)])
 
 
 FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
@@ -3155,10 +3186,10 @@ def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
         "system": [part for field, part in added if field in ("system", "instructions")]}))
     if RECONFIGURING_TYPE in contents_of(rest).kinds:
         return None
-    kinds = {kind for _, kind, _ in _flat_tools("tools", tools)} - SPELLED_OUT_TOOL_TYPES
+    kinds = {kind for _, kind, _ in Contents({"tools": tools}).tools} - SPELLED_OUT_TOOL_TYPES
     tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
         + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
-    loaded = _loaded_bytes(contents_of(rest)._replace(tools=contents_of(body).tools))
+    loaded = _loaded_bytes(contents_of(rest).loads, contents_of(body).tools)
     return _known_and_more(counted.tokens + tool_prompt + loaded, rest, price, window)
 
 
@@ -3185,7 +3216,7 @@ def referred_input_tokens(body: JsonBody, price: Price, window: int,
     """A bound on the input of a request that names items of earlier responses by their ids: no
     more than those responses made. None where it names none, or one that is not known or is sent
     along as something else."""
-    references = {id(part) for _, kind, part in contents_of(body).parts
+    references = {id(part) for _, kind, part in contents_of(body).unseen
                   if kind == "item_reference"}
     named, others = [], []
     for item in _listed(body.fields.get("input")):
@@ -8186,8 +8217,7 @@ ESTIMATED_IMAGE_TOKENS = 1600
 
 def estimated_input_tokens(fields: Mapping[str, Any]) -> int:
     """Return a best estimate, not a bound, of the input of a Messages or Responses request."""
-    images = [part for kind, part in _parts([*map(fields.get, ("messages", "system", "input"))])
-              if kind in IMAGE_PART_TYPES]
+    images = Contents(fields).images
     names = ("system", "messages", "tools", "instructions", "input")
     sizes = sum(len(text.encode("utf-8", "surrogatepass")) for name in names
                 for text in strings_in(fields.get(name)))
@@ -8997,7 +9027,7 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
     raised = f"raise the limit to {format_usd(budget.spent + budget.reserved + needed)} or more"
     if affordable < max(1, bound.least_output_tokens):
         tools = " and what tools at the provider add to it", ", fewer uses of them (max_uses)"
-        why, less = ("", "") if bound.hosted is None else tools
+        why, less = tools if bound.loops or len(bound.levels) > 1 else ("", "")
         why += " and the reasoning that no cap holds" if bound.reasoning_tokens else ""
         advice = f"Its input{why} alone can cost {format_usd(bound.microdollars(0, uses))}: send " \
             f"less input{less}, or {raised}"
@@ -14397,11 +14427,18 @@ def may_be_metered(path: str) -> bool:
         route.split("/")[-1:] for route in METERED_APIS]
 
 
-def check_method_override(request: ClientRequest) -> None:
-    """Raises UnmeteredRoute where a request may become another one at the provider."""
-    if not METHOD_OVERRIDE_HEADERS.isdisjoint(request.head.headers.values) \
-            or "_method=" in (request.head.query or ""):
-        raise UnmeteredRoute("a method override cannot be used under a budget")
+def check_head(request: ClientRequest) -> None:
+    """Raises UnmeteredRoute where a request's head may make it another one, or a dearer one, than
+    its body says."""
+    values = request.head.headers.values
+    for name, *_ in COSTLY_HEADER.findall("\n{}\n".format("\n".join(values))):
+        harmless = next(row[1] for row in COSTLY_HEADERS if re.fullmatch(row[0], name))
+        if not re.fullmatch(harmless, values[name].lower()):
+            raise UnmeteredRoute(f"the header {name}, by which a call becomes another one or has "
+                                 "another price, cannot be used under a budget; leave it out")
+    if re.search(COSTLY_QUERY, request.head.query or ""):
+        raise UnmeteredRoute("a method override, or headers in the query, cannot be used under a "
+                             "budget")
 
 
 def check_models(caller: Caller, provider: Provider, models: Iterable[str]) -> None:
@@ -14656,7 +14693,7 @@ class Router:
         caller, method = request.caller, request.head.method
         if not caller.models and self.controller.available(request.scopes) is None:
             return
-        check_method_override(request)
+        check_head(request)
         if caller.models and request.body:
             fields = request.parsed().fields
             if fields.get("model") is not None:
@@ -14731,7 +14768,7 @@ class Router:
         call.added_betas += self.routes.window_betas(named_model(body.fields), provider)
         asked_output_tokens(call.api, call.body.fields)      # which is a number at any price
         if limited:
-            check_method_override(request)
+            check_head(request)
             price = price or prices.price(model, provider.name)
             for opened in check_boundable(call.api, call.body, price, provider=provider,
                                           model=model, hatches=self.hatches):
@@ -14824,60 +14861,41 @@ class Router:
                 and (claim.output_cap < bound.output_tokens
                      or all(call.body.fields.get(name) is None for name in names)):
             call.set_output_cap = claim.output_cap
-        if claim.is_limited and bound.hosted is not None:
-            call.set_hosted_uses = claim.caps.hosted_uses if bound.hosted.has_caps else None
-            call.bound = bound.admitted(claim.caps)
+        if claim.is_limited and bound.has_use_caps:
+            call.set_hosted_uses = claim.caps.hosted_uses
+        call.bound = call.bound and bound.admitted(claim.caps)
         return claim
 
     # Sending.
 
     def _upstream_body(self, call: Call) -> Sequence[bytes]:
         """Return the client's bytes in pieces, with only the fields changed that must be."""
-        changes: dict[str, Any] = {}
-        if call.body.fields.get("model", "") != call.model:
-            changes["model"] = call.model
+        fields, changes = call.body.fields, Changes(call.api, call.body.fields)
+        if fields.get("model", "") != call.model:
+            changes.set["model"] = call.model
         if call.wants_stream and call.api in ("chat", "completions") \
                 and call.provider.stream_usage:
-            options = call.body.fields.get("stream_options")
+            options = fields.get("stream_options")
             if options is not None and not isinstance(options, dict):
                 raise BadRequest("stream_options must be an object", param="stream_options")
             call.hides_usage = not optional_flag(options or {}, "include_usage")
             if call.hides_usage:
-                changes["stream_options"] = {**(options or {}), "include_usage": True}
-        without: frozenset = frozenset()
-        reported: dict[str, Any] = {}
-        if call.reservation.is_limited and call.bound.output_picodollars:
-            changed, without = capped_output(call.api, call.provider, call.body.fields,
-                                             call.set_output_cap)
-            changes.update(changed)
-            reported.update({cap: honoured_caps(call.api, call.provider)[0] for cap in without})
-        prices = capped_sellers(call.body.fields, call.price, call.bound.input_tokens) \
-            if call.reservation.is_limited else {}
-        if prices:
-            sellers = call.body.fields["provider"]
-            changes["provider"] = {**sellers, "max_price": {
-                **json_object(sellers.get("max_price")), **prices}}
-            reported.update((f"provider.max_price.{name}", cap) for name, cap in prices.items())
-        if call.api == "messages" and call.set_output_cap is not None:
-            lowered = lowered_thinking(call.body.fields, call.set_output_cap)
-            changes.update(lowered)
-            reported.update(("thinking.budget_tokens", thinking["budget_tokens"])
-                            for thinking in lowered.values())
-        if call.set_hosted_uses is not None:
-            changed, left_out, shown = hosted_changes(call.api, call.body.fields,
-                                                      call.set_hosted_uses)
-            changes.update(changed)
-            reported.update(shown)
-            without |= left_out
-        for name, value in reported.items():
+                changes.set["stream_options"] = {**(options or {}), "include_usage": True}
+        if call.reservation.is_limited:
+            if call.bound.output_picodollars:
+                changes.cap_output(call.provider, call.set_output_cap)
+            changes.cap_sellers(call.price, call.bound.input_tokens)
+            if call.set_hosted_uses is not None:
+                changes.cap_uses(call.set_hosted_uses)
+        for name, value in changes.reported.items():
             call.losses.report(name, value)
         if call.api in SEALS and call.translator is None \
                 and OWN_SIGNATURE.encode("ascii") in call.body.raw:
-            kept = without_own_thinking(call.api, call.body.fields)
-            changes.update(kept)
+            kept = without_own_thinking(call.api, fields)
+            changes.set.update(kept)
             if kept:
                 call.losses.adjust(SEALS[call.api][2], "removed")
-        return call.body.spliced(changes, without)
+        return call.body.spliced(changes.set, frozenset(changes.left_out))
 
     def _check_is_still_wanted(self, call: Call, client: Optional[Wire]) -> None:
         """Whether, if a call waited, its client is still there, and its token valid.

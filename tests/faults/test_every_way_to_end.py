@@ -478,9 +478,14 @@ FEES = 30_000                               # microdollars, of all uses that are
 def looping(monkeypatch):
     """Every call has a tool that makes the provider run the model several times."""
     router = program().Router
-    bound = router._bound
-    monkeypatch.setattr(router, "_bound", lambda *args: bound(*args)._replace(
-        loops=True, fees_picodollars=FEES * 10 ** 6))
+    bound_of = router._bound
+
+    def looping_bound(*args):
+        bound = bound_of(*args)
+        return bound._replace(levels=tuple(level._replace(
+            samplings=2, fees_picodollars=FEES * 10 ** 6) for level in bound.levels))
+
+    monkeypatch.setattr(router, "_bound", looping_bound)
 
 
 START = sse({"type": "message_start", "message": {"model": "claude-haiku-4-5", "usage": {

@@ -19,8 +19,7 @@ MONDAY_S = 1_795_996_800        # 2026-11-30 00:00 UTC
 
 def asks(tokens, *, most=128_000, least=0, may_be_lowered=True, rate=1):
     """A request whose input is free and whose output token costs `rate` microdollars."""
-    return ic.Bound(input_tokens=0, input_picodollars=0, output_picodollars=rate * 10 ** 6,
-                    unlimited_output_tokens=0, asked_output_tokens=tokens,
+    return ic.Bound((ic.Level(rates=(0, rate * 10 ** 6)),), asked_output_tokens=tokens,
                     most_output_tokens=most, least_output_tokens=least,
                     may_be_lowered=may_be_lowered)
 

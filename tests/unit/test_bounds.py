@@ -664,6 +664,52 @@ def test_tools_that_content_brings_are_looked_at_like_others(brought, tool, fine
     assert fine or caught.value.param in fields
 
 
+@pytest.mark.parametrize("outer", [
+    {"type": "namespace", "name": "n"}, {"type": "browser_toolset_20260801"},
+    {"type": "custom", "name": "c"}, {"type": "function", "name": "f"}], ids=repr)
+@pytest.mark.parametrize("kind", ["web_search_20250305", "web_fetch_20260318",
+                                  "tool_search_tool_bm25_20251119"])
+def test_a_search_inside_another_tool_is_refused_where_its_uses_are_capped_in_tools(outer, kind):
+    for tools in ([{**outer, "tools": [{"type": kind, "name": "s"}]}],
+                  [{**outer, "tools": [{**outer, "tools": [{"type": kind, "name": "s"}]}]}]):
+        with pytest.raises(ic.UnboundedRequest, match="in tools only, not inside other") as caught:
+            checked("messages", message(tools=tools), CLAUDE)
+
+        assert "tools" == caught.value.param
+
+
+def test_a_search_inside_another_tool_is_bounded_where_one_cap_holds_for_all():
+    fields = {"input": "x", "tools": [{"type": "namespace", "tools": [{"type": "web_search"}]}]}
+
+    assert [] == checked("responses", fields)
+    assert 5 == bound_of("responses", fields).asked_caps.hosted_uses
+
+
+@pytest.mark.parametrize("tools", [{"a": {"type": "mcp"}}, "mcp", [None]], ids=repr)
+def test_what_is_no_tool_inside_another_is_refused(tools):
+    with pytest.raises(ic.UnboundedRequest, match="no type that is known"):
+        checked("chat", {"tools": [{"type": "function", "tools": tools}]})
+
+
+@pytest.mark.parametrize("part", [
+    {"Type": "input_audio"}, {"TYPE": "file"}, {" type": "file"}, {"type": None, "Type": "file"},
+    {"type": "text", "text": "x", "Image_URL": {"url": "https://x"}}, {"Input_Audio": {}},
+    {"type": "text", "\u017fource": {}}, {"type": "tool_result", "Content": [{"type": "audio"}]},
+    {"type": "additional_tools", "Tools": [{"type": "mcp"}]}, {"type\t": "file"}], ids=repr)
+def test_content_whose_members_are_oddly_written_is_refused(part):
+    """Some servers read a member whatever its case is."""
+    for fields in ({"messages": [{"role": "user", "content": [part]}]}, {"messages": [part]}):
+        with pytest.raises(ic.UnboundedRequest, match="of the type [?] is not known"):
+            checked("chat", fields)
+    with pytest.raises(ic.UnboundedRequest, match="of the type [?] is not known"):
+        checked("responses", {"input": [part]})
+
+
+def test_members_in_other_letters_that_nobody_looks_at_pass():
+    assert [] == checked("chat", chat(messages=[{"role": "user", "content": "x", "toolName": "f",
+                                                 "providerOptions": {"aB": 1, "x-y": "z"}}]))
+
+
 def test_a_tool_addition_without_a_definition_or_a_reference_is_refused():
     with pytest.raises(ic.UnboundedRequest):
         checked("messages", {"messages": [{"role": "system", "content": [
@@ -773,7 +819,11 @@ def test_a_request_shows_what_dear_tokens_its_call_may_have(fields, held):
 def test_sellers_that_a_request_chooses_from_may_cost_no_more_than_its_price(provider, row, caps):
     fields = chat(provider=provider)
 
-    assert caps == ic.capped_sellers(fields, price_of({**ROW, **row}), 5_000)
+    changes = ic.Changes("chat", fields)
+    changes.cap_sellers(price_of({**ROW, **row}), 5_000)
+
+    assert {f"provider.max_price.{name}": cap for name, cap in caps.items()} == changes.reported
+    assert caps.items() <= (changes.set["provider"]["max_price"] if caps else caps).items()
 
 
 SCALARS = [(api, name) for api, rules in ic.FIELD_RULES.items() for name in rules
@@ -1014,8 +1064,8 @@ def test_output_beside_the_cap_is_in_the_bound_whatever_else_the_request_holds(c
 def random_bound(rng: Random) -> ic.Bound:
     fraction = rng.choice([1, 1, ic.Fraction(11, 10), ic.Fraction(1, 3)])
     return ic.Bound(
-        input_tokens=0, input_picodollars=rng.randrange(10 ** rng.randrange(1, 13)) * fraction,
-        output_picodollars=rng.randrange(1, 10 ** rng.randrange(1, 9)) * fraction,
+        (ic.Level(fees_picodollars=rng.randrange(10 ** rng.randrange(1, 13)) * fraction,
+                  rates=(0, rng.randrange(1, 10 ** rng.randrange(1, 9)) * fraction)),),
         unlimited_output_tokens=rng.choice([0, 0, rng.randrange(5_000)]),
         asked_output_tokens=None, most_output_tokens=rng.choice([0, 1, 500, 8_192, 128_000]))
 
@@ -1045,7 +1095,7 @@ def test_any_cap_is_affordable_where_output_is_free_and_input_fits():
 
 def flat_bound(most_output_tokens: int) -> ic.Bound:
     """Input is free, and an output token costs one microdollar."""
-    return ic.Bound(0, 0, 10 ** 6, 0, None, most_output_tokens)
+    return ic.Bound((ic.Level(rates=(0, 10 ** 6)),), most_output_tokens=most_output_tokens)
 
 
 @pytest.mark.parametrize("free, most, cap", [

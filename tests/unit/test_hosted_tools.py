@@ -79,7 +79,7 @@ def test_openais_searches_are_bounded_sampling_by_sampling(key, each, asked, use
     expected = oracle_microdollars(bound.input_tokens + 5000, uses + 1, uses * each, 1000, 272_000,
                                    2e-6, 10e-6, uses)
     assert expected == bound.microdollars(1000, uses)
-    assert (5 if asked is None else asked) == bound.hosted_uses
+    assert (5 if asked is None else asked) == bound.asked_caps.hosted_uses
 
 
 def test_a_compaction_reads_the_prompt_twice():
@@ -113,9 +113,9 @@ def test_the_prompt_of_a_tool_without_a_use_can_reach_the_long_context_price():
                                             "tools": [{"type": "web_search"}]}).encode())
     dear = price({**GPT, "max_input_tokens": 1_000_000,
                   "input_cost_per_token_above_272k_tokens": 4e-6}, "gpt-5.4")
-    hosted = ic.bound_of_request("responses", body, dear, input_tokens=272_000).hosted
+    bound = ic.bound_of_request("responses", body, dear, input_tokens=272_000)
 
-    assert dear.rates(None, 272_001)["input"] == hosted.levels[0].rates[0]
+    assert dear.rates(None, 272_001)["input"] == bound.levels[0].rates[0]
 
 
 def random_bound(rng):
@@ -130,7 +130,7 @@ def random_bound(rng):
 def test_the_largest_affordable_output_fits_and_a_token_more_does_not(seed):
     rng = Random(seed)
     bound = random_bound(rng)
-    uses, amount = min(rng.randrange(0, 6), bound.hosted_uses), rng.randrange(1, 6_000_000)
+    uses, amount = min(rng.randrange(0, 6), bound.asked_caps.hosted_uses), rng.randrange(1, 6_000_000)
     cap = bound.affordable_output_tokens(amount, uses)
 
     assert bound.microdollars(0, uses) > amount if cap < 0 else \
@@ -141,7 +141,7 @@ def test_the_largest_affordable_output_fits_and_a_token_more_does_not(seed):
 def test_uses_fall_first_to_one_then_the_output_then_the_uses_to_none(seed):
     rng = Random(1000 + seed)
     bound = random_bound(rng)
-    asked, free = ic.Caps(bound.output_tokens, bound.hosted_uses), rng.randrange(1, 8_000_000)
+    asked, free = bound.asked_caps, rng.randrange(1, 8_000_000)
     caps = bound.fitting_caps(free, at_last=True)
     if caps is None:
         assert bound.microdollars(bound.worthwhile_output_tokens, bound.least_uses) > free
@@ -149,8 +149,6 @@ def test_uses_fall_first_to_one_then_the_output_then_the_uses_to_none(seed):
 
     assert bound.microdollars(*caps) <= free
     assert caps.output_tokens <= asked.output_tokens and caps.hosted_uses <= asked.hosted_uses
-    if bound.hosted is None:
-        return
     assert caps.hosted_uses >= bound.least_uses
     if caps.hosted_uses > 1:                       # the output is whole while uses fall
         assert caps.output_tokens == asked.output_tokens
@@ -255,20 +253,26 @@ CHANGES = [
 
 @pytest.mark.parametrize("api, fields, uses, changed, without, reported", CHANGES)
 def test_the_number_of_uses_travels_upstream(api, fields, uses, changed, without, reported):
-    assert (changed, without, reported) == ic.hosted_changes(api, fields, uses)
+    changes = ic.Changes(api, fields)
+    changes.cap_uses(uses)
+
+    assert (changed, without, reported) == (changes.set, changes.left_out, changes.reported)
 
 
 @pytest.mark.parametrize("api", ["messages", "chat"])
 def test_content_of_another_api_breaks_nothing(api):
     """Only Responses has compaction triggers."""
-    assert ({}, frozenset(), {}) == ic.hosted_changes(api, {"messages": []}, 0)
+    changes = ic.Changes(api, {"messages": []})
+    changes.cap_uses(0)
+
+    assert ({}, set(), {}) == (changes.set, changes.left_out, changes.reported)
 
 
 def test_more_uses_than_any_answer_has_are_lowered_to_the_most():
     bound = bound_of([{**SEARCH, "max_uses": 100}])
 
-    assert (32, False) == (bound.hosted_uses, bound.hosted.is_asked)
-    assert bound_of([{**SEARCH, "max_uses": 32}]).hosted.is_asked
+    assert (32, False) == (bound.asked_caps.hosted_uses, bound.uses_are_asked)
+    assert bound_of([{**SEARCH, "max_uses": 32}]).uses_are_asked
 
 
 def test_no_sampling_reads_more_than_the_window_that_was_asked_for():
@@ -277,7 +281,7 @@ def test_no_sampling_reads_more_than_the_window_that_was_asked_for():
 
     for window, most in ((0, 200_000), (1_000_000, 1_000_000)):
         none, *_, five = ic.bound_of_request("messages", body, price(CLAUDE, "claude-opus-5-5"),
-                                             window=window).hosted.levels
+                                             window=window).levels
 
         assert (none.input_lines[1][0] + 6 * most, 0) == five.input_lines[1]
 
@@ -285,10 +289,10 @@ def test_no_sampling_reads_more_than_the_window_that_was_asked_for():
 def test_the_sum_of_several_samplings_is_bounded_at_the_price_of_a_long_context():
     long = {**CLAUDE, "input_cost_per_token_above_200k_tokens": 10e-6,
             "output_cost_per_token_above_200k_tokens": 50e-6}
-    hosted = bound_of([SEARCH], row=long).hosted
+    bound = bound_of([SEARCH], row=long)
 
     assert [(5 * 10 ** 6, 25 * 10 ** 6), (10 ** 7, 5 * 10 ** 7)] == [
-        hosted.levels[0].rates, hosted.levels[1].rates]
+        bound.levels[0].rates, bound.levels[1].rates]
 
 
 @pytest.mark.parametrize("provider, fields, cap, changed, without", [
@@ -298,4 +302,7 @@ def test_the_sum_of_several_samplings_is_bounded_at_the_price_of_a_long_context(
     ("openai", {"max_tokens": 9, "max_completion_tokens": 5}, 7, {"max_tokens": 7}, set()),
     ("openai", {}, None, {}, set())])
 def test_a_cap_stands_where_the_provider_heeds_it(provider, fields, cap, changed, without):
-    assert (changed, without) == ic.capped_output("chat", ic.manners_of(provider), fields, cap)
+    changes = ic.Changes("chat", fields)
+    changes.cap_output(ic.manners_of(provider), cap)
+
+    assert (changed, without) == (changes.set, changes.left_out)

@@ -163,13 +163,31 @@ def test_a_body_in_another_charset_is_refused(carrier, content_type, is_taken):
 
 
 @pytest.mark.parametrize("request_of", [
-    dict(query="_method=DELETE"), dict(headers=[("x-http-method-override", "GET")])])
+    dict(query="_method=DELETE"), dict(headers=[("x-http-method-override", "GET")]),
+    dict(query="a=1&%24httpHeaders=X-Vertex-AI-LLM-Shared-Request-Type%3Apriority")])
 @pytest.mark.parametrize("path, fields, method", [
     (*CHAT, "POST"), ("/v1/models", None, "GET")], ids=["metered", "unmetered"])
 def test_a_method_override_is_refused_under_a_budget(carrier, path, fields, method, request_of):
     carrier.refused(ic.UnmeteredRoute, path, fields, method=method, **request_of)
 
     assert (0, 0) == carrier.spent
+
+
+@pytest.mark.parametrize("name, dear, harmless", [
+    ("x-vertex-ai-llm-shared-request-type", "priority", "flex"),
+    ("x-vertex-ai-llm-request-type", "Priority", "Dedicated"),
+    ("x-amzn-bedrock-service-tier", "priority", "default"),
+    ("x-amzn-bedrock-servicetier", "of tomorrow", "flex"), ("service-tier", "priority", "standard"),
+    ("x-amzn-bedrock-performanceconfig-latency", "optimized", "standard"),
+    ("x-amzn-bedrock-guardrailidentifier", "g-1", None), ("x-ms-spillover-deployment", "d", None)])
+def test_a_header_that_makes_a_call_dearer_than_its_body_says_is_refused_under_a_budget(
+        carrier, name, dear, harmless):
+    error = carrier.refused(ic.UnmeteredRoute, *CHAT, headers=[("x-app", "y"), (name, dear)])
+
+    assert name in error.message
+    assert (0, 0) == carrier.spent
+    if harmless is not None:
+        ic.check_head(carrier.request(*CHAT, headers=[(name, harmless)]))
 
 
 # Values that a field of any request may be made of, and where they are put.

@@ -17,7 +17,7 @@ LAB = ic.Provider(name="lab", format="openai", base_url="https://lab.example")
 
 
 def call_of(api="chat", *, events=None, answer=None, status=200, streams=True, was_sent=True,
-            provider=LAB, bound=None, **fields):
+            provider=LAB, bound=None, level=None, **fields):
     """A call under a budget that was sent, and what came of it; its input is bounded at $0.0001."""
     body = ic.parse_json_object(json.dumps(
         {"model": "m", **({"stream": True} if streams else {}), **fields}).encode())
@@ -25,8 +25,7 @@ def call_of(api="chat", *, events=None, answer=None, status=200, streams=True, w
     call.price, call.status, call.was_sent = BOOK.price("m", "lab"), status, was_sent
     choices = ic._choices(api, body.fields)
     call.bound = ic.Bound(
-        input_tokens=100, input_picodollars=100 * 10 ** 6, output_picodollars=5 * 10 ** 6 * choices,
-        unlimited_output_tokens=0, asked_output_tokens=CAP, most_output_tokens=CAP,
+        (ic.Level(((100, 0),), (10 ** 6, 5 * 10 ** 6 * choices), **(level or {})),), 100, asked_output_tokens=CAP, most_output_tokens=CAP,
         **(bound or {}))
     call.reservation = SimpleNamespace(microdollars=call.bound.microdollars(CAP), output_cap=CAP)
     for event in events or ():
@@ -162,7 +161,7 @@ BEGUN, MORE = start(input_tokens=3), {"type": "content_block_delta", "delta": {"
 ])
 def test_what_a_call_that_loops_costs(events, expected):
     """Its input counts from the last report only; else its bound and the fees are charged."""
-    call = call_of("messages", events=events, bound={"loops": True,
+    call = call_of("messages", events=events, level={"samplings": 2,
                                                      "fees_picodollars": 7 * 10 ** 6})
 
     assert expected == cost_of(call)[0]

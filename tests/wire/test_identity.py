@@ -404,10 +404,8 @@ def test_every_recorded_exchange_comes_out_byte_identical_and_is_charged(mock, p
 
 def most_input_tokens(bound) -> int:
     """Of all samplings, where a hosted tool makes the provider read the prompt again and again."""
-    if bound.hosted is None:
-        return bound.input_tokens
     return min(tokens + bound.output_tokens * each
-               for tokens, each in bound.hosted.levels[-1].input_lines)
+               for tokens, each in bound.levels[-1].input_lines)
 
 
 def test_no_recorded_prompt_was_billed_for_more_input_than_its_bound():
