@@ -8436,10 +8436,6 @@ class Budget(NamedTuple):
             return 0
         return None if self.limit is None else self.limit - self.spent - self.reserved
 
-    def lacks(self, least_free: int) -> bool:
-        """Whether less than that is free."""
-        return self.free is not None and self.free < least_free
-
     def as_json(self) -> dict:
         """Return the five amounts under their public names."""
         free = 0 if self.ended_by is not None else self.free
@@ -8583,7 +8579,8 @@ class Accounts:
         now_s = int(self._clock())
         with self._lock:
             budgets = [self.by_scope[scope].budget(now_s) for scope in claim.scopes]
-            if microdollars and any(map(Budget.lacks, budgets, least_free)):
+            if microdollars and any([budget.free is not None and budget.free < least
+                                     for budget, least in zip(budgets, least_free)]):
                 return budgets
             claim.microdollars = microdollars
             claim.admitted_s = max([now_s, *[budget.since_s for budget in budgets]])
@@ -8599,11 +8596,6 @@ class Accounts:
             for scope in claim.scopes:
                 self.by_scope[scope].add(claim.admitted_s, spent=microdollars,
                                          reserved=-claim.microdollars)
-
-    def add_spend(self, microdollars: int) -> None:
-        """Charge the proxy's scope an amount that nothing was reserved for."""
-        with self._lock:
-            self.by_scope[PROXY_SCOPE].add(int(self._clock()), spent=microdollars)
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
         """Return what scopes hold, all at one instant."""
@@ -8911,7 +8903,7 @@ class CostController:
     def add_spend(self, microdollars: int) -> None:
         """Charge the proxy's scope an amount that nothing was reserved for."""
         _check_amount(microdollars)
-        self.accounts.add_spend(microdollars)
+        self.accounts.settle(self.ask(fixed_bound(0)), microdollars)
 
     # Limits.
 
@@ -8990,33 +8982,29 @@ def session_scope(token: str, session: Optional[str]) -> str:
     return f"{token}/{session or ''}"
 
 
-def _session_advice(scope: str) -> str:
-    """Say what a refusal adds where the limit is that of a session."""
-    token, is_session, session = scope.partition("/")
+def _refusal(kind: type, words: str, budget: Budget, needed: int, affordable: int) -> IroncageError:
+    """Make a refusal by a scope, which says whose it is where that is a session's."""
+    token, is_session, session = budget.scope.partition("/")
     which = f"the session {session}" if session else "calls that name no session"
-    return f" This is the budget of {which} under the token {token} (session_budget_usd)." \
-        if is_session else ""
+    whose = f" This is the budget of {which} under the token {token} (session_budget_usd)."
+    return kind(words + whose * bool(is_session), headers=DO_NOT_RETRY, details={
+        "scope": budget.scope, "limit": budget.ended_by or "budget",
+        "limit_microdollars": budget.limit, "spent_microdollars": budget.spent,
+        "reserved_microdollars": budget.reserved, "needed_microdollars": needed,
+        "affordable_output_tokens": max(0, affordable)})
 
 
-def _refusal_details(budget: Budget, needed: int, affordable_output_tokens: int) -> dict:
-    return {"scope": budget.scope, "limit": budget.ended_by or "budget",
-            "limit_microdollars": budget.limit, "spent_microdollars": budget.spent,
-            "reserved_microdollars": budget.reserved, "needed_microdollars": needed,
-            "affordable_output_tokens": max(0, affordable_output_tokens)}
-
-
-def budget_exceeded(budget: Budget, needed: int = 0) -> BudgetExceeded:
+def budget_exceeded(budget: Budget, needed: int = 0) -> IroncageError:
     """Make the refusal when nothing is left, in the original's words."""
     name, raised, amount = ("Stop at", "stop", budget.stop_at) if budget.ended_by == "stop_at" \
         else ("Limit", "limit", budget.limit)
-    return BudgetExceeded(
-        f"Iron Cage budget limit exceeded. Spent: {format_usd(budget.spent)}, "
+    return _refusal(
+        BudgetExceeded, f"Iron Cage budget limit exceeded. Spent: {format_usd(budget.spent)}, "
         f"Reserved: {format_usd(budget.reserved)}, {name}: {format_usd(amount)}. "
-        f"Raise the {raised} to go on.{_session_advice(budget.scope)}",
-        details=_refusal_details(budget, needed, 0), headers=DO_NOT_RETRY)
+        f"Raise the {raised} to go on.", budget, needed, 0)
 
 
-def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
+def insufficient_budget(budget: Budget, bound: Bound) -> IroncageError:
     """Make the refusal of a request whose worst case does not fit; the original's words come first.
 
     It says which part does not fit, and what would. Its cost is the least that would be admitted.
@@ -9024,30 +9012,29 @@ def insufficient_budget(budget: Budget, bound: Bound) -> InsufficientBudget:
     uses, free = bound.least_uses, budget.limit - budget.spent - budget.reserved
     needed = bound.microdollars(bound.worthwhile_output_tokens, uses)
     affordable = min(bound.affordable_output_tokens(free, uses), bound.most_output_tokens)
-    raised = f"raise the limit to {format_usd(budget.spent + budget.reserved + needed)} or more"
     if affordable < max(1, bound.least_output_tokens):
         tools = " and what tools at the provider add to it", ", fewer uses of them (max_uses)"
         why, less = tools if bound.loops or len(bound.levels) > 1 else ("", "")
         why += " and the reasoning that no cap holds" if bound.reasoning_tokens else ""
         advice = f"Its input{why} alone can cost {format_usd(bound.microdollars(0, uses))}: send " \
-            f"less input{less}, or {raised}"
+            f"less input{less}"
     else:
-        advice = f"Its input fits, its output does not: reduce max_tokens to {affordable} or " \
-            f"less, or {raised}"
+        advice = "Its input fits, its output does not: reduce max_tokens to " \
+            f"{affordable} or less"
     waits = ", or wait for in-flight requests to complete" if budget.reserved else ""
-    return InsufficientBudget(
-        "Iron Cage budget insufficient for this request. "
-        f"Available: {format_usd(max(0, free))}, Estimated max cost: {format_usd(needed)}. "
-        f"{advice}{waits}.{_session_advice(budget.scope)}",
-        details=_refusal_details(budget, needed, affordable), headers=DO_NOT_RETRY)
+    return _refusal(
+        InsufficientBudget, "Iron Cage budget insufficient for this request. "
+        f"Available: {format_usd(max(0, free))}, Estimated max cost: {format_usd(needed)}. {advice}"
+        f", or raise the limit to {format_usd(budget.spent + budget.reserved + needed)} or more"
+        f"{waits}.", budget, needed, affordable)
 
 
-def budget_refusal(budget: Budget, bound: Bound) -> BudgetExceeded:
+def budget_refusal(budget: Budget, bound: Bound) -> IroncageError:
     """Make the refusal of a request's bound in a scope."""
-    if budget.ended_by is not None:
-        return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens,
-                                                          bound.least_uses))
-    return insufficient_budget(budget, bound)
+    if budget.ended_by is None:
+        return insufficient_budget(budget, bound)
+    return budget_exceeded(budget, bound.microdollars(bound.worthwhile_output_tokens,
+                                                      bound.least_uses))
 
 
 # ==== 17. Ledger ================================================================================
@@ -9158,6 +9145,7 @@ _INSERT = (f"INSERT INTO calls ({', '.join(LEDGER_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in LEDGER_COLUMNS)})")
 _SETTLE = (f"UPDATE calls SET {', '.join(f'{name} = :{name}' for name in _SETTLED_COLUMNS)} "
            "WHERE id = :id AND settled_ms IS NULL")
+_INSERT_SHARED = "INSERT INTO shared_calls VALUES (last_insert_rowid(), ?, 0)"
 _UNCONFIRMED = ("SELECT * FROM shared_calls JOIN calls USING (id) WHERE NOT is_confirmed "
                 "AND settled_ms IS NOT NULL ORDER BY id")
 _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdollars, estimated = "
@@ -9293,13 +9281,11 @@ class MemoryLedger:
 
 
 class _Write:
-    """One statement that waits to be committed."""
+    """Statements that wait to be committed together."""
 
-    def __init__(self, statement: str, row: Any, *, is_intent: bool = False,
-                 shared: Optional[str] = None) -> None:
-        self.statement, self.row = statement, row
+    def __init__(self, *statements: tuple[str, Any], is_intent: bool = False) -> None:
+        self.statements = statements
         self.is_intent = is_intent            # it is given up where it cannot be written at once
-        self.shared = shared                  # what the engine of a shared budget knows a call by
         self.is_written = False
         self.error: Optional[Exception] = None
 
@@ -9622,7 +9608,7 @@ class SqliteLedger:
                 "fields": {"ledger": self._path, "rows": foreign}})
         self._newest = max(last_id, state["sealed_id"])      # the id of a deleted row comes no more
         self.recovered += self._recover(state["tallied_id"])
-        self._wait_for_others(0)
+        self._waits_s = LEDGER_BUSY_S         # for other programs, as of now
         beside = () if LOCKS_DATABASE else (self._path + ".lock",)
         self._watched = {name: _identity_at(name) for name in (
             self._path, self._path + "-wal", self._path + "-shm", *beside)}
@@ -9646,8 +9632,8 @@ class SqliteLedger:
 
     def keep_count(self, row: CountRow) -> None:
         """Write a count with the next commit: to lose one costs nothing but a guess."""
-        self._queue.append(_Write("INSERT OR REPLACE INTO counts VALUES (?, ?, ?, ?, ?, ?, ?)",
-                                  count_cells(row)))
+        self._queue.append(_Write(("INSERT OR REPLACE INTO counts VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                   count_cells(row))))
 
     def look(self) -> Optional[OSError]:
         """Say why the files are not as we left them, and log what is new; None: they are."""
@@ -9674,7 +9660,8 @@ class SqliteLedger:
     def intent(self, row: dict, shared: Optional[str] = None) -> None:
         """Put a call on disk before it is sent, with what the engine of a shared budget knows it
         by. Raises LedgerUnavailable: it must not be sent."""
-        self._write_first(_Write(_INSERT, row, is_intent=True, shared=shared),
+        known = () if shared is None else ((_INSERT_SHARED, (shared,)),)
+        self._write_first(_Write((_INSERT, row), *known, is_intent=True),
                           "nothing is sent to providers")
 
     def unconfirmed(self) -> list[dict]:
@@ -9684,12 +9671,12 @@ class SqliteLedger:
 
     def confirm(self, row_id: int) -> None:
         """Note with the next commit that it knows. Were that lost, it would be settled again."""
-        self._queue.append(_Write("UPDATE shared_calls SET is_confirmed = 1 WHERE id = ?",
-                                  (row_id,)))
+        self._queue.append(_Write(("UPDATE shared_calls SET is_confirmed = 1 WHERE id = ?",
+                                   (row_id,))))
 
     def settle(self, row: dict) -> None:
         """Complete a call's row. Where that fails it is kept, and goes with the next write."""
-        error = self._write(_Write(_SETTLE, stored_row(row)))
+        error = self._write(_Write((_SETTLE, stored_row(row))))
         if error is not None:
             log.error("a settlement is not in the ledger yet", extra={"fields": {
                 "request_id": row["request_id"], "reason": _reason(error)}})
@@ -9701,26 +9688,29 @@ class SqliteLedger:
                                     f"{otherwise}: {_reason(error)}")
 
     def _write(self, write: _Write) -> Optional[Exception]:
-        """Commit a statement, together with all that others queued meanwhile; or say why not."""
+        """Commit statements, together with all that others queued meanwhile; or say why not."""
         fault = self.look() if write.is_intent else None
         if fault is not None:
             return fault
         self._queue.append(write)
         if self._is_quick and self._turn.acquire(blocking=False):
             try:                    # it takes 50 us; to go aside for it would take as long again
-                self._commit(self._queue[:])
+                self._commit()
             finally:
                 self._turn.release()
         if not write.is_written:
             with self._aside(), self._turn:
                 if not write.is_written and write.error is None:
-                    self._commit_patiently()
+                    self._commit(is_patient=True)
         return write.error
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Write all that is executed inside, or nothing of it."""
+    def _transaction(self, wait_s: int = 0) -> Iterator[None]:
+        """Write all that is executed inside, or nothing of it; wait so long for other programs."""
         try:
+            if wait_s != self._waits_s:
+                self._db.execute(f"PRAGMA busy_timeout = {wait_s * 1000}")
+                self._waits_s = wait_s
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
@@ -9729,29 +9719,31 @@ class SqliteLedger:
                 self._db.execute("ROLLBACK")
             raise
 
-    def _commit(self, batch: Sequence[_Write]) -> Optional[Exception]:
-        """Write all that is at the head of the queue; or say why not, and leave it there.
+    def _commit(self, *, is_patient: bool = False) -> None:
+        """Write all that is queued. One that is patient waits for other programs; where it fails,
+        intents leave the queue, and settlements stay in it.
 
         Ids are given here, and count once it is committed: so there is no gap.
         """
-        newest = self._newest
+        batch, newest = self._queue[:], self._newest
         try:
-            with self._transaction():
-                for write in batch:
-                    if write.statement is _INSERT:
+            with self._transaction(LEDGER_BUSY_S if is_patient else 0):
+                for statement, row in [pair for write in batch for pair in write.statements]:
+                    if statement is _INSERT:
                         newest += 1
-                        write.row["id"] = newest
-                    self._db.execute(write.statement, write.row)
-                    if write.shared is not None:
-                        self._db.execute("INSERT INTO shared_calls VALUES (?, ?, 0)",
-                                         (newest, write.shared))
+                        row["id"] = newest
+                    self._db.execute(statement, row)
         except self._unwritable as err:
-            return err
+            if is_patient:
+                self._has_failed = True
+                for write in batch:
+                    write.error = err
+                self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
+            return
         self._newest, self._has_failed = newest, False
         for write in batch:
             write.error, write.is_written = None, True
         del self._queue[:len(batch)]
-        return None
 
     def is_failing(self) -> bool:
         """Whether the last write failed, or the files are not as we left them."""
@@ -9759,25 +9751,7 @@ class SqliteLedger:
 
     def try_to_write(self) -> Optional[Exception]:
         """Say why nothing can be written now; None: it can be, and what waited is."""
-        return self._write(_Write("UPDATE chain SET closed = 0", (), is_intent=True))
-
-    def _wait_for_others(self, most_s: int) -> None:
-        """Set how long a statement waits for another program from now on."""
-        with contextlib.suppress(self._errors):
-            self._db.execute(f"PRAGMA busy_timeout = {most_s * 1000}")
-
-    def _commit_patiently(self) -> None:
-        """Wait for other programs. Intents that cannot be written leave the queue, settlements
-        stay in it."""
-        batch = self._queue[:]
-        self._wait_for_others(LEDGER_BUSY_S)
-        error = self._commit(batch)
-        self._wait_for_others(0)
-        self._has_failed = error is not None
-        if error is not None:
-            for write in batch:
-                write.error = error
-            self._queue[:len(batch)] = [write for write in batch if not write.is_intent]
+        return self._write(_Write(("UPDATE chain SET closed = 0", ()), is_intent=True))
 
     def _sum(self, which: str, since_s: int, **values: Optional[str]) -> int:
         """Return what some rows cost. On the connection that writes: a slow reader is not in the
@@ -9839,8 +9813,8 @@ class SqliteLedger:
         """Write what a price says with the next commit, once for each price."""
         if digest not in self._kept_prices:
             self._kept_prices.add(digest)
-            self._queue.append(_Write("INSERT OR IGNORE INTO prices VALUES (?, ?)",
-                                      (digest, price.cells())))
+            self._queue.append(_Write(("INSERT OR IGNORE INTO prices VALUES (?, ?)",
+                                       (digest, price.cells()))))
 
     # Upkeep.
 
@@ -9871,19 +9845,19 @@ class SqliteLedger:
 
     def keep_lease(self, lease: Lease) -> None:
         """Remember on disk that it must be given back. Raises LedgerUnavailable."""
-        self._write_first(_Write("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease,
+        self._write_first(_Write(("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", lease),
                                  is_intent=True), "no budget is leased")
 
     def forget_lease(self, lease: Lease) -> None:
         """Forget one that was given back. Else it would be given back twice, and refused."""
-        self._write(_Write("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id],
+        self._write(_Write(("DELETE FROM leases WHERE lease_id = ?", [lease.lease_id]),
                            is_intent=True))
 
     def close(self) -> None:
         """Write what is still queued, and let go of the file."""
         with self._turn:
             if self._queue:
-                self._commit_patiently()
+                self._commit(is_patient=True)
         for _ in range(STEPS_AT_CLOSE):
             if not self.tend():
                 break
@@ -10157,17 +10131,16 @@ class LedgerAudit:
 
     def _check_sums(self, db: sqlite3.Connection) -> None:
         """Compare the totals by day with the rows of the days that are not folded."""
-        total, tallied = [0, 0], sum(cost for _, cost in self._days.values())
-        for day, *sums in db.execute("SELECT day, SUM(requests), SUM(cost_microdollars) "
-                                     "FROM daily GROUP BY day"):
+        state, total, nothing = self.state, [0, 0], [0, 0]
+        days = {day: sums for day, *sums in db.execute(
+            "SELECT day, SUM(requests), SUM(cost_microdollars) FROM daily GROUP BY day")}
+        for day in sorted({*days, *self._days}):
+            sums, rows = days.get(day, nothing), self._days.get(day, nothing)
             total = [*map(operator.add, total, sums)]
-            rows = self._days.pop(day, [0, 0])
-            if rows != sums if day > self.state["folded_day"] else rows[0] > sums[0]:
+            if rows != sums if day > state["folded_day"] else rows[0] > sums[0]:
                 self._differ(time.strftime("%Y-%m-%d", time.gmtime(day * DAY_S)), sums, rows)
-        for day, rows in self._days.items():
-            self._differ(f"day {day}", [0, 0], rows)
-        state = self.state
-        self.total_microdollars = self.cost_microdollars + total[1] - tallied
+        self.total_microdollars = self.cost_microdollars + total[1] - sum(
+            cost for _, cost in self._days.values())
         if total != [state["tallied"], state["tallied_microdollars"]]:
             self._differ("all days", total, [state["tallied"], state["tallied_microdollars"]])
 
@@ -13204,8 +13177,7 @@ class EngineAddress(NamedTuple):
         return f"unix://{self.host}" if self.scheme == "unix" \
             else f"{self.scheme}://{self.host}:{self.port}/{self.database}"
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
 
 def parse_engine_url(text: str) -> EngineAddress:
@@ -13319,7 +13291,7 @@ class EngineLink:
     def __init__(self, address: EngineAddress, turns: Turns, deadline_s: float) -> None:
         with turns.outside():
             sock = self._connected(address, max(0.001, deadline_s - time.monotonic()))
-        self._wire, self._secret = Wire(sock, turns), address.password
+        self.wire, self._secret = Wire(sock, turns), address.password
         self._data, self._at, self._deadline_s = b"", 0, deadline_s
         self.is_whole = False                 # all that was asked for came, and nothing else
         login = [[*(("AUTH", address.user) if address.user else ("AUTH",)), address.password]] \
@@ -13330,7 +13302,7 @@ class EngineLink:
             with replied():
                 self.run_id = re.search(rb"run_id:(\w+)", info)[1].decode("ascii")
         except BaseException:
-            self.close()
+            self.wire.close()
             raise
 
     @staticmethod
@@ -13349,7 +13321,7 @@ class EngineLink:
         """Send commands in one write, and read all of their replies. Raises EngineFailed for one
         that is an error."""
         self._deadline_s, self.is_whole = deadline_s, False
-        self._wire.send(b"".join(map(format_command, commands)), deadline_s - time.monotonic())
+        self.wire.send(b"".join(map(format_command, commands)), deadline_s - time.monotonic())
         replies = [read_reply(self._part) for _ in commands]
         self.is_whole = self._at == len(self._data)
         for reply in replies:
@@ -13363,7 +13335,7 @@ class EngineLink:
             end = self._data.find(b"\r\n", self._at) if size < 0 else self._at + size
             if 0 <= end <= len(self._data) - 2:
                 break
-            more = self._wire.receive(self._deadline_s - time.monotonic())
+            more = self.wire.receive(self._deadline_s - time.monotonic())
             if not more:
                 raise EOFError("it closed the connection")
             self._data, self._at = self._data[self._at:] + more, 0
@@ -13373,13 +13345,6 @@ class EngineLink:
         if behind != b"\r\n":
             raise ValueError(NOT_A_REPLY)
         return part
-
-    def is_usable(self) -> bool:
-        """Whether it is still open, and silent, as between two exchanges."""
-        return not self._wire.is_readable()
-
-    def close(self) -> None:
-        self._wire.close()
 
 
 class Engine:
@@ -13428,9 +13393,9 @@ class Engine:
         while True:
             with self._lock:
                 link = self._idle.pop() if self._idle else None
-            if link is None or link.is_usable():
+            if link is None or not link.wire.is_readable():       # open and silent
                 return link
-            link.close()
+            link.wire.close()
 
     def _give_back(self, link: EngineLink) -> None:
         with self._lock:
@@ -13438,13 +13403,13 @@ class Engine:
             if keeps:
                 self._idle.append(link)
         if not keeps:
-            link.close()
+            link.wire.close()
 
     def close(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
         for link in idle:
-            link.close()
+            link.wire.close()
 
 
 @contextlib.contextmanager
@@ -13532,7 +13497,6 @@ local function close(process, number, record, cost)
   add(record, 's', cost)
   add(record, 'r', 0 - parts(record))
   redis.call('HDEL', key('open', process), number)
-  entomb(process, number)
 end
 local function count(record, label, counts, sign)      -- into the totals of its day
   local _, admitted = parts(record)
@@ -13550,6 +13514,7 @@ end
 local function cut_off(process, number)         -- charged at its bound, which may be corrected
   local record = redis.call('HGET', key('open', process), number)
   close(process, number, record, (parts(record)))
+  entomb(process, number)
   count_cut_off(record, 1)
   redis.call('HSET', key('lost', process), number, record)
   redis.call('EXPIRE', key('lost', process), 2 * TOMBSTONE_S)
@@ -13586,25 +13551,24 @@ return reply(taken, found)
 local process, number, record, cost = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
 local open = redis.call('HGET', key('open', process), number)
 local lost = redis.call('HGET', key('lost', process), number)
-local outcome = 'settled'
+local outcome, _, admitted, names = 'settled', parts(lost or open or record)
 if lost then
   add(lost, 's', cost - parts(lost))
   count_cut_off(lost, -1)
   redis.call('HDEL', key('lost', process), number)
-  record, outcome = lost, 'corrected'
+  outcome = 'corrected'
 elseif redis.call('GETBIT', key('done', process), number) == 1 then
   outcome = 'known'
 elseif open then
   close(process, number, open, cost)
-  record = open
-elseif record ~= '' then
-  local _, admitted = parts(record)
+elseif admitted then
   if admitted < now - TOMBSTONE_S then return reply('old', {}) end
   add(record, 's', cost)
 end
 entomb(process, number)
-if outcome ~= 'known' and ARGV[7] ~= '' then count(record, ARGV[7], {unpack(ARGV, 8)}, 1) end
-local _, _, names = parts(record)
+if outcome ~= 'known' and ARGV[7] ~= '' then
+  count(lost or open or record, ARGV[7], {unpack(ARGV, 8)}, 1)
+end
 return reply(outcome, scopes(names))
 """,
     # process, scope to look at, the last number that the process gave, then (number, record) of
@@ -13936,7 +13900,10 @@ class SharedAccounts:
         """Do as Accounts.take, by one exchange. One without a reply is cancelled."""
         if self._is_entering:
             raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
-        number, microdollars = self._new_number(opens=True), min(microdollars, MOST_SHARED)
+        microdollars = min(microdollars, MOST_SHARED)
+        with self._lock:
+            self._last_number = number = self._last_number + 1
+            self._open[number] = ""
         try:
             taken, budgets = self._run("take", self._process, number, microdollars,
                                        "|".join(claim.scopes), *least_free,
@@ -13958,13 +13925,6 @@ class SharedAccounts:
         claim.is_limited |= any(budget.limit is not None for budget in budgets)
         claim.shared = f"{self._generation}/{self._process}/{number}/{record}"
         return None
-
-    def _new_number(self, *, opens: bool = False) -> int:
-        with self._lock:
-            self._last_number += 1
-            if opens:
-                self._open[self._last_number] = ""
-            return self._last_number
 
     def _end(self, settlement: Settlement, *, is_new: bool = True) -> None:
         """End a call of ours here; the engine is to hear of it, unless it cannot know the call."""
@@ -14010,11 +13970,6 @@ class SharedAccounts:
     def _hold_s(self) -> float:
         """Return for how long a restart bars admissions: a heartbeat, and the time to be heard."""
         return HEARTBEAT_S + 2 * ENGINE_DEADLINE_S
-
-    def add_spend(self, microdollars: int) -> None:
-        """Charge the proxy's scope an amount that nothing was reserved for."""
-        self._settle_there(Settlement(self._process, self._new_number(),
-                              f"0|{int(time.time())}|{PROXY_SCOPE}", microdollars))
 
     def budgets(self, scopes: Sequence[str]) -> list[Budget]:
         """Return what scopes hold, all at one instant. Raises EngineFailed."""
@@ -14207,16 +14162,16 @@ def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[S
     address = settings.shared
     if address is None:
         return None
-    if address.is_public:
-        log.warning("the password of the shared budget is in the command line, where every "
-                    "process of this machine can read it; put the URL into IRONCAGE_SHARED")
-    if address.scheme == "redis" and not LOOPBACK_HOST.fullmatch(address.host):
-        log.warning("redis:// sends the password of the shared budget, and what is spent, in the "
-                    "clear: use rediss:// over a network that others can read",
-                    extra={"fields": {"engine": str(address)}})
-    if not address.password:
-        log.warning("the engine of the shared budget has no password: an agent that can reach it "
-                    "can change its budget", extra={"fields": {"engine": str(address)}})
+    for is_so, warning in (
+            (address.is_public, "the password of the shared budget is in the command line, where "
+             "every process of this machine can read it; put the URL into IRONCAGE_SHARED"),
+            (address.scheme == "redis" and not LOOPBACK_HOST.fullmatch(address.host),
+             "redis:// sends the password of the shared budget, and what is spent, in the clear: "
+             "use rediss:// over a network that others can read"),
+            (not address.password, "the engine of the shared budget has no password: an agent that "
+             "can reach it can change its budget")):
+        if is_so:
+            log.warning(warning, extra={"fields": {"engine": str(address)}})
     return SharedAccounts(Engine(address, turns), settings.cage, ledger, fsync=settings.fsync,
                           limit=settings.budget_microdollars,
                           stop_at=settings.stop_at_microdollars)

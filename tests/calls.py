@@ -166,6 +166,8 @@ class Calls:
             return self._field(self._classes(node.value, known, owner), node.attr)
         if isinstance(node, ast.Subscript):
             return self._classes(node.value, known, owner)
+        if isinstance(node, (ast.ListComp, ast.GeneratorExp)):
+            return self._classes(node.elt, known, owner)
         if isinstance(node, (ast.IfExp, ast.BoolOp, ast.List, ast.Starred)):
             parts = getattr(node, "values", None) or getattr(node, "elts", None) or (
                 [node.body, node.orelse] if isinstance(node, ast.IfExp)

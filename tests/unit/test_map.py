@@ -12,9 +12,9 @@ MONEY = [
     *(f"CostController.{name}" for name in (
         "reserve", "cancel", "commit", "add_spend", "set_budget", "set_limits", "set_scopes")),
     *(f"Accounts.{name}" for name in (
-        "settle", "take", "add_spend", "set_budget", "set_limits", "set_scopes", "session")),
+        "settle", "take", "set_budget", "set_limits", "set_scopes", "session")),
     "Account.add", *(f"SharedAccounts.{name}" for name in (
-        "settle", "take", "add_spend", "set_budget", "set_limits", "set_scopes"))]
+        "settle", "take", "set_budget", "set_limits", "set_scopes"))]
 SENDING = ("posted", "Router._send")                  # what opens them, for who asks for it
 CONNECTS = ("create_connection", "connect", "connect_ex", "sendto", "urlopen")
 # What replaces bytes of a message in its own API.
