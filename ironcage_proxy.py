@@ -6823,17 +6823,27 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
     is_over = False
     parts: dict[str, Part] = {}                      # by the index of their blocks
     for event in stream:
-        kind, index = event.get("type"), str(event.get("index"))
-        part = parts.get(index)
+        kind, part = event.get("type"), parts.get(str(event.get("index")))
         if kind == "content_block_delta" and part is not None:
-            grown = _block_grown(part, json_object(event.get("delta")))
-            if grown is not None:
-                yield grown
+            delta = json_object(event.get("delta"))
+            name = _DELTA_FIELDS.get(str(delta.get("type")))
+            more = delta.get(name)
+            if not more:
+                continue
+            if name == "citation":
+                part.citations += _citations_of(more)
+            elif not isinstance(more, str):
+                raise IN_ANSWER(name, "a string")
+            elif name == "signature":
+                part.native["signature"] = str(part.native.get("signature") or "") + more
+            elif part.kind in _STREAMED_KINDS:
+                yield part.grown(more)
+            else:
+                part.pieces.append(more)
         elif kind == "content_block_start":
-            block = json_object(event.get("content_block"))
-            part = parts[index] = _part_of_block(block)
+            part = parts[str(event.get("index"))] = _part_of_block(event.get("content_block"))
             yield part.opened()
-            text = block.get("thinking" if part.kind == "thought" else "text")
+            text = part.native.get("thinking" if part.kind == "thought" else "text")
             if isinstance(text, str) and text:
                 yield part.grown(text)
         elif kind == "content_block_stop" and part is not None:
@@ -6843,46 +6853,36 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
         elif kind == "message_start":
             message = json_object(event.get("message"))
             usage.update(json_object(message.get("usage")))
-            yield Began(str(message.get("id") or ""), message.get("model"), _tier_of(usage))
+            yield Began(str(message.get("id") or ""), message.get("model"),
+                        SERVED_TIERS.get(str(usage.get("service_tier"))))
         elif kind == "message_delta":
             usage.update((name, value) for name, value in json_object(event.get("usage")).items()
                          if value is not None)
             end.update(json_object(event.get("delta")))
         elif kind in ("message_stop", "done") and not is_over:
-            is_over = True
-            yield _end_of_message(end, usage)
+            is_over, stop, refusal = True, str(end.get("stop_reason")), None
+            if stop == "refusal":
+                details = json_object(end.get("stop_details"))
+                refusal = str(details.get("explanation")
+                              or f"refused: {details.get('category') or 'no reason given'}")
+            yield Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(usage),
+                        end.get("stop_sequence"), refusal,
+                        SERVED_TIERS.get(str(usage.get("service_tier"))))
 
 
-def _part_of_block(block: Mapping[str, Any]) -> Part:
-    part = Part(BLOCK_KINDS.get(str(block.get("type")), "other"), native={**block},
-                origin="messages", citations=_citations_of(block.get("citations")))
-    if part.kind in ("call", "search"):
-        part.id, part.name = str(block.get("id") or ""), str(block.get("name") or "")
-    return part
+def _part_of_block(block: Any) -> Part:
+    native = {**json_object(block)}
+    kind = BLOCK_KINDS.get(str(native.get("type")), "other")
+    own = {"id": str(native.get("id") or ""), "name": str(native.get("name") or "")} \
+        if kind in ("call", "search") else {}
+    return Part(kind, native=native, origin="messages", **own,
+                citations=_citations_of(native.get("citations")))
 
 
 def _citations_of(rows: Any) -> tuple[Citation, ...]:
     return () if not rows else tuple(
         Citation(str(row.get("url") or ""), str(row.get("title") or ""))
         for row in _parts_of(rows) if row.get("type") == "web_search_result_location")
-
-
-def _block_grown(part: Part, delta: Mapping[str, Any]) -> Optional[More]:
-    """Add a delta to the part of its block; return what a client sees of that, if anything."""
-    name = _DELTA_FIELDS.get(str(delta.get("type")))
-    more = delta.get(name)
-    if not more:
-        return None
-    if name == "citation":
-        part.citations += _citations_of(more)
-    elif not isinstance(more, str):
-        raise IN_ANSWER(name, "a string")
-    elif name == "signature":
-        part.native["signature"] = str(part.native.get("signature") or "") + more
-    else:
-        grown = part.grown(more)
-        return grown if part.kind in _STREAMED_KINDS else None
-    return None
 
 
 def _block_over(part: Part) -> Iterator[AnswerEvent]:
@@ -6895,20 +6895,6 @@ def _block_over(part: Part) -> Iterator[AnswerEvent]:
     elif part.native.get("type") == "thinking":
         part.native["thinking"] = part.text
     yield over
-
-
-def _tier_of(usage: Mapping[str, Any]) -> Optional[str]:
-    return SERVED_TIERS.get(str(usage.get("service_tier")))
-
-
-def _end_of_message(end: Mapping[str, Any], usage: Mapping[str, Any]) -> Ended:
-    stop, refusal = str(end.get("stop_reason")), None
-    if stop == "refusal":
-        details = json_object(end.get("stop_details"))
-        refusal = str(details.get("explanation")
-                      or f"refused: {details.get('category') or 'no reason given'}")
-    return Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(usage),
-                 end.get("stop_sequence"), refusal, _tier_of(usage))
 
 
 _DELTA_FIELDS = MappingProxyType({
