@@ -4238,12 +4238,6 @@ def words_of(body: Any, depth: int = 8) -> str:
     return f"{words}: {more}" if more and more != words else words
 
 
-def message_of(status: int, body: Any) -> str:
-    """Return what an error says, in words or else as it came."""
-    said = words_of(body) or (json.dumps(body, ensure_ascii=False)[:500] if body else "")
-    return said or f"the provider answered with the status {status}"
-
-
 def _parsed_error(text: str) -> Any:
     """Return the error that a text holds as JSON, for some pass on that of another server so."""
     if not 2 < len(text) <= MAX_ERROR_CHARS or text[0] not in "[{":
@@ -4252,6 +4246,25 @@ def _parsed_error(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+
+
+def failure_of(status: int, body: Any) -> Failure:
+    """Read an error of a provider, in its API's form or in another of its own."""
+    body = body[0] if isinstance(body, list) and body else body
+    holder = json_object(body)
+    inner = json_object(holder.get("error") or json_object(holder.get("response")).get("error")
+                        or body)
+    code, param, kind = (value if isinstance(value, str) else None for value in (
+        inner.get("code") or json_object(inner.get("details")).get("error_code"),
+        inner.get("param"), inner.get("type")))
+    if code in QUOTA_CODES or kind == "billing_error":
+        status = 402
+    message = words_of(body) or (json.dumps(body, ensure_ascii=False)[:500] if body else "") \
+        or f"the provider answered with the status {status}"
+    return overflow_of(Failure(status, message, code, param), inner)
 
 
 def overflow_of(failure: Failure, inner: Mapping[str, Any]) -> Failure:
@@ -6005,12 +6018,13 @@ class ChatWriter(AnswerWriter):
     """Writes an answer as a chat completion, whole or as chunks; [DONE] is the Router's."""
 
     def __init__(self, fields: Mapping[str, Any], created_at: int) -> None:
-        self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
         self._is_legacy = bool(fields.get("functions"))
         self._base: dict = {"created": created_at, "system_fingerprint": None}
-        self._length = self._annotations = 0         # of the text so far; how many
-        self._starts: dict[Part, int] = {}           # where each text begins in it
-        self._numbers: dict[Part, int] = {}          # of calls
+        self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
+        if self._wants_usage:
+            self._base["usage"] = None
+        self._length = self._calls = self._annotations = 0       # of the text so far; how many
+        self._places: dict[Part, int] = {}           # where a text begins in it; a call's number
 
     def whole(self, answer: Whole) -> dict:
         """Return an answer as a chat.completion."""
@@ -6021,7 +6035,7 @@ class ChatWriter(AnswerWriter):
         content = "".join([part.text for part in texts])
         refusal = "".join([ended.refusal or "", *(part.text for part in refusals)])
         said: dict = {"role": "assistant", "refusal": refusal or None,
-                "content": content if texts or not calls else None}
+                      "content": content if texts or not calls else None}
         starts = itertools.accumulate((len(part.text) for part in texts), initial=0)
         annotations = [row for part, at in zip(texts, starts) for row in _chat_notes(part, at)]
         if annotations:
@@ -6047,15 +6061,12 @@ class ChatWriter(AnswerWriter):
             else FINISH_REASONS[ended.reason]
 
     def _chunk(self, delta: dict, finish_reason: Optional[str] = None) -> dict:
-        body = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+        return {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
                                            "finish_reason": finish_reason}]}
-        if self._wants_usage:
-            body["usage"] = None
-        return body
 
     def _call_chunk(self, part: Part, row: Mapping[str, Any]) -> dict:
         return self._chunk({"function_call": row[CALL_MEMBERS[part.is_text][0]]} if self._is_legacy
-                           else {"tool_calls": [{"index": self._numbers[part], **row}]})
+                           else {"tool_calls": [{"index": self._places[part], **row}]})
 
     def _began(self, event: Began) -> Iterable[dict]:
         self._base.update(id="chatcmpl-" + id_stem(event.id), object="chat.completion.chunk",
@@ -6064,11 +6075,10 @@ class ChatWriter(AnswerWriter):
 
     def _opened(self, event: Opened) -> Iterable[dict]:
         part = event.part
-        if part.kind == "text":
-            self._starts[part] = self._length
         if part.kind != "call":
+            self._places[part] = self._length
             return ()
-        self._numbers[part] = len(self._numbers)
+        self._places[part], self._calls = self._calls, self._calls + 1
         return [self._call_chunk(part, _chat_call(part, ""))]
 
     def _more(self, event: More) -> Iterable[dict]:
@@ -6081,17 +6091,17 @@ class ChatWriter(AnswerWriter):
             self._length += len(text)
         return [self._chunk({name: text})] if name else ()
 
-    def _closed(self, event: Closed) -> Iterable[dict]:
+    def _closed(self, event: Closed) -> Iterator[dict]:
         part = event.part
         if part.kind == "thought":
             yield self._chunk({"thinking_blocks": [{"index": part.index, **thinking_block(part)}]})
-        rows = _chat_notes(part, self._starts.get(part, 0))
+        rows = _chat_notes(part, self._places[part])
         if rows:
             yield self._chunk({"annotations": [
                 {"index": number, **row} for number, row in enumerate(rows, self._annotations)]})
             self._annotations += len(rows)
 
-    def _ended(self, event: Ended) -> Iterable[dict]:
+    def _ended(self, event: Ended) -> Iterator[dict]:
         if event.refusal:
             yield self._chunk({"refusal": event.refusal})
         yield self._chunk({}, self._finish_reason(event))
@@ -6129,20 +6139,6 @@ OPENAI_ERRORS = MappingProxyType({
     429: ("requests", "rate_limit_exceeded"), 500: ("server_error", None),
     503: ("server_error", "overloaded"), 504: ("server_error", "timeout"),
 })
-QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
-
-
-def openai_failure(status: int, body: Any) -> Failure:
-    """Read an error of OpenAI's format, or of a server that has another for its errors."""
-    body = body[0] if isinstance(body, list) and body else body
-    holder = json_object(body)
-    inner = json_object(holder.get("error") or json_object(holder.get("response")).get("error")
-                        or body)
-    code, param = (value if isinstance(value, str) else None
-                   for value in (inner.get("code"), inner.get("param")))
-    if code in QUOTA_CODES:
-        status = 402
-    return overflow_of(Failure(status, message_of(status, body), code, param), inner)
 
 
 def openai_error(failure: Failure, request_id: str) -> tuple[int, dict]:
@@ -7084,15 +7080,6 @@ def _answer_blocks(part: Part) -> list[dict]:
     return []
 
 
-def anthropic_failure(status: int, body: Any) -> Failure:
-    """Read an error of Anthropic's."""
-    inner = json_object(json_object(body).get("error"))
-    message = message_of(status, body)
-    code = json_object(inner.get("details")).get("error_code")
-    return overflow_of(Failure(402 if inner.get("type") == "billing_error" else status, message,
-                               code if isinstance(code, str) else None), inner)
-
-
 def anthropic_error(failure: Failure, request_id: str) -> tuple[int, dict]:
     """Return an error in Anthropic's words, with its status."""
     text = failure.message
@@ -7413,7 +7400,7 @@ def responses_failure(status: int, body: Any) -> Failure:
     response = json_object(holder.get("response") or body)
     end = response_end(response, str(holder.get("type")))
     if end in ("", *ANSWER_ENDS) or words_of(response.get("error")):
-        return openai_failure(status, body)
+        return failure_of(status, body)
     return Failure(status, _ended_as(end).message)
 
 
@@ -7951,10 +7938,10 @@ class Dialect(NamedTuple):
 
 DIALECTS = MappingProxyType({
     "chat": Dialect("/v1/chat/completions", CHAT_NAMES, read_chat_request, _ChatRequest,
-                    chat_events, chat_stream_of, ChatWriter, openai_failure, openai_error),
+                    chat_events, chat_stream_of, ChatWriter, failure_of, openai_error),
     "messages": Dialect("/v1/messages", MESSAGES_NAMES, read_messages_request,
                         _MessagesRequest, messages_events, messages_stream_of,
-                        MessagesWriter, anthropic_failure, anthropic_error),
+                        MessagesWriter, failure_of, anthropic_error),
     "responses": Dialect("/v1/responses", RESPONSES_NAMES, read_responses_request,
                          _ResponsesRequest, responses_events, responses_stream_of,
                          ResponsesWriter, responses_failure, openai_error),

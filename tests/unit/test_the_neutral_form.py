@@ -101,7 +101,7 @@ def test_the_words_of_an_error_are_looked_for_to_a_bounded_depth(monkeypatch):
     (500, {"x": 1}, '{"x": 1}'), (503, None, "the provider answered with the status 503"),
     (503, {}, "the provider answered with the status 503")])
 def test_an_error_without_words_is_shown_as_it_came(status, body, message):
-    assert message == ic.message_of(status, body)
+    assert message == ic.failure_of(status, body).message
 
 
 # A full context.

@@ -495,7 +495,7 @@ def test_the_words_of_an_error_are_found_in_every_form(mock, lab, form):
     {"error": "Bad Request", "detail": [{"msg": "it is wrong", "loc": ["body"]}]},
     {"error": "Bad Request", "error_description": "it is wrong"}])
 def test_a_text_that_only_names_an_error_does_not_hide_its_words(body):
-    assert "Bad Request: it is wrong" == program().openai_failure(400, body).message
+    assert "Bad Request: it is wrong" == program().failure_of(400, body).message
 
 
 @pytest.mark.parametrize("words", CAPS)
@@ -519,7 +519,7 @@ def test_a_cap_that_does_not_fit_is_said_in_the_words_on_which_claude_code_lower
     "prompt is too long: 1 tokens > " + "8" * 4400])
 def test_an_error_of_any_length_keeps_its_words(words):
     """None is looked through for longer than it takes to read."""
-    failure = program().openai_failure(400, BODIES["OpenAI's"](words))
+    failure = program().failure_of(400, BODIES["OpenAI's"](words))
 
     assert program().anthropic_error(failure, "req_1")[1]["error"]["message"].endswith(words)
 
