@@ -173,7 +173,7 @@ MAX_INFLATED_BYTES = 64 * 1024 * 1024     # a compressed answer, inflated to rea
 READ_BYTES = 16 * 1024                    # one read from a socket: room for most messages
 LARGE_READ_BYTES = 64 * 1024              # and where it was full, the next
 BODY_READ_BYTES = 1024 * 1024             # those of a body that is read beside other requests
-LONG_TURN_BYTES = 64 * 1024               # a larger body is worked on beside other requests
+LONG_WORK_BYTES = 64 * 1024               # a larger body is worked on beside other requests
 COPIES = 3                                # of a body: as it came, parsed, and while it is
 UNCOUNTED_BYTES = 16 * 1024               # of memory: MAX_CONNECTIONS times that is 16 MB
 SMALL_CLAIM_BYTES = 2 * 1024 * 1024       # a quarter of the memory is kept for these
@@ -181,8 +181,8 @@ SMALL_CLAIM_BYTES = 2 * 1024 * 1024       # a quarter of the memory is kept for 
 # get it again took 30 ms of CPU for each body of 20 MB: so one of the largest that count is made,
 # never written to, and freed.
 FREED_BLOCK_BYTES = 32 * 1024 * 1024 - 64 * 1024
-MEMORY_WAIT_S = 20                        # in line for it; then the client may try again
-MEMORY_LINE = 64                          # of one token's requests; each is a thread that waits
+MEMORY_WAIT_S = 20                        # in the queue for it; then the client may try again
+MEMORY_QUEUE = 64                         # of one token's requests; each is a thread that waits
 INFLATED_AT_ONCE = 1024                   # compressed bytes, which can be a thousand times more
 LEAST_KEY_CHARS = 16                      # a shorter key may be a word of an answer
 OPEN_KEY_CHARS = 8                        # the start of a key, as "sk-proj-", is no secret
@@ -325,8 +325,9 @@ class Provider(NamedTuple):
         """Where a path of ours is called."""
         if self.format != "openai":
             return self.base_url + path
-        behind = re.sub("^/v1(?=/)", "", path)
-        return (self.base_url if behind != path else re.sub("/v1$", "", self.base_url)) + behind
+        if path.startswith("/v1/"):
+            return self.base_url + path[len("/v1"):]
+        return re.sub("/v1$", "", self.base_url) + path
 
     def credentials(self) -> dict[str, str]:
         """The headers that carry the key; none for a provider that needs no key."""
@@ -496,16 +497,18 @@ HOP_BY_HOP_HEADERS = frozenset({
 })
 # What browsers, and proxies on the way to us, say of this side, of who is there and how they let
 # them in. Source: what Caddy, nginx, Cloudflare, AWS, Tailscale, oauth2-proxy add, November 2026.
-LOCAL_HEADER = re.compile(r"forwarded|via|referer|origin|x-forwarded-.*|x-real-ip|.*-client-ip|"
-                          r"cf-.*|x-amzn-oidc-.*|x-auth-request-.*|tailscale-.*|remote-user")
+LOCAL_HEADERS = frozenset({"forwarded", "via", "referer", "origin", "x-real-ip", "remote-user"})
+LOCAL_HEADERS_BEGIN = ("x-forwarded-", "cf-", "x-amzn-oidc-", "x-auth-request-", "tailscale-")
+LOCAL_HEADERS_END = "-client-ip"
 # Beside those: the client's credentials and cookies, and what the sender writes itself.
-REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
+REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | LOCAL_HEADERS | {
     "host", "content-length", "content-encoding", "accept-encoding", "expect",
     "authorization", "x-api-key", "api-key", "cookie",
 }
 ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP_HEADERS | {
     "content-length", "set-cookie", "set-cookie2", "x-accel-buffering"}
 OWN_HEADERS = "x-ironcage-"               # they say what we say, in either direction
+KEPT_BACK_BEGIN = (OWN_HEADERS, *LOCAL_HEADERS_BEGIN)
 VENDOR_HEADER = re.compile(r"(anthropic|openai|x-stainless|x-claude|x-codex|x-app)(-|$)|"
                            r"content-type$")
 # Rate-limit headers: (Anthropic's, OpenAI's). A reset is a time for one, a duration for the other.
@@ -742,6 +745,8 @@ def split_path(path: str) -> tuple[str, str]:
     first, has_rest, rest = path[1:].partition("/")
     named = first if has_rest and first not in RESERVED_PROVIDERS else ""
     behind = "/" + rest if named else path
+    if behind in METERED_APIS:
+        return named, behind
     route = "/v1" + re.sub("^(/v1(?=/))+", "", behind)
     is_ours = route in METERED_APIS or any(re.fullmatch(row[1], route) for row in FREE_ROUTES)
     return named, route if is_ours else behind
@@ -3840,7 +3845,7 @@ class StreamReader:
     @property
     def holds_much(self) -> bool:
         """Whether an event, or an answer, is long, so that to read it takes long."""
-        return len(self._splitter.rest if self._whole is None else self._whole) > LONG_TURN_BYTES
+        return len(self._splitter.rest if self._whole is None else self._whole) > LONG_WORK_BYTES
 
     def read(self, pieces: list[bytes]) -> list[bytes]:
         """Return what to forward of one read; what is beyond the limits is not read."""
@@ -10779,7 +10784,7 @@ class Routes(NamedTuple):
 # of providers pass the same parser and the same body decoders. http.server's own parser takes
 # folded headers, bare CRs and two lengths, waits per read instead of in all, and http.client's
 # hands bytes on in blocks of its own; a proxy that holds keys can afford neither. A thread
-# that must wait for a socket lets another run: see Turns.
+# that must wait for a socket lets another run: see Slot.
 # Source: RFC 9112 (HTTP/1.1), section numbers beside the rules.
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -10859,7 +10864,8 @@ def offered_upgrades(headers: Headers) -> set[str]:
 
 def content_encoding(headers: Headers) -> str:
     """Return how a body is encoded, in lower case; "identity" where it is not."""
-    return (headers.get("content-encoding") or "identity").strip().lower()
+    encoding = headers.get("content-encoding")
+    return encoding.lower() if encoding else "identity"
 
 
 def media_type(headers: Headers) -> str:
@@ -10915,8 +10921,8 @@ def body_length(headers: Headers, *, otherwise: int) -> int:
 class BodyDecoder:
     """A message body: so many bytes, UNTIL_CLOSE, or CHUNKED (7.1), in the pieces that came.
 
-    `feed` returns the pieces of the body in some bytes, and raises MalformedHttp. Of a chunked one
-    a line that matches `_expected` is next, once the `_left` bytes of its chunk are in.
+    Of a chunked one a line that matches `_expected` is next, once the `_left` bytes of its chunk
+    are in.
     """
 
     def __init__(self, length: int) -> None:
@@ -10924,10 +10930,12 @@ class BodyDecoder:
         self.rest = b""                       # received and not used; at the end, what came after
         self._may_end = length == UNTIL_CLOSE
         self._left = max(0, length) if length != UNTIL_CLOSE else sys.maxsize
-        self._expected = _SIZE_LINE
-        self.feed = self._chunks_in if length == CHUNKED else self._piece_of
+        self._expected = _SIZE_LINE if length == CHUNKED else None
 
-    def _piece_of(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the pieces of the body in some bytes. Raises MalformedHttp."""
+        if self._expected is not None:
+            return self._chunks_in(data)
         piece, self.rest = data[:self._left], data[self._left:]
         self._left -= len(piece)
         self.is_done = not self._left
@@ -11006,32 +11014,32 @@ def has_hung_up(sock: socket.socket) -> Optional[bool]:
         return True
 
 
-class Seat:
-    """A thread's place among those that take turns."""
-    __slots__ = ("wake", "has_turn")
+class Waiter:
+    """A thread that may have to wait for the slot."""
+    __slots__ = ("wake", "has_slot")
 
     def __init__(self) -> None:
         self.wake = threading.Lock()         # taken while the thread waits; released to wake it
         self.wake.acquire()
-        self.has_turn = False
+        self.has_slot = False
 
 
 class _Here(threading.local):
-    """The seat of the thread that asks."""
+    """The waiter that the thread is which asks."""
 
     def __init__(self) -> None:
-        self.seat = Seat()
+        self.waiter = Waiter()
 
 
-class Turns:
-    """Which thread runs: one at a time, from each wait for a socket to its next.
+class Slot:
+    """Has one thread run at a time, from each wait for a socket to its next.
 
     Python runs one thread at a time anyway, but offers the interpreter to the others at every
     system call: with 16 connections a small request took 12 switches of threads, and takes 2.
-    (Measured: 250 us of CPU rather than 420.) A thread that must wait for a socket hands the turn
-    to the first in line, or, where nobody is, waits for the sockets of all. What can block or takes
-    long is done outside the turn, among the other threads of the process: connecting, files,
-    waiting for budget, large bodies, code of others. No lock is held from one turn to the next.
+    (Measured: 250 us of CPU rather than 420.) A thread that must wait for a socket hands the slot
+    to the first in the queue, or, where nobody is, waits for the sockets of all. What can block or
+    takes long is done outside the slot, among the other threads of the process: connecting, files,
+    waiting for budget, large bodies, code of others. No lock is held from one wait to the next.
 
     A thread that takes part   goes on to
       runs (one at most)       polls, parked: it waits for a socket; outside: leave()
@@ -11045,41 +11053,43 @@ class Turns:
         self._lock = threading.Lock()                # guards all but the last
         self._epoll: Optional[select.epoll] = None   # made by the first wait; Linux only
         self._wires: dict[int, Wire] = {}            # that it knows, by file descriptor
-        self._line: deque[Seat] = deque()            # those that can go on, in order
-        self._parked: set[Seat] = set()              # those that wait for sockets
+        self._queue: deque[Waiter] = deque()         # those that can go on, in order
+        self._parked: set[Waiter] = set()            # those that wait for sockets
         self._is_taken = False                       # somebody runs, or was woken to
         self._is_polling = False                     # somebody waits for the sockets of all
         self._here = _Here()
         self.on_fault: Callable[[str], None] = lambda name: None       # a thread of ours failed
 
     def take(self) -> None:
-        """Wait in line for the turn, unless this thread has it."""
-        seat = self._here.seat
-        if not seat.has_turn:
+        """Wait in the queue for the slot, unless this thread has it."""
+        waiter = self._here.waiter
+        if not waiter.has_slot:
             with self._lock:
-                self._join_locked(seat)
-            seat.wake.acquire()
-            seat.has_turn = True
+                self._queue.append(waiter)
+                self._pass_on_locked()
+            waiter.wake.acquire()
+            waiter.has_slot = True
 
     def leave(self) -> bool:
         """Let others run beside this thread; False if they do already."""
-        seat = self._here.seat
-        had_turn, seat.has_turn = seat.has_turn, False
-        if had_turn:
+        waiter = self._here.waiter
+        had_slot, waiter.has_slot = waiter.has_slot, False
+        if had_slot:
             with self._lock:
+                self._is_taken = False
                 self._pass_on_locked()
-        return had_turn
+        return had_slot
 
     @contextlib.contextmanager
     def outside(self, is_inside: bool = False) -> Iterator[None]:
         """Do what can block or takes long while others run; with `is_inside`, what only one
         connection may do at a time."""
-        had_turn = self._here.seat.has_turn
+        had_slot = self._here.waiter.has_slot
         (self.take if is_inside else self.leave)()
         try:
             yield
         finally:
-            (self.take if had_turn else self.leave)()
+            (self.take if had_slot else self.leave)()
 
     def inside(self) -> ContextManager[None]:
         """Do something that no connection may do at the same time."""
@@ -11088,28 +11098,28 @@ class Turns:
     def wait(self, wires: Sequence[Wire], deadline_s: float) -> list[Wire]:
         """Wait for one to two wires, and return those that can be read; none at a monotonic time.
         """
-        seat = self._here.seat
-        if not seat.has_turn or not hasattr(select, "epoll"):
+        waiter = self._here.waiter
+        if not waiter.has_slot or not hasattr(select, "epoll"):
             with self.outside():
                 readable = ready_of([wire.sock for wire in wires], deadline_s - time.monotonic())
             return [wire for wire in wires if wire.sock in readable]
         with self._lock:
             for wire in wires:
-                wire.seat, wire.is_ready = seat, False
+                wire.waiter, wire.is_ready = waiter, False
                 if not wire.is_armed:
                     self._arm_locked(wire)
-            polls = self._pause_locked(seat)
+            polls = self._pause_locked(waiter)
         while True:
-            if not (polls and self._poll(seat, wires, deadline_s)):
-                self._await_turn(seat, deadline_s)
+            if not (polls and self._poll(waiter, wires, deadline_s)):
+                self._await_slot(waiter, deadline_s)
             with self._lock:
                 ready = [wire for wire in wires if wire.is_ready]
                 if ready or time.monotonic() >= deadline_s:
                     return ready
-                polls = self._pause_locked(seat)
+                polls = self._pause_locked(waiter)
 
     def forget(self, wire: Wire) -> None:
-        """A wire is about to be closed."""
+        """Know no more of a wire, which is about to be closed."""
         with self._lock:
             if self._wires.get(wire.number) is wire:
                 del self._wires[wire.number]
@@ -11125,24 +11135,24 @@ class Turns:
         self._wires[wire.number] = wire
         wire.is_armed = True
 
-    def _pause_locked(self, seat: Seat) -> bool:
-        """Give up the turn for a wait; True where `seat` is to wait for the sockets of all."""
-        if self._line or self._is_polling:
-            self._parked.add(seat)
+    def _pause_locked(self, waiter: Waiter) -> bool:
+        """Give up the slot for a wait; True where `waiter` is to wait for the sockets of all."""
+        self._is_taken = False
+        if self._queue or self._is_polling:
+            self._parked.add(waiter)
             self._pass_on_locked()
             return False
-        self._is_polling, self._is_taken = True, False
+        self._is_polling = True
         return True
 
-    def _poll(self, seat: Seat, wires: Sequence[Wire], deadline_s: float) -> bool:
-        """Wait for the sockets of all, and line up those they wake; True if `seat` runs on."""
+    def _poll(self, waiter: Waiter, wires: Sequence[Wire], deadline_s: float) -> bool:
+        """Wait for the sockets of all, and queue those they wake; True if `waiter` runs on."""
         try:
             events = self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
         except BaseException:
             with self._lock:
-                self._is_polling = seat.has_turn = False
-                if not self._is_taken:
-                    self._pass_on_locked()
+                self._is_polling = waiter.has_slot = False
+                self._pass_on_locked()
             self.on_fault("the wait for all sockets")
             raise
         with self._lock:
@@ -11151,39 +11161,35 @@ class Turns:
                 wire = self._wires.get(number)
                 if wire is not None:
                     wire.is_armed, wire.is_ready = False, True
-                    if wire.seat in self._parked:
-                        self._parked.remove(wire.seat)
-                        self._line.append(wire.seat)
-            if not (self._is_taken or self._line):
+                    if wire.waiter in self._parked:
+                        self._parked.remove(wire.waiter)
+                        self._queue.append(wire.waiter)
+            if not (self._is_taken or self._queue):
                 self._is_taken = True
                 return True
-            if any([wire.is_ready for wire in wires]):
-                self._line.append(seat)
-            else:
-                self._parked.add(seat)
-            if not self._is_taken:
-                self._pass_on_locked()
+            is_ready = any([wire.is_ready for wire in wires])
+            (self._queue.append if is_ready else self._parked.add)(waiter)
+            self._pass_on_locked()
         return False
 
-    def _await_turn(self, seat: Seat, deadline_s: float) -> None:
-        """Wait until the turn comes; from the end of the line, where a deadline passes first."""
-        if not seat.wake.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+    def _await_slot(self, waiter: Waiter, deadline_s: float) -> None:
+        """Wait until the slot is free; from the end of the queue, where a deadline passes first."""
+        if not waiter.wake.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
             with self._lock:
-                if seat in self._parked:
-                    self._parked.remove(seat)
-                    self._join_locked(seat)
-            seat.wake.acquire()
-
-    def _join_locked(self, seat: Seat) -> None:
-        self._line.append(seat)
-        if not self._is_taken:
-            self._pass_on_locked()
+                if waiter in self._parked:
+                    self._parked.remove(waiter)
+                    self._queue.append(waiter)
+                    self._pass_on_locked()
+            waiter.wake.acquire()
 
     def _pass_on_locked(self) -> None:
-        """Give the turn to the first in line, or to one that will wait for the sockets of all."""
+        """Give the slot, if nobody runs, to the first in the queue, or to one that will wait for
+        the sockets of all."""
+        if self._is_taken:
+            return
         self._is_taken = True
-        if self._line:
-            self._line.popleft().wake.release()
+        if self._queue:
+            self._queue.popleft().wake.release()
         elif self._parked and not self._is_polling:
             self._parked.pop().wake.release()
         else:
@@ -11197,11 +11203,11 @@ class Wire:
     only shut_down() may be called from another.
     """
 
-    def __init__(self, sock: socket.socket, turns: Optional[Turns] = None) -> None:
+    def __init__(self, sock: socket.socket, slot: Optional[Slot] = None) -> None:
         sock.setblocking(False)
         self.sock, self.number = sock, sock.fileno()
-        self._turns = turns or Turns()
-        self.seat: Optional[Seat] = None               # these three are kept by Turns
+        self._slot = slot or Slot()
+        self.waiter: Optional[Waiter] = None               # these three are kept by Slot
         self.is_armed = self.is_ready = False
         self._decrypted = getattr(sock, "pending", int)       # bytes that TLS has read ahead
         self._unwatched: Optional[Wire] = None         # it sent its next request: no more to learn
@@ -11243,7 +11249,7 @@ class Wire:
     def _wait_to_read(self, deadline_s: float, watched: Optional[Wire]) -> None:
         while True:
             wires = (self,) if watched is None or watched is self._unwatched else (self, watched)
-            ready = self._turns.wait(wires, deadline_s)
+            ready = self._slot.wait(wires, deadline_s)
             if not ready:
                 raise TimeoutError("timed out")
             if self in ready:
@@ -11253,7 +11259,7 @@ class Wire:
             self._unwatched = watched
 
     def _wait_to_write(self, deadline_s: float) -> None:
-        with self._turns.outside():
+        with self._slot.outside():
             ready = ready_of([self.sock], deadline_s - time.monotonic(), writing=True)
         if not ready:
             raise TimeoutError("timed out")
@@ -11267,7 +11273,8 @@ class Wire:
     def await_line(self, deadline_s: float) -> bool:
         """Wait until a line began that is not empty (2.2); False if the peer closed first."""
         while True:
-            self.received = self.received[_EMPTY_LINES.match(self.received).end():]
+            if self.received[:1] == b"\r":
+                self.received = self.received[_EMPTY_LINES.match(self.received).end():]
             if self.received not in (b"", b"\r"):
                 return True
             begun, self.received = self.received, b""
@@ -11332,8 +11339,8 @@ class Wire:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def forget(self) -> None:
-        """Take the wire from its Turns, before its socket is closed."""
-        self._turns.forget(self)
+        """Take the wire from its Slot, before its socket is closed."""
+        self._slot.forget(self)
 
     def close(self) -> None:
         self.forget()
@@ -11354,8 +11361,12 @@ class Claim:
         """Hold so much for a part, waiting for it if need be. Raises BodyTooLarge, ServerBusy, and
         then holds what it held before."""
         before, self.parts[part] = self.parts[part], size
+        total = sum(self.parts.values())
+        if self.size <= total <= self.size + UNCOUNTED_BYTES:
+            self.is_under_way = True
+            return
         try:
-            self._memory.hold(self, sum(self.parts.values()))
+            self._memory.hold(self, total)
         except IroncageError:
             self.parts[part] = before
             raise
@@ -11367,7 +11378,8 @@ class Claim:
 
     def give_back(self) -> None:
         self.parts = dict.fromkeys(self.parts, 0)
-        self._memory.hold(self, 0)
+        if self.size:
+            self._memory.hold(self, 0)
 
 
 def out_of_memory() -> ServerBusy:
@@ -11385,22 +11397,19 @@ class Memory:
     owner who holds least first: a flood of large bodies waits behind all others.
     """
 
-    def __init__(self, limit_bytes: int, turns: Turns) -> None:
+    def __init__(self, limit_bytes: int, slot: Slot) -> None:
         bytes(FREED_BLOCK_BYTES)
-        self.limit_bytes, self._turns = limit_bytes, turns
+        self.limit_bytes, self._slot = limit_bytes, slot
         self.small_bytes = limit_bytes // 4
         self.common_bytes = limit_bytes - self.small_bytes
         self._lock = threading.Lock()                  # guards the rest
         self._used = [0, 0]                            # of the common part, and by small ones
         self._held: Counter = Counter()                # of the common part, by owner
-        self._line: list[tuple[Claim, int, threading.Event]] = []
+        self._queue: list[tuple[Claim, int, threading.Event]] = []
         self._is_closed = self._is_cut = False
 
     def hold(self, claim: Claim, size: int) -> None:
         """Let a claim hold so much. Raises BodyTooLarge where it never can, ServerBusy."""
-        if claim.size <= size <= claim.size + UNCOUNTED_BYTES:
-            claim.is_under_way = True
-            return
         if size > (self.limit_bytes if claim.is_under_way else self.common_bytes):
             raise BodyTooLarge(
                 f"this would take {size} bytes of memory, with what is made of it, and the proxy "
@@ -11410,17 +11419,17 @@ class Memory:
             if size < claim.size:
                 self._set_locked(claim, size, claim.is_small)
             else:
-                self._line.append(place)
+                self._queue.append(place)
             self._let_in_locked()
             if size == claim.size:
                 return
-            is_full = sum(other.owner == claim.owner for other, *_ in self._line) > MEMORY_LINE
+            is_full = sum(other.owner == claim.owner for other, *_ in self._queue) > MEMORY_QUEUE
             may_wait = self._may_wait_locked(claim) and (claim.is_under_way or not is_full)
-        with self._turns.outside():
+        with self._slot.outside():
             place[2].wait(MEMORY_WAIT_S if may_wait else 0)
         with self._lock:
-            if place in self._line:
-                self._line.remove(place)
+            if place in self._queue:
+                self._queue.remove(place)
                 self._let_in_locked()
                 raise out_of_memory() if self._may_wait_locked(claim) else \
                     ServerBusy("the proxy is stopping")
@@ -11429,7 +11438,7 @@ class Memory:
         """Let nobody wait any more, but for requests that are under way, unless those are cut."""
         with self._lock:
             self._is_closed, self._is_cut = True, cuts
-            for claim, _, wake in self._line:
+            for claim, _, wake in self._queue:
                 if not self._may_wait_locked(claim):
                     wake.set()
 
@@ -11437,16 +11446,16 @@ class Memory:
         return not (self._is_cut if claim.is_under_way else self._is_closed)
 
     def _let_in_locked(self) -> None:
-        """Give room to those in line who are next and fit; small ones pass a large one."""
+        """Give room to those in the queue who are next and fit; small ones pass a large one."""
         is_blocked = False
-        for place in sorted(self._line, key=lambda place: (
+        for place in sorted(self._queue, key=lambda place: (
                 not place[0].is_under_way, self._held[place[0].owner])):
             claim, size, has_room = place
             is_small = self._room_locked(claim, size)
             if is_small is None or (is_blocked and not is_small):
                 is_blocked = True
                 continue
-            self._line.remove(place)
+            self._queue.remove(place)
             self._set_locked(claim, size, is_small)
             has_room.set()
 
@@ -11475,7 +11484,7 @@ class Memory:
         """Return what is in use, for the status."""
         with self._lock:
             return {"limit_bytes": self.limit_bytes, "reserved_bytes": sum(self._used),
-                    "waiting": len(self._line)}
+                    "waiting": len(self._queue)}
 
 
 # ==== 20. Upstream ==============================================================================
@@ -11493,8 +11502,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     the request was written, else UpstreamBroke or UpstreamTimedOut; ClientGone.
     """
 
-    def __init__(self, timeouts: Timeouts, turns: Optional[Turns] = None) -> None:
-        self._timeouts, self._turns = timeouts, turns or Turns()
+    def __init__(self, timeouts: Timeouts, slot: Optional[Slot] = None) -> None:
+        self._timeouts, self._slot = timeouts, slot or Slot()
         self._lock = threading.Lock()      # guards the three fields below
         self._idle: dict[tuple, list[tuple[float, Wire]]] = {}
         self._busy: set[Wire] = set()
@@ -11504,17 +11513,16 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
         """Make one exchange, on a connection that was kept or a new one; raises as said above."""
-        headers = dict(request.header_items())
-        proxy_authorization = headers.pop("Proxy-authorization", None) \
-            if request._tunnel_host else None        # else it is this request's own header
-        body = request.data
+        headers, body, proxy_authorization = request.headers, request.data, None
+        if request._tunnel_host:                     # else it is this request's own header
+            proxy_authorization = headers.pop("Proxy-authorization", None)
         head = format_head(f"{request.method} {request.selector} HTTP/1.1", headers.items())
         place = (request.type, request.host, request._tunnel_host)
         for wire in self._idle_wires(place):
             response = self._exchange(wire, place, head, body, request)
             if response is not None:
                 return response
-        with self._turns.outside():
+        with self._slot.outside():
             wire = self._connect(request, proxy_authorization)
         response = self._exchange(wire, place, head, body, request)
         if response is None:
@@ -11557,7 +11565,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             reason = type(err).__name__ if isinstance(err, http.client.HTTPException) else \
                 re.sub(r"(?s)(Tunnel connection failed: \d+).*", r"\1", _reason(err))
             raise UpstreamUnreachable(f"the provider cannot be reached: {reason}") from err
-        return Wire(connection.sock, self._turns)
+        return Wire(connection.sock, self._slot)
 
     def _tls_context(self) -> ssl.SSLContext:
         with self._tls_lock:
@@ -11637,9 +11645,8 @@ class UpstreamRequest(urllib.request.Request):
     def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: Sequence[bytes],
                  watched: Optional[Wire], key: Optional[str] = None) -> None:
         vars(self).update(vars(_request_to(url)))
-        self.unredirected_hdrs = {}
         self.data, self.method, self.watched, self.key = body, method, watched, key
-        self.headers = dict(headers)        # as they are: add_header() would capitalize each
+        self.headers = {**headers}          # as they are: add_header() would capitalize each
 
 
 ESCAPED_BYTES = 16                      # one character of a key, in JSON within JSON within JSON
@@ -11686,7 +11693,7 @@ class KeyGuard:
         self._key = _unquoted(self._raw)
         self._inflate = inflating(encoding) if encoding != "identity" else None
         self._seen = b""                     # the end of the text before what waits
-        self._waiting = b""                  # what is not passed on
+        self.waiting = b""                  # what is not passed on yet
         if self._key and encoding != "identity" and self._inflate is None:
             raise UpstreamBroke("the provider's answer has another content-encoding than gzip or "
                                 "deflate: its key could be in it unseen, so it is not passed on")
@@ -11696,8 +11703,8 @@ class KeyGuard:
         if not self._key:
             return pieces
         came, at = b"".join(pieces), len(self._seen)
-        if self._waiting:
-            pieces = [self._waiting + came]
+        if self.waiting:
+            pieces = [self.waiting + came]
         if self._inflate is not None:
             text = self._inflated(came)
         else:
@@ -11708,7 +11715,7 @@ class KeyGuard:
                 if self._is_in(text):
                     raise UpstreamBroke(KEY_IN_ANSWER)
         waits = self._must_wait(text)
-        self._waiting = b"".join(pieces) if waits else b""
+        self.waiting = b"".join(pieces) if waits else b""
         self._seen = text[-OPEN_KEY_BYTES:] if not waits else \
             text if self._inflate is not None else self._seen
         return [] if waits else pieces
@@ -11726,10 +11733,6 @@ class KeyGuard:
             raise UpstreamBroke("the provider's answer cannot be inflated: its key could be in it "
                                 "unseen, so it is not passed on") from None
         return text
-
-    def rest(self) -> list[bytes]:
-        """Return what waits at the end of the body."""
-        return [self._waiting]
 
     def kept(self, headers: Headers) -> Headers:
         """Return the headers that may be passed on: none under a name of ours, and none that holds
@@ -11847,9 +11850,8 @@ class UpstreamResponse:
                 if not decoder.end():
                     raise UpstreamBroke("the provider's answer broke off")
                 break
-        rest = self._guard.rest()
-        if any(rest):
-            yield rest
+        if self._guard.waiting:
+            yield [self._guard.waiting]
 
     def close(self) -> None:
         """Give the connection back: to be used again if the body was read to its end."""
@@ -11950,8 +11952,8 @@ def anthropic_betas(head: RequestHead, added: Iterable[str]) -> str:
 def offered_tokens(headers: Headers) -> list[str]:
     """Return what a client shows to be let in."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    offered = (bearer.strip() if scheme.lower() == "bearer" else None, headers.get("x-api-key"))
-    return [token for token in offered if token]
+    offered = [bearer.strip()] if scheme.lower() == "bearer" else []
+    return [*filter(None, (*offered, headers.get("x-api-key")))]
 
 
 def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
@@ -11963,16 +11965,17 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     own: what one vendor's clients say to it stays behind, but for the features of Anthropic that a
     client of OpenAI's names.
     """
-    tokens = [token for token in offered_tokens(head.headers) if len(token) >= 8]    # as each has
     headers = {name: value for name, value in head.headers.values.items()
-               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(OWN_HEADERS)
-               and not LOCAL_HEADER.fullmatch(name)
-               and not any([token in value for token in tokens])}
-    for name in connection_options(head.headers):
-        headers.pop(name, None)
+               if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(KEPT_BACK_BEGIN)
+               and not name.endswith(LOCAL_HEADERS_END)}
+    kept_back = [*connection_options(head.headers)]
+    for token in offered_tokens(head.headers):
+        if len(token) >= 8:                                                          # as each has
+            kept_back += [name for name, value in headers.items() if token in value]
     if translator is not None:
-        headers = {name: value for name, value in headers.items()
-                   if not VENDOR_HEADER.match(name)}
+        kept_back += filter(VENDOR_HEADER.match, headers)
+    for name in kept_back:
+        headers.pop(name, None)
     headers = {"host": provider.host, **headers, **provider.credentials()}
     if provider.format == "anthropic":
         betas = anthropic_betas(head, added_betas)
@@ -12735,14 +12738,14 @@ def row_shown(row: Mapping[str, Any]) -> dict:
 class Reporter:
     """Reports what happens to all that watch: counts, the log, alerts and events."""
 
-    def __init__(self, settings: Settings, turns: Turns, accounts: Accounts,
+    def __init__(self, settings: Settings, slot: Slot, accounts: Accounts,
                  secrets: Callable[[], Iterable[Optional[str]]]) -> None:
         self.settings = settings
         self.totals, self.thresholds = Totals(), Thresholds()
         self.alerts = None if settings.alert_url is None else Alerts(
-            settings.alert_url, secrets, lambda name: turns.on_fault(name))
+            settings.alert_url, secrets, lambda name: slot.on_fault(name))
         self.tell_server: Callable[[Event], None] = lambda event: None
-        self._turns, self._accounts = turns, accounts
+        self._slot, self._accounts = slot, accounts
         self._telling = threading.local()              # what this thread hands to on_event
 
     def settled(self, call: Call, row: Mapping[str, Any]) -> None:
@@ -12816,7 +12819,7 @@ class Reporter:
             return
         try:
             before, self._telling.event = self.is_in_on_event(), True
-            with self._turns.outside():
+            with self._slot.outside():
                 self.settings.on_event(event)
         except Exception:
             log.exception("on_event failed", extra={"fields": {"event": event_name(event)}})
@@ -13261,10 +13264,10 @@ class EngineLink:
     Raises EngineFailed; OSError, EOFError and ValueError where an exchange breaks.
     """
 
-    def __init__(self, address: EngineAddress, turns: Turns, deadline_s: float) -> None:
-        with turns.outside():
+    def __init__(self, address: EngineAddress, slot: Slot, deadline_s: float) -> None:
+        with slot.outside():
             sock = self._connected(address, max(0.001, deadline_s - time.monotonic()))
-        self.wire, self._secret = Wire(sock, turns), address.password
+        self.wire, self._secret = Wire(sock, slot), address.password
         self._data, self._at, self._deadline_s = b"", 0, deadline_s
         self.is_whole = False                 # all that was asked for came, and nothing else
         login = [[*(("AUTH", address.user) if address.user else ("AUTH",)), address.password]] \
@@ -13327,9 +13330,9 @@ class Engine:
     again on a new one. Raises EngineFailed.
     """
 
-    def __init__(self, address: EngineAddress, turns: Turns,
+    def __init__(self, address: EngineAddress, slot: Slot,
                  deadline_s: float = ENGINE_DEADLINE_S) -> None:
-        self.address, self._turns, self._deadline_s = address, turns, deadline_s
+        self.address, self._slot, self._deadline_s = address, slot, deadline_s
         self._lock = threading.Lock()              # guards the next
         self._idle: list[EngineLink] = []
         self.run_id = ""                           # of the server that was asked last
@@ -13342,7 +13345,7 @@ class Engine:
             link, was_sent = self._pooled(), False
             is_old = link is not None
             try:
-                link = link or EngineLink(self.address, self._turns, deadline_s)
+                link = link or EngineLink(self.address, self._slot, deadline_s)
                 self.run_id = link.run_id
                 if run_id not in (None, link.run_id):
                     raise EngineFailed(ENGINE_ERRORS["RESTARTED"], "RESTARTED")
@@ -14127,7 +14130,7 @@ class SharedAccounts:
         self.engine.close()
 
 
-def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[SharedAccounts]:
+def accounts_for(settings: Settings, ledger: Ledger, slot: Slot) -> Optional[SharedAccounts]:
     """Open the shared accounts that the settings name; None: this process keeps its own.
 
     Raises Misconfigured.
@@ -14145,7 +14148,7 @@ def accounts_for(settings: Settings, ledger: Ledger, turns: Turns) -> Optional[S
              "can reach it can change its budget")):
         if is_so:
             log.warning(warning, extra={"fields": {"engine": str(address)}})
-    return SharedAccounts(Engine(address, turns), settings.cage, ledger, fsync=settings.fsync,
+    return SharedAccounts(Engine(address, slot), settings.cage, ledger, fsync=settings.fsync,
                           limit=settings.budget_microdollars,
                           stop_at=settings.stop_at_microdollars)
 
@@ -14294,7 +14297,8 @@ _CHARSET = r"(?i)charset=\"?([^\s;\"]+)"
 
 def json_body(request: ClientRequest) -> JsonBody:
     """Return the body of a metered request. Raises BadRequest, ServerBusy."""
-    charset = re.search(_CHARSET, request.head.headers.get("content-type") or "")
+    kind = request.head.headers.get("content-type") or ""
+    charset = re.search(_CHARSET, kind) if "=" in kind else None
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
         raise UnsupportedBody("a JSON body is UTF-8; its content-type says otherwise")
     return request.parsed()
@@ -14411,25 +14415,25 @@ class Router:
     """
 
     def __init__(self, settings: Settings, prices: PriceBook, ledger: Ledger,
-                 turns: Optional[Turns] = None) -> None:
+                 slot: Optional[Slot] = None) -> None:
         self.settings, self.prices, self.ledger = settings, prices, ledger
-        self.turns = turns or Turns()
-        self.memory = Memory(settings.max_memory_bytes, self.turns)
+        self.slot = slot or Slot()
+        self.memory = Memory(settings.max_memory_bytes, self.slot)
         self.hatches = Hatches(frozenset(settings.allow_fields), frozenset(settings.allow_contents),
                                settings.bound != "bytes" and not settings.no_hosted_tools)
         self.config, self.providers = Config(), {}
         self.controller = CostController(
             settings.budget_microdollars, stop_at=settings.stop_at_microdollars,
             spent_microdollars=ledger.spent(None, 0),
-            accounts=accounts_for(settings, ledger, self.turns))
-        self.reporter = Reporter(settings, self.turns, self.controller.accounts, self._secrets)
+            accounts=accounts_for(settings, ledger, self.slot))
+        self.reporter = Reporter(settings, self.slot, self.controller.accounts, self._secrets)
         self.totals = self.reporter.totals
         self.thinking = ThinkingMemory()
         self.counts = KnownCounts()
         for row in ledger.counts():
             self.counts.learn(row)
         self._is_cut = False
-        self._transport = KeepAliveHandler(settings.timeouts, self.turns)
+        self._transport = KeepAliveHandler(settings.timeouts, self.slot)
         self._opener = build_opener(self._transport)
         self.server: Optional[CageServer] = None
         if settings.server_url is not None:
@@ -14438,7 +14442,7 @@ class Router:
                 settings.server_url, settings.server_token or settings.token, ledger,
                 self._take_lease, cache_ttl_s=settings.cache_ttl_s,
                 allow_plain_http=settings.allow_plain_http,
-                on_fault=lambda name: self.turns.on_fault(name))
+                on_fault=lambda name: self.slot.on_fault(name))
             self.reporter.tell_server = self.server.tell
 
     def _secrets(self) -> Iterator[Optional[str]]:
@@ -14577,7 +14581,7 @@ class Router:
         """Return a provider with its key, from the Iron Cage server if there is one; then there is
         a lease too. Raises NoProviderKey, CageServerFailed."""
         if self.server is not None:
-            with self.turns.outside():
+            with self.slot.outside():
                 self.server.check_lease()
                 known = self.server.provider()
             provider = known if known.name == provider.name else provider
@@ -14783,7 +14787,7 @@ class Router:
         claim = self.controller.admit(
             bound, call.scopes, wait_s=self.settings.wait_s,
             has_left=lambda: client is not None and bool(has_hung_up(client.sock)),
-            waiting=self.turns.outside)
+            waiting=self.slot.outside)
         names = MAX_TOKENS_FIELDS[call.api]
         if claim.is_limited and bound.output_picodollars and names \
                 and (claim.output_cap < bound.output_tokens
@@ -14956,8 +14960,8 @@ class Router:
         grow = functools.partial(call.request.memory.grow, part="answer")
         body, is_whole = whole_body(reads, MAX_ANSWER_BYTES, call.meter.see,
                                     lambda size: grow(COPIES * size))
-        if len(body) > LONG_TURN_BYTES:
-            self.turns.leave()
+        if len(body) > LONG_WORK_BYTES:
+            self.slot.leave()
         if not is_whole:
             if call.translator is not None:
                 raise UpstreamBroke(BEYOND_LIMITS)
@@ -15021,12 +15025,12 @@ class Router:
 
     def _reads(self, call: Call, response: Response, reader: StreamReader,
                tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
-        """Yield a stream's reads, of which long ones are worked on outside the turn. That it breaks
+        """Yield a stream's reads, of which long ones are worked on outside the slot. That it breaks
         after its last event is nobody's loss."""
         try:
             for pieces in response.reads(tick_s):
                 if reader.holds_much:
-                    self.turns.leave()
+                    self.slot.leave()
                 yield pieces
         except UpstreamError:
             if not call.meter.is_over:
@@ -15331,6 +15335,7 @@ MAX_BUDGET_BYTES = 4096                    # of a new limit: a longer one would 
 SESSIONS_SHOWN = 50                          # of those with a budget of their own
 
 
+@functools.lru_cache(maxsize=64)
 def host_name(authority: str) -> str:
     """Return the host of `host`, `host:port` or `[address]:port`, in lower case; "?" for anything
     else."""
@@ -15490,7 +15495,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.wire = Wire(self.connection, self.server.turns)
+        self.wire = Wire(self.connection, self.server.slot)
         self.place = self.server.places.of(self.connection)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
@@ -15499,13 +15504,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._head_written = False           # of the answer to the current request
 
     def handle(self) -> None:
-        """Serve requests until the connection ends, in turn with the other connections."""
-        turns = self.server.turns
-        turns.take()
+        """Serve requests until the connection ends, in one slot with the other connections."""
+        slot = self.server.slot
+        slot.take()
         try:
             super().handle()
         finally:
-            turns.leave()
+            slot.leave()
             self.wire.forget()
 
     def handle_one_request(self) -> None:
@@ -15538,7 +15543,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Read the next request's head; None when the client has no more, or says nothing."""
         timeouts = self.server.settings.timeouts
         first = self._served == 0
-        self.server.turns.take()      # if the last request left it
+        self.server.slot.take()      # if the last request left it
         deadline_s = time.monotonic() + timeouts.head_s
         self.server.places.note(self.place, IDLE)
         try:
@@ -15585,7 +15590,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if head.path == "/":
                 return self._write_answer(OPEN_ROUTES["/"](self.server))
             if is_own:
-                self.server.turns.leave()
+                self.server.slot.leave()
                 return self._write_own(request)
             with self.server.router.open(request, self.wire) as answer:
                 self._write_answer(answer)
@@ -15639,7 +15644,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         body = self._received_body(length, memory)
         if encoding == "identity" or not body:
             return body
-        self.server.turns.leave()
+        self.server.slot.leave()
         inflater = Inflater(settings.max_body_bytes)
         try:
             plain = gathered(inflater.steps(body), lambda size: memory.grow(COPIES * size))
@@ -15676,8 +15681,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if len(body) > self.server.settings.max_body_bytes:
                 raise self._too_large()
             memory.grow(COPIES * len(body))
-            if max(length, len(body)) > LONG_TURN_BYTES:
-                self.server.turns.leave()
+            if max(length, len(body)) > LONG_WORK_BYTES:
+                self.server.slot.leave()
                 most_bytes = BODY_READ_BYTES
         self.wire.received = decoder.rest
         return body
@@ -15838,14 +15843,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             prices_path(settings)]
         config = self._read_config()
         prices = prices_under(config, self._table)
-        self.turns = Turns()                           # of the threads that serve connections
+        self.slot = Slot()                           # of the threads that serve connections
         self.ledger: Ledger = MemoryLedger() if settings.ledger_path is None else SqliteLedger(
-            settings.ledger_path, fsync=settings.fsync, aside=self.turns.outside,
+            settings.ledger_path, fsync=settings.fsync, aside=self.slot.outside,
             keep_days=settings.keep_days,
             wait_s=0 if settings.no_wait_for_ledger else LEDGER_WAIT_S)
         with contextlib.ExitStack() as undo:
             undo.callback(self.ledger.close)
-            self.router = Router(settings, prices, self.ledger, self.turns)
+            self.router = Router(settings, prices, self.ledger, self.slot)
             undo.callback(self.router.controller.accounts.close)
             self._take_config(config, prices)
             self._listen()
@@ -15854,7 +15859,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.allowed_hosts = {*map(own_host, (settings.host, *settings.allow_hosts))} - {"?"}
         self.started_s = time.monotonic()
         self.on_failure: Callable[[], Any] = lambda: None
-        self.turns.on_fault = self.fail
+        self.slot.on_fault = self.fail
         self._stopping = threading.Lock()              # held by who sets is_stopping
         self._has_stopped = threading.Event()
         self._is_over = threading.Event()              # nothing is tended any more
@@ -15995,7 +16000,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         deadline_s = time.monotonic() + most_s
         silent_s = 0 if self.settings.listener is None else LAST_REQUEST_S
         while self.places.sockets() and time.monotonic() < deadline_s and not self.cuts_now:
-            with self.turns.inside():
+            with self.slot.inside():
                 self.places.close_some(self.places.most, ending, silent_s)
             self.places.await_change()
 
@@ -16078,7 +16083,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return "the proxy is stopping"
         if time.monotonic() - self._tried_s >= CONFIG_LOOK_S:
             self._tried_s = time.monotonic()
-            with self.turns.outside():
+            with self.slot.outside():
                 self._unready = self._tried()
         return self._unready
 
@@ -16094,18 +16099,18 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _tend_ledger(self) -> None:
         """Keep the ledger up: each second, as soon as something was refused, and step by step as
-        long as there is more. Each step is in turn with the connections, as a thread without a
-        turn could be left waiting while it holds the ledger; but for one that waits for a disk."""
+        long as there is more. Each step is in the connections' slot, as a thread without it
+        could be left waiting while it holds the ledger; but for one that waits for a disk."""
         is_more, is_lost, tried_s = True, False, NEVER_S
         while not self._is_over.wait(STEP_PAUSE_S):
             if not is_more:
                 self.has_refused.wait(CONFIG_LOOK_S)
             self.has_refused.clear()
-            with contextlib.nullcontext() if self.settings.fsync else self.turns.inside():
+            with contextlib.nullcontext() if self.settings.fsync else self.slot.inside():
                 is_more = self.ledger.tend()
             if self.ledger.is_failing() and time.monotonic() - tried_s >= CONFIG_LOOK_S:
                 tried_s = time.monotonic()
-                with self.turns.inside():
+                with self.slot.inside():
                     fault = self.ledger.try_to_write()
                 if fault is not None and not is_lost:
                     is_lost = True
@@ -16138,14 +16143,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Let in a connection, and at once all that wait behind it.
 
-        It takes its turn as the connections do: where many ask, a thread without a turn gets the
+        It takes the slot as the connections do: where many ask, a thread without it gets the
         interpreter so rarely that the last of 256 would wait for two seconds. Where no place is
         free, those that just came in have a moment to say what they want.
         """
         arrived = deque([(request, client_address), *self._waiting_outside()])
         for pause_s in (0, *[STOP_POLL_S] * LET_IN_TRIES):
             time.sleep(pause_s)
-            with self.turns.inside():
+            with self.slot.inside():
                 self.places.close_some(
                     self.places.count(lambda place: not place.holder)
                     - self.places.most // STRANGERS_PART,
@@ -17318,7 +17323,7 @@ def _engine(settings: Settings) -> Iterator[Engine]:
     """Open the engine of a shared budget, for a command. Raises Misconfigured."""
     if settings.shared is None:
         raise Misconfigured("say where the shared budget is, with --shared URL or IRONCAGE_SHARED")
-    engine = Engine(settings.shared, Turns())
+    engine = Engine(settings.shared, Slot())
     try:
         with usable_engine(engine):
             yield engine

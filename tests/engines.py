@@ -59,7 +59,7 @@ class RealEngine:
 
     def ask(self, *words: object) -> object:
         """One command, on a connection of our own."""
-        client = program().Engine(program().parse_engine_url(self.url), program().Turns(), 5)
+        client = program().Engine(program().parse_engine_url(self.url), program().Slot(), 5)
         try:
             return client.ask(words)[0]
         finally:
@@ -68,7 +68,7 @@ class RealEngine:
     def cage(self) -> str:
         """A new cage, by its name."""
         name = f"cage-{secrets.token_hex(6)}"
-        client = program().Engine(program().parse_engine_url(self.url), program().Turns(), 5)
+        client = program().Engine(program().parse_engine_url(self.url), program().Slot(), 5)
         program().make_cage(client, name)
         client.close()
         return name

@@ -1111,13 +1111,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def turn_of(turns) -> Iterator[None]:
-    """This thread has the turn: no connection of the proxy is served meanwhile."""
-    turns.take()
+def slot_of(slot) -> Iterator[None]:
+    """This thread has the slot: no connection of the proxy is served meanwhile."""
+    slot.take()
     try:
         yield
     finally:
-        turns.leave()
+        slot.leave()
 
 
 def status_of(proxy) -> dict:

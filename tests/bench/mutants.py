@@ -64,7 +64,7 @@ TESTS = {
     "Callers and configuration": "unit/test_callers_and_configuration.py wire/test_tokens.py "
                                  "wire/test_providers.py wire/test_keys.py wire/test_manners.py "
                                  "wire/test_operations.py",
-    "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_turns.py "
+    "HTTP on a socket": "unit/test_http_wire.py unit/test_memory.py unit/test_slot.py "
                         "faults/test_malformed_requests.py",
     "Upstream": "unit/test_upstream.py unit/test_http_wire.py wire/test_keys.py "
                 "wire/test_identity.py wire/test_answers_without_a_body.py "

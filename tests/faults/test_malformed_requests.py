@@ -11,7 +11,7 @@ import threading
 
 import pytest
 from support import (ADMIN_TOKEN, TOKEN, Gate, MockProvider, RawClient, call, program,
-                     settled_status, start_proxy, turn_of)
+                     settled_status, start_proxy, slot_of)
 
 CHAT = b'{"model":"gpt-4o-mini","max_tokens":9,"messages":[{"role":"user","content":"hi"}]}'
 AUTH = f"Authorization: Bearer {TOKEN}\r\n".encode()
@@ -457,7 +457,7 @@ def test_an_idle_connection_whose_next_request_waits_is_not_closed(mock, proxy_f
         client.request("POST", "/v1/chat/completions", CHAT)
         assert 200 == client.read_answer().status
 
-    with turn_of(proxy.turns):
+    with slot_of(proxy.slot):
         first.request("POST", "/v1/chat/completions", CHAT)
         third = RawClient(proxy.port)
 
@@ -490,7 +490,7 @@ def test_out_of_files_the_longest_idle_connection_makes_room(mock, proxy_for, mo
     idle = RawClient(proxy.port)
     idle.request("POST", "/v1/chat/completions", CHAT)
     assert 200 == idle.read_answer().status
-    with turn_of(proxy.turns):                   # so the first is idle by now
+    with slot_of(proxy.slot):                   # so the first is idle by now
         fail.set()
     with RawClient(proxy.port) as client:
         client.request("POST", "/v1/chat/completions", CHAT)
@@ -505,7 +505,7 @@ def test_who_comes_in_and_who_asks_again_are_both_served_in_turn(mock, proxy_for
     known.request("POST", "/v1/chat/completions", CHAT)
     assert 200 == known.read_answer().status
 
-    with turn_of(proxy.turns):
+    with slot_of(proxy.slot):
         known.request("POST", "/v1/chat/completions", CHAT)
         others = [RawClient(proxy.port) for _ in range(20)]
         for other in others:
@@ -527,7 +527,7 @@ def test_a_connection_that_gets_no_thread_is_closed_and_the_next_is_served(mock,
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    with turn_of(proxy.turns):
+    with slot_of(proxy.slot):
         monkeypatch.setattr(threading.Thread, "start", start_but_not_the_first)
         clients = [RawClient(proxy.port) for _ in range(3)]
         for client in clients[1:]:
@@ -544,7 +544,7 @@ def test_more_who_come_in_than_are_let_in_together_are_all_served(mock, proxy_fo
     monkeypatch.setattr(ironcage_proxy, "LISTEN_BACKLOG", 2)
     proxy = proxy_for("--budget", "1")
 
-    with turn_of(proxy.turns):
+    with slot_of(proxy.slot):
         clients = [RawClient(proxy.port) for _ in range(10)]
         for client in clients:
             client.request("POST", "/v1/chat/completions", CHAT)

@@ -1,4 +1,4 @@
-"""Requests run in turns (Turns), so that what is slow must not be done in one: each hold-up here
+"""Requests run in one slot (Slot), so that what is slow must not be done in one: each hold-up here
 lasts until the test ends it, and meanwhile another caller is served."""
 import contextlib
 import gzip
@@ -159,7 +159,7 @@ def a_locked_ledger(mock, proxy_for, tmp_path, **_):
         thread.join()
 
 
-LARGE = b" " * (2 * ic.LONG_TURN_BYTES)
+LARGE = b" " * (2 * ic.LONG_WORK_BYTES)
 SSE = (("content-type", "text/event-stream"),)
 # What is long at work: (the function's home, its name, what is asked, what a provider answers).
 LONG_WORK = {

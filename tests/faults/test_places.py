@@ -9,7 +9,7 @@ import time
 import pytest
 from forked import MAIN
 from support import (PATIENCE_S, TOKEN, Gate, RawClient, Served, call, pause, program,
-                     proxy_environment, settled_status, turn_of, until)
+                     proxy_environment, settled_status, slot_of, until)
 
 ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
@@ -250,10 +250,10 @@ def leaving_and_reading(proxy):
 def test_who_has_a_last_answer_and_goes_on_sending_is_the_first_to_go(mock, proxy_of):
     proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
     with leaving_and_reading(proxy) as (wrong, stranger):
-        with turn_of(proxy.turns):
+        with slot_of(proxy.slot):
             wrong.send(b"more of the body")
             newcomer = RawClient(proxy.port)
-            until(lambda: proxy.turns._line, "the newcomer is about to be let in")
+            until(lambda: proxy.slot._queue, "the newcomer is about to be let in")
         newcomer.request("GET", "/ironcage/status")
         assert 200 == newcomer.read_answer().status
         newcomer.close()
@@ -264,7 +264,7 @@ def test_it_goes_though_it_has_sent_what_nobody_has_looked_at(mock, proxy_of):
     proxy = proxy_of(2, timeouts={"linger_s": PATIENCE_S})
     with leaving_and_reading(proxy) as (wrong, stranger):
         left = next(sock for sock, place in proxy.places._places.items() if place.does == ic.LEAVING)
-        with turn_of(proxy.turns):
+        with slot_of(proxy.slot):
             wrong.send(b"more of the body")
             until(lambda: ic.ready_of([left], 0), "it has come")
 
@@ -308,7 +308,7 @@ def test_an_idle_caller_stays_while_it_is_not_known_what_strangers_want(mock, pr
         idle = stack.enter_context(RawClient(proxy.port))
         idle.request("GET", "/ironcage/status", token=OTHER)
         assert 200 == idle.read_answer().status
-        with turn_of(proxy.turns):
+        with slot_of(proxy.slot):
             for _ in range(2):
                 stack.enter_context(connected(proxy.port, b"POST"))
             newcomer = stack.enter_context(RawClient(proxy.port))

@@ -111,7 +111,7 @@ def failing_poll(monkeypatch, server):
             raise OSError(errno.EBADF, "a fault of a test")
     if not hasattr(ic.select, "epoll"):
         pytest.skip("this system has no epoll")
-    monkeypatch.setattr(server.turns, "_epoll", Broken(server.turns._epoll))
+    monkeypatch.setattr(server.slot, "_epoll", Broken(server.slot._epoll))
     RawClient(server.port).close()
     return "the wait for all sockets"
 

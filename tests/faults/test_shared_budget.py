@@ -43,7 +43,7 @@ class Shared:
 
     def process(self, *, ledger=None, runs=False, deadline_s=ic.ENGINE_DEADLINE_S, **options):
         accounts = ic.SharedAccounts(
-            ic.Engine(ic.parse_engine_url(self.engine.url), ic.Turns(), deadline_s), self.cage,
+            ic.Engine(ic.parse_engine_url(self.engine.url), ic.Slot(), deadline_s), self.cage,
             ledger or ic.MemoryLedger(), **options)
         self.all.append(accounts)
         if runs:
@@ -688,7 +688,7 @@ def test_a_cage_that_is_gone_or_another_takes_nothing(own_engine, loss):
     held = controller.ask(fixed(600))
 
     if loss == "cage new":
-        ic.make_cage(ic.Engine(ic.parse_engine_url(engine.url), ic.Turns()), shared.cage)
+        ic.make_cage(ic.Engine(ic.parse_engine_url(engine.url), ic.Slot()), shared.cage)
     else:
         engine.ask("FLUSHALL") if loss == "FLUSHALL" else shared.ask("DEL", "")
     with pytest.raises(ic.EngineFailed, match="cage new"):
@@ -1005,7 +1005,7 @@ def test_a_reply_that_never_comes_is_cancelled_by_its_number(shared, monkeypatch
 @pytest.mark.parametrize("size", range(1, 9))
 def test_replies_are_read_however_they_are_cut(fake, monkeypatch, size):
     fake.answers["CUT"] = many(b"$6\r\na\r\nb\r\n\r\n", b":5\r\n", b"*1\r\n$-1\r\n")
-    engine, receive = ic.Engine(ic.parse_engine_url(fake.url), ic.Turns()), ic.Wire.receive
+    engine, receive = ic.Engine(ic.parse_engine_url(fake.url), ic.Slot()), ic.Wire.receive
 
     def few(self, timeout_s, watched=None):
         data = receive(self, timeout_s, watched)
@@ -1018,7 +1018,7 @@ def test_replies_are_read_however_they_are_cut(fake, monkeypatch, size):
 
 
 def test_what_a_broken_connection_carried_may_be_done_also_where_the_next_is_refused(fake):
-    engine = ic.Engine(ic.parse_engine_url(fake.url), ic.Turns())
+    engine = ic.Engine(ic.parse_engine_url(fake.url), ic.Slot())
     engine.ask(["PING"])                                  # and the connection is kept
     fake.answers["PING"] = b""
     fake.answers["INFO"] = b"-LOADING Redis is loading the dataset in memory\r\n"
@@ -1222,7 +1222,7 @@ def test_an_engine_without_a_password_is_warned_about(two, caplog, engine, proxy
 
 def test_an_engine_is_reached_by_a_unix_socket(engine):
     address = ic.parse_engine_url(f"unix://{engine.folder}/sock")
-    client = ic.Engine(address, ic.Turns())
+    client = ic.Engine(address, ic.Slot())
 
     assert [b"PONG"] == client.ask(["PING"])
     client.close()
@@ -1240,7 +1240,7 @@ def test_an_engine_is_reached_by_tls_whose_certificate_is_checked(engine, tmp_pa
     secure = RealEngine(tmp_path / "tls", "--tls-port", str(port), "--tls-cert-file",
                         str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no",
                         "--tls-ca-cert-file", str(certificate))
-    client = ic.Engine(ic.parse_engine_url(f"rediss://localhost:{port}"), ic.Turns())
+    client = ic.Engine(ic.parse_engine_url(f"rediss://localhost:{port}"), ic.Slot())
     try:
         with pytest.raises(ic.EngineFailed, match="(?i)certificate"):
             client.ask(["PING"])

@@ -80,7 +80,7 @@ class Fleet:
             with contextlib.suppress(ic.IroncageError):
                 return not self.amounts()[1]
         until(is_still, "nothing is reserved")
-        client = ic.Engine(ic.parse_engine_url(self.engine.url), ic.Turns(), 10)
+        client = ic.Engine(ic.parse_engine_url(self.engine.url), ic.Slot(), 10)
         report = ic.shared_usage(client, self.cage, 0)
         client.close()
         assert self.amounts()[0] == report["total"]["cost_microdollars"]

@@ -513,7 +513,7 @@ class InAnEngine:
 
     def started(self, limits):
         dead, self.accounts = self.accounts, ic.SharedAccounts(
-            ic.Engine(self.url, ic.Turns(), 10), self.cage, self.ledger, limit=limits["proxy"])
+            ic.Engine(self.url, ic.Slot(), 10), self.cage, self.ledger, limit=limits["proxy"])
         if dead is not None:
             key = "{ironcage:%s}:beats" % self.cage
             beat = self.engine.ask("HGET", key, dead._process).decode()

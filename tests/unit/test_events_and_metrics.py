@@ -251,7 +251,7 @@ class Watched:
         settings = SimpleNamespace(alert_url=None, on_event=on_event, agent_id=None,
                                    provider_id=None)
         accounts = SimpleNamespace(known=lambda scopes: budgets)
-        self.reporter = ic.Reporter(settings, ic.Turns(), accounts, list)
+        self.reporter = ic.Reporter(settings, ic.Slot(), accounts, list)
         self.reporter.tell_server = self.told.append
         self.reporter.alerts = SimpleNamespace(tell=lambda *alert: self.alerted.append(alert))
 
@@ -328,7 +328,7 @@ def test_charges_that_are_estimated_are_counted(estimated, count):
 @pytest.mark.parametrize("url", [None, "https://chat.example/hook"])
 def test_there_are_alerts_where_there_is_a_url_for_them(url):
     settings = SimpleNamespace(alert_url=url)
-    reporter = ic.Reporter(settings, ic.Turns(), None, list)
+    reporter = ic.Reporter(settings, ic.Slot(), None, list)
 
     assert url == (reporter.alerts and reporter.alerts.url)
     reporter.alert("event", "text", more=1)

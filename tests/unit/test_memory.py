@@ -21,7 +21,7 @@ MB = 1024 * 1024
 
 @pytest.fixture
 def memory():
-    return ic.Memory(64 * MB, ic.Turns())              # 16 of them are kept for small ones
+    return ic.Memory(64 * MB, ic.Slot())              # 16 of them are kept for small ones
 
 
 def claim(memory, owner="alice", megabytes=0):
@@ -131,7 +131,7 @@ def test_a_wait_for_room_has_an_end(memory, monkeypatch):
 
 def test_no_more_than_so_many_of_one_owner_wait(memory, monkeypatch):
     """Each is a thread and a connection; nobody else is refused for them."""
-    monkeypatch.setattr(ic, "MEMORY_LINE", 2)
+    monkeypatch.setattr(ic, "MEMORY_QUEUE", 2)
     first, done = claim(memory, "alice", 48), []
     threads = [waiting(memory, claim(memory, owner), 10, done) for owner in ("alice", "alice", "bob")]
 
@@ -247,7 +247,7 @@ def test_body_and_answer_of_one_request_add_up(memory):
 @pytest.mark.parametrize("seed", seeds(2, 5))
 def test_whatever_many_do_at_once_the_limit_holds_and_all_is_given_back(seed, monkeypatch):
     monkeypatch.setattr(ic, "MEMORY_WAIT_S", 0.05)
-    memory, most = ic.Memory(64 * MB, ic.Turns()), []
+    memory, most = ic.Memory(64 * MB, ic.Slot()), []
 
     def work(number):
         rng = Random(seed * 100 + number)
