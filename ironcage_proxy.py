@@ -3388,7 +3388,7 @@ def error_in(body: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     has_words = isinstance(body.get("message"), str) or body.get("detail")      # as FastAPI's
     is_bare = has_words and not body.get("data") and not body.keys() & {
         "type", "object", "choices", "content", "output", "usage"}
-    return body if body.get("type") == "error" or is_bare else None
+    return body if "error" in (body.get("type"), body.get("object")) or is_bare else None
 
 
 ANSWER_ENDS = ("completed", "incomplete")          # of a response; others are failures
@@ -4123,6 +4123,38 @@ class Ended(NamedTuple):
     stop: Optional[str] = None           # the stop sequence that was met
     refusal: Optional[str] = None        # why it was refused, where that was said apart
     tier: Optional[str] = None           # as in Began, where it came at the end
+
+
+# What servers call the end of an answer -> our reason; the first that is found counts. Their words
+# are OpenAI's, Anthropic's, those of Gemini, Mistral, Cohere, Bedrock, Z.ai, DeepSeek and MiniMax,
+# and of gateways before them (their SDKs and reports, November 2026).
+_END_WORDS = (
+    ("failed", "error|abort|fail|cancel|time_?out|overload|quota|rate_?limit|insufficient"
+     "|unavailable|malformed|unexpected|interrupt"),
+    ("refused", "filter|refus|safety|sensitive|recitation|block|prohibited|spii|guardrail"
+     "|moderation|toxic|violation|language"),
+    ("length", "length|tokens|limit|context|truncat|incomplete"),
+    ("calls", "tool|function"), ("end", "stop|end|eos|complete|finish|done"))
+
+
+@functools.lru_cache(maxsize=64)
+def _end_said_by(word: str) -> str:
+    return next((reason for reason, words in _END_WORDS if re.search(words, word.lower())), "")
+
+
+def reason_of_end(word: str, kinds: Collection[str], words: str = "") -> str:
+    """Return why an answer that consists of parts of these kinds is over.
+
+    Raises UpstreamBroke, with more `words` of the provider's, where what it says is a failure, or
+    means nothing and nothing came before it.
+    """
+    reason = _end_said_by(word)
+    if reason == "failed" or not (reason or kinds):
+        raise UpstreamBroke("the provider's answer ended in " + shown_name(word.replace(" ", ""))
+                            + (words and f": {words}"))
+    if "refusal" in kinds:
+        return "refused"
+    return reason if reason in ("refused", "length") else "calls" if "call" in kinds else "end"
 
 
 class Ping(NamedTuple):
@@ -5698,25 +5730,6 @@ class _ChatRequest(_OpenAIRequest):
 # Its answers: (the finish_reason of an answer, our reason), both ways.
 FINISH_REASONS = MappingProxyType({"end": "stop", "stop": "stop", "length": "length",
                                    "calls": "tool_calls", "refused": "content_filter"})
-# Other servers have words of their own: Gemini, Mistral, Z.ai, Anthropic's behind gateways (their
-# SDKs and reports, November 2026). They are compared in lower case, up to a colon.
-REASONS_OF_FINISH = MappingProxyType({
-    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length",
-                     "model_context_window_exceeded"), "length"),
-    **dict.fromkeys(("tool_calls", "function_call", "tool_use"), "calls"),
-    **dict.fromkeys(("content_filter", "refusal", "safety", "sensitive", "recitation", "blocklist",
-                     "prohibited_content", "spii", "image_safety"), "refused"),
-    **dict.fromkeys(("stop", "end", "end_turn", "eos", "eos_token", "stop_sequence", "complete"),
-                    "end")})
-FAILED_FINISHES = frozenset({"error", "abort", "network_error", "insufficient_system_resource",
-                             "malformed_function_call", "unexpected_tool_call"})
-
-
-@functools.lru_cache(maxsize=64)
-def _reason_of_finish(finish: str) -> str:
-    """Return our reason for a finish_reason; "failed" for an error, "" for an unknown word."""
-    words = [word.strip() for word in finish.lower().split(":")]
-    return REASONS_OF_FINISH.get(words[0], "") if FAILED_FINISHES.isdisjoint(words) else "failed"
 
 
 def chat_tokens(usage: Any, prompt_name: str = "prompt_tokens",
@@ -5796,8 +5809,10 @@ class _ChunkReader:
             usage = usage_in(chunk)
             self._usage = usage if isinstance(usage, dict) else self._usage
         delta = choice.get("delta")
-        if not delta and not self._kinds:            # else it says all once more
-            delta = choice.get("message")
+        if not delta:                                # what says all once more, if anything is new
+            message = json_object(choice.get("message"))
+            delta = message if not self._kinds else "call" not in self._kinds and {
+                "tool_calls": message.get("tool_calls")}
         if isinstance(delta, dict):
             text = delta.get("content")
             if len(delta) == 1 and isinstance(text, str):      # as nearly all are
@@ -5818,9 +5833,9 @@ class _ChunkReader:
 
     def _read_said(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         thought = _reasoning_of(delta)
-        if delta.get("reasoning_details"):
-            self._back.setdefault("reasoning_details", []).extend(
-                _parts_of(delta["reasoning_details"]))
+        for name in ("reasoning_details", "thinking_blocks"):
+            if delta.get(name):
+                self._back.setdefault(name, []).extend(_parts_of(delta[name]))
         self._back.update(opaque_in(delta))
         yield from self._say("thought", thought)
         for name, kind in (("content", "text"), ("refusal", "refusal")):
@@ -5844,13 +5859,26 @@ class _ChunkReader:
         part, self._said = self._said, None
         if part is not None:
             if part.kind == "thought" and self._back:
-                part.native, part.origin, self._back = self._back, "chat", {}
+                part.native, part.origin = self._taken_back(), "chat"
             yield part.closed()
+
+    def _taken_back(self) -> dict:
+        """Return what the server wants back, once: thinking in blocks, which came in pieces that
+        end in a signature."""
+        back, self._back = self._back, {}
+        blocks: list[dict] = []
+        pieces: list[str] = []
+        for row in back.get("thinking_blocks", ()):
+            pieces.append(str(row.get("thinking") or ""))
+            if row.get("signature") or row.get("type") != "thinking":
+                blocks.append({**row, "thinking": "".join(pieces)} if row.get("signature") else row)
+                pieces = []
+        return {**back, "thinking_blocks": blocks} if blocks else back
 
     def _carry_back(self) -> Iterator[AnswerEvent]:
         """Yield a thought without words that carries what the server wants back."""
         if self._back:
-            part, self._back = Part("thought", native=self._back, origin="chat"), {}
+            part = Part("thought", native=self._taken_back(), origin="chat")
             yield from (part.opened(), part.closed())
 
     def _call_of(self, call_id: str, index: Any, name: str, more: str) -> Part:
@@ -5910,9 +5938,12 @@ class _ChunkReader:
             call.name = name if name.startswith(call.name) else call.name + name
             call.is_text = "input" in inner
         if more:
+            if call.pieces == _NO_ARGUMENTS:         # with which some begin, whatever follows
+                call.pieces.clear()
             call.pieces.append(more)
         if call.name and call.pieces:
-            yield from self._open_call(call)
+            yield from (self._close_said() if call.pieces == _NO_ARGUMENTS
+                        else self._open_call(call))
 
     def _open_call(self, call: Part) -> Iterator[AnswerEvent]:
         """Open a call, after those that were named before it."""
@@ -5937,7 +5968,8 @@ class _ChunkReader:
         self._grown.clear()
         for call in calls:
             if call.is_closed or not (call.name or call.pieces) \
-                    or (whole_only and not (call.is_open and _is_whole(call))):
+                    or (whole_only and not ((call.is_open or call.pieces == _NO_ARGUMENTS)
+                                            and _is_whole(call))):
                 continue
             if not call.is_open:
                 yield from self._open_call(call)
@@ -5952,35 +5984,30 @@ class _ChunkReader:
         finish = self._choice.get("finish_reason")
         if finish is None and not self.is_done:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
-        reason, stop = _reason_of_finish(str(finish or "stop")), None
-        if reason == "failed" or not (reason or self._kinds):
-            words = words_of({"error": self._choice.get("error")})       # OpenRouter's
-            raise UpstreamBroke("the provider's answer ended in "
-                                + shown_name(str(finish).replace(" ", ""))
-                                + (words and f": {words[:MAX_ERROR_CHARS]}"))
+        reason, stop = reason_of_end(str(finish or "stop"), self._kinds, words_of(
+            {"error": self._choice.get("error")})[:MAX_ERROR_CHARS]), None     # OpenRouter's
         yield from self._close_said()
         yield from self._close_calls(whole_only=False)
         yield from self._carry_back()
-        if "refusal" in self._kinds:
-            reason = "refused"
-        elif reason in ("", "end", "calls"):
-            reason = "calls" if "call" in self._kinds else "end"
-            matched = self._choice.get("stop_reason")        # as vLLM and others add it
-            if reason == "end" and matched in self._terms.stops:
-                reason, stop = "stop", matched
+        matched = self._choice.get("stop_reason")            # as vLLM and others add it
+        if reason == "end" and matched in self._terms.stops:
+            reason, stop = "stop", matched
         yield Ended(reason, chat_tokens(self._usage), stop, tier=self._tier)
 
 
+_NO_ARGUMENTS = ["{}"]                             # pieces of a call that may yet have some
 # What a server signs its calls and messages with, and refuses the next turn without: Gemini's
 # (ai.google.dev, thought signatures), and that of Copilot's gateway; read November 2026.
-OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaque"})
+OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaque",
+                           "provider_specific_fields"})
 
 
 def opaque_in(holder: Mapping[str, Any]) -> dict:
     """Return what has to go back to a server as it came, with a call or a message."""
     if OPAQUE_FIELDS.isdisjoint(holder):
         return {}
-    return {name: holder[name] for name in OPAQUE_FIELDS if holder.get(name) is not None}
+    return {name: holder[name] for name in OPAQUE_FIELDS if holder.get(name) is not None
+            and any(value is not None for value in json_object(holder[name]).values() or (0,))}
 
 
 def _is_whole(call: Part) -> bool:
@@ -6002,7 +6029,8 @@ def _first_choice(body: Mapping[str, Any]) -> dict:
     return {}
 
 
-REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
+_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
+REASONING_FIELDS = frozenset({*_REASONING, "reasoning_details"})
 
 
 def _reasoning_of(said: Mapping[str, Any]) -> str:
@@ -6010,7 +6038,7 @@ def _reasoning_of(said: Mapping[str, Any]) -> str:
     content = said.get("content")
     if REASONING_FIELDS.isdisjoint(said) and not isinstance(content, list):
         return ""
-    for name in ("reasoning_content", "reasoning"):
+    for name in _REASONING:
         if isinstance(said.get(name), str) and said[name]:
             return said[name]
     rows = [*_parts_of(said.get("reasoning_details")), *(
@@ -6773,10 +6801,7 @@ _BLOCKS_WRITTEN = MappingProxyType({
     "search": _MessagesRequest._other})
 
 
-# Its answers: our reason for each stop_reason, and back; any other is an end.
-REASONS_OF_STOP = MappingProxyType({
-    "stop_sequence": "stop", "max_tokens": "length", "model_context_window_exceeded": "length",
-    "tool_use": "calls", "refusal": "refused"})
+# Its answers.
 STOP_REASONS = MappingProxyType({"end": "end_turn", "stop": "stop_sequence",
                                  "length": "max_tokens", "calls": "tool_use",
                                  "refused": "refusal"})
@@ -6822,15 +6847,21 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
     usage: dict = {}
     end: dict = {}                                   # what the last delta said
     is_over = False
-    parts: dict[str, Part] = {}                      # by the index of their blocks
+    parts: dict[str, Part] = {}                      # that are open, by the index of their blocks
+    kinds: set[str] = set()                          # of those there were
     for event in stream:
-        kind, part = event.get("type"), parts.get(str(event.get("index")))
-        if kind == "content_block_delta" and part is not None:
+        kind, index = event.get("type"), str(event.get("index"))
+        part = parts.get(index)
+        if kind == "content_block_delta":
             delta = json_object(event.get("delta"))
             name = _DELTA_FIELDS.get(str(delta.get("type")))
-            more = delta.get(name)
-            if not more:
+            more, block = delta.get(name), _UNANNOUNCED.get(str(name))
+            if not more or (part is None and block is None):
                 continue
+            if part is None:                         # some do not announce a text
+                part = parts[index] = _part_of_block({"type": block})
+                kinds.add(part.kind)
+                yield part.opened()
             if name == "citation":
                 part.citations += _citations_of(more)
             elif not isinstance(more, str):
@@ -6842,13 +6873,16 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
             else:
                 part.pieces.append(more)
         elif kind == "content_block_start":
-            part = parts[str(event.get("index"))] = _part_of_block(event.get("content_block"))
+            if part is not None:                     # nor its end
+                yield from _block_over(part)
+            part = parts[index] = _part_of_block(event.get("content_block"))
+            kinds.add(part.kind)
             yield part.opened()
             text = part.native.get("thinking" if part.kind == "thought" else "text")
             if isinstance(text, str) and text:
                 yield part.grown(text)
         elif kind == "content_block_stop" and part is not None:
-            yield from _block_over(part)
+            yield from _block_over(parts.pop(index))
         elif kind == "ping":
             yield PING
         elif kind == "message_start":
@@ -6861,14 +6895,10 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
                          if value is not None)
             end.update(json_object(event.get("delta")))
         elif kind in ("message_stop", "done") and not is_over:
-            is_over, stop, refusal = True, str(end.get("stop_reason")), None
-            if stop == "refusal":
-                details = json_object(end.get("stop_details"))
-                refusal = str(details.get("explanation")
-                              or f"refused: {details.get('category') or 'no reason given'}")
-            yield Ended(REASONS_OF_STOP.get(stop, "end"), messages_tokens(usage),
-                        end.get("stop_sequence"), refusal,
-                        SERVED_TIERS.get(str(usage.get("service_tier"))))
+            is_over = True
+            for part in parts.values():
+                yield from _block_over(part)
+            yield _end_of_message(end, usage, kinds)
 
 
 def _part_of_block(block: Any) -> Part:
@@ -6898,6 +6928,18 @@ def _block_over(part: Part) -> Iterator[AnswerEvent]:
     yield over
 
 
+def _end_of_message(end: Mapping[str, Any], usage: Mapping[str, Any], kinds: set[str]) -> Ended:
+    word, refusal = str(end.get("stop_reason") or "end"), None
+    if word == "refusal":
+        details = json_object(end.get("stop_details"))
+        refusal = str(details.get("explanation")
+                      or f"refused: {details.get('category') or 'no reason given'}")
+    reason = {"stop_sequence": "stop", "tool_use": "calls"}.get(word) or reason_of_end(word, kinds)
+    return Ended(reason, messages_tokens(usage), end.get("stop_sequence"), refusal,
+                 SERVED_TIERS.get(str(usage.get("service_tier"))))
+
+
+_UNANNOUNCED = MappingProxyType({"text": "text", "thinking": "thinking"})
 _DELTA_FIELDS = MappingProxyType({
     "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
     "citations_delta": "citation", "signature_delta": "signature"})
@@ -7519,12 +7561,7 @@ class _ItemReader:
                 yield part.grown("{}")
             yield part.closed()
         why = object_in(response, "incomplete_details", IN_ANSWER).get("reason")
-        if why == "content_filter" or "refusal" in self._kinds:
-            reason = "refused"
-        elif end == "incomplete":
-            reason = "length"
-        else:
-            reason = "calls" if "call" in self._kinds else "end"
+        reason = reason_of_end(f"{end} {why}" if why else end, self._kinds)
         yield Ended(reason, chat_tokens(response.get("usage"), "input_tokens", "output_tokens"),
                     tier=_served_tier(response))
 

@@ -503,6 +503,44 @@ def test_arguments_of_a_sloppy_server_that_are_no_json_are_wrapped():
     assert {"__raw": "{bad"} == folded["content"][0]["input"]
 
 
+@pytest.mark.parametrize("deltas, content", [
+    ([piece(0, id="a", name="f", arguments="{}"), piece(0, arguments='{"n": 1}')],
+     [("tool_use", {"n": 1})]),                    # as gateways to Claude begin
+    ([piece(0, id="a", name="f", arguments="{}"), piece(1, id="b", name="f", arguments="{}"),
+      {"content": "x"}], [("tool_use", {}), ("tool_use", {}), ("text", "x")]),
+    ([{"reasoning_text": "hm"}, {"content": "x"}], [("thinking", "hm"), ("text", "x")])])
+def test_what_other_servers_begin_with_is_no_more_than_that(deltas, content):
+    streamed = folded_stream(*deltas, finish="stop")
+
+    assert content == [(block["type"], block.get("input", block.get("thinking", block.get("text"))))
+                       for block in streamed["content"]]
+
+
+def test_signed_thinking_of_a_gateway_goes_back_as_the_block_that_came_in_pieces():
+    """LiteLLM sends Claude's so; Claude refuses the next turn of a tool without it."""
+    pieces = [{"reasoning_content": text, "thinking_blocks": [
+        {"type": "thinking", "thinking": text, **more}]} for text, more in (
+            ("h", {"signature": None}), ("m", {}), ("", {"signature": "EqQB"}))]
+    said = folded_stream(*pieces, piece(0, id="a", name="f", arguments="{}"))
+    translator, _ = to_chat({"messages": [
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": said["content"]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]})
+
+    assert [{"type": "thinking", "thinking": "hm", "signature": "EqQB"}] \
+        == translator.request["messages"][1]["thinking_blocks"]
+
+
+def test_a_call_that_only_the_message_at_the_end_has_is_a_call():
+    row = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
+    last = {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": {
+        "content": "x", "tool_calls": [row]}}]}
+    streamed = check_message_stream([*to_chat({})[0].events(
+        [*chunks_of({"content": "x"}, finish=None), last])])
+
+    assert ["text", "tool_use"] == [block["type"] for block in streamed["content"]]
+    assert "tool_use" == streamed["stop_reason"]
+
+
 def test_a_stream_without_a_finish_is_broken_and_never_an_end_turn():
     translator, _ = to_chat({})
     chunks = list(chunks_of({"content": "x"}))[:1]

@@ -515,6 +515,32 @@ def test_stop_reasons_of_claude(stop, finish):
         "finish_reason"]
 
 
+TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+
+
+@pytest.mark.parametrize("left_out", ["content_block_start", "content_block_stop"])
+def test_blocks_of_a_server_that_leaves_out_their_start_or_end_are_whole(left_out):
+    events = [{"type": "message_start", "message": {}},
+              {"type": "content_block_start", "index": 0, "content_block": text("")},
+              {"type": "content_block_delta", "index": 0,
+               "delta": {"type": "text_delta", "text": "x"}},
+              {"type": "content_block_stop", "index": 0},
+              {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+              {"type": "message_stop"}]
+    stream = [event for event in events if event["type"] != left_out]
+    read = [*ic.messages_events(stream, ic.Terms(ic.ToolNames(64)))]
+
+    assert [ic.Began, ic.Opened, ic.More, ic.Closed, ic.Ended] == [*map(type, read)]
+    assert "x" == read[1].part.text
+
+
+def test_an_answer_that_calls_a_tool_ends_so_whatever_it_says():
+    translator, _ = to_claude({"tools": [tool()]})
+    choice = translator.answer(message(TOOL_USE, stop="end_turn"))["choices"][0]
+
+    assert "tool_calls" == choice["finish_reason"]
+
+
 def test_an_answer_of_claude_as_a_chat_completion():
     translator, _ = to_claude({"tools": [tool(), {"type": "custom", "custom": {"name": "c"}}]})
     thinking = {"type": "thinking", "thinking": "T", "signature": "s"}

@@ -702,6 +702,13 @@ def test_a_chunk_with_a_role_only_before_an_error_begins_nothing(carrier):
     assert 429 == status
 
 
+def test_an_error_that_says_so_as_its_object_ends_a_stream(carrier):
+    event = {"object": "error", "message": "no room left", "type": "BadRequestError", "code": 400}
+    _, body, _ = carrier.call(ON_GPT[0], {**ON_GPT[1], **STREAM}, stream(delta("he"), event))
+
+    assert 1 == body.count(b"event: error") and b"no room left" in body
+
+
 CANCELLED = {"id": "resp_1", "status": "cancelled", "usage": {
     "input_tokens": 9, "output_tokens": 3, "total_tokens": 12}}
 

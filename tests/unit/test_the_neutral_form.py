@@ -148,3 +148,23 @@ def test_what_a_server_states_beside_its_words_counts():
     assert (50, 40) == ic.overflow_of(failure, stated).sizes
     assert None is ic.overflow_of(failure, {**stated, "n_ctx": "40"}).sizes
     assert None is ic.overflow_of(failure, {**stated, "n_ctx": 50}).sizes
+
+
+ENDS = {"length": ("length", "MAX_TOKENS", "max_new_tokens", "token_limit", "context_window_exceeded",
+                   "truncated"),
+        "refused": ("content_filter", "content-filtered", "guardrail_intervened", "RECITATION",
+                    "moderation_block"),
+        "end": ("stop", "EOS", "end_turn", "completed", "tool_calls", "pause_turn"),
+        "failed": ("error", "timeout", "engine_overloaded", "rate_limit", "CANCELLED",
+                   "MALFORMED_FUNCTION_CALL", "error: length", "insufficient_quota")}
+
+
+@pytest.mark.parametrize("reason, word", [(reason, word) for reason in ENDS
+                                          for word in ENDS[reason]])
+def test_what_servers_call_the_end_of_an_answer(reason, word):
+    if reason == "failed":
+        with pytest.raises(ic.UpstreamBroke, match="ended in"):
+            ic.reason_of_end(word, {"text"})
+        return
+    assert reason == ic.reason_of_end(word, {"text"})
+    assert {"end": "calls"}.get(reason, reason) == ic.reason_of_end(word, {"text", "call"})
