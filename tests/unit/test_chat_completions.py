@@ -524,7 +524,8 @@ def test_signed_thinking_of_a_gateway_goes_back_as_the_block_that_came_in_pieces
     said = folded_stream(*pieces, piece(0, id="a", name="f", arguments="{}"))
     translator, _ = to_chat({"messages": [
         {"role": "user", "content": "x"}, {"role": "assistant", "content": said["content"]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]})
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]},
+        is_openai=False)
 
     assert [{"type": "thinking", "thinking": "hm", "signature": "EqQB"}] \
         == translator.request["messages"][1]["thinking_blocks"]
