@@ -10281,26 +10281,20 @@ def secret_in(path: str, held: Mapping[str, str],
     try:
         if path in held:
             check_can_be_reread(path)
-        return _secret_line(path, read)
-    except Misconfigured as err:
-        if path not in held:
-            raise
-        log.error("a secret stays as it was", extra={"fields": {"reason": str(err)}})
-        return held[path]
-
-
-def _secret_line(path: str, read: Callable[[str], str]) -> str:
-    try:
-        with open(path, "rb") as file:
+        with checking(f"the file {path}"), open(path, "rb") as file:
             text = file.read(MAX_SECRET_BYTES + 1)
-    except OSError as err:
-        raise Misconfigured(f"the file {path} cannot be read: {_reason(err)}") from err
-    line = re.fullmatch(rb"(?:\xef\xbb\xbf)?\s*([!-~]+)\s*", text)
-    with checking(f"the file {path}"):
-        if line is None or len(text) > MAX_SECRET_BYTES:
-            raise ValueError("must hold one line of printable characters without spaces")
-        check_unquoted(line[1].decode())
-        return read(line[1].decode())
+            line = re.fullmatch(rb"(?:\xef\xbb\xbf)?\s*([!-~]+)\s*", text)
+            if line is None or len(text) > MAX_SECRET_BYTES:
+                raise ValueError("must hold one line of printable characters without spaces")
+            check_unquoted(line[1].decode())
+            return read(line[1].decode())
+    except (OSError, Misconfigured) as err:
+        reason = str(err) if isinstance(err, Misconfigured) else \
+            f"the file {path} cannot be read: {_reason(err)}"
+        if path not in held:
+            raise Misconfigured(reason) from None
+        log.error("a secret stays as it was", extra={"fields": {"reason": reason}})
+        return held[path]
 
 
 def with_key(provider: Provider, environ: Mapping[str, str], *, allow_plain_http: bool = False,
@@ -10311,8 +10305,8 @@ def with_key(provider: Provider, environ: Mapping[str, str], *, allow_plain_http
     key = secret_in(path, held) if path else environ.get(name, "").strip()
     with checking(name):
         check_unquoted(key)
-    if not re.fullmatch(r"[!-~]*", key):
-        raise Misconfigured(f"{name} holds a character that a key cannot have")
+        if not re.fullmatch(r"[!-~]*", key):
+            raise ValueError("holds a character that a key cannot have")
     for url in (provider.base_url, provider.anthropic_base_url) if name or path else ():
         check_encrypted(provider.name, url, allow_plain_http)
     return provider._replace(key=key or None, key_file=path)
@@ -10584,8 +10578,30 @@ class Config(NamedTuple):
                      if fnmatch.fnmatchcase(model, pattern)), model)
 
 
-CONFIG_FIELDS = MappingProxyType({
-    "tokens": list, "providers": dict, "models": dict, "prices": dict, "price_as": dict})
+def _own_price(name: str, row: Any) -> Any:
+    """Return the operator's row of a price as it is. Raises ValueError, naming the wrong field."""
+    price_from_row(name, row)
+    for limit in ("max_input_tokens", "max_output_tokens", "max_tokens"):
+        if row.get(limit) is not None and (type(row[limit]) is not int or row[limit] < 0):
+            raise ValueError(f"{limit} must be a whole number of tokens")
+    return row
+
+
+def _target(name: str, row: Any) -> str:
+    if not isinstance(row, str) or not row:
+        raise ValueError("must map names to names")
+    return row
+
+
+# Part of the file -> (its kind, the field of Config, what a fault is about, how one row is read, by
+# its name or number).
+CONFIG_FIELDS: Mapping[str, tuple[type, str, str, Callable]] = MappingProxyType({
+    "tokens": (list, "callers", "token {} in {}", lambda number, row: caller_from(row)),
+    "providers": (dict, "providers", "the provider {} in {}", provider_from),
+    "models": (dict, "aliases", "models in {1}", _target),
+    "prices": (dict, "prices", "the price of {} in {}:", _own_price),
+    "price_as": (dict, "price_as", "price_as in {1}", _target),
+})
 
 
 def read_config(path: str) -> dict:
@@ -10603,17 +10619,10 @@ def read_config(path: str) -> dict:
     for name, value in parsed.items():
         if name not in CONFIG_FIELDS:
             raise Misconfigured(f"the configuration {path} {_unknown_field(name, CONFIG_FIELDS)}")
-        if not isinstance(value, CONFIG_FIELDS[name]):
-            kind = "a list" if CONFIG_FIELDS[name] is list else "an object"
+        if not isinstance(value, CONFIG_FIELDS[name][0]):
+            kind = "a list" if CONFIG_FIELDS[name][0] is list else "an object"
             raise Misconfigured(f"{name} in {path} must be {kind} of {name}")
     return parsed
-
-
-def _names_to_names(parsed: Mapping[str, Any], field: str, path: str) -> Mapping[str, str]:
-    names = parsed.get(field, {})
-    if not all(isinstance(target, str) and target for target in names.values()):
-        raise Misconfigured(f"{field} in {path} must map names to names")
-    return names
 
 
 def load_config(path: str, environ: Mapping[str, str], *, allow_plain_http: bool = False,
@@ -10621,23 +10630,20 @@ def load_config(path: str, environ: Mapping[str, str], *, allow_plain_http: bool
     """Read a configuration file, with keys as with_key() has them. Raises Misconfigured, which
     says in one line what is wrong."""
     parsed = read_config(path)
-    callers, providers = [], []
-    for number, row in enumerate(parsed.get("tokens", []), 1):
-        with checking(f"token {number} in {path}"):
-            callers.append(caller_from(row))
-    for name, row in parsed.get("providers", {}).items():
-        with checking(f"the provider {shown_name(name)} in {path}"):
-            providers.append(with_key(provider_from(name, row), environ, held=held,
-                                      allow_plain_http=allow_plain_http))
+    parts: dict[str, Any] = {}
+    for part, (kind, field, about, read) in CONFIG_FIELDS.items():
+        rows, found = parsed.get(part, kind()), {}
+        for name, row in enumerate(rows, 1) if kind is list else rows.items():
+            with checking(about.format(shown_name(str(name)), path)):
+                found[name] = read(name, row)
+        parts[field] = found if kind is dict and field != "providers" else tuple(found.values())
     for what in ("name", "sha256"):
-        if len({getattr(caller, what) for caller in callers}) != len(callers):
+        if len({getattr(caller, what) for caller in parts["callers"]}) != len(parts["callers"]):
             raise Misconfigured(f"two tokens in {path} have the same {what}")
-    prices = parsed.get("prices", {})
-    for name, row in prices.items():
-        with checking(f"the price of {shown_name(name)} in {path}:"):
-            price_from_row(name, row)
-    return Config(tuple(callers), tuple(providers), _names_to_names(parsed, "models", path),
-                  prices, _names_to_names(parsed, "price_as", path))
+    parts["providers"] = tuple([
+        with_key(provider, environ, held=held, allow_plain_http=allow_plain_http)
+        for provider in parts["providers"]])
+    return Config(**parts)
 
 
 class Traffic:
@@ -17755,8 +17761,8 @@ _text_of_argument = value_like(
 # How the arguments are read that are not text as a flag takes it, but values of their fields.
 VALUE_ARGUMENTS: Mapping[str, Callable] = MappingProxyType({
     **{row.field: _config_flag for row in SETTINGS if not row.metavar},
-    **{field: _amount_of for field in ("budget_microdollars", "stop_at_microdollars",
-                                       "max_body_bytes", "max_memory_bytes")},
+    **dict.fromkeys(("budget_microdollars", "stop_at_microdollars", "max_body_bytes",
+                     "max_memory_bytes"), _amount_of),
     "wait_s": _seconds_of, "cache_ttl_s": _seconds_of,
     "port": lambda value: value if type(value) is int else _text_of_argument(value),
     "on_event": value_like(callable, "a function"),
