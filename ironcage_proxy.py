@@ -16711,7 +16711,8 @@ def parse_arguments(argv: Sequence[str]) -> dict:
         if row.metavar and not has_value:
             value = next(rest, "--")
         if not row.metavar if has_value else value.startswith("--"):
-            raise Misconfigured(f"{flag} takes {row.metavar or 'no value'}")
+            raise Misconfigured(f"{flag} takes no value" if has_value
+                                else f"{flag} needs a value: {row.metavar}")
         given[row.field] = True if not row.metavar else value if not row.repeats else [
             *(given[row.field] or ()), value]
     if words[:1] == ["help"]:
