@@ -535,11 +535,12 @@ DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
 # Hosts that nobody else serves: private and link-local addresses (RFC 1918, 3927, 4193, 6598), and
 # names that no public DNS has.
-OWN_HOST = re.compile(
-    LOOPBACK_HOST.pattern + r"|0\.0\.0\.0|(10\.\d{1,3}|192\.168|169\.254|172\.(1[6-9]|2\d|3[01])"
+OWN_HOST = (
+    "(?i)" + LOOPBACK_HOST.pattern +
+    r"|0\.0\.0\.0|(10\.\d{1,3}|192\.168|169\.254|172\.(1[6-9]|2\d|3[01])"
     r"|100\.(6[4-9]|[7-9]\d|1[01]\d|12[0-7]))(\.\d{1,3}){2}"
     r"|(f[cd][\da-f]{2}|fe[89ab][\da-f]):[\da-f:]*"
-    r"|[a-z][\w-]*|[\w.-]+\.(localhost|local|lan|internal|home\.arpa)", re.IGNORECASE)
+    r"|[a-z][\w-]*|[\w.-]+\.(localhost|local|lan|internal|home\.arpa)")
 PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.:/@+\[\]-]{1,128}")
 UNPRINTABLE = r"[^ -~]"
 
@@ -4233,8 +4234,8 @@ MAX_ERROR_CHARS = 8192                   # of words that are looked through; ven
 # code and reports (HOSTS of 28 November 2026: vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI,
 # DeepSeek, Mistral, Moonshot, MiniMax, Z.ai, xAI, Gemini, DashScope, OpenRouter, Together, GitHub,
 # Vertex, Bedrock, Cohere, Copilot, Volcengine, Baidu).
-OVERFLOW = re.compile(
-    r"maximum context length|context_length_exceeded"
+OVERFLOW = (
+    r"(?i)maximum context length|context_length_exceeded"
     r"|exceed[^.]{0,200}context[ _-]?(length|window|size|limit)"
     r"|context[ _-]?(length|window|size)[^.]{0,200}exceed"
     r"|prompt (is )?(too long|exceeds max length)"
@@ -4247,17 +4248,17 @@ OVERFLOW = re.compile(
     r"|tokens in request more than max tokens|request body too large for [^.]* model\. max size"
     r"|reduce the length of the messages|`inputs` tokens \+ `max_new_tokens` must be"
     r"|tokens to keep from the initial prompt|current length is \d+ while limit is"
-    r"|exceed_context_size|exceeded max context length|input is too long", re.IGNORECASE)
-_LIMIT = re.compile(
-    r"(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit"
+    r"|exceed_context_size|exceeded max context length|input is too long")
+_LIMIT = (
+    r"(?i)(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit"
     r"|maximum (?:prompt|model|input|allowed) length|tokens allowed|max\w* size|limit (?:is|of)"
     r"|<=|\[1,|less than|input tokens:|supports up to|cannot exceed)"
-    r".{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context", re.IGNORECASE)
+    r".{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context")
 # How they say which part of it is the cap, and which the prompt.
-_CAP = re.compile(r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for the completion"
-                  r"|output tokens|`max_new_tokens`)|is too large: (\d{1,9})"
-                  r"|exceed context limit: \d{1,9} \+ (\d{1,9})")
-_PROMPT = re.compile(r"(\d{1,9}) (?:input|`inputs`) tokens|limit: (\d{1,9}) \+|(\d{1,9}) `inputs`")
+_CAP = (r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for the completion"
+        r"|output tokens|`max_new_tokens`)|is too large: (\d{1,9})"
+        r"|exceed context limit: \d{1,9} \+ (\d{1,9})")
+_PROMPT = r"(\d{1,9}) (?:input|`inputs`) tokens|limit: (\d{1,9}) \+|(\d{1,9}) `inputs`"
 
 
 def words_of(body: Any, depth: int = 8) -> str:
@@ -4309,7 +4310,7 @@ def overflow_of(failure: Failure, inner: Mapping[str, Any]) -> Failure:
     words = failure.message[:MAX_ERROR_CHARS]
     if failure.code != "context_length_exceeded" and (
             failure.status not in (400, 413, 422)
-            or not OVERFLOW.search(f"{inner.get('type')} {failure.code} {words}")):
+            or not re.search(OVERFLOW, f"{inner.get('type')} {failure.code} {words}")):
         return failure
     asked, most, cap = _sizes_in(words)
     stated = [inner.get(name) for name in ("n_prompt_tokens", "n_ctx")]      # llama.cpp's
@@ -4325,7 +4326,7 @@ def _sizes_in(words: str) -> tuple[int, int, int]:
     def number(match: Optional[re.Match]) -> int:
         return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
 
-    most, cap, prompt = (number(how.search(words)) for how in (_LIMIT, _CAP, _PROMPT))
+    most, cap, prompt = (number(re.search(how, words)) for how in (_LIMIT, _CAP, _PROMPT))
     asked = max([int(digits.replace(",", "")) for digits in re.findall(r"\d[\d,]{3,17}", words)
                  ], default=0)
     if asked <= most and cap and prompt:
@@ -10559,7 +10560,7 @@ def provider_from(name: str, row: Any) -> Provider:
     hosts = [_url_parts(url).hostname or ""
              for url in (made.base_url, made.anthropic_base_url) if url]
     return made._replace(is_free=values.get(
-        "is_free", made.is_free and all(map(OWN_HOST.fullmatch, hosts))))
+        "is_free", made.is_free and all(re.fullmatch(OWN_HOST, host) for host in hosts)))
 
 
 class Config(NamedTuple):
