@@ -8560,7 +8560,8 @@ class Account:
         """Return what it holds, in the period of now. A clock that goes back reopens none."""
         self._seen_s, row = max(self._seen_s, now_s), self.row
         key = _periods_of(self._seen_s // DAY_S)[row.period]
-        return Budget(row.name, row.limit, *self._amounts.get(key, (0, 0)), row.stop_at, *key)
+        spent, reserved = self._amounts.get(key, (0, 0))
+        return Budget(row.name, row.limit, spent, reserved, row.stop_at, *key)
 
     def add(self, admitted_s: int, *, spent: int = 0, reserved: int = 0) -> None:
         """Change what the calls of a day spent and hold: first spend, then release."""
@@ -8640,9 +8641,9 @@ class Accounts:
         """
         with self._lock:
             account = self.by_scope[PROXY_SCOPE]
-            row = account.row._replace(**{
-                name: self._flags[name] if amount is FLAGGED else amount
-                for name, amount in changes.items()})
+            named: dict[str, Any] = {name: self._flags[name] if amount is FLAGGED else amount
+                                     for name, amount in changes.items()}
+            row = account.row._replace(**named)
             check_stop(row.limit, row.stop_at)
             account.row = row
 
@@ -9346,26 +9347,24 @@ class LedgerLock:
         self.identity = self._beside = None
 
     def _take(self) -> bool:
-        self._beside, is_ours = _locked_file(self._path + ".lock"), False
-        try:
-            is_ours = self._beside is not None and self._take_database()
-        finally:
-            if not is_ours:
-                self.release()
-        return is_ours
-
-    def _take_database(self) -> bool:
-        """Lock the ledger itself, or what becomes it; False where another has it, or moved it."""
-        is_new = not os.path.exists(self._path)
-        path = self._path + UNFINISHED if is_new else self._path
-        if is_new and os.path.exists(self._path + "-wal"):
-            raise OSError(f"its log {self._path}-wal is there, but not the ledger; put that back, "
-                          "or remove the log too to begin at 0")
-        if LOCKS_DATABASE and not (self._lock_database(path, os.O_CREAT if is_new else 0)
-                                   and is_new != os.path.exists(self._path)):
-            return False
-        if is_new:
-            _make_ledger(self._path)
+        """Lock the file beside, then the ledger itself, or what becomes it; False where another
+        has one, or moved the ledger meanwhile."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release)
+            self._beside = _locked_file(self._path + ".lock")
+            if self._beside is None:
+                return False
+            is_new = not os.path.exists(self._path)
+            if is_new and os.path.exists(self._path + "-wal"):
+                raise OSError(f"its log {self._path}-wal is there, but not the ledger; put that "
+                              "back, or remove the log too to begin at 0")
+            path, flags = (self._path + UNFINISHED, os.O_CREAT) if is_new else (self._path, 0)
+            if LOCKS_DATABASE and not (self._lock_database(path, flags)
+                                       and is_new != os.path.exists(self._path)):
+                return False
+            if is_new:
+                _make_ledger(self._path)
+            undo.pop_all()
         return True
 
     def _lock_database(self, path: str, flags: int) -> bool:
@@ -9658,11 +9657,11 @@ class SqliteLedger:
         moved = next((name for name, found in states.items()
                       if found is None or _identity_of(found) != self._watched[name]), None)
         size, fault = getattr(states[self._path], "st_size", 0), ""
+        self._was_cut |= moved is None and size < least_bytes      # it may grow back with holes
         if moved is not None:
             fault = f"{os.path.basename(moved)} was moved, removed or replaced under the " \
                 "running proxy; put it back"
-        elif size < least_bytes or self._was_cut:        # for good: it may grow back with holes
-            self._was_cut = True
+        elif self._was_cut:
             fault = f"{os.path.basename(self._path)} was cut short under the running proxy; stop " \
                 "it and restore the file"
         else:
@@ -9996,11 +9995,9 @@ def overview_of(rows: Sequence[Mapping]) -> dict:
     "total": {...}}."""
     report: dict = {}
     for group in USAGE_TABLES:
-        groups: dict[str, list] = {}
-        for row in rows:
-            groups.setdefault(row[group], []).append(row)
-        report[f"by_{group}"] = [{group: name, **total_spend(groups[name])}
-                                 for name in sorted(groups)]
+        key = operator.itemgetter(group)
+        report[f"by_{group}"] = [{group: name, **total_spend(some)} for name, some in
+                                 itertools.groupby(sorted(rows, key=key), key)]
     return {**report, "total": total_spend(rows)}
 
 
@@ -12947,9 +12944,13 @@ class CageServer:
             return response.status, {}
 
     def _ask(self, path: str, fields: Mapping[str, Any],
-             read: Callable[[dict], _T]) -> _T:
+             read: Callable[[dict], Any] = lambda body: None, *, for_call: bool = False) -> Any:
         """Return what `read` makes of an answer. Raises CageServerFailed, `is_final` where it was a
-        no."""
+        no. `for_call`: a failure stands for SERVER_RETRY_S, in which the server is left alone."""
+        if for_call and self._is_stopping:
+            raise CageServerFailed("the proxy is stopping")
+        if for_call and self._failure is not None and time.monotonic() < self._failed_until_s:
+            raise self._failure
         try:
             status, body = self._post(path, fields)
             if 200 <= status < 300:
@@ -12967,6 +12968,8 @@ class CageServer:
         failure = CageServerFailed(
             f"the Iron Cage server has not given what a call needs: {reason}")
         failure.is_final = 400 <= status < 500
+        if for_call:
+            self._failure, self._failed_until_s = failure, time.monotonic() + SERVER_RETRY_S
         raise failure
 
     def _without_keys(self, words: Any, body: Mapping[str, Any]) -> str:
@@ -13010,8 +13013,8 @@ class CageServer:
             if not may_ask or (held is not None and time.monotonic() < self._fresh_until_s):
                 return held
             try:
-                held = self._ask_again("/api/v1/agents/provider-key", {"ic_token": self.token},
-                                       self._read_provider)
+                held = self._ask("/api/v1/agents/provider-key", {"ic_token": self.token},
+                                 self._read_provider, for_call=True)
             except CageServerFailed as err:
                 if held is None or err.is_final:
                     self._held = None
@@ -13029,19 +13032,6 @@ class CageServer:
         held = self._held
         return None if held is None or held.key == self._refused_key else held
 
-    def _ask_again(self, path: str, fields: Mapping[str, Any],
-                   read: Callable[[dict], _T]) -> _T:
-        """Ask as _ask() does, but a failure stands for SERVER_RETRY_S: the server is left alone."""
-        if self._is_stopping:
-            raise CageServerFailed("the proxy is stopping")
-        if self._failure is not None and time.monotonic() < self._failed_until_s:
-            raise self._failure
-        try:
-            return self._ask(path, fields, read)
-        except CageServerFailed as err:
-            self._failure, self._failed_until_s = err, time.monotonic() + SERVER_RETRY_S
-            raise
-
     def refused(self, provider: Provider) -> None:
         """Note that a provider answered 401: its key is fetched anew, unless that was done just
         now."""
@@ -13056,8 +13046,8 @@ class CageServer:
         with self._asking:
             if self.lease is not None:
                 return
-            lease = self._ask_again("/api/v1/budget/handshake",
-                                    {"ic_token": self.token, "provider": name}, self._read_lease)
+            lease = self._ask("/api/v1/budget/handshake", {
+                "ic_token": self.token, "provider": name}, self._read_lease, for_call=True)
             try:
                 self._ledger.keep_lease(lease)
             except LedgerUnavailable:
@@ -13093,7 +13083,7 @@ class CageServer:
         """Report what was spent of a lease; whether the server knows now. Its no is final."""
         try:
             self._ask("/api/v1/budget/return", {
-                "lease_id": lease.lease_id, "spent_microdollars": spent}, lambda body: None)
+                "lease_id": lease.lease_id, "spent_microdollars": spent})
         except CageServerFailed as err:
             log.warning("a lease is not given back", extra={"fields": {
                 "lease_id": lease.lease_id, "reason": err.message}})
@@ -13125,8 +13115,7 @@ class CageServer:
     def _is_taken(self, event: Mapping[str, Any], is_first: bool) -> bool:
         """Whether the server took an event, or will never: what it answers 4xx to is dropped."""
         try:
-            self._ask("/api/v1/analytics/events", {**event, "ic_token": self.token},
-                      lambda body: None)
+            self._ask("/api/v1/analytics/events", {**event, "ic_token": self.token})
         except CageServerFailed as err:
             if not err.is_final:
                 return False
@@ -13197,7 +13186,8 @@ class EngineAddress(NamedTuple):
         return f"unix://{self.host}" if self.scheme == "unix" \
             else f"{self.scheme}://{self.host}:{self.port}/{self.database}"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def parse_engine_url(text: str) -> EngineAddress:
