@@ -84,7 +84,7 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
         PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
         ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
         _bound _tight_bound _reserved _upstream_body _settle _take_lease configure
-        _check_unmetered; known_input_tokens
+        _check_unmetered
     shared: Can it overspend where many processes share a budget? What these use of chapter 24.
         SharedAccounts; accounts_for; make_cage
     leaves: What leaves this machine? What these use of chapters 18 and 20.
@@ -3167,61 +3167,68 @@ def _is_kept_elsewhere(part: Mapping[str, Any]) -> bool:
 FindCounts = Callable[[Sequence[bytes]], Sequence[Optional[Counted]]]
 
 
-def _known_and_more(known_tokens: int, rest: JsonBody, price: Price, window: int) -> int:
-    """Return a bound on input of which a part was counted, and the rest was not."""
-    more = input_tokens_bound(rest, price, measured=True, window=window)
-    return more if contents_of(rest).is_unseen else known_tokens + COUNTED_SLACK_TOKENS + more
+# (tokens that were counted, the fields of the rest, which was not)
+KnownPart = Optional[tuple[int, dict]]
 
 
-def counted_input_tokens(api: str, body: JsonBody, price: Price, prompt: Prompt,
-                         find: FindCounts, window: int = 0) -> Optional[int]:
-    """A bound on the input from the longest beginning that was counted; None where none was.
+def known_input_tokens(api: str, body: JsonBody, price: Price, find: FindCounts,
+                       prompt: Callable[[], Optional[Prompt]], window: int = 0) -> Optional[int]:
+    """Return a bound on a request's input from what its provider counted before; None: it did not.
 
-    `find` gives what is known of each digest. Raises UnboundedRequest.
+    `find` says what is known of each digest, `prompt` makes those of the request. Raises
+    UnboundedRequest.
     """
-    known = find(prompt.chain)
+    fields, part = body.fields, None
+    previous = fields.get("previous_response_id")
+    if previous is not None and fields.get("truncation") in (None, "disabled"):
+        before = find([response_digest(previous, fields)])[0]
+        if before is not None:
+            part = before.tokens, {name: value for name, value in fields.items()
+                                   if name != "previous_response_id"}
+    else:
+        known = prompt()
+        if known is not None:
+            part = _referred_part(body, find) or _beginning(api, body, known, find)
+    if part is None:
+        return None
+    rest = parse_json_object(json_bytes(part[1]))
+    if RECONFIGURING_TYPE in contents_of(rest).kinds:     # it reads all before it in another way
+        return None
+    more = input_tokens_bound(rest, price, measured=True, window=window)
+    return more if contents_of(rest).is_unseen else part[0] + COUNTED_SLACK_TOKENS + more
+
+
+def _beginning(api: str, body: JsonBody, prompt: Prompt, find: FindCounts) -> KnownPart:
+    """Return the longest beginning of a conversation that was counted, with the prompts and the
+    definitions that the rest adds to it."""
+    known, name = find(prompt.chain), CONVERSATION_FIELDS[api]
     length = next((size for size in range(len(known), 0, -1) if known[size - 1] is not None), 0)
     if not length:
         return None
-    counted, name = known[length - 1], CONVERSATION_FIELDS[api]
+    counted, rest = known[length - 1], body.fields[name][length:]
     added = [*(row for digest, row in prompt.parts.items() if digest not in counted.parts),
              *prompt.uncounted]
     tools = [part for field, part in added if field in ("tools", "functions")]
-    rest = parse_json_object(json_bytes({
-        name: body.fields[name][length:], "added": tools,
-        "system": [part for field, part in added if field in ("system", "instructions")]}))
-    if RECONFIGURING_TYPE in contents_of(rest).kinds:
-        return None
     kinds = {kind for _, kind, _ in Contents({"tools": tools}).tools} - SPELLED_OUT_TOOL_TYPES
     tool_prompt = TOOLSET_PROMPT_TOKENS * sum("_toolset_" in kind for kind in kinds) \
         + TOOL_PROMPT_TOKENS * bool(kinds or (prompt.has_tools and not counted.has_tools))
-    loaded = _loaded_bytes(contents_of(rest).loads, contents_of(body).tools)
-    return _known_and_more(counted.tokens + tool_prompt + loaded, rest, price, window)
+    loaded = _loaded_bytes(Contents({name: rest}).loads, contents_of(body).tools)
+    return counted.tokens + tool_prompt + loaded, {
+        name: rest, "added": tools,
+        "system": [part for field, part in added if field in ("system", "instructions")]}
 
 
 def response_digest(response_id: Any, fields: Mapping[str, Any]) -> bytes:
-    """What the size of a stored response is known under: its id, and which of the reasoning
+    """Return what the size of a stored response is known under: its id, and which of the reasoning
     before it a request reads again."""
     reasoning = json_object(fields.get("reasoning"))
     return _digest("response", response_id, reasoning.get("context") or "auto",
                    reasoning.get("effort") in (None, "none"))
 
 
-def continued_input_tokens(body: JsonBody, price: Price, before: Counted,
-                           window: int = 0) -> Optional[int]:
-    """A bound on the input of a request that goes on from a stored response of known size; None
-    where it reads that one in another way."""
-    if RECONFIGURING_TYPE in contents_of(body).kinds:
-        return None
-    added = {name: value for name, value in body.fields.items() if name != "previous_response_id"}
-    return _known_and_more(before.tokens, parse_json_object(json_bytes(added)), price, window)
-
-
-def referred_input_tokens(body: JsonBody, price: Price, window: int,
-                          find: FindCounts) -> Optional[int]:
-    """A bound on the input of a request that names items of earlier responses by their ids: no
-    more than those responses made. None where it names none, or one that is not known or is sent
-    along as something else."""
+def _referred_part(body: JsonBody, find: FindCounts) -> KnownPart:
+    """Return what items of earlier responses, named by their ids, count at most: what those
+    responses made. None where none is named, or one that is not known or is sent along as well."""
     references = {id(part) for _, kind, part in contents_of(body).unseen
                   if kind == "item_reference"}
     named, others = [], []
@@ -3235,9 +3242,8 @@ def referred_input_tokens(body: JsonBody, price: Price, window: int,
     made = sum({digest: counted.tokens for counted in known for digest in counted.parts}.values())
     kept = [{name: value for name, value in item.items() if name not in ("type", "id")}
             for item in named]
-    rest = parse_json_object(json_bytes({**body.fields, "input": others + kept}))
-    return _known_and_more(made * max(times.values()) + REFERRED_ITEM_TOKENS * len(named), rest,
-                           price, window)
+    return made * max(times.values()) + REFERRED_ITEM_TOKENS * len(named), {
+        **body.fields, "input": others + kept}
 
 
 class CountRow(NamedTuple):
@@ -14414,22 +14420,6 @@ def check_models(caller: Caller, provider: Provider, models: Iterable[str]) -> N
                              param="model")
 
 
-def known_input_tokens(call: Call, counts: KnownCounts, price: Price,
-                       window: int) -> Optional[int]:
-    """Return a bound on a call's input from what its provider counted before; None: it did not."""
-    fields, scope = call.body.fields, json.dumps(count_scope(call))
-    previous = fields.get("previous_response_id")
-    if previous is not None and fields.get("truncation") in (None, "disabled"):
-        known = counts.find(scope, [response_digest(previous, fields)])[0]
-        return known and continued_input_tokens(call.body, price, known, window)
-    find, prompt = functools.partial(counts.find, scope), call_prompt(call)
-    if prompt is None:
-        return None
-    referred = referred_input_tokens(call.body, price, window, find)
-    return counted_input_tokens(call.api, call.body, price, prompt, find, window) \
-        if referred is None else referred
-
-
 def check_sessions(config: Config, settings: Settings) -> None:
     """Raise Misconfigured where budgets of sessions would have to be held with those of others."""
     for caller in config.callers if settings.shared is not None else ():
@@ -14798,9 +14788,12 @@ class Router:
         if free is None or self.settings.bound == "bytes" \
                 or bound.microdollars(0) * LITTLE_OF_WHAT_IS_FREE <= free:
             return bound
-        return bound_of_request(call.api, call.body, price, measured=True, **options,
-                                input_tokens=known_input_tokens(call, self.counts, price,
-                                                                options["window"]))
+        known = known_input_tokens(
+            call.api, call.body, price,
+            functools.partial(self.counts.find, json.dumps(count_scope(call))),
+            functools.partial(call_prompt, call), options["window"])
+        return bound_of_request(call.api, call.body, price, measured=True, input_tokens=known,
+                                **options)
 
     def _tight_bound(self, call: Call) -> Optional[Bound]:
         """Return the bound of a call that is charged by it, where a closer look can pay."""

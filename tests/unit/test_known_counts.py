@@ -59,9 +59,9 @@ class Session:
     def bound(self, fields):
         """From learned counts; None where the whole has to be measured."""
         prompt = self.prompt(fields)
-        return prompt and ic.counted_input_tokens(
-            self.api, body_of(fields), price(self.api), prompt,
-            lambda chain: [self.known.get(digest) for digest in chain])
+        return ic.known_input_tokens(
+            self.api, body_of(fields), price(self.api),
+            lambda chain: [self.known.get(digest) for digest in chain], lambda: prompt)
 
     def learn(self, fields):
         prompt = self.prompt(fields)
@@ -91,6 +91,12 @@ def request(rng, turns=2, **more):
 def longer(rng, fields, turns=1, **more):
     return {**fields, "messages": fields["messages"] + [
         message(rng, role) for role in ("user", "assistant") * turns], **more}
+
+
+def goes_on(fields, known, **more):
+    """The bound of what goes on from a stored response of known size."""
+    return ic.known_input_tokens("responses", body_of({"previous_response_id": "r", **fields}),
+                                 price("responses"), lambda digests: [known], None, **more)
 
 
 def measured(fields, api="messages"):
@@ -379,8 +385,7 @@ def test_what_reconfigures_the_conversation_is_measured_with_all_before_it():
 
     assert session.bound({"input": [*items, message(rng, "user")]}) is not None
     assert session.bound({"input": [*items, update]}) is None
-    assert ic.continued_input_tokens(body_of({"input": [update]}), price("responses"),
-                                     ic.Counted(9)) is None
+    assert goes_on({"input": [update]}, ic.Counted(9)) is None
 
 
 def test_the_bound_is_what_was_counted_the_slack_and_the_rest_by_the_rule():
@@ -422,18 +427,19 @@ def test_a_file_in_the_rest_counts_as_the_context_window_that_was_asked_for():
     longer_one["messages"][-1]["content"].append(
         {"type": "document", "source": {"type": "file", "file_id": "f"}})
 
-    assert 2_000_000 == ic.counted_input_tokens(
-        "messages", body_of(longer_one), price("messages"), session.prompt(longer_one),
-        lambda chain: [session.known.get(digest) for digest in chain], window=2_000_000)
+    assert 2_000_000 == ic.known_input_tokens(
+        "messages", body_of(longer_one), price("messages"),
+        lambda chain: [session.known.get(digest) for digest in chain],
+        lambda: session.prompt(longer_one), window=2_000_000)
 
 
 @pytest.mark.parametrize("item, window, bound", [
     ({"type": "input_file", "file_id": "f"}, 0, 1_000_000),
     ({"type": "input_file", "file_id": "f"}, 2_000_000, 2_000_000)])
 def test_a_file_that_goes_on_from_a_response_counts_as_a_whole_context(item, window, bound):
-    body = body_of({"previous_response_id": "r", "input": [{"role": "user", "content": [item]}]})
+    fields = {"input": [{"role": "user", "content": [item]}]}
 
-    assert bound == ic.continued_input_tokens(body, price("responses"), ic.Counted(9), window)
+    assert bound == goes_on(fields, ic.Counted(9), window=window)
 
 
 def test_a_response_that_goes_on_is_bounded_by_its_total_the_slack_and_what_is_new():
@@ -441,8 +447,7 @@ def test_a_response_that_goes_on_is_bounded_by_its_total_the_slack_and_what_is_n
 
     assert 5_000 + 700 + ic.input_tokens_bound(
         ic.JsonBody(ic.json_bytes(new), new), price("responses"), measured=True) \
-        == ic.continued_input_tokens(body_of({"previous_response_id": "r", **new}),
-                                     price("responses"), ic.Counted(5_000))
+        == goes_on(new, ic.Counted(5_000))
 
 
 def test_items_named_by_their_ids_are_bounded_by_what_their_responses_made():
@@ -451,8 +456,11 @@ def test_items_named_by_their_ids_are_bounded_by_what_their_responses_made():
     one, two = ({"type": "item_reference", "id": name} for name in ("rs_1", "rs_2"))
 
     def bound(*items):
-        return ic.referred_input_tokens(body_of({"input": [*items]}), price("responses"), 0,
-                                        lambda digests: [made.get(digest) for digest in digests])
+        body = body_of({"input": [*items]})
+        return ic.known_input_tokens(
+            "responses", body, price("responses"),
+            lambda digests: [made.get(digest) for digest in digests],
+            lambda: ic.prompt_of("responses", body, SCOPE))
 
     assert 5_000 < bound(one, two) < 6_000 < 10_000 < bound(one, one)
     assert [None] * 3 == [bound({"role": "user", "content": "hi"}),
