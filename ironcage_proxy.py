@@ -2065,12 +2065,12 @@ class Contents:
         self.cited: list[dict] = []             # documents and search results: read again in pieces
         self.results = 0                        # of hosted searches
         self.sets_format = False                # a message does, for the answers that follow
-        self.loads: Counter = Counter()         # the name of a tool -> how often a part loads it
+        self.loads: list[str] = []              # the names of tools, as often as parts load them
         self.tools: list[tuple[str, str, Mapping[str, Any]]] = []     # (field, type, tool)
         for name in ("tools", "functions"):
             self._declare(name, fields.get(name))
         for name in PROMPT_FIELDS:
-            waiting = [fields.get(name)]
+            waiting = [fields[name]] if name in fields else []
             for value in waiting:               # which grows as we go
                 if isinstance(value, list):
                     waiting += value
@@ -2079,26 +2079,32 @@ class Contents:
 
     def _seen(self, field: str, part: dict) -> list:
         """Note a part, wherever in the prompt it stands; return what in it may be parts too."""
-        kind = part.get("type")
+        kind, is_elsewhere = part.get("type"), False
         if _is_oddly_named(part) or not (kind is None or isinstance(kind, str)):
             kind = "?"
-        if kind is None:                       # servers take the type from the field that is there
-            kinds = [MEDIA_FIELDS[name] for name in MEDIA_FIELDS.keys() & part.keys()
-                     if part[name] is not None]
-            is_elsewhere = "id" in part and part.get("content") is None
-        else:
-            kinds = [kind]
+        if kind is not None:
+            self._note(field, kind, part)
             is_elsewhere = kind in ("reasoning", "compaction") \
                 and not part.get("encrypted_content") \
                 and not (kind == "compaction" and part.get("content"))
-        for one in kinds + ["item_reference"] * bool(is_elsewhere):      # kept there, by its id
-            self._note(field, one, part)
+        else:                                  # servers take the type from the field that is there
+            for name in MEDIA_FIELDS.keys() & part.keys():
+                if part[name] is not None:
+                    self._note(field, MEDIA_FIELDS[name], part)
+            is_elsewhere = "id" in part and part.get("content") is None
+        if is_elsewhere:                       # kept there, under its id
+            self._note(field, "item_reference", part)
         if "output_config" in part:
             self.sets_format |= bool(json_object(part["output_config"]).get("format"))
-        return [child for name, child in part.items()
-                if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS
-                and NOT_CONTENT_OF.get(kind) != name
-                and not (kind in IMAGE_PART_TYPES and _is_image_data(name, child))]
+        inside = [child for name, child in part.items()
+                  if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS
+                  and name != NOT_CONTENT_OF.get(kind)]
+        if kind in IMAGE_PART_TYPES:           # of which these are data and nothing else
+            data = [part.get("image_url")]
+            if _source_type(part) in (None, "base64", "url", "file"):
+                data.append(part.get("source"))
+            inside = [child for child in inside if not any([child is one for one in data])]
+        return inside
 
     def _note(self, field: str, kind: str, part: dict) -> None:
         """Note a part under a type, and what it says of tools."""
@@ -2114,10 +2120,10 @@ class Contents:
                 and json_object(part.get("citations")).get("enabled"):
             self.cited.append(part)
         elif kind == "tool_reference":
-            self.loads[_loaded_name(part)] += 1
+            self.loads.append(_loaded_name(part))
         elif kind == "tool_addition":           # of a tool that was declared, or that it defines
             added = json_object(part.get("tool"))
-            self.loads[_loaded_name(added)] += 1
+            self.loads.append(_loaded_name(added))
             if added.get("type") != "tool_reference":
                 self._declare(field, [added.get("definition")])
         elif TOOL_BRINGERS.get(kind) == "tools":
@@ -2160,12 +2166,6 @@ def _is_oddly_named(part: Mapping[str, Any]) -> bool:
 
 def _source_type(part: Mapping[str, Any]) -> Any:
     return json_object(part.get("source")).get("type")
-
-
-def _is_image_data(name: str, child: Any) -> bool:
-    """Whether a field of an image is where its data stands, and nothing else."""
-    return name == "image_url" or (name == "source" and json_object(child).get("type") in (
-        None, "base64", "url", "file"))
 
 
 def _loaded_name(part: Mapping[str, Any]) -> str:
@@ -2578,17 +2578,19 @@ def _unseen_tokens(fields: Mapping[str, Any], contents: Contents) -> int:
         + TOOLSET_PROMPT_TOKENS * sum(["_toolset_" in kind for _, kind, _ in contents.tools])
 
 
-def _loaded_bytes(loads: Mapping[str, int], tools: Iterable[tuple[str, str, Mapping]]) -> int:
+def _loaded_bytes(loads: Sequence[str], tools: Iterable[tuple[str, str, Mapping]]) -> int:
     """Return the size of the tools that content loads by name, once for each time that it does; but
     for the first of a deferred one, which does not count where it is declared."""
-    return sum([len(json_bytes(tool)) * max(0, loads[name] - (
+    times = Counter(loads) if loads else {}
+    return sum([len(json_bytes(tool)) * max(0, times[name] - (
                     field.startswith("tools") and _is_deferred(tool)))
-                for field, _, tool in tools if loads
-                for name in [str(tool.get("name"))] if name in loads])
+                for field, _, tool in tools if times
+                for name in [str(tool.get("name"))] if name in times])
 
 
 # 5. What it can cost.
 
+UNWRITTEN_BUCKETS = INPUT_BUCKETS - WRITE_BUCKETS
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
@@ -2784,16 +2786,18 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
         dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
         return dearest[0] * multiplier, dearest[1] * multiplier * answers
 
-    bound = Bound(
-        (), input_tokens,
+    least = LEAST_RESPONSES_TOKENS if api == "responses" else 1
+    if api == "messages":           # above its budget for thinking, which falls with it
+        least += _thinking_budget(fields)
+        least = min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
+    return Bound(
+        input_tokens=input_tokens, may_be_lowered=may_be_lowered, least_output_tokens=least,
         unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
         reasoning_tokens=reasoning_tokens if api in ("chat", "messages") else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
-        least_output_tokens=_least_output_tokens(api, fields, may_be_lowered),
-        may_be_lowered=may_be_lowered)
-    return _with_hosted_tools(api, body, price, bound, window, rates_up_to,
-                              said_choice or fields.get("tool_choice"))
+        **_by_hosted_uses(api, body, price, input_tokens, window, rates_up_to,
+                          said_choice or fields.get("tool_choice")))
 
 
 def _choices(api: str, fields: Mapping[str, Any]) -> int:
@@ -2818,56 +2822,41 @@ def _thinking_budget(fields: Mapping[str, Any]) -> int:
     return optional_count(json_object(fields.get("thinking")), "budget_tokens") or 0
 
 
-def _least_output_tokens(api: str, fields: Mapping[str, Any], may_be_lowered: bool) -> int:
-    """The least cap that leaves a request valid: Anthropic's must be above its thinking budget,
-    which falls with it."""
-    if api != "messages":
-        return LEAST_RESPONSES_TOKENS if api == "responses" else 1
-    least = 1 + _thinking_budget(fields)
-    return min(least, 2 * LEAST_THINKING_TOKENS) if may_be_lowered else least
-
-
 def kinds_held(body: JsonBody) -> frozenset:
     """Return the kinds of HIDDEN_IN that a call with this body may have tokens of."""
-    contents = contents_of(body)
-    only_read = not contents.has_state and all(
-        [_is_document(kind, part) for _, kind, part in contents.unseen])
-    held = {"audio_input": contents.is_unseen and not only_read,
-            "image_input": contents.is_unseen or contents.images,
-            "audio_output": _has_any(body.fields, SPOKEN_FIELDS)}
-    return frozenset([kind for kind, is_held in held.items() if is_held])
-
-
-def _is_document(kind: str, part: Mapping[str, Any]) -> bool:
-    """Whether a part says that it is a PDF or a text, which holds no audio."""
-    data = [text for text in strings_in(part) if text.startswith("data:")]
-    return "audio" not in kind and bool(data) and all(
-        [text.startswith(("data:application/pdf", "data:text/")) for text in data])
-
-
-def _possible_tiers(fields: Mapping[str, Any], default_tier: str) -> tuple:
-    """The service tiers that may serve a request; an unknown one may be any."""
-    asked = fields.get("service_tier")
-    if asked in (None, "auto"):
-        return None, default_tier
-    return None, asked if isinstance(asked, str) else UNKNOWN_TIER
+    contents, held = contents_of(body), set()
+    if contents.is_unseen or contents.images:
+        held.add("image_input")
+    for _, kind, part in contents.unseen:       # PDFs and texts that say so hold no audio
+        data = [text for text in strings_in(part) if text.startswith("data:")]
+        if "audio" in kind or not data or not all(
+                [text.startswith(("data:application/pdf", "data:text/")) for text in data]):
+            held.add("audio_input")
+    if contents.has_state:
+        held.add("audio_input")
+    if _has_any(body.fields, SPOKEN_FIELDS):
+        held.add("audio_output")
+    return frozenset(held)
 
 
 def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
                    default_tier: str) -> tuple[Rate, Rate]:
-    """The highest (input, output) rates that a request can meet.
+    """Return the highest (input, output) rates that a request can meet.
 
     A JSON escape can hide a word, so a body with escapes counts as having it.
     """
     def may_say(*words: bytes) -> bool:
         return any(word in body.text for word in (b"\\u", *words))
 
-    dearest = price.dearest_rates(_possible_tiers(body.fields, default_tier), input_tokens)
+    asked = body.fields.get("service_tier")
+    tier = default_tier if asked in (None, "auto") else asked if isinstance(asked, str) \
+        else UNKNOWN_TIER                       # which may be any
+    dearest = price.dearest_rates((None, tier), input_tokens)
     output = max(dearest["output"], dearest["reasoning"], dearest["image_output"])
     if _has_any(body.fields, SPOKEN_FIELDS):
         output = max(output, dearest["audio_output"])
     # The body is searched only for what would change the rate.
-    plain = max([dearest[bucket] for bucket in INPUT_BUCKETS - WRITE_BUCKETS])
+    plain = max([dearest[bucket] for bucket in UNWRITTEN_BUCKETS])
     write, long_write = dearest["cache_write"], max(dearest["cache_write_1h"],
                                                     dearest["cache_write_12h"])
     if max(write, long_write) > plain and (api != "messages" or may_say(b"cache_control")):
@@ -2877,19 +2866,21 @@ def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
     return plain, output
 
 
-def _with_hosted_tools(api: str, body: JsonBody, price: Price, bound: Bound, window: int,
-                       rates_up_to: Callable[[int], tuple[Rate, Rate]], choice: Any) -> Bound:
-    """Return a bound with its levels, by the uses of hosted tools that the request asks for.
+def _by_hosted_uses(api: str, body: JsonBody, price: Price, visible: int, window: int,
+                    rates_up_to: Callable[[int], tuple[Rate, Rate]],
+                    choice: Any) -> dict[str, Any]:
+    """Return the levels of a bound, by the uses of hosted tools that the request asks for, and what
+    else a bound says of these uses.
 
     Raises BadRequest for a number of uses that is no whole number from 0 up.
     """
-    contents, call_fee, visible = contents_of(body), price.call_fee({}), bound.input_tokens
+    contents, call_fee = contents_of(body), price.call_fee({})
     declared = [(kind, tool, row) for _, kind, tool in contents.tools
                 for row in [None if _runs_at_client(kind, tool) else hosted_tool(api, kind, price)]
                 if row is not None]
     compacts = "compaction_trigger" in contents.kinds
     if not declared and not compacts:
-        return bound._replace(levels=(Level(((visible, 0),), rates_up_to(visible), call_fee),))
+        return {"levels": (Level(((visible, 0),), rates_up_to(visible), call_fee),)}
     capped = [(tool, row) for kind, tool, row in declared if kind.startswith("web_")]
     caps = [optional_count(body.fields, "max_tool_calls") if api == "responses" else
             optional_count(tool, "max_uses") for tool, _ in capped]
@@ -2898,69 +2889,54 @@ def _with_hosted_tools(api: str, body: JsonBody, price: Price, bound: Bound, win
              for cap, (tool, row) in zip(caps, capped)]
     if api == "responses" and tools:        # one cap for all of them
         tools = [max(tools, key=operator.itemgetter(1))]
+    asked = max([uses for uses, *_ in tools], default=0)
     visible += sum(row.prompt_tokens for *_, row in declared) + TOOL_PROMPT_TOKENS * compacts
-    context = max(price.max_input_tokens, window) if price.max_input_tokens else None
     # Usage is summed over the samplings, so that any long-context price may hold.
-    rates = rates_up_to(visible), rates_up_to(MOST_TOKENS)
+    rates, (more, most) = (rates_up_to(visible), rates_up_to(MOST_TOKENS)), SAMPLINGS.get(
+        api, (0, 1))
     # Tool search and compaction read again without any use.
-    least_samplings = MOST_SAMPLINGS if len(capped) < len(declared) else 1 + compacts
-    asked, fees = max([uses for uses, *_ in tools], default=0), (call_fee, price.search_picodollars)
-    forced = _forces_hosted(choice, {str(tool.get("name")) for tool, _ in capped})
-    return bound._replace(
-        levels=tuple([_level(uses, tools, visible, context, least_samplings,
-                             SAMPLINGS.get(api, (0, 1)), rates, fees)
-                      for uses in range(1 + asked)]),
-        uses_are_asked=all([cap is not None and cap <= MOST_HOSTED_USES for cap in caps]),
-        has_use_caps=bool(tools),
-        least_uses=min(asked, forced),
-        is_all_hosted=len(capped) == len(contents.tools))
+    least_later = MOST_SAMPLINGS - 1 if len(capped) < len(declared) else int(compacts)
+
+    def level(uses: int) -> Level:
+        """Return the worst case with so many uses of each tool. The first sampling reads what is
+        visible; each later one that, all results and all output before it; none more than the
+        context."""
+        counted = [(min(uses, asked), result, row) for asked, result, row in tools]
+        total = sum([count for count, _, _ in counted])
+        loops_freely = any([count and row.loops_freely for count, _, row in counted])
+        later = most if loops_freely else min(total + more, most) if total else 1
+        later = max(later - 1, least_later)
+        context = max(price.max_input_tokens, window) if price.max_input_tokens else sys.maxsize
+        first, results = min(visible, context), sum([count * size for count, size, _ in counted])
+        lines = (first + later * min(visible + results, context), later), \
+            (first + later * context, 0)
+        searches = sum([count for count, _, row in counted if row.has_fee])
+        return Level(lines if price.max_input_tokens else lines[:1], rates[later > 0],
+                     call_fee + price.search_picodollars * searches, 1 + later)
+
+    return {"levels": tuple(map(level, range(1 + asked))),
+            "uses_are_asked": all([cap is not None and cap <= MOST_HOSTED_USES for cap in caps]),
+            "has_use_caps": bool(tools), "is_all_hosted": len(capped) == len(contents.tools),
+            "least_uses": min(asked, _forces_hosted(choice, [tool for tool, _ in capped]))}
 
 
-def _level(uses: int, tools: Sequence[tuple[int, int, HostedTool]], visible: int,
-           context: Optional[int], least_samplings: int, more_and_most: tuple[int, int],
-           rates: tuple, fees: tuple[Rate, Rate]) -> Level:
-    """Return the worst case with `uses` of each of (uses asked for, tokens of a result, tool).
-
-    The first sampling of the model reads what is visible; each later one that, all results and all
-    output before it. None reads more than the context.
-    """
-    counted = [(min(uses, asked), result, row) for asked, result, row in tools]
-    total = sum(count for count, _, _ in counted)
-    results = sum(count * result for count, result, _ in counted)
-    more, most = more_and_most
-    if not any(count and row.loops_freely for count, _, row in counted):
-        most = min(total + more, most) if total else 1
-    later = max(most, least_samplings) - 1
-    window = context or sys.maxsize
-    first, others = min(visible, window), min(visible + results, window)
-    lines = [(first + later * others, later), (first + later * window, 0)]
-    return Level(tuple(lines if context else lines[:1]), rates[later > 0],
-                 fees[0] + fees[1] * sum(count for count, _, row in counted if row.has_fee),
-                 samplings=1 + later)
+def _forces_hosted(choice: Any, hosted: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a tool_choice leaves the model no way but a hosted tool."""
+    kind = choice if isinstance(choice, str) else json_object(choice).get("type")
+    if kind == "tool":
+        return str(json_object(choice).get("name")) in [str(tool.get("name")) for tool in hosted]
+    return kind not in (None, "auto", "none", "function", "custom")
 
 
 def _fetch_cap(tool: Mapping[str, Any]) -> int:
-    """The max_content_tokens that goes upstream: no cap, and one of 0, is our own."""
+    """Return the max_content_tokens that goes upstream: no cap, and one of 0, is our own."""
     return optional_count(tool, "max_content_tokens") or DEFAULT_FETCHED_TOKENS
 
 
 def _fetched_tokens(tool: Mapping[str, Any]) -> int:
-    """What one fetch can add: a text that is to be cited counts twice, as in the request."""
+    """Return what one fetch can add: a text that is to be cited counts twice, as in the request."""
     times = 2 if json_object(tool.get("citations")).get("enabled") else 1
     return -int(-_fetch_cap(tool) * times * FETCHED_TOKENS_MARGIN // 1)
-
-
-def _forces_hosted(choice: Any, names: set) -> bool:
-    """Whether a tool_choice leaves the model no way but a hosted tool."""
-    kind = choice if isinstance(choice, str) else json_object(choice).get("type")
-    if kind == "tool":
-        return str(json_object(choice).get("name")) in names
-    return kind not in (None, "auto", "none", "function", "custom")
-
-
-def honoured_caps(api: str, provider: Provider) -> tuple[str, ...]:
-    """The caps on an answer that a provider honours; the first is the one to set."""
-    return provider.caps if api == "chat" else MAX_TOKENS_FIELDS[api]
 
 
 class Changes:
@@ -2975,7 +2951,7 @@ class Changes:
     def cap_output(self, provider: Provider, cap: Optional[int]) -> None:
         """Have the provider heed the client's caps, and `cap`: one in a field that it does not
         honour is moved to the one that it does."""
-        honoured = honoured_caps(self._api, provider)
+        honoured = provider.caps if self._api == "chat" else MAX_TOKENS_FIELDS[self._api]
         asked = {name: self._fields[name] for name in MAX_TOKENS_FIELDS[self._api]
                  if self._fields.get(name) is not None}
         caps = {name: value for name, value in asked.items() if name in honoured}
