@@ -17727,6 +17727,7 @@ VALUE_ARGUMENTS: Mapping[str, Callable] = MappingProxyType({
     "wait_s": _seconds_of, "cache_ttl_s": _seconds_of,
     "port": lambda value: value if type(value) is int else _text_of_argument(value),
     "on_event": value_like(callable, "a function"),
+    "environ": value_like(lambda value: isinstance(value, Mapping), "a mapping of variables"),
     "listener": value_like(lambda value: isinstance(value, socket.socket), "a socket that listens"),
     "timeouts": value_like(lambda value: isinstance(value, Timeouts) and all(
         type(part) in (int, float) and 0 <= part <= 10 ** 9 for part in value),
@@ -17734,6 +17735,8 @@ VALUE_ARGUMENTS: Mapping[str, Callable] = MappingProxyType({
     "providers": value_like(lambda value: isinstance(value, (list, tuple)) and all(
         isinstance(part, Provider) for part in value), "a tuple of Provider", tuple),
 })
+ARGUMENT_NAMES = MappingProxyType({              # where that is not the field's
+    "token": "api_key", "ledger_path": "ledger", "cache_ttl_s": "cache_ttl_seconds"})
 
 
 def argument_of(field: str, value: Any) -> Any:
@@ -17743,7 +17746,8 @@ def argument_of(field: str, value: Any) -> Any:
     if row is None and field not in VALUE_ARGUMENTS:
         known = [*(row.field for row in SETTINGS), *VALUE_ARGUMENTS]
         raise Misconfigured(f"LlmRouter has no {shown_name(field)}{did_you_mean(field, known)}")
-    with checking(f"wrong {field}: {field}"):
+    shown = ARGUMENT_NAMES.get(field, field)
+    with checking(f"wrong {shown}: {shown}"):
         if row is not None and row.repeats and isinstance(value, (list, tuple, set, frozenset)):
             return [*map(_text_of_argument, value)]
         return VALUE_ARGUMENTS.get(field, _text_of_argument)(value)
@@ -17757,7 +17761,8 @@ class LlmRouter:
     Cage server at `server_url`, where `api_key` (or `server_token`) is the credential, or else
     from the environment. `budget` and `stop_at` are in USD (str, Decimal, int, or float by its
     repr); `ledger` is a path; `shared` and `cage` are as --shared and --cage;
-    `on_event` gets each event; `more` are fields of Settings, in their units. Raises Misconfigured.
+    `on_event` gets each event; `more` are fields of Settings, in their units, of which `providers`
+    go before those of the same name that are set otherwise. Raises Misconfigured.
     """
 
     def __init__(self, api_key: Optional[str] = None, server_url: Optional[str] = None,
@@ -17773,7 +17778,7 @@ class LlmRouter:
         name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
         hidden = {"IRONCAGE_TOKEN", *(known.key_env for known in KNOWN_PROVIDERS.values()
                                       if provider_key is not None)}
-        given = os.environ if environ is None else environ
+        given = os.environ if environ is None else argument_of("environ", environ)
         environ = {variable: value for variable, value in given.items()
                    if re.sub("_FILE$", "", variable) not in hidden}
         arguments = {"port": 0, "quiet": True, "token": api_key or None, "cage": cage,
@@ -17791,8 +17796,9 @@ class LlmRouter:
                        if value is not None})
         settings = settings_of(values, environ, named="{0.field}, as {0.flag}")
         self._server = ProxyServer(settings._replace(**{
-            field: value for field, value in values.items()
-            if field not in {row.field for row in SETTINGS}}))
+            **{field: value for field, value in values.items()
+               if field not in {row.field for row in SETTINGS}},
+            "providers": (*settings.providers, *values.get("providers", ()))}))
         self._provider = name
         self._is_running = True
         self._server.start()

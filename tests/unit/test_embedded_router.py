@@ -25,7 +25,8 @@ def test_an_embedded_routers_server_must_be_one_that_can_be_asked():
 @pytest.mark.parametrize("field, value, words", [
     ("max_body_bytes", "5", "an integer"), ("max_memory_bytes", 1.5, "an integer"),
     ("budget_microdollars", True, "an integer"), ("wait_s", "5", "a number"),
-    ("cache_ttl_seconds", "300", "a number"), ("wait_s", 10 ** 12, "a number"),
+    ("cache_ttl_seconds", "300", "a number"), ("environ", 5, "a mapping"), ("port", True, "text"),
+    ("wait_s", 10 ** 12, "a number"),
     ("providers", 5, "a tuple of Provider"), ("providers", ["openai"], "a tuple of Provider"),
     ("timeouts", 5, "Timeouts"), ("timeouts", ic.Timeouts(call_s="1"), "Timeouts"),
     ("listener", 3, "a socket"), ("on_event", "print", "a function"), ("ledger", {}, "text"),
@@ -34,12 +35,20 @@ def test_an_embedded_routers_server_must_be_one_that_can_be_asked():
 def test_an_embedders_argument_of_another_type_or_unit_is_one_sentence(field, value, words):
     server = {"server_url": "https://cage.example", "api_key": "ic_server-canary-0123456789"}
     with pytest.raises(ic.Misconfigured) as refused:
-        ic.LlmRouter(environ={}, **{**(server if "ttl" in field else {}), field: value})
+        ic.LlmRouter(**{"environ": {}, **(server if "ttl" in field else {}), field: value})
 
-    assert f"must be {words}" in str(refused.value) and "\n" not in str(refused.value)
+    assert f"{field} must be {words}" in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("field", ["secret_files", "token_is_generated", "environment"])
 def test_what_no_setting_is_an_embedder_cannot_give(field):
     with pytest.raises(ic.Misconfigured, match=f"LlmRouter has no {field}"):
         ic.LlmRouter(environ={}, **{field: {}})
+
+
+@pytest.mark.parametrize("providers", [(), [ic.KNOWN_PROVIDERS["groq"]]], ids=["none", "another"])
+def test_an_embedders_providers_stand_beside_those_that_there_are_always(providers):
+    with ic.LlmRouter(environ={}, providers=providers) as router:
+        known = router._server.router.providers
+
+    assert {"openai", "anthropic", "ironcage", *(row.name for row in providers)} == {*known}
