@@ -16464,14 +16464,19 @@ def _parse_groups(text: str) -> list[str]:
 
 
 class Setting(NamedTuple):
-    """One row of the settings: a flag, the field of Settings that it sets, and how it is read."""
+    """One row of the settings: a flag, what it is for, and how its value is read."""
     flag: str
-    field: str
-    metavar: str                                          # "": a switch, without a value
-    parse: Callable[[Any], Any]
     help: str
+    metavar: str = ""                                     # "": a switch, without a value
+    parse: Callable[[Any], Any] = str
+    own_field: str = ""                                   # where it is not named as the flag
     repeats: bool = False                                 # may be given several times
     commands: str = "serve check"                         # that use it
+
+    @property
+    def field(self) -> str:
+        """The field of Settings that it sets: the plural of the flag's name where that repeats."""
+        return self.own_field or self.flag[2:].replace("-", "_") + "s" * self.repeats
 
     @property
     def env(self) -> str:
@@ -16487,98 +16492,89 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("--host", "host", "ADDRESS", _parse_host_name, "address to listen on (127.0.0.1)"),
-    Setting("--port", "port", "PORT", _parse_port,
-            "port to listen on (8787); 0 takes any free one"),
-    Setting("--token", "token", "TOKEN", parse_token,
-            "what agents authenticate with; without it one is made and shown"),
-    Setting("--admin-token", "admin_token", "TOKEN", parse_token,
-            "what PUT /ironcage/budget needs; without it that route is closed"),
-    Setting("--budget", "budget_microdollars", "USD", parse_usd,
-            "the most to spend, in USD, exact; without it spend is only counted"),
-    Setting("--stop-at", "stop_at_microdollars", "USD", parse_usd, "begin no call once this much "
-            "is spent; calls in flight may go on up to --budget, which must be more"),
-    Setting("--shared", "shared", "URL", parse_engine_url, "a Valkey or Redis server in which many "
-            "processes keep one budget: redis://[[user]:password@]host[:port][/db], rediss:// or "
-            "unix://PATH", commands="serve check usage cage"),
-    Setting("--cage", "cage", "NAME", _parse_id, "which of the budgets there (default); `cage new` "
-            "makes one", commands="serve check usage"),
-    Setting("--ledger", "ledger_path", "FILE", parse_ledger_path,
-            "SQLite file that keeps what every call cost; without it a restart forgets",
+    Setting("--host", "address to listen on (127.0.0.1)", "ADDRESS", _parse_host_name),
+    Setting("--port", "port to listen on (8787); 0 takes any free one", "PORT", _parse_port),
+    Setting("--token", "what agents authenticate with; without it one is made and shown", "TOKEN",
+            parse_token),
+    Setting("--admin-token", "what PUT /ironcage/budget needs; without it that route is closed",
+            "TOKEN", parse_token),
+    Setting("--budget", "the most to spend, in USD, exact; without it spend is only counted",
+            "USD", parse_usd, own_field="budget_microdollars"),
+    Setting("--stop-at", "begin no call once this much is spent; calls in flight may go on up to "
+            "--budget, which must be more", "USD", parse_usd, own_field="stop_at_microdollars"),
+    Setting("--shared", "a Valkey or Redis server in which many processes keep one budget: "
+            "redis://[[user]:password@]host[:port][/db], rediss:// or unix://PATH", "URL",
+            parse_engine_url, commands="serve check usage cage"),
+    Setting("--cage", "which of the budgets there (default); `cage new` makes one", "NAME",
+            _parse_id, commands="serve check usage"),
+    Setting("--ledger", "SQLite file that keeps what every call cost; without it a restart forgets",
+            "FILE", parse_ledger_path, own_field="ledger_path",
             commands="serve check usage audit tokens"),
-    Setting("--fsync", "fsync", "", str, "let the ledger, and a shared budget, survive a loss of "
-            "power too, at a disk flush for each call"),
-    Setting("--keep-days", "keep_days", "DAYS", _parse_days, "fold what is older in the ledger "
-            "into totals by day; without it every row is kept"),
-    Setting("--no-wait-for-ledger", "no_wait_for_ledger", "", str, "end at once where another "
-            "proxy has the ledger, rather than wait 30 seconds for it"),
-    Setting("--config", "config_path", "FILE", str, "JSON file with tokens, providers, aliases and "
-            "own prices", commands="serve check tokens models audit"),
-    Setting("--wait", "wait_s", "SECONDS", _parse_seconds,
-            "seconds that a request may wait for money that calls in flight hold (30)"),
-    Setting("--no-fit", "no_fit", "", str,
-            "refuse a request whose max_tokens does not fit, rather than lower it"),
-    Setting("--strict", "strict", "", str,
-            "refuse a translated request that would lose or change a field"),
-    Setting("--bound", "bound", "RULE", text_like("measured|bytes", "measured or bytes"),
-            "how text is bounded: measured, by a rule that plausible texts do not beat; or bytes, "
-            "a token a byte, which is a proof"),
-    Setting("--pricing", "pricing_path", "FILE", str, "price table in LiteLLM's format, instead of "
-            "pricing.json", commands="serve check models audit"),
-    Setting("--openai-base-url", "openai_base_url", "URL", parse_base_url,
-            "where OpenAI calls go; a bare host gets /v1"),
-    Setting("--openai-chat-only", "openai_chat_only", "", str,
-            "what answers in OpenAI's place has chat completions only"),
-    Setting("--anthropic-base-url", "anthropic_base_url", "URL", parse_base_url,
-            "where Anthropic calls go"),
-    Setting("--allow-plain-http", "allow_plain_http", "", str, "send keys to a base URL that is "
-            "neither https nor on this machine", commands="serve check models audit"),
-    Setting("--server-url", "server_url", "URL", parse_base_url,
-            "an Iron Cage server, which knows the provider's key and lends budget"),
-    Setting("--server-token", "server_token", "TOKEN", parse_token,
-            "what the proxy authenticates with there; without it --token is used"),
-    Setting("--cache-ttl", "cache_ttl_s", "SECONDS", _parse_seconds,
-            "seconds that a key from there is kept (300)"),
-    Setting("--max-body-mb", "max_body_bytes", "MB", _parse_megabytes,
-            "largest request body, in megabytes (32)"),
-    Setting("--max-memory-mb", "max_memory_bytes", "MB", _parse_megabytes, "memory for the bodies "
-            "and answers in work, all together, in megabytes (256); more of them wait"),
-    Setting("--agent-id", "agent_id", "NAME", _parse_id,
-            "who asks, in events, instead of the token's name"),
-    Setting("--provider-id", "provider_id", "NAME", _parse_id,
-            "the provider, in events, instead of its name"),
-    Setting("--allow-host", "allow_hosts", "NAME", _parse_host_name,
-            "a further Host name to answer to", repeats=True),
-    Setting("--allow-path", "allow_paths", "PATTERN", str,
-            "a path (* and ? match) to let through unmetered under a budget", repeats=True),
-    Setting("--allow-field", "allow_fields", "NAME", _parse_field,
-            "a request field of unknown cost to let through under a budget", repeats=True),
-    Setting("--allow-content", "allow_contents", "TYPE", _parse_field, "a type of content of "
-            "unknown size to let through under a budget, as a whole context", repeats=True),
-    Setting("--no-hosted-tools", "no_hosted_tools", "", str,
-            "refuse under a budget the searches that a provider runs, rather than cap them"),
-    Setting("--alert-url", "alert_url", "URL", parse_alert_url,
-            "POST alerts there as JSON: at 50, 80, 90 and 100 % of a budget, when a bound was "
-            "exceeded, and when the ledger cannot be written"),
-    Setting("--log-format", "log_format", "FORMAT", text_like("text|json", "text or json"),
-            "text or json"),
-    Setting("--quiet", "quiet", "", str, "no banner and no line for each request"),
+    Setting("--fsync", "let the ledger, and a shared budget, survive a loss of power too, at a "
+            "disk flush for each call"),
+    Setting("--keep-days", "fold what is older in the ledger into totals by day; without it every "
+            "row is kept", "DAYS", _parse_days),
+    Setting("--no-wait-for-ledger", "end at once where another proxy has the ledger, rather than "
+            "wait 30 seconds for it"),
+    Setting("--config", "JSON file with tokens, providers, aliases and own prices", "FILE",
+            own_field="config_path", commands="serve check tokens models audit"),
+    Setting("--wait", "seconds that a request may wait for money that calls in flight hold (30)",
+            "SECONDS", _parse_seconds, own_field="wait_s"),
+    Setting("--no-fit", "refuse a request whose max_tokens does not fit, rather than lower it"),
+    Setting("--strict", "refuse a translated request that would lose or change a field"),
+    Setting("--bound", "how text is bounded: measured, by a rule that plausible texts do not beat; "
+            "or bytes, a token a byte, which is a proof", "RULE",
+            text_like("measured|bytes", "measured or bytes")),
+    Setting("--pricing", "price table in LiteLLM's format, instead of pricing.json", "FILE",
+            own_field="pricing_path", commands="serve check models audit"),
+    Setting("--openai-base-url", "where OpenAI calls go; a bare host gets /v1", "URL",
+            parse_base_url),
+    Setting("--openai-chat-only", "what answers in OpenAI's place has chat completions only"),
+    Setting("--anthropic-base-url", "where Anthropic calls go", "URL", parse_base_url),
+    Setting("--allow-plain-http", "send keys to a base URL that is neither https nor on this "
+            "machine", commands="serve check models audit"),
+    Setting("--server-url", "an Iron Cage server, which knows the provider's key and lends budget",
+            "URL", parse_base_url),
+    Setting("--server-token", "what the proxy authenticates with there; without it --token is used",
+            "TOKEN", parse_token),
+    Setting("--cache-ttl", "seconds that a key from there is kept (300)", "SECONDS",
+            _parse_seconds, own_field="cache_ttl_s"),
+    Setting("--max-body-mb", "largest request body, in megabytes (32)", "MB", _parse_megabytes,
+            own_field="max_body_bytes"),
+    Setting("--max-memory-mb", "memory for the bodies and answers in work, all together, in "
+            "megabytes (256); more of them wait", "MB", _parse_megabytes,
+            own_field="max_memory_bytes"),
+    Setting("--agent-id", "who asks, in events, instead of the token's name", "NAME", _parse_id),
+    Setting("--provider-id", "the provider, in events, instead of its name", "NAME", _parse_id),
+    Setting("--allow-host", "a further Host name to answer to", "NAME", _parse_host_name,
+            repeats=True),
+    Setting("--allow-path", "a path (* and ? match) to let through unmetered under a budget",
+            "PATTERN", repeats=True),
+    Setting("--allow-field", "a request field of unknown cost to let through under a budget",
+            "NAME", _parse_field, repeats=True),
+    Setting("--allow-content", "a type of content of unknown size to let through under a budget, "
+            "as a whole context", "TYPE", _parse_field, repeats=True),
+    Setting("--no-hosted-tools", "refuse under a budget the searches that a provider runs, rather "
+            "than cap them"),
+    Setting("--alert-url", "POST alerts there as JSON: at 50, 80, 90 and 100 % of a budget, when a "
+            "bound was exceeded, and when the ledger cannot be written", "URL", parse_alert_url),
+    Setting("--log-format", "text or json", "FORMAT", text_like("text|json", "text or json")),
+    Setting("--quiet", "no banner and no line for each request"),
 )
 # Flags of one command or the other, which no variable sets.
 OPTIONS = (
-    Setting("--json", "json", "", str, "print JSON", commands="usage audit tokens"),
-    Setting("--csv", "csv", "", str, "print CSV", commands="usage"),
-    Setting("--compare", "compare", "FILE", str, "print what another price table would change",
-            commands="models"),
-    Setting("--since", "since", "WHEN", parse_moment, "from this time on (UTC): a date, with a "
-            "time or not, a month (2026-11), today, yesterday, 7d, 24h", commands="usage"),
-    Setting("--until", "until", "WHEN", parse_moment,
-            "up to this time, which is the beginning of a date or month", commands="usage"),
-    Setting("--by", "by", "NAMES", _parse_groups, "one table by one or several, joined by commas, "
-            f"of {', '.join(USAGE_GROUPS)}", commands="usage"),
-    Setting("--refused", "refused", "", str, "what was refused, and why", commands="usage"),
-    Setting("--help", "help", "", str, "what a command does and takes"),
-    Setting("--version", "version", "", str, "print the version"),
+    Setting("--json", "print JSON", commands="usage audit tokens"),
+    Setting("--csv", "print CSV", commands="usage"),
+    Setting("--compare", "print what another price table would change", "FILE", commands="models"),
+    Setting("--since", "from this time on (UTC): a date, with a time or not, a month (2026-11), "
+            "today, yesterday, 7d, 24h", "WHEN", parse_moment, commands="usage"),
+    Setting("--until", "up to this time, which is the beginning of a date or month", "WHEN",
+            parse_moment, commands="usage"),
+    Setting("--by", f"one table by one or several, joined by commas, of {', '.join(USAGE_GROUPS)}",
+            "NAMES", _parse_groups, commands="usage"),
+    Setting("--refused", "what was refused, and why", commands="usage"),
+    Setting("--help", "what a command does and takes"),
+    Setting("--version", "print the version"),
 )
 FLAGS: Mapping[str, Setting] = MappingProxyType({row.flag: row for row in (*SETTINGS, *OPTIONS)})
 
@@ -16668,36 +16664,33 @@ def parse_arguments(argv: Sequence[str]) -> dict:
             continue
         if row is None:
             raise _unknown_flag(_known_command(words), flag)
+        if has_value and not row.metavar:
+            raise Misconfigured(f"{flag} takes no value")
         if row.metavar and not has_value:
             value = next(rest, "--")
-        if not row.metavar if has_value else value.startswith("--"):
-            raise Misconfigured(f"{flag} takes no value" if has_value
-                                else f"{flag} needs a value: {row.metavar}")
+            if value.startswith("--"):
+                raise Misconfigured(f"{flag} needs a value: {row.metavar}")
         given[row.field] = True if not row.metavar else value if not row.repeats else [
             *(given[row.field] or ()), value]
     if words[:1] == ["help"]:
         words, given["help"] = words[1:], True
     command = "version" if given["version"] else _known_command(words)
     given.update(command=command, words=words[1:])
-    if not given["help"] and not given["version"]:
-        _check_arguments(given)
-    return given
-
-
-def _check_arguments(given: dict) -> None:
-    """Read the options, and see that a command gets what it takes. Raises Misconfigured."""
-    command, words, wrapped = given["command"], given["words"], given["wrapped"]
+    if given["help"] or given["version"]:
+        return given
+    wrapped, words = given["wrapped"], given["words"]
     if wrapped is not None and (command != "serve" or words or not wrapped):
         raise Misconfigured("after -- there must be a command to run, and before it flags only")
     for row in FLAGS.values():
-        if given[row.field] and command not in row.commands.split():
-            raise _unknown_flag(command, row.flag, str(given[row.field]))
+        value = given[row.field]
+        if value is not None and command not in row.commands.split():
+            raise _unknown_flag(command, row.flag, str(value))
+        if row in OPTIONS and row.metavar and value is not None:
+            with checking(f"{row.flag}:"):
+                given[row.field] = row.parse(value)
     if words and (command == "serve" or not COMMANDS[command].words):
         raise Misconfigured(f"{command} takes no further words ({shown_name(words[0])})")
-    for row in OPTIONS:
-        if row.metavar and given[row.field] is not None:
-            with checking(f"{row.flag}:"):
-                given[row.field] = row.parse(given[row.field])
+    return given
 
 
 _parse_switch = value_like(lambda text: re.fullmatch("(?i)1|true|yes|on|0|false|no|off", text),
@@ -16844,14 +16837,6 @@ class LogFormatter(logging.Formatter):
         return text if re.fullmatch(r"[A-Za-z0-9_.:/@+-]+", text) else json.dumps(text)
 
 
-def _set_up_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(settings.log_format))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(logging.WARNING if settings.quiet else logging.INFO)
-
-
 def _prepare_process() -> None:
     """Make this process fit to hold keys and to serve on many threads, as far as it can be.
 
@@ -16934,44 +16919,49 @@ def let_through(server: ProxyServer) -> list[tuple[str, str]]:
 
 def banner(server: ProxyServer) -> str:
     """Return what a person needs to know at the start, and to paste into a shell."""
+    return "\n".join([f"ironcage_proxy {__version__} is listening on {server.url}", *(
+        f"  {what + ':':19} {text}" for what, text in (*_banner_rows(server),
+                                                      *let_through(server)))])
+
+
+def _banner_rows(server: ProxyServer) -> Iterator[tuple[str, str]]:
     settings, router, shared = server.settings, server.router, server.router.controller.accounts
     token = settings.token if settings.token_is_generated else "<the token you chose>"
     found = [provider.key_file or provider.key_env
              for provider in router.providers.values() if provider.key is not None]
-    kept = "" if settings.budget_microdollars is None else \
-        " (kept in memory: a restart forgets spend)" \
-        if settings.ledger_path is None and settings.shared is None \
-        else f", of which {format_usd(router.controller.total_spent())} are spent"
-    rows = [("OpenAI clients", f"export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}"),
-            ("Anthropic clients", f"export ANTHROPIC_BASE_URL={server.url} "
-             f"ANTHROPIC_AUTH_TOKEN={token}"),
-            ("provider keys", ", ".join(found) or f"none found; {ECHO_MODEL} needs none"),
-            ("budget", budget_text(settings) + kept)]
+    spent = f", of which {format_usd(router.controller.total_spent())} are spent" \
+        if settings.ledger_path or settings.shared else \
+        " (kept in memory: a restart forgets spend)"
+    yield "OpenAI clients", f"export OPENAI_BASE_URL={server.url}/v1 OPENAI_API_KEY={token}"
+    yield "Anthropic clients", f"export ANTHROPIC_BASE_URL={server.url} " \
+                               f"ANTHROPIC_AUTH_TOKEN={token}"
+    yield "provider keys", ", ".join(found) or f"none found; {ECHO_MODEL} needs none"
+    yield "budget", budget_text(settings) + (
+        spent if settings.budget_microdollars is not None else "")
     if router.server is not None:
         lease = router.server.lease
-        rows.append(("Iron Cage server", f"{settings.server_url}, " + (
+        yield "Iron Cage server", f"{settings.server_url}, " + (
             "no lease yet: nothing can be spent" if lease is None
-            else f"{format_usd(lease.granted)} leased")))
+            else f"{format_usd(lease.granted)} leased")
         if settings.server_token is None:
-            rows.append(("warning", "agents hold the token of the Iron Cage server; give the "
-                         "proxy its own with --server-token"))
+            yield "warning", "agents hold the token of the Iron Cage server; give the proxy its " \
+                             "own with --server-token"
     if shared.is_shared:
-        limit, spent = shared.known([PROXY_SCOPE])[0][1:3]
-        rows.append(("shared budget", f"the cage {shared.cage} at {shared.engine.address}: "
-                     f"{'no limit' if limit is None else format_usd(limit)}, "
-                     f"{format_usd(spent)} spent by all; a crash there forgets "
-                     f"{shared.durability}"))
+        limit, spent_by_all = shared.known([PROXY_SCOPE])[0][1:3]
+        yield "shared budget", (
+            f"the cage {shared.cage} at {shared.engine.address}: "
+            f"{'no limit' if limit is None else format_usd(limit)}, {format_usd(spent_by_all)} "
+            f"spent by all; a crash there forgets {shared.durability}")
     if isinstance(server.ledger, SqliteLedger):
-        rows.append(("ledger", settings.ledger_path + (
-            f" ({server.ledger.recovered} calls were cut off by the last exit and are charged at "
-            "their bounds)" if server.ledger.recovered else "")))
+        cut_off = server.ledger.recovered
+        yield "ledger", settings.ledger_path + (
+            f" ({cut_off} calls were cut off by the last exit and are charged at their bounds)"
+            if cut_off else "")
     if settings.config_path is not None:
-        rows.append(("tokens", f"{len(router.config.callers)} in {settings.config_path}"))
+        yield "tokens", f"{len(router.config.callers)} in {settings.config_path}"
     if settings.host in ("0.0.0.0", "::") and not settings.allow_hosts:
-        rows.append(("warning", "every address is listened on, but only loopback names are "
-                     "answered to; add --allow-host NAME"))
-    return "\n".join([f"ironcage_proxy {__version__} is listening on {server.url}", *(
-        f"  {what + ':':19} {text}" for what, text in (*rows, *let_through(server)))])
+        yield "warning", "every address is listened on, but only loopback names are answered to; " \
+                         "add --allow-host NAME"
 
 
 def _on_signals(action: Callable[[int], None], *names: str) -> None:
@@ -17616,30 +17606,28 @@ def run_selftest(settings: Settings, given: Mapping[str, Any]) -> int:
     return 1 if broken else 0
 
 
-def price_changes(old: PriceBook, new: PriceBook) -> Iterator[tuple[str, str]]:
-    """Yield (kind, line) of each difference that a newer price table would make: "+" a model that
-    it adds, "-" one that it lacks, "~" a cell that differs."""
+def price_changes(old: PriceBook, new: PriceBook) -> Iterator[str]:
+    """Yield a line for each difference that a newer price table would make: "+" a model that it
+    adds, "-" one that it lacks, "~" a cell that differs."""
     for key in sorted({*old.keys(), *new.keys()}):
         was, becomes = old.cells(key), new.cells(key)
         if not was or not becomes:
             rates = "input {}, output {}".format(*(old if was else new).price(key).per_million())
-            yield "-" if was else "+", f"{key}: {rates}"
+            yield f"{'-' if was else '+'} {key}: {rates}"
             continue
         for cell in sorted({*was, *becomes}):
             if was.get(cell) != becomes.get(cell):
-                yield "~", f"{key}: {cell} {was.get(cell, 'absent')} -> " \
-                           f"{becomes.get(cell, 'absent')}"
+                yield f"~ {key}: {cell} {was.get(cell, 'absent')} -> {becomes.get(cell, 'absent')}"
 
 
 def run_models(settings: Settings, given: Mapping[str, Any]) -> None:
     """List what is priced, in USD for a million tokens; or what another table would change."""
     prices = _prices_of(settings)
     if given["compare"] is not None:
-        kinds: Counter = Counter()
-        for kind, line in price_changes(prices, read_prices(given["compare"])):
-            kinds[kind] += 1
-            print(f"{kind} {re.sub(UNPRINTABLE, '?', line)}")
-        print(f"{kinds['+']} models added, {kinds['-']} removed, {kinds['~']} cells changed")
+        lines = [*price_changes(prices, read_prices(given["compare"]))]
+        kinds = Counter(line[0] for line in lines)
+        print(*(re.sub(UNPRINTABLE, "?", line) for line in lines), f"{kinds['+']} models added, "
+              f"{kinds['-']} removed, {kinds['~']} cells changed", sep="\n")
         return
     priced = ((key, prices.price(key)) for key in prices.keys())
     print(table([("model", "provider", "input", "output"), *(
@@ -17688,7 +17676,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(help_text(given["command"]), end="")
             return 0
         settings = settings_on_line(given, os.environ)
-        _set_up_logging(settings)
+        log.handlers[:], log.propagate = [logging.StreamHandler()], False
+        log.handlers[0].setFormatter(LogFormatter(settings.log_format))
+        log.setLevel(logging.WARNING if settings.quiet else logging.INFO)
         run = COMMANDS[given["command"]].run
         return (run if given["wrapped"] is None else run_wrapped)(settings, given) or 0
     except Misconfigured as err:

@@ -135,7 +135,8 @@ def test_an_example_of_the_help_is_a_use_that_parses():
     (["--budget", "2", "codex", "exec", "--full-auto"], "-- codex ..."),
     (["version", "now"], "takes no further words"), (["--port"], "--port needs a value"),
     (["--port", "--budget", "5"], "--port needs a value"),
-    (["--strict=yes"], "--strict takes no value")])
+    (["--strict=yes"], "--strict takes no value"), (["usage", "--budget="], "takes no flag --budget"),
+    (["usage", "--since="], "--since: must be a date")])
 def test_a_flag_or_word_that_is_out_of_place_is_one_sentence(capsys, argv, fault):
     code, out, err = said(capsys, *argv)
 
