@@ -80,7 +80,8 @@ Which code answers a question: `python tests/calls.py overspend` prints it and n
 follows the calls, and tests/unit/test_map.py sees that nothing is missing.
 
     overspend: Can it overspend? What these use of chapters 3 to 7, 16, 17 and 21.
-        CostController; AnswerMeter; StreamReader; KnownCounts;
+        CostController: __doc__ __init__ admit reserve commit cancel close add_spend set_budget
+        set_limits set_scopes check_budget; AnswerMeter; StreamReader; KnownCounts;
         PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
         ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
         _bound _tight_bound _reserved _upstream_body _settle _take_lease configure
@@ -13667,10 +13668,6 @@ class Settlement(NamedTuple):
     counts: tuple = ()                        # (what, how many, what, ...)
     row_id: Optional[int] = None              # in this process' own ledger
 
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.process, self.number
-
 
 def _limit_word(amount: Optional[int]) -> str:
     if amount is not None and amount > MOST_SHARED:
@@ -13760,7 +13757,7 @@ class SharedAccounts:
         self._lock = threading.Lock()              # guards the next five
         self._last_number = 0                      # that a call of ours was given
         self._open: dict[int, str] = {}            # number -> record; "": not confirmed yet
-        self._ending: dict[tuple, Settlement] = {}                # not confirmed yet
+        self._ending: dict[int, Settlement] = {}   # number -> not confirmed yet
         self._ended: deque[tuple[float, Settlement]] = deque()    # confirmed a moment ago
         self._known: dict[str, Budget] = {}
         self._watch = Watch(DEAD_S, 2 * HEARTBEAT_S)
@@ -13923,7 +13920,7 @@ class SharedAccounts:
         with self._lock:
             self._open.pop(settlement.number, None)
             if is_new:
-                self._ending[settlement.key] = settlement
+                self._ending[settlement.number] = settlement
 
     def settle(self, claim: Reservation, microdollars: int,
                row: Optional[Mapping[str, Any]] = None) -> None:
@@ -13951,7 +13948,8 @@ class SharedAccounts:
             raise EngineFailed(NOT_A_REPLY, was_sent=True)
         now_s = time.monotonic()
         with self._lock:
-            self._ending.pop(settlement.key, None)
+            if self._ending.get(settlement.number) is settlement:     # not of an earlier process
+                del self._ending[settlement.number]
             self._ended.append((now_s, settlement))
             while self._ended[0][0] < now_s - self._hold_s:
                 self._ended.popleft()
@@ -14085,8 +14083,7 @@ class SharedAccounts:
     def _beat(self) -> None:
         """Say that we live, and of which calls; and charge those of the dead at their bounds."""
         with self._lock:
-            last, ours = self._last_number, {**self._open, **{
-                number: "" for process, number in self._ending if process == self._process}}
+            last, ours = self._last_number, {**self._open, **dict.fromkeys(self._ending, "")}
         with replied():
             beats, _ = self._run("beat", self._process, PROXY_SCOPE, last,
                                  *itertools.chain(*ours.items()))

@@ -276,10 +276,10 @@ class Question:
         self.roots: set[str] = set()
         for group in " ".join(match[4].split()).partition("; and")[0].split(";"):
             owner, _, methods = group.strip().partition(": ")
-            names = [f"{owner}.{method}" for method in methods.split()] or [owner]
-            self.roots |= {*names} - {*calls._bases}
-            for name in {*names} & {*calls._bases}:
-                self.roots |= calls.of_class(name)
+            names = [f"{owner}.{method}" for method in methods.split() if method != "__doc__"]
+            self.roots |= {*names} if names else calls.of_class(owner) or {owner}
+            if "__doc__" in methods:                     # with the fields, but not all methods
+                self.roots.add(owner)
 
     def code(self, calls: Calls) -> set[str]:
         """The names that answer it."""
