@@ -115,13 +115,13 @@ class Calls:
                     self._fields[owner, method] = self._named(node.returns)
 
     def _read_assignments(self, function: ast.FunctionDef, owner: str) -> None:
-        known = self._variables(function, owner)
-        for target, value, annotation in _assignments(function):
-            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) \
-                    and target.value.id == "self":
-                classes = self._named(annotation) or self._classes(value, known, owner)
-                place = owner, target.attr
-                self._fields[place] = self._fields.get(place, NONE) | classes
+        fields = [row for row in _assignments(function) if isinstance(row[0], ast.Attribute)
+                  and isinstance(row[0].value, ast.Name) and row[0].value.id == "self"]
+        known = self._variables(function, owner) if fields else {}
+        for target, value, annotation in fields:
+            classes = self._named(annotation) or self._classes(value, known, owner)
+            place = owner, target.attr
+            self._fields[place] = self._fields.get(place, NONE) | classes
 
     # Classes of expressions.
 
@@ -138,6 +138,7 @@ class Calls:
                     waiting += relatives[one]
         return found
 
+    @functools.lru_cache(maxsize=None)  # noqa: B019
     def _named(self, annotation: Optional[ast.AST]) -> Classes:
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             annotation = ast.parse(annotation.value, mode="eval")
@@ -208,6 +209,7 @@ class Calls:
         for definition in self.nodes[name]:
             known = self._variables(definition, owner)
             unread = {id(part) for node in _walked(definition)
+                      if isinstance(node, (ast.arg, ast.AnnAssign, ast.FunctionDef))
                       for annotation in (getattr(node, "annotation", None),
                                          getattr(node, "returns", None)) if annotation is not None
                       for part in ast.walk(annotation)}

@@ -1129,11 +1129,11 @@ def status_of(proxy) -> dict:
 def is_at_rest(proxy) -> bool:
     """Whether a proxy of this process works on no request; waits a moment for that. What another
     process does is not seen from here: False."""
-    if not hasattr(proxy, "_places"):
-        return False
     module = program()
+    if not isinstance(proxy, module.ProxyServer):
+        return False
     for _ in range(20):
-        if not proxy._count(lambda place: place.does in (module.READING, module.SERVING)):
+        if not proxy.places.count(lambda place: place.does in (module.READING, module.SERVING)):
             return True
         threading.Event().wait(0.001)
     return False

@@ -31,7 +31,8 @@ def outward(calls):
     return {name for name, nodes in calls.nodes.items() for node in nodes for call in ast.walk(node)
             if isinstance(call, ast.Call) and (
                 getattr(call.func, "attr", "") in CONNECTS
-                or ast.unparse(call.func).endswith("opener.open"))
+                or getattr(call.func, "attr", "") == "open"
+                and ast.unparse(call.func).endswith("opener.open"))
             and not ast.unparse(call.func).startswith("sqlite3.")}
 
 
