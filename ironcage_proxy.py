@@ -4803,6 +4803,7 @@ class RequestWriter:
     """Writes a conversation as a request of a provider's API, once. A subclass has `request`,
     which returns it, and `_tool`, which returns a tool, or None where that has no place there."""
     api, most_name_chars = "", 64
+    takes_text = False                           # as the input of a tool
     request: Callable
     _tool: Callable
 
@@ -4835,15 +4836,20 @@ class RequestWriter:
         return cap
 
     def _written_tools(self) -> list[dict]:
-        return [row for row in map(self._tool, self._asked.tools) if row is not None]
+        return [row for row in map(self._tool, map(self._taken, self._asked.tools))
+                if row is not None]
 
-    def _described(self, tool: Tool) -> dict:
-        """Return the description of a tool, with the syntax of its text, which nobody enforces."""
+    def _taken(self, tool: Tool) -> Tool:
+        """Return a tool; where none takes text, one that does as a function, with the text inside
+        its input and the syntax, which nobody enforces, in its description."""
+        if tool.kind != "text" or self.takes_text:
+            return tool
+        self._names.fitting(tool.name, tool.namespace, True)
         text = tool.description
         if tool.syntax:
             self._losses.adjust("syntax", "described")
             text = f"{text}\n{json.dumps(tool.syntax)}".strip()
-        return {"description": text} if text else {}
+        return tool._replace(kind="function", description=text, schema=TEXT_TOOL_SCHEMA)
 
     def _goes_back(self, thought: Part) -> bool:
         """Whether a thought is in the form of this API and of this provider's making."""
@@ -5292,12 +5298,10 @@ def openai_tool(kind: Any, row: Mapping[str, Any], **more: Any) -> Tool:
 
 def _turn_of(message: Mapping[str, Any]) -> Turn:
     role = message.get("role")
-    if role == "user":
-        return Turn(role, _chat_parts(message))
-    if role in ("system", "developer"):
-        return Turn("system", _chat_parts(message))
+    if role in ("user", "system", "developer"):
+        return Turn("user" if role == "user" else "system", _chat_parts(message))
     if role == "assistant":
-        return Turn(role, _said_parts(message))
+        return Turn("assistant", _said_parts(message))
     if role not in ("tool", "function"):
         raise BadRequest("a message has a role that is not known", param="messages")
     call_id = message.get("tool_call_id", message.get("name"))
@@ -5431,6 +5435,7 @@ OPENAI_TAKES = frozenset({"metadata", "verbosity", "prompt_cache_key", "prompt_c
 class _OpenAIRequest(RequestWriter):
     """What is written for OpenAI or a server in its place, in either of its APIs."""
     open_choice: Optional[str] = None              # tool_choice where any tool may be called
+    takes_text = True
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
@@ -5509,8 +5514,8 @@ class _OpenAIRequest(RequestWriter):
         if kind == "custom":
             return kind, {**row, "format": tool.syntax} if tool.syntax else row
         schema = plain_schema(tool.schema)
-        enforced = tool.strict and is_strict(schema)
-        if tool.strict and not enforced:
+        enforced = tool.strict and self.takes_text and is_strict(schema)
+        if tool.strict and self.takes_text and not enforced:       # which others do not know
             self._losses.drop("strict")
         return kind, {**row, "parameters": schema, "strict": enforced}
 
@@ -5536,6 +5541,7 @@ class _ChatRequest(_OpenAIRequest):
 
     def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
         super().__init__(conversation, target, losses)
+        self.takes_text = target.is_openai
         self._messages: list[dict] = []
         self._called: dict[str, str] = {}          # id of a call in the history -> its name
 
@@ -5564,16 +5570,10 @@ class _ChatRequest(_OpenAIRequest):
         if tool.kind not in ("function", "text"):
             self._losses.drop(f"tools.{tool.native.get('type')}")
             return None
-        if self._is_openai:
-            kind, row = self._openai_tool(tool)
-            if not row.get("strict", True):        # which is what it takes an absent one for
-                del row["strict"]
-            return {"type": kind, kind: row}
-        is_text = tool.kind == "text"
-        return {"type": "function", "function": {
-            "name": self._names.fitting(tool.name, tool.namespace, is_text),
-            **self._described(tool),
-            "parameters": plain_schema(TEXT_TOOL_SCHEMA if is_text else tool.schema)}}
+        kind, row = self._openai_tool(tool)
+        if not row.get("strict", True):            # which is what it takes an absent one for
+            del row["strict"]
+        return {"type": kind, kind: row}
 
     def _write_messages(self) -> None:
         write = {"system": self._system, "user": self._user, "assistant": self._assistant}
@@ -5586,19 +5586,18 @@ class _ChatRequest(_OpenAIRequest):
             raise BadRequest("messages have no content", param="messages")
         if self._messages[-1]["role"] == "assistant":
             self._losses.adjust("prefill", "kept")
+        for message in self._messages:
+            rows = message["content"]
+            if message["role"] == "user" and (len(rows) == 1 or not self._is_openai) \
+                    and all([row.keys() == _PLAIN_TEXT for row in rows]):    # some take no list
+                message["content"] = "\n\n".join([row["text"] for row in rows])
 
     def _add(self, role: str, content: Any, **more: Any) -> None:
         """Add a message. Chat templates of local models want the user's and the assistant's to
         alternate, and those of some servers do not have the user speak behind a tool."""
         last = self._messages[-1] if self._messages else {"role": ""}
         if role == "user" == last["role"] and not self._is_openai:
-            both = (last["content"], content)
-            if all(isinstance(one, str) for one in both):
-                last["content"] = "\n\n".join(both)
-                return
-            if isinstance(last["content"], str):
-                last["content"] = _parts_of(last["content"])
-            last["content"].extend(_parts_of(content))
+            last["content"] += content
             return
         if (last["role"], role) == ("tool", "user") and not self._target.manners.user_after_tool:
             self._messages.append({"role": "assistant", "content": "I have the results."})
@@ -5622,7 +5621,7 @@ class _ChatRequest(_OpenAIRequest):
             self._add(**self._system_message(texts))
         else:
             self._losses.adjust("later_system", "user")
-            self._add("user", LATER_SYSTEM + "\n\n".join(texts))
+            self._add("user", [{"type": "text", "text": LATER_SYSTEM + "\n\n".join(texts)}])
 
     def _assistant(self, parts: list[Part]) -> None:
         text, thought, calls, backs = "", "", [], []
@@ -5634,9 +5633,8 @@ class _ChatRequest(_OpenAIRequest):
                 text += part.text
             elif part.kind == "thought":
                 thought += part.text
-                if field and not self._goes_back(part):        # its words are enough
-                    continue
-                backs += filter(None, [self._thought(part)])
+                if not field or self._goes_back(part):         # else its words are enough
+                    backs += filter(None, [self._thought(part)])
             else:
                 self._other(part)
         if not text and not calls:
@@ -5655,9 +5653,8 @@ class _ChatRequest(_OpenAIRequest):
         self._add("assistant", text or None, **said, **({"tool_calls": calls} if calls else {}))
 
     def _call(self, call: Part) -> dict:
-        is_wrapped = call.is_text and not self._is_openai
-        name = self._names.fitting(call.name, call.namespace, is_wrapped)
-        self._called[call.id] = name
+        is_wrapped = call.is_text and not self.takes_text
+        name = self._called[call.id] = self._names.fitting(call.name, call.namespace, is_wrapped)
         kind, member = CALL_MEMBERS[call.is_text and not is_wrapped]
         text = plain_json(call_input(call)) if is_wrapped else call.text
         return {"id": call.id, "type": kind, kind: {"name": name, member: text}}
@@ -5670,12 +5667,7 @@ class _ChatRequest(_OpenAIRequest):
                 content += self._result(part)
             else:
                 content.append(self._part(part))
-        if not content:
-            return
-        is_plain = all([part.keys() == {"type", "text"} for part in content])
-        if is_plain and not (len(content) > 1 and self._is_openai):   # others may take no list
-            self._add("user", "\n\n".join([part["text"] for part in content]))
-        else:
+        if content:
             self._add("user", content)
 
     def _result(self, result: Part) -> list[dict]:
@@ -5711,6 +5703,9 @@ class _ChatRequest(_OpenAIRequest):
         if part.kind == "document" and part.text:
             return {"type": "text", "text": document_text(part)}
         raise untaken(part)
+
+
+_PLAIN_TEXT = {"type", "text"}                     # the members of a part that is no more
 
 
 # Its answers: (the finish_reason of an answer, our reason), both ways.
@@ -5770,6 +5765,7 @@ class _ChunkReader:
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
         self.has_begun = self.is_done = False
+        self._events: list[AnswerEvent] = []         # of the chunk that is read
         self._kinds: set[str] = set()                # of the parts there were
         self._said: Optional[Part] = None            # the text or thought that is open
         self._back: dict[str, Any] = {}              # what the server wants back, not yet carried
@@ -5784,12 +5780,13 @@ class _ChunkReader:
         self._tier: Any = None
         self._choice: dict = {}                      # what the finish said
 
-    def read(self, chunk: Mapping[str, Any]) -> Iterator[AnswerEvent]:
-        """Yield the events of one chunk."""
+    def read(self, chunk: Mapping[str, Any]) -> list[AnswerEvent]:
+        """Return the events of one chunk."""
+        events = self._events = []
         self._tier = chunk.get("service_tier") or self._tier
         if not self.has_begun:
             self.has_begun = True
-            yield Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier)
+            events.append(Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier))
         choice = _first_choice(chunk)
         if chunk.get("usage") or "x_groq" in chunk or "usage" in choice:
             usage = usage_in(chunk)
@@ -5800,53 +5797,51 @@ class _ChunkReader:
             delta = message if not self._kinds else "call" not in self._kinds and {
                 "tool_calls": message.get("tool_calls")}
         if isinstance(delta, dict):
-            text = delta.get("content")
-            if len(delta) == 1 and isinstance(text, str):      # as nearly all are
-                yield from self._say("text", text)
-            else:
-                yield from self._read_delta(delta)
+            self._read_delta(delta)
         if choice.get("finish_reason"):
             self._choice = choice
+        return events
 
-    def _read_delta(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
-        if len(delta) > 1 or "tool_calls" not in delta:      # which most of a call's have alone
-            yield from self._read_said(delta)
+    def _read_delta(self, delta: Mapping[str, Any]) -> None:
+        text = delta.get("content")
+        if len(delta) == 1 and isinstance(text, str):        # as nearly all are
+            self._say("text", text)
+            return
+        if delta.keys() != _CALLS_ALONE:
+            thought = _reasoning_of(delta)
+            for name in ("reasoning_details", "thinking_blocks"):
+                if delta.get(name):
+                    self._back.setdefault(name, []).extend(_parts_of(delta[name]))
+            self._back.update(opaque_in(delta))
+            self._say("thought", thought)
+            for kind, said in (("text", text), ("refusal", delta.get("refusal"))):
+                if said:
+                    self._say(kind, said if isinstance(said, str) else _text_of(said))
         self._touched.clear()
-        for call in _parts_of(delta.get("tool_calls") or ()):
-            yield from self._read_call(call)
+        rows = _parts_of(delta.get("tool_calls") or ())
         if isinstance(delta.get("function_call"), dict):
-            yield from self._read_call({"index": 0, "function": delta["function_call"]})
+            rows.append({"index": 0, "function": delta["function_call"]})
+        for row in rows:
+            self._read_call(row)
 
-    def _read_said(self, delta: Mapping[str, Any]) -> Iterator[AnswerEvent]:
-        thought = _reasoning_of(delta)
-        for name in ("reasoning_details", "thinking_blocks"):
-            if delta.get(name):
-                self._back.setdefault(name, []).extend(_parts_of(delta[name]))
-        self._back.update(opaque_in(delta))
-        yield from self._say("thought", thought)
-        for name, kind in (("content", "text"), ("refusal", "refusal")):
-            text = delta.get(name)
-            if text:
-                yield from self._say(kind, text if isinstance(text, str) else _text_of(text))
-
-    def _say(self, kind: str, text: str) -> Iterable[AnswerEvent]:
-        part, before = self._said, []
+    def _say(self, kind: str, text: str) -> None:
+        part = self._said
         if not text:
-            return ()
+            return
         if part is None or part.kind != kind:
-            before = [*self._close_said(),
-                      *self._close_calls(whole_only=not self._terms.calls_in_order)]
+            self._close_said()
+            self._close_calls(whole_only=not self._terms.calls_in_order)
             part = self._said = Part(kind)
             self._kinds.add(kind)
-            before.append(part.opened())
-        return (*before, part.grown(text))
+            self._events.append(part.opened())
+        self._events.append(part.grown(text))
 
-    def _close_said(self) -> Iterator[AnswerEvent]:
+    def _close_said(self) -> None:
         part, self._said = self._said, None
         if part is not None:
             if part.kind == "thought" and self._back:
                 part.native, part.origin = self._taken_back(), "chat"
-            yield part.closed()
+            self._events.append(part.closed())
 
     def _taken_back(self) -> dict:
         """Return what the server wants back, once: thinking in blocks, which came in pieces that
@@ -5861,11 +5856,11 @@ class _ChunkReader:
                 pieces = []
         return {**back, "thinking_blocks": blocks} if blocks else back
 
-    def _carry_back(self) -> Iterator[AnswerEvent]:
-        """Yield a thought without words that carries what the server wants back."""
+    def _carry_back(self) -> None:
+        """Have a thought without words carry what the server wants back."""
         if self._back:
             part = Part("thought", native=self._taken_back(), origin="chat")
-            yield from (part.opened(), part.closed())
+            self._events += (part.opened(), part.closed())
 
     def _call_of(self, call_id: str, index: Any, name: str, more: str) -> Part:
         """Return the call that a delta belongs to; servers get ids and indexes wrong.
@@ -5896,7 +5891,7 @@ class _ChunkReader:
         self._grown.add(call)
         return call
 
-    def _read_call(self, row: Mapping[str, Any]) -> Iterator[AnswerEvent]:
+    def _read_call(self, row: Mapping[str, Any]) -> None:
         inner = json_object(row.get("function", row.get("custom")))
         name, more = inner.get("name"), inner.get("arguments", inner.get("input"))
         name = name if isinstance(name, str) else ""
@@ -5917,7 +5912,7 @@ class _ChunkReader:
             raise UpstreamBroke("the provider went on with a tool call after another block")
         if call.is_open:
             if more and not call.is_closed:
-                yield call.grown(more)
+                self._events.append(call.grown(more))
             return
         if name:                                     # which may come in pieces, or in each delta
             self._kinds.add("call")
@@ -5928,26 +5923,26 @@ class _ChunkReader:
                 call.pieces.clear()
             call.pieces.append(more)
         if call.name and call.pieces:
-            yield from (self._close_said() if call.pieces == _NO_ARGUMENTS
-                        else self._open_call(call))
+            if call.pieces == _NO_ARGUMENTS:
+                self._close_said()
+            else:
+                self._open_call(call)
 
-    def _open_call(self, call: Part) -> Iterator[AnswerEvent]:
+    def _open_call(self, call: Part) -> None:
         """Open a call, after those that were named before it."""
-        yield from self._close_said()
-        yield from self._close_calls(whole_only=True)
-        yield from self._carry_back()
+        self._close_said()
+        self._close_calls(whole_only=True)
+        self._carry_back()
         for waiting in [*self._waiting]:
             if waiting.name or waiting is call:
                 del self._waiting[waiting]
                 self._grown.add(waiting)
                 waiting.is_open, waited = True, waiting.pieces
-                yield waiting.opened()
-                for text in waited:
-                    yield waiting.grown(text)
+                self._events += (waiting.opened(), *map(waiting.grown, waited))
             if waiting is call:
                 return
 
-    def _close_calls(self, *, whole_only: bool) -> Iterator[AnswerEvent]:
+    def _close_calls(self, *, whole_only: bool) -> None:
         """Close the calls that are open, and those that wait; what says nothing of one is none."""
         calls = sorted(self._grown, key=lambda call: call.number) if whole_only \
             else [*self._unclosed]
@@ -5958,27 +5953,28 @@ class _ChunkReader:
                                             and _is_whole(call))):
                 continue
             if not call.is_open:
-                yield from self._open_call(call)
+                self._open_call(call)
             call.is_closed = True
             del self._unclosed[call]
             if not call.is_text and not any(map(str.strip, call.pieces)):
-                yield call.grown("{}")
-            yield call.closed()
+                self._events.append(call.grown("{}"))
+            self._events.append(call.closed())
 
-    def finish(self) -> Iterator[AnswerEvent]:
-        """Yield what ends the answer. Raises UpstreamBroke where the provider never did."""
+    def finish(self) -> list[AnswerEvent]:
+        """Return what ends the answer. Raises UpstreamBroke where the provider never did."""
+        self._events = []
         finish = self._choice.get("finish_reason")
         if finish is None and not self.is_done:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
         reason, stop = reason_of_end(str(finish or "stop"), self._kinds, words_of(
             {"error": self._choice.get("error")})[:MAX_ERROR_CHARS]), None     # OpenRouter's
-        yield from self._close_said()
-        yield from self._close_calls(whole_only=False)
-        yield from self._carry_back()
+        self._close_said()
+        self._close_calls(whole_only=False)
+        self._carry_back()
         matched = self._choice.get("stop_reason")            # as vLLM and others add it
         if reason == "end" and matched in self._terms.stops:
             reason, stop = "stop", matched
-        yield Ended(reason, chat_tokens(self._usage), stop, tier=self._tier)
+        return [*self._events, Ended(reason, chat_tokens(self._usage), stop, tier=self._tier)]
 
 
 _NO_ARGUMENTS = ["{}"]                             # pieces of a call that may yet have some
@@ -5986,6 +5982,7 @@ _NO_ARGUMENTS = ["{}"]                             # pieces of a call that may y
 # (ai.google.dev, thought signatures), and that of Copilot's gateway; read November 2026.
 OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaque",
                            "provider_specific_fields"})
+_CALLS_ALONE = {"tool_calls"}                        # as most deltas with calls are
 
 
 def opaque_in(holder: Mapping[str, Any]) -> dict:
@@ -6038,6 +6035,8 @@ class ChatWriter(AnswerWriter):
 
     def __init__(self, fields: Mapping[str, Any], created_at: int) -> None:
         self._is_legacy = bool(fields.get("functions"))
+        self._reasons = {**FINISH_REASONS, **({"calls": "function_call"} if self._is_legacy
+                                              else {})}
         self._base: dict = {"created": created_at, "system_fingerprint": None}
         self._wants_usage = bool(json_object(fields.get("stream_options")).get("include_usage"))
         if self._wants_usage:
@@ -6073,11 +6072,7 @@ class ChatWriter(AnswerWriter):
                 "model": began.model, "service_tier": ended.tier or began.tier,
                 "usage": chat_usage(ended.tokens),
                 "choices": [{"index": 0, "message": said, "logprobs": None,
-                             "finish_reason": self._finish_reason(ended)}]}
-
-    def _finish_reason(self, ended: Ended) -> str:
-        return "function_call" if ended.reason == "calls" and self._is_legacy \
-            else FINISH_REASONS[ended.reason]
+                             "finish_reason": self._reasons[ended.reason]}]}
 
     def _chunk(self, delta: dict, finish_reason: Optional[str] = None) -> dict:
         return {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
@@ -6123,7 +6118,7 @@ class ChatWriter(AnswerWriter):
     def _ended(self, event: Ended) -> Iterator[dict]:
         if event.refusal:
             yield self._chunk({"refusal": event.refusal})
-        yield self._chunk({}, self._finish_reason(event))
+        yield self._chunk({}, self._reasons[event.reason])
         if self._wants_usage:
             yield {**self._base, "choices": [], "usage": chat_usage(event.tokens)}
 
@@ -6446,7 +6441,6 @@ class _MessagesRequest(RequestWriter):
         self._enforced: Counter = Counter()        # of MOST_ENFORCED
         self._system: list[dict] = []
         self._thinking: Mapping[str, Any] = {}     # what the request says of it
-        self._marks = 0                            # of caches, there are so many
 
     def request(self) -> dict:
         """Return the request."""
@@ -6455,7 +6449,6 @@ class _MessagesRequest(RequestWriter):
         cap = self._cap() or (most if asked.streams else min(most, UNSTREAMED_OUTPUT_TOKENS))
         request: dict = {"model": asked.model, "max_tokens": cap}
         tools = self._written_tools()
-        self._marks = sum("cache_control" in tool for tool in tools)
         self._set_thinking(request, passed.pop("thinking", None))
         messages = request["messages"] = self._messages()
         self._carry_thinking(messages, tools)
@@ -6476,8 +6469,7 @@ class _MessagesRequest(RequestWriter):
             passed["output_config"] = {**request.get("output_config", {}),
                                        **json_object(passed["output_config"])}
         request.update(self._optional(), **passed)
-        if self._marks >= MAX_CACHE_MARKS:
-            self._limit_cache_marks(request)
+        self._limit_cache_marks(request)
         return request
 
     def _optional(self) -> dict:
@@ -6630,17 +6622,16 @@ class _MessagesRequest(RequestWriter):
                 return {**SEARCH_TOOL, **tool.search}
             self._losses.drop(f"tools.{tool.native.get('type')}")
             return None
-        is_text = tool.kind == "text"
-        given = TEXT_TOOL_SCHEMA if is_text else \
-            tool.schema or {"type": "object", "properties": {}}
+        given = tool.schema or {"type": "object", "properties": {}}
         schema = object_schema(given)
         if schema.keys() - {"type"} != given.keys() - {"type"}:
             self._losses.adjust("schema", "merged")
-        written = {"name": self._names.fitting(tool.name, tool.namespace, is_text),
-                   "input_schema": schema, **self._described(tool)}
+        written = {"name": self._names.fitting(tool.name, tool.namespace), "input_schema": schema}
+        if tool.description:
+            written["description"] = tool.description
         if tool.origin == "messages":
             written.update(tool.native)
-        if tool.strict and not is_text:
+        if tool.strict:
             if self._can_enforce(schema, strict_tools=1):
                 written.update(strict=True, input_schema=claude_schema(schema))
             else:
@@ -6730,7 +6721,6 @@ class _MessagesRequest(RequestWriter):
             if block is not None:
                 if part.mark is not None:
                     block["cache_control"] = part.mark
-                self._marks += "cache_control" in block
                 blocks.append(block)
         return blocks
 
