@@ -16605,11 +16605,16 @@ def help_text(name: str) -> str:
         *([ABOUT_VARIABLES + textwrap.fill(keys, 98) + "\n"] if name in SERVERS else [])])
 
 
+def _shown_word(word: str) -> str:
+    """Return a word that is out of place as it may be shown: a long one may be a secret."""
+    return shown_name(word) if len(word) < LEAST_KEY_CHARS or os.path.exists(word) else "?"
+
+
 def _known_command(words: Sequence[str]) -> str:
     """Return the command that begins the words of a command line. Raises Misconfigured."""
     command = words[0] if words else "serve"
     if command not in COMMANDS:
-        shown = shown_name(command)
+        shown = _shown_word(command)
         raise Misconfigured(
             f"there is no command {shown}{did_you_mean(command, COMMANDS)}; there are "
             f"{', '.join(COMMANDS)}. To run a program inside the cage, put -- before it: "
@@ -16678,7 +16683,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
             with checking(f"{row.flag}:"):
                 given[row.field] = row.parse(value)
     if words and (command == "serve" or not COMMANDS[command].words):
-        raise Misconfigured(f"{command} takes no further words ({shown_name(words[0])})")
+        raise Misconfigured(f"{command} takes no further words ({_shown_word(words[0])})")
     return given
 
 
@@ -16711,18 +16716,20 @@ def unread_variables(environ: Mapping[str, str]) -> list[str]:
     Raises Misconfigured for one that looks like a misspelled setting: a limit that is not set
     would be no limit.
     """
-    known = [row.env + end for end in ("", "_FILE") for row in SETTINGS
-             if not end or row.field in SECRETS]
+    known = [row.env for row in SETTINGS]
+    known += [f"{row.env}_FILE" for row in SETTINGS if row.field in SECRETS]
     said = []
     for name, value in environ.items():
+        found = re.match("IRON_?CAGE_?", name, re.IGNORECASE)
         if name in known and not value.strip():
             said.append(f"{name} is empty, and sets nothing")
-        if name in known or not name.startswith("IRONCAGE_") \
-                or re.fullmatch(_OF_A_SERVICE, f"{name}={value}"):
+        if not found or name in known or re.fullmatch(_OF_A_SERVICE, f"{name}={value}"):
             continue
-        hint = did_you_mean(name[9:], [one[9:] for one in known]).replace("mean ", "mean IRONCAGE_")
+        start = len("IRONCAGE_")
+        hint = did_you_mean(name[found.end():].upper(), [one[start:] for one in known])
         if hint:
-            raise Misconfigured(f"the variable {shown_name(name)} sets nothing{hint}")
+            raise Misconfigured(f"the variable {shown_name(name)} sets nothing"
+                                + hint.replace("mean ", "mean IRONCAGE_"))
         said.append(f"no setting reads {shown_name(name)}")
     return said
 

@@ -48,6 +48,13 @@ def test_a_misspelled_variable_is_refused_as_a_flag_is(argv, name, meant):
     assert f"IRONCAGE_{name} sets nothing (did you mean IRONCAGE_{meant}?)" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["IRON_CAGE_BUDGET", "ironcage_budget", "Ironcage_Budget",
+                                  "IRONCAGEBUDGET", "IRON_CAGE_BUGET"])
+def test_a_limits_variable_that_begins_otherwise_is_refused_too(name):
+    with pytest.raises(ic.Misconfigured, match=f"{name} sets nothing .*IRONCAGE_BUDGET"):
+        ic.settings_from([], {name: "5"})
+
+
 @pytest.mark.parametrize("name, empty", [
     ("BUDGET", ""), ("STOP_AT", ""), ("SHARED", ""), ("SHARED_FILE", ""), ("LEDGER", ""),
     ("BUDGET", " "), ("LEDGER", " "), ("CAGE", ""), ("CONFIG", ""), ("SERVER_URL", "")])
@@ -136,7 +143,9 @@ def test_an_example_of_the_help_is_a_use_that_parses():
     (["version", "now"], "takes no further words"), (["--port"], "--port needs a value"),
     (["--port", "--budget", "5"], "--port needs a value"),
     (["--strict=yes"], "--strict takes no value"), (["usage", "--budget="], "takes no flag --budget"),
-    (["usage", "--since="], "--since: must be a date")])
+    (["usage", "--since="], "--since: must be a date"),
+    (["--token=", "ic_s3cret-0123456789"], "there is no command ?"),
+    (["usage", "ic_s3cret-0123456789"], "takes no further words (?)")])
 def test_a_flag_or_word_that_is_out_of_place_is_one_sentence(capsys, argv, fault):
     code, out, err = said(capsys, *argv)
 
