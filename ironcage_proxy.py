@@ -710,16 +710,6 @@ class Housekeeper(threading.Thread):
 
 
 @contextlib.contextmanager
-def about_model(model: str) -> Iterator[None]:
-    """Note in an error what model the request asked for."""
-    try:
-        yield
-    except IroncageError as err:
-        err.model = model
-        raise
-
-
-@contextlib.contextmanager
 def checking(what: str) -> Iterator[None]:
     """Raise a ValueError of a check as Misconfigured, behind `what` it is about."""
     try:
@@ -10868,14 +10858,8 @@ def connection_options(headers: Headers) -> Sequence[str]:
 
 # Java's HttpClient offers HTTP/2 in every request over plain HTTP, and takes an answer over
 # HTTP/1.1. A 426 says what is spoken instead (RFC 9110, 7.8 and 15.5.22).
-IGNORED_UPGRADES = frozenset({"h2c"})
+IGNORED_UPGRADES = re.compile(r"(?i)(h2c|[, \t])*")
 UPGRADES_SERVED = (("upgrade", "HTTP/1.1"), ("connection", "upgrade"))
-
-
-def offered_upgrades(headers: Headers) -> set[str]:
-    """Return the protocols that a request offers to change to, in lower case."""
-    return {protocol.strip(" \t").lower()
-            for protocol in (headers.get("upgrade") or "").split(",")} - {""}
 
 
 def content_encoding(headers: Headers) -> str:
@@ -11120,10 +11104,14 @@ class Slot:
                 readable = ready_of([wire.sock for wire in wires], deadline_s - time.monotonic())
             return [wire for wire in wires if wire.sock in readable]
         with self._lock:
+            self._epoll = self._epoll or select.epoll()
             for wire in wires:
                 wire.waiter, wire.is_ready = waiter, False
-                if not wire.is_armed:
-                    self._arm_locked(wire)
+                if not wire.is_armed:                # the next poll is to show it once
+                    is_known = self._wires.get(wire.number) is wire
+                    arm = self._epoll.modify if is_known else self._epoll.register
+                    arm(wire.number, select.EPOLLIN | select.EPOLLONESHOT)
+                    self._wires[wire.number], wire.is_armed = wire, True
             polls = self._pause_locked(waiter)
         while True:
             if not (polls and self._poll(waiter, wires, deadline_s)):
@@ -11140,16 +11128,6 @@ class Slot:
             if self._wires.get(wire.number) is wire:
                 del self._wires[wire.number]
                 self._epoll.unregister(wire.number)
-
-    def _arm_locked(self, wire: Wire) -> None:
-        """Have the next poll show, once, that a wire can be read."""
-        if self._epoll is None:
-            self._epoll = select.epoll()
-        is_known = self._wires.get(wire.number) is wire
-        arm = self._epoll.modify if is_known else self._epoll.register
-        arm(wire.number, select.EPOLLIN | select.EPOLLONESHOT)
-        self._wires[wire.number] = wire
-        wire.is_armed = True
 
     def _pause_locked(self, waiter: Waiter) -> bool:
         """Give up the slot for a wait; True where `waiter` is to wait for the sockets of all."""
@@ -11524,8 +11502,6 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         self._idle: dict[tuple, list[tuple[float, Wire]]] = {}
         self._busy: set[Wire] = set()
         self._is_closed = False
-        self._tls_lock = threading.Lock()  # guards the next
-        self._tls: Optional[ssl.SSLContext] = None
 
     def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
         """Make one exchange, on a connection that was kept or a new one; raises as said above."""
@@ -11568,7 +11544,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         try:
             if request.type == "https":
                 connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                    request.host, context=self._tls_context(), **options)
+                    request.host, context=self._tls_context, **options)
             else:
                 connection = http.client.HTTPConnection(request.host, **options)
             if request._tunnel_host:
@@ -11583,12 +11559,11 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise UpstreamUnreachable(f"the provider cannot be reached: {reason}") from err
         return Wire(connection.sock, self._slot)
 
+    @functools.cached_property
     def _tls_context(self) -> ssl.SSLContext:
-        with self._tls_lock:
-            if self._tls is None:
-                self._tls = ssl.create_default_context()
-                self._tls.set_alpn_protocols(["http/1.1"])
-            return self._tls
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
     def _exchange(self, wire: Wire, place: tuple, head: bytes, body: Sequence[bytes],
                   request: UpstreamRequest) -> Optional[UpstreamResponse]:
@@ -11939,8 +11914,8 @@ def posted(opener: urllib.request.OpenerDirector, url: str, body: bytes, key: Op
 
 
 # How a key begins that only one provider makes: their SDKs and consoles, read November 2026.
-KEY_FORMS = (("sk-ant-", "anthropic"), ("sk-or-", "openrouter"), ("sk-proj-", "openai"),
-             ("gsk_", "groq"), ("AIza", "gemini"), ("xai-", "xai"), ("pplx-", "perplexity"))
+KEY_FORMS = re.compile("(?P<anthropic>sk-ant-)|(?P<openrouter>sk-or-)|(?P<openai>sk-proj-)|"
+                       "(?P<groq>gsk_)|(?P<gemini>AIza)|(?P<xai>xai-)|(?P<perplexity>pplx-)")
 
 
 def check_key(provider: Provider) -> None:
@@ -11949,8 +11924,8 @@ def check_key(provider: Provider) -> None:
     where = f"{provider.key_env} in the proxy's environment"
     if provider.key is None and provider.key_env:
         raise NoProviderKey(f"no key for the provider {provider.name} is known: set {where}")
-    maker = next((name for start, name in KEY_FORMS if (provider.key or "").startswith(start)), "")
-    known = KNOWN_PROVIDERS.get(provider.name)
+    form, known = KEY_FORMS.match(provider.key or ""), KNOWN_PROVIDERS.get(provider.name)
+    maker = form and form.lastgroup
     if maker and known and maker != provider.name \
             and provider.base_url in (known.base_url, known.anthropic_base_url):
         raise NoProviderKey(
@@ -14496,10 +14471,10 @@ class Router:
         self._transport.shut_down()
         self.memory.close(cuts=True)
 
-    def _fault(self, err: UpstreamError) -> IroncageError:
+    def _fault(self, err: IroncageError) -> IroncageError:
         """Return what a client reads of a call that broke: our own stop is not its provider's."""
-        return ServerBusy("the proxy was stopped before this call had ended") if self._is_cut \
-            else err
+        is_ours = self._is_cut and isinstance(err, UpstreamError)
+        return ServerBusy("the proxy was stopped before this call had ended") if is_ours else err
 
     # The life of a request.
 
@@ -14536,34 +14511,37 @@ class Router:
         Once money is set aside for it, it is settled on every way out.
         """
         api, body = METERED_APIS[path], json_body(request)
-        asked_model = named_model(body.fields)
-        with about_model(asked_model):
+        asked_model, call = named_model(body.fields), None
+        try:
             provider, model = self.routes.of_model(asked_model, named)
+            provider = provider.speaking(api)
             if request.caller.models:
                 check_models(request.caller, provider, [model, *other_models(body.fields)])
-            if api == "messages" and body.fields.get("max_tokens") == 0 \
-                    and provider.speaking(api).format == "openai":
+            if api == "messages" and provider.format == "openai" \
+                    and body.fields.get("max_tokens") == 0:
                 yield answer_to_warming(body.fields, request.request_id)
                 return
-            provider = self._ready(provider.speaking(api))
-            call = self._admitted(request, api, body, provider, model, client)
+            call = self._admitted(request, api, body, self._ready(provider), model, client)
+            pieces = self._upstream_body(call)
+            self._check_is_still_wanted(call, client)
+            row = call.intent_row()
+            self.ledger.intent(row, call.reservation.shared)
+            call.row = row
+            response = self._sent(call, path, pieces, client)
             try:
-                pieces = self._upstream_body(call)
-                self._check_is_still_wanted(call, client)
-                row = call.intent_row()
-                self.ledger.intent(row, call.reservation.shared)
-                call.row = row
-                response = self._sent(call, path, pieces, client)
-                try:
-                    yield self._answered(call, response)
-                finally:
-                    response.close()
-            except ClientGone:
-                call.client_left = True
-                raise
-            except UpstreamError as err:
-                raise self._fault(err) from err
+                yield self._answered(call, response)
             finally:
+                response.close()
+        except ClientGone:
+            if call is not None:
+                call.client_left = True
+            raise
+        except IroncageError as err:
+            fault = self._fault(err)
+            fault.model = asked_model
+            raise fault from err
+        finally:
+            if call is not None:
                 self._settle(call)
 
     def _ready(self, provider: Provider) -> Provider:
@@ -14910,7 +14888,7 @@ class Router:
             headers.append(("x-ironcage-cost-microdollars", str(call.charge.microdollars)))
         if 200 <= answer.status < 300 and call.client_api in NOTICES:
             headers = with_notice(headers, call.client_api, self.controller.standings(call.scopes))
-        return answer._replace(headers=headers)
+        return Answer(answer.status, headers, answer.body, answer.reads, answer.length)
 
     def _first_headers(self, call: Call, response: Response) -> list[tuple[str, str]]:
         """Return the headers that an answer has however it goes on. Raises UpstreamBroke."""
@@ -15380,47 +15358,42 @@ def most_connections() -> int:
     return max(1, min(MAX_CONNECTIONS, (open_files_limit() - SPARE_FILES) // 2))
 
 
-def most_waiting() -> int:
-    """Return LISTEN_BACKLOG, or as many connections beside those as there are files for."""
-    files = open_files_limit() - SPARE_FILES - 2 * most_connections()
-    return min(LISTEN_BACKLOG, max(SPARE_FILES // 2, files))
-
-
 class Places:
     """The places of all connections: `most` at once, and of which one is given up where they are
     short."""
 
     def __init__(self) -> None:
         self.most = most_connections()
-        self._changed = threading.Condition()          # guards the next field
+        self._lock = threading.Lock()                  # guards the last
+        self._changed = threading.Condition(self._lock)
         self._places: dict[socket.socket, Place] = {}
 
     def open(self, sock: socket.socket) -> None:
-        with self._changed:
+        with self._lock:
             self._places[sock] = Place()
 
     def forget(self, sock: socket.socket) -> None:
-        with self._changed:
+        with self._lock:
             self._places.pop(sock, None)
             self._changed.notify_all()
 
     def await_change(self) -> None:
         """Wait for a connection to end, but for a moment only."""
-        with self._changed:
+        with self._lock:
             self._changed.wait(STOP_POLL_S)
 
     def sockets(self) -> list[socket.socket]:
-        with self._changed:
+        with self._lock:
             return [*self._places]
 
     def of(self, sock: socket.socket) -> Place:
         """Return the place that a connection was let in to."""
-        with self._changed:
+        with self._lock:
             return self._places[sock]
 
     def count(self, which: Callable[[Place], bool] = lambda place: True) -> int:
         """Return how many places are taken, in all or by such."""
-        with self._changed:
+        with self._lock:
             return sum(place.does != CLOSED and which(place) for place in self._places.values())
 
     def close_some(self, most: int, which: Callable[[Place], bool] = lambda place: True,
@@ -15433,7 +15406,7 @@ class Places:
         stays, and so do all that would go after its holder's.
         """
         closed, now_s, stays = 0, time.monotonic(), None
-        with self._changed:
+        with self._lock:
             held = Counter(place.holder for place in self._places.values())
             spare = [] if most <= 0 else [
                 (place.does != LEAVING, bool(place.holder) or now_s - place.behind_s < STRANGER_S,
@@ -15449,7 +15422,7 @@ class Places:
                 if place.does != LEAVING and ready_of([sock], 0):
                     stays = place.holder
                     continue
-                with self._changed:
+                with self._lock:
                     can_go = place.does in CAN_GO
                     place.does = CLOSED if can_go else place.does
                 if can_go:
@@ -15472,7 +15445,7 @@ class Places:
 
     def note(self, place: Place, does: str) -> None:
         """Note what a connection does from now on. Raises ClientGone where its place is taken."""
-        with self._changed:
+        with self._lock:
             if place.does == CLOSED:
                 raise ClientGone
             place.does = does
@@ -15491,8 +15464,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.place = self.server.places.of(self.connection)
         self._served = 0                     # requests on this connection
         self._may_stay_open = False          # the client lets this connection be used again
-        self._is_head = False                # the current request is a HEAD: no body in its answer
-        self._takes_chunks = False           # it is HTTP/1.1
         self._head_written = False           # of the answer to the current request
 
     def handle(self) -> None:
@@ -15508,7 +15479,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request and answer it. The one boundary where any exception ends."""
         self.close_connection, self._head_written, self._may_stay_open = True, False, False
-        self._is_head, self._asked = False, None
+        self._asked: Optional[RequestHead] = None
         self._caller: Optional[Caller] = None
         self._memory: Optional[Claim] = None
         self._request_id = f"req_{self.server.run_id}{next(self.server.request_numbers):08x}"
@@ -15554,8 +15525,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self, head: RequestHead) -> None:
         """Take the steps of every request: method, host, who asks, what for."""
-        self._may_stay_open, self._is_head = head.keeps_alive, head.method == "HEAD"
-        self._takes_chunks = head.minor_version == 1
+        self._may_stay_open = head.keeps_alive
         if head.method not in METHODS:
             raise UnknownMethod(f"the method {head.method} is not served")
         is_open = head.path in OPEN_ROUTES and head.method in OPEN_METHODS
@@ -15566,7 +15536,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._may_stay_open &= body_length(head.headers, otherwise=0) == 0
             return self._write_answer(OPEN_ROUTES[head.path](self.server))
         caller = self._authenticated(head)
-        if offered_upgrades(head.headers) - IGNORED_UPGRADES:
+        if not IGNORED_UPGRADES.fullmatch(head.headers.get("upgrade", "")):
             raise UpgradeRefused("protocol upgrades are not served; use plain HTTP requests",
                                  headers=UPGRADES_SERVED)
         is_own = head.path in OPEN_ROUTES or f"{head.path}/".startswith("/ironcage/")
@@ -15657,13 +15627,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if 0 <= length <= len(received):     # all of it came with its head, as most do
             self.wire.received = received[length:]
             return received[:length]
-        began_s = time.monotonic()           # it may have waited for memory until now
+        began_s, timeouts = time.monotonic(), self.server.settings.timeouts     # memory is held
         decoder, size = BodyDecoder(length), 0
         body = bytearray()                   # not a list: a read can be a byte
         most_bytes = LARGE_READ_BYTES        # of a read
         while not decoder.is_done:
+            now_s = time.monotonic()
+            self.place.behind_s = min(now_s, began_s + size / LEAST_BYTES_PER_S)
+            by_s = min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s)
             try:
-                data = self.wire.receive(self._left_s(began_s, size), None, most_bytes)
+                data = self.wire.receive(by_s - now_s, None, most_bytes)
             except TimeoutError:
                 raise RequestTimedOut("the request's body did not arrive in time") from None
             if not data:
@@ -15678,12 +15651,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 most_bytes = BODY_READ_BYTES
         self.wire.received = decoder.rest
         return body
-
-    def _left_s(self, began_s: float, size: int) -> float:
-        """Return how long a body may take to its next byte, after so many."""
-        timeouts, now_s = self.server.settings.timeouts, time.monotonic()
-        self.place.behind_s = min(now_s, began_s + size / LEAST_BYTES_PER_S)
-        return min(began_s + timeouts.body_s, self.place.behind_s + timeouts.body_stall_s) - now_s
 
     # Answering.
 
@@ -15741,8 +15708,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             answer = answer._replace(body=b"", reads=None)
         length = answer.length if answer.body is None else len(answer.body)
         has_length = answer.status not in BODILESS_STATUSES
-        bodiless = self._is_head or not has_length
-        chunked = length < 0 and self._takes_chunks and not bodiless
+        asked = self._asked
+        bodiless = not has_length or (asked is not None and asked.method == "HEAD")
+        chunked = length < 0 and not bodiless and asked is not None and asked.minor_version == 1
         must_close |= not self._may_stay_open or self.server.is_stopping \
             or (length < 0 and not chunked and not bodiless)
         framing = [("transfer-encoding", "chunked")] if chunked else \
@@ -16157,9 +16125,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._turn_away(sock)
 
     def _waiting_outside(self) -> Iterator[tuple[socket.socket, Any]]:
-        """Yield the connections that can be accepted now, as many as may wait."""
+        """Yield the connections that can be accepted now, as many as there are files for."""
+        files = open_files_limit() - SPARE_FILES - 2 * most_connections()
         with contextlib.suppress(OSError):
-            for _ in range(most_waiting()):
+            for _ in range(min(LISTEN_BACKLOG, max(SPARE_FILES // 2, files))):
                 yield self.socket.accept()
 
     def _let_in(self, request: socket.socket, client_address: Any) -> None:

@@ -99,13 +99,6 @@ def test_a_name_that_is_none_is_not_compared_whatever_its_length(monkeypatch):
     assert "" == ic.did_you_mean("gpt-4o" * 1_000_000, ["gpt-4o"])
 
 
-def test_an_error_notes_what_model_the_request_asked_for():
-    with pytest.raises(ic.NotFound) as caught, ic.about_model("gpt-4o"):
-        raise ic.NotFound(SENTENCE)
-
-    assert "gpt-4o" == caught.value.model
-
-
 def test_what_a_check_refuses_is_one_line_that_says_what_it_is_about():
     with pytest.raises(ic.Misconfigured, match="^--port: 7 is none$"), ic.checking("--port:"):
         raise ValueError("7 is none")

@@ -796,6 +796,14 @@ def test_a_translated_stream_pings_when_it_is_time_to_whatever_its_provider_send
     assert early + len(reads) == due
 
 
+@pytest.mark.parametrize("model, reads", [
+    ("nobody/gpt-4o", []), ("gpt-4o-mini", [b""]), ("gpt-4o-mini", [OSError("reset by peer")])])
+def test_an_error_notes_what_model_the_request_asked_for(carrier, model, reads):
+    error = carrier.refused(ic.IroncageError, CHAT[0], {**CHAT[1], "model": model}, *reads)
+
+    assert model == error.model
+
+
 # What is not metered.
 
 @pytest.mark.parametrize("method, path", [
