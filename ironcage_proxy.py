@@ -4575,6 +4575,9 @@ class TextInput:
         return "".join(self._pieces)
 
 
+FOREIGN_CHAR = re.compile("[^A-Za-z0-9_-]")       # in names and ids, for both vendors
+
+
 class OwnName(NamedTuple):
     """A tool's name as its client knows it."""
     name: str
@@ -4596,9 +4599,9 @@ class ToolNames:
         fitting = self._fitting.get((name, namespace))
         if fitting is None:
             own = f"{namespace}__{name}" if namespace else name
-            clean = re.sub(r"[^A-Za-z0-9_-]", "_", own)
-            fits = clean == own and len(own) <= self._most
-            fitting = own if fits else f"{clean[:self._most - 9]}_{_hashed(own, 8)}"
+            fits = len(own) <= self._most and not FOREIGN_CHAR.search(own)
+            fitting = own if fits else \
+                f"{FOREIGN_CHAR.sub('_', own)[:self._most - 9]}_{_hashed(own, 8)}"
             self._fitting[name, namespace] = fitting
             self._own.setdefault(fitting, OwnName(name, namespace, is_text))
         return fitting
@@ -4656,12 +4659,12 @@ def own_call_id(carried: str) -> str:
         return carried
 
 
-_FOREIGN_CHARS, _ID_PREFIX = re.compile("[^A-Za-z0-9_-]"), re.compile("^(msg|resp)_")
+_ID_PREFIX = re.compile("^(msg|resp)_")
 
 
 def id_stem(own: str) -> str:
     """Return what of an answer's id can stand in another API's; a new one where there is none."""
-    return _FOREIGN_CHARS.sub("_", _ID_PREFIX.sub("", own)) or secrets.token_hex(12)
+    return FOREIGN_CHAR.sub("_", _ID_PREFIX.sub("", own)) or secrets.token_hex(12)
 
 
 NO_RESULT = "[no result provided]"
@@ -4695,6 +4698,7 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
             call.carried_id = call.id
             ids.given.add(call.id)
             call.id = result.id = ids.fitting(own_call_id(call.id))
+            result.name, result.namespace, result.is_text = call.name, call.namespace, call.is_text
         if front and turns_behind and turns_behind[0].role == "user":
             front += turns_behind.pop(0).parts
         both += [Turn("user", front), *turns_behind] if front else turns_behind
@@ -5533,7 +5537,6 @@ class _ChatRequest(_OpenAIRequest):
         super().__init__(conversation, target, losses)
         self.takes_text = target.is_openai
         self._messages: list[dict] = []
-        self._called: dict[str, str] = {}          # id of a call in the history -> its name
 
     def request(self) -> dict:
         """Return the request."""
@@ -5644,7 +5647,7 @@ class _ChatRequest(_OpenAIRequest):
 
     def _call(self, call: Part) -> dict:
         is_wrapped = call.is_text and not self.takes_text
-        name = self._called[call.id] = self._names.fitting(call.name, call.namespace, is_wrapped)
+        name = self._names.fitting(call.name, call.namespace, is_wrapped)
         kind, member = CALL_MEMBERS[call.is_text and not is_wrapped]
         text = plain_json(call_input(call)) if is_wrapped else call.text
         return {"id": call.id, "type": kind, kind: {"name": name, member: text}}
@@ -5670,7 +5673,7 @@ class _ChatRequest(_OpenAIRequest):
             kind = shown["type"].partition("_")[0]
             texts.append(f"[{kind}]")
             beside += [{"type": "text", "text": f"{kind.capitalize()} from tool "
-                        f"{self._called.get(result.id, result.id)}:"}, shown]
+                        f"{self._names.fitting(result.name, result.namespace)}:"}, shown]
         text = "\n".join(texts)
         if result.is_error and text != NO_RESULT and not text.startswith("Error"):
             text = f"Error: {text}"
@@ -7795,27 +7798,19 @@ class _ResponsesRequest(_OpenAIRequest):
     """Writes requests of Responses: nothing is stored, and reasoning comes back sealed."""
     api, open_choice = "responses", "auto"
 
-    def __init__(self, conversation: Conversation, target: Target, losses: Losses) -> None:
-        super().__init__(conversation, target, losses)
-        self._text_calls: set[str] = set()         # ids of those whose input is text
-
     def request(self) -> dict:
         """Return the request."""
-        asked, losses = self._asked, self._losses
+        asked, losses, reasons = self._asked, self._losses, bool(self._gpt.efforts)
         system, turns = self._turns(CallIds("(?s).{1,64}", "call_"))
-        texts = [part.text for part in system if part.text]
-        items = [item for turn in turns for item in self._items(turn)]
         if turns and turns[-1].role == "assistant":
             losses.adjust("prefill", "kept")
-        reasoning = self._reasoning()
+        items = [item for turn in turns for item in self._items(turn)]
         wanted, words = self._format()
-        texts += [words] if words else []
+        texts = [part for part in (*system, Part("text", words)) if part.text]
         if wanted == {"type": "json_object"} and "json" not in json.dumps(items).lower():
-            items.append(_message_item("system", [_text_row("Respond with JSON.", "system")]))
-        text = {"verbosity": reasoning.pop("verbosity", None), "format": wanted}
-        if not items and texts:                    # there must be one
-            items = [_message_item("system", [_text_row(text, "system") for text in texts])]
-            texts = []
+            items += self._items(Turn("system", [Part("text", "Respond with JSON.")]))
+        if not items:                              # there must be one
+            items, texts = self._items(Turn("system", texts)), []
         if not items:
             raise BadRequest("messages have no content", param="messages")
         cap = self._cap()
@@ -7824,27 +7819,21 @@ class _ResponsesRequest(_OpenAIRequest):
             cap = MIN_RESPONSE_TOKENS
         if asked.stops:
             losses.drop("stops")
-        optional = {
-            "instructions": "\n\n".join(texts), "stream": asked.streams, "max_output_tokens": cap,
-            "text": {name: value for name, value in text.items() if value}, **self._tool_fields(),
-            **reasoning}
-        return {"model": asked.model, "input": items, "store": False, **{
-            name: value for name, value in optional.items() if value not in (None, "", {})}}
-
-    def _reasoning(self) -> dict:
-        """Return how it reasons, and what goes with that."""
-        asked = self._asked
         effort = self._effort(self._gpt.responses_efforts)
-        include = ["reasoning.encrypted_content"] if self._gpt.efforts else []
-        if any(tool.kind == "search" for tool in asked.tools):
-            include.append("web_search_call.action.sources")
-        reasoning = {"effort": effort, "summary": asked.summary if self._gpt.efforts else None}
-        return {**self._extras(effort), "include": include or None, "reasoning": {
-            name: value for name, value in reasoning.items() if value}}
-
-    def _tool_fields(self) -> dict:
-        uses = (tool.search["max_uses"] for tool in self._asked.tools if "max_uses" in tool.search)
-        return {**super()._tool_fields(), "max_tool_calls": next(uses, None)}
+        searches = [tool.search for tool in asked.tools if tool.kind == "search"]
+        extras = self._extras(effort)
+        return {"model": asked.model, "input": items, "store": False, "stream": asked.streams,
+                **_said({
+                    "instructions": "\n\n".join([part.text for part in texts]),
+                    "max_output_tokens": cap, **self._tool_fields(),
+                    "max_tool_calls": next((search["max_uses"] for search in searches
+                                            if "max_uses" in search), None),
+                    "include": ["reasoning.encrypted_content"] * reasons
+                    + ["web_search_call.action.sources"] * bool(searches),
+                    "reasoning": _said({"effort": effort,
+                                        "summary": asked.summary if reasons else None}),
+                    "text": _said({"verbosity": extras.pop("verbosity", None), "format": wanted}),
+                    **extras})}
 
     def _tool(self, tool: Tool) -> Optional[dict]:
         if tool.kind == "other":
@@ -7866,8 +7855,9 @@ class _ResponsesRequest(_OpenAIRequest):
         for is_content, parts in itertools.groupby(
                 turn.parts, lambda part: part.kind in _CONTENT_KINDS):
             if is_content:
-                rows = [self._content(part, turn.role) for part in parts]
-                items.append(_message_item(turn.role, rows))
+                items.append({
+                    "type": "message", "role": {"system": "developer"}.get(turn.role, turn.role),
+                    "content": [self._content(part, turn.role) for part in parts]})
             else:
                 items += filter(None, [_ITEMS_WRITTEN[part.kind](self, part) for part in parts])
         while items and items[-1]["type"] == "reasoning":    # it needs what came of it
@@ -7877,10 +7867,8 @@ class _ResponsesRequest(_OpenAIRequest):
 
     def _call(self, part: Part) -> dict:
         row = {"call_id": part.id, "name": self._names.fitting(part.name, part.namespace)}
-        if part.is_text:
-            self._text_calls.add(part.id)
-            return {"type": "custom_tool_call", **row, "input": part.text}
-        return {"type": "function_call", **row, "arguments": part.text}
+        return {"type": "custom_tool_call", **row, "input": part.text} if part.is_text else {
+            "type": "function_call", **row, "arguments": part.text}
 
     def _result(self, part: Part) -> dict:
         """Return what a tool gave: one text where it is no more than text."""
@@ -7890,7 +7878,7 @@ class _ResponsesRequest(_OpenAIRequest):
             rows[:bool(text)] = [_text_row(f"Error: {text}".strip(), "user")]
         output = "\n".join(row["text"] for row in rows) \
             if all(row["type"] == "input_text" for row in rows) else rows
-        kind = "custom_tool_call" if part.id in self._text_calls else "function_call"
+        kind = "custom_tool_call" if part.is_text else "function_call"
         return {"type": f"{kind}_output", "call_id": part.id, "output": output}
 
     def _content(self, part: Part, role: str) -> dict:
@@ -7920,9 +7908,9 @@ def _text_row(text: str, role: str) -> dict:
         else {"type": "input_text", "text": text}
 
 
-def _message_item(role: str, content: list[dict]) -> dict:
-    return {"type": "message", "role": "developer" if role == "system" else role,
-            "content": content}
+def _said(fields: Mapping[str, Any]) -> dict:
+    """Return the fields that say something."""
+    return {name: value for name, value in fields.items() if value not in (None, "", {}, [])}
 
 
 # ==== 14. Translators ===========================================================================
