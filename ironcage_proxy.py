@@ -4210,25 +4210,25 @@ MAX_ERROR_CHARS = 8192                   # of words that are looked through; ven
 # DeepSeek, Mistral, Moonshot, MiniMax, Z.ai, xAI, Gemini, DashScope, OpenRouter, Together, GitHub,
 # Vertex, Bedrock, Cohere, Copilot, Volcengine, Baidu).
 OVERFLOW = (
-    r"(?i)maximum context length|context_length_exceeded"
+    r"(?i)maximum context length|context_length_exceeded|exceed_context_size|\bn_ctx\b"
     r"|exceed[^.]{0,200}context[ _-]?(length|window|size|limit)"
-    r"|context[ _-]?(length|window|size)[^.]{0,200}exceed"
-    r"|prompt (is )?(too long|exceeds max length)"
-    r"|maximum (prompt|input|model) length|model token limit|with [\d,]+ maximum context"
-    r"|longer than the model|too many (input )?tokens\b[.:]|tokens exceeds maximum length"
-    r"|range of input length|(input|prompt) token count[^.]{0,200}(exceeds|only supports up to)"
-    r"|maximum allowed input length|input length \([\d,]+ tokens\) exceeds|context the overflows"
-    r"|`inputs` must have less than [\d,]+ tokens|(input|prompt) tokens?( length)? too long"
+    r"|context[ _-]?(length|window|size|)[^.]{0,200}(exceed|is full|overflow)|context the overflows"
+    r"|\b(prompt|input|conversation|messages?|text)( is| are| length| tokens?){0,2} too long"
+    r"|\b(prompt|input|conversation|messages?|request's|total)\b.{0,60}\b(tokens?|length)\b"
+    r".{0,120}(exceed|(larger|greater) than|over the|not fit|only supports up to)"
+    r"|prompt exceeds max length|longer than the model|model token limit"
+    r"|maximum (supported |allowed )?(prompt|input|model|sequence) length|range of input length"
+    r"|with [\d,]+ maximum context"
     r"|tokens[^.]{0,60} exceed (max message tokens|the configured limit)"
-    r"|tokens in request more than max tokens|request body too large for [^.]* model\. max size"
-    r"|reduce the length of the messages|`inputs` tokens \+ `max_new_tokens` must be"
-    r"|tokens to keep from the initial prompt|current length is \d+ while limit is"
-    r"|exceed_context_size|exceeded max context length|input is too long")
+    r"|too many (input )?tokens\b[.:]|tokens in request more than max tokens"
+    r"|`inputs` must have less than [\d,]+ tokens|`inputs` tokens \+ `max_new_tokens` must be"
+    r"|request body too large for [^.]* model\. max size|reduce the length of the messages"
+    r"|tokens to keep from the initial prompt|current length is \d+ while limit is")
 _LIMIT = (
-    r"(?i)(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit"
-    r"|maximum (?:prompt|model|input|allowed) length|tokens allowed|max\w* size|limit (?:is|of)"
-    r"|<=|\[1,|less than|input tokens:|supports up to|cannot exceed)"
-    r".{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context")
+    r"(?i)(?:context[ _-]?(?:length|window|size|limit:.{1,40}>)|token limit|length limit"
+    r"|maximum \w* ?(?:prompt|model|input|sequence|allowed) length|tokens allowed|max\w* size"
+    r"|limit (?:is|of)|<=|\[1,|less than|input tokens:|supports up to|(?:cannot|should not) exceed"
+    r"|n_ctx).{0,60}?(\d[\d,]{3,17})|(\d[\d,]{3,17}) maximum context")
 # How they say which part of it is the cap, and which the prompt.
 _CAP = (r"(\d{1,9}) (?:tokens )?(?:in the (?:completion|output)|for the completion"
         r"|output tokens|`max_new_tokens`)|is too large: (\d{1,9})"

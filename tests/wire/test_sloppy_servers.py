@@ -326,6 +326,17 @@ def test_a_stream_that_breaks_off_in_an_event_is_no_end(mock, lab):
 
 # words of an overflow (who says them: HOSTS of November 2026) -> (tokens asked for, the most)
 OVERFLOWS = {
+    "Requested generation length 1024 is not possible! The provided prompt is 16000 tokens long, so "
+    "generating 1024 tokens requires a sequence length of 17024, but the maximum supported sequence "
+    "length is just 16384!": (17024, 16384),
+    "Request prompt has 5000 tokens in total, larger than the model input length limit 4096.":
+        (5000, 4096),
+    "the number of input tokens 5000 cannot exceed the total tokens limit 4096": (5000, 4096),
+    "The sum of prompt length (9000.0), query length (0) should not exceed max_num_tokens (8192)":
+        (9000, 8192),
+    "number of tokens in the prompt (9000) is greater than n_ctx (8192)": (9000, 8192),
+    "Total message token length exceed model limit": None,
+    "Total length of messages is too long": None,
     "This model's maximum context length is 131072 tokens. However, you requested 140000 tokens "
     "(139000 in the messages, 1000 in the completion).": (140000, 131072),
     "This model's maximum context length is 8192 tokens. However, your prompt contains 9,000 "
@@ -413,6 +424,9 @@ CAPS = {
 }
 # Neighbouring refusals, which have nothing to do with the context.
 NO_OVERFLOWS = (
+    "Tool description too long: maximum is 1024",
+    "max_completion_tokens exceeds the limit of this model: 32768",
+    "Invalid 'user': string too long. Expected a string with maximum length 64",
     "Tool name exceeds maximum length of 64", "max_new_tokens must be at most 4096",
     "string too long. Expected a string with maximum length 1048576",
     "Too many tokens per minute: the limit of 10000 is exceeded", "stop must have less than 5 items",
