@@ -3951,7 +3951,7 @@ class Part:
     def grown(self, text: str) -> More:
         """Go on."""
         self.pieces.append(text)
-        return More(self, text)
+        return tuple.__new__(More, (self, text))       # as More(self, text), in half the time
 
     def closed(self) -> Closed:
         """End: the text is all that came."""
@@ -4173,11 +4173,10 @@ class AnswerWriter:
     whole: Callable
 
     def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
-        """Yield an answer as the stream's events; a ping is {"type": "ping"}."""
+        """Return an answer as the stream's events; a ping is {"type": "ping"}."""
         steps = {Began: self._began, Opened: self._opened, More: self._more,
                  Closed: self._closed, Ended: self._ended, Ping: lambda ping: ({"type": "ping"},)}
-        for event in events:
-            yield from steps[type(event)](event)
+        return itertools.chain.from_iterable(steps[type(event)](event) for event in events)
 
     def failed(self, body: dict) -> Iterable[dict]:
         """Return what ends a stream after an error, given as the client's API has it."""
@@ -5740,14 +5739,7 @@ def chat_stream_of(completion: dict) -> Iterable[dict]:
 def chat_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterator[AnswerEvent]:
     """Read a stream of chunks: of OpenAI, and of servers that take liberties with its format."""
     reader = _ChunkReader(terms)
-    for chunk in stream:
-        kind = chunk.get("type")
-        if kind == "done":
-            reader.is_done = True
-        elif kind != "ping":
-            yield from reader.read(chunk)
-        else:
-            yield PING
+    yield from itertools.chain.from_iterable(map(reader.read, stream))
     yield from reader.finish()
 
 
@@ -5757,7 +5749,7 @@ class _ChunkReader:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self.has_begun = self.is_done = False
+        self._has_begun = self._is_done = False
         self._events: list[AnswerEvent] = []         # of the chunk that is read
         self._kinds: set[str] = set()                # of the parts there were
         self._said: Optional[Part] = None            # the text or thought that is open
@@ -5775,10 +5767,14 @@ class _ChunkReader:
 
     def read(self, chunk: Mapping[str, Any]) -> list[AnswerEvent]:
         """Return the events of one chunk."""
-        events = self._events = []
+        kind, events = chunk.get("type"), []
+        if kind in ("done", "ping"):
+            self._is_done |= kind == "done"
+            return [PING] if kind == "ping" else []
+        self._events = events
         self._tier = chunk.get("service_tier") or self._tier
-        if not self.has_begun:
-            self.has_begun = True
+        if not self._has_begun:
+            self._has_begun = True
             events.append(Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier))
         choice = _first_choice(chunk)
         if chunk.get("usage") or "x_groq" in chunk or "usage" in choice:
@@ -5957,7 +5953,7 @@ class _ChunkReader:
         """Return what ends the answer. Raises UpstreamBroke where the provider never did."""
         self._events = []
         finish = self._choice.get("finish_reason")
-        if finish is None and not self.is_done:
+        if finish is None and not self._is_done:
             raise UpstreamBroke("the provider's stream ended without a finish reason")
         reason, stop = reason_of_end(str(finish or "stop"), self._kinds, words_of(
             {"error": self._choice.get("error")})[:MAX_ERROR_CHARS]), None     # OpenRouter's
@@ -6093,10 +6089,9 @@ class ChatWriter(AnswerWriter):
         if part.kind == "call":
             kind, member = CALL_MEMBERS[part.is_text]
             return [self._call_chunk(part, {kind: {member: text}})]
-        name = _CHUNK_FIELDS.get(part.kind)
-        if name == "content":
+        if part.kind == "text":
             self._length += len(text)
-        return [self._chunk({name: text})] if name else ()
+        return [self._chunk({_CHUNK_FIELDS[part.kind]: text})]
 
     def _closed(self, event: Closed) -> Iterator[dict]:
         part = event.part
@@ -6824,11 +6819,11 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
         if kind == "content_block_delta":
             delta = json_object(event.get("delta"))
             name = _DELTA_FIELDS.get(str(delta.get("type")))
-            more, block = delta.get(name), _UNANNOUNCED.get(str(name))
-            if not more or (part is None and block is None):
+            more = delta.get(name)
+            if not more or (part is None and name not in _UNANNOUNCED):
                 continue
             if part is None:                         # some do not announce a text
-                part = parts[index] = _part_of_block({"type": block})
+                part = parts[index] = _part_of_block({"type": _UNANNOUNCED[name]})
                 kinds.add(part.kind)
                 yield part.opened()
             if name == "citation":
@@ -6995,7 +6990,7 @@ class MessagesWriter(AnswerWriter):
         self._arguments = _ShownArguments(False)     # of the call that is open
 
     def events(self, events: Iterable[AnswerEvent]) -> Iterator[dict]:
-        """Yield an answer as the stream's events."""
+        """Return an answer as the stream's events."""
         return super().events(one_at_a_time(events))
 
     def whole(self, answer: Whole) -> dict:
