@@ -288,6 +288,7 @@ class Provider(NamedTuple):
     zero_is_a_cap: bool = False                # a cap of 0 is one, and not the same as none
     reasoning_beyond_caps: int = 0             # tokens of it that no cap of a chat or message holds
     file_tools: bool = False                   # it runs tools of its own over a file, for a fee
+    sellers: bool = False                      # it sends a call to one of many, up to a max_price
     fields: Optional[tuple[str, ...]] = ()     # it knows beside OpenAI's and COMPATIBLE_FIELDS
     reasoning_field: str = ""                  # of a past answer that it wants its reasoning in
     user_after_tool: bool = True               # a user's message may follow a tool's
@@ -366,6 +367,8 @@ ECHO_PROVIDER = Provider(name="ironcage", format="echo", base_url="")
 # DashScope's, 2 November 2026): the README says so, and `reasoning_beyond_caps` bounds it.
 # Files: xAI adds a search of them to the call, a loop with a fee (docs.x.ai/developers/files), and
 # OpenRouter reads them by a parser with a fee where the model cannot (its PDF guide).
+# Sellers: OpenRouter prefers the cheapest and falls back to dearer ones, in all of its APIs, unless
+# provider.max_price is set (its provider routing and API reference).
 _BOTH_CAPS = ("max_completion_tokens", "max_tokens")
 # Google's guides to the OpenAI libraries (Gemini, Vertex); what else stands there can cost more.
 _GOOGLE_FIELDS = ("extra_body.google.thinking_config",)
@@ -412,7 +415,7 @@ KNOWN_PROVIDERS: Mapping[str, Provider] = MappingProxyType({row.name: row for ro
              key_env="NVIDIA_API_KEY"),
     Provider("openrouter", "openai", "https://openrouter.ai/api/v1", key_env="OPENROUTER_API_KEY",
              anthropic_base_url="https://openrouter.ai/api", path="/api/v1", responses=True,
-             file_tools=True, cache_marks=True, hosts=("*.openrouter.ai",)),
+             file_tools=True, sellers=True, cache_marks=True, hosts=("*.openrouter.ai",)),
     Provider("perplexity", "openai", "https://api.perplexity.ai", key_env="PERPLEXITY_API_KEY",
              path="", responses=True),
     Provider("sambanova", "openai", "https://api.sambanova.ai/v1", key_env="SAMBANOVA_API_KEY"),
@@ -483,8 +486,12 @@ def manners_of(name: str, base_url: str = "") -> Provider:
 
 
 def is_free_route(method: str, path: str, provider: Provider) -> bool:
-    """Whether a route costs nothing at a provider."""
+    """Whether a route costs nothing at a provider: where that is one that is named, it has its host
+    too, or one of the operator's own."""
     names = {provider.name, *provider.sold_as}
+    host = urllib.parse.urlsplit(provider.base_url).hostname
+    if host and not re.fullmatch(OWN_HOST, host):
+        names = {*manners_of("", provider.base_url).sold_as}
     return any(known == method and re.fullmatch(pattern, path)
                and (provider.is_free or not there or not names.isdisjoint(there))
                for known, pattern, *there in FREE_ROUTES)
@@ -2968,12 +2975,14 @@ class Changes:
             self.set["thinking"] = {**self._fields["thinking"], "budget_tokens": lowered}
             self.reported["thinking.budget_tokens"] = lowered
 
-    def cap_sellers(self, price: Price, input_tokens: int) -> None:
-        """Set provider.max_price, in USD a million tokens and a call, where a request chooses among
-        a router's sellers: a dearer one could serve it. What is lower stays."""
+    def cap_sellers(self, price: Price, input_tokens: int, are_many: bool = False) -> None:
+        """Set provider.max_price, in USD a million tokens and a call, where a router has many
+        sellers or a request chooses among them: a dearer one could serve it. What is lower stays.
+        """
         chosen = self._fields.get("provider")
-        if not isinstance(chosen, dict) or not any(price.amounts.values()):
+        if not (are_many or isinstance(chosen, dict)) or not any(price.amounts.values()):
             return
+        chosen = json_object(chosen)
         rates = price.dearest_rates((None,), input_tokens)
         asked = json_object(chosen.get("max_price"))
         caps = {}
@@ -3296,9 +3305,9 @@ class EventSplitter:
 def event_data(event: bytes) -> bytes:
     """The data of an event: its `data:` lines joined by newlines, b"" if it has none."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
-        return event[6:-2]                   # the usual event, at a third of the time
-    lines = []
-    for line in _ANY_LINE_END.split(event.lstrip(BOM)):
+        return event[6:-2]                   # the usual event, in half the time
+    lines, text = [], event.lstrip(BOM)
+    for line in text.split(b"\n") if b"\r" not in text else _ANY_LINE_END.split(text):
         if line.startswith(b"data:"):
             lines.append(line[6:] if line[5:6] == b" " else line[5:])
     return b"\n".join(lines)
@@ -3346,11 +3355,11 @@ def error_event(error: IroncageError, api: Optional[str], request_id: str) -> by
 def usage_in(result: Mapping[str, Any]) -> Any:
     """Return the usage of an answer or a chunk: where it belongs, else where some servers put it
     (Groq in x_groq, Moonshot in its choice)."""
-    usage = result.get("usage")
-    if usage is None:
-        choices = result.get("choices")
-        for holder in (result.get("x_groq"), *(choices[:1] if isinstance(choices, list) else ())):
-            usage = usage or json_object(holder).get("usage")
+    usage, choices = result.get("usage"), result.get("choices")
+    if usage is None and "x_groq" in result:
+        usage = json_object(result["x_groq"]).get("usage")
+    if usage is None and choices and isinstance(choices, list):
+        usage = json_object(choices[0]).get("usage")
     return usage
 
 
@@ -3561,12 +3570,11 @@ class AnswerMeter:
         if isinstance(result.get("service_tier"), str):
             self.service_tier = result["service_tier"]
         made = result.get("output", result.get("content"))
-        items = [item for item in made if isinstance(item, dict) and isinstance(
-            item.get("type"), str)] if isinstance(made, list) else []
-        if items:
+        if isinstance(made, list):
+            items = [item for item in made if isinstance(json_object(item).get("type"), str)]
             self.item_ids = [item["id"] for item in items if isinstance(item.get("id"), str)]
             self.tool_calls = Counter(self.tool_calls) | Counter([item["type"] for item in items])
-        self._note_changes(result, items)
+            self._note_changes(result, items)
 
     def _note_changes(self, holder: Mapping[str, Any], items: Iterable[dict]) -> None:
         """Note what makes a provider count more, or less, than the prompt as it was sent."""
@@ -3604,13 +3612,17 @@ class AnswerMeter:
         if "iterations" in known and "iterations" not in stated:
             self.malformed = self.malformed or "its iterations are gone"
         self._counts = None
-        with contextlib.suppress(MalformedUsage):            # what is wrong is found by its parts
-            self._counts = None if known else usage_of(self.api, stated)
+        if self.usage is None:
+            with contextlib.suppress(MalformedUsage):        # else each part is looked at
+                self._counts = usage_of(self.api, stated)
+                self.usage, self.input_is_last = stated, True
+                self._bytes_at_usage = self.output_bytes
+                return
         merged, counted = {**known, **stated}, []
         for names in USAGE_PARTS[self.api]:
             before = {name: known[name] for name in names if name in known}
             part = {name: stated[name] for name in names if name in stated}
-            counts = bool(part) and (self._counts is not None or self._is_more(part, before))
+            counts = bool(part) and self._is_more(part, before)
             for name in names:
                 merged.pop(name, None)
             merged.update(_with_lifetimes(part, before) if counts else before)
@@ -3633,7 +3645,8 @@ class AnswerMeter:
         for at, choice in enumerate(choices if isinstance(choices, list) else ()):
             choice = json_object(choice)
             index = str(choice.get("index", at))
-            shown = _text_bytes([choice.get(name) for name in ("delta", "text", "message")])
+            shown = _text_bytes([choice[name] for name in ("delta", "text", "message")
+                                 if name in choice])
             self.output_bytes += shown
             self._finished[index] = choice.get("finish_reason") is not None or (
                 not shown and self._finished.get(index, False))
@@ -3679,9 +3692,10 @@ class AnswerMeter:
         elif kind != "ping":
             self._finished.clear()
             block = json_object(event.get("content_block"))
-            self._note_changes({}, [block] if "type" in block else ())
+            if "type" in block:
+                self._note_changes({}, [block])
             if not str(block.get("type")).endswith("_result"):     # of a tool: that is input
-                self.output_bytes += _text_bytes(event.get("delta")) + _text_bytes(block)
+                self.output_bytes += _text_bytes([event.get("delta"), block])
 
     def _fail(self, error: Mapping[str, Any]) -> None:
         """Note an error's type; Responses has "error" there, as an event, and then a code."""
@@ -3703,7 +3717,7 @@ NOT_OUTPUT_FIELDS = frozenset({"type", "role", "id", "call_id", "status"})
 
 def _text_bytes(value: Any) -> int:
     """UTF-8 bytes of the text in a part of an answer: at least the tokens that made it."""
-    return sum([len(text.encode("utf-8", "surrogatepass"))
+    return sum([len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
                 for text in strings_in(value, NOT_OUTPUT_FIELDS)])
 
 
@@ -10435,6 +10449,7 @@ PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
                                " or ".join(MAX_TOKENS_FIELDS["chat"]))),
     "zero_is_a_cap": ("zero_is_a_cap", _config_flag),
     "file_tools": ("file_tools", _config_flag),
+    "sellers": ("sellers", _config_flag),
     "reasoning_beyond_caps": ("reasoning_beyond_caps", value_like(
         lambda value: type(value) is int and 0 <= value <= 10 ** 6, "a number of tokens")),
     "fields": ("fields", list_like(r"\w{1,64}(\.\w{1,64})*", "names of fields that cost nothing",
@@ -14769,7 +14784,7 @@ class Router:
         if call.reservation.is_limited:
             if call.bound.output_picodollars:
                 changes.cap_output(call.provider, call.set_output_cap)
-            changes.cap_sellers(call.price, call.bound.input_tokens)
+            changes.cap_sellers(call.price, call.bound.input_tokens, call.provider.sellers)
             if call.set_hosted_uses is not None:
                 changes.cap_uses(call.set_hosted_uses)
         for name, value in changes.reported.items():

@@ -823,6 +823,9 @@ def test_sellers_that_a_request_chooses_from_may_cost_no_more_than_its_price(pro
     changes.cap_sellers(price_of({**ROW, **row}), 5_000)
 
     assert {f"provider.max_price.{name}": cap for name, cap in caps.items()} == changes.reported
+    changes.cap_sellers(price_of({**ROW, **row}), 5_000, are_many=True)
+    asks_less = caps == {} and isinstance(provider, dict)
+    assert asks_less == (changes.set == {})
     assert caps.items() <= (changes.set["provider"]["max_price"] if caps else caps).items()
 
 

@@ -92,6 +92,7 @@ def test_a_known_provider_at_another_host_loses_the_endpoint_that_is_known_at_it
     ("reasoning_field", "reasoning", "reasoning_field", "reasoning"),
     ("echo_reasoning", True, "reasoning_field", "reasoning_content"),
     ("zero_is_a_cap", True, "zero_is_a_cap", True), ("file_tools", True, "file_tools", True),
+    ("sellers", True, "sellers", True),
     ("reasoning_beyond_caps", 80_000, "reasoning_beyond_caps", 80_000),
     ("key_as", "api-key", "key_as", "api-key"),
     ("fields", ["mine", "a.b"], "fields", ("mine", "a.b")),

@@ -160,7 +160,15 @@ def test_a_provider_is_printed_without_its_key():
     ("GET", "/v1/files", "lab", {"is_free": True}, False),
     ("POST", "/v1/moderations", "openai", {}, True), ("POST", "/v1/moderations", "lab", {}, False),
     ("POST", "/v1/moderations", "lab", {"is_free": True}, True),
-    ("POST", "/v1/moderations", "lab", {"sold_as": ("openai",)}, True)])
+    ("POST", "/v1/moderations", "lab", {"sold_as": ("openai",)}, True),
+    ("POST", "/v1/moderations", "openai", {"base_url": "https://gateway.example/v1"}, False),
+    ("POST", "/v1/moderations", "lab", {
+        "sold_as": ("openai",), "base_url": "https://gateway.example/v1"}, False),
+    ("POST", "/v1/moderations", "openai", {"base_url": "https://api.openai.com/v1"}, True),
+    ("POST", "/v1/moderations", "lab", {"base_url": "https://eu.api.openai.com/v1"}, True),
+    ("POST", "/v1/moderations", "openai", {"base_url": "http://127.0.0.1:9/v1"}, True),
+    ("GET", "/v1/models", "openai", {"base_url": "https://gateway.example/v1"}, True)])
 def test_a_route_is_free_at_every_provider_or_at_the_one_that_says_so(method, path, name, more,
                                                                       is_free):
-    assert is_free is ic.is_free_route(method, path, ic.Provider(name, "openai", "", **more))
+    assert is_free is ic.is_free_route(method, path, ic.Provider(
+        name, "openai", **{"base_url": "", **more}))

@@ -87,6 +87,12 @@ def endpoint_of(mock, proxy_with):
     return start
 
 
+def capped_sellers(name):
+    """What a budget sets at a router: the price of the row."""
+    return {} if name != "openrouter" else {"provider": {"max_price": {
+        "prompt": "2.00", "completion": "10.00", "request": "0.00"}}}
+
+
 @pytest.mark.parametrize("flags", [("--budget", "1"), ()], ids=["a budget", "no budget"])
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("name", MESSAGES_HOSTS)
@@ -98,7 +104,8 @@ def test_a_tool_loop_with_thoughts_passes_untranslated(mock, endpoint_of, name, 
     for turn in range(3):
         answer = call(proxy.port, "POST", "/v1/messages", asked)
         assert 200 == answer.status, answer.body
-        assert {**asked, "model": "m"} == mock.seen[-1].json
+        assert {**asked, "model": "m", **(capped_sellers(name) if flags else {})} \
+            == mock.seen[-1].json
         assert answer.body == mock.always(mock.seen[-1]).body
         whole = dialects.whole_of("messages", answer)
         assert THINKING == whole["content"][0]
@@ -129,6 +136,6 @@ def test_a_cap_beyond_the_budget_is_lowered_at_the_price_of_the_seller(mock, end
 
     assert 200 == answer.status, answer.body
     sent = mock.seen[0].json
-    assert {**asked, "model": "m", "max_tokens": sent["max_tokens"]} == sent
+    assert {**asked, "model": "m", "max_tokens": sent["max_tokens"], **capped_sellers(name)} == sent
     assert 0 < sent["max_tokens"] <= 50_000 // 10
     assert str(COST) == answer.header("x-ironcage-cost-microdollars")
