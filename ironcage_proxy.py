@@ -99,6 +99,7 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
+import argparse
 import base64
 import bisect
 import contextlib
@@ -16548,28 +16549,45 @@ def _flags_of(command: str) -> list[Setting]:
             if command in row.commands.split() or row.field == "help"]
 
 
-ABOUT_VARIABLES = """\
+ABOUT_VARIABLES = """
+
 Each setting has a variable, IRONCAGE_BUDGET for --budget and so on (1 for a switch, commas
 between several values); a flag goes first. IRONCAGE_TOKEN_FILE names a file that holds the value.
 Provider keys come from the environment, or from the file that OPENAI_API_KEY_FILE and so on name:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser of flags and words whose complaints are one line, without a value."""
+
+    def __init__(self, rows: Iterable[Setting], **words: Any) -> None:
+        super().__init__(allow_abbrev=False, add_help=False, **words)
+        for row in rows:
+            kind: dict = {"action": "store_true", "default": None} if not row.metavar else {
+                "action": "append" if row.repeats else "store", "metavar": row.metavar}
+            self.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
+                              help=row.help.replace("%", "%%"), **kind)
+        self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> None:             # type: ignore[override]
+        flag = re.findall("--[a-z-]+", message)[0]       # "argument --port: expected one argument"
+        raise Misconfigured(f"{flag} needs a value: {FLAGS[flag].metavar}"
+                            if "expected" in message else f"{flag} takes no value")
+
+
 def help_text(name: str) -> str:
     """Return what --help prints of a command; for `serve`, the default, of the program."""
-    import textwrap              # here only: nothing else needs it
     command = COMMANDS[name]
     about = command.about if name != "serve" else (
         "A proxy between AI agents and model providers that holds the keys and never lets spend "
         "pass a limit.\n\ncommands (COMMAND --help says what one takes):\n" + table(
             [(f"  {name}", one.about.split("\n")[0]) for name, one in COMMANDS.items()], lefts=2))
-    flags = [textwrap.fill(row.help, 98, initial_indent=f"  {row.flag + ' ' + row.metavar:25} ",
-                           subsequent_indent=" " * 28) for row in _flags_of(name)]
-    keys = ", ".join(filter(None, (row.key_env for row in KNOWN_PROVIDERS.values())))
-    return "\n".join([
-        f"usage: ironcage_proxy.py {name} [FLAG ...] {command.words}".rstrip(), "", about, "",
-        "flags:", *flags, "", f"example:\n  ironcage_proxy.py {command.example}\n",
-        *([ABOUT_VARIABLES + textwrap.fill(keys, 98) + "\n"] if name in SERVERS else [])])
+    variables = "" if name not in SERVERS else ABOUT_VARIABLES + ", ".join(
+        filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + "."
+    return _Parser(
+        _flags_of(name), usage=f"ironcage_proxy.py {name} [FLAG ...] {command.words}".rstrip(),
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}").format_help()
 
 
 def _shown_word(word: str) -> str:
@@ -16613,26 +16631,13 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     `wrapped` is what follows a --, the command to run; None where there is no --.
     """
     end = [*argv, "--"].index("--")
-    given: dict = {row.field: None for row in FLAGS.values()}
-    given["wrapped"] = [*argv[end + 1:]] if argv[end:] else None
-    words: list[str] = []
-    rest = iter(argv[:end])
-    for text in rest:
-        flag, has_value, value = text.partition("=")
-        row = FLAGS.get("--help" if flag == "-h" else flag)
-        if not text.startswith("-"):
-            words.append(text)
-            continue
-        if row is None:
-            raise _unknown_flag(_known_command(words), flag)
-        if has_value and not row.metavar:
-            raise Misconfigured(f"{flag} takes no value")
-        if row.metavar and not has_value:
-            value = next(rest, "--")
-            if value.startswith("--"):
-                raise Misconfigured(f"{flag} needs a value: {row.metavar}")
-        given[row.field] = True if not row.metavar else value if not row.repeats else [
-            *(given[row.field] or ()), value]
+    own = [*argv[:end]]
+    found, unknown = _Parser(FLAGS.values()).parse_known_intermixed_args(own)
+    given = {**vars(found), "wrapped": [*argv[end + 1:]] if argv[end:] else None}
+    words = given["words"]
+    if unknown:                  # the command is a word before it
+        known = words if words and own.index(words[0]) < own.index(unknown[0]) else ()
+        raise _unknown_flag(_known_command(known), unknown[0].partition("=")[0])
     if words[:1] == ["help"]:
         words, given["help"] = words[1:], True
     command = "version" if given["version"] else _known_command(words)

@@ -19,11 +19,11 @@ NODES = [*ast.walk(TREE)]
 BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {
-    "__future__", "base64", "bisect", "collections", "contextlib", "ctypes",
+    "__future__", "argparse", "base64", "bisect", "collections", "contextlib", "ctypes",
     "datetime", "decimal", "difflib", "errno", "fcntl", "fnmatch", "fractions", "functools", "hashlib", "heapq", "http.client",
     "http.server", "itertools", "json", "logging", "msvcrt", "operator", "os", "re", "resource", "secrets",
     "select", "signal", "socket", "socketserver", "sqlite3", "ssl", "stat", "struct", "subprocess", "sys",
-    "tempfile", "textwrap", "threading",
+    "tempfile", "threading",
     "time", "types", "typing", "unicodedata", "urllib.parse", "urllib.request", "zlib",
 }
 BLOCKING_CALLS = {
@@ -205,7 +205,7 @@ def test_import_reads_nothing_and_starts_nothing():
     program = (
         "import sys, threading\n"
         "sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
-        "import base64, contextlib, fnmatch, hashlib, hmac, http.client, http.server\n"
+        "import argparse, base64, contextlib, fnmatch, hashlib, hmac, http.client, http.server\n"
         "import json, logging, secrets, select, signal, socket, socketserver, ssl, struct, time\n"
         "import urllib.parse, urllib.request, zlib, fractions, decimal\n"
         "seen = []\n"
