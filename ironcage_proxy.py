@@ -6812,7 +6812,10 @@ def messages_usage(tokens: Tokens, tier: Any = None) -> dict:
 
 
 def messages_stream_of(message: dict) -> Iterator[dict]:
-    """Return a whole message as a stream of its blocks, each whole at its start."""
+    """Return a whole message as a stream of its blocks, each whole at its start. Raises
+    UpstreamBroke where it is none."""
+    if "content" not in message:
+        raise UpstreamBroke("the provider's answer has no content")
     yield {"type": "message_start", "message": message}
     for index, block in enumerate(_parts_of(message.get("content"))):
         yield {"type": "content_block_start", "index": index, "content_block": block}
@@ -7363,10 +7366,12 @@ def _reasoning_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
 
 def _call_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
     is_text = item.get("type") == "custom_tool_call"
-    return [Part("call", text_in(item, "input" if is_text else "arguments", fault) or (
-        "" if is_text else "{}"), id=text_in(item, "call_id", fault) or text_in(item, "id", fault),
-        name=text_in(item, "name", fault), namespace=text_in(item, "namespace", fault),
-        is_text=is_text)]
+    if isinstance(item.get("arguments"), dict):        # as some servers send them
+        item = {**item, "arguments": plain_json(item["arguments"])}
+    text = text_in(item, "input" if is_text else "arguments", fault)
+    return [Part("call", text if text or is_text else "{}", is_text=is_text,
+                 id=text_in(item, "call_id", fault) or text_in(item, "id", fault),
+                 name=text_in(item, "name", fault), namespace=text_in(item, "namespace", fault))]
 
 
 def _client_call_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
@@ -7436,6 +7441,8 @@ def responses_stream_of(answer: dict) -> Iterable[dict]:
     end = str(answer.get("status") or "completed")
     if end not in ANSWER_ENDS or answer.get("error"):
         raise _ended_as("failed" if end in ANSWER_ENDS else end)
+    if "output" not in answer:
+        raise UpstreamBroke("the provider's answer has no output")
     return [{"type": f"response.{end}", "response": answer}]
 
 
@@ -7469,6 +7476,7 @@ class _ItemReader:
     def __init__(self) -> None:
         self.is_over = False
         self._open: dict[tuple[str, str], Part] = {}     # by the place of item and part
+        self._done: set[str] = set()               # places and ids of items
         self._items_done = 0
         self._kinds: set[str] = set()              # of the parts there were
 
@@ -7486,16 +7494,19 @@ class _ItemReader:
                              *_call_parts(item, IN_ANSWER))]
 
     def _grow(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
-        kind, place = _GROWING[event["type"]]
-        at, text = str(event.get(place) or 0), text_in(event, "delta", IN_ANSWER)
+        kind, place, member = _GROWING[event["type"]]
+        at, text = str(event.get(place) or 0), text_in(event, member, IN_ANSWER)
         key = (_place_of(event, event.get("item_id")), at if place == "content_index"
                and kind != "thought" else "0")
         part, before = self._open.get(key), ()
         if part is None:
-            if kind == "call":
-                return ()                          # without a name: its item will come whole
+            if kind == "call" or key[0] in self._done or (member != "delta" and not text):
+                return ()                          # a call has no name yet: its item comes whole
             part = Part(kind)
             before = (self._opened(key, part),)
+        if member != "delta":                      # all of it: some send it at once
+            shown = "".join(part.pieces)
+            text = text[len(shown):] if text.startswith(shown) else ""
         if kind == "thought" and part.pieces and part.at != at:
             text = "\n\n" + text
         part.at = at
@@ -7504,7 +7515,9 @@ class _ItemReader:
     def _end_item(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
         self._items_done += 1
         item = object_in(event, "item", IN_ANSWER)
-        return self._whole_item(_place_of(event, item.get("id")), item)
+        place = _place_of(event, item.get("id"))
+        self._done.update((place, str(item.get("id"))))
+        return self._whole_item(place, item)
 
     def _whole_item(self, place: str, item: Mapping[str, Any]) -> Iterator[AnswerEvent]:
         """Close the parts of an item, after what no event before has brought of them."""
@@ -7530,10 +7543,10 @@ class _ItemReader:
         """Yield what ends the answer."""
         self.is_over = True
         response = object_in(event, "response", IN_ANSWER)
-        if not self._items_done:                   # a whole answer, or a server's that sends none
-            known = {place for place, _ in self._open}
-            for number, item in enumerate(rows_in(response, "output", IN_ANSWER)):
-                item_id = str(item.get("id"))
+        items, known = rows_in(response, "output", IN_ANSWER), {place for place, _ in self._open}
+        for number, item in enumerate(items if len(items) > self._items_done else ()):
+            item_id = str(item.get("id"))          # a whole answer, or a server ends not every one
+            if self._done.isdisjoint((str(number), item_id)):
                 yield from self._whole_item(item_id if item_id in known else str(number), item)
         for part in self._open.values():
             if part.kind == "call" and not part.is_text and not part.pieces:
@@ -7553,13 +7566,19 @@ def _place_of(event: Mapping[str, Any], item_id: Any) -> str:
 
 
 _WHOLE_KINDS = frozenset({"search", "other"})
+# Events that bring more of a part -> its kind, the member with its place in the item, and the one
+# with its text: some servers send all of it as one that is done, and no deltas.
 _GROWING = MappingProxyType({
-    "response.output_text.delta": ("text", "content_index"),
-    "response.refusal.delta": ("refusal", "content_index"),
-    "response.reasoning_summary_text.delta": ("thought", "summary_index"),
-    "response.reasoning_text.delta": ("thought", "content_index"),
-    "response.function_call_arguments.delta": ("call", ""),
-    "response.custom_tool_call_input.delta": ("call", "")})
+    "response.output_text.delta": ("text", "content_index", "delta"),
+    "response.output_text.done": ("text", "content_index", "text"),
+    "response.refusal.delta": ("refusal", "content_index", "delta"),
+    "response.refusal.done": ("refusal", "content_index", "refusal"),
+    "response.reasoning_summary_text.delta": ("thought", "summary_index", "delta"),
+    "response.reasoning_text.delta": ("thought", "content_index", "delta"),
+    "response.function_call_arguments.delta": ("call", "", "delta"),
+    "response.function_call_arguments.done": ("call", "", "arguments"),
+    "response.custom_tool_call_input.delta": ("call", "", "delta"),
+    "response.custom_tool_call_input.done": ("call", "", "input")})
 _RESPONSE_READERS = MappingProxyType({
     "response.output_item.added": _ItemReader._begin_item,
     "response.output_item.done": _ItemReader._end_item,

@@ -515,6 +515,11 @@ def test_stop_reasons_of_claude(stop, finish):
         "finish_reason"]
 
 
+def test_what_is_no_message_is_no_empty_answer():
+    with pytest.raises(ic.UpstreamBroke, match="no content"):
+        to_claude({})[0].answer({"result": "x"})
+
+
 TOOL_USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
 
 

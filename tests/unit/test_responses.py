@@ -370,6 +370,24 @@ def test_items_without_an_index_are_known_by_their_ids():
             (part.kind, part.text) for part in parts_read(sent).parts]
 
 
+def test_what_only_the_done_events_or_the_last_one_hold_is_read():
+    """Arguments that are lost are a tool that runs without them."""
+    events, whole = said(Say("Hi"), Use("f", {"n": 1}), Use("f", {"n": 2}))
+    no_deltas = [event for event in events if not event["type"].endswith(".delta")]
+    no_items = [event for event in no_deltas if event["type"] != "response.output_item.done"]
+    bare_end = {"type": "response.completed", "response": {}}
+    only_text = [event for event in events[:-1] if event.get("output_index", 0) == 0]
+    objects = {**whole, "output": [
+        {**item, "arguments": json.loads(item["arguments"])} if "arguments" in item else item
+        for item in whole["output"]]}
+
+    for sent in (no_deltas, [*no_items[:-1], bare_end], [*only_text, events[-1]],
+                 ic.responses_stream_of(objects)):
+        assert [("text", "Hi"), ("call", {"n": 1}), ("call", {"n": 2})] == [
+            (part.kind, json.loads(part.text) if part.kind == "call" else part.text)
+            for part in parts_read(sent).parts]
+
+
 @pytest.mark.parametrize("ends", [
     [{"type": "response.done", "response": {"status": "completed"}}],
     [{"type": "response.completed", "response": {}},
@@ -393,7 +411,8 @@ def test_a_response_that_was_cancelled_says_so(end):
 
 @pytest.mark.parametrize("answer", [
     {"status": "failed", "error": {"code": "server_error", "message": "x"}, "output": []},
-    {"status": "cancelled", "output": []}, {"status": "in_progress", "output": []}])
+    {"status": "cancelled", "output": []}, {"status": "in_progress", "output": []},
+    {"status": "completed"}, {"foo": 1}])
 def test_a_response_that_failed_is_an_error_of_the_provider(answer):
     with pytest.raises(ic.UpstreamBroke):
         parts_read(ic.responses_stream_of(answer))
