@@ -6379,9 +6379,15 @@ def _message_parts(holder: Mapping[str, Any], name: str = "content") -> list[Par
     if isinstance(content, str):
         return [Part("text", content)] if content else []
     parts: list[Part] = []
-    for row in _parts_of(content):
-        read = _BLOCKS_READ.get(str(row.get("type")))
-        parts += (Part("other", native=row, origin="messages"),) if read is None else read(row)
+    for row in content or ():
+        row = row if isinstance(row, dict) else {"type": "text", "text": row}
+        kind = row.get("type")
+        if kind == "text":                         # as most are
+            text = text_in(row, "text", IN_MESSAGES)
+            parts += (Part("text", text),) if text else ()
+        else:
+            read = _BLOCKS_READ.get(str(kind))
+            parts += (Part("other", native=row, origin="messages"),) if read is None else read(row)
         if parts and row.get("cache_control") is not None:
             parts[-1].mark = row["cache_control"]
     return parts
@@ -6418,7 +6424,6 @@ def _text_parts(text: str) -> list[Part]:
 
 
 _BLOCKS_READ = MappingProxyType({
-    "text": lambda row: _text_parts(text_in(row, "text", IN_MESSAGES)),
     "compaction": lambda row: _text_parts(text_in(row, "content", IN_MESSAGES)),   # of all before
     "search_result": lambda row: _text_parts(
         f"{row.get('title')} ({row.get('source')})\n" + _text_of(row.get("content"), "\n")),
