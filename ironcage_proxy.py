@@ -6667,22 +6667,20 @@ class _MessagesRequest(RequestWriter):
 
     def _messages(self) -> list[dict]:
         """Return the messages; the system prompt is kept aside."""
-        ids = CallIds(r"[A-Za-z0-9_-]+", "toolu_")
-        written = [(role, self._blocks(parts))
-                   for role, parts in self._paired(ids)]
+        written = ((role, self._blocks(parts))
+                   for role, parts in self._paired(CallIds(r"[A-Za-z0-9_-]+", "toolu_")))
         rows = [(role, blocks) for role, blocks in written if blocks]
-        start = next((at for at, (role, _) in enumerate(rows) if role != "system"), len(rows))
-        self._system = [block for _, blocks in rows[:start] for block in blocks]
-        messages: list[dict] = []
-        for _, run in itertools.groupby(rows[start:], lambda row: row[0] == "assistant"):
-            messages += self._merged(run)
-        if not messages and self._system:          # there must be one
-            messages = [{"role": "user", "content": [self._system.pop()]}]
-        if not messages:
+        while rows and rows[0][0] == "system":
+            self._system += rows.pop(0)[1]
+        if not rows and self._system:              # there must be one
+            rows = [("user", [self._system.pop()])]
+        if not rows:
             raise BadRequest("messages have no content", param="messages")
-        if messages[0]["role"] == "assistant":
+        if rows[0][0] == "assistant":
             self._losses.adjust("turns", "user-first")
-            messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+            rows.insert(0, ("user", [{"type": "text", "text": "."}]))
+        messages = [message for _, run in itertools.groupby(rows, lambda row: row[0] == "assistant")
+                    for message in self._merged([*run])]
         last = messages[-1]
         if last["role"] == "assistant" and (self._thinks or not self._claude.prefill):
             self._losses.adjust("prefill", "continued")
@@ -6691,23 +6689,20 @@ class _MessagesRequest(RequestWriter):
             last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
         return messages
 
-    def _merged(self, run: Iterable[tuple[str, list[dict]]]) -> list[dict]:
+    def _merged(self, run: Sequence[tuple[str, list[dict]]]) -> list[dict]:
         """Return what is said up to the other side's turn: one message of each role. A system
         message stands behind a user's only; elsewhere it is said as the user."""
         merged: dict[str, list[dict]] = {}
+        takes_system = self._claude.later_system and any(role == "user" for role, _ in run)
         for role, blocks in run:
-            if role == "system" and not self._claude.later_system:
-                role, blocks = "user", self._as_user(blocks)
+            if role == "system" and not takes_system:
+                self._losses.adjust("later_system", "user")
+                role, blocks = "user", [
+                    {**block, "text": LATER_SYSTEM + block["text"]} if "text" in block else block
+                    for block in blocks]
             merged.setdefault(role, []).extend(blocks)
-        if [*merged] == ["system"]:
-            merged = {"user": self._as_user(merged["system"])}
         return [{"role": role, "content": merged[role]}
                 for role in ("assistant", "user", "system") if role in merged]
-
-    def _as_user(self, blocks: list[dict]) -> list[dict]:
-        self._losses.adjust("later_system", "user")
-        return [{**block, "text": LATER_SYSTEM + block["text"]} if "text" in block else block
-                for block in blocks]
 
     @staticmethod
     def _limit_cache_marks(request: Mapping[str, Any]) -> None:
@@ -6736,29 +6731,26 @@ class _MessagesRequest(RequestWriter):
         """Return a text block; Anthropic refuses empty text."""
         return {"type": "text", "text": part.text} if part.text.strip() else None
 
-    def _image(self, part: Part) -> dict:
-        if part.data:
-            media = next((kind for magic, kind in IMAGE_MAGIC if part.data.startswith(magic)),
-                         part.media)
-            if media in IMAGE_MEDIA:
-                return {"type": "image", "source": {
-                    "type": "base64", "media_type": media, "data": part.data}}
-        elif part.url.startswith("https://"):
-            return {"type": "image", "source": {"type": "url", "url": part.url}}
-        raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, GIF or "
-                         "WebP", param="messages")
-
-    def _document(self, part: Part) -> dict:
+    def _media(self, part: Part) -> dict:
+        """Return an image or a document. Raises BadRequest where Claude does not read it."""
         kind = next((kind for kind, ((name, _), *_) in _SOURCES.items() if getattr(part, name)), "")
         source = {member: getattr(part, name) for name, member in _SOURCES.get(kind, ())}
-        if kind == "text":
+        if part.kind == "image":
+            media = next((media for magic, media in IMAGE_MAGIC if part.data.startswith(magic)),
+                         part.media)
+            if media not in IMAGE_MEDIA if part.data else not part.url.startswith("https://"):
+                raise BadRequest("an image must be an https:// URL, or a data: URL of a JPEG, PNG, "
+                                 "GIF or WebP", param="messages")
+            source.update({"media_type": media} if part.data else {})
+        elif kind == "text":
             source["media_type"] = "text/plain"
         elif kind == "file" and part.file_id.startswith("file_"):
             self.terms.betas = (FILES_BETA,)
         elif kind in ("", "file"):
             raise BadRequest("a file must be inline, a PDF or text, for Claude", param="messages")
-        title = {"title": part.name} if part.name and not part.file_id else {}
-        return {"type": "document", **title, "source": {"type": kind, **source}}
+        title = {"title": part.name} if part.kind == "document" and part.name \
+            and not part.file_id else {}
+        return {"type": part.kind, **title, "source": {"type": kind, **source}}
 
     def _call(self, part: Part) -> dict:
         return {"type": "tool_use", "id": part.id,
@@ -6779,7 +6771,7 @@ class _MessagesRequest(RequestWriter):
 
 _BLOCKS_WRITTEN = MappingProxyType({
     "text": _MessagesRequest._text, "refusal": _MessagesRequest._text,
-    "image": _MessagesRequest._image, "document": _MessagesRequest._document,
+    "image": _MessagesRequest._media, "document": _MessagesRequest._media,
     "thought": _MessagesRequest._thought, "call": _MessagesRequest._call,
     "result": _MessagesRequest._result, "other": _MessagesRequest._other,
     "search": _MessagesRequest._other})
