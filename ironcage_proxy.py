@@ -10978,7 +10978,12 @@ class BodyDecoder:
             at = line.end()
             if expected is _SIZE_LINE:
                 self._left = int(line[1], 16)
-                self._expected = _DATA_END if self._left else _TRAILER_LINE
+                behind = at + self._left
+                if self._left and data.startswith(b"\r\n", behind):     # all of the chunk is here
+                    pieces.append(data[at:behind])
+                    at, self._left = behind + len(b"\r\n"), 0
+                else:
+                    self._expected = _DATA_END if self._left else _TRAILER_LINE
             elif expected is _DATA_END:
                 self._expected = _SIZE_LINE
             else:
@@ -11661,12 +11666,13 @@ ESCAPE_BEGUN = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 
 
 @functools.lru_cache(maxsize=64)
-def _signs_of(key: str) -> tuple[bytes, re.Pattern]:
-    """Return by what a key is found fast: its longest part that nothing needs to escape, and the
-    escapes that JSON has for its characters."""
+def _signs_of(key: str) -> tuple[bytes, bytes, bytes, re.Pattern]:
+    """Return by what a key is found: itself, it without backslashes, its longest part that nothing
+    needs to escape, and the escapes that JSON has for its characters."""
     run = max(re.findall(r"[\w.~-]*", key), key=len)
     codes = "|".join(sorted({f"{ord(char):02x}" for char in key}))
-    return run.encode(), re.compile(rf"\\u00((?i:{codes}))".encode())
+    escapes = re.compile(rf"\\u00((?i:{codes}))".encode())
+    return key.encode(), _unquoted(key.encode()), run.encode(), escapes
 
 
 KEY_IN_ANSWER = "the provider's answer repeats its key; it is not passed on"
@@ -11694,9 +11700,7 @@ class KeyGuard:
     """
 
     def __init__(self, key: Optional[str], encoding: str) -> None:
-        secret = key if is_secret(key) else ""
-        self._raw, self._run, self._escapes = secret.encode(), *_signs_of(secret)
-        self._key = _unquoted(self._raw)
+        self._raw, self._key, self._run, self._escapes = _signs_of(key if is_secret(key) else "")
         self._inflate = inflating(encoding) if encoding != "identity" else None
         self._seen = b""                     # the end of the text before what waits
         self.waiting = b""                  # what is not passed on yet
