@@ -9264,11 +9264,11 @@ class MemoryLedger:
         with self._lock:
             self._leases.remove(lease)
 
-    def _no_rows(self) -> list:
+    def counts(self) -> list:
         """Return nothing of earlier processes: it is gone with them."""
         return []
 
-    unconfirmed = counts = _no_rows
+    unconfirmed = counts
 
     def _nothing(self, *_: Any) -> None:
         """Do nothing: there is no later, and nothing is in the way of a write."""
@@ -13992,20 +13992,18 @@ class SharedAccounts:
                 if len(budgets) != len(some):
                     raise ValueError(NOT_A_REPLY)
             for row, budget in zip(some, budgets):
-                self._log_difference(row, budget)
+                shown = {"scope": row.name, "cage": self.cage, **{
+                    f"{what}_usd": "none" if amount is None else format_usd(amount)[1:]
+                    for what, amount in (("own", row.limit), ("cage_limit", budget.limit))}}
+                if row.limit not in (None, budget.limit):
+                    log.warning("the cage has another limit, which holds", extra={"fields": shown})
+                if budget.limit is not None and budget.spent + budget.reserved > budget.limit:
+                    log.warning("the limit is below what is spent and reserved",
+                                extra={"fields": shown})
 
     def sessions(self, tokens: Container[str], most: int) -> list[Budget]:
         """Return none: their budgets are not held with --shared."""
         return []
-
-    def _log_difference(self, row: Scope, budget: Budget) -> None:
-        shown = {"scope": row.name, "cage": self.cage, **{
-            f"{what}_usd": "none" if amount is None else format_usd(amount)[1:]
-            for what, amount in (("own", row.limit), ("cage_limit", budget.limit))}}
-        if row.limit is not None and row.limit != budget.limit:
-            log.warning("the cage has another limit, which holds", extra={"fields": shown})
-        if budget.limit is not None and budget.spent + budget.reserved > budget.limit:
-            log.warning("the limit is below what is spent and reserved", extra={"fields": shown})
 
     # Heartbeats.
 
@@ -14028,11 +14026,21 @@ class SharedAccounts:
             self._wakes.clear()
 
     def _catch_up(self) -> None:
-        """Enter what a restarted engine may have forgotten, and settle what is not yet."""
-        if self._is_entering:
-            self._enter_again()
+        """Have an engine that was restarted know again all that we know, and settle what is not
+        settled yet."""
         with self._lock:
-            ending = [*self._ending.values()]
+            ended, ending = [settlement for _, settlement in self._ended], [*self._ending.values()]
+        if self._is_entering:
+            run_id = self._run_id
+            try:
+                self._acknowledge()
+                for settlement in ended:
+                    self._settle_there(settlement)
+                self._beat()
+            except EngineFailed:
+                self._run_id = run_id
+                raise
+            self._is_entering = False
         for settlement in ending:
             try:
                 self._settle_there(settlement)
@@ -14050,21 +14058,6 @@ class SharedAccounts:
             self._held_until_s = time.monotonic() + held_s
             log.warning("the shared budget admits no call yet", extra={"fields": {
                 "cage": self.cage, "seconds": held_s, "reason": ENGINE_ERRORS["HELD"]}})
-
-    def _enter_again(self) -> None:
-        """Have the engine know again all that we know."""
-        run_id = self._run_id
-        with self._lock:
-            ended = [settlement for _, settlement in self._ended]
-        try:
-            self._acknowledge()
-            for settlement in ended:
-                self._settle_there(settlement)
-            self._beat()
-        except EngineFailed:
-            self._run_id = run_id
-            raise
-        self._is_entering = False
 
     def _beat(self) -> None:
         """Say that we live, and of which calls; and charge those of the dead at their bounds."""
