@@ -1305,15 +1305,6 @@ def _exact(value: Union[Decimal, Rate], factor: int = 1) -> Rate:
     return exact.numerator if exact.denominator == 1 else exact
 
 
-def _picodollars(usd: Decimal) -> Rate:
-    return _exact(usd, PICODOLLARS_PER_USD)
-
-
-def _places(thresholds: Iterable[int]) -> list[str]:
-    """In a price key: of the flat price, then of those beyond thresholds."""
-    return ["", *[f"_above_{tokens}_tokens" for tokens in thresholds]]
-
-
 class Price(NamedTuple):
     """One row of the price table.
 
@@ -1360,9 +1351,10 @@ class Price(NamedTuple):
         live = self._rates("", reached)[0] if suffix else {}
         halves = suffix == BATCH_SUFFIX and (self.provider == "anthropic" or not any(
             name.endswith(BATCH_SUFFIX) for name in self.amounts))
+        places = ["", *[f"_above_{tokens}_tokens" for tokens in reached]]
         stated = {}             # key -> (price, whether it is the tier's): a long one replaces it
         for place, tier in itertools.product(
-                _places(reached), [suffix] if suffix == BATCH_SUFFIX else ["", suffix]):
+                places, [suffix] if suffix == BATCH_SUFFIX else ["", suffix]):
             stated.update({key: (self.amounts[f"{key}{place}{tier}"], tier == suffix)
                            for key in PRICE_KEYS.values() if f"{key}{place}{tier}" in self.amounts})
         rates: dict[str, Rate] = {}
@@ -1378,7 +1370,7 @@ class Price(NamedTuple):
             else:
                 guessed.add(bucket)
                 rates[bucket] = live[bucket] if suffix in CHEAP_SUFFIXES else max(
-                    *[self.amounts.get(f"{key}{place}{tier}", 0) for place in _places(reached)
+                    *[self.amounts.get(f"{key}{place}{tier}", 0) for place in places
                       for tier in {*TIER_SUFFIXES.values()}],
                     live[bucket] if not live.get(fallback or "")
                     else _exact(Fraction(live[bucket] * rates[fallback], live[fallback])))
@@ -1439,14 +1431,10 @@ class Price(NamedTuple):
 
 def price_from_cells(text: str) -> Price:
     """Read back what Price.cells() wrote."""
-    def exact(value: Any) -> Any:
-        if isinstance(value, dict):
-            return MappingProxyType({name: exact(amount) for name, amount in value.items()})
-        return Fraction(value) if isinstance(value, str) else value
-
-    cells = {name: value if name in ("key", "provider") else exact(value)
-             for name, value in json.loads(text).items()}
-    return Price(**{**cells, "thresholds": tuple(cells["thresholds"]), "known_rates": {}})
+    cells = json.loads(text, object_hook=lambda found: {
+        name: Fraction(value) if isinstance(value, str) and name not in ("key", "provider")
+        else value for name, value in found.items()})
+    return Price(**{**cells, "thresholds": tuple(cells["thresholds"])})
 
 
 def microdollars_ceil(picodollars: Rate) -> int:
@@ -1563,12 +1551,14 @@ def price_from_row(key: str, row: Any) -> Price:
     extras, searches = _object_in(row, "provider_specific_entry"), _object_in(row, _SEARCHES)
     return Price(
         key=key, provider=seller,
-        amounts=MappingProxyType({n: _picodollars(Decimal(v)) for n, v in prices.items()}),
+        amounts=MappingProxyType({name: _exact(value, PICODOLLARS_PER_USD)
+                                  for name, value in prices.items()}),
         thresholds=tuple(sorted({int(tokens) for name in prices
                                  for tokens in re.findall("_above_([0-9]+)_tokens", name)})),
-        call_picodollars=sum([_picodollars(Decimal(_checked(row, name, 0))) for name in CALL_FEES]),
-        searches=MappingProxyType({
-            size: _picodollars(Decimal(_checked(searches, size))) for size in searches}),
+        call_picodollars=sum([_exact(_checked(row, name, 0), PICODOLLARS_PER_USD)
+                              for name in CALL_FEES]),
+        searches=MappingProxyType({size: _exact(_checked(searches, size), PICODOLLARS_PER_USD)
+                                   for size in searches}),
         us_multiplier=_multiplier_of(extras, "us"),
         fast_multiplier=_multiplier_of(extras, "fast"),
         residency_multipliers=MappingProxyType({
