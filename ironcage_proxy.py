@@ -727,12 +727,12 @@ def checking(what: str) -> Iterator[None]:
 
 
 def _reason(err: BaseException) -> str:
-    """Why a connection failed, in words; of an exception without words, its name."""
+    """Return why a connection failed, in words; of an exception without words, its name."""
     return getattr(err, "strerror", None) or str(err) or type(err).__name__
 
 
 def shown_name(name: str) -> str:
-    """A name from outside as it may stand in a message or a header."""
+    """Return a name from outside as it may stand in a message or a header."""
     return name if PRINTABLE_NAME.fullmatch(name) else "?"
 
 
@@ -753,7 +753,7 @@ def split_path(path: str) -> tuple[str, str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that is nearest to a wrong one; "" where none is near."""
+    """Return a hint at the known name that is nearest to a wrong one; "" where none is near."""
     if not PRINTABLE_NAME.fullmatch(name):       # of megabytes, to compare took seconds, and more
         return ""
     import difflib               # here only: few need it
@@ -762,15 +762,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def dialect_of(path: str, headers: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The dialect in which a client of `path` reads errors: "anthropic" or "openai". Of routes that
-    both vendors have, it is said by a header of Anthropic's clients."""
+    """Return the dialect in which a client of `path` reads errors: "anthropic" or "openai". Of
+    routes that both vendors have, it is said by a header of Anthropic's clients."""
     route = re.fullmatch(r"/*([^/]+/)??(v1/)*(messages|models|files)(/.*)?", path)
     is_anthropic = route and (route[3] == "messages" or "anthropic-version" in headers)
     return "anthropic" if is_anthropic else "openai"
 
 
 def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
-    """The JSON body of an error in a dialect.
+    """Return the JSON body of an error in a dialect.
 
     Shape: OpenAI {"error": {message, type, param, code}}; Anthropic {"type": "error",
     "error": {type, message, details}, "request_id"}. `ironcage` is added where there are details.
@@ -10294,7 +10294,7 @@ class Caller(NamedTuple):
         return self.expires_s is not None and time.time() >= self.expires_s
 
     def terms(self) -> dict:
-        """What it may do beside spend, for status and `tokens list`."""
+        """Return what it may do beside spend, for status and `tokens list`."""
         return {"session_limit_microdollars": self.session_budget_microdollars,
                 "expires": utc_text(self.expires_s), "has_expired": self.has_expired(),
                 "requests_per_minute": self.requests_per_minute,
@@ -10409,7 +10409,7 @@ def parse_time(value: Any) -> int:
 
 
 def utc_text(at_s: Optional[float]) -> Optional[str]:
-    """Unix seconds as parse_time() reads them; None as it is."""
+    """Return Unix seconds as parse_time() reads them; None as it is."""
     return None if at_s is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
 
 
