@@ -10413,55 +10413,45 @@ def utc_text(at_s: Optional[float]) -> Optional[str]:
     return None if at_s is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
 
 
-# Field of a token in the file -> (field of Caller, how it is read).
-TOKEN_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
-    "name": ("name", text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -")),
-    "token": ("sha256", lambda value: token_sha256(parse_token(value))),
-    "sha256": ("sha256", text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")),
-    "budget_usd": ("budget_microdollars", parse_usd),
-    "stop_at_usd": ("stop_at_microdollars", parse_usd),
-    "session_budget_usd": ("session_budget_microdollars", parse_usd),
-    "period": ("period", text_like("|".join(PERIODS), " or ".join(PERIODS))),
-    "models": ("models", _config_patterns),
-    "requests_per_minute": ("requests_per_minute", _config_count),
-    "parallel_requests": ("parallel_requests", _config_count),
-    "expires": ("expires_s", parse_time),
+# Field of a token in the file -> how it is read.
+TOKEN_FIELDS: Mapping[str, Callable] = MappingProxyType({
+    "name": text_like(TOKEN_NAME, "1 to 64 letters, digits, _, . or -"),
+    "token": lambda value: token_sha256(parse_token(value)),
+    "sha256": text_like(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits"),
+    "budget_usd": parse_usd, "stop_at_usd": parse_usd, "session_budget_usd": parse_usd,
+    "period": text_like("|".join(PERIODS), " or ".join(PERIODS)),
+    "models": _config_patterns,
+    "requests_per_minute": _config_count, "parallel_requests": _config_count,
+    "expires": parse_time,
 })
-
-
 # The same for a provider.
-PROVIDER_FIELDS: Mapping[str, tuple[str, Callable]] = MappingProxyType({
-    "base_url": ("base_url", _config_url),
-    "anthropic_base_url": ("anthropic_base_url", lambda url: without_v1(_config_url(url))),
-    "path": ("path", text_like(r"(/[!-~]+)?", "empty, or a path such as /v1")),
-    "format": ("format", text_like("openai|anthropic", "openai or anthropic")),
-    "key_env": ("key_env", text_like(ENVIRONMENT_NAME, "an environment variable")),
-    "key_file": ("key_file", text_like(r"[^\0]{1,4096}", "the path of a file")),
-    "key_as": ("key_as", text_like("|".join(KEY_HEADERS), " or ".join(KEY_HEADERS))),
-    "free": ("is_free", _config_flag),
-    "stream_usage": ("stream_usage", _config_flag),
-    "responses": ("responses", _config_flag),
-    "caps": ("caps", list_like("|".join(MAX_TOKENS_FIELDS["chat"]),
-                               " or ".join(MAX_TOKENS_FIELDS["chat"]))),
-    "zero_is_a_cap": ("zero_is_a_cap", _config_flag),
-    "file_tools": ("file_tools", _config_flag),
-    "sellers": ("sellers", _config_flag),
-    "reasoning_beyond_caps": ("reasoning_beyond_caps", value_like(
-        lambda value: type(value) is int and 0 <= value <= 10 ** 6, "a number of tokens")),
-    "fields": ("fields", list_like(r"\w{1,64}(\.\w{1,64})*", "names of fields that cost nothing",
-                                   least=0)),
-    "echo_reasoning": ("reasoning_field",
-                       lambda value: "reasoning_content" if _config_flag(value) else ""),
-    "reasoning_field": ("reasoning_field", text_like("(reasoning(_content)?)?",
-                                                     "reasoning_content, reasoning or empty")),
-    "user_after_tool": ("user_after_tool", _config_flag),
-    "cache_marks": ("cache_marks", _config_flag),
-    "call_ids": ("call_ids", value_like(_is_a_pattern, "a regular expression")),
-    "sold_as": ("sold_as", _config_patterns),
-    "default_service_tier": ("default_service_tier",
-                             text_like("[a-z]{1,32}", "a service tier")),
-    "max_output_tokens_per_s": ("max_output_tokens_per_s", _config_count),
+PROVIDER_FIELDS: Mapping[str, Callable] = MappingProxyType({
+    "base_url": _config_url,
+    "anthropic_base_url": lambda url: without_v1(_config_url(url)),
+    "path": text_like(r"(/[!-~]+)?", "empty, or a path such as /v1"),
+    "format": text_like("openai|anthropic", "openai or anthropic"),
+    "key_env": text_like(ENVIRONMENT_NAME, "an environment variable"),
+    "key_file": text_like(r"[^\0]{1,4096}", "the path of a file"),
+    "key_as": text_like("|".join(KEY_HEADERS), " or ".join(KEY_HEADERS)),
+    **dict.fromkeys(("free", "stream_usage", "responses", "zero_is_a_cap", "file_tools",
+                     "sellers", "user_after_tool", "cache_marks"), _config_flag),
+    "caps": list_like("|".join(MAX_TOKENS_FIELDS["chat"]), " or ".join(MAX_TOKENS_FIELDS["chat"])),
+    "reasoning_beyond_caps": value_like(
+        lambda value: type(value) is int and 0 <= value <= 10 ** 6, "a number of tokens"),
+    "fields": list_like(r"\w{1,64}(\.\w{1,64})*", "names of fields that cost nothing", least=0),
+    "echo_reasoning": lambda value: "reasoning_content" if _config_flag(value) else "",
+    "reasoning_field": text_like("(reasoning(_content)?)?",
+                                 "reasoning_content, reasoning or empty"),
+    "call_ids": value_like(_is_a_pattern, "a regular expression"),
+    "sold_as": _config_patterns,
+    "default_service_tier": text_like("[a-z]{1,32}", "a service tier"),
+    "max_output_tokens_per_s": _config_count,
 })
+# Those that have another name here, where a unit is in the name.
+READ_AS = MappingProxyType({
+    "token": "sha256", "budget_usd": "budget_microdollars", "stop_at_usd": "stop_at_microdollars",
+    "session_budget_usd": "session_budget_microdollars", "expires": "expires_s",
+    "free": "is_free", "echo_reasoning": "reasoning_field"})
 
 
 def _unknown_field(name: str, known: Iterable[str]) -> str:
@@ -10470,7 +10460,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> str:
     return f"has an unknown field {shown}{did_you_mean(name, known)}; there are {', '.join(known)}"
 
 
-def _read_fields(row: Any, fields: Mapping[str, tuple[str, Callable]]) -> dict:
+def _read_fields(row: Any, fields: Mapping[str, Callable]) -> dict:
     """Read the values of an object in the file, by the names of our fields. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("must be an object")
@@ -10478,9 +10468,8 @@ def _read_fields(row: Any, fields: Mapping[str, tuple[str, Callable]]) -> dict:
     for name, value in row.items():
         if name not in fields:
             raise ValueError(_unknown_field(name, fields))
-        target, read = fields[name]
         try:
-            values[target] = read(value)
+            values[READ_AS.get(name, name)] = fields[name](value)
         except ValueError as err:                      # which says nothing of a token itself
             raise ValueError(f"{name}: {err}") from None
     return values
@@ -17398,7 +17387,7 @@ def _token_row(name: str, token: str, words: Sequence[str]) -> dict[str, Any]:
             if field in row or not is_pair:
                 raise ValueError("is described by words like budget_usd=5.00, each field once; its "
                                  "name comes first, and what it authenticates with is made here")
-            is_count = TOKEN_FIELDS.get(field, ("", None))[1] is _config_count
+            is_count = TOKEN_FIELDS.get(field) is _config_count
             row[field] = list(filter(None, value.split(","))) if field == "models" else \
                 int(value) if is_count and re.fullmatch("[0-9]{1,7}", value) else value
         if caller_from(row).has_expired():

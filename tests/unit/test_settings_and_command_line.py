@@ -91,6 +91,13 @@ def test_what_kubernetes_sets_for_a_service_named_ironcage_is_no_setting():
     assert [] == ic.unread_variables(linked)
 
 
+@pytest.mark.parametrize("argv, environ, is_public", [
+    (["--shared", "redis://:pw@h"], {}, True), (["--shared", "redis://h"], {}, False),
+    ([], {"IRONCAGE_SHARED": "redis://:pw@h"}, False)])
+def test_a_password_is_public_where_it_stands_on_the_command_line(argv, environ, is_public):
+    assert is_public is ic.settings_from(argv, environ).shared.is_public
+
+
 def test_a_server_and_a_shared_budget_exclude_each_other():
     with pytest.raises(ic.Misconfigured, match="two places for one budget"):
         ic.settings_from(["--shared", "redis://h", "--server-url", "https://h", "--server-token",
