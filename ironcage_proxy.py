@@ -9139,8 +9139,8 @@ _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdol
             "WHERE id > ? AND settled_ms IS NULL")
 _REFUSE = (f"INSERT INTO refusals ({', '.join(REFUSAL_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in REFUSAL_COLUMNS)})")
-_ADD_UP_MORE = _ADD_UP.format("id > :after AND id <= :last") + " ON CONFLICT DO UPDATE SET " + ", ".join(
-    f"{name} = {name} + excluded.{name}" for name in _SUMS)
+_ADD_UP_MORE = _ADD_UP.format("id > :after AND id <= :last") + " ON CONFLICT DO UPDATE SET " \
+    + ", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMS)
 _NOTE_SEALED = (
     "UPDATE chain SET sealed = sealed + :rows, sealed_id = :last, seal = :seal, "
     "tallied_id = MAX(:after, :last), tallied = tallied + (SELECT COUNT(*) FROM calls "
