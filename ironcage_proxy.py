@@ -4692,55 +4692,49 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
             rounds.append(([*turn.parts], []))
         else:
             rounds[-1][0].extend(turn.parts)
-    both = []
-    for said, after in rounds:
-        calls = [part for part in said if part.kind == "call"]
-        front, turns_behind = _answers_to(calls, after, losses)
-        if said:
-            both.append(Turn("assistant", said))
-        for call, result in zip(calls, front):
-            call.carried_id = call.id
-            ids.given.add(call.id)
-            call.id = result.id = ids.fitting(own_call_id(call.id))
-            result.name, result.namespace, result.is_text = call.name, call.namespace, call.is_text
-        if front and turns_behind and turns_behind[0].role == "user":
-            front += turns_behind.pop(0).parts
-        both += [Turn("user", front), *turns_behind] if front else turns_behind
-    return both
+    return [turn for said, after in rounds for turn in _paired_round(said, after, ids, losses)]
 
 
-def _answers_to(calls: Sequence[Part], after: Iterable[Turn],
-                losses: Losses) -> tuple[list[Part], list[Turn]]:
-    """Return the results of calls, in their order, and the turns behind them without these."""
+def _paired_round(said: list[Part], after: Sequence[Turn], ids: CallIds,
+                  losses: Losses) -> list[Turn]:
+    calls = [part for part in said if part.kind == "call"]
     waiting: dict[str, list[Part]] = {}            # id -> its calls: the last, and, before it,
     for call in calls:                             # those without a result
         waiting.setdefault(call.id, []).append(call)
     results: dict[Part, Part] = {}
-    turns = []
+    behind = []
     for role, parts in after:
         rest: list[Part] = []
         for part in parts:
             if part.kind != "result":
                 rest.append(part)
-                continue
-            queue = waiting.get(part.id)
-            if queue is not None:
+            elif part.id in waiting:
+                queue = waiting[part.id]
                 call = queue.pop(0) if len(queue) > 1 else queue[0]
                 if call in results:
                     losses.adjust("results", "paired")
                 results[call] = part
             else:
                 losses.adjust("results", "text")
-                texts, media = ([piece for piece in part.parts if (piece.kind == "text") is is_text]
-                                for is_text in (True, False))
-                rest += [Part("text", f"[result of tool call {part.id}]\n"
-                              + "".join(piece.text for piece in texts)), *media]
+                text = "".join([piece.text for piece in part.parts if piece.kind == "text"])
+                rest += [Part("text", f"[result of tool call {part.id}]\n{text}"),
+                         *(piece for piece in part.parts if piece.kind != "text")]
         if rest:
-            turns.append(Turn(role, rest))
+            behind.append(Turn(role, rest))
     if len(results) < len(calls):
         losses.adjust("results", "paired")
-    return [results.get(call) or Part("result", is_error=True, parts=[Part("text", NO_RESULT)])
-            for call in calls], turns
+    front = []
+    for call in calls:
+        result = results.get(call) or Part("result", is_error=True, parts=[Part("text", NO_RESULT)])
+        call.carried_id = call.id
+        ids.given.add(call.id)
+        call.id = result.id = ids.fitting(own_call_id(call.id))
+        result.name, result.namespace, result.is_text = call.name, call.namespace, call.is_text
+        front.append(result)
+    if front and behind and behind[0].role == "user":
+        front += behind.pop(0).parts
+    return [Turn(role, parts) for role, parts in (("assistant", said), ("user", front)) if parts
+            ] + behind
 
 
 # What a client brings back of another provider's thinking.
