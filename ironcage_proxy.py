@@ -7338,10 +7338,10 @@ def _reasoning_parts(item: Mapping[str, Any], fault: Fault) -> list[Part]:
     part = Part("thought", "\n\n".join(texts[:len(item.get("summary") or texts)]))
     if seal.startswith(OWN_SIGNATURE):
         unseal(part, seal)
-    elif seal:
+    elif seal or item.get("signature"):            # OpenRouter's, of what Claude has signed
         part.origin, part.native = "responses", {
-            name: item[name] for name in ("type", "id", "summary", "content", "encrypted_content")
-            if item.get(name) is not None}
+            name: item[name] for name in ("type", "id", "summary", "content", "encrypted_content",
+                                          "signature", "format") if item.get(name) is not None}
     return [part]
 
 

@@ -314,6 +314,14 @@ def test_summaries_are_paragraphs_of_one_thought():
         assert ("a\n\nb", item) == (thought.text, thought.native)
 
 
+def test_reasoning_that_another_server_has_signed_is_a_thought_in_its_own_form():
+    item = {"type": "reasoning", "id": "rs_1", "summary": [], "format": "anthropic-claude-v1",
+            "content": [{"type": "reasoning_text", "text": "hm"}], "signature": "EqQB"}
+    [thought] = parts_read(ic.responses_stream_of({"output": [item]})).parts
+
+    assert ("hm", "responses", item) == (thought.text, thought.origin, thought.native)
+
+
 def test_text_of_reasoning_of_open_models_is_shown():
     item = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [
         {"type": "reasoning_text", "text": "hm hm"}]}
