@@ -4603,11 +4603,11 @@ class ToolNames:
         fitting = self._fitting.get((name, namespace))
         if fitting is None:
             own = f"{namespace}__{name}" if namespace else name
-            fits = len(own) <= self._most and not FOREIGN_CHAR.search(own)
+            fits = len(own) <= self._most and own not in self._own and not FOREIGN_CHAR.search(own)
             fitting = own if fits else \
                 f"{FOREIGN_CHAR.sub('_', own)[:self._most - 9]}_{_hashed(own, 8)}"
             self._fitting[name, namespace] = fitting
-            self._own.setdefault(fitting, OwnName(name, namespace, is_text))
+            self._own[fitting] = OwnName(name, namespace, is_text)
         return fitting
 
     def own(self, fitting: str) -> OwnName:

@@ -142,6 +142,13 @@ def test_a_name_that_fits_stays_and_another_one_comes_back_as_it_was():
     assert "unknown" == names.own("unknown").name
 
 
+def test_a_tool_that_is_called_as_another_in_its_namespace_keeps_its_own_name():
+    names = ic.ToolNames(64)
+    told = [names.fitting("f", "space"), names.fitting("space__f")]
+
+    assert [("f", "space"), ("space__f", "")] == [names.own(name)[:2] for name in told]
+
+
 # Ids.
 
 def test_an_id_that_comes_again_is_another_and_depends_on_the_clients_alone():
