@@ -9024,9 +9024,9 @@ def budget_refusal(budget: Budget, bound: Bound) -> IroncageError:
 # the process died, is charged at its bound on the next start. What was refused is kept beside.
 #
 # Upkeep, in the order of the ids up to the first call that is in flight, and a step at a time: rows
-# are sealed, each with a digest of all that it holds and of the seal before, and added up by day
-# (`daily`), which is all that budgets and most reports read; and with --keep-days the oldest are
-# deleted. An edit, a deletion, an insertion or a swap of sealed rows shows in `audit`, for as
+# are sealed, each with a digest of all that it holds and of the seal before; they are added up by
+# day (`daily`), which is all that budgets and most reports read; and with --keep-days the oldest
+# are deleted. An edit, a deletion, an insertion or a swap of sealed rows shows in `audit`, for as
 # long as nobody computes all later seals anew: there is no key. Ids have no gap, and sealing no
 # index: calls write the same pages as without it.
 #
@@ -9133,13 +9133,8 @@ _RECOVER = ("UPDATE calls SET settled_ms = ?, cost_microdollars = bound_microdol
             "WHERE id > ? AND settled_ms IS NULL")
 _REFUSE = (f"INSERT INTO refusals ({', '.join(REFUSAL_COLUMNS)}) "
            f"VALUES ({', '.join(f':{name}' for name in REFUSAL_COLUMNS)})")
-_ADD_UP_MORE = _ADD_UP.format("id > :after AND id <= :last") + " ON CONFLICT DO UPDATE SET " \
-    + ", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMS)
-_NOTE_SEALED = (
-    "UPDATE chain SET sealed = sealed + :rows, sealed_id = :last, seal = :seal, "
-    "tallied_id = MAX(:after, :last), tallied = tallied + (SELECT COUNT(*) FROM calls "
-    "WHERE id > :after AND id <= :last), tallied_microdollars = tallied_microdollars + (SELECT "
-    "COALESCE(SUM(cost_microdollars), 0) FROM calls WHERE id > :after AND id <= :last)")
+_ADD_UP_MORE = _ADD_UP.format("id > ? AND id <= ?") + " ON CONFLICT DO UPDATE SET " + ", ".join(
+    f"{name} = {name} + excluded.{name}" for name in _SUMS)
 _SPENT = (                                    # what is added up, and what is not yet
     "SELECT SUM(cost) FROM (SELECT cost_microdollars AS cost FROM daily WHERE day >= :day{0} "
     "UNION ALL SELECT COALESCE(cost_microdollars, bound_microdollars) FROM calls "
@@ -9479,20 +9474,35 @@ def _keep_refused(rows: Sequence[Mapping[str, Any]], db: sqlite3.Connection,
     return bool(rows)
 
 
+def _settled_after(db: sqlite3.Connection, last_id: Any) -> list[sqlite3.Row]:
+    """Return the next rows in the order of their ids, up to the first that is in flight."""
+    rows = db.execute("SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?", (last_id, STEP_ROWS))
+    return [*itertools.takewhile(lambda row: row["settled_ms"] is not None, rows)]
+
+
 def _seal_rows(db: sqlite3.Connection, state: Mapping[str, Any]) -> bool:
-    """Give the next rows their seals, in the order of their ids up to the first that is in flight,
-    and add them to the totals of their days; a ledger of an earlier version has these before."""
-    rows = [*itertools.takewhile(lambda row: row["settled_ms"] is not None, db.execute(
-        "SELECT * FROM calls WHERE id > ? ORDER BY id LIMIT ?", (state["sealed_id"], STEP_ROWS)))]
-    seal = state["seal"]
+    """Give the next rows their seals."""
+    rows, seal = _settled_after(db, state["sealed_id"]), state["seal"]
     for row in rows:
         seal = seal_of(row, seal)
         db.execute("UPDATE calls SET seal = ? WHERE id = ?", (seal, row["id"]))
     if rows:
-        ids = {"after": state["tallied_id"], "last": rows[-1]["id"]}
-        db.execute(_ADD_UP_MORE, ids)
-        db.execute(_NOTE_SEALED, {**ids, "rows": len(rows), "seal": seal})
+        db.execute("UPDATE chain SET sealed = sealed + ?, sealed_id = ?, seal = ?",
+                   (len(rows), rows[-1]["id"], seal))
     return bool(rows)
+
+
+def _add_up_rows(least: int, db: sqlite3.Connection, state: Mapping[str, Any]) -> bool:
+    """Add the next rows to the totals of their days, once there are so many."""
+    rows = _settled_after(db, state["tallied_id"])
+    if len(rows) < least:
+        return False
+    ids = (state["tallied_id"], rows[-1]["id"])
+    db.execute(_ADD_UP_MORE, ids)
+    db.execute("UPDATE chain SET tallied = tallied + ?, tallied_id = ?, tallied_microdollars = "
+               "tallied_microdollars + (SELECT SUM(cost_microdollars) FROM calls "
+               "WHERE id > ? AND id <= ?)", (len(rows), ids[1], *ids))
+    return True
 
 
 def _fold_rows(keep_days: int, db: sqlite3.Connection, state: Mapping[str, Any]) -> bool:
@@ -9534,8 +9544,9 @@ class SqliteLedger:
         self._refusals: deque = deque(maxlen=REFUSALS_WAITING)      # likewise
         self._kept_prices: set[str] = set()   # by their digests
         self._reading = threading.Lock()      # one query at a time on a connection of its own
-        self._upkeep: list[Callable] = [_seal_rows] if keep_days is None else [
-            _seal_rows, functools.partial(_fold_rows, keep_days)]
+        self._upkeep: list[Callable] = [_seal_rows, functools.partial(_add_up_rows, STEP_ROWS)] \
+            if keep_days is None else [_seal_rows, functools.partial(_add_up_rows, 1),
+                                       functools.partial(_fold_rows, keep_days)]
         self._path = path = os.path.realpath(path)
         self._lock = LedgerLock(path)
         with contextlib.ExitStack() as undo:
