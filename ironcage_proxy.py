@@ -797,24 +797,21 @@ def error_object(error: IroncageError, dialect: str, request_id: str) -> dict:
 # A string this long of nothing but such bytes needs no parser. Images come so, in the source or
 # the URL of a part; screenshots are nearly all of what computer-using agents send at each turn.
 LEAST_DATA_BYTES = 4096
+DATA_SLICE_BYTES = 64 * 1024     # looked at at a time: what is larger leaves the processor's cache
 _DATA_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=_-"
 _DATA_WORD = re.compile(rb"(data[0-9a-f]{22})")
 _DATA_URL_START = re.compile(rb"(data:[A-Za-z0-9/+.;=-]{1,128},)?")
-
-
-class InlineData(str):
-    """A long string of data in a body, and the bytes there that it was read from."""
-    raw: memoryview
 
 
 class JsonBody:
     """A JSON object as received: its bytes and its fields."""
 
     def __init__(self, raw: bytes, fields: Mapping[str, Any], text: Optional[bytes] = None,
-                 data: Mapping[bytes, InlineData] = MappingProxyType({})) -> None:
+                 data: Mapping[bytes, tuple[str, memoryview]] = MappingProxyType({})) -> None:
         self.raw = raw                        # UTF-8
         self.text = raw if text is None else text       # the same, with a word for each of `data`
-        self.data = data                      # by its word
+        self.data = data                      # word -> long string of data, and its bytes in `raw`
+        self.data_bytes = {id(string): part for string, part in data.values()}    # in `fields`
         self.fields = fields
         self.contents: Optional[Contents] = None        # see contents_of()
 
@@ -839,7 +836,7 @@ class JsonBody:
         pieces.append(text[done:])
         if not self.data:
             return pieces
-        return [self.data[part].raw if part in self.data else part
+        return [self.data[part][1] if part in self.data else part
                 for piece in pieces for part in _DATA_WORD.split(piece)]
 
 
@@ -897,44 +894,43 @@ def _decoder(hook: Callable[[list], dict]) -> json.JSONDecoder:
 _STRICT_JSON = _decoder(_object_without_duplicates)
 
 
-def _data_spans(raw: bytes) -> list[tuple[int, int]]:
-    """Where the long strings of data in a body stand, each the value of a member.
+def _data_spans(raw: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the long strings of data in a body stand, each the value of a member.
 
     Only one byte in each LEAST_DATA_BYTES is looked at, for the quotes around it.
     """
-    spans, at, end, view = [], LEAST_DATA_BYTES, 0, memoryview(raw)
+    at, end = LEAST_DATA_BYTES, 0
     while at < len(raw):
         start, end = raw.rfind(b'"', end, at) + 1, raw.find(b'"', at)
         if end < 0:
-            break
+            return
         if end - start >= LEAST_DATA_BYTES and raw[start - 8:start - 1].rstrip().endswith(b":"):
             first = _DATA_URL_START.match(raw, start).end()
-            if not any(bytes(view[first:until]).translate(None, _DATA_BYTES)
-                       for until in (first + 64, end)):
-                spans.append((start, end))
+            edges = [first, *range(first + 64, end, DATA_SLICE_BYTES), end]
+            if not any(raw[one:other].translate(None, _DATA_BYTES)
+                       for one, other in zip(edges, edges[1:])):
+                yield start, end
         at = end + LEAST_DATA_BYTES
-    return spans
 
 
-def _set_aside(raw: bytes) -> tuple[bytes, Mapping[bytes, InlineData], json.JSONDecoder]:
-    """(a body with a word for each long string of data, the data by its word, what decodes that).
-    """
-    view, pieces, data, done = memoryview(raw), [], {}, 0
-    mark = b""
+def _set_aside(raw: bytes) -> tuple[bytes, dict[bytes, tuple[str, memoryview]], json.JSONDecoder]:
+    """Return a body with a word for each long string of data, the data by its word, and what
+    decodes that."""
+    view, mark, done = memoryview(raw), secrets.token_hex(8), 0           # that no client can know
+    pieces: list = []
+    words: dict[str, tuple[str, memoryview]] = {}
     for start, end in _data_spans(raw):
-        mark = mark or secrets.token_hex(8).encode()        # that no client can know
-        word = b"data%b%06x" % (mark, len(data))
-        data[word] = InlineData(view[start:end], "ascii")
-        data[word].raw = view[start:end]
-        pieces += [view[done:start], word]
+        word, data = f"data{mark}{len(words):06x}", view[start:end]
+        words[word] = str(data, "ascii"), data
+        pieces += [view[done:start], word.encode()]
         done = end
-    if not data:
-        return raw, data, _STRICT_JSON
-    words = {word.decode(): text for word, text in data.items()}
+    if not words:
+        return raw, {}, _STRICT_JSON
     decoder = _decoder(lambda pairs: _object_without_duplicates(
-        [(name, words.get(value, value) if type(value) is str else value)
+        [(name, words[value][0] if type(value) is str and value in words else value)
          for name, value in pairs]))
-    return b"".join([*pieces, view[done:]]), data, decoder
+    return b"".join([*pieces, view[done:]]), {
+        word.encode(): row for word, row in words.items()}, decoder
 
 
 COUNTED_BYTES = 64 * 1024        # of a longer text to count the brackets takes longer than to walk
@@ -2531,26 +2527,26 @@ def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
     text, utf8_bytes, contents = body.text, len(body.raw), contents_of(body)
     if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
-        fields = mapped_strings(body.fields, lambda text: "" if isinstance(text, InlineData) else
-                                text) if body.data else body.fields
+        fields = mapped_strings(body.fields, lambda string: "" if id(string) in body.data_bytes
+                                else string) if body.data else body.fields
         text = unicodedata.normalize("NFKC", json.dumps(fields, ensure_ascii=False)) \
             .encode("utf-8", "surrogatepass")
-        utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data.values())))
-    of_images = {id(data): data for data in _inline_data(contents.images)}
+        utf8_bytes = max(utf8_bytes, len(text) + sum(map(len, body.data_bytes.values())))
+    of_images = {id(data): data for data in _inline_data(body, contents.images)}
     again = [plain_json(cited).encode("utf-8", "surrogatepass") for cited in contents.cited]
     utf8_bytes += sum(map(len, again)) - sum(map(len, of_images.values()))
     if not measured:
         return utf8_bytes
-    other_data = [data.raw for data in body.data.values() if id(data) not in of_images]
+    other_data = [data for key, data in body.data_bytes.items() if key not in of_images]
     return min(utf8_bytes, _measured_tokens(b"".join([text, *other_data, *again]), tokenizer))
 
 
-def _inline_data(images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def _inline_data(body: JsonBody, images: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the data of images that is in the request itself; all else about them is text."""
     for image in images:
         url, source = image.get("image_url"), json_object(image.get("source"))
         for data in (url, json_object(url).get("url"), source.get("data")):
-            if isinstance(data, InlineData) or (
+            if id(data) in body.data_bytes or (
                     isinstance(data, str) and len(data) > INLINE_IMAGE_CHARS
                     and re.fullmatch(INLINE_DATA, data)):
                 yield data
@@ -3077,13 +3073,6 @@ def without_cache_marks(value: Any) -> Any:
     return value
 
 
-def _with_hash(text: str) -> str:
-    """A string for a digest: of data the hash, which no other string can look like."""
-    if isinstance(text, InlineData):
-        return "\0" + hashlib.sha256(text.raw).hexdigest()     # fastest, of so much
-    return "\0" + text if text.startswith("\0") else text
-
-
 def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt]:
     """A request as digests; None where no count can be known. `scope` says whose it is: token,
     provider, model, and the headers that change a count."""
@@ -3099,12 +3088,20 @@ def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt
              if value is not None and name not in apart}
     if isinstance(equal.get("thinking"), dict):           # its budget is a cap
         equal["thinking"] = {**equal["thinking"], "budget_tokens": None}
+
+    def with_hash(text: str) -> str:
+        """Return a string for a digest: of data its hash, which no other string can look like."""
+        data = body.data_bytes.get(id(text))
+        if data is not None:
+            return "\0" + hashlib.sha256(data).hexdigest()     # fastest, of so much
+        return "\0" + text if text.startswith("\0") else text
+
     chain = [_digest(api, *scope, equal)]
     for message in messages:
         content = json_object(message).get("content")
         if isinstance(content, str):        # a cache mark makes it a block, and back
             message = {**message, "content": [{"type": "text", "text": content}]}
-        hashed = mapped_strings(message, _with_hash) if body.data else message
+        hashed = mapped_strings(message, with_hash) if body.data else message
         chain.append(_digest(chain[-1].hex(), hashed, hashed != message))
     declared = [(name, part) for name in COUNTED_PARTS for part in _listed(fields.get(name))]
     parts, alike = {}, Counter()
