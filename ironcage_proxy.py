@@ -304,28 +304,28 @@ class Provider(NamedTuple):
 
     @property
     def host(self) -> str:
-        """What a Host header says to it."""
+        """Return what a Host header says to it."""
         return _host_and_region(self.base_url)[0]
 
     @property
     def data_residency(self) -> Optional[str]:
-        """"us", "eu" and the like for OpenAI's regional hosts, which cost more."""
+        """Return "us", "eu" and the like for OpenAI's regional hosts, which cost more."""
         return _host_and_region(self.base_url)[1]
 
     @property
     def apis(self) -> frozenset:
-        """The APIs that it speaks by itself."""
+        """Return the APIs that it speaks by itself."""
         without = {"responses"} if self.format == "openai" and not self.responses else set()
         return FORMAT_APIS[self.format] - without
 
     def speaking(self, api: Optional[str]) -> Provider:
-        """This provider as it is called in an API: its other endpoint, where that speaks it."""
+        """Return it as it is called in an API: its other endpoint, where that speaks it."""
         if api != "messages" or not self.anthropic_base_url or self.format == "anthropic":
             return self
         return self._replace(format="anthropic", base_url=self.anthropic_base_url, key_as="")
 
     def url(self, path: str) -> str:
-        """Where a path of ours is called."""
+        """Return where a path of ours is called."""
         if self.format != "openai":
             return self.base_url + path
         if path.startswith("/v1/"):
@@ -333,7 +333,7 @@ class Provider(NamedTuple):
         return re.sub("/v1$", "", self.base_url) + path
 
     def credentials(self) -> dict[str, str]:
-        """The headers that carry the key; none for a provider that needs no key."""
+        """Return the headers that carry the key; none for a provider that needs no key."""
         if self.key is None:
             return {}
         usual = "both" if self.format == "anthropic" else "bearer"
@@ -817,8 +817,8 @@ class JsonBody:
 
     def spliced(self, changes: Mapping[str, Any],
                 without: frozenset = frozenset()) -> list[bytes]:
-        """The bytes, in pieces, with some fields set and others left out: all else stays as it
-        was, but for the white space where a field goes, and is not copied."""
+        """Return the bytes, in pieces, with some fields set and others left out: all else stays as
+        it was, but for the white space where a field goes, and is not copied."""
         text, inside = memoryview(self.text), self.text.index(b"{") + 1
         added = _written({name: value for name, value in changes.items()
                           if name not in self.fields})[1:-1]
@@ -845,8 +845,8 @@ _json_sign = re.compile(r"[ \t\n\r]*[{,:}][ \t\n\r]*").match
 
 
 def _members(text: bytes) -> Iterator[tuple[str, int, int, int]]:
-    """(name, where it stands, where its value does, its end) of each member of an object that is
-    known to be JSON."""
+    """Yield (name, where it stands, where its value does, its end) of each member of an object that
+    is known to be JSON."""
     chars = str(text, "latin-1")              # a character a byte, so that places are the same
     at = _json_sign(chars).end()
     while chars.startswith('"', at):
@@ -962,7 +962,7 @@ _WIDE_STARTS = b"\xf0\xf1\xf2\xf3\xf4"
 
 
 def bytes_to_parse(text: bytes) -> int:
-    """The most memory that parsing JSON takes. Raises BadRequest beyond MAX_JSON_VALUES."""
+    """Return the most memory that parsing takes. Raises BadRequest beyond MAX_JSON_VALUES."""
     marks = text.translate(None, _NO_MARKS)
     if len(marks) - marks.count(b":") > MAX_JSON_VALUES:
         raise BadRequest(f"the request body may hold more than {MAX_JSON_VALUES} values: so "
@@ -998,7 +998,7 @@ def parse_json_object(raw: bytes, hold: Callable[[int], Any] = abs) -> JsonBody:
 
 def optional_count(fields: Mapping[str, Any], name: str, *, least: int = 0,
                    most: int = 10 ** 9) -> Optional[int]:
-    """A whole number among the fields; absent and null are None. Raises BadRequest."""
+    """Return a whole number of the fields; absent and null are None. Raises BadRequest."""
     value = fields.get(name)
     if value is None:
         return None
@@ -1008,7 +1008,7 @@ def optional_count(fields: Mapping[str, Any], name: str, *, least: int = 0,
 
 
 def optional_flag(fields: Mapping[str, Any], name: str) -> bool:
-    """A boolean among the fields; absent and null are False. Raises BadRequest."""
+    """Return a boolean of the fields; absent and null are False. Raises BadRequest."""
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false", param=name)
@@ -1016,7 +1016,7 @@ def optional_flag(fields: Mapping[str, Any], name: str) -> bool:
 
 
 def json_object(value: Any) -> dict:
-    """A value that should be an object; an empty one where it is something else."""
+    """Return a value that should be an object; an empty one where it is something else."""
     return value if isinstance(value, dict) else {}
 
 
@@ -1038,7 +1038,7 @@ plain_json = _json_writer(ensure_ascii=False)
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON as we send it: compact, ASCII only."""
+    """Write JSON as we send it: compact, ASCII only."""
     return compact_json(value).encode("ascii")
 
 
@@ -1914,7 +1914,7 @@ def _centitokens(text: bytes, costs: Sequence[int]) -> int:
 
 
 def input_tokens_upper_bound(text: str, provider: str = "openai") -> int:
-    """Tokens that a text can be billed as, by the measured rule; never above a token a byte.
+    """Return the most tokens of a text, by the measured rule; never above a token a byte.
 
     JSON text may be given as it stands: its escapes count for no less than what they stand for.
     """
@@ -2164,7 +2164,7 @@ def _runs_at_client(kind: str, tool: Mapping[str, Any]) -> bool:
 
 
 def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
-    """What is known of a type of tool that the provider of a price row runs."""
+    """Return what is known of a type of tool that the provider of a price row runs."""
     return next((row for row in HOSTED_TOOLS
                  if row.api == api and HOSTED_TOOL_SELLERS[api] == price.provider
                  and re.fullmatch(row.types, kind)
@@ -2172,7 +2172,7 @@ def hosted_tool(api: str, kind: str, price: Price) -> Optional[HostedTool]:
 
 
 def mapped_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A value with its strings changed, but for names."""
+    """Return a value with its strings changed, but for names."""
     if isinstance(value, list):
         return [mapped_strings(child, change) for child in value]
     if isinstance(value, dict):
@@ -2181,7 +2181,7 @@ def mapped_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def strings_in(value: Any, without: frozenset = frozenset()) -> list[str]:
-    """All strings in a value, but for names, and for what stands under some names."""
+    """Return all strings in a value, but for names, and for what stands under some names."""
     found, waiting = [], [value]
     for part in waiting:                       # which grows as we go
         if isinstance(part, str):
@@ -2331,19 +2331,6 @@ PLAIN_PROMPTS = MappingProxyType({"completions": "prompt", "embeddings": "input"
 NEW_THREAD = MappingProxyType({"type": "create"})
 
 
-class Hatches(NamedTuple):
-    """What the operator lets through under a budget, or keeps out."""
-    fields: frozenset = frozenset()         # names of fields that are not known (--allow-field)
-    contents: frozenset = frozenset()       # types of content (--allow-content)
-    hosted_tools: bool = True
-
-    @property
-    def names(self) -> set[str]:
-        """As check_boundable() reports them."""
-        return {*(f"field {name}" for name in self.fields),
-                *(f"content {kind}" for kind in self.contents)}
-
-
 HATCH_NAME = r"[A-Za-z0-9_.-]{1,64}"
 HATCH_HINTS = MappingProxyType({
     "field": "the operator can let it through with --allow-field ",
@@ -2362,7 +2349,8 @@ def check_thread(fields: Mapping[str, Any]) -> None:
 
 def check_boundable(api: str, body: JsonBody, price: Price, *,
                     provider: Provider = KNOWN_PROVIDERS["openai"],
-                    model: str = "", hatches: Hatches = Hatches()) -> list[str]:
+                    model: str = "", hatches: Container[str] = (),
+                    hosted_tools: bool = True) -> list[str]:
     """Refuse what no bound covers; return the hatches that let something through. `model` is the
     name that goes upstream, which the price may not have.
 
@@ -2370,8 +2358,8 @@ def check_boundable(api: str, body: JsonBody, price: Price, *,
     """
     check_thread(body.fields)
     opened = []
-    for field, reason, hatch in _unbounded(api, body, price, provider, model, hatches):
-        if hatch not in hatches.names:
+    for field, reason, hatch in _unbounded(api, body, price, provider, model, hosted_tools):
+        if hatch not in hatches:
             kind, _, name = hatch.partition(" ")
             if hatch:
                 reason += "; " + (HATCH_HINTS[kind] + name if re.fullmatch(HATCH_NAME, name)
@@ -2382,7 +2370,7 @@ def check_boundable(api: str, body: JsonBody, price: Price, *,
 
 
 def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model: str,
-               hatches: Hatches) -> Unbounded:
+               hosted_tools: bool) -> Unbounded:
     """Find all that no bound covers. Models that are free may have fields that are not known."""
     fields, contents, costs = body.fields, contents_of(body), any(price.amounts.values())
     rules = _rules_for(api, None if api == "messages" else provider.fields)
@@ -2411,7 +2399,7 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
                 "bounded under a budget", f"content {kind}"
     for field, kind, tool in contents.tools:
         if not _runs_at_client(kind, tool):
-            yield from _unbounded_tool(api, field, kind, tool, price, hatches)
+            yield from _unbounded_tool(api, field, kind, tool, price, hosted_tools)
 
 
 @functools.lru_cache(maxsize=256)
@@ -2430,7 +2418,7 @@ def _rules_for(api: str, paths: Optional[tuple[str, ...]]) -> Mapping[str, Field
 
 def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any], price: Price,
                       inside: str) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is known) of what the rules do not bound, also inside objects."""
+    """Yield (name, whether it is known) of what the rules do not bound, also inside objects."""
     for name, value in fields.items():
         rule = rules.get(name, _NO_RULE)
         if value is None or rule is None:
@@ -2455,7 +2443,7 @@ def _is_plain(prompt: Any) -> bool:
 
 
 def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], price: Price,
-                    hatches: Hatches) -> Unbounded:
+                    hosted_tools: bool) -> Unbounded:
     """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
     options known."""
     shown, name = f"the tool type {shown_name(kind)}", field.partition(".")[0]
@@ -2464,7 +2452,7 @@ def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], pr
         yield name, "a tool has no type that is known, so it cannot be bounded under a budget", ""
     if hosted_tool(api, kind, price) is None:
         yield name, f"{runs} which a budget cannot bound; remove it from {name}", ""
-    if not hatches.hosted_tools:
+    if not hosted_tools:
         yield name, f"{runs} and this proxy was started with --no-hosted-tools or --bound " \
             f"bytes; remove it from {name}", ""
     if field != "tools" and api == "messages":
@@ -2501,7 +2489,7 @@ INLINE_DATA = r"(data:[A-Za-z0-9/+.;=-]+,)?[A-Za-z0-9+/=_\s-]+"
 
 def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
                        window: int = 0) -> int:
-    """Tokens that a request can be billed for as input. Raises UnboundedRequest.
+    """Return the most tokens that a request is billed for as input. Raises UnboundedRequest.
 
     By bytes, in no time; or, `measured`, by a scan of the text, which is two to four times lower.
     `window` is a context window that the request asks for beyond the model's own, in tokens.
@@ -2523,7 +2511,7 @@ def input_tokens_bound(body: JsonBody, price: Price, *, measured: bool = False,
 
 
 def _text_tokens(body: JsonBody, tokenizer: str, measured: bool) -> int:
-    """Tokens of all text in a request whose images are known: by its bytes, or by a scan."""
+    """Return the tokens of all text beside images that are known: by its bytes, or by a scan."""
     text, utf8_bytes, contents = body.text, len(body.raw), contents_of(body)
     if tokenizer == "anthropic" and (b"\\u" in text or not text.isascii()):
         # Claude 2's tokenizer took the NFKC form, in which one character can become many.
@@ -2632,12 +2620,12 @@ class Bound(NamedTuple):
 
     @property
     def input_picodollars(self) -> Rate:
-        """All input at its dearest."""
+        """Return what all input costs at its dearest."""
         return self.input_tokens * self.levels[-1].rates[0]
 
     @property
     def output_picodollars(self) -> Rate:
-        """One output token in every choice, at its dearest."""
+        """Return what one output token in every choice costs at its dearest."""
         return self.levels[-1].rates[1]
 
     @property
@@ -2659,7 +2647,7 @@ class Bound(NamedTuple):
 
     @property
     def output_tokens(self) -> int:
-        """The output cap that holds when we set none: the client's, as it travels upstream.
+        """Return the output cap that holds when we set none: the client's, as it travels upstream.
 
         A model's maximum does not lower it: some betas raise that beyond the price table's.
         """
@@ -2668,7 +2656,7 @@ class Bound(NamedTuple):
 
     @property
     def asked_caps(self) -> Caps:
-        """The caps that hold when we set none."""
+        """Return the caps that hold when we set none."""
         return Caps(self.output_tokens, len(self.levels) - 1)
 
     @property
@@ -2678,13 +2666,13 @@ class Bound(NamedTuple):
 
     @property
     def worthwhile_output_tokens(self) -> int:
-        """The least cap that is worth sending for: 1,024, or the client's if that is less."""
+        """Return the least cap worth sending for: 1,024, or the client's if that is less."""
         if self.asked_output_tokens is not None and not self.may_be_lowered:
             return self.asked_output_tokens
         return max(min(LEAST_OUTPUT_TOKENS, self.output_tokens), self.least_output_tokens)
 
     def _lines(self, uses: int) -> list[tuple[Rate, Rate]]:
-        """(picodollars, picodollars a token of output); the cost is on the lowest of them."""
+        """Return (picodollars, those a token of output): the cost is on the lowest of them."""
         level, beside = self.levels[uses], self.unlimited_output_tokens + self.reasoning_tokens
         input_rate, output_rate = level.rates
         lines = [(tokens * input_rate + level.fees_picodollars, each * input_rate + output_rate)
@@ -2692,12 +2680,12 @@ class Bound(NamedTuple):
         return [(fixed + beside * each, each) for fixed, each in lines]
 
     def microdollars(self, output_tokens: int, uses: int = 0) -> int:
-        """The worst cost with those caps, rounded up."""
+        """Return the worst cost with those caps, rounded up."""
         return microdollars_ceil(min([fixed + output_tokens * each
                                       for fixed, each in self._lines(uses)]))
 
     def affordable_output_tokens(self, microdollars: int, uses: int = 0) -> int:
-        """The largest output cap whose worst cost fits into an amount; below 0 if none does."""
+        """Return the largest output cap whose worst cost fits into an amount; below 0 if none."""
         left = [(microdollars * PICODOLLARS_PER_MICRODOLLAR - fixed, each)
                 for fixed, each in self._lines(uses)]
         return max([-1 if free < 0 else int(free // each) if each else self.output_tokens
@@ -2705,8 +2693,8 @@ class Bound(NamedTuple):
 
     def fitting_caps(self, free_microdollars: Optional[int], *, at_last: bool,
                      shares: bool = False) -> Optional[Caps]:
-        """The caps to reserve for while so much is free: the first of _offers() that fits; None:
-        not now."""
+        """Return the caps to reserve for while so much is free: the first of _offers() that fits;
+        None: not now."""
         if free_microdollars is None:
             return self.asked_caps
         for uses, microdollars, least in self._offers(free_microdollars, at_last, shares):
@@ -2716,7 +2704,7 @@ class Bound(NamedTuple):
         return None
 
     def _offers(self, free: int, at_last: bool, shares: bool) -> Iterator[tuple[int, int, int]]:
-        """(uses of hosted tools, microdollars, the least output cap) that may be reserved for.
+        """Yield (uses of hosted tools, microdollars, the least output cap) to reserve for.
 
         First the client's own caps. A default or a lowered one takes at most half of what is free
         while that is a comfortable answer, so that one call does not keep all others waiting;
@@ -2786,7 +2774,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
 
 
 def _choices(api: str, fields: Mapping[str, Any]) -> int:
-    """How many answers a request asks for."""
+    """Return how many answers a request asks for."""
     n = optional_count(fields, "n", least=1, most=128) or 1
     if api != "completions":
         return n if api == "chat" else 1
@@ -2797,7 +2785,7 @@ def _choices(api: str, fields: Mapping[str, Any]) -> int:
 
 
 def asked_output_tokens(api: str, fields: Mapping[str, Any]) -> Optional[int]:
-    """The largest of the client's caps on its answer, or None. Raises BadRequest."""
+    """Return the largest of the client's caps on its answer, or None. Raises BadRequest."""
     caps = [optional_count(fields, name) for name in MAX_TOKENS_FIELDS[api] if name in fields]
     asked = max([cap for cap in caps if cap is not None], default=None)
     return DEFAULT_COMPLETIONS_TOKENS if asked is None and api == "completions" else asked
@@ -2991,20 +2979,18 @@ class Changes:
             return
         tools, reported = [], {}
         for tool in self._fields.get("tools") or ():
-            kind, name = str(tool.get("type")), f"tools.{tool.get('name')}"
-            if not re.fullmatch(SEARCH_TOOL_TYPES, kind):
-                tools.append(tool)
-                continue
-            own = optional_count(tool, "max_uses")
-            caps = {"max_uses": uses if own is None else min(own, uses)}
-            if kind.startswith("web_fetch"):
-                caps["max_content_tokens"] = _fetch_cap(tool)
-            if uses or own == 0:
-                tools.append({**tool, **caps})
-                reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
-                                if tool.get(cap) != value)
-            else:
-                reported[name] = "removed"
+            kind, name, caps = str(tool.get("type")), f"tools.{tool.get('name')}", {}
+            if re.fullmatch(SEARCH_TOOL_TYPES, kind):
+                own = optional_count(tool, "max_uses")
+                if uses == 0 != own:
+                    reported[name] = "removed"
+                    continue
+                caps["max_uses"] = uses if own is None else min(own, uses)
+                if kind.startswith("web_fetch"):
+                    caps["max_content_tokens"] = _fetch_cap(tool)
+            tools.append({**tool, **caps})
+            reported.update((f"{name}.{cap}", value) for cap, value in caps.items()
+                            if tool.get(cap) != value)
         if reported and tools:
             self.set["tools"] = tools
         elif reported:
@@ -3061,7 +3047,7 @@ def _digest(*values: Any) -> bytes:
 
 
 def without_cache_marks(value: Any) -> Any:
-    """A message or part without cache_control, which agents move at each call.
+    """Return a message or part without cache_control, which agents move at each call.
 
     Elsewhere, as in the input of a tool, that is a name like any other, and what it holds counts.
     """
@@ -3074,8 +3060,8 @@ def without_cache_marks(value: Any) -> Any:
 
 
 def prompt_of(api: str, body: JsonBody, scope: Sequence[str]) -> Optional[Prompt]:
-    """A request as digests; None where no count can be known. `scope` says whose it is: token,
-    provider, model, and the headers that change a count."""
+    """Return a request as digests; None where no count can be known. `scope` says whose it is:
+    token, provider, model, and the headers that change a count."""
     fields, contents = body.fields, contents_of(body)
     messages = fields.get(CONVERSATION_FIELDS.get(api, ""))
     if not isinstance(messages, list) or UNSTABLE_MODEL.search(scope[2]) \
@@ -3246,7 +3232,7 @@ class KnownCounts:
                     del kept[next(iter(kept))]
 
     def find(self, scope: str, digests: Sequence[bytes]) -> list[Optional[Counted]]:
-        """What is known of each digest."""
+        """Return what is known of each digest."""
         since_s = self._clock() - COUNTS_KEPT_S
         with self._lock:
             if not self._answered.get(scope):
@@ -14365,8 +14351,8 @@ class Router:
         self.settings, self.prices, self.ledger = settings, prices, ledger
         self.slot = slot or Slot()
         self.memory = Memory(settings.max_memory_bytes, self.slot)
-        self.hatches = Hatches(frozenset(settings.allow_fields), frozenset(settings.allow_contents),
-                               settings.bound != "bytes" and not settings.no_hosted_tools)
+        self.hatches = {*(f"field {name}" for name in settings.allow_fields),
+                        *(f"content {kind}" for kind in settings.allow_contents)}
         self.config, self.providers = Config(), {}
         self.controller = CostController(
             settings.budget_microdollars, stop_at=settings.stop_at_microdollars,
@@ -14652,7 +14638,9 @@ class Router:
             check_head(request)
             price = price or prices.price(model, provider.name)
             for opened in check_boundable(call.api, call.body, price, provider=provider,
-                                          model=model, hatches=self.hatches):
+                                          model=model, hatches=self.hatches, hosted_tools=not (
+                                              self.settings.no_hosted_tools
+                                              or self.settings.bound == "bytes")):
                 self.totals.observe(("hatch", opened))
         call.price = price
         if price is not None:
