@@ -10435,6 +10435,12 @@ PROVIDER_FIELDS: Mapping[str, Callable] = MappingProxyType({
     "default_service_tier": text_like("[a-z]{1,32}", "a service tier"),
     "max_output_tokens_per_s": _config_count,
 })
+# Of an own price, what is no amount: in a table of LiteLLM's anything may stand there.
+OWN_PRICE_FIELDS: Mapping[str, Callable] = MappingProxyType({
+    **dict.fromkeys(("max_input_tokens", "max_output_tokens", "max_tokens"), value_like(
+        lambda value: type(value) is int and value >= 0, "a whole number of tokens")),
+    **dict.fromkeys(("mode", "litellm_provider"), text_like(r"[!-~]{1,64}", "a name")),
+})
 # Those that have another name here, where a unit is in the name.
 READ_AS = MappingProxyType({
     "token": "sha256", "budget_usd": "budget_microdollars", "stop_at_usd": "stop_at_microdollars",
@@ -10515,9 +10521,8 @@ class Config(NamedTuple):
 def _own_price(name: str, row: Any) -> Any:
     """Return the operator's row of a price as it is. Raises ValueError, naming the wrong field."""
     price_from_row(name, row)
-    for limit in ("max_input_tokens", "max_output_tokens", "max_tokens"):
-        if row.get(limit) is not None and (type(row[limit]) is not int or row[limit] < 0):
-            raise ValueError(f"{limit} must be a whole number of tokens")
+    _read_fields({field: value for field, value in row.items()
+                  if field in OWN_PRICE_FIELDS and value is not None}, OWN_PRICE_FIELDS)
     return row
 
 

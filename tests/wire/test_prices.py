@@ -87,7 +87,9 @@ def test_a_row_of_the_configuration_replaces_the_tables_whole(mock, proxy_with):
     ({**DOLLAR, "provider_specific_entry": {"us": 0}}, "us must not be 0"),
     ({**DOLLAR, "provider_specific_entry": 5}, "provider_specific_entry must be an object"),
     ([], "must be an object"), (1e-6, "must be an object"),
-    *[({**DOLLAR, limit: value}, f"{limit} must be a whole number of tokens")
+    *[({**DOLLAR, field: value}, f"{field}: must be a name")
+      for field in ("mode", "litellm_provider") for value in (5, True, [], {}, "")],
+    *[({**DOLLAR, limit: value}, f"{limit}: must be a whole number of tokens")
       for limit in ("max_input_tokens", "max_output_tokens", "max_tokens")
       for value in ("x", "128000", -1, 1.5, True, [], 10 ** 50)],
 ])
