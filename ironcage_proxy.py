@@ -9714,32 +9714,30 @@ class SqliteLedger:
         """Say why nothing can be written now; None: it can be, and what waited is."""
         return self._write(_Write(("UPDATE chain SET closed = 0", ()), is_intent=True))
 
-    def _sum(self, which: str, since_s: int, **values: Optional[str]) -> int:
+    def _sum(self, which: str, since_s: int, failure: type, **values: Optional[str]) -> int:
         """Return what some rows cost. On the connection that writes: a slow reader is not in the
         way of a call that asks."""
         known = {**values, "since_s": since_s, "day": since_s // DAY_S}
-        with self._aside(), self._turn:
-            return self._db.execute(_SPENT.format(which), known).fetchone()[0] or 0
+        try:
+            with self._aside(), self._turn:
+                return self._db.execute(_SPENT.format(which), known).fetchone()[0] or 0
+        except self._errors as err:
+            raise failure("the proxy's ledger cannot be read for what was spent: "
+                          + _reason(err)) from err
 
     def spent(self, token: Optional[str], since_s: int) -> int:
         """Return what one token, or None for all, spent since a day began; calls in flight at their
         bound. Raises Misconfigured."""
-        try:
-            return self._sum("" if token is None else " AND token = :token", since_s, token=token)
-        except self._errors as err:
-            raise Misconfigured(f"the ledger {self._path} cannot be read: {_reason(err)}") from err
+        which = "" if token is None else " AND token = :token"
+        return self._sum(which, since_s, Misconfigured, token=token)
 
     def spent_in_session(self, token: str, session: Optional[str]) -> int:
         """Return what one session of a token, or all of its calls without one, spent.
 
         Raises LedgerUnavailable.
         """
-        try:
-            return self._sum(" AND token = :token AND COALESCE(session, '') = :session", 0,
-                             token=token, session=session or "")
-        except self._errors as err:
-            raise LedgerUnavailable("the proxy's ledger cannot be read for what the session "
-                                    f"spent: {_reason(err)}") from err
+        return self._sum(" AND token = :token AND COALESCE(session, '') = :session", 0,
+                         LedgerUnavailable, token=token, session=session or "")
 
     def recent(self, most: int, token: Optional[str] = None) -> list[dict]:
         """Return the newest settled rows, of one token or of all."""
