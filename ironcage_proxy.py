@@ -10583,6 +10583,9 @@ def load_config(path: str, environ: Mapping[str, str], *, allow_plain_http: bool
     return Config(**parts)
 
 
+NOTHING_HELD = contextlib.nullcontext()
+
+
 class Traffic:
     """How many requests each token has in flight, and has made within the last minute."""
 
@@ -10592,13 +10595,14 @@ class Traffic:
         self._in_flight: Counter = Counter()
         self._times: dict[str, deque] = {}
 
-    @contextlib.contextmanager
-    def entered(self, caller: Caller) -> Iterator[None]:
+    def entered(self, caller: Caller) -> ContextManager[None]:
         """Hold a place for one request. Raises TooManyRequests, saying when to come back."""
+        is_free = caller.requests_per_minute is None and caller.parallel_requests is None
+        return NOTHING_HELD if is_free else self._entered(caller)
+
+    @contextlib.contextmanager
+    def _entered(self, caller: Caller) -> Iterator[None]:
         rate, parallel = caller.requests_per_minute, caller.parallel_requests
-        if rate is None and parallel is None:
-            yield
-            return
         now_s, allowed, wait_s = self._clock(), None, 1
         with self._lock:
             times = self._times.setdefault(caller.name, deque())
@@ -11484,7 +11488,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def http_open(self, request: UpstreamRequest) -> UpstreamResponse:
         """Make one exchange, on a connection that was kept or a new one; raises as said above."""
-        headers, body, proxy_authorization = request.headers, request.data, None
+        headers, body, proxy_authorization = request.headers, request.body, None
         if request._tunnel_host:                     # else it is this request's own header
             proxy_authorization = headers.pop("Proxy-authorization", None)
         head = format_head(f"{request.method} {request.selector} HTTP/1.1", headers.items())
@@ -11610,12 +11614,11 @@ class UpstreamRequest(urllib.request.Request):
     """A request to a provider. `body` is in pieces, `watched` the client's wire, whose hang-up
     ends the wait, and `key` what its answer must not hold."""
     _tunnel_host: Optional[str]              # the base class's, for a proxy on the way
-    data: Any
 
     def __init__(self, url: str, *, method: str, headers: Mapping[str, str], body: Sequence[bytes],
                  watched: Optional[Wire], key: Optional[str] = None) -> None:
         vars(self).update(vars(_request_to(url)))
-        self.data, self.method, self.watched, self.key = body, method, watched, key
+        self.body, self.method, self.watched, self.key = body, method, watched, key
         self.headers = {**headers}          # as they are: add_header() would capitalize each
 
 
@@ -14469,7 +14472,7 @@ class Router:
         LedgerUnavailable."""
         caller, limit = request.caller, request.caller.session_budget_microdollars
         if limit is None:
-            return contextlib.nullcontext()
+            return NOTHING_HELD
         session = request.attribution["session"]
         return self.controller.accounts.session(Scope(
             request.scopes[-1], limit, "total", None, lambda since_s: 0 if since_s else
@@ -15516,7 +15519,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if caller.name == ADMIN and not is_own:
             raise Forbidden("the admin's token cannot call models; use a caller's token")
         self._caller = None if is_own else caller
-        with contextlib.nullcontext() if is_own else self.server.traffic.entered(caller):
+        with NOTHING_HELD if is_own else self.server.traffic.entered(caller):
             self.server.places.take(self.place, caller, len(self.server.callers) == 1)
             self._memory = Claim(self.server.router.memory, caller.name)
             request = ClientRequest(head, self._read_body(head, self._memory), self._request_id,
@@ -16039,7 +16042,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if not is_more:
                 self.has_refused.wait(CONFIG_LOOK_S)
             self.has_refused.clear()
-            with contextlib.nullcontext() if self.settings.fsync else self.slot.inside():
+            with NOTHING_HELD if self.settings.fsync else self.slot.inside():
                 is_more = self.ledger.tend()
             if self.ledger.is_failing() and time.monotonic() - tried_s >= CONFIG_LOOK_S:
                 tried_s = time.monotonic()
