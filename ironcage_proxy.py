@@ -1113,10 +1113,8 @@ BUCKETS = (
 )
 PRICE_KEYS = MappingProxyType({bucket: key for bucket, key, _ in BUCKETS})
 INPUT_PRICE, OUTPUT_PRICE = PRICE_KEYS["input"], PRICE_KEYS["output"]
-OUTPUT_BUCKETS = frozenset({"output", "reasoning", "audio_output", "image_output"})
-INPUT_BUCKETS = frozenset(PRICE_KEYS) - OUTPUT_BUCKETS
-READ_BUCKETS = frozenset({"cache_read", "audio_read", "image_read"})
-WRITE_BUCKETS = frozenset({"cache_write", "cache_write_1h", "cache_write_12h"})
+READ_BUCKETS = ("cache_read", "audio_read", "image_read")
+UNWRITTEN_BUCKETS = (*READ_BUCKETS, "input", "audio_input", "image_input")     # of the input
 # Kinds of tokens -> the buckets that hold those of each of theirs where usage has no such kind.
 HIDDEN_IN: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "audio_input": {"audio_input": "input", "audio_read": "cache_read"},
@@ -1467,18 +1465,19 @@ def _limit(row: Mapping[str, Any], name: str) -> Optional[int]:
     return int(value) if _is_amount(value) and value else None
 
 
-def _checked(row: Mapping[str, Any], name: str, default: Any = None) -> Union[Decimal, int]:
-    """An amount in a row. Raises ValueError, naming its field."""
+def _checked(row: Mapping[str, Any], name: str, default: Any = None, parts: int = 1) -> Rate:
+    """An amount in a row, in parts of what it is in. Raises ValueError, naming its field."""
     value = row.get(name, default)
     if not _is_amount(value):
         raise ValueError(f"{name} must be a number from 0 up")
-    return value
+    return _exact(value, parts)
 
 
 def _multiplier_of(row: Mapping[str, Any], name: str) -> Rate:
-    if not _checked(row, name, 1):
+    multiplier = _checked(row, name, 1)
+    if not multiplier:
         raise ValueError(f"{name} must not be 0")
-    return _exact(row.get(name, 1))
+    return multiplier
 
 
 def _object_in(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -1488,8 +1487,8 @@ def _object_in(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _token_prices(row: Mapping[str, Any]) -> dict[str, Union[Decimal, int]]:
-    """The prices of tokens in a row, with thresholds in tokens. Raises ValueError.
+def _token_prices(row: Mapping[str, Any]) -> dict[str, Rate]:
+    """Picodollars of tokens in a row, with thresholds in tokens. Raises ValueError.
 
     The ranges of `tiered_pricing` become thresholds: the first holds from 0 on.
     """
@@ -1498,7 +1497,8 @@ def _token_prices(row: Mapping[str, Any]) -> dict[str, Union[Decimal, int]]:
         found = _PRICE_KEY.fullmatch(name)
         if found is not None:
             place = f"_above_{int(found[2]) * 1000}_tokens" if found[2] else ""
-            prices[f"{found[1]}{place}{found[3] or ''}"] = _checked(row, name)
+            prices[f"{found[1]}{place}{found[3] or ''}"] = _checked(
+                row, name, parts=PICODOLLARS_PER_USD)
     tiers = row.get("tiered_pricing") or []
     for tier in tiers if isinstance(tiers, list) else [tiers]:
         start = tier["range"][0] if isinstance(tier, Mapping) and isinstance(
@@ -1506,7 +1506,8 @@ def _token_prices(row: Mapping[str, Any]) -> dict[str, Union[Decimal, int]]:
         if not _is_amount(start) or set(tier) - {"range", *PRICE_KEYS.values()}:
             raise ValueError("tiered_pricing must be a list of ranges of prompt tokens with prices")
         place = f"_above_{int(start)}_tokens" if start else ""
-        prices.update({f"{name}{place}": _checked(tier, name) for name in tier if name != "range"})
+        prices.update({f"{name}{place}": _checked(tier, name, parts=PICODOLLARS_PER_USD)
+                       for name in tier if name != "range"})
     return prices
 
 
@@ -1541,19 +1542,17 @@ def price_from_row(key: str, row: Any) -> Price:
         raise ValueError("must be an object")
     prices = _token_prices(row)
     for name in (INPUT_PRICE,) if row.get("mode") == "embedding" else (INPUT_PRICE, OUTPUT_PRICE):
-        _checked(prices, name)
+        if name not in prices:
+            raise ValueError(f"{name} must be a number from 0 up")
     _check_all_is_read(key, row)
-    seller = str(row.get("litellm_provider") or "")
     extras, searches = _object_in(row, "provider_specific_entry"), _object_in(row, _SEARCHES)
     return Price(
-        key=key, provider=seller,
-        amounts=MappingProxyType({name: _exact(value, PICODOLLARS_PER_USD)
-                                  for name, value in prices.items()}),
+        key=key, provider=str(row.get("litellm_provider") or ""),
+        amounts=MappingProxyType(prices),
         thresholds=tuple(sorted({int(tokens) for name in prices
                                  for tokens in re.findall("_above_([0-9]+)_tokens", name)})),
-        call_picodollars=sum([_exact(_checked(row, name, 0), PICODOLLARS_PER_USD)
-                              for name in CALL_FEES]),
-        searches=MappingProxyType({size: _exact(_checked(searches, size), PICODOLLARS_PER_USD)
+        call_picodollars=sum([_checked(row, name, 0, PICODOLLARS_PER_USD) for name in CALL_FEES]),
+        searches=MappingProxyType({size: _checked(searches, size, parts=PICODOLLARS_PER_USD)
                                    for size in searches}),
         us_multiplier=_multiplier_of(extras, "us"),
         fast_multiplier=_multiplier_of(extras, "fast"),
@@ -2563,7 +2562,6 @@ def _loaded_bytes(loads: Sequence[str], tools: Iterable[tuple[str, str, Mapping]
 
 # 5. What it can cost.
 
-UNWRITTEN_BUCKETS = INPUT_BUCKETS - WRITE_BUCKETS
 DEFAULT_COMPLETIONS_TOKENS = 16         # the API's own default
 UNKNOWN_MAX_OUTPUT_TOKENS = 128_000     # for a price row without max_output_tokens
 LONG_WINDOW_TOKENS = 1_000_000          # what Anthropic's beta context-1m-… asks for
@@ -3288,14 +3286,7 @@ def event_data(event: bytes) -> bytes:
 
 
 BLANKS = BOM + b" \t\r\n"                      # what may stand before a body
-_EVENT_START = re.compile(rb"[%b]*(data|event|id|retry)?:" % BLANKS)
-
-
-def is_event_stream(body: bytes) -> bool:
-    """Whether a body, or its beginning, is a stream of events, whatever it is labelled."""
-    return _EVENT_START.match(body) is not None
-
-
+EVENT_START = re.compile(rb"[%b]*(data|event|id|retry)?:" % BLANKS)      # labelled as it may be
 SSE_PING = b": ping\n\n"                           # a comment, which keeps a connection alive
 
 
@@ -3461,7 +3452,7 @@ class AnswerMeter:
         """Read a whole JSON answer, and return it parsed, or one that is a stream of events; what
         is not a JSON object leaves the usage missing."""
         self.body_has_ended = True
-        if is_event_stream(answer):
+        if EVENT_START.match(answer):
             self.output_bytes = 0
             events = map(event_data, EventSplitter().feed(answer + b"\n\n"))
             self.events = [event for event in map(self.read_event, events) if event is not None]
@@ -12436,8 +12427,7 @@ class Totals:
         with self._lock:
             before = self._cells.get(names)
             self._cells[names] = counts if before is None else before.plus(counts)
-            for observation in observed:
-                self._seen[observation] += 1
+            self._seen.update(observed)
 
     def observe(self, observation: tuple) -> None:
         """Count one (metric, label, ...) once, for metrics()."""
