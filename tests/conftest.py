@@ -1,6 +1,5 @@
 """Fixtures: a mock provider, and proxies in front of it that are stopped after each test."""
 import contextlib
-import functools
 import gc
 import json
 import logging
@@ -17,23 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "unit"))          # tra
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import RealEngine
-from support import ROOT, MockProvider, program, proxy_environment, start_proxy, until
+from forked import read_once
+from support import MockProvider, program, proxy_environment, start_proxy, until
 
 
 MEMORY_FOLDER = "/dev/shm"
-
-
-def read_once(program):
-    """Do once what thousands of starts would do alike: read the price table that is shipped, which
-    no test changes, make the parser of command lines, and free the large block after which the allocator keeps such blocks (in a
-    process that has used its memory it takes 4 ms)."""
-    bytes(program.FREED_BLOCK_BYTES)
-    program.FREED_BLOCK_BYTES = 0
-    shipped, read_prices = str(ROOT / "pricing.json"), program.read_prices
-    read_shipped = functools.lru_cache(maxsize=None)(lambda: read_prices(shipped))
-    parser_of = functools.lru_cache(maxsize=None)(program._Parser)
-    program._Parser = lambda rows, **words: parser_of(tuple(rows), **words)
-    program.read_prices = lambda path: read_shipped() if path == shipped else read_prices(path)
 
 
 read_once(program())
