@@ -4103,7 +4103,7 @@ def reason_of_end(word: str, kinds: Collection[str], words: str = "") -> str:
     Raises UpstreamBroke, with more `words` of the provider's, where what it says is a failure, or
     means nothing and nothing came before it.
     """
-    reason = _end_said_by(word)
+    reason = _end_said_by(word[:80])               # which are kept, so that they must be short
     if reason == "failed" or not (reason or kinds):
         raise UpstreamBroke("the provider's answer ended in " + shown_name(word.replace(" ", ""))
                             + (words and f": {words}"))
@@ -5811,7 +5811,7 @@ class _ChunkReader:
         back, self._back = self._back, {}
         blocks: list[dict] = []
         pieces: list[str] = []
-        for row in back.get("thinking_blocks", ()):
+        for row in back.pop("thinking_blocks", ()):
             pieces.append(str(row.get("thinking") or ""))
             if row.get("signature") or row.get("type") != "thinking":
                 blocks.append({**row, "thinking": "".join(pieces)} if row.get("signature") else row)
@@ -7144,6 +7144,68 @@ OPENAI_CLIENT_TOOLS = MappingProxyType({
 _CLIENT_CALLS = MappingProxyType({row.call: kind for kind, row in OPENAI_CLIENT_TOOLS.items()})
 
 
+# How its items show what is said.
+
+
+class _Shown(NamedTuple):
+    """How Responses shows a kind of part: by an item, its events, and perhaps a part inside it."""
+    item: str                            # the item's type
+    prefix: str                          # of its id
+    begins: Callable[[Part], dict]       # what the item has from its start,
+    ends: Callable[[Part], dict] = lambda part: {}          # and at its end
+    member: str = ""                     # that holds the whole text, in the item or the part there
+    event: str = ""                      # of which there are .delta and .done; "": none
+    notes: Mapping[str, Any] = MappingProxyType({})     # what those have beside it
+    inside: str = ""                     # the item's list, if it has one of parts
+    blank: Mapping[str, Any] = MappingProxyType({})     # a part there, but for its text
+
+
+def _message_shown(member: str, event: str, blank: dict, **more: Any) -> _Shown:
+    return _Shown("message", "msg", lambda part: {"role": "assistant", "content": []},
+                  member=member, event=event, inside="content", blank=blank, **more)
+
+
+def _call_shown(item: str, prefix: str, member: str, event: str) -> _Shown:
+    return _Shown(
+        item, prefix, lambda part: {
+            "call_id": part.id, "name": part.name, member: "",
+            **({"namespace": part.namespace} if part.namespace else {})},
+        lambda part: {member: part.text}, member, event)
+
+
+def _client_call_shown(tool: ClientTool) -> _Shown:
+    return _Shown(tool.call, tool.prefix, lambda part: {"call_id": part.id, **tool.item},
+                  lambda part: {tool.member: {**tool.blank, **arguments_to_input(part.text)}})
+
+
+_SHOWN = MappingProxyType({
+    "text": _message_shown("text", "response.output_text", {
+        "type": "output_text", "annotations": [], "logprobs": []}, notes={"logprobs": []}),
+    "refusal": _message_shown("refusal", "response.refusal", {"type": "refusal"}),
+    "thought": _Shown(
+        "reasoning", "rs", lambda part: {"summary": []},
+        lambda part: {"encrypted_content": sealed(part) if part.native else None},
+        "text", "response.reasoning_summary_text", {}, "summary", {"type": "summary_text"}),
+    "call": _call_shown("function_call", "fc", "arguments", "response.function_call_arguments"),
+    "text call": _call_shown("custom_tool_call", "ctc", "input", "response.custom_tool_call_input"),
+    "search": _Shown("web_search_call", "ws", lambda part: {}, lambda part: {"action": {
+        "type": "search", "query": part.text,
+        "sources": [{"type": "url", "url": row.url} for row in part.citations]}}),
+    **{kind: _client_call_shown(tool) for kind, tool in OPENAI_CLIENT_TOOLS.items()},
+})
+# A list of parts -> what begins the names of the events of one: .added and .done.
+_INSIDE = MappingProxyType({"content": "response.content_part",
+                            "summary": "response.reasoning_summary_part"})
+# Events that bring more of a part -> its kind, the member with its place in the item, and the one
+# with its text: some servers send all of it as one that is done, and no deltas.
+_GROWING = MappingProxyType({
+    "response.reasoning_text.delta": ("thought", "content_index", "delta"),
+    **{f"{row.event}.{step}": (kind.split()[-1], f"{row.inside}_index", member)
+       for kind, row in _SHOWN.items() if row.event
+       for step, member in (("delta", "delta"), ("done", row.member)) if f"{kind} {step}"
+       != "thought done"}})                        # of which there are many
+
+
 # Its requests, read.
 
 
@@ -7488,7 +7550,7 @@ class _ItemReader:
             part = self._open.pop(key)
             shown = "".join(part.pieces)
             part.__dict__.update(whole.__dict__, pieces=part.pieces)
-            if part.kind not in _WHOLE_KINDS and text != shown and text.startswith(shown):
+            if part.kind not in ("search", "other") and text != shown and text.startswith(shown):
                 yield part.grown(text[len(shown):])
             over = part.closed()
             part.text = part.text or text
@@ -7520,20 +7582,6 @@ def _place_of(event: Mapping[str, Any], item_id: Any) -> str:
     return str((item_id or 0) if index is None else index)
 
 
-_WHOLE_KINDS = frozenset({"search", "other"})
-# Events that bring more of a part -> its kind, the member with its place in the item, and the one
-# with its text: some servers send all of it as one that is done, and no deltas.
-_GROWING = MappingProxyType({
-    "response.output_text.delta": ("text", "content_index", "delta"),
-    "response.output_text.done": ("text", "content_index", "text"),
-    "response.refusal.delta": ("refusal", "content_index", "delta"),
-    "response.refusal.done": ("refusal", "content_index", "refusal"),
-    "response.reasoning_summary_text.delta": ("thought", "summary_index", "delta"),
-    "response.reasoning_text.delta": ("thought", "content_index", "delta"),
-    "response.function_call_arguments.delta": ("call", "", "delta"),
-    "response.function_call_arguments.done": ("call", "", "arguments"),
-    "response.custom_tool_call_input.delta": ("call", "", "delta"),
-    "response.custom_tool_call_input.done": ("call", "", "input")})
 _RESPONSE_READERS = MappingProxyType({
     "response.output_item.added": _ItemReader._begin_item,
     "response.output_item.done": _ItemReader._end_item,
@@ -7545,44 +7593,9 @@ def _served_tier(response: Mapping[str, Any]) -> Optional[str]:
     return tier if isinstance(tier, str) and tier != "auto" else None
 
 
-def responses_usage(tokens: Tokens) -> dict:
-    """Return usage as Responses has it."""
-    return {"input_tokens": tokens.input, "output_tokens": tokens.output,
-            "input_tokens_details": {"cached_tokens": tokens.cached,
-                                     "cache_write_tokens": tokens.written},
-            "output_tokens_details": {"reasoning_tokens": tokens.thought},
-            "total_tokens": tokens.input + tokens.output}
-
-
 # Its answers, written.
 
 
-class _Shown(NamedTuple):
-    """How Responses shows a kind of part: by an item, its events, and perhaps a part inside it."""
-    item: str                            # the item's type
-    prefix: str                          # of its id
-    member: str = ""                     # that holds the whole text
-    event: str = ""                      # of which there are .delta and .done; "": none
-    notes: Mapping[str, Any] = MappingProxyType({})     # what those have beside it
-    inside: str = ""                     # the item's list, if it has one of parts
-    blank: Mapping[str, Any] = MappingProxyType({})     # a part there, but for its text
-
-
-_SHOWN = MappingProxyType({
-    "text": _Shown("message", "msg", "text", "response.output_text", {"logprobs": []}, "content",
-                   {"type": "output_text", "annotations": [], "logprobs": []}),
-    "refusal": _Shown("message", "msg", "refusal", "response.refusal", {}, "content",
-                      {"type": "refusal"}),
-    "thought": _Shown("reasoning", "rs", "text", "response.reasoning_summary_text", {}, "summary",
-                      {"type": "summary_text"}),
-    "call": _Shown("function_call", "fc", "arguments", "response.function_call_arguments"),
-    "text call": _Shown("custom_tool_call", "ctc", "input", "response.custom_tool_call_input"),
-    "search": _Shown("web_search_call", "ws"),
-    **{kind: _Shown(row.call, row.prefix) for kind, row in OPENAI_CLIENT_TOOLS.items()},
-})
-# A list of parts -> what begins the names of the events of one: .added and .done.
-_INSIDE = MappingProxyType({"content": "response.content_part",
-                            "summary": "response.reasoning_summary_part"})
 # Fields of the request that a response repeats -> what is said of those that were not given.
 _ECHOED = MappingProxyType({
     "instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto", "temperature": None,
@@ -7600,7 +7613,7 @@ class _Item:
 
 
 KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
-_NOT_SHOWN: tuple = (_Shown("", ""), None, {})     # where a part stands that has no place
+_NOT_SHOWN: tuple = (_Shown("", "", dict), None, {})         # where a part stands that has no place
 
 
 class ResponsesWriter(AnswerWriter):
@@ -7666,34 +7679,23 @@ class ResponsesWriter(AnswerWriter):
         if row is None:
             return
         if row.item != "message" or item is None or item.parts:
-            yield from self._leave_message()
-            item = self._new_item(part, row)
-            self._message = item if row.item == "message" else None
-            yield self._event("response.output_item.added", output_index=item.where["output_index"],
-                              item={**item.body, **({row.inside: []} if row.inside else {}),
-                                    "status": "in_progress"})
+            self._message = None
+            if item is not None and not item.parts:      # else it ends with the text that is open
+                yield from self._end_item(item)
+            index = len(self._output)
+            self._output.append({})
+            item = _Item({"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item,
+                          **row.begins(part)}, index)
+            yield self._event("response.output_item.added", output_index=index,
+                              item={**item.body, **row.begins(part), "status": "in_progress"})
         item.parts += 1
         self._open[part] = row, item, {**item.where}
         if row.item == "message":
+            self._message = item
             yield self._begin_inside(part)
         elif part.kind == "search":
             for step in ("in_progress", "searching"):
                 yield self._event(f"response.{row.item}.{step}", **item.where)
-
-    def _new_item(self, part: Part, row: _Shown) -> _Item:
-        index = len(self._output)
-        body: dict = {"id": f"{row.prefix}_{self._stem}_{index}", "type": row.item}
-        if row.inside:
-            body[row.inside] = []
-        if row.item == "message":
-            body["role"] = "assistant"
-        elif part.kind == "call":
-            body.update({"call_id": part.id, "name": part.name, row.member: ""} if row.member
-                        else {"call_id": part.id, **OPENAI_CLIENT_TOOLS[part.name].item})
-        if part.namespace:
-            body["namespace"] = part.namespace
-        self._output.append({})
-        return _Item(body, index)
 
     def _begin_inside(self, part: Part) -> dict:
         row, item, where = self._open[part]
@@ -7731,35 +7733,20 @@ class ResponsesWriter(AnswerWriter):
             yield self._event(f"{_INSIDE[row.inside]}.done", **where, part={**inside})
         item.parts -= 1
         if item is not self._message and not item.parts:
-            yield from self._end_item(item, part)
+            if part.kind == "search":
+                yield self._event(f"response.{row.item}.completed", **item.where)
+            yield from self._end_item(item, row.ends(part))
 
-    def _leave_message(self) -> Iterable[dict]:
-        """End the message that took texts; one with a text that is open ends with that."""
-        item, self._message = self._message, None
-        return () if item is None or item.parts else self._end_item(item)
-
-    def _end_item(self, item: _Item, part: Part = Part("text"),
-                  status: str = "completed") -> Iterator[dict]:
-        kind, body = item.body["type"], {**item.body, "status": status}
-        if kind == "reasoning":
-            body["encrypted_content"] = sealed(part) if part.native else None
-        elif kind == "web_search_call":
-            yield self._event(f"response.{kind}.completed", **item.where)
-            body["action"] = {"type": "search", "query": part.text, "sources": [
-                {"type": "url", "url": row.url} for row in part.citations]}
-        elif "name" in body:
-            body["input" if part.is_text else "arguments"] = part.text
-        elif kind != "message":
-            tool = OPENAI_CLIENT_TOOLS[part.name]
-            body[tool.member] = {**tool.blank, **arguments_to_input(part.text)}
-        self._output[item.where["output_index"]] = body
+    def _end_item(self, item: _Item, ends: Mapping[str, Any] = MappingProxyType({}),
+                  status: str = "completed") -> Iterable[dict]:
+        index, body = item.where["output_index"], {**item.body, **ends, "status": status}
+        self._output[index] = body
         if self._may_be_named:
             self.keep(body)
-        yield self._event("response.output_item.done", item=body,
-                          output_index=item.where["output_index"])
+        return [self._event("response.output_item.done", item=body, output_index=index)]
 
     def _ended(self, event: Ended) -> Iterator[dict]:
-        why = _INCOMPLETE.get(event.reason)
+        why, tokens = _INCOMPLETE.get(event.reason), event.tokens
         status = "incomplete" if why else "completed"
         if event.refusal:
             part = Part("refusal", event.refusal)
@@ -7770,7 +7757,11 @@ class ResponsesWriter(AnswerWriter):
         self._response.update(
             status=status, incomplete_details={"reason": why} if why else None,
             completed_at=None if why else int(time.time()), output=self._output,
-            usage=responses_usage(event.tokens),
+            usage={"input_tokens": tokens.input, "output_tokens": tokens.output,
+                   "input_tokens_details": {"cached_tokens": tokens.cached,
+                                            "cache_write_tokens": tokens.written},
+                   "output_tokens_details": {"reasoning_tokens": tokens.thought},
+                   "total_tokens": tokens.input + tokens.output},
             service_tier=event.tier or self._response["service_tier"])
         yield self._event(f"response.{status}", response={**self._response})
 

@@ -527,6 +527,8 @@ def test_signed_thinking_of_a_gateway_goes_back_as_the_block_that_came_in_pieces
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]},
         is_openai=False)
 
+    unsigned = folded_stream(*pieces[:2], {"content": "x"})
+    assert ic.OWN_THINKING == unsigned["content"][0]["signature"]
     assert [{"type": "thinking", "thinking": "hm", "signature": "EqQB"}] \
         == translator.request["messages"][1]["thinking_blocks"]
 
