@@ -1060,7 +1060,7 @@ _USD = r"\+?([0-9]{1,13}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
 
 
 def parse_usd(value: Any) -> int:
-    """Microdollars of a USD amount (str, int, Decimal, float by its repr), rounded down.
+    """Return microdollars of a USD amount (str, int, Decimal, float by its repr), rounded down.
 
     Raises: ValueError when it is not a finite number >= 0.
     """
@@ -1071,19 +1071,19 @@ def parse_usd(value: Any) -> int:
 
 
 def exact_number(text: str) -> Union[Decimal, str]:
-    """A JSON number as it is written. One that no price or amount can be stays text, and is refused
-    where it is used: to compute with an exponent of many digits would take for ever."""
+    """Read a JSON number as it is written. One that no price or amount can be stays text, and is
+    refused where it is used: to compute with an exponent of many digits would take for ever."""
     is_usual = re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,80})?([eE][+-]?[0-9]{1,2})?", text)
     return Decimal(text) if is_usual else text
 
 
 def exact_integer(digits: str) -> Union[int, str]:
-    """The same for a whole number: reading one of many digits takes long, or is refused."""
+    """Read a whole number likewise: reading one of many digits takes long, or is refused."""
     return int(digits) if len(digits) <= 40 else digits
 
 
 def format_usd(microdollars: int) -> str:
-    """"$1.25", "$0.000301": at least two decimals, at most six, exact."""
+    """Return "$1.25", "$0.000301": at least two decimals, at most six, exact."""
     sign = "-" if microdollars < 0 else ""
     whole, rest = divmod(abs(microdollars), MICRODOLLARS_PER_USD)
     decimals = f"{rest:06d}".rstrip("0").ljust(2, "0")
@@ -1137,7 +1137,7 @@ class Usage(NamedTuple):
 
 
 def _count(holder: Any, name: str, *, is_required: bool = False) -> int:
-    """A count in a usage object; absent and null are 0. Raises MalformedUsage."""
+    """Return a count in a usage object; absent and null are 0. Raises MalformedUsage."""
     value = holder.get(name) if isinstance(holder, dict) else None
     if value is None and not is_required:
         return 0
@@ -1184,7 +1184,7 @@ def usage_from_openai(usage: Mapping[str, Any], prompt_name: str = "prompt_token
 
 
 def usage_from_anthropic(usage: Mapping[str, Any]) -> Usage:
-    """Messages: cached and written tokens are outside input_tokens, and are added here.
+    """Read usage of Messages: cached and written tokens are outside input_tokens, and are added.
 
     `cache_creation` splits the writes by lifetime; what it leaves open is taken as 5 minutes.
     """
@@ -1250,7 +1250,7 @@ PREPAID_TIERS = frozenset({("anthropic", "priority")})
 
 
 def tier_suffix(tier: Optional[str], seller: str) -> str:
-    """The suffix of a tier's price keys at a seller; UNKNOWN_TIER for a tier nobody knows of."""
+    """Return the suffix of a tier's price keys at a seller; UNKNOWN_TIER for an unknown tier."""
     if not tier or (seller, tier) in PREPAID_TIERS:
         return ""
     return TIER_SUFFIXES.get(tier, UNKNOWN_TIER)
@@ -1321,18 +1321,17 @@ class Price(NamedTuple):
     is_stand_in: bool = False                 # by price_as, for a model without a price of its own
 
     def _reached(self, prompt_tokens: int) -> tuple[int, ...]:
-        """The thresholds whose long prices hold: above them; at xAI "once its prompt reaches" it.
-        """
+        """Return the thresholds that are passed; at xAI "once its prompt reaches" one."""
         beyond = prompt_tokens + (self.provider == "xai")
         return self.thresholds and tuple([t for t in self.thresholds if beyond > t])
 
     def rates(self, tier: Optional[str], prompt_tokens: int) -> Mapping[str, Rate]:
-        """Picodollars per token of each bucket, for a call that `tier` served."""
+        """Return picodollars per token of each bucket, for a call that `tier` served."""
         return self._rates(tier_suffix(tier, self.provider), self._reached(prompt_tokens))[0]
 
     def _rates(self, suffix: str, reached: tuple) -> tuple[Mapping[str, Rate], frozenset]:
-        """(rates, the buckets for which they are a guess) of a tier beyond thresholds; a price that
-        the tier has not is the standard one, but for batches.
+        """Return (rates, the buckets for which they are a guess) of a tier beyond thresholds. A
+        price that the tier has not is the standard one, but for batches.
 
         What a dear or unknown tier has no price for is guessed from above: at the highest that the
         row has for it, or in proportion to what the tier does to the bucket it falls back to.
@@ -1372,7 +1371,7 @@ class Price(NamedTuple):
             rates, frozenset(guessed) if any(self.amounts.values()) else frozenset()))
 
     def dearest_rates(self, tiers: Iterable[Optional[str]], most_tokens: int) -> Mapping[str, Rate]:
-        """The highest rate of each bucket in any of the tiers, for a prompt up to a size."""
+        """Return the highest rate of each bucket in any of the tiers, for a prompt up to a size."""
         suffixes = frozenset(tier_suffix(tier, self.provider) for tier in tiers)
         reached = self._reached(most_tokens)
         if (suffixes, reached) not in self.known_rates:
@@ -1387,18 +1386,18 @@ class Price(NamedTuple):
 
     @property
     def search_picodollars(self) -> Rate:
-        """The most that one web search costs."""
+        """Return the most that one web search costs."""
         return max(self.searches.values(), default=WEB_SEARCH_PICODOLLARS)
 
     def call_fee(self, usage: Mapping[str, Any]) -> Rate:
-        """Picodollars of a finished call beside its tokens and tools."""
+        """Return picodollars of a finished call beside its tokens and tools."""
         if not self.searches or self.provider not in SEARCHES_EACH_CALL:
             return self.call_picodollars
         size = f"search_context_size_{usage.get('search_context_size')}"
         return self.call_picodollars + self.searches.get(size, self.search_picodollars)
 
     def every_rate(self) -> Mapping[str, frozenset]:
-        """All picodollars that a token of a bucket, or a fee, can be billed at: in any tier, size
+        """Return all rates that a token of a bucket, or a fee, can be billed at: in any tier, size
         of prompt, place and speed."""
         cases = self._cases({*TIER_SUFFIXES.values(), UNKNOWN_TIER}, self.thresholds)
         cases += [{**rates, plain: rates[dear]} for rates in cases
@@ -1411,13 +1410,13 @@ class Price(NamedTuple):
                                for multiplier in multipliers}) for bucket in PRICE_KEYS}}
 
     def cells(self) -> str:
-        """All that it says, as JSON in which a rate that is not whole is "n/d"."""
+        """Write all that it says as JSON, in which a rate that is not whole is "n/d"."""
         return json.dumps(
             {**self._asdict(), "known_rates": {}}, sort_keys=True,
             default=lambda value: dict(value) if isinstance(value, Mapping) else str(value))
 
     def per_million(self) -> tuple[str, str]:
-        """Input and output in USD for a million tokens, to be read by people."""
+        """Return input and output in USD for a million tokens, to be read by people."""
         rates = self.rates(None, 0)
         return (format_usd(microdollars_ceil(rates["input"] * 10 ** 6)),
                 format_usd(microdollars_ceil(rates["output"] * 10 ** 6)))
@@ -1432,7 +1431,7 @@ def price_from_cells(text: str) -> Price:
 
 
 def microdollars_ceil(picodollars: Rate) -> int:
-    """Whole microdollars, rounded up: the one place where money is rounded."""
+    """Return whole microdollars, rounded up: the one place where money is rounded."""
     return -int(-picodollars // PICODOLLARS_PER_MICRODOLLAR)
 
 
@@ -1451,7 +1450,7 @@ class Charge:
 
 
 def total_of(lines: Iterable[BillLine]) -> int:
-    """Microdollars of a bill, rounded up once. What is charged is always this sum of some bill."""
+    """Return microdollars of a bill, rounded up once: what is charged is the sum of some bill."""
     return microdollars_ceil(sum([count * rate for _, count, rate in lines]))
 
 
@@ -1466,7 +1465,7 @@ def _limit(row: Mapping[str, Any], name: str) -> Optional[int]:
 
 
 def _checked(row: Mapping[str, Any], name: str, default: Any = None, parts: int = 1) -> Rate:
-    """An amount in a row, in parts of what it is in. Raises ValueError, naming its field."""
+    """Return an amount in a row, in parts of its unit. Raises ValueError, naming its field."""
     value = row.get(name, default)
     if not _is_amount(value):
         raise ValueError(f"{name} must be a number from 0 up")
@@ -1488,7 +1487,7 @@ def _object_in(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _token_prices(row: Mapping[str, Any]) -> dict[str, Rate]:
-    """Picodollars of tokens in a row, with thresholds in tokens. Raises ValueError.
+    """Read picodollars of tokens in a row, with thresholds in tokens. Raises ValueError.
 
     The ranges of `tiered_pricing` become thresholds: the first holds from 0 on.
     """
@@ -1605,11 +1604,11 @@ class PriceBook:
         return cls(rows)
 
     def keys(self) -> list[str]:
-        """The names of all rows that price tokens, sorted."""
+        """Return the names of all rows that price tokens, sorted."""
         return sorted(key for key in self._rows if self.row(key) is not None)
 
     def cells(self, key: str) -> dict[str, Any]:
-        """What a row that prices tokens says of prices and limits; nothing of another."""
+        """Return what a row that prices tokens says of prices and limits; nothing of another."""
         return {} if self.row(key) is None else {
             name: value for name, value in self._rows[key].items()
             if _MAY_BE_PRICE.search(name) or name.startswith("max_")
@@ -1617,7 +1616,7 @@ class PriceBook:
 
     def with_own(self, rows: Mapping[str, Any], *, providers: Iterable[Provider],
                  price_as: Mapping[str, str]) -> PriceBook:
-        """This book with an operator's own prices: rows that replace those of the same name, the
+        """Return this book with an operator's prices: rows that replace those of the same name, the
         providers whose models all cost nothing, and the rows that stand in for models without a
         price (pattern -> row). Raises ValueError where such a row has no price itself."""
         book = PriceBook({**self._rows, **rows}, providers=providers, price_as=price_as)
@@ -1630,12 +1629,12 @@ class PriceBook:
         return book
 
     def row(self, key: str) -> Optional[Price]:
-        """The price in the row of exactly this name; None where it has none."""
+        """Return the price in the row of exactly this name; None where it has none."""
         read = self._read(key) if key in self._rows else None
         return read if isinstance(read, Price) else None
 
     def _read(self, key: str) -> Union[Price, str]:
-        """The price in a row, or why it is none; read once, also where the base has it."""
+        """Return the price in a row, or why it is none; read once, also where the base has it."""
         if key not in self._prices:
             row = self._rows[key]
             named = str(row.get("alias_of", key) if isinstance(row, Mapping) else key)
@@ -1649,8 +1648,8 @@ class PriceBook:
         return self._prices[key]
 
     def _find(self, model: str, provider: str = "") -> Optional[Price]:
-        """The price of a model as a provider sells it: its own, else the one that stands in for
-        it, else None. A pattern with a slash is about provider/model, another about any's model.
+        """Return the price of a model as a provider sells it: its own, else the one that stands in
+        for it, else None. A pattern with a slash is about provider/model, others about a model.
 
         A provider that is free has rows of the operator's only, and at a server that is usually
         free also those of the table; that the table calls such a server free is no price where it
@@ -1672,7 +1671,7 @@ class PriceBook:
         return None if key is None else self.row(key)._replace(is_stand_in=True, known_rates={})
 
     def _listed_price(self, model: str, provider: str) -> Optional[Price]:
-        """The price of a model in the rows, or None.
+        """Return the price of a model in the rows, or None.
 
         Tried in order: the name itself, and without a prefix that names the provider again; then
         each less its date, then less "-latest"; a fine-tuned model only by its `ft:BASE`. Of each
@@ -1698,7 +1697,7 @@ class PriceBook:
         return (provider, *(self._providers.get(provider) or manners_of(provider)).sold_as)
 
     def price(self, model: str, provider: str = "") -> Price:
-        """As find(), but raises UnpricedModel, naming the key to add."""
+        """Return as find(), but raise UnpricedModel, naming the key to add."""
         price = self.find(model, provider)
         if price is None:
             for key in self._rows.keys() & {model, f"{provider}/{model}"}:
@@ -1721,7 +1720,7 @@ class PriceBook:
              service_tier: Optional[str] = None, data_residency: Optional[str] = None,
              tool_calls: Mapping[str, int] = MappingProxyType({}), held: Iterable[str] = (),
              usage: Optional[Usage] = None) -> Charge:
-        """What one finished call is charged for, line by line.
+        """Return what one finished call is charged for, line by line.
 
         Shape: `stated` is the provider's own usage object, and `usage` its counts if they are read;
         `service_tier` is the one that served (the answer's, where it says); `data_residency` "us"
@@ -3258,7 +3257,7 @@ class EventSplitter:
         self.rest = bytearray()           # what came after the last whole event
 
     def feed(self, received: bytes) -> list[bytes]:
-        """The events that `received` completes. Raises UpstreamBroke beyond MAX_EVENT_BYTES."""
+        """Return events that `received` completes. Raises UpstreamBroke beyond MAX_EVENT_BYTES."""
         events, start, search_from = [], 0, max(0, len(self.rest) - 3)
         if self.rest:
             self.rest += received         # in place: an event of many reads is not copied at each
@@ -3275,7 +3274,7 @@ class EventSplitter:
 
 
 def event_data(event: bytes) -> bytes:
-    """The data of an event: its `data:` lines joined by newlines, b"" if it has none."""
+    """Return the data of an event: its `data:` lines joined by newlines, b"" if it has none."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return event[6:-2]                   # the usual event, in half the time
     lines, text = [], event.lstrip(BOM)
@@ -3291,14 +3290,14 @@ SSE_PING = b": ping\n\n"                           # a comment, which keeps a co
 
 
 def format_event(data: Union[dict, str], name: Optional[str] = None) -> bytes:
-    """One event as bytes; the only place that writes them. A dict is sent as JSON."""
+    """Write one event; no other place writes any. A dict is sent as JSON."""
     text = data if isinstance(data, str) else compact_json(data)
     prefix = f"event: {name}\n" if name else ""
     return f"{prefix}data: {text}\n\n".encode("utf-8")
 
 
 def error_event(error: IroncageError, api: Optional[str], request_id: str) -> bytes:
-    """The event that ends a broken stream, in the form that each API's SDK raises on.
+    """Write the event that ends a broken stream, in the form that each API's SDK raises on.
 
     It opens with an empty line, which ends whatever event was cut short before it.
     """
@@ -3524,8 +3523,7 @@ class AnswerMeter:
         return first if "error" in json_object(first) else parsed        # as Gemini sends errors
 
     def _read_result(self, result: Mapping[str, Any], usages: Iterable[Any]) -> None:
-        """The fields that whole answers, chat chunks and `response` objects have in common, and
-        the usage that one has."""
+        """Read what whole answers, chat chunks and `response` objects have in common."""
         for usage in usages:
             self._report(usage)
         if isinstance(result.get("model"), str):
@@ -3681,7 +3679,7 @@ NOT_OUTPUT_FIELDS = frozenset({"type", "role", "id", "call_id", "status"})
 
 
 def _text_bytes(value: Any) -> int:
-    """UTF-8 bytes of the text in a part of an answer: at least the tokens that made it."""
+    """Count UTF-8 bytes of text in a part of an answer: at least the tokens that made it."""
     return sum([len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
                 for text in strings_in(value, NOT_OUTPUT_FIELDS)])
 
@@ -3726,7 +3724,7 @@ def inflating(encoding: str) -> Optional[Callable[[bytes], Iterable[bytes]]]:
 
 
 def gathered(steps: Iterable[bytes], hold: Callable[[int], None]) -> bytearray:
-    """All steps in one; `hold` is called with its size while it grows."""
+    """Return all steps in one; `hold` is called with its size while it grows."""
     plain = bytearray()
     for step in steps:
         plain += step
@@ -3735,7 +3733,7 @@ def gathered(steps: Iterable[bytes], hold: Callable[[int], None]) -> bytearray:
 
 
 def inflated(body: bytes, encoding: str, hold: Callable[[int], None]) -> bytes:
-    """A body without its content-encoding, for reading; b"" where that cannot be done."""
+    """Return a body without its content-encoding; b"" where that cannot be done."""
     if encoding == "identity":
         return body
     inflate = inflating(encoding)
@@ -3755,7 +3753,7 @@ _USAGE_NULL = re.compile(rb',\s*"usage"\s*:\s*null')
 
 
 def without_usage(event: bytes, chunk: Optional[dict]) -> bytes:
-    """A chat stream's event as it would be had usage not been asked for; b"" if it would not be.
+    """Return a chat stream's event as it would be without a request for usage; b"" for none.
 
     Asked, providers add `"usage": null` to every chunk, and one chunk with usage and no choices.
     """
@@ -3820,7 +3818,7 @@ class StreamReader:
         return [without_usage(*event) for event in events] + ([] if self.can_read else pieces)
 
     def parsed(self, pieces: list[bytes]) -> Iterator[dict]:
-        """The JSON events of one read, metered. Raises UpstreamBroke for what cannot be read."""
+        """Yield the JSON events of one read, metered. Raises UpstreamBroke."""
         try:
             yield from (chunk for _, chunk in self._metered(pieces) if chunk is not None)
         except (zlib.error, OverflowError):
@@ -3856,7 +3854,7 @@ class StreamReader:
             raise UpstreamBroke(BEYOND_LIMITS)
 
     def finish(self) -> bytes:
-        """The end of the stream: read an event that no empty line ended, and what is held of it."""
+        """Read an event that no empty line ended, and return what to forward of it."""
         event = self.finished_events()[0]
         return without_usage(self._splitter.rest, event) if self._hides_usage else b""
 
@@ -12106,7 +12104,7 @@ class Call:
 
     @property
     def client_api(self) -> str:
-        """The API that its client speaks."""
+        """Return the API that its client speaks."""
         return self.api if self.translator is None else self.translator.client_api
 
     @property
