@@ -8553,24 +8553,19 @@ class Accounts:
 
     start = keep_count = as_json = close = _nothing
 
-    def set_budget(self, limit_microdollars: Optional[int]) -> None:
-        """Set the proxy's limit; None is no limit."""
-        with self._lock:
-            account = self.by_scope[PROXY_SCOPE]
-            account.row = account.row._replace(limit=limit_microdollars)
-
-    def set_limits(self, changes: Mapping[str, Any]) -> None:
+    def set_limits(self, changes: Mapping[str, Any], *, must_fit: bool = True) -> None:
         """Set the proxy's `limit` or `stop_at`, or both in one step; FLAGGED is what the flag
         says, and what is not named stays.
 
-        Raises ValueError, and changes nothing, where the stop would not be below the limit.
+        Raises ValueError, and changes nothing, where the stop must be below the limit and is not.
         """
         with self._lock:
             account = self.by_scope[PROXY_SCOPE]
             named: dict[str, Any] = {name: self._flags[name] if amount is FLAGGED else amount
                                      for name, amount in changes.items()}
             row = account.row._replace(**named)
-            check_stop(row.limit, row.stop_at)
+            if must_fit:
+                check_stop(row.limit, row.stop_at)
             account.row = row
 
     def set_scopes(self, rows: Sequence[Scope]) -> None:
@@ -8852,7 +8847,7 @@ class CostController:
 
     def set_budget(self, limit_microdollars: Optional[int]) -> None:
         """Set the proxy's limit, at any time; it can block and unblock."""
-        self.accounts.set_budget(limit_microdollars)
+        self.accounts.set_limits({"limit": limit_microdollars}, must_fit=False)
         self._serve_queue()
 
     def set_limits(self, **changes: Any) -> None:
@@ -13648,23 +13643,20 @@ class Watch:
 
     def __init__(self, dead_s: float, break_s: float) -> None:
         self._dead_s, self._break_s = dead_s, break_s
-        self._heard_s: Optional[float] = None             # when it was heard last, monotonic
-        self._seen: dict[str, tuple[str, float]] = {}     # process -> (heartbeat, since when)
+        self._heard_s = NEVER_S                           # when it was heard last, monotonic
+        self._seen: dict[tuple[str, str], float] = {}     # (process, heartbeat) -> since when
 
     def forget(self) -> None:
         """Begin anew: the engine was restarted."""
-        self._heard_s, self._seen = None, {}
+        self._heard_s = NEVER_S
 
     def dead(self, beats: Mapping[str, str], now_s: float) -> dict[str, str]:
         """Return the dead, each with its last heartbeat, after one's own was heard."""
-        if self._heard_s is None or now_s - self._heard_s > self._break_s:
+        if now_s - self._heard_s > self._break_s:
             self._seen = {}
         self._heard_s = now_s
-        seen = {process: self._seen.get(process, (beat, now_s)) for process, beat in beats.items()}
-        self._seen = {process: known if known[0] == beats[process] else (beats[process], now_s)
-                      for process, known in seen.items()}
-        return {process: beat for process, (beat, since_s) in self._seen.items()
-                if now_s - since_s >= self._dead_s}
+        self._seen = {beat: self._seen.get(beat, now_s) for beat in beats.items()}
+        return dict(beat for beat, since_s in self._seen.items() if now_s - since_s >= self._dead_s)
 
 
 class SharedAccounts:
@@ -13901,12 +13893,8 @@ class SharedAccounts:
         with self._lock, replied():
             return [self._known[scope] for scope in scopes]
 
-    def set_budget(self, limit_microdollars: Optional[int]) -> None:
-        """Set the limit of the cage, for all."""
-        self.set_limits({"limit": limit_microdollars})
-
-    def set_limits(self, changes: Mapping[str, Any]) -> None:
-        """Do as Accounts.set_limits, for all processes."""
+    def set_limits(self, changes: Mapping[str, Any], *, must_fit: bool = True) -> None:
+        """Do as Accounts.set_limits, for all processes; here a stop must always fit."""
         words = ["" if name not in changes else "=" if changes[name] is FLAGGED
                  else _limit_word(changes[name]) or "-" for name in ("limit", "stop_at")]
         refused, _ = self._run("limits", PROXY_SCOPE, *words)

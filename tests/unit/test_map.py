@@ -12,9 +12,9 @@ MONEY = [
     *(f"CostController.{name}" for name in (
         "reserve", "cancel", "commit", "add_spend", "set_budget", "set_limits", "set_scopes")),
     *(f"Accounts.{name}" for name in (
-        "settle", "take", "set_budget", "set_limits", "set_scopes", "session")),
+        "settle", "take", "set_limits", "set_scopes", "session")),
     "Account.add", *(f"SharedAccounts.{name}" for name in (
-        "settle", "take", "set_budget", "set_limits", "set_scopes"))]
+        "settle", "take", "set_limits", "set_scopes"))]
 SENDING = ("posted", "Router._send")                  # what opens them, for who asks for it
 CONNECTS = ("create_connection", "connect", "connect_ex", "sendto", "urlopen")
 # What replaces bytes of a message in its own API.
@@ -64,7 +64,7 @@ def test_whatever_moves_money_or_a_limit_is_in_the_answer_to_overspend():
     calls, _ = mapped()
     movers = calls.users(MONEY)
 
-    assert {"Router._settle", "SharedAccounts.set_budget"} <= movers
+    assert {"Router._settle", "CostController.set_budget"} <= movers
     assert {"Router.__init__"} >= movers - code_of("overspend") - code_of("shared")
 
 
