@@ -99,7 +99,6 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 
-import argparse
 import base64
 import bisect
 import contextlib
@@ -137,10 +136,11 @@ from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
 from typing import (TYPE_CHECKING, Any, Callable, Collection, Container, ContextManager, Iterable,
-                    Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union)
+                    Iterator, Mapping, NamedTuple, NoReturn, Optional, Sequence, TypeVar, Union)
 
-if TYPE_CHECKING:
-    import sqlite3           # at run time where a ledger is opened: most commands need none
+if TYPE_CHECKING:            # at run time where a command line is read, and a ledger opened
+    import argparse
+    import sqlite3
 
 __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequestCompleted",
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
@@ -16501,22 +16501,26 @@ Provider keys come from the environment, or from the file that OPENAI_API_KEY_FI
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser of flags and words whose complaints are one line, without a value."""
+def _parser(rows: Iterable[Setting], **words: Any) -> argparse.ArgumentParser:
+    """Make a parser of flags and words whose complaints are one line, without a value."""
+    import argparse              # here only: an embedder needs none
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+    for row in rows:
+        kind: dict = {"action": "store_true", "default": None} if not row.metavar else {
+            "action": "append" if row.repeats else "store", "metavar": row.metavar}
+        parser.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
+                            help=row.help.replace("%", "%%"), **kind)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.error = _complain                           # type: ignore[method-assign]
+    return parser
 
-    def __init__(self, rows: Iterable[Setting], **words: Any) -> None:
-        super().__init__(allow_abbrev=False, add_help=False, **words)
-        for row in rows:
-            kind: dict = {"action": "store_true", "default": None} if not row.metavar else {
-                "action": "append" if row.repeats else "store", "metavar": row.metavar}
-            self.add_argument(row.flag, *["-h"][:row.flag == "--help"], dest=row.field,
-                              help=row.help.replace("%", "%%"), **kind)
-        self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
 
-    def error(self, message: str) -> None:             # type: ignore[override]
-        flag = re.findall("--[a-z-]+", message)[0]       # "argument --port: expected one argument"
-        raise Misconfigured(f"{flag} needs a value: {FLAGS[flag].metavar}"
-                            if "expected" in message else f"{flag} takes no value")
+def _complain(message: str) -> NoReturn:
+    flag = re.findall("--[a-z-]+", message)[0]           # "argument --port: expected one argument"
+    raise Misconfigured(f"{flag} needs a value: {FLAGS[flag].metavar}" if FLAGS[flag].metavar
+                        else f"{flag} takes no value")
 
 
 def help_text(name: str) -> str:
@@ -16528,9 +16532,9 @@ def help_text(name: str) -> str:
             [(f"  {name}", one.about.split("\n")[0]) for name, one in COMMANDS.items()], lefts=2))
     variables = "" if name not in SERVERS else ABOUT_VARIABLES + ", ".join(
         filter(None, (row.key_env for row in KNOWN_PROVIDERS.values()))) + "."
-    return _Parser(
+    return _parser(
         _flags_of(name), usage=f"ironcage_proxy.py {name} [FLAG ...] {command.words}".rstrip(),
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about,
         epilog=f"example:\n  ironcage_proxy.py {command.example}{variables}").format_help()
 
 
@@ -16576,7 +16580,7 @@ def parse_arguments(argv: Sequence[str]) -> dict:
     """
     end = [*argv, "--"].index("--")
     own = [*argv[:end]]
-    found, unknown = _Parser(FLAGS.values()).parse_known_intermixed_args(own)
+    found, unknown = _parser(FLAGS.values()).parse_known_intermixed_args(own)
     given = {**vars(found), "wrapped": [*argv[end + 1:]] if argv[end:] else None}
     words = given["words"]
     if unknown:                  # the command is a word before it
