@@ -4670,9 +4670,9 @@ def paired(turns: Iterable[Turn], ids: CallIds, losses: Losses) -> list[Turn]:
 def _paired_round(said: list[Part], after: Sequence[Turn], ids: CallIds,
                   losses: Losses) -> list[Turn]:
     calls = [part for part in said if part.kind == "call"]
-    waiting: dict[str, list[Part]] = {}            # id -> its calls: the last, and, before it,
+    waiting: dict[str, deque[Part]] = {}           # id -> its calls: the last, and, before it,
     for call in calls:                             # those without a result
-        waiting.setdefault(call.id, []).append(call)
+        waiting.setdefault(call.id, deque()).append(call)
     results: dict[Part, Part] = {}
     behind = []
     for role, parts in after:
@@ -4682,7 +4682,7 @@ def _paired_round(said: list[Part], after: Sequence[Turn], ids: CallIds,
                 rest.append(part)
             elif part.id in waiting:
                 queue = waiting[part.id]
-                call = queue.pop(0) if len(queue) > 1 else queue[0]
+                call = queue.popleft() if len(queue) > 1 else queue[0]
                 if call in results:
                     losses.adjust("results", "paired")
                 results[call] = part
