@@ -14850,21 +14850,19 @@ class Router:
             headers.append(("x-ironcage-max-tokens", str(call.set_output_cap)))
         return headers
 
-    def _provider_failure(self, call: Call, status: int, body: Any) -> ProviderFailed:
-        """Make the exception for an error of a translated call's provider."""
-        status_shown, translated = call.translator.error(status, body, call.request.request_id)
-        if status == 404 and call.api == "responses":
-            translated["error"]["message"] += NO_RESPONSES
-        return ProviderFailed(status_shown, translated)
-
-    def _checked(self, call: Call, answer: Any) -> Any:
-        """Return what came with a 200, an event or an answer. Raises ProviderFailed where it, or
+    @staticmethod
+    def _checked(call: Call, answer: Any, status: int = 200) -> Any:
+        """Return what came, an event or an answer. Raises ProviderFailed where it, its status, or
         what came before it, says that the call has failed."""
-        failure = call.meter.failure
-        if failure is None:
+        failure, is_fine = call.meter.failure, 200 <= status < 300
+        if failure is None and is_fine:
             return answer
-        raise self._provider_failure(
-            call, stated_status(answer, ERROR_STATUSES.get(failure, 502)), answer)
+        if is_fine:
+            status = stated_status(answer, ERROR_STATUSES.get(failure, 502))
+        shown, body = call.translator.error(status, answer, call.request.request_id)
+        if status == 404 and call.api == "responses":
+            body["error"]["message"] += NO_RESPONSES
+        raise ProviderFailed(shown, body)
 
     def _whole_answer(self, call: Call, response: Response) -> Answer:
         """Read an answer, meter and settle it. One that is too large to be read is forwarded as it
@@ -14907,9 +14905,7 @@ class Router:
         value = events[-1] if events else value
         if value is None:
             value = plain[:500].decode("utf-8", "replace")
-        if not 200 <= status < 300:
-            raise self._provider_failure(call, status, value)
-        self._checked(call, value)
+        self._checked(call, value, status)
         if events and not call.meter.has_ended:
             raise UpstreamBroke(NO_LAST_EVENT)
         if not isinstance(value, dict):
