@@ -10767,7 +10767,7 @@ class Headers(tuple):
     """A message's headers, (lower-case name, value), in order.
 
     `values` has them by name, and `get` one of them, or None; several of one name are joined by
-    ", " (5.3).
+    ", " (5.3). `options` is what a Connection header names, in lower case (7.6.1).
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -10775,6 +10775,9 @@ class Headers(tuple):
         if len(self.values) < len(self):
             self.values = {name: ", ".join(v for n, v in self if n == name) for name, _ in self}
         self.get = self.values.get
+        options = self.get("connection")
+        self.options = [] if options is None else [
+            option.strip(" \t") for option in options.lower().split(",")]
 
 
 def parse_headers(lines: str) -> Headers:
@@ -10799,14 +10802,7 @@ class RequestHead(NamedTuple):
 
     @property
     def keeps_alive(self) -> bool:
-        return self.minor_version == 1 \
-            and "close" not in connection_options(self.headers)
-
-
-def connection_options(headers: Headers) -> Sequence[str]:
-    """Return what a Connection header names, in lower case (7.6.1)."""
-    value = headers.get("connection")
-    return () if value is None else [option.strip(" \t") for option in value.lower().split(",")]
+        return self.minor_version == 1 and "close" not in self.headers.options
 
 
 # Java's HttpClient offers HTTP/2 in every request over plain HTTP, and takes an answer over
@@ -11764,8 +11760,7 @@ class UpstreamResponse:
             if status == 101 or status < 100:
                 raise UpstreamBroke(f"the provider answered with the status {status}")
             if status >= 200:
-                keeps_alive = line[1] == "1" and "close" not in connection_options(headers)
-                return status, keeps_alive, headers
+                return status, line[1] == "1" and "close" not in headers.options, headers
         raise UpstreamBroke(f"the provider sent {MAX_INTERIM_ANSWERS} interim answers and no other")
 
     def reads(self, tick_s: float = threading.TIMEOUT_MAX) -> Iterator[list[bytes]]:
@@ -11915,7 +11910,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     headers = {name: value for name, value in head.headers.values.items()
                if name not in REQUEST_HEADERS_KEPT_BACK and not name.startswith(KEPT_BACK_BEGIN)
                and not name.endswith(LOCAL_HEADERS_END)}
-    kept_back = [*connection_options(head.headers)]
+    kept_back = [*head.headers.options]
     for token in offered_tokens(head.headers):
         if len(token) >= 8:                                                          # as each has
             kept_back += [name for name, value in headers.items() if token in value]
@@ -11937,9 +11932,8 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
 
 def answer_headers(headers: Headers) -> list[tuple[str, str]]:
     """Return the end-to-end headers of an answer."""
-    named = connection_options(headers)
     return [(name, value) for name, value in headers
-            if name not in ANSWER_HEADERS_KEPT_BACK and name not in named]
+            if name not in ANSWER_HEADERS_KEPT_BACK and name not in headers.options]
 
 
 def own_ids(request_id: str) -> Sequence[tuple[str, str]]:
@@ -14704,7 +14698,7 @@ class Router:
         names = MAX_TOKENS_FIELDS[call.api]
         if claim.is_limited and bound.output_picodollars and names \
                 and (claim.output_cap < bound.output_tokens
-                     or all(call.body.fields.get(name) is None for name in names)):
+                     or all([call.body.fields.get(name) is None for name in names])):
             call.set_output_cap = claim.output_cap
         if claim.is_limited and bound.has_use_caps:
             call.set_hosted_uses = claim.caps.hosted_uses
