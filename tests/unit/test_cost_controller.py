@@ -88,6 +88,15 @@ def test_a_commit_of_nothing_charges_nothing():
     assert EMPTY == amounts(controller)
 
 
+def test_a_limit_may_be_set_below_the_stop_as_that_of_a_lease_is():
+    controller = ic.CostController(1_000, stop_at=500)
+
+    controller.set_budget(0)
+
+    assert (0, 500, "budget") == (controller.budget_limit(), controller.budget().stop_at,
+                                  controller.budget().ended_by)
+
+
 def test_a_commit_adds_the_spend_before_it_releases_the_reservation():
     """Between the two the sum may be too high, and never too low: nobody can slip in."""
     written = []
