@@ -10105,7 +10105,6 @@ class LedgerAudit:
 TOKEN_NAME = r"[A-Za-z0-9_.-]{1,64}"
 RESERVED_NAMES = frozenset({"default", "admin", PROXY_SCOPE})
 PROVIDER_NAME = r"[a-z0-9_-]{1,64}"
-ENVIRONMENT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 RATE_WINDOW_S = 60
 MAX_SECRET_BYTES = 16 * 1024
 
@@ -10391,7 +10390,7 @@ PROVIDER_FIELDS: Mapping[str, Callable] = MappingProxyType({
     "anthropic_base_url": lambda url: without_v1(_config_url(url)),
     "path": text_like(r"(/[!-~]+)?", "empty, or a path such as /v1"),
     "format": text_like("openai|anthropic", "openai or anthropic"),
-    "key_env": text_like(ENVIRONMENT_NAME, "an environment variable"),
+    "key_env": text_like(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "an environment variable"),
     "key_file": text_like(r"[^\0]{1,4096}", "the path of a file"),
     "key_as": text_like("|".join(KEY_HEADERS), " or ".join(KEY_HEADERS)),
     **dict.fromkeys(("free", "stream_usage", "responses", "zero_is_a_cap", "file_tools",
@@ -17032,22 +17031,20 @@ def model_text(router: Router, model: str) -> str:
 
 
 def run_check(settings: Settings, given: Mapping[str, Any]) -> None:
-    """Say what is configured and whether it can serve, without serving.
+    """Say what is configured and whether it can serve, without serving."""
+    for what, text in _check_lines(settings, given["words"]):
+        print(f"{what:9} {text}")
+
+
+def _check_lines(settings: Settings, models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the lines of `check`: (what, how it is). Raises Misconfigured.
 
     A proxy that serves already is left alone: its port and its ledger's lock are not taken.
     """
     is_served = _is_served(settings)
     server = ProxyServer(settings._replace(
         ledger_path=None, shared=None, port=0 if is_served else settings.port))
-    with contextlib.ExitStack() as at_end:
-        at_end.callback(server.server_close)
-        for what, text in _check_lines(settings, server, is_served, given["words"]):
-            print(f"{what:9} {text}")
-
-
-def _check_lines(settings: Settings, server: ProxyServer, is_served: bool,
-                 models: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the lines of `check`: (what, how it is). Raises Misconfigured."""
+    server.server_close()                              # it has what it was asked for: its port
     router = server.router
     yield "address", f"{settings.host} port {settings.port} is served by a proxy now" \
         if is_served else f"{server.url} is free"
