@@ -12029,13 +12029,10 @@ class ClientRequest(NamedTuple):
         return caller.scopes if caller.session_budget_microdollars is None else (
             *caller.scopes, session_scope(caller.name, self.attribution["session"]))
 
-    def parsed(self) -> JsonBody:
-        """Read its body as JSON, holding the memory for it. Raises BadRequest, ServerBusy."""
-        return self.made(self.body, 0)
-
-    def made(self, raw: bytes, beside: int) -> JsonBody:
-        """Read a body of it as JSON, likewise, while `beside` bytes are held for others."""
-        hold = self.memory.hold
+    def parsed(self, other: Optional[bytes] = None, beside: int = 0) -> JsonBody:
+        """Read its body as JSON, or another that is sent in its place, while `beside` bytes are
+        held for others. Raises BadRequest, ServerBusy."""
+        raw, hold = self.body if other is None else other, self.memory.hold
         body = parse_json_object(raw, lambda size: hold(beside + len(raw) + size))
         hold(max(0, self.memory.parts["body"] - len(body.text)))        # as it was decoded
         return body
@@ -14648,7 +14645,7 @@ class Router:
         if limited and asked_output_tokens(api, body.fields) is None:
             fields = {name: value for name, value in fields.items() if name != "max_tokens"}
         call = Call(request, provider, translator.api, model,
-                    request.made(json_bytes(fields), before))
+                    request.parsed(json_bytes(fields), before))
         call.translator, call.losses = translator, losses
         call.added_betas = translator.terms.betas
         return call
