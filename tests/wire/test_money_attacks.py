@@ -41,7 +41,9 @@ def test_what_stands_below_an_image_is_looked_at(part):
     ({"source": {"type": "base64", "data": "A" * 300}}, 300), ({"image_url": "A" * 300}, 300),
     ({"source": {"type": "base64", "data": TEXT + "."}}, 0), ({"caption": "A" * 300}, 0)])
 def test_only_an_images_own_data_is_no_text(part, taken):
-    assert taken == sum(map(len, program()._inline_data([part])))
+    body = program().parse_json_object(b"{}")
+
+    assert taken == sum(map(len, program()._inline_data(body, [part])))
 
 
 def test_reasoning_that_only_the_total_counts_is_charged(mock, proxy):
