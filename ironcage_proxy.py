@@ -6901,9 +6901,10 @@ def one_at_a_time(events: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
                 yield event
 
 
-# Of JSON: a string, or what there is of it, perhaps with half of an escape; a word; or signs.
-_JSON_TOKENS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*(?:"|(?P<half>\\?)\Z))'
-                          r'|(?P<word>[^\s"{}\[\],:]+)|[\s{}\[\],:]+', re.DOTALL)
+# Of JSON: a string, or what there is of it, perhaps with half of an escape; or a word.
+_JSON_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|(?P<half>\\?)\Z)'
+                          r'|(?P<word>[^\s"{}\[\],:]+)', re.DOTALL)
+_WORD_GOES_ON = re.compile(r'[^\s"{}\[\],:]+').fullmatch
 _OBJECT_START = re.compile(r'\s*\{\s*["}]')
 
 
@@ -6924,7 +6925,7 @@ class _ShownArguments:
 
     def __init__(self, is_text: bool) -> None:
         self.is_shown, self._is_wrapped = False, is_text
-        self._held = ""                              # a word that may go on
+        self._held: list[str] = []                   # pieces of a word, or a start, that may go on
         self._inside = ""                            # of a string that goes on, shown before: its
         # quote, and perhaps half of an escape
 
@@ -6932,25 +6933,33 @@ class _ShownArguments:
         """Return what can be shown of them now."""
         if self._inside == '"' and '"' not in text and "\\" not in text:
             return text
-        text = self._held + text
+        if self._held and (_WORD_GOES_ON(text) if self.is_shown else text.isspace()):
+            self._held.append(text)                  # joined at each, it would take its square
+            return ""
+        text = "".join([*self._held, text])
         if not self.is_shown and (self._is_wrapped or not _OBJECT_START.match(text)):
             self._is_wrapped |= text.strip("{ \t\r\n") != ""
-            self._held = "" if self._is_wrapped else text
+            self._held = [] if self._is_wrapped else [text]
             return ""
-        tokens = [*_JSON_TOKENS.finditer(self._inside + text)]
-        shown = "".join([token[0] if token["word"] is None or token is tokens[-1]
-                         else _json_word(token[0]) for token in tokens])[len(self._inside):]
+        held = half = None
+
+        def checked(token: re.Match) -> str:
+            nonlocal held, half
+            held = token["word"] if token.end() == len(token.string) else None
+            half = token["half"]
+            return token[0] if held or token["word"] is None else _json_word(token[0])
+
+        shown = _JSON_TOKENS.sub(checked, self._inside + text)[len(self._inside):]
         if shown != text and not self.is_shown:
             self._is_wrapped = True
             return ""
-        self._held, half = tokens[-1]["word"] or "", tokens[-1]["half"]
-        self._inside = "" if half is None else '"' + half
+        self._held, self._inside = [held] if held else [], "" if half is None else '"' + half
         self.is_shown = True
-        return shown[:len(shown) - len(self._held)]
+        return shown[:len(shown) - len(held or "")]
 
     def rest(self) -> str:
         """Return what was held back at the end."""
-        return self._held and _json_word(self._held)
+        return _json_word("".join(self._held)) if self._held else ""
 
 
 class MessagesWriter(AnswerWriter):

@@ -854,3 +854,18 @@ def test_a_call_whose_key_comes_twice_is_whole_when_the_next_one_begins():
                             piece(0, '{"y": 2}', id="", name="g"))
 
     assert [("f", {"x": 1}), ("g", {"y": 2})] == tool_uses(message)
+
+
+def test_a_word_that_comes_in_many_pieces_is_read_once(monkeypatch):
+    class Tokens:
+        read, sub_all = 0, ic._JSON_TOKENS.sub
+
+        def sub(self, how, text):
+            Tokens.read += len(text)
+            return Tokens.sub_all(how, text)
+
+    monkeypatch.setattr(ic, "_JSON_TOKENS", Tokens())
+    shown = ic._ShownArguments(False)
+    said = "".join([shown.more(more) for more in ('{"a": ', *"1" * 400, "}")])
+
+    assert ('{"a": ' + "1" * 400 + "}", True) == (said + shown.rest(), Tokens.read < 500)
