@@ -4083,11 +4083,11 @@ class Ended(NamedTuple):
 # and of gateways before them (their SDKs and reports, November 2026).
 _END_WORDS = (
     ("failed", "error|abort|fail|cancel|time_?out|overload|quota|rate_?limit|insufficient"
-     "|unavailable|malformed|unexpected|interrupt"),
+     "|unavailable|malformed|unexpected|interrupt|too_many|missing"),
     ("refused", "filter|refus|safety|sensitive|recitation|block|prohibited|spii|guardrail"
      "|moderation|toxic|violation|language"),
     ("length", "length|tokens|limit|context|truncat|incomplete"),
-    ("calls", "tool|function"), ("end", "stop|end|eos|complete|finish|done"))
+    ("calls", "tool|function"), ("end", "stop|end|eos|complete|finish|done|normal"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -5294,6 +5294,8 @@ def _said_parts(message: Mapping[str, Any]) -> list[Part]:
             for block in blocks if block.get("type") == "redacted_thinking"
             or (block.get("type") == "thinking" and block.get("signature"))]
     refusal = text_in(message, "refusal", IN_MESSAGES)
+    if message.get("audio"):                           # what was said aloud is at OpenAI
+        calls.append(Part("other", native={"type": "audio"}, origin="chat"))
     return [*said, *_chat_parts(message), *([Part("refusal", refusal)] if refusal else []), *calls]
 
 

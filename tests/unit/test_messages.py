@@ -60,6 +60,9 @@ TO_CLAUDE = [
         adjusted={"service_tier": "standard_only"}),
     ToClaude("store", {"store": False}, gets={"store": None}),
     ToClaude("store", {"store": True}, gets={"store": None}, dropped=["store"]),
+    ToClaude("what was said aloud", {"messages": [
+        {"role": "user", "content": "x"}, {"role": "assistant", "audio": {"id": "audio_1"}},
+        {"role": "user", "content": "y"}]}, gets={}, dropped=["messages.audio"]),
     ToClaude("modalities", {"modalities": ["text"]}, gets={"modalities": None}),
     *[ToClaude(name, {name: value}, gets={name: None}) for name, value in (
         ("prediction", {"type": "content", "content": "x"}), ("prompt_cache_key", "k"),

@@ -156,7 +156,7 @@ ENDS = {"length": ("length", "MAX_TOKENS", "max_new_tokens", "token_limit", "con
                     "moderation_block"),
         "end": ("stop", "EOS", "end_turn", "completed", "tool_calls", "pause_turn"),
         "failed": ("error", "timeout", "engine_overloaded", "rate_limit", "CANCELLED",
-                   "MALFORMED_FUNCTION_CALL", "error: length", "insufficient_quota")}
+                   "TOO_MANY_TOOL_CALLS", "MISSING_THOUGHT_SIGNATURE", "error: length", "insufficient_quota")}
 
 
 @pytest.mark.parametrize("reason, word", [(reason, word) for reason in ENDS
