@@ -820,8 +820,8 @@ class JsonBody:
         """Return the bytes, in pieces, with some fields set and others left out: all else stays as
         it was, but for the white space where a field goes, and is not copied."""
         text, inside = memoryview(self.text), self.text.index(b"{") + 1
-        added = _written({name: value for name, value in changes.items()
-                          if name not in self.fields})[1:-1]
+        new = {name: value for name, value in changes.items() if name not in self.fields}
+        added = _written(new)[1:-1] if new else b""
         pieces = [text[:inside], added, b"," if added and self.fields.keys() - without else b""]
         done, is_first, left = inside, True, self.fields.keys() & {*changes, *without}
         for name, at, start, end in _members(self.text) if left else ():
@@ -916,16 +916,17 @@ def _data_spans(raw: bytes) -> Iterator[tuple[int, int]]:
 def _set_aside(raw: bytes) -> tuple[bytes, dict[bytes, tuple[str, memoryview]], json.JSONDecoder]:
     """Return a body with a word for each long string of data, the data by its word, and what
     decodes that."""
+    spans = [*_data_spans(raw)]
+    if not spans:
+        return raw, {}, _STRICT_JSON
     view, mark, done = memoryview(raw), secrets.token_hex(8), 0           # that no client can know
     pieces: list = []
     words: dict[str, tuple[str, memoryview]] = {}
-    for start, end in _data_spans(raw):
+    for start, end in spans:
         word, data = f"data{mark}{len(words):06x}", view[start:end]
         words[word] = str(data, "ascii"), data
         pieces += [view[done:start], word.encode()]
         done = end
-    if not words:
-        return raw, {}, _STRICT_JSON
     decoder = _decoder(lambda pairs: _object_without_duplicates(
         [(name, words[value][0] if type(value) is str and value in words else value)
          for name, value in pairs]))
@@ -1964,6 +1965,7 @@ FILE_PART_TYPES = r"(input_)?(file|document)(_url|_file)?"
 HOSTED_RESULT_TYPES = frozenset({
     "web_search_call", "web_search_tool_result", "web_fetch_tool_result"})
 IMAGE_PART_TYPES = frozenset({"image", "image_url", "input_image", "computer_screenshot"})
+IMAGE_SOURCES = (None, "base64", "url", "file")
 RECONFIGURING_TYPE = "configuration_update"     # content that changes reasoning, or the format
 PROMPT_FIELDS = ("messages", "input", "system", "instructions", "prediction")
 # What hangs on content without being content: who called, what was cited, arguments, how a tool
@@ -2079,15 +2081,12 @@ class Contents:
             self._note(field, "item_reference", part)
         if "output_config" in part:
             self.sets_format |= bool(json_object(part["output_config"]).get("format"))
-        inside = [child for name, child in part.items()
-                  if isinstance(child, (dict, list)) and name not in NOT_CONTENT_FIELDS
-                  and name != NOT_CONTENT_OF.get(kind)]
-        if kind in IMAGE_PART_TYPES:           # of which these are data and nothing else
-            data = [part.get("image_url")]
-            if _source_type(part) in (None, "base64", "url", "file"):
-                data.append(part.get("source"))
-            inside = [child for child in inside if not any([child is one for one in data])]
-        return inside
+        skipped = [NOT_CONTENT_OF.get(kind)]
+        if kind in IMAGE_PART_TYPES:           # whose data stands there, and nothing else
+            skipped += ["image_url"] if _source_type(part) not in IMAGE_SOURCES \
+                else ["image_url", "source"]
+        return [child for name, child in part.items() if isinstance(child, (dict, list))
+                and name not in NOT_CONTENT_FIELDS and name not in skipped]
 
     def _note(self, field: str, kind: str, part: dict) -> None:
         """Note a part under a type, and what it says of tools."""
@@ -2102,13 +2101,11 @@ class Contents:
         if kind in ("document", "search_result") \
                 and json_object(part.get("citations")).get("enabled"):
             self.cited.append(part)
-        elif kind == "tool_reference":
-            self.loads.append(_loaded_name(part))
-        elif kind == "tool_addition":           # of a tool that was declared, or that it defines
-            added = json_object(part.get("tool"))
-            self.loads.append(_loaded_name(added))
-            if added.get("type") != "tool_reference":
-                self._declare(field, [added.get("definition")])
+        elif kind in ("tool_reference", "tool_addition"):
+            loaded = part if kind == "tool_reference" else json_object(part.get("tool"))
+            self.loads.append(str(loaded.get("tool_name") or loaded.get("name")))
+            if loaded.get("type") != "tool_reference":         # it is defined here
+                self._declare(field, [loaded.get("definition")])
         elif TOOL_BRINGERS.get(kind) == "tools":
             self._declare(field, part.get("tools"))
 
@@ -2149,10 +2146,6 @@ def _is_oddly_named(part: Mapping[str, Any]) -> bool:
 
 def _source_type(part: Mapping[str, Any]) -> Any:
     return json_object(part.get("source")).get("type")
-
-
-def _loaded_name(part: Mapping[str, Any]) -> str:
-    return str(part.get("tool_name") or part.get("name"))
 
 
 def _runs_at_client(kind: str, tool: Mapping[str, Any]) -> bool:
@@ -2314,7 +2307,7 @@ HOSTED_OPTIONS = frozenset("""
     url_sources use_cache user_location""".split())
 # Models that search, or run others, by themselves: xAI bills the tokens of all its agents, and
 # Groq's compound those of all its models and tools. Sources: their model pages, November 2026.
-SEARCHING_MODEL = re.compile(r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound")
+SEARCHING_MODEL = r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound"
 # The caps a client can put on its answer, by API; the first is set when a client puts none.
 MAX_TOKENS_FIELDS = MappingProxyType({
     "chat": ("max_completion_tokens", "max_tokens"),
@@ -2379,7 +2372,7 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
         elif costs:
             yield name, f"{shown_name(name)} is not known here, so what it costs cannot be " \
                 "bounded under a budget", f"field {name}"
-    if SEARCHING_MODEL.search(price.key) or SEARCHING_MODEL.search(model):
+    if _searches(price.key) or _searches(model):
         yield "model", "a model that searches by itself, or runs others, cannot be used under a " \
             "budget: what it does cannot be bounded", ""
     if api in PLAIN_PROMPTS and not _is_plain(fields.get(PLAIN_PROMPTS[api])):
@@ -2398,6 +2391,12 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
     for field, kind, tool in contents.tools:
         if not _runs_at_client(kind, tool):
             yield from _unbounded_tool(api, field, kind, tool, price, hosted_tools)
+
+
+@functools.lru_cache(maxsize=1024)
+def _searches(model: str) -> bool:
+    """Whether a model searches by itself, or runs others."""
+    return re.search(SEARCHING_MODEL, model) is not None
 
 
 @functools.lru_cache(maxsize=256)

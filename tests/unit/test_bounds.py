@@ -202,7 +202,7 @@ def sellers(api: str) -> list[ic.Price]:
     if api == "messages":
         return [price for price in PRICES if price.provider == "anthropic"]
     return [price for price in PRICES if price.provider != "anthropic"
-            and price.max_input_tokens and not ic.SEARCHING_MODEL.search(price.key)]
+            and price.max_input_tokens and not ic._searches(price.key)]
 
 
 @each_seed(70, 200)
