@@ -1,4 +1,4 @@
-"""Who calls whom in the file, from its syntax tree and annotations: `Calls(source)`.
+"""Who calls whom in the file, from its syntax tree and annotations: `Calls(path)`.
 
 A name is a function, a method (`Class.method`), a class (its fields) or a table of the top level.
 What `x.method()` calls is found by the class of `x`, which its annotation, its assignment or the
@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable, Iterator, Optional
 
+from trees import PROGRAM, source_of, tree_of, walked
+
 Classes = frozenset[str]
 NONE: Classes = frozenset()
 CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
@@ -26,8 +28,9 @@ BANNER = re.compile(r"^# =+ (\d+)\. (.+?) =+$", re.MULTILINE)
 class Calls:
     """`nodes` are the definitions of each name, `used` the names that each uses."""
 
-    def __init__(self, source: str) -> None:
-        self.source, self.tree = source, ast.parse(source)
+    def __init__(self, path: Path) -> None:
+        source = self.source = source_of(path)
+        self.tree = tree_of(path)
         self.chapters = [(int(match[1]), match[2], source.count("\n", 0, match.start()) + 1)
                          for match in BANNER.finditer(source)]
         self.nodes: dict[str, list[ast.AST]] = {}
@@ -192,7 +195,7 @@ class Calls:
 
     def _variables(self, function: ast.AST, owner: str) -> dict[str, Classes]:
         known: dict[str, Classes] = {}
-        for node in _walked(function):
+        for node in walked(function):
             if isinstance(node, ast.arg):
                 known[node.arg] = self._named(node.annotation)
         for _ in range(2):
@@ -208,12 +211,12 @@ class Calls:
         owner = name.partition(".")[0] if "." in name else ""
         for definition in self.nodes[name]:
             known = self._variables(definition, owner)
-            unread = {id(part) for node in _walked(definition)
+            unread = {id(part) for node in walked(definition)
                       if isinstance(node, (ast.arg, ast.AnnAssign, ast.FunctionDef))
                       for annotation in (getattr(node, "annotation", None),
                                          getattr(node, "returns", None)) if annotation is not None
                       for part in ast.walk(annotation)}
-            for node in _walked(definition):
+            for node in walked(definition):
                 if id(node) in unread:
                     continue
                 if isinstance(node, ast.Name) and node.id in self.nodes:
@@ -233,18 +236,13 @@ class Calls:
 
 
 @functools.lru_cache(maxsize=None)
-def _walked(node: ast.AST) -> list[ast.AST]:
-    return list(ast.walk(node))
-
-
-@functools.lru_cache(maxsize=None)
 def _assignments(function: ast.AST) -> list[tuple]:
     return list(_each_assignment(function))
 
 
 def _each_assignment(function: ast.AST) -> Iterator[tuple]:
     """(target, value, annotation) of all that a function assigns; pairs are taken apart."""
-    for node in _walked(function):
+    for node in walked(function):
         if isinstance(node, ast.Assign):
             pairs = [(target, node.value) for target in node.targets]
         elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)):
@@ -298,7 +296,7 @@ def questions(calls: Calls) -> dict[str, Question]:
 @functools.lru_cache(maxsize=None)
 def mapped() -> tuple[Calls, dict[str, Question]]:
     """The program's calls, and the questions of its map."""
-    calls = Calls((Path(__file__).resolve().parents[1] / "ironcage_proxy.py").read_text("utf-8"))
+    calls = Calls(PROGRAM)
     return calls, questions(calls)
 
 

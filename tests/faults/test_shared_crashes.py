@@ -158,7 +158,7 @@ def survives(tmp_path, mock, *, seconds, threads, kill_every_s, kill_engine_ever
 
 
 def test_processes_and_the_engine_are_killed_and_no_limit_is_passed(tmp_path, mock):
-    survives(tmp_path, mock, seconds=2.5, threads=8, kill_every_s=0.6, kill_engine_every_s=1,
+    survives(tmp_path, mock, seconds=1.8, threads=8, kill_every_s=0.4, kill_engine_every_s=0.8,
              budget="2")
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from translated import (IMAGE, IMAGE_URL, NODE, OPEN_SCHEMA, PDF, SCHEMA, USE, USER, call,
                         chunks_of, completion, folded_stream, piece, result, server, text, to_chat,
-                        tool, tool_uses)
+                        tool_uses)
 from translation_checker import check_message_stream
 from vendor_rules import refused_by_openai
 

@@ -8,14 +8,12 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from trees import PROGRAM, source_of, tree_of, walked
 
-PROGRAM = Path(__file__).resolve().parents[2] / "ironcage_proxy.py"
-SOURCE = PROGRAM.read_text(encoding="utf-8")
-TREE = ast.parse(SOURCE)
-NODES = [*ast.walk(TREE)]
+SOURCE, TREE = source_of(PROGRAM), tree_of(PROGRAM)
+NODES = walked(TREE)
 BANNER = re.compile(r"^# =+ (\d+\. .+?) =+$", re.MULTILINE)
 
 STDLIB_IMPORTS = {

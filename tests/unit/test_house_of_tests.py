@@ -16,9 +16,10 @@ ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS / "bench"))
 
 from mutants import TESTS as TESTS_OF_CHAPTERS, chapters
+from trees import tree_of, walked
 
 PROGRAM = (ROOT / "ironcage_proxy.py").read_text(encoding="utf-8")
-FILES = {str(path.relative_to(TESTS)): ast.parse(path.read_text(encoding="utf-8"))
+FILES = {str(path.relative_to(TESTS)): tree_of(path)
          for path in sorted(TESTS.rglob("*.py")) if path.parent.name != "bench"}
 TEST_FILES = {name: tree for name, tree in FILES.items() if "/test_" in name}
 CLOCKS = {"time.monotonic", "time.perf_counter", "time.process_time", "time.thread_time"}
@@ -34,11 +35,6 @@ UNIT_FILES_OF_OTHER_NAMES = {
     "Usage of answers": "test_event_streams.py", "HTTP on a socket": "test_http_wire.py",
     "Shared budget": "test_shared_engine.py", "Dashboard": "test_dashboard_page.py",
     "Embedding": "test_embedded_router.py"}
-
-
-@functools.lru_cache(maxsize=None)
-def walked(node):
-    return [*ast.walk(node)]
 
 
 @functools.lru_cache(maxsize=None)

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import pytest
 from support import seeds
+from trees import PROGRAM, tree_of, walked
 
 import ironcage_proxy as ic
 
@@ -416,8 +417,7 @@ def test_the_report_groups_by_model_token_and_day(path):
 
 def test_no_placeholder_of_a_statement_has_a_number():
     """Where one is bound to a sequence Python 3.12.0 warns, and announces that 3.14 refuses it."""
-    source = ast.parse(open(ic.__file__, encoding="utf-8").read())
-    texts = [node.value for node in ast.walk(source)
+    texts = [node.value for node in walked(tree_of(PROGRAM))
              if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
     assert [] == [text for text in texts if re.search(r"(=|>|<|\(|,|\+) ?\?\d", text)]

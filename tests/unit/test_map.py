@@ -5,6 +5,7 @@ import re
 import pytest
 from calls import mapped, show
 from support import ROOT
+from trees import walked
 
 MOST_LINES = {"overspend": 3_630, "shared": 890, "leaves": 700, "changed": 1_100}
 # What sets money aside, settles it or moves a limit.
@@ -28,7 +29,7 @@ def code_of(name):
 
 def outward(calls):
     """Functions that open connections; SQLite's are none, and serving opens none."""
-    return {name for name, nodes in calls.nodes.items() for node in nodes for call in ast.walk(node)
+    return {name for name, nodes in calls.nodes.items() for node in nodes for call in walked(node)
             if isinstance(call, ast.Call) and (
                 getattr(call.func, "attr", "") in CONNECTS
                 or getattr(call.func, "attr", "") == "open"
