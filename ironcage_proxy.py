@@ -7969,8 +7969,7 @@ class Translator:
                  target: Target, asked_model: Optional[str] = None) -> None:
         self.client_api, self.api = client_api, api
         self._client, self._provider = DIALECTS[client_api], DIALECTS[api]
-        self._asked_model = asked_model              # what the client called the model
-        self._keep, self._maker = target.keep, target.manners.name
+        self._asked_model, self._target = asked_model, target      # what the client called it
         conversation = self._client.read_request(with_kept_items(fields, target.recall))
         losses.names = {**self._client.names, **conversation.names} if conversation.names \
             else self._client.names
@@ -8042,7 +8041,11 @@ class Translator:
             elif isinstance(event, Began):
                 event = Began(event.id, self._asked_model or event.model, event.tier, event.tokens)
             elif isinstance(event, Ended):
-                event, has_ended = self._end(event), True
+                has_ended = True
+                if event.reason == "calls" and self.terms.answers_by_tool:
+                    event = event._replace(reason="end")
+                elif event.reason == "calls" and self.thoughts:    # before the client sees that
+                    self._target.keep(self.first_call_id, self.terms.digest, thoughts=self.thoughts)
             yield event
         if not has_ended:
             raise UpstreamBroke(NO_LAST_EVENT)
@@ -8070,7 +8073,7 @@ class Translator:
             yield from [More(part, rest)] if rest else []
         if part.kind != "thought":
             return
-        part.maker = self._maker
+        part.maker = self._target.manners.name
         if part.origin == "chat" and part.native:
             self.thoughts.append(part.native)
         elif part.origin == "messages":
@@ -8078,16 +8081,6 @@ class Translator:
                 self.thoughts.append(part.native)
             else:                                    # what comes between would be lost
                 self.thoughts.clear()
-
-    def _end(self, event: Ended) -> Ended:
-        """Have the thoughts kept before the client sees that its tools are called."""
-        if event.reason != "calls":
-            return event
-        if self.terms.answers_by_tool:
-            return event._replace(reason="end")
-        if self.thoughts:
-            self._keep(self.first_call_id, self.terms.digest, thoughts=self.thoughts)
-        return event
 
 
 THINKING_KEPT_BYTES, THINKING_KEPT_S = 64 * 1024 * 1024, 3600
