@@ -13757,7 +13757,6 @@ class SharedAccounts:
         """Run a script of the cage; return what it found, and the amounts of scopes, which are
         kept as known; `flushed`: and have the engine's disk hold it. Raises EngineFailed."""
         then, extra_s = ([_FLUSH], DISK_DEADLINE_MS // 1000) if flushed else ([], 0)
-
         replies: list[Reply] = []
         for how, script in (("EVALSHA", SCRIPT_DIGESTS[name]), ("EVAL", SCRIPTS[name])):
             try:
