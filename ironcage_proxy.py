@@ -1774,16 +1774,11 @@ def _multiplier(price: Price, usage: Mapping[str, Any], api: str,
 
 def _reported_picodollars(stated: Mapping[str, Any], names: Iterable[str]) -> Rate:
     """Return what a provider of these names says that a call cost; 0 where that is no amount."""
-    for name in names:
-        if name in REPORTED_COSTS:
-            path, parts = REPORTED_COSTS[name]
-            value: Any = stated
-            for field in path:
-                value = json_object(value).get(field)
-            amount = exact_number(str(value))
-            if isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts:
-                return _exact(amount, PICODOLLARS_PER_USD // parts)
-    return 0
+    path, parts = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ((), 1))
+    value = functools.reduce(lambda holder, name: json_object(holder).get(name), path, stated)
+    amount = exact_number(str(value)) if path else None
+    is_amount = isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts
+    return _exact(amount, PICODOLLARS_PER_USD // parts) if is_amount else 0
 
 
 # ==== 5. Bounds =================================================================================
@@ -3584,7 +3579,11 @@ class AnswerMeter:
         for names in USAGE_PARTS[self.api]:
             before = {name: known[name] for name in names if name in known}
             part = {name: stated[name] for name in names if name in stated}
-            counts = bool(part) and self._is_more(part, before)
+            try:
+                now, then = [usage_of(self.api, {**NO_TOKENS, **one}) for one in (part, before)]
+                counts = bool(part) and sum(now[:3]) >= sum(then[:3])
+            except MalformedUsage as err:
+                counts, self.malformed = False, self.malformed or str(err)
             for name in names:
                 merged.pop(name, None)
             merged.update(_with_lifetimes(part, before) if counts else before)
@@ -3592,15 +3591,6 @@ class AnswerMeter:
         self.usage, self.input_is_last = merged or self.usage, counted[0]
         if counted[1]:
             self._bytes_at_usage = self.output_bytes
-
-    def _is_more(self, part: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-        """Whether a part of a report is well-formed, and no less than what was reported before."""
-        try:
-            now, then = [usage_of(self.api, {**NO_TOKENS, **one}) for one in (part, before)]
-            return sum(now[:3]) >= sum(then[:3])
-        except MalformedUsage as err:
-            self.malformed = self.malformed or str(err)
-            return False
 
     def _read_chat_event(self, chunk: dict) -> None:
         choices = chunk.get("choices")
