@@ -1230,7 +1230,8 @@ def usage_of(api: str, stated: Mapping[str, Any]) -> Usage:
     whole = read({**NO_TOKENS, **stated})
     parts = [(entry["model"][:MAX_MODEL_CHARS] if isinstance(entry.get("model"), str) else None,
               read(entry)) for entry in map(json_object, iterations)]
-    prompt, completion = (sum([part[at] for _, part in parts]) for at in (0, 1))
+    prompt = sum([part.prompt_tokens for _, part in parts])
+    completion = sum([part.completion_tokens for _, part in parts])
     if prompt < whole.prompt_tokens or completion < whole.completion_tokens:
         return whole
     return Usage(prompt, completion, whole.searches,
@@ -1574,8 +1575,8 @@ FREE_ROW = MappingProxyType({INPUT_PRICE: 0, OUTPUT_PRICE: 0})
 
 # Endings of a name that leave the price as it is: none, a date, "latest". A month and a day do not:
 # gpt-3.5-turbo's versions differ. gpt-4's cost the same (OpenAI's pricing, read November 2026).
-NAME_ENDINGS = ("", r"-[0-9]{4}-[0-9]{2}-[0-9]{2}|[-@][0-9]{8}|@default|(?<=^gpt-4)-0(314|613)",
-                "-latest")
+NAME_ENDINGS: Sequence[str] = (
+    "", r"-[0-9]{4}-[0-9]{2}-[0-9]{2}|[-@][0-9]{8}|@default|(?<=^gpt-4)-0(314|613)", "-latest")
 
 
 class PriceBook:
@@ -1777,8 +1778,8 @@ def _reported_picodollars(stated: Mapping[str, Any], names: Iterable[str]) -> Ra
     path, parts = next((REPORTED_COSTS[name] for name in names if name in REPORTED_COSTS), ((), 1))
     value = functools.reduce(lambda holder, name: json_object(holder).get(name), path, stated)
     amount = exact_number(str(value)) if path else None
-    is_amount = isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts
-    return _exact(amount, PICODOLLARS_PER_USD // parts) if is_amount else 0
+    return _exact(amount, PICODOLLARS_PER_USD // parts) \
+        if isinstance(amount, Decimal) and 0 <= amount < MOST_USD * parts else 0
 
 
 # ==== 5. Bounds =================================================================================
