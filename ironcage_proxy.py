@@ -1986,7 +1986,7 @@ NOT_CONTENT_OF = MappingProxyType({**TOOL_BRINGERS, "tool_use": "input",
 READ_MEMBERS = frozenset({"type", "id", "content", "source", "citations", "encrypted_content",
                           "output_config", "tool", "tools", "tool_name", *MEDIA_FIELDS})
 STORED_STATE_FIELDS = frozenset({"previous_response_id", "conversation", "container"})
-SPOKEN_FIELDS = ("audio", "modalities")          # with one, the answer may be audio
+SPOKEN_FIELDS = frozenset({"audio", "modalities"})          # with one, the answer may be audio
 # Tools that the client runs.
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
@@ -2029,9 +2029,9 @@ HOSTED_TOOLS = (
 )
 
 
-def _has_any(fields: Mapping[str, Any], names: Iterable[str]) -> bool:
+def _has_any(fields: Mapping[str, Any], names: frozenset) -> bool:
     """Whether a request states one of these fields."""
-    return any([fields.get(name) is not None for name in names])
+    return not names.isdisjoint(fields) and any([fields.get(name) is not None for name in names])
 
 
 class Contents:
@@ -2049,7 +2049,8 @@ class Contents:
         self.loads: list[str] = []              # the names of tools, as often as parts load them
         self.tools: list[tuple[str, str, Mapping[str, Any]]] = []     # (field, type, tool)
         for name in ("tools", "functions"):
-            self._declare(name, fields.get(name))
+            if name in fields:
+                self._declare(name, fields[name])
         for name in PROMPT_FIELDS:
             waiting = [fields[name]] if name in fields else []
             for value in waiting:               # which grows as we go
@@ -2069,8 +2070,8 @@ class Contents:
                 and not part.get("encrypted_content") \
                 and not (kind == "compaction" and part.get("content"))
         else:                                  # servers take the type from the field that is there
-            for name in MEDIA_FIELDS.keys() & part.keys():
-                if part[name] is not None:
+            for name in part:
+                if name in MEDIA_FIELDS and part[name] is not None:
                     self._note(field, MEDIA_FIELDS[name], part)
             is_elsewhere = "id" in part and part.get("content") is None
         if is_elsewhere:                       # kept there, under its id
@@ -2117,7 +2118,8 @@ class Contents:
                     or any([name != name.casefold() for name in tool]):
                 kind = "?"
             self.tools.append((field, kind, fields))
-            self._declare(f"{field}.tools", fields.get("tools"))
+            if "tools" in fields:
+                self._declare(f"{field}.tools", fields["tools"])
 
     @property
     def is_unseen(self) -> bool:
@@ -2413,7 +2415,7 @@ def _unbounded_fields(rules: Mapping[str, FieldRule], fields: Mapping[str, Any],
                       inside: str) -> Iterator[tuple[str, bool]]:
     """Yield (name, whether it is known) of what the rules do not bound, also inside objects."""
     for name, value in fields.items():
-        rule = rules.get(name, _NO_RULE)
+        rule: Any = rules.get(name, _NO_RULE)
         if value is None or rule is None:
             continue
         if rule is _NO_RULE:
@@ -2789,19 +2791,15 @@ def _thinking_budget(fields: Mapping[str, Any]) -> int:
 
 def kinds_held(body: JsonBody) -> frozenset:
     """Return the kinds of HIDDEN_IN that a call with this body may have tokens of."""
-    contents, held = contents_of(body), set()
-    if contents.is_unseen or contents.images:
-        held.add("image_input")
+    contents, is_heard = contents_of(body), False
     for _, kind, part in contents.unseen:       # PDFs and texts that say so hold no audio
         data = [text for text in strings_in(part) if text.startswith("data:")]
-        if "audio" in kind or not data or not all(
-                [text.startswith(("data:application/pdf", "data:text/")) for text in data]):
-            held.add("audio_input")
-    if contents.has_state:
-        held.add("audio_input")
-    if _has_any(body.fields, SPOKEN_FIELDS):
-        held.add("audio_output")
-    return frozenset(held)
+        is_heard |= "audio" in kind or not data or not all(
+            [text.startswith(("data:application/pdf", "data:text/")) for text in data])
+    held = {"audio_input": is_heard or contents.has_state,
+            "image_input": contents.is_unseen or contents.images,
+            "audio_output": _has_any(body.fields, SPOKEN_FIELDS)}
+    return frozenset([kind for kind, is_held in held.items() if is_held])
 
 
 def _dearest_rates(price: Price, body: JsonBody, api: str, input_tokens: int,
@@ -2969,7 +2967,8 @@ class Changes:
             if self._fields.get("max_tool_calls") != uses:
                 self.set["max_tool_calls"] = self.reported["max_tool_calls"] = uses
             return
-        tools, reported = [], {}
+        tools: list[dict] = []
+        reported: dict[str, Any] = {}
         for tool in self._fields.get("tools") or ():
             kind, name, caps = str(tool.get("type")), f"tools.{tool.get('name')}", {}
             if re.fullmatch(SEARCH_TOOL_TYPES, kind):
