@@ -15,8 +15,10 @@ ic = program()
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 100,
         "messages": [{"role": "user", "content": "hello"}]}
 CAGED, OTHER = "ic_caged_token_0123", "ic_other_token_0123"
-# A server of fewer places, for it takes a second to open 1,100 connections; and one as it is.
-FEW, FLOOD = "import sys, ironcage_proxy as ic\nic.MAX_CONNECTIONS = 256\nsys.exit(ic.main())", 1_100
+# A server of fewer places and less patience, for it takes a second to open 1,100 connections; and
+# one as it is.
+FEW, FLOOD = ("import sys, ironcage_proxy as ic\nic.MAX_CONNECTIONS, ic.STRANGER_S = 256, 0.5\n"
+              "sys.exit(ic.main())"), 1_100
 FLOODS = [(FEW, 300), pytest.param(MAIN, FLOOD, marks=pytest.mark.soak)]
 HEAD = ("POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {}\r\n"
         "content-length: {}\r\n\r\n")

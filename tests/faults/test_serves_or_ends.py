@@ -195,7 +195,7 @@ def token(name, limit, **more):
 
 
 def limits(proxy):
-    return {scope: (account.limit, account.stop_at, account.period)
+    return {scope: (account.row.limit, account.row.stop_at, account.row.period)
             for scope, account in proxy.router.controller.accounts.by_scope.items()}
 
 
