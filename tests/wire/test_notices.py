@@ -85,7 +85,7 @@ def token_config(tmp_path, **fields):
 def test_a_tokens_period_says_when_it_begins_anew(
         mock, proxy_for, tmp_path, path, fields, reset, period, days):
     proxy = proxy_for(*token_config(tmp_path, budget_usd="1", period=period))
-    proxy.router.controller.accounts.by_scope["ci"].spent = 800_000
+    proxy.router.controller.accounts.by_scope["ci"].add(int(time.time()), spent=800_000)
 
     answer = call(proxy.port, "POST", path, fields, token="tok_0123456789")
 
@@ -102,7 +102,7 @@ def test_a_tokens_period_says_when_it_begins_anew(
 def test_the_limit_that_will_end_first_counts(mock, proxy_for, tmp_path, proxys, tokens, told):
     proxy = spent_before(proxy_for("--budget", "1", *token_config(tmp_path, budget_usd="1")),
                          proxys)
-    proxy.router.controller.accounts.by_scope["ci"].spent = tokens
+    proxy.router.controller.accounts.by_scope["ci"].add(int(time.time()), spent=tokens)
 
     answer = call(proxy.port, "POST", *MESSAGES, token="tok_0123456789")
 
