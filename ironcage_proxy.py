@@ -7513,19 +7513,19 @@ class _ItemReader:
         at, text = str(event.get(place) or 0), text_in(event, member, IN_ANSWER)
         key = (_place_of(event, event.get("item_id")), at if place == "content_index"
                and kind != "thought" else "0")
-        part, before = self._open.get(key), ()
+        part, before = self._open.get(key), []
         if part is None:
             if kind == "call" or key[0] in self._done or (member != "delta" and not text):
                 return ()                          # a call has no name yet: its item comes whole
             part = Part(kind)
-            before = (self._opened(key, part),)
+            before = [self._opened(key, part)]
         if member != "delta":                      # all of it: some send it at once
             shown = "".join(part.pieces)
             text = text[len(shown):] if text.startswith(shown) else ""
         if kind == "thought" and part.pieces and part.at != at:
             text = "\n\n" + text
         part.at = at
-        return (*before, part.grown(text)) if text else before
+        return [*before, part.grown(text)] if text else before
 
     def _end_item(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
         self._items_done += 1
@@ -7611,7 +7611,7 @@ class _Item:
 
 
 KEPT_ITEM = "item"                                 # in place of a digest, beside an item's id
-_NOT_SHOWN: tuple = (_Shown("", "", dict), None, {})         # where a part stands that has no place
+_NOT_SHOWN: tuple = (_Shown("", "", lambda part: {}), None, {})        # of a part without a place
 
 
 class ResponsesWriter(AnswerWriter):
