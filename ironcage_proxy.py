@@ -5729,15 +5729,14 @@ class _ChunkReader:
 
     def read(self, chunk: Mapping[str, Any]) -> list[AnswerEvent]:
         """Return the events of one chunk."""
-        kind, events = chunk.get("type"), []
+        kind, self._events = chunk.get("type"), []
         if kind in ("done", "ping"):
             self._is_done |= kind == "done"
             return [PING] if kind == "ping" else []
-        self._events = events
         self._tier = chunk.get("service_tier") or self._tier
         if not self._has_begun:
             self._has_begun = True
-            events.append(Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier))
+            self._events.append(Began(str(chunk.get("id") or ""), chunk.get("model"), self._tier))
         choice = _first_choice(chunk)
         if chunk.get("usage") or "x_groq" in chunk or "usage" in choice:
             usage = usage_in(chunk)
@@ -5751,7 +5750,7 @@ class _ChunkReader:
             self._read_delta(delta)
         if choice.get("finish_reason"):
             self._choice = choice
-        return events
+        return self._events
 
     def _read_delta(self, delta: Mapping[str, Any]) -> None:
         text = delta.get("content")
@@ -6308,7 +6307,7 @@ def _tools_at_last(fields: Mapping[str, Any],
 
 def _tool_of_claude(row: Mapping[str, Any], conversation: Conversation) -> Tool:
     kind, name = str(row.get("type") or "custom"), text_in(row, "name", IN_TOOLS)
-    own = {"native": row, "origin": "messages"}
+    own: dict[str, Any] = {"native": row, "origin": "messages"}
     if kind == "custom":
         return Tool("function", name, text_in(row, "description", IN_TOOLS),
                     *tool_schema(row, "input_schema"), **own)
@@ -6581,7 +6580,8 @@ class _MessagesRequest(RequestWriter):
         schema = object_schema(given)
         if schema.keys() - {"type"} != given.keys() - {"type"}:
             self._losses.adjust("schema", "merged")
-        written = {"name": self._names.fitting(tool.name, tool.namespace), "input_schema": schema}
+        written: dict[str, Any] = {"name": self._names.fitting(tool.name, tool.namespace),
+                                   "input_schema": schema}
         if tool.description:
             written["description"] = tool.description
         if tool.origin == "messages":
