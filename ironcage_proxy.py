@@ -8202,28 +8202,20 @@ def echo_input_tokens(fields: Mapping[str, Any]) -> int:
 
 class EchoAnswer(NamedTuple):
     """What the echo model says to one request."""
-    tokens: tuple[str, ...]         # the text, cut into tokens
-    is_cut: bool                    # it was cut at the request's cap
-    input_tokens: int
+    text: str
+    tokens: tuple[str, ...]         # the text, cut into them
+    is_cut: bool                    # at the request's cap
+    usage: Tokens
     answer_id: str                  # 24 characters, without a prefix
     created_at: int                 # Unix seconds
     fields: Mapping[str, Any]       # the request's
 
-    @property
-    def text(self) -> str:
-        return "".join(self.tokens)
-
-    @property
-    def usage(self) -> Tokens:
-        return Tokens(self.input_tokens, output=len(self.tokens))
-
     def events(self) -> Iterator[AnswerEvent]:
         """Yield the answer, token by token."""
         part = Part("text", self.text)
-        yield Began(self.answer_id, ECHO_MODEL, tokens=Tokens(self.input_tokens))
+        yield Began(self.answer_id, ECHO_MODEL, tokens=self.usage._replace(output=0))
         yield Opened(part)
-        for token in self.tokens:
-            yield More(part, token)
+        yield from (More(part, token) for token in self.tokens)
         yield Closed(part)
         yield Ended("length" if self.is_cut else "end", self.usage)
 
@@ -8239,8 +8231,8 @@ def echo(api: str, fields: Mapping[str, Any], *, answer_id: str,
     tokens = tuple(re.findall(_ECHO_TOKEN, text))
     cap = asked_output_tokens(api, fields)
     kept = tokens if cap is None else tokens[:cap]
-    return EchoAnswer(kept, len(kept) < len(tokens), echo_input_tokens(fields), answer_id,
-                      created_at, fields)
+    usage = Tokens(echo_input_tokens(fields), output=len(kept))
+    return EchoAnswer("".join(kept), kept, kept != tokens, usage, answer_id, created_at, fields)
 
 
 def _echo_completion(answer: EchoAnswer) -> dict:
@@ -8285,7 +8277,7 @@ def _echo_embeddings(answer: EchoAnswer) -> dict:
             vector = base64.b64encode(struct.pack(f"<{dimensions}f", *vector)).decode("ascii")
         rows.append({"object": "embedding", "index": index, "embedding": vector})
     return {"object": "list", "model": ECHO_MODEL, "data": rows, "usage": {
-        "prompt_tokens": answer.input_tokens, "total_tokens": answer.input_tokens}}
+        "prompt_tokens": answer.usage.input, "total_tokens": answer.usage.input}}
 
 
 def echo_whole(api: str, answer: EchoAnswer) -> dict:
