@@ -1461,11 +1461,6 @@ def _is_amount(value: Any) -> bool:
         and Decimal(value).is_finite() and 0 <= value < MOST_USD
 
 
-def _limit(row: Mapping[str, Any], name: str) -> Optional[int]:
-    value = row.get(name)
-    return int(value) if _is_amount(value) and value else None
-
-
 def _checked(row: Mapping[str, Any], name: str, default: Any = None, parts: int = 1) -> Rate:
     """Return an amount in a row, in parts of its unit. Raises ValueError, naming its field."""
     value = row.get(name, default)
@@ -1547,6 +1542,8 @@ def price_from_row(key: str, row: Any) -> Price:
             raise ValueError(f"{name} must be a number from 0 up")
     _check_all_is_read(key, row)
     extras, searches = _object_in(row, "provider_specific_entry"), _object_in(row, _SEARCHES)
+    most = {name: int(row[name]) for name in ("max_input_tokens", "max_output_tokens", "max_tokens")
+            if _is_amount(row.get(name)) and row[name]}
     return Price(
         key=key, provider=str(row.get("litellm_provider") or ""),
         amounts=MappingProxyType(prices),
@@ -1560,8 +1557,8 @@ def price_from_row(key: str, row: Any) -> Price:
         residency_multipliers=MappingProxyType({
             found[1]: _multiplier_of(row, found[0])
             for found in map(_RESIDENCY.fullmatch, row) if found}),
-        max_input_tokens=_limit(row, "max_input_tokens"),
-        max_output_tokens=_limit(row, "max_output_tokens") or _limit(row, "max_tokens"),
+        max_input_tokens=most.get("max_input_tokens"),
+        max_output_tokens=most.get("max_output_tokens", most.get("max_tokens")),
         known_rates={}, is_for_responses=row.get("mode") == "responses")
 
 
