@@ -9005,12 +9005,15 @@ _SETTLED_COLUMNS = (*tuple(_FIRST_COLUMNS)[[*_FIRST_COLUMNS].index("settled_ms")
                     "price_row")
 TOKEN_COUNTS = ("input_tokens", "cached_input_tokens", "output_tokens")
 _SUMS = ("requests", *TOKEN_COUNTS, "cost_microdollars", "estimated_requests")
+_COUNTED = (                                  # what each row counts for
+    "SELECT admitted_s AS at_s, token, provider, COALESCE(price_key, 'other') AS model, "
+    "COALESCE(session, '') AS session, COALESCE(project, '') AS project, 1 AS requests, "
+    + ", ".join(f"COALESCE({name}, 0) AS {name}" for name in TOKEN_COUNTS)
+    + ", COALESCE(cost_microdollars, bound_microdollars) AS cost_microdollars, estimated IS NOT "
+    "NULL AS estimated_requests, settled_ms IS NULL AS unsettled_requests FROM calls WHERE {}")
 _ADD_UP = (
-    f"INSERT INTO daily SELECT admitted_s / {DAY_S}, token, provider, COALESCE(price_key, 'other'),"
-    " COALESCE(session, ''), COALESCE(project, ''), COUNT(*), COALESCE(SUM(input_tokens), 0), "
-    "COALESCE(SUM(cached_input_tokens), 0), COALESCE(SUM(output_tokens), 0), "
-    "COALESCE(SUM(cost_microdollars), 0), SUM(estimated IS NOT NULL) FROM calls WHERE {} "
-    "GROUP BY 1, 2, 3, 4, 5, 6")
+    f"INSERT INTO daily SELECT at_s / {DAY_S}, token, provider, model, session, project, "
+    + ", ".join(f"SUM({name})" for name in _SUMS) + f" FROM ({_COUNTED}) GROUP BY 1, 2, 3, 4, 5, 6")
 # Each brings a ledger one version on (PRAGMA user_version). What stands here never changes.
 MIGRATIONS = (
     "CREATE TABLE calls (" + ", ".join(map(" ".join, _FIRST_COLUMNS.items())) + ")",
@@ -9797,13 +9800,9 @@ USAGE_GROUPS = MappingProxyType({
 })
 USAGE_TABLES = ("model", "token", "day")      # what is shown where nothing is said
 _SPEND = (
-    f"SELECT day * {DAY_S} AS at_s, token, provider, model, session, project, "
-    f"{', '.join(_SUMS)}, 0 AS unsettled_requests FROM daily WHERE day <= :last_day UNION ALL "
-    "SELECT admitted_s, token, provider, COALESCE(price_key, 'other'), COALESCE(session, ''), "
-    "COALESCE(project, ''), 1, COALESCE(input_tokens, 0), COALESCE(cached_input_tokens, 0), "
-    "COALESCE(output_tokens, 0), COALESCE(cost_microdollars, bound_microdollars), "
-    "estimated IS NOT NULL, settled_ms IS NULL FROM calls "
-    "WHERE id > (SELECT tallied_id FROM chain){}")
+    f"SELECT day * {DAY_S} AS at_s, token, provider, model, session, project, {', '.join(_SUMS)}, "
+    "0 AS unsettled_requests FROM daily WHERE day <= :last_day UNION ALL "
+    + _COUNTED.format("id > (SELECT tallied_id FROM chain){}"))
 _FINER = f" OR admitted_s >= (:last_day + 1) * {DAY_S}"
 SPEND_COUNTS = (*_SUMS, "unsettled_requests")
 _SPEND_SUMS = ", ".join(f"COALESCE(SUM({name}), 0) AS {name}" for name in SPEND_COUNTS)
