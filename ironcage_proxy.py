@@ -5934,10 +5934,8 @@ _CALLS_ALONE = {"tool_calls"}                        # as most deltas with calls
 
 def opaque_in(holder: Mapping[str, Any]) -> dict:
     """Return what has to go back to a server as it came, with a call or a message."""
-    if OPAQUE_FIELDS.isdisjoint(holder):
-        return {}
-    return {name: holder[name] for name in OPAQUE_FIELDS if holder.get(name) is not None
-            and any(value is not None for value in json_object(holder[name]).values() or (0,))}
+    return {name: holder[name] for name in OPAQUE_FIELDS & holder.keys()
+            if holder[name] is not None}
 
 
 def _is_whole(call: Part) -> bool:
@@ -6098,16 +6096,17 @@ OPENAI_ERRORS = MappingProxyType({
     413: ("invalid_request_error", "request_too_large"),
     429: ("requests", "rate_limit_exceeded"), 500: ("server_error", None),
     503: ("server_error", "overloaded"), 504: ("server_error", "timeout"),
-})
+    529: ("server_error", "overloaded")})
 
 
 def openai_error(failure: Failure, request_id: str) -> tuple[int, dict]:
     """Return an error in OpenAI's words, with its status."""
-    status = {402: 429, 529: 503}.get(failure.status, failure.status)
-    kind, code = OPENAI_ERRORS.get(402 if failure.status == 402 else status, (
+    status = failure.status
+    kind, code = OPENAI_ERRORS.get(status, (
         "server_error" if status >= 500 else "invalid_request_error", None))
-    return status, {"error": {"message": failure.message, "type": kind, "param": failure.param,
-                              "code": failure.code or code}}
+    return {402: 429, 529: 503}.get(status, status), {"error": {
+        "message": failure.message, "type": kind, "param": failure.param,
+        "code": failure.code or code}}
 
 
 # ==== 12. Messages ==============================================================================
@@ -6362,14 +6361,10 @@ def _tool_result_parts(row: Mapping[str, Any]) -> list[Part]:
                  is_error=row.get("is_error") is True)]
 
 
-def _text_parts(text: str) -> list[Part]:
-    return [Part("text", text)] if text else []
-
-
 _BLOCKS_READ = MappingProxyType({
-    "compaction": lambda row: _text_parts(text_in(row, "content", IN_MESSAGES)),   # of all before
-    "search_result": lambda row: _text_parts(
-        f"{row.get('title')} ({row.get('source')})\n" + _text_of(row.get("content"), "\n")),
+    "compaction": _message_parts,                  # of all before it
+    "search_result": lambda row: [Part("text", f"{row.get('title')} ({row.get('source')})\n"
+                                       + _text_of(row.get("content"), "\n"))],
     "image": _media_parts, "document": _media_parts, "tool_result": _tool_result_parts,
     "tool_use": lambda row: [Part("call", input_to_arguments(row.get("input")),
                                   id=str(row.get("id") or ""),
