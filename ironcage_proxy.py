@@ -10782,7 +10782,7 @@ class RequestHead(NamedTuple):
 
 # Java's HttpClient offers HTTP/2 in every request over plain HTTP, and takes an answer over
 # HTTP/1.1. A 426 says what is spoken instead (RFC 9110, 7.8 and 15.5.22).
-IGNORED_UPGRADES = re.compile(r"(?i)(h2c|[, \t])*")
+IGNORED_UPGRADES = re.compile(r"(?i)[, \t]*(h2c([, \t]+|$))*")
 UPGRADES_SERVED = (("upgrade", "HTTP/1.1"), ("connection", "upgrade"))
 
 
@@ -11032,24 +11032,34 @@ class Slot:
             with self.outside():
                 readable = ready_of([wire.sock for wire in wires], deadline_s - time.monotonic())
             return [wire for wire in wires if wire.sock in readable]
-        with self._lock:
-            self._epoll = self._epoll or select.epoll()
-            for wire in wires:
-                wire.waiter, wire.is_ready = waiter, False
-                if not wire.is_armed:                # the next poll is to show it once
-                    is_known = self._wires.get(wire.number) is wire
-                    arm = self._epoll.modify if is_known else self._epoll.register
-                    arm(wire.number, select.EPOLLIN | select.EPOLLONESHOT)
-                    self._wires[wire.number], wire.is_armed = wire, True
-            polls = self._pause_locked(waiter)
+        for wire in wires:                           # if it was just shown, it is armed once more
+            wire.waiter, wire.is_ready = waiter, False
+        is_late = False
         while True:
-            if not (polls and self._poll(waiter, wires, deadline_s)):
-                self._await_slot(waiter, deadline_s)
             with self._lock:
                 ready = [wire for wire in wires if wire.is_ready]
-                if ready or time.monotonic() >= deadline_s:
+                if ready or is_late:
                     return ready
-                polls = self._pause_locked(waiter)
+                self._arm_locked(wires)
+                self._is_taken, polls = False, not (self._queue or self._is_polling)
+                if polls:
+                    self._is_polling = True
+                else:
+                    self._parked.add(waiter)
+                    self._pass_on_locked()
+            if not (polls and self._poll(waiter, wires, deadline_s)):
+                self._await_slot(waiter, deadline_s)
+            is_late = time.monotonic() >= deadline_s
+
+    def _arm_locked(self, wires: Sequence[Wire]) -> None:
+        """Have the next poll show, once, which of these can be read."""
+        self._epoll = self._epoll or select.epoll()
+        for wire in wires:
+            if not wire.is_armed:
+                is_known = self._wires.get(wire.number) is wire
+                arm = self._epoll.modify if is_known else self._epoll.register
+                arm(wire.number, select.EPOLLIN | select.EPOLLONESHOT)
+                self._wires[wire.number], wire.is_armed = wire, True
 
     def forget(self, wire: Wire) -> None:
         """Know no more of a wire, which is about to be closed."""
@@ -11057,16 +11067,6 @@ class Slot:
             if self._wires.get(wire.number) is wire:
                 del self._wires[wire.number]
                 self._epoll.unregister(wire.number)
-
-    def _pause_locked(self, waiter: Waiter) -> bool:
-        """Give up the slot for a wait; True where `waiter` is to wait for the sockets of all."""
-        self._is_taken = False
-        if self._queue or self._is_polling:
-            self._parked.add(waiter)
-            self._pass_on_locked()
-            return False
-        self._is_polling = True
-        return True
 
     def _poll(self, waiter: Waiter, wires: Sequence[Wire], deadline_s: float) -> bool:
         """Wait for the sockets of all, and queue those they wake; True if `waiter` runs on."""
