@@ -402,8 +402,10 @@ def test_what_only_the_done_events_or_the_last_one_hold_is_read():
      {"type": "response.done", "response": {"status": "completed"}}]])
 def test_what_ends_a_response_is_known_by_its_status_and_ends_it_once(ends):
     events, _ = said(Say("Hi"))
-    read = [*ic.responses_events([*events[:-1], *ends], TERMS)]
+    begun = {"type": "response.created", "response": {"status": "completed"}}
+    read = [*ic.responses_events([begun, *events[1:-1], *ends], TERMS)]
 
+    assert [ic.Began, ic.Opened] == [*map(type, read[:2])] and ic.Ended is type(read[-1])
     assert ["end"] == [event.reason for event in read if isinstance(event, ic.Ended)]
 
 
