@@ -3334,9 +3334,7 @@ ANSWER_ENDS = ("completed", "incomplete")          # of a response; others are f
 
 def response_end(response: Mapping[str, Any], kind: str = "") -> str:
     """Return how a response is over, by its event's type, its status or its error; or ""."""
-    if kind == "response.created":                     # some servers write its last status there
-        return ""
-    if kind.endswith(("created", "in_progress", "queued")):      # whatever its response says
+    if kind.endswith((".created", ".in_progress", ".queued")):   # some write the last status there
         return ""
     said = (kind.partition(".")[2], response.get("status"), response.get("error") and "failed")
     return next((end for end in said if end in (*ANSWER_ENDS, "failed", "cancelled")), "")
