@@ -2728,26 +2728,22 @@ def fixed_bound(microdollars: int) -> Bound:
                  asked_output_tokens=0)
 
 
-def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: str = "default",
-                     data_residency: Optional[str] = None, measured: bool = False,
-                     window: int = 0, may_be_lowered: bool = True, reasoning_tokens: int = 0,
+def bound_of_request(api: str, body: JsonBody, price: Price, *,
+                     provider: Provider = KNOWN_PROVIDERS["openai"], measured: bool = False,
+                     window: int = 0, may_be_lowered: bool = True,
                      input_tokens: Optional[int] = None, said_choice: Any = None) -> Bound:
     """Return the worst case of a request at a price; `input_tokens` is a bound on its input, if
-    known, `reasoning_tokens` what the provider's caps do not hold, `said_choice` a tool_choice in
-    words.
-
-    Raises BadRequest, UnboundedRequest.
-    """
+    known, `said_choice` a tool_choice in words. Raises BadRequest, UnboundedRequest."""
     fields = body.fields
     if input_tokens is None:
         input_tokens = input_tokens_bound(body, price, measured=measured, window=window)
     multiplier = _multiplier(price, {
         "inference_geo": None if fields.get("inference_geo") == "global" else "us",
-        "speed": None if fields.get("speed") is None else "fast"}, api, data_residency)
+        "speed": None if fields.get("speed") is None else "fast"}, api, provider.data_residency)
     answers = _choices(api, fields)
 
     def rates_up_to(most_tokens: int) -> tuple[Rate, Rate]:
-        dearest = _dearest_rates(price, body, api, most_tokens, default_tier)
+        dearest = _dearest_rates(price, body, api, most_tokens, provider.default_service_tier)
         return dearest[0] * multiplier, dearest[1] * multiplier * answers
 
     least = LEAST_RESPONSES_TOKENS if api == "responses" else 1
@@ -2757,7 +2753,7 @@ def bound_of_request(api: str, body: JsonBody, price: Price, *, default_tier: st
     return Bound(
         input_tokens=input_tokens, may_be_lowered=may_be_lowered, least_output_tokens=least,
         unlimited_output_tokens=len(body.raw) if fields.get("prediction") is not None else 0,
-        reasoning_tokens=reasoning_tokens if api in ("chat", "messages") else 0,
+        reasoning_tokens=provider.reasoning_beyond_caps if api in ("chat", "messages") else 0,
         asked_output_tokens=0 if api == "embeddings" else asked_output_tokens(api, fields),
         most_output_tokens=price.max_output_tokens or UNKNOWN_MAX_OUTPUT_TOKENS,
         **_by_hosted_uses(api, body, price, input_tokens, window, rates_up_to,
@@ -3214,10 +3210,10 @@ class KnownCounts:
                 self._answered[scope] = ""
             self._counts.pop((scope, row.digest), None)
             self._counts[scope, row.digest] = (row.learned_s, row.counted)
-            kept: Any
-            for kept in (self._counts, self._answered):
-                if len(kept) > MOST_COUNTS:
-                    del kept[next(iter(kept))]
+            if len(self._counts) > MOST_COUNTS:
+                del self._counts[next(iter(self._counts))]
+            if len(self._answered) > MOST_COUNTS:
+                del self._answered[next(iter(self._answered))]
 
     def find(self, scope: str, digests: Sequence[bytes]) -> list[Optional[Counted]]:
         """Return what is known of each digest."""
@@ -14629,10 +14625,7 @@ class Router:
         """Return a call's worst case: by bytes while that is little of what is free, else measured.
         """
         betas = anthropic_betas(call.request.head, call.added_betas)
-        options: dict = {"default_tier": call.provider.default_service_tier,
-                         "data_residency": call.provider.data_residency,
-                         "may_be_lowered": not self.settings.no_fit,
-                         "reasoning_tokens": call.provider.reasoning_beyond_caps,
+        options: dict = {"provider": call.provider, "may_be_lowered": not self.settings.no_fit,
                          "said_choice": call.translator and call.translator.terms.said_choice,
                          "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)
@@ -16994,8 +16987,7 @@ def model_text(router: Router, model: str) -> str:
     try:
         bound = bound_of_request(
             "messages" if provider.format == "anthropic" else "chat", body, price,
-            default_tier=provider.default_service_tier, data_residency=provider.data_residency,
-            measured=router.settings.bound != "bytes")
+            provider=provider, measured=router.settings.bound != "bytes")
     except BadRequest:                                 # as of a model that only embeds
         return start + shown + end
     return (f"{start}{shown}{end}; 1,000 bytes with max_tokens 1000 reserve "

@@ -29,6 +29,15 @@ CLAUDE = {**ROW, "litellm_provider": "anthropic",
           "cache_creation_input_token_cost_above_1hr": Decimal("0.00002")}
 
 
+OPENAI = ic.KNOWN_PROVIDERS["openai"]
+
+
+def openai_in(region: str | None) -> ic.Provider:
+    """OpenAI at the host of a region."""
+    host = f"{region}.api.openai.com" if region else "api.openai.com"
+    return OPENAI._replace(base_url=f"https://{host}/v1")
+
+
 def price_of(row: dict, key: str = "m") -> ic.Price:
     return ic.PriceBook({key: row}).price(key)
 
@@ -215,7 +224,7 @@ def test_no_bill_that_a_provider_can_make_is_above_the_bound(seed):
         fields = request_of(rng, api)
         residency = rng.choice([None, "us", "eu"]) if api != "messages" else None
         body = ic.parse_json_object(serialised(rng, fields))
-        bound = ic.bound_of_request(api, body, price, data_residency=residency)
+        bound = ic.bound_of_request(api, body, price, provider=openai_in(residency))
         cap = rng.choice([bound.output_tokens, rng.randrange(bound.output_tokens + 1)])
 
         usage, options = bill_of(rng, api, fields, price, cap)
@@ -231,7 +240,8 @@ def test_a_tier_that_the_project_defaults_to_is_bounded(seed):
     usage = {"prompt_tokens": 20, "completion_tokens": 50}
     fields = chat(max_tokens=50, **rng.choice([{}, {"service_tier": "auto"}]))
 
-    bound = ic.bound_of_request("chat", body_of(fields), price, default_tier="priority")
+    bound = ic.bound_of_request("chat", body_of(fields), price,
+                                provider=OPENAI._replace(default_service_tier="priority"))
     costs = [BOOK.cost(price.key, usage, api="chat", service_tier=tier)
              for tier in (None, "priority")]
 
@@ -361,7 +371,7 @@ def test_regional_hosts_multiply_the_bound(residency, factor):
     row = {**ROW, "regional_processing_uplift_multiplier_us": Decimal("1.1"),
            "regional_processing_uplift_multiplier_eu": Decimal("1.2")}
 
-    bound = bound_of("chat", chat(), row, data_residency=residency)
+    bound = bound_of("chat", chat(), row, provider=openai_in(residency))
 
     assert bound.input_tokens * 10 ** 6 * factor == bound.input_picodollars
 
@@ -1051,15 +1061,15 @@ def test_an_option_of_a_hosted_tool_that_is_not_known_is_refused_and_its_hatch_n
 @pytest.mark.parametrize("content", ["Hello", [{"type": "compaction_trigger"}]])
 def test_output_beside_the_cap_is_in_the_bound_whatever_else_the_request_holds(content):
     fields = chat(max_tokens=1, messages=[{"role": "user", "content": content}])
-    plain, thinking, predicted = (bound_of("chat", {**fields, **more}, reasoning_tokens=tokens)
-                                  for more, tokens in (
-                                      ({}, 0), ({}, 7), ({"prediction": {"content": "x"}}, 0)))
+    plain, thinking, predicted = (
+        bound_of("chat", {**fields, **more}, provider=OPENAI._replace(reasoning_beyond_caps=tokens))
+        for more, tokens in (({}, 0), ({}, 7), ({"prediction": {"content": "x"}}, 0)))
 
     each = plain.microdollars(1) - plain.microdollars(0)
     assert 7 * each == thinking.microdollars(1) - plain.microdollars(1)
     assert predicted.microdollars(1) - plain.microdollars(1) >= len('{"content": "x"}') * each
-    assert 0 == bound_of("responses", {"model": "m", "input": "x"}, reasoning_tokens=7
-                         ).reasoning_tokens
+    assert 0 == bound_of("responses", {"model": "m", "input": "x"},
+                         provider=OPENAI._replace(reasoning_beyond_caps=7)).reasoning_tokens
 
 
 # Caps from amounts.
