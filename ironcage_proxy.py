@@ -8353,7 +8353,7 @@ class Budget(NamedTuple):
 
     def as_json(self) -> dict:
         """Return the five amounts under their public names."""
-        free = 0 if self.ended_by is not None else self.free
+        free = self.free
         return {"limit_microdollars": self.limit, "stop_at_microdollars": self.stop_at,
                 "spent_microdollars": self.spent, "reserved_microdollars": self.reserved,
                 "available_microdollars": None if free is None else max(0, free)}
@@ -8542,8 +8542,7 @@ class Accounts:
             account.row = row
 
     def set_scopes(self, rows: Sequence[Scope]) -> None:
-        """Open scopes, or change their limits and periods: all in one step, after what can fail.
-        """
+        """Open scopes, or change their limits and periods, in one step, after what can fail."""
         accounts = [*map(self._account_of, rows)]
         with self._lock:
             for account, row in zip(accounts, rows):
@@ -8709,11 +8708,10 @@ class CostController:
         """Set an amount aside at once. Raises InsufficientBudget if it does not fit;
         BudgetExceeded where the stop is reached."""
         _check_amount(max_cost_microdollars)
-        bound = fixed_bound(max_cost_microdollars)
-        claim = self.ask(bound)
+        claim = self.ask(fixed_bound(max_cost_microdollars))
         if claim.refused_by is not None:
             raise budget_exceeded(claim.refused_by) if claim.refused_by.ended_by == "stop_at" \
-                else insufficient_budget(claim.refused_by, bound)
+                else insufficient_budget(claim.refused_by, claim.bound)
         return claim
 
     def expire(self, claim: Reservation) -> None:
@@ -8736,7 +8734,8 @@ class CostController:
         """Refuse all requests that wait, and let none wait from now on."""
         with self._lock:
             self._is_closed = True
-        self._fail_queue(ServerBusy("the proxy is stopping"))
+        for claim in [*self._queue]:
+            self._end_wait(claim, ServerBusy("the proxy is stopping"))
         self._serve_queue()
 
     def _serve_queue(self) -> None:
@@ -8749,7 +8748,10 @@ class CostController:
                 self._must_serve = False
                 self._serve_once()
             except IroncageError as err:
-                self._fail_queue(err)
+                for claim in [*self._queue]:
+                    self._end_wait(claim, err)
+                with self._lock:
+                    self._blocked = frozenset()
             finally:
                 self._serving.release()
 
@@ -8770,12 +8772,6 @@ class CostController:
                     budgets[scope] = budgets[scope]._replace(reserved=held)
         with self._lock:
             self._blocked = frozenset(blocked)
-
-    def _fail_queue(self, failure: IroncageError) -> None:
-        for claim in [*self._queue]:
-            self._end_wait(claim, failure)
-        with self._lock:
-            self._blocked = frozenset()
 
     def _end_wait(self, claim: Reservation, failure: Optional[IroncageError] = None) -> None:
         """Wake the request of a claim that is decided, or cannot be; for one that has left
@@ -8849,8 +8845,7 @@ class CostController:
     def check_budget(self) -> None:
         """Raise BudgetExceeded when spent + reserved has reached the limit, or spent the stop."""
         budget = self.budget()
-        if budget.ended_by is not None or (
-                budget.limit is not None and budget.spent + budget.reserved >= budget.limit):
+        if budget.free is not None and budget.free <= 0:
             raise budget_exceeded(budget)
 
     def available(self, scopes: Sequence[str] = ()) -> Optional[int]:
@@ -9381,9 +9376,8 @@ def _check_is_ledger(db: sqlite3.Connection) -> None:
 
 def count_cells(row: CountRow) -> tuple:
     """Return a count as it is kept, in the order of the columns of `counts`."""
-    counted = row.counted
-    return (row.scope, row.digest, counted.tokens, b"".join(sorted(counted.parts)),
-            int(counted.has_tools), row.model, row.learned_s)
+    return (row.scope, row.digest, row.counted.tokens, b"".join(sorted(row.counted.parts)),
+            int(row.counted.has_tools), row.model, row.learned_s)
 
 
 def count_from_cells(scope: str, digest: bytes, tokens: int, parts: bytes, has_tools: int,
@@ -9683,10 +9677,8 @@ class SqliteLedger:
         return self._sum(which, since_s, Misconfigured, token=token)
 
     def spent_in_session(self, token: str, session: Optional[str]) -> int:
-        """Return what one session of a token, or all of its calls without one, spent.
-
-        Raises LedgerUnavailable.
-        """
+        """Return what one session of a token, or all of its calls without one, spent. Raises
+        LedgerUnavailable."""
         return self._sum(" AND token = :token AND COALESCE(session, '') = :session", 0,
                          LedgerUnavailable, token=token, session=session or "")
 
@@ -16138,8 +16130,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if media_type(request.head.headers) != "application/json":
             raise UnsupportedBody("send the new limit as application/json")
         if len(request.body) > MAX_BUDGET_BYTES:
-            raise BadRequest(f"the body is larger than {MAX_BUDGET_BYTES} bytes; send the amounts "
-                             "alone")
+            raise BadRequest(f"send the amounts alone, in at most {MAX_BUDGET_BYTES} bytes")
         request.parsed()                               # strict: no duplicate keys
         fields = json.loads(request.body, parse_float=exact_number)
         names = {"limit_usd": "limit", "stop_at_usd": "stop_at"}
