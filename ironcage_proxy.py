@@ -2941,9 +2941,8 @@ class Changes:
         if not (are_many or isinstance(chosen, dict)) or not any(price.amounts.values()):
             return
         chosen = json_object(chosen)
-        rates = price.dearest_rates((None,), input_tokens)
+        rates, caps = price.dearest_rates((None,), input_tokens), {}
         asked = json_object(chosen.get("max_price"))
-        caps = {}
         for name, microdollars in (
                 ("prompt", rates["input"]), ("completion", rates["output"]),
                 ("request", price.call_picodollars // PICODOLLARS_PER_MICRODOLLAR)):
@@ -3219,9 +3218,8 @@ class KnownCounts:
         """Return what is known of each digest."""
         since_s = self._clock() - COUNTS_KEPT_S
         with self._lock:
-            if not self._answered.get(scope):
-                return [None] * len(digests)
-            found = [self._counts.get((scope, digest)) for digest in digests]
+            is_steady = self._answered.get(scope)
+            found = [self._counts.get((scope, digest)) if is_steady else None for digest in digests]
         return [None if row is None or row[0] < since_s else row[1] for row in found]
 
 
@@ -8371,8 +8369,8 @@ class Decision(NamedTuple):
     refused_by: Optional[Budget] = None
 
 
-def decided(bound: Bound, budgets: Sequence[Budget], *, may_wait: bool,
-            blocked: Container[str] = frozenset()) -> Decision:
+def decision_on(bound: Bound, budgets: Sequence[Budget], *, may_wait: bool,
+                blocked: Container[str] = frozenset()) -> Decision:
     """Decide about a request's bound while its scopes hold these amounts. Pure.
 
     `blocked` scopes are those that a request further ahead waits for. Where a request cannot
@@ -8653,7 +8651,7 @@ class CostController:
         bound, takes_half = claim.bound, [not claim.bound.takes_what_it_asks] * len(claim.scopes)
         for _ in range(MOST_TAKES):
             if budgets is not None:
-                decision = decided(bound, budgets, may_wait=claim.may_wait, blocked=blocked)
+                decision = decision_on(bound, budgets, may_wait=claim.may_wait, blocked=blocked)
                 if decision.caps is None:
                     claim.refused_by = decision.refused_by
                     return decision.lacking

@@ -273,8 +273,8 @@ def test_a_scope_whose_limit_was_taken_away_is_lacked_by_nobody():
     free = ic.Budget("proxy", None, spent=0, reserved=9_000)
 
     for may_wait in (True, False):
-        assert asks(8_000).asked_caps == ic.decided(asks(8_000), [free], may_wait=may_wait,
-                                                    blocked={"proxy"}).caps
+        assert asks(8_000).asked_caps == ic.decision_on(
+            asks(8_000), [free], may_wait=may_wait, blocked={"proxy"}).caps
 
 
 def test_what_costs_nothing_passes_also_when_others_wait_and_nothing_is_left():
