@@ -56,6 +56,13 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+def pytest_sessionfinish(session):
+    """pytest looks for garbage five times at its end, through all that a run has kept: once is enough.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def log_as_imported():
     """The command line sets the log up for its process; a test is one of many in this one."""
