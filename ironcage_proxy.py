@@ -16542,6 +16542,8 @@ def parse_arguments(argv: Sequence[str]) -> dict:
         value = given[row.field]
         if value is not None and command not in row.commands.split():
             raise _unknown_flag(command, row.flag, str(value))
+        if isinstance(value, str) and not value.strip():
+            raise Misconfigured(f"{row.flag} {EMPTY}")
         if row in OPTIONS and row.metavar and value is not None:
             with checking(f"{row.flag}:"):
                 given[row.field] = row.parse(value)

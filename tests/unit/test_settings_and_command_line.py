@@ -150,7 +150,7 @@ def test_an_example_of_the_help_is_a_use_that_parses():
     (["version", "now"], "takes no further words"), (["--port"], "--port needs a value"),
     (["--port", "--budget", "5"], "--port needs a value"),
     (["--strict=yes"], "--strict takes no value"), (["usage", "--budget="], "takes no flag --budget"),
-    (["usage", "--since="], "--since: must be a date"),
+    (["usage", "--since="], "--since has an empty value"),
     (["--token=", "ic_s3cret-0123456789"], "there is no command ?"),
     (["usage", "ic_s3cret-0123456789"], "takes no further words (?)")])
 def test_a_flag_or_word_that_is_out_of_place_is_one_sentence(capsys, argv, fault):
