@@ -2707,9 +2707,9 @@ class Bound(NamedTuple):
         half, own, worthwhile = free // 2, self.output_tokens, self.worthwhile_output_tokens
         asked = self.asked_caps.hosted_uses
         yield asked, free if self.takes_what_it_asks else half, own
+        if asked and self.uses_are_asked and not self.may_be_lowered:
+            return
         for uses in range(asked, 1, -1):
-            if self.uses_are_asked and not self.may_be_lowered:
-                return
             yield uses, half, own
         comfortable = max(worthwhile, min(COMFORTABLE_OUTPUT_TOKENS, own))
         for uses in range(min(1, asked), self.least_uses - 1, -1):

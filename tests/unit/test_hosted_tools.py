@@ -180,8 +180,9 @@ def test_a_request_about_nothing_but_a_search_waits_rather_than_lose_it():
     assert 0 == alone.fitting_caps(little, at_last=True).hosted_uses
 
 
-def test_what_the_client_asked_for_is_not_lowered_where_that_is_not_wanted():
-    asked = bound_of([{**SEARCH, "max_uses": 3}])._replace(may_be_lowered=False)
+@pytest.mark.parametrize("uses", [1, 3])
+def test_what_the_client_asked_for_is_not_lowered_where_that_is_not_wanted(uses):
+    asked = bound_of([{**SEARCH, "max_uses": uses}])._replace(may_be_lowered=False)
     needed = asked.microdollars(*asked.asked_caps)
 
     assert asked.asked_caps == asked.fitting_caps(needed, at_last=True)
