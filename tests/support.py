@@ -821,10 +821,11 @@ class RawAnswer:
 
 
 class RawClient:
-    """A client that can say anything, and reads answers strictly. Waits at most PATIENCE_S."""
+    """A client that can say anything, and reads answers strictly. Each read waits for three times PATIENCE_S
+    at most: large bodies travel slowly on a busy machine."""
 
     def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+        self.sock = socket.create_connection(("127.0.0.1", port), 3 * PATIENCE_S)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._reader = self.sock.makefile("rb")
 
