@@ -146,7 +146,7 @@ __all__ = ["BudgetThresholdReached", "CostController", "IroncageError", "LlmRequ
            "LlmRequestFailed", "LlmRouter", "PriceBook", "ProxyServer", "RouterStarted",
            "RouterStopped", "Settings", "UnpricedModel", "input_tokens_upper_bound", "main",
            "settings_from"]
-__version__ = "0.4.1"
+__version__ = "0.4.2"
 
 if sys.version_info < (3, 9):
     sys.exit("ironcage_proxy needs Python 3.9 or newer; this is "
