@@ -14365,8 +14365,11 @@ class Router:
 
     def _fault(self, err: IroncageError) -> IroncageError:
         """Return what a client reads of a call that broke: our own stop is not its provider's."""
-        is_ours = self._is_cut and isinstance(err, UpstreamError)
-        return ServerBusy("the proxy was stopped before this call had ended") if is_ours else err
+        if not (self._is_cut and isinstance(err, UpstreamError)):
+            return err
+        fault = ServerBusy("the proxy was stopped before this call had ended")
+        fault.model = err.model
+        return fault
 
     # The life of a request.
 
@@ -14429,9 +14432,10 @@ class Router:
                 call.client_left = True
             raise
         except IroncageError as err:
-            fault = self._fault(err)
-            fault.model = asked_model
-            raise fault from err
+            err.model = asked_model
+            if self._fault(err) is err:        # from itself it would be a cycle, which keeps the
+                raise                          # body until garbage is collected
+            raise self._fault(err) from err
         finally:
             if call is not None:
                 self._settle(call)

@@ -1,8 +1,10 @@
 """The Router on scripted wires: what it refuses before it sends, what it makes of each answer, and
 that a call settles once however it ends. The same over sockets: wire/ and faults/."""
 import contextlib
+import gc
 import json
 import time
+import weakref
 from random import Random
 from types import SimpleNamespace
 
@@ -105,6 +107,25 @@ def carrier():
 def pinging():
     """One whose translated streams ping at each read, for it is always time to."""
     return Carrier(timeouts=SETTINGS.timeouts._replace(ping_s=0))
+
+
+@pytest.mark.parametrize("kind, fields, reads", [
+    (ic.UnboundedRequest, {"a_field_that_may_cost": 1}, ()),
+    (ic.BadRequest, {"model": "nonesuch"}, ()), (ic.UpstreamError, {}, (b"HTTP/1.1 2",))],
+    ids=["refused", "unknown", "broken"])
+def test_what_a_failed_call_has_read_is_freed_at_once(carrier, monkeypatch, kind, fields, reads):
+    read, parsed = [], ic.ClientRequest.parsed
+    monkeypatch.setattr(ic.ClientRequest, "parsed", lambda *args: read.append(
+        weakref.ref(body := parsed(*args))) or body)
+    gc.disable()                                   # which would free it late, beyond what is held
+    try:
+        carrier.call(CHAT[0], {**CHAT[1], "model": "gpt-4o", **fields}, *reads)
+    except kind:
+        pass                                       # pytest.raises would keep it
+    finally:
+        left = [body() for body in read]
+        gc.enable()
+    assert [None] == left
 
 
 # What a request names.
