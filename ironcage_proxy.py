@@ -1058,6 +1058,7 @@ MOST_USD = 10 ** 12               # in one amount or price; more is a slip
 
 Rate = Union[int, Fraction]
 _USD = r"\+?([0-9]{1,13}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
+_LIKE_USD = r"[-+$.,0-9eE ]{0,20}( USD)?"          # what is refused and may be shown: no secret
 
 
 def parse_usd(value: Any) -> int:
@@ -1067,7 +1068,8 @@ def parse_usd(value: Any) -> int:
     """
     text = str(value).strip()
     if isinstance(value, bool) or not re.fullmatch(_USD, text) or Decimal(text) > MOST_USD:
-        raise ValueError(f"{text[:40]!r} is not an amount in USD from 0 up")
+        shown = repr(text) if re.fullmatch(_LIKE_USD, text) else "this"
+        raise ValueError(f"{shown} is not an amount in USD from 0 up")
     return int(Fraction(text) * MICRODOLLARS_PER_USD)
 
 

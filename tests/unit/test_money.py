@@ -65,6 +65,17 @@ def test_what_is_no_amount_in_usd_is_refused(value):
         ic.parse_usd(value)
 
 
+@pytest.mark.parametrize("value, shown", [
+    ("-1", "'-1'"), ("$5", "'$5'"), ("5,00", "'5,00'"), ("5 USD", "'5 USD'"), ("1e40", "'1e40'"),
+    ("sk-canary-0123456789", "this"), ("5 sk-canary-0123456789", "this"), ("s3cret", "this"),
+    ({"key": "s3cret"}, "this")])
+def test_what_is_refused_as_an_amount_is_shown_only_where_it_looks_like_one(value, shown):
+    with pytest.raises(ValueError) as refused:
+        ic.parse_usd(value)
+
+    assert f"{shown} is not an amount in USD from 0 up" == str(refused.value)
+
+
 @pytest.mark.parametrize("microdollars, shown", [
     (0, "$0.00"), (1, "$0.000001"), (10, "$0.00001"), (301, "$0.000301"), (10_000, "$0.01"),
     (100_000, "$0.10"), (120_000, "$0.12"), (123_000, "$0.123"), (999_999, "$0.999999"),
