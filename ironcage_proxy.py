@@ -10427,6 +10427,10 @@ def provider_from(name: str, row: Any) -> Provider:
     if values.get("format", known.format) != known.format:
         known = Provider(name, values["format"], known.anthropic_base_url, key_env=known.key_env,
                          sold_as=known.sold_as)
+    if "path" in values and (known.format != "openai" or "base_url" not in values
+                             or urllib.parse.urlsplit(values["base_url"]).path):
+        raise ValueError("path: is only for a base_url in OpenAI's format that is a bare host; "
+                         "write it into the base_url")
     at_url = known if "base_url" not in values else at_base_url(
         known._replace(path=values.pop("path", known.path)), values.pop("base_url"))
     if not at_url.base_url:
@@ -14331,7 +14335,7 @@ class Router:
             functools.partial(self.ledger.spent, caller.name)) for caller in config.callers])
         self.reporter.thresholds.begin(self.controller.accounts.known(
             (PROXY_SCOPE, *(caller.name for caller in config.callers))))
-        self._log_providers(providers)
+        self._log_providers(providers, settings.providers)
         self.providers, self.config, self.prices = providers, config, prices
         self.settings = self.reporter.settings = settings
         if self.server is not None:
@@ -14339,12 +14343,22 @@ class Router:
         if self.reporter.alerts is not None:
             self.reporter.alerts.url = settings.alert_url
 
-    def _log_providers(self, providers: Mapping[str, Provider]) -> None:
-        """Log which keys have changed, and which base URLs may not be as they were meant."""
+    def _log_providers(self, providers: Mapping[str, Provider],
+                       beside: Sequence[Provider]) -> None:
+        """Log which keys have changed, and which base URLs may not be as they were meant: `beside`
+        is what the configuration goes before."""
         for name in providers.keys() & self.providers.keys():
             if providers[name].key != self.providers[name].key:
                 log.warning("the key of a provider was changed", extra={"fields": {
                     "provider": name}})
+        place = operator.attrgetter("base_url", "responses")
+        for provider in beside:
+            used = providers[provider.name]
+            if place(used) != place(provider) != place(manners_of(provider.name)):
+                log.warning("the configuration says where this provider is; its flags, such as "
+                            "--openai-base-url, set nothing", extra={"fields": {
+                                "provider": provider.name, "url": used.base_url,
+                                "set_beside": provider.base_url}})
         for provider in providers.values():
             if provider.format == "openai" and not provider.base_url.endswith("/v1") \
                     and provider.base_url != manners_of(provider.name).base_url:
@@ -17629,6 +17643,12 @@ class LlmRouter:
         for field, text in (("api_key", api_key), ("provider_key", provider_key)):
             if not isinstance(text, (str, type(None))):
                 raise Misconfigured(f"{field} must be text")
+        for name, value, field in (
+                ("api_key", api_key or None, "token"), ("ledger", ledger, "ledger_path"),
+                ("budget", budget, "budget_microdollars"),
+                ("stop_at", stop_at, "stop_at_microdollars")):
+            if value is not None and more.pop(field, None) is not None:
+                raise Misconfigured(f"{name} and {field} are two names of one argument; use one")
         name = "anthropic" if (provider_key or "").startswith("sk-ant-") else "openai"
         hidden = {"IRONCAGE_TOKEN", *(known.key_env for known in KNOWN_PROVIDERS.values()
                                       if provider_key is not None)}
@@ -17640,9 +17660,9 @@ class LlmRouter:
         if provider_key is not None:
             environ[KNOWN_PROVIDERS[name].key_env] = provider_key
         elif server_url is not None:
-            if api_key is None and "server_token" not in more:
+            if api_key is None and more.get("server_token") is None:
                 raise Misconfigured("server_url needs an api_key: the token of that server")
-            arguments.update(server_url=server_url, cache_ttl_s=cache_ttl_seconds)
+            arguments = {"server_url": server_url, "cache_ttl_s": cache_ttl_seconds, **arguments}
         in_usd = {"budget_microdollars": budget, "stop_at_microdollars": stop_at}
         values: dict[str, Any] = {field: str(usd) for field, usd in in_usd.items()
                                   if usd is not None}

@@ -57,6 +57,15 @@ def test_a_base_url_with_a_path_is_used_as_it_stands(name, row, url):
     assert url == provider(name, **row).url("/v1/chat/completions")
 
 
+@pytest.mark.parametrize("name, row", [
+    ("groq", {"path": "/v9"}), ("lab", {"base_url": "https://lab.example/v1", "path": "/v9"}),
+    ("openai", {"path": ""}), ("lab", {"base_url": "https://x", "format": "anthropic", "path": "/a"}),
+    ("anthropic", {"base_url": "https://x", "path": "/a"})])
+def test_a_path_that_would_be_put_nowhere_is_refused(name, row):
+    with pytest.raises(ValueError, match="^path: is only for a base_url"):
+        provider(name, **row)
+
+
 @pytest.mark.parametrize("url", ["https://lab.example", "https://lab.example/v1",
                                  "https://lab.example/v1/v1"])
 def test_an_endpoint_in_anthropics_format_has_one_v1(url):

@@ -52,3 +52,26 @@ def test_an_embedders_providers_stand_beside_those_that_there_are_always(provide
         known = router._server.router.providers
 
     assert {"openai", "anthropic", "ironcage", *(row.name for row in providers)} == {*known}
+
+
+KEY = "ic_mine-0123456789"
+
+
+@pytest.mark.parametrize("name, value, field, other, kept", [
+    ("api_key", KEY, "token", "ic_other-0123456789", KEY),
+    ("ledger", "a.db", "ledger_path", "b.db", "a.db"),
+    ("budget", "5", "budget_microdollars", 7_000_000, 5_000_000),
+    ("stop_at", "1", "stop_at_microdollars", 2_000_000, 1_000_000)])
+def test_an_argument_by_two_names_is_refused_and_none_is_not_given(
+        name, value, field, other, kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = {"environ": {"IRONCAGE_BUDGET": "9"}, name: value}
+    with pytest.raises(ic.Misconfigured, match=f"{name} and {field} are two names"):
+        ic.LlmRouter(**more, **{field: other})
+    with ic.LlmRouter(**more, **{field: None}) as router:
+        assert kept == getattr(router._server.settings, field)
+
+
+def test_the_keys_time_of_an_embedder_is_not_lost_beside_a_server():
+    with ic.LlmRouter(KEY, "https://cage.example", environ={}, cache_ttl_s=5) as router:
+        assert 5 == router._server.settings.cache_ttl_s

@@ -128,6 +128,19 @@ def test_what_a_failed_call_has_read_is_freed_at_once(carrier, monkeypatch, kind
     assert [None] == left
 
 
+@pytest.mark.parametrize("flags, is_logged", [
+    ((), False), (("--openai-base-url", "https://gateway.example"), True),
+    (("--openai-chat-only",), True)])
+def test_flags_of_a_provider_that_the_configuration_sets_too_are_said_to_set_nothing(
+        flags, is_logged, caplog):
+    router = ic.Router(ic.settings_from(flags, {}), PRICES, ic.MemoryLedger())
+    router.configure(ic.Config(), PRICES)
+    assert "set nothing" not in caplog.text
+    router.configure(ic.Config(providers=(ic.provider_from("openai", {"fields": ["x"]}),)), PRICES)
+
+    assert is_logged == ("--openai-base-url, set nothing" in caplog.text)
+
+
 # What a request names.
 
 @pytest.mark.parametrize("fields, model", [
