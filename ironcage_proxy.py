@@ -12813,7 +12813,7 @@ class CageServer:
         if for_call and self._is_stopping:
             raise CageServerFailed("the proxy is stopping")
         if for_call and self._failure is not None and time.monotonic() < self._failed_until_s:
-            raise self._failure
+            raise self._failure.with_traceback(None)    # each raise would add its call, and keep it
         try:
             status, body = self._post(path, fields)
             if 200 <= status < 300:
@@ -14232,7 +14232,7 @@ def may_be_metered(path: str) -> bool:
     for _ in range(4):                                 # whoever writes more of them hides something
         path, before = urllib.parse.unquote(path), path
     text = unicodedata.normalize("NFKC", re.split(r"[?#\0]", path)[0]).casefold()
-    words = re.findall(r"[/\\]\W*?(\.\.|\w+)[^/\\]*", text)
+    words = re.findall(r"[/\\]\W*?(\.\.|\w+)[^/\\]*", re.sub(r";[^/\\]*", "", text))
     return path != before or ".." in words or words[-1:] in [
         route.split("/")[-1:] for route in METERED_APIS]
 

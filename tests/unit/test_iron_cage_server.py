@@ -124,11 +124,13 @@ def test_a_key_that_its_provider_refused_is_fetched_anew_but_not_at_once_again(s
 
 
 def test_a_server_that_failed_is_left_alone_for_a_while(server):
-    server.answers["provider-key"] = away()
-    for _ in range(2):
-        with pytest.raises(ic.CageServerFailed, match="it cannot be reached: refused"):
+    server.answers["provider-key"], depths = away(), []
+    for _ in range(4):
+        with pytest.raises(ic.CageServerFailed, match="it cannot be reached: refused") as refused:
             server.cage.provider()
+        depths.append(len(refused.traceback))
     assert 1 == len(server.asked)
+    assert depths[1] == depths[-1]             # what was refused before is not kept
 
     server.cage._failed_until_s, server.answers["provider-key"] = ic.NEVER_S, (200, GIVES)
     assert KEY == server.cage.provider().key

@@ -859,6 +859,7 @@ READ_AS_METERED = (
     "/v1/chat/x/%252e%252e/completions", "/v1/chat/completions/x/..;/", "/v1/completions.json",
     "/v1/chat/completions%20", "/v1/completions%00.png", "/v1/completions%3F/x",
     "/v1/completions%0D%0Ax", "/v1/%EF%BD%83ompletions", "/v1/messages/", "/V1/MESSAGES",
+    "/v1/chat/completions/;x", "/v1/messages/%3bx=1/;y", "/v1/;x/messages;/;x",
     "/v1/responses//", "/v1/Embeddings", "/v1/openai/deployments/x/chat/completions")
 
 
