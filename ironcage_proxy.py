@@ -3890,6 +3890,7 @@ class Part:
     mark: Optional[Mapping[str, Any]] = None               # Anthropic's cache_control
     index = 0                            # its place in an answer
     pieces: list[str]                    # of its text, while it is read or written as a stream
+    beside: Mapping[str, list]           # of its citations and signature, then
     at: str                              # its place in an answer of Responses that is read
     carried_id: str                      # of a call that is written, where it has another there
     given_id: str                        # of a call that is read in pieces: the server's,
@@ -6766,35 +6767,17 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
     for event in stream:
         kind, index = event.get("type"), str(event.get("index"))
         part = parts.get(index)
-        if kind == "content_block_delta":
-            delta = json_object(event.get("delta"))
-            name = _DELTA_FIELDS.get(str(delta.get("type")))
-            more = delta.get(name)
-            if not more or (part is None and name not in _UNANNOUNCED):
-                continue
-            if part is None:                         # some do not announce a text
-                part = parts[index] = _part_of_block({"type": _UNANNOUNCED[name]})
-                kinds.add(part.kind)
-                yield part.opened()
-            if name == "citation":
-                part.citations += _citations_of(more)
-            elif not isinstance(more, str):
-                raise IN_ANSWER(name, "a string")
-            elif name == "signature":
-                part.native["signature"] = str(part.native.get("signature") or "") + more
-            elif part.kind in _STREAMED_KINDS:
-                yield part.grown(more)
-            else:
-                part.pieces.append(more)
-        elif kind == "content_block_start":
-            if part is not None:                     # nor its end
+        begun = _part_begun(event) if part is None or kind == "content_block_start" else None
+        if begun is not None:
+            if part is not None:                     # some do not announce its end
                 yield from _block_over(part)
-            part = parts[index] = _part_of_block(event.get("content_block"))
+            part = parts[index] = begun
             kinds.add(part.kind)
-            yield part.opened()
-            text = part.native.get("thinking" if part.kind == "thought" else "text")
-            if isinstance(text, str) and text:
-                yield part.grown(text)
+            yield from _block_begun(part)
+        if kind == "content_block_delta":
+            grown = part and _block_grown(part, json_object(event.get("delta")))
+            if grown:
+                yield grown
         elif kind == "content_block_stop" and part is not None:
             yield from _block_over(parts.pop(index))
         elif kind == "ping":
@@ -6815,12 +6798,23 @@ def messages_events(stream: Iterable[Mapping[str, Any]], terms: Terms) -> Iterat
             yield _end_of_message(end, usage, kinds)
 
 
+def _part_begun(event: Mapping[str, Any]) -> Optional[Part]:
+    """Return the part that begins with an event: where its start is not announced, with a text."""
+    if event.get("type") == "content_block_start":
+        return _part_of_block(event.get("content_block"))
+    delta = json_object(event.get("delta"))
+    name = _DELTA_FIELDS.get(str(delta.get("type")))
+    return _part_of_block({"type": name}) if name in _WHOLE_TEXTS.values() and delta.get(name) \
+        and event.get("type") == "content_block_delta" else None
+
+
 def _part_of_block(block: Any) -> Part:
     native = {**json_object(block)}
     kind = BLOCK_KINDS.get(str(native.get("type")), "other")
     own = {"id": str(native.get("id") or ""), "name": str(native.get("name") or "")} \
         if kind in ("call", "search") else {}
     return Part(kind, native=native, origin="messages", **own,
+                beside={"citation": [], "signature": []},
                 citations=_citations_of(native.get("citations")))
 
 
@@ -6830,10 +6824,37 @@ def _citations_of(rows: Any) -> tuple[Citation, ...]:
         for row in _parts_of(rows) if row.get("type") == "web_search_result_location")
 
 
+def _block_begun(part: Part) -> Iterator[AnswerEvent]:
+    yield part.opened()
+    text = part.native.get(_WHOLE_TEXTS.get(part.kind))
+    if isinstance(text, str) and text:
+        yield part.grown(text)
+
+
+def _block_grown(part: Part, delta: Mapping[str, Any]) -> Optional[More]:
+    """Add a delta to the part of its block; return what a client sees of that, if anything."""
+    name = _DELTA_FIELDS.get(str(delta.get("type")))
+    more = delta.get(name)
+    if not more:
+        return None
+    if name != "citation" and not isinstance(more, str):
+        raise IN_ANSWER(str(name), "a string")
+    if name in part.beside:
+        part.beside[name].append(more)
+    elif part.kind in _STREAMED_KINDS:
+        return part.grown(more)
+    else:
+        part.pieces.append(more)
+    return None
+
+
 def _block_over(part: Part) -> Iterator[AnswerEvent]:
     if part.native.get("type") == "tool_use" and not part.pieces:      # without arguments
         yield part.grown(input_to_arguments(part.native.get("input")))
-    over = part.closed()
+    over, cited, signed = part.closed(), part.beside["citation"], part.beside["signature"]
+    part.citations += _citations_of(cited)
+    if signed:
+        part.native["signature"] = "".join([str(part.native.get("signature") or ""), *signed])
     if part.kind == "search":
         given = arguments_to_input(part.text) or json_object(part.native.get("input"))
         part.text = str(given.get("query") or "")
@@ -6853,7 +6874,8 @@ def _end_of_message(end: Mapping[str, Any], usage: Mapping[str, Any], kinds: set
                  SERVED_TIERS.get(str(usage.get("service_tier"))))
 
 
-_UNANNOUNCED = MappingProxyType({"text": "text", "thinking": "thinking"})
+# Kind of a part -> the member of its block that may hold all of its text.
+_WHOLE_TEXTS = MappingProxyType({"text": "text", "thought": "thinking"})
 _DELTA_FIELDS = MappingProxyType({
     "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
     "citations_delta": "citation", "signature_delta": "signature"})
@@ -7441,11 +7463,13 @@ def responses_failure(status: int, body: Any) -> Failure:
 def responses_stream_of(answer: dict) -> Iterable[dict]:
     """Return a whole response as a stream of its last event. Raises UpstreamBroke where it did not
     end well."""
-    end = str(answer.get("status") or "completed")
-    if end not in ANSWER_ENDS or answer.get("error"):
-        raise _ended_as("failed" if end in ANSWER_ENDS else end)
+    status = str(answer.get("status") or "completed")
+    reason = _end_said_by(status[:80])             # of which some have words of their own
+    if reason in ("", "failed") or answer.get("error"):
+        raise _ended_as("failed" if reason not in ("", "failed") else status)
     if "output" not in answer:
         raise UpstreamBroke("the provider's answer has no output")
+    end = "incomplete" if reason in _INCOMPLETE else "completed"
     return [{"type": f"response.{end}", "response": answer}]
 
 
@@ -7498,6 +7522,8 @@ class _ItemReader:
 
     def _grow(self, event: Mapping[str, Any]) -> Iterable[AnswerEvent]:
         kind, place, member = _GROWING[event["type"]]
+        if isinstance(event.get(member), dict) and member != "delta":
+            return ()                              # arguments, as some send them: the item has them
         at, text = str(event.get(place) or 0), text_in(event, member, IN_ANSWER)
         key = (_place_of(event, event.get("item_id")), at if place == "content_index"
                and kind != "thought" else "0")

@@ -542,6 +542,39 @@ def test_blocks_of_a_server_that_leaves_out_their_start_or_end_are_whole(left_ou
     assert "x" == read[1].part.text
 
 
+@pytest.mark.parametrize("client", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("kind", ["news", "server_tool_use", "tool_use"])
+def test_a_text_in_a_block_that_is_no_text_is_not_said(client, kind):
+    fields = {"messages": [USER], "input": "hi", "max_tokens": 9, "model": OLD}
+    translator = ic.Translator(client, "messages", fields, ic.Losses(), ic.Target(9))
+    whole = message({**TOOL_USE, "type": kind, "text": "hush"}, text("x"))
+
+    said = json.dumps([*translator.events(translator.stream_of(whole))])
+
+    assert ("hush" in said, "x" in said) == (False, True)
+
+
+def test_citations_and_signatures_in_many_pieces_are_joined_once(monkeypatch):
+    class Piece(str):
+        def __radd__(self, before):
+            raise AssertionError("joined at each piece")
+
+    read, read_all = [], ic._citations_of
+    monkeypatch.setattr(ic, "_citations_of", lambda rows: read.append(rows) or read_all(rows))
+    deltas = [{"type": "signature_delta", "signature": Piece("s")}, {
+        "type": "citations_delta", "citation": {
+            "type": "web_search_result_location", "url": "https://a.b"}}] * 40
+    block = {"type": "thinking", "thinking": "", "signature": "S"}
+    stream = [{"type": "content_block_start", "content_block": block}, *(
+        {"type": "content_block_delta", "delta": delta} for delta in deltas),
+        {"type": "content_block_stop"}]
+
+    part = [*ic.messages_events(stream, None)][-1].part
+
+    assert ("S" + "s" * 40, 40) == (part.native["signature"], len(part.citations))
+    assert 2 == len(read)
+
+
 def test_an_answer_that_calls_a_tool_ends_so_whatever_it_says():
     translator, _ = to_claude({"tools": [tool()]})
     choice = translator.answer(message(TOOL_USE, stop="end_turn"))["choices"][0]

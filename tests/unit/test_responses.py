@@ -428,6 +428,27 @@ def test_a_response_that_failed_is_an_error_of_the_provider(answer):
         parts_read(ic.responses_stream_of(answer))
 
 
+@pytest.mark.parametrize("status, reason", [
+    ("complete", "end"), ("COMPLETED", "end"), ("max_tokens", "length")])
+def test_a_response_whose_status_is_in_a_servers_own_words_is_an_answer(status, reason):
+    item = {"type": "message", "content": [{"type": "output_text", "text": "x"}]}
+    answer = parts_read(ic.responses_stream_of({"status": status, "output": [item]}))
+
+    assert (["x"], reason) == ([part.text for part in answer.parts], answer.ended.reason)
+
+
+def test_arguments_that_a_server_sends_as_an_object_are_those_of_their_item():
+    place = {"output_index": 0, "item_id": "i"}
+    item = {"type": "function_call", "id": "i", "call_id": "c", "name": "f"}
+    stream = [{"type": "response.output_item.added", **place, "item": {**item, "arguments": ""}},
+              {"type": "response.function_call_arguments.done", **place, "arguments": {"n": 1}},
+              {"type": "response.output_item.done", **place,
+               "item": {**item, "arguments": {"n": 1}}},
+              {"type": "response.completed", "response": {}}]
+
+    assert ['{"n": 1}'] == [part.text for part in parts_read(stream).parts]
+
+
 @pytest.mark.parametrize("event", [
     {"type": "response.output_item.done", "output_index": 0, "item": "x"},
     {"type": "response.output_item.done", "output_index": 0, "item": {
