@@ -4696,6 +4696,9 @@ def _paired_round(said: list[Part], after: Sequence[Turn], ids: CallIds,
 
 OWN_SIGNATURE = "icx1."                            # of thinking that no Claude has signed
 OWN_THINKING = OWN_SIGNATURE + _packed(b"chat")
+# API -> types of a thought in its form.
+THOUGHT_TYPES = MappingProxyType({
+    "messages": ("thinking", "redacted_thinking"), "responses": ("reasoning",), "chat": (None,)})
 
 
 def sealed(part: Part) -> str:
@@ -4714,7 +4717,9 @@ def unseal(thought: Part, seal: str) -> None:
         packed = None
     said = json_object(packed)
     thought.origin, thought.maker = str(said.get("from") or ""), str(said.get("by") or "")
-    thought.native = json_object(said.get("native"))
+    native = json_object(said.get("native"))
+    if native.get("type") in THOUGHT_TYPES.get(thought.origin, ()):      # else it is made up
+        thought.native = native
 
 
 def thinking_block(part: Part) -> dict:
@@ -5591,11 +5596,13 @@ class _ChatRequest(_OpenAIRequest):
             first = next(part for part in parts if part.kind == "call")
             backs = self._target.recall(first.carried_id, "")
         said: dict = {}
-        for back in backs:
+        extras: dict[str, dict] = {}                   # of calls, by their number
+        for back in backs:                             # which a client may have made up
             for number, extra in json_object(back.get("calls")).items():
-                if number.isdecimal() and int(number) < len(calls):
-                    calls[int(number)].update(extra)
-            said.update((name, value) for name, value in back.items() if name != "calls")
+                extras.setdefault(number, {}).update(opaque_in(json_object(extra)))
+            said.update((name, back[name]) for name in GOES_BACK & back.keys())
+        for number, call in enumerate(calls):
+            call.update(extras.get(str(number), {}))
         if field:
             said[field] = thought
         self._add("assistant", text or None, **said, **({"tool_calls": calls} if calls else {}))
@@ -5926,6 +5933,7 @@ _NO_ARGUMENTS = ["{}"]                             # pieces of a call that may y
 # (ai.google.dev, thought signatures), and that of Copilot's gateway; read November 2026.
 OPAQUE_FIELDS = frozenset({"extra_content", "thought_signature", "reasoning_opaque",
                            "provider_specific_fields"})
+GOES_BACK = OPAQUE_FIELDS | {"reasoning_details", "thinking_blocks"}       # with a message
 _CALLS_ALONE = {"tool_calls"}                        # as most deltas with calls are
 
 
@@ -6622,7 +6630,7 @@ class _MessagesRequest(RequestWriter):
             self._losses.adjust("prefill", "continued")
             messages.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
         elif last["role"] == "assistant" and last["content"][-1]["type"] == "text":
-            last["content"][-1]["text"] = last["content"][-1]["text"].rstrip()
+            last["content"][-1]["text"] = str(last["content"][-1].get("text") or "").rstrip()
         return messages
 
     def _merged(self, run: Sequence[tuple[str, list[dict]]]) -> list[dict]:
@@ -6647,7 +6655,7 @@ class _MessagesRequest(RequestWriter):
         for turn in request["messages"]:
             for block in turn["content"]:
                 inner = block.get("content")
-                blocks += [*inner, block] if isinstance(inner, list) else [block]
+                blocks += [*_parts_of(inner), block] if isinstance(inner, list) else [block]
         marked = [block for block in blocks if block.get("cache_control") is not None]
         most = MAX_CACHE_MARKS - ("cache_control" in request)
         for block in marked[:-most]:

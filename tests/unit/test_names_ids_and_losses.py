@@ -190,3 +190,38 @@ def test_what_was_carried_by_nobody_stays_as_it_is(carried):
 def test_an_answers_id_is_told_in_another_api(own, stem):
     assert stem == ic.id_stem(own)
     assert ic.id_stem("") != ic.id_stem("")
+
+
+@pytest.mark.parametrize("api, native", [
+    ("messages", {"x": 1}), ("messages", {"type": "tool_use"}), ("messages", {"type": ["text"]}),
+    ("messages", {"type": "thinking", "content": ["x"]}), ("responses", {"x": 1}),
+    ("chat", {"calls": {"0": "x", "9" * 5000: {}}}), ("chat", {"calls": [1]}),
+    ("chat", {"calls": {"0": {"id": "other"}}}), ("chat", {"role": "user", "content": "x"})])
+def test_a_seal_that_a_client_made_up_changes_nothing_else(api, native):
+    seal = ic.sealed(ic.Part("thought", origin=api, native=native))
+    fields = {"max_tokens": 9, "model": "x", "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "", "signature": seal},
+            {"type": "text", "text": "said"},
+            {"type": "tool_use", "id": "own", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "own"}]}]}
+
+    request = ic.Translator("messages", api, fields, ic.Losses(), ic.Target(9)).request
+
+    rows = request.get("messages", request.get("input"))
+    said = next(row for row in rows if "said" in json.dumps(row))
+    assert "assistant" == said["role"]
+    assert (2, 0) == tuple(json.dumps(request).count(call_id) for call_id in ('"own"', '"other"'))
+
+
+@pytest.mark.parametrize("block", [
+    {"type": "text"}, {"type": "text", "text": None}, {"type": "news", "content": ["x"]}])
+def test_blocks_of_claude_that_a_client_changed_are_no_fault_of_ours(block):
+    fields = {"model": "claude-haiku-4-5", "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "x_anthropic_content": [block]}]}
+
+    request = ic.Translator("chat", "messages", fields, ic.Losses(), ic.Target(9)).request
+
+    assert block["type"] == request["messages"][-1]["content"][-1]["type"]
