@@ -10203,8 +10203,11 @@ def secret_in(path: str, held: Mapping[str, str],
             check_unquoted(line[1].decode())
             return read(line[1].decode())
     except (OSError, Misconfigured) as err:
+        is_path = len(path) < LEAST_KEY_CHARS or os.path.exists(path) \
+            or re.search(r"^([/~]|[A-Za-z]:)|\.[a-z]{2,4}$", path)
+        shown = path if is_path else "? (name the file of the secret, not the secret)"
         reason = str(err) if isinstance(err, Misconfigured) else \
-            f"the file {path} cannot be read: {_reason(err)}"
+            f"the file {shown} cannot be read: {_reason(err)}"
         if path not in held:
             raise Misconfigured(reason) from None
         log.error("a secret stays as it was", extra={"fields": {"reason": reason}})
@@ -16354,7 +16357,7 @@ def _parse_groups(text: str) -> list[str]:
     groups = text.split(",")
     for group in groups:
         if group not in USAGE_GROUPS:
-            raise ValueError(f"{shown_name(group)} is none of {', '.join(USAGE_GROUPS)}, each once"
+            raise ValueError(f"{_shown_word(group)} is none of {', '.join(USAGE_GROUPS)}, each once"
                              + did_you_mean(group, USAGE_GROUPS))
         if groups.count(group) > 1:
             raise ValueError(f"{group} is given twice; take each once")

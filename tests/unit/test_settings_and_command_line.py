@@ -13,6 +13,10 @@ import ironcage_proxy as ic
 
 @pytest.mark.parametrize("environ, fault", [
     ({"OPENAI_API_KEY_FILE": "/nonexistent"}, "/nonexistent cannot be read"),
+    ({"OPENAI_API_KEY_FILE": "/nonexistent/of/a/long/name"}, "/of/a/long/name cannot be read"),
+    ({"OPENAI_API_KEY_FILE": "nonexistent_as_well.txt"}, "_as_well.txt cannot be read"),
+    ({"OPENAI_API_KEY_FILE": "sk-s3cret-0123456789"}, "name the file of the secret"),
+    ({"IRONCAGE_TOKEN_FILE": "ic_s3cret/0123456789="}, "name the file of the secret"),
     ({"OPENAI_API_KEY_FILE": "/dev/null", "OPENAI_API_KEY": "sk-x"}, "both OPENAI_API_KEY and"),
     ({"OPENAI_API_KEY_FILE": "/dev/null"}, "must hold one line"),
     ({"IRONCAGE_TOKEN_FILE": "/dev/null"}, "must hold one line"),
@@ -24,6 +28,12 @@ def test_a_bad_variable_is_one_line_at_the_start(environ, fault):
         ic.settings_from([], environ)
 
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_group_that_is_none_is_shown_only_where_it_is_short():
+    for name, shown in (("modle", "modle is none"), ("sk-s3cret-0123456789", r"\? is none")):
+        with pytest.raises(ic.Misconfigured, match=shown):
+            ic.settings_from(["usage", "--ledger", "x.db", "--by", name], {})
 
 
 def test_every_setting_has_a_variable_and_a_flag_goes_first():
