@@ -27,11 +27,12 @@ WAYS = {                     # method, path, fields, whose key is at stake
 
 
 def received(proxy, method, path, fields):
-    """All bytes of an answer, to the end of its connection."""
+    """All bytes of an answer, to the end of its connection, its chunks joined."""
     with RawClient(proxy.port) as client:
         client.request(method, path, fields and json.dumps(fields).encode(),
                        [("Connection", "close")])
-        return b"".join(iter(lambda: client.sock.recv(65536), b""))
+        shown = b"".join(iter(lambda: client.sock.recv(65536), b""))
+    return re.sub(rb"\r\n[0-9a-f]+\r\n", b"", shown)
 
 
 def answer_bodies(way, text):
