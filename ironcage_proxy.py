@@ -7543,6 +7543,7 @@ class _ItemReader:
             before = [self._opened(key, part)]
         if member != "delta":                      # all of it: some send it at once
             shown = "".join(part.pieces)
+            part.pieces = [shown] if shown else []             # so that it is joined once
             text = text[len(shown):] if text.startswith(shown) else ""
         if kind == "thought" and part.pieces and part.at != at:
             text = "\n\n" + text

@@ -437,6 +437,19 @@ def test_a_response_whose_status_is_in_a_servers_own_words_is_an_answer(status, 
     assert (["x"], reason) == ([part.text for part in answer.parts], answer.ended.reason)
 
 
+def test_a_text_that_is_done_more_than_once_is_joined_once():
+    def event(step, text):
+        return {"type": f"response.output_text.{step}", "output_index": 0, "content_index": 0,
+                "delta" if step == "delta" else "text": text}
+
+    reader = ic._ItemReader()
+    steps = [*[event("delta", "x")] * 40, *[event("done", "x" * 40 + "y")] * 40]
+    grown = [one for step in steps for one in reader._grow(step) if type(one) is ic.More]
+
+    assert "x" * 40 + "y" == "".join(more.text for more in grown)
+    assert len(grown[0].part.pieces) <= 2
+
+
 def test_arguments_that_a_server_sends_as_an_object_are_those_of_their_item():
     place = {"output_index": 0, "item_id": "i"}
     item = {"type": "function_call", "id": "i", "call_id": "c", "name": "f"}
