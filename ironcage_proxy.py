@@ -7473,8 +7473,8 @@ def responses_stream_of(answer: dict) -> Iterable[dict]:
     end well."""
     status = str(answer.get("status") or "completed")
     reason = _end_said_by(status[:80])             # of which some have words of their own
-    if reason in ("", "failed") or answer.get("error"):
-        raise _ended_as("failed" if reason not in ("", "failed") else status)
+    if answer.get("error") or reason == "failed" or status in ("queued", "in_progress"):
+        raise _ended_as("failed" if status in ANSWER_ENDS else status)
     if "output" not in answer:
         raise UpstreamBroke("the provider's answer has no output")
     end = "incomplete" if reason in _INCOMPLETE else "completed"

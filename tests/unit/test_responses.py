@@ -429,7 +429,7 @@ def test_a_response_that_failed_is_an_error_of_the_provider(answer):
 
 
 @pytest.mark.parametrize("status, reason", [
-    ("complete", "end"), ("COMPLETED", "end"), ("max_tokens", "length")])
+    ("complete", "end"), ("COMPLETED", "end"), ("success", "end"), ("max_tokens", "length")])
 def test_a_response_whose_status_is_in_a_servers_own_words_is_an_answer(status, reason):
     item = {"type": "message", "content": [{"type": "output_text", "text": "x"}]}
     answer = parts_read(ic.responses_stream_of({"status": status, "output": [item]}))
