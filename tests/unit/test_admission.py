@@ -5,7 +5,6 @@ every schedule can be played here one step at a time.
 """
 from __future__ import annotations
 
-import signal
 from random import Random
 
 import pytest
@@ -259,8 +258,12 @@ def test_what_is_set_aside_while_the_proxy_closes_is_given_back(monkeypatch):
 def test_an_interrupt_while_a_request_is_asked_for_leaves_nothing_in_the_queue(monkeypatch):
     controller = ic.CostController(10_000)
     held = controller.ask(asks(9_000))
+
+    def interrupt():                     # as Ctrl-C does; a run in the background ignores that one
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(controller, "_serve_queue", lambda: signal.raise_signal(signal.SIGINT))
+        patch.setattr(controller, "_serve_queue", interrupt)
         with pytest.raises(KeyboardInterrupt):
             controller.ask(asks(8_000), may_wait=True)
     controller.commit(held, 0)
