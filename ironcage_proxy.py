@@ -538,7 +538,7 @@ COSTLY_HEADERS = (
 )
 COSTLY_HEADER = re.compile("\n({})(?=\n)".format("|".join(name for name, _ in COSTLY_HEADERS)))
 # In a query: what Google's APIs take for headers, and others for another method.
-COSTLY_QUERY = r"(?i)_method=|http(headers|method)(=|%3d)"
+COSTLY_QUERY = r"(?i)(_|http-?)method(-override)?\s*=|httpheaders\s*="
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 LOOPBACK_HOST = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]|::1", re.IGNORECASE)
@@ -14264,14 +14264,21 @@ def models_answer(path: str, dialect: str, models: Mapping[str, tuple[str, Price
     return {"object": "list", "data": data}
 
 
+def without_escapes(text: str) -> tuple[str, bool]:
+    """Return a part of a URL without its escapes, and whether none is left: whoever writes more of
+    them, within each other, hides something."""
+    for _ in range(4):
+        text, before = urllib.parse.unquote(text), text
+    return text, text == before
+
+
 def may_be_metered(path: str) -> bool:
     """Whether some server may read a path as a metered route, behind whatever it begins with: in
     another case, with escapes within escapes, empty or dot segments, parameters, an extension."""
-    for _ in range(4):                                 # whoever writes more of them hides something
-        path, before = urllib.parse.unquote(path), path
+    path, is_plain = without_escapes(path)
     text = unicodedata.normalize("NFKC", re.split(r"[?#\0]", path)[0]).casefold()
     words = re.findall(r"[/\\]\W*?(\.\.|\w+)[^/\\]*", re.sub(r";[^/\\]*", "", text))
-    return path != before or ".." in words or words[-1:] in [
+    return not is_plain or ".." in words or words[-1:] in [
         route.split("/")[-1:] for route in METERED_APIS]
 
 
@@ -14284,7 +14291,8 @@ def check_head(request: ClientRequest) -> None:
         if not re.fullmatch(harmless, values[name].lower()):
             raise UnmeteredRoute(f"the header {name}, by which a call becomes another one or has "
                                  "another price, cannot be used under a budget; leave it out")
-    if re.search(COSTLY_QUERY, request.head.query or ""):
+    query, is_plain = without_escapes((request.head.query or "").replace("+", " "))
+    if not is_plain or re.search(COSTLY_QUERY, query):
         raise UnmeteredRoute("a method override, or headers in the query, cannot be used under a "
                              "budget")
 

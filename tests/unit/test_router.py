@@ -198,7 +198,10 @@ def test_a_body_in_another_charset_is_refused(carrier, content_type, is_taken):
 
 @pytest.mark.parametrize("request_of", [
     dict(query="_method=DELETE"), dict(headers=[("x-http-method-override", "GET")]),
-    dict(query="a=1&%24httpHeaders=X-Vertex-AI-LLM-Shared-Request-Type%3Apriority")])
+    dict(query="a=1&%24httpHeaders=X-Vertex-AI-LLM-Shared-Request-Type%3Apriority"),
+    dict(query="$http%48eaders=X-Vertex-AI-LLM-Request-Type:priority"),
+    dict(query="%5fmethod=PUT"), dict(query="%25255Fmethod%20=PUT"), dict(query="_method+=PUT"),
+    dict(query="X-HTTP-Method-Override=GET"), dict(query="a=%2525252525255Fmethod")])
 @pytest.mark.parametrize("path, fields, method", [
     (*CHAT, "POST"), ("/v1/models", None, "GET")], ids=["metered", "unmetered"])
 def test_a_method_override_is_refused_under_a_budget(carrier, path, fields, method, request_of):
