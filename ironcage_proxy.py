@@ -809,7 +809,8 @@ class JsonBody:
     def __init__(self, raw: bytes, fields: Mapping[str, Any], text: Optional[bytes] = None,
                  data: Mapping[bytes, tuple[str, memoryview]] = MappingProxyType({})) -> None:
         self.raw = raw                        # UTF-8
-        self.text = raw if text is None else text       # the same, with a word for each of `data`
+        # The same, with a word for each of `data`; without data, with blanks for what is no JSON.
+        self.text = raw if text is None else text
         self.data = data                      # word -> long string of data, and its bytes in `raw`
         self.data_bytes = {id(string): part for string, part in data.values()}    # in `fields`
         self.fields = fields
@@ -819,7 +820,7 @@ class JsonBody:
                 without: frozenset = frozenset()) -> list[bytes]:
         """Return the bytes, in pieces, with some fields set and others left out: all else stays as
         it was, but for the white space where a field goes, and is not copied."""
-        text, inside = memoryview(self.text), self.text.index(b"{") + 1
+        text, inside = memoryview(self.text if self.data else self.raw), self.text.index(b"{") + 1
         new = {name: value for name, value in changes.items() if name not in self.fields}
         added = _written(new)[1:-1] if new else b""
         pieces = [text[:inside], added, b"," if added and self.fields.keys() - without else b""]
@@ -846,9 +847,9 @@ _json_sign = re.compile(r"[ \t\n\r]*[{,:}][ \t\n\r]*").match
 
 def _members(text: bytes) -> Iterator[tuple[str, int, int, int]]:
     """Yield (name, where it stands, where its value does, its end) of each member of an object that
-    is known to be JSON."""
+    is known to be JSON, or the first of a list that is."""
     chars = str(text, "latin-1")              # a character a byte, so that places are the same
-    at = _json_sign(chars).end()
+    at = _json_sign(chars, chars.index("{")).end()
     while chars.startswith('"', at):
         behind = _scan_json(chars, at)[1]
         start = _json_sign(chars, behind).end()
@@ -3732,6 +3733,7 @@ def stated_status(answer: Any, otherwise: int) -> int:
 
 
 _USAGE_NULL = re.compile(rb',\s*"usage"\s*:\s*null')
+_BESIDE_DATA = re.compile(rb"(?:\A[%b]*|[\r\n]+)(?:data: ?|(?!data:)[^\r\n]*)" % BOM)
 
 
 def without_usage(event: bytes, chunk: Optional[dict]) -> bytes:
@@ -3749,7 +3751,8 @@ def without_usage(event: bytes, chunk: Optional[dict]) -> bytes:
         without, found = _USAGE_NULL.subn(b"", event)
         if found == event.count(b'"usage"') == 1:
             return without
-    return format_event({name: value for name, value in chunk.items() if name != "usage"})
+    shape = _BESIDE_DATA.sub(lambda found: b" " * len(found[0]), event)
+    return b"".join(JsonBody(event, chunk, shape).spliced({}, frozenset({"usage"})))
 
 
 USAGE_CHUNK_FIELDS = frozenset({

@@ -595,6 +595,26 @@ def test_null_usage_that_cannot_be_cut_out_safely_is_left_out_all_the_same(chunk
         json.loads(ic.event_data(kept))
 
 
+USED = b'"usage":{"prompt_tokens":5,"x":[{"usage":1}]}'
+
+
+@pytest.mark.parametrize("event, without", [
+    (b'id: 9\ndata: {"p":1.10,"t":"\\u00e9\xc3\xa9 {", "choices":[{"usage":1e2}], %b }\nx: 7\n\n',
+     b", %b"),
+    (b': {"usage":1}\r\ndata:{"choices":[{}],%b,"id":-0}\r\n\r\n', b",%b"),
+    (b'\xef\xbb\xbfdata: { %b , "id":1.0}\n\n', b" %b , "),
+    (b'event: e\rdata: { %b }\r\r', b" %b"),
+    (b'data: {"id":1.0,\nid: 9\ndata:  "choices":[],\ndata: %b,\ndata: "x":1e2\ndata: }\n\n',
+     b',\ndata: %b'),
+    (b'data: [{"error":{},"code":1.0,%b}]\n\n', b",%b"),
+    (b'data: {"id":1.0,"us\\u0061ge":{}}\n\n', b',"us\\u0061ge":{}')])
+def test_of_an_event_that_says_more_only_usage_goes(event, without):
+    event, without = (text.replace(b"%b", USED) for text in (event, without))
+    chunk = ic.AnswerMeter("chat").read_event(ic.event_data(event))
+
+    assert event.replace(without, b"") == ic.without_usage(event, chunk)
+
+
 # Inflating.
 
 PLAIN_BODY = ("data: Grüße 🐤\n\n" * 200).encode()
