@@ -537,6 +537,11 @@ COSTLY_HEADERS = (
     (r"x-amzn-bedrock-guardrail.*|x-ms-spillover-.*", ""),
 )
 COSTLY_HEADER = re.compile("\n({})(?=\n)".format("|".join(name for name, _ in COSTLY_HEADERS)))
+# Headers that choose an account, or a project of it, whose defaults are not the key's: OpenAI's
+# projects have a default service tier (its reference, project service tier settings, 2026-11-28).
+ACCOUNT_HEADER = re.compile(
+    r"\n(?!x-ironcage-)([\w-]+-)?(account|org|organization|project|tenant|workspace)"
+    r"(-(id|key|name|number|slug))?\n")
 # In a query: what Google's APIs take for headers, and others for another method.
 COSTLY_QUERY = r"(?i)(_|http-?)method(-override)?\s*=|httpheaders\s*="
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
@@ -14684,7 +14689,10 @@ class Router:
         """Return a call's worst case: by bytes while that is little of what is free, else measured.
         """
         betas = anthropic_betas(call.request.head, call.added_betas)
-        options: dict = {"provider": call.provider, "may_be_lowered": not self.settings.no_fit,
+        provider = call.provider
+        if ACCOUNT_HEADER.search("\n{}\n".format("\n\n".join(call.request.head.headers.values))):
+            provider = provider._replace(default_service_tier=UNKNOWN_TIER)
+        options: dict = {"provider": provider, "may_be_lowered": not self.settings.no_fit,
                          "said_choice": call.translator and call.translator.terms.said_choice,
                          "window": LONG_WINDOW_TOKENS if "context-1m" in betas.lower() else 0}
         bound = bound_of_request(call.api, call.body, price, **options)

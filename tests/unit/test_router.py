@@ -227,6 +227,23 @@ def test_a_header_that_makes_a_call_dearer_than_its_body_says_is_refused_under_a
         ic.check_head(carrier.request(*CHAT, headers=[(name, harmless)]))
 
 
+@pytest.mark.parametrize("name, tier, is_dearer", [
+    *((name, tier, True) for name in (
+        "openai-project", "openai-organization", "x-goog-user-project", "chatgpt-account-id",
+        "anthropic-workspace-id", "x-org-id") for tier in (None, "auto")),
+    ("openai-project", "default", False), ("x-ironcage-project", None, False),
+    ("x-projector", None, False)])
+def test_a_header_that_chooses_an_account_is_bounded_at_the_dearest_tier_it_may_default_to(
+        carrier, name, tier, is_dearer):
+    fields = {**CHAT[1], "model": "gpt-4o", "service_tier": tier}
+    for headers in [], [(name, "x")]:
+        carrier.call(CHAT[0], fields, whole(DONE), headers=headers)
+
+    chosen, plain = [row["bound_microdollars"] for row in carrier.rows]
+    priority = 1.7                          # times the price of gpt-4o
+    assert chosen == pytest.approx(plain * (priority if is_dearer else 1), abs=1)
+
+
 # Values that a field of any request may be made of, and where they are put.
 ODD = ([[]], [{}], {"x": []}, ["x"], [None], True, False, None, 0, -1, 1.5, 10 ** 17,
        10 ** 40, -10 ** 40, "", "x", "\0", "\ud800", "9" * 400, {"type": []}, [{"type": {}}],
