@@ -3803,9 +3803,9 @@ class StreamReader:
             self._whole = None
         if not self.can_read or self._whole is not None:
             self._meter.output_bytes += sum(map(len, pieces))
-        if not self._hides_usage or self._whole is not None:
-            return pieces
-        return [without_usage(*event) for event in events] + ([] if self.can_read else pieces)
+        is_read = self.can_read and self._whole is None
+        return [*(without_usage(*event) for event in events), *(() if is_read else pieces)] \
+            if self._hides_usage else pieces
 
     def parsed(self, pieces: list[bytes]) -> Iterator[dict]:
         """Yield the JSON events of one read, metered. Raises UpstreamBroke."""
@@ -3822,7 +3822,9 @@ class StreamReader:
             if not self._has_begun and data.strip(BLANKS):
                 self._has_begun = True
                 if data.lstrip(BLANKS)[:1] in (b"{", b"["):
+                    held, self._splitter.rest = self._splitter.rest, bytearray()
                     self._whole = bytearray()
+                    yield held, None           # blanks, which go before it
             if self._whole is not None:
                 self._whole += data
                 self._make_room(len(self._whole))

@@ -712,7 +712,9 @@ def test_a_json_answer_is_metered_at_its_end_though_a_stream_was_asked_for():
     meter = ic.AnswerMeter("chat")
     reader = ic.StreamReader(meter, "identity", hides_usage=True)
 
-    assert [[answer[:9]], [answer[9:]]] == [reader.read([answer[:9]]), reader.read([answer[9:]])]
+    assert [b"\n\n"] == reader.read([b"\n\n "])
+    assert [b" ", answer[:9]] == reader.read([answer[:9]])
+    assert [answer[9:]] == reader.read([answer[9:]])
     assert not meter.has_ended
     assert (b"", usage) == (reader.finish(), meter.usage)
 
