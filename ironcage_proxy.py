@@ -76,8 +76,8 @@ Contents (each chapter uses only names of chapters above it):
 
 An API is one of "chat", "responses", "completions", "embeddings" and "messages".
 
-Which code answers a question: `python tests/calls.py overspend` prints it and nothing else, for it
-follows the calls, and tests/unit/test_map.py sees that nothing is missing.
+Which code answers a question: `python tests/calls.py overspend` prints it, with the headings and
+comments above it, for it follows the calls; tests/unit/test_map.py sees that nothing is missing.
 
     overspend: Can it overspend? What these use of chapters 3 to 7, 16, 17 and 21.
         CostController: __doc__ __init__ admit reserve commit cancel close add_spend set_budget
@@ -85,17 +85,22 @@ follows the calls, and tests/unit/test_map.py sees that nothing is missing.
         PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
         ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
         _bound _tight_bound _reserved _upstream_body _settle _take_lease configure
-        _check_unmetered
+    unmetered: What passes under a budget without being counted? What these use of chapters 1, 2
+        and 18.
+        Router: open _unmetered _check_unmetered; check_head; may_be_metered; check_models;
+        named_model; check_sessions
     shared: Can it overspend where many processes share a budget? What these use of chapter 24.
         SharedAccounts; accounts_for; make_cage
-    leaves: What leaves this machine? What these use of chapters 18 and 20.
-        KeepAliveHandler; posted; Router: _sent _send _passed_through; CageServer: _post;
-        Alerts: _is_done; EngineLink; row_shown; refusal_row; child_environment
+    leaves: What leaves this machine? What these use of chapters 1, 18 and 20.
+        KeepAliveHandler; EnvironmentProxies; build_opener; check_encrypted; posted; Router: _sent
+        _send _passed_through; CageServer: _post; Alerts: _is_done; EngineLink; row_shown;
+        refusal_row; child_environment
     changed: Is my message changed, where its API is the provider's own? What these use of chapters
-        3, 6, 7, 20 and 21.
-        JsonBody: spliced; Router: _upstream_body _answered _whole_answer _streamed _reads
-        _to_its_end _unread _counted_here; UpstreamResponse; StreamReader; without_usage;
-        Changes; without_own_thinking; and, where it is translated, chapters 8 to 14
+        1, 3, 6, 7, 20 and 21.
+        parse_json_object; JsonBody: spliced; upstream_headers; answer_headers; Router:
+        _upstream_body _answered _first_headers _whole_answer _streamed _reads _to_its_end _unread
+        _counted_here; UpstreamResponse; StreamReader; without_usage; Changes;
+        without_own_thinking; and, where it is translated, chapters 8 to 14
 """
 from __future__ import annotations     # a SyntaxError here: Python 3.9 or newer is needed
 

@@ -5,24 +5,42 @@ What `x.method()` calls is found by the class of `x`, which its annotation, its 
 annotation of what returned it gives; a call through a value of unknown class is not followed.
 
     python tests/calls.py QUESTION      print the code that a question of the file's map needs
+    python tests/calls.py               print the questions
+
+It needs the file beside `tests`, and nothing else.
 """
 from __future__ import annotations
 
 import ast
 import functools
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Iterable, Iterator, Optional
 
-from trees import PROGRAM, source_of, tree_of, walked
-
+PROGRAM = Path(__file__).resolve().parents[1] / "ironcage_proxy.py"
 Classes = frozenset[str]
 NONE: Classes = frozenset()
 CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 GIVES_AN_ELEMENT = ("get", "pop", "popleft", "popitem", "values", "setdefault", "copy")
 BANNER = re.compile(r"^# =+ (\d+)\. (.+?) =+$", re.MULTILINE)
+
+
+@functools.lru_cache(maxsize=None)
+def source_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@functools.lru_cache(maxsize=None)
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(source_of(path))
+
+
+@functools.lru_cache(maxsize=None)
+def walked(node: ast.AST) -> list[ast.AST]:
+    return [*ast.walk(node)]
 
 
 class Calls:
@@ -34,6 +52,7 @@ class Calls:
         self.chapters = [(int(match[1]), match[2], source.count("\n", 0, match.start()) + 1)
                          for match in BANNER.finditer(source)]
         self.nodes: dict[str, list[ast.AST]] = {}
+        self.classes: dict[str, ast.ClassDef] = {}
         self.methods: set[str] = set()
         self.unknown: Counter = Counter()        # (method, user): calls that were not followed
         self._bases: dict[str, list[str]] = {}
@@ -49,9 +68,9 @@ class Calls:
                          for name in self._bases}
         self._read_annotations()
         for _ in range(3):                       # a field may get its class from another's
-            for name, (node, *_) in self.nodes.items():
+            for name, nodes in self.nodes.items():
                 if "." in name:
-                    self._read_assignments(node, name.split(".")[0])
+                    self._read_assignments(nodes[0], name.split(".")[0])
         self.used = {name: set(self._used_by(name)) for name in self.nodes}
 
     def chapter_of(self, name: str) -> int:
@@ -76,8 +95,38 @@ class Calls:
         return {name for name, used in self.used.items() if used & names}
 
     def lines(self, names: Iterable[str]) -> set[int]:
+        """The lines of code of names: functions with their decorators, tables, fields.
+
+        What an answer is counted by. The headings and comments that `shown` adds are read at a
+        glance, and the heading of a class is repeated in each answer that has a method of it.
+        """
         return {line for name in names for node in self.nodes[name]
-                for line in range(node.lineno, node.end_lineno + 1)}
+                for line in range(_first_line(node), node.end_lineno + 1)}
+
+    def shown(self, names: Iterable[str]) -> set[int]:
+        """Their lines, and what says whose they are and why: the headings of their classes and
+        chapters, and the comments that stand directly above them."""
+        names, rows = {*names}, ["", *self.source.splitlines(), ""]
+        is_comment = {line for line, row in enumerate(rows) if row.lstrip().startswith("#")}
+        shown, begins = self.lines(names), {_first_line(node) for name in names
+                                            for node in self.nodes[name]}
+        for owner in {name.partition(".")[0] for name in names} & {*self.classes}:
+            node = self.classes[owner]
+            end = max(node.lineno + 1, _first_line(node.body[0]))
+            shown |= {line for line in range(_first_line(node), end)
+                      if rows[line].strip() and line not in is_comment}
+            begins.add(_first_line(node))
+        for line in begins:
+            while line - 1 in is_comment:
+                line -= 1
+                shown.add(line)
+        for (_, _, line), following in zip(self.chapters, [
+                *(start for _, _, start in self.chapters[1:]), len(rows)]):
+            if not shown.isdisjoint(range(line, following)):
+                while line in is_comment:
+                    shown.add(line)
+                    line += 1
+        return shown
 
     # Definitions.
 
@@ -85,7 +134,7 @@ class Calls:
         if isinstance(node, ast.ClassDef):
             self._bases[node.name] = [base.id for base in node.bases
                                       if isinstance(base, ast.Name)]
-            self.nodes[node.name] = []
+            self.nodes[node.name], self.classes[node.name] = [], node
             for part in node.body:
                 if isinstance(part, ast.FunctionDef):
                     self.methods.add(part.name)
@@ -235,6 +284,10 @@ class Calls:
         return self._methods(classes, node.attr)
 
 
+def _first_line(node: ast.AST) -> int:
+    return min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))])
+
+
 @functools.lru_cache(maxsize=None)
 def _assignments(function: ast.AST) -> list[tuple]:
     return list(_each_assignment(function))
@@ -303,12 +356,22 @@ def mapped() -> tuple[Calls, dict[str, Question]]:
 def show(name: str) -> None:
     calls, asked = mapped()
     rows, last = calls.source.splitlines(), 0
-    for number in sorted(calls.lines(asked[name].code(calls))):
+    for number in sorted(calls.shown(asked[name].code(calls))):
         if number != last + 1:
             print()
         print(f"{number:6} {rows[number - 1]}")
         last = number
 
 
+def main(arguments: list[str]) -> None:
+    _, asked = mapped()
+    if len(arguments) != 1 or arguments[0] not in asked:
+        sys.exit("\n".join(["usage: python tests/calls.py QUESTION, which is one of", *(
+            f"    {name:10} {question.words}" for name, question in asked.items())]))
+    show(arguments[0])
+
+
 if __name__ == "__main__":
-    show(sys.argv[1])
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)        # a pager may be left at any line
+    main(sys.argv[1:])

@@ -1,13 +1,17 @@
 """The map in the file's docstring: for each question the code that answers it, and nothing missing."""
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 from calls import mapped, show
 from support import ROOT
 from trees import walked
 
-MOST_LINES = {"overspend": 3_600, "shared": 890, "leaves": 700, "changed": 1_100}
+MOST_LINES = {"overspend": 3_620, "unmetered": 460, "shared": 900, "leaves": 800, "changed": 1_340}
 # What sets money aside, settles it or moves a limit.
 MONEY = [
     *(f"CostController.{name}" for name in (
@@ -20,6 +24,52 @@ SENDING = ("posted", "Router._send")                  # what opens them, for who
 CONNECTS = ("create_connection", "connect", "connect_ex", "sendto", "urlopen")
 # What replaces bytes of a message in its own API.
 CHANGES = ("JsonBody.spliced", "without_usage", "with_notice")
+# What decides that a request is not counted, or that one is refused for that.
+UNCOUNTED = ("UnmeteredRoute", "FREE_ROUTES", "COSTLY_HEADER", "COSTLY_QUERY", "is_free_route",
+             "may_be_metered", "check_head", "Router._check_unmetered", "Router._unmetered")
+# Further code without which an answer is none: tables that it decides by, and their readers.
+BELONGS = {
+    "unmetered": ("METERED_APIS", "KNOWN_PROVIDERS", "COSTLY_HEADERS", "check_sessions",
+                  "split_path", "Router.open", *UNCOUNTED),
+    "leaves": ("REQUEST_HEADERS_KEPT_BACK", "KNOWN_PROVIDERS", "Provider.credentials",
+               "Provider.url", "EnvironmentProxies.proxy_open", "build_opener", "check_encrypted",
+               "upstream_headers"),
+    "changed": ("REQUEST_HEADERS_KEPT_BACK", "upstream_headers", "answer_headers",
+                "Router._first_headers", "_set_aside"),
+}
+PROGRAM_WITH_A_MAP = '''"""Small.
+
+    first: What is in the cage? What these use of chapter 1.
+        Cage: opened
+"""
+# ==== 1. Cages ====
+#
+# They hold.
+
+import functools
+
+UNUSED = 1
+# Source: measured.
+BARS = 2
+
+
+# A cage has bars.
+class Cage(
+        object):
+    # Not of a method that is shown.
+    def closed(self):
+        return UNUSED
+
+    # Whoever asks may know.
+    @property
+    @functools.lru_cache()
+    def opened(self):
+        return BARS
+
+
+# ==== 2. Birds ====
+BIRD = BARS
+'''
 
 
 def code_of(name):
@@ -93,6 +143,80 @@ def test_whatever_replaces_bytes_is_in_the_answer_to_changed():
     calls, _ = mapped()
 
     assert set() == calls.users(CHANGES) - code_of("changed") - {"Router._unmetered"}
+
+
+def test_whatever_decides_that_a_request_is_not_counted_is_in_the_answer_to_unmetered():
+    """That a metered one is refused for its head too is for "overspend"."""
+    calls, _ = mapped()
+
+    assert {"Router._planned"} >= calls.users(UNCOUNTED) - code_of("unmetered")
+
+
+@pytest.mark.parametrize("name", BELONGS)
+def test_an_answer_holds_the_tables_that_it_is_decided_by(name):
+    assert [] == [one for one in BELONGS[name] if one not in code_of(name)]
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_each_method_is_printed_with_its_class_and_its_decorators(name):
+    calls, _ = mapped()
+    code = code_of(name)
+    shown = calls.shown(code)
+
+    assert shown >= calls.lines(code)
+    assert [] == [one for one in code for node in calls.nodes[one] if not shown >= {
+        decorator.lineno for decorator in getattr(node, "decorator_list", ())}]
+    assert [] == [one for one in code if "." in one
+                  and calls.classes[one.partition(".")[0]].lineno not in shown]
+
+
+def run_alone(tmp_path, *arguments, output=subprocess.PIPE):
+    """Run a copy of the command with a small program and nothing else beside it."""
+    (tmp_path / "tests").mkdir()
+    copy = shutil.copy(ROOT / "tests" / "calls.py", tmp_path / "tests")
+    (tmp_path / "ironcage_proxy.py").write_text(PROGRAM_WITH_A_MAP, encoding="utf-8")
+    return subprocess.run([sys.executable, copy, *arguments], stdout=output, text=True,
+                          stderr=subprocess.PIPE, timeout=60)
+
+
+def test_the_command_needs_nothing_but_the_program(tmp_path):
+    """It prints the heading of a class, and comments only above what it prints."""
+    done = run_alone(tmp_path, "first")
+
+    assert (0, "") == (done.returncode, done.stderr)
+    assert """\
+# ==== 1. Cages ====
+#
+# They hold.
+# Source: measured.
+BARS = 2
+# A cage has bars.
+class Cage(
+        object):
+    # Whoever asks may know.
+    @property
+    @functools.lru_cache()
+    def opened(self):
+        return BARS
+""" == "".join(line[7:] + "\n" for line in done.stdout.splitlines() if line)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe without a reader is a signal on POSIX")
+def test_a_pager_can_be_left_before_the_end(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_alone(tmp_path, "first", output=writer)
+    os.close(writer)
+
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [(), ("second",), ("first", "second")])
+def test_the_command_lists_the_questions_where_it_is_asked_none_of_them(tmp_path, arguments):
+    done = run_alone(tmp_path, *arguments)
+
+    assert done.returncode == 1
+    assert done.stderr.split("\n", 1)[1].split() == "first What is in the cage?".split()
 
 
 def test_the_code_of_a_question_can_be_printed(capsys):
