@@ -2078,7 +2078,7 @@ class Contents:
             self._note(field, kind, part)
             is_elsewhere = kind in ("reasoning", "compaction") \
                 and not part.get("encrypted_content") \
-                and not (kind == "compaction" and part.get("content"))
+                and not (kind == "compaction" and part.get("content") and "id" not in part)
         else:                                  # servers take the type from the field that is there
             for name in part:
                 if name in MEDIA_FIELDS and part[name] is not None:
@@ -2314,8 +2314,11 @@ HOSTED_OPTIONS = frozenset("""
     max_content_tokens max_uses response_inclusion search_content_types search_context_size strict
     url_sources use_cache user_location""".split())
 # Models that search, or run others, by themselves: xAI bills the tokens of all its agents, and
-# Groq's compound those of all its models and tools. Sources: their model pages, November 2026.
-SEARCHING_MODEL = r"-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound"
+# Groq's compound those of all its models and tools; OpenRouter's variant :online searches for a
+# fee, and a preset there has a model and plugins of its own. Sources: their model pages, and
+# openrouter.ai/docs/features/web-search and /presets, November 2026.
+SEARCHING_MODEL = (r"(?i)-search-(preview|api)|deep-research|multi-agent|(^|[/-])compound"
+                   r"|:online(:|@|$)|@preset/")
 # The caps a client can put on its answer, by API; the first is set when a client puts none.
 MAX_TOKENS_FIELDS = MappingProxyType({
     "chat": ("max_completion_tokens", "max_tokens"),

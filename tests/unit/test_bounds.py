@@ -461,6 +461,10 @@ UNSEEN = {
     "video of the type null": content({"type": None, "video_url": {"url": "x"}}),
     "file data without a type": content({"file_data": "AA=="}),
     "compaction item without content": {"input": [{"type": "compaction", "id": "cmp_1"}]},
+    "compaction item whose content is of another API": {"input": [
+        {"type": "compaction", "id": "cmp_1", "content": "x"}]},
+    "compaction item with content that is empty": {"input": [
+        {"type": "compaction", "id": "cmp_1", "encrypted_content": ""}]},
     "compaction without a summary": content({"type": "compaction", "content": None}),
     "file search item": {"input": [{"type": "file_search_call", "id": "fs_1"}]},
     "document by its URL": content({"type": "document", "source": {"type": "url", "url": "x"}}),
@@ -977,12 +981,20 @@ def test_content_that_the_operator_lets_through_counts_as_a_whole_context():
 @pytest.mark.parametrize("key", [
     "gpt-4o-search-preview", "gpt-4o-mini-search-preview-2025-03-11", "gpt-5-search-api",
     "o3-deep-research", "o4-mini-deep-research-2025-06-26", "xai/grok-4.20-multi-agent-0309",
-    "groq/compound", "groq/compound-mini", "compound-beta"])
-def test_a_model_that_searches_by_itself_is_refused(key):
+    "groq/compound", "groq/compound-mini", "compound-beta", "openai/gpt-4o:online",
+    "openai/gpt-4o:free:Online", "openai/gpt-4o:online@preset/x", "openai/gpt-4o@preset/x",
+    "@preset/x"])
+@pytest.mark.parametrize("place", ["key", "model"])     # the price may be another's, by price_as
+def test_a_model_that_searches_by_itself_is_refused(key, place):
     with pytest.raises(ic.UnboundedRequest) as caught:
-        checked("chat", {}, key=key)
+        checked("chat", {}, **{place: key})
 
     assert "model" == caught.value.param
+
+
+@pytest.mark.parametrize("key", ["openai/gpt-4o:free", "llama3:onliner", "x/preset", "m@preset"])
+def test_a_model_whose_name_only_resembles_one_that_searches_passes(key):
+    assert [] == checked("chat", {}, key=key, model=key, provider="openrouter")
 
 
 @pytest.mark.parametrize("api, name, plain, other", [
