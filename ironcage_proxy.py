@@ -11616,29 +11616,24 @@ class UpstreamRequest(urllib.request.Request):
         self.headers = {**headers}          # as they are: add_header() would capitalize each
 
 
-ESCAPED_BYTES = 16                      # one character of a key, in JSON within JSON within JSON
+ESCAPED_BYTES = 32                      # one character of a key, escaped again and again
 OPEN_KEY_BYTES = ESCAPED_BYTES * (OPEN_KEY_CHARS + 1)
 ESCAPE_BEGUN = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
+ESCAPE_LEVELS = 4                       # JSON within JSON within a URL within a URL
 
 
-@functools.lru_cache(maxsize=64)
-def _signs_of(key: str) -> tuple[bytes, bytes, bytes, re.Pattern]:
-    """Return by what a key is found: itself, it without backslashes, its longest part that nothing
-    needs to escape, and the escapes that JSON has for its characters."""
-    run = max(re.findall(r"[\w.~-]*", key), key=len)
-    codes = "|".join(sorted({f"{ord(char):02x}" for char in key}))
-    escapes = re.compile(rf"\\u00((?i:{codes}))".encode())
-    return key.encode(), _unquoted(key.encode()), run.encode(), escapes
+def _unescaped(text: bytes) -> bytes:
+    """Return a text without the escapes of JSON and of URLs, nor those within them."""
+    for _ in range(ESCAPE_LEVELS):
+        escaped = text
+        if b"%" in text or b"\\u00" in text:             # most have neither
+            text = urllib.parse.unquote_to_bytes(text.replace(b"\\u00", b"%"))
+        if text == escaped:
+            break
+    return text.replace(b"\\", b"")
 
 
 KEY_IN_ANSWER = "the provider's answer repeats its key; it is not passed on"
-
-
-def _unquoted(text: bytes) -> bytes:
-    """Return a text without the escapes of a URL, and without the backslashes of JSON."""
-    if b"%" not in text and b"\\" not in text:
-        return text                          # as most are
-    return urllib.parse.unquote_to_bytes(text).replace(b"\\", b"")
 
 
 def is_secret(key: Optional[str]) -> bool:
@@ -11656,7 +11651,8 @@ class KeyGuard:
     """
 
     def __init__(self, key: Optional[str], encoding: str) -> None:
-        self._raw, self._key, self._run, self._escapes = _signs_of(key if is_secret(key) else "")
+        self._raw = key.encode() if is_secret(key) else b""
+        self._key = _unescaped(self._raw)
         self._inflate = inflating(encoding) if encoding != "identity" else None
         self._seen = b""                     # the end of the text before what waits
         self.waiting = b""                  # what is not passed on yet
@@ -11711,38 +11707,30 @@ class KeyGuard:
 
     def _is_in_line(self, line: str) -> bool:
         """Whether the key stands in a header, in letters of any case: names lose theirs."""
-        text = _unquoted(self._unescaped(line.encode("latin-1")))
+        text = _unescaped(line.encode("latin-1"))
         return bool(self._key) and self._key.lower() in text.lower()
 
     def _is_in(self, text: bytes) -> bool:
-        unescaped = self._unescaped(text)
-        return self._run in unescaped and (
-            self._raw in text or self._key in _unquoted(unescaped))
-
-    def _unescaped(self, text: bytes) -> bytes:
-        """Return a text without those escapes of JSON that can hide the key; as it is where none
-        can."""
-        if b"\\u00" not in text:
-            return text
-        shorter = self._escapes.sub(lambda escape: bytes.fromhex(escape[1].decode()), text)
-        return text if len(shorter) == len(text) else shorter.replace(b"\\", b"")
+        return self._raw in text or self._key in _unescaped(text)
 
     def _masked(self, text: bytes) -> bytes:
         """Return a text with asterisks in place of the key, one a byte: lengths are stated already.
         """
-        chars = (rb"(?:\\|(?:u00|%%)5[Cc])*(?:%b|(?:u00|%%)(?i:%02x))" % (
-            re.escape(bytes([char])), char) for char in self._key)
+        code = rb"(?:u00|%)(?:25)*"
+        chars = (rb"(?:\\|%b5[Cc]){0,15}(?:%b|%b(?i:%02x))" % (
+            code, re.escape(bytes([char])), code, char) for char in self._key)
         return re.sub(b"".join(chars), lambda key: b"*" * len(key[0]), text)
 
     def _must_wait(self, text: bytes) -> bool:
         """Whether a text ends within an escape, or in more of the key than may be known."""
         if ESCAPE_BEGUN.search(text[-8:]):              # cut there, asterisks would break it
             return True
-        tail = _unquoted(self._unescaped(text[-ESCAPED_BYTES * len(self._key):]))
+        tail = _unescaped(text[-ESCAPED_BYTES * len(self._key):])
         if self._key[:OPEN_KEY_CHARS + 1] not in tail:
             return False
-        tail = re.sub(rb"%.?\Z", b"", tail)
-        return any(tail.endswith(self._key[:size])
+        begun = len(tail) - len(re.search(rb"(?:[%u][%u0-9A-Fa-f]*)?\Z", tail[-8:])[0])
+        return any(tail.endswith(self._key[:size], 0, end)
+                   for end in range(begun, len(tail) + 1)
                    for size in range(OPEN_KEY_CHARS + 1, len(self._key)))
 
 

@@ -20,6 +20,10 @@ FORMS = {                    # a key -> how it may stand within a JSON string
     "mixed otherwise": lambda key: u_escaped(key, Random(2)),
     "JSON in JSON": lambda key: json.dumps('{"key":"%s"}' % u_escaped(key, Random(3)))[1:-1],
     "JSON in JSON in JSON": lambda key: json.dumps(json.dumps(u_escaped(key, Random(4))))[1:-1],
+    "in a URL": lambda key: "".join(f"%{ord(char):02X}" if char in "-_/+=." else char
+                                    for char in key),
+    "in a URL in a URL": lambda key: "".join(f"%25{ord(char):02x}" for char in key),
+    "JSON in a URL": lambda key: urllib.parse.quote(u_escaped(key, Random(5))),
 }
 
 

@@ -316,6 +316,31 @@ def test_random_texts_in_random_reads_lose_the_key_and_nothing_else(seed):
         assert kept is None or kept.encode() == piece
 
 
+@pytest.mark.parametrize("escape", ["%%%02x", "%%%02X", "%%25%02x", "%%2525%02X", "\\u00%02x",
+                                    "\\\\u00%02X", "\\u005cu00%02x", "\\u0025%02X",
+                                    "%%5Cu00%02x", "%%255c%%255Cu00%02x"])
+def test_no_escape_of_one_character_hides_the_key_wherever_a_read_ends(escape):
+    for at, char in enumerate(KEY):
+        text = f"{KEY[:at]}{escape % ord(char)}{KEY[at + 1:]}".encode()
+        for cut in range(len(text) + 1):
+            guard = ic.KeyGuard(KEY, "identity")
+            shown = b"".join(guard.read([text[:cut]]) + guard.read([text[cut:]])) + guard.waiting
+
+            assert len(text) == len(shown), (text, cut)
+            assert shown.count(b"*") >= len(KEY) - ic.OPEN_KEY_CHARS, (text, cut, shown)
+
+
+@pytest.mark.parametrize("at", [0, 3, 12, len(KEY) - 1])
+def test_a_key_in_escapes_that_are_not_masked_ends_the_answer_wherever_a_read_ends(at):
+    escape = "".join(f"%{ord(char):02X}" for char in f"\\u{ord(KEY[at]):04x}")
+    text = f"{KEY[:at]}{escape}{KEY[at + 1:]}".encode()
+    for cut in range(len(text) + 1):
+        guard = ic.KeyGuard(KEY, "identity")
+        with pytest.raises(ic.UpstreamBroke, match="repeats its key"):
+            guard.read([text[:cut]])
+            guard.read([text[cut:]])
+
+
 def test_reads_without_the_key_pass_as_the_same_pieces():
     guard = ic.KeyGuard(KEY, "identity")
     for pieces in ([b"a", b"", b"b\\u0073"], [b"sk-canar"], [b"y"] * 3, [KEY[9:].encode()]):
