@@ -12806,6 +12806,14 @@ def tried(lock: threading.Lock, timeout_s: float) -> Iterator[bool]:
             lock.release()
 
 
+def failed_ask(reason: str, status: int) -> CageServerFailed:
+    """Return what is raised where the server gave nothing. It is in no variable of its own trace,
+    and new each time: else it kept the call."""
+    failure = CageServerFailed(f"the Iron Cage server has not given what a call needs: {reason}")
+    failure.is_final = 400 <= status < 500
+    return failure
+
+
 class CageServer:
     """An Iron Cage server, seen from here. `take` is called with each lease that it grants.
 
@@ -12829,7 +12837,7 @@ class CageServer:
         self._fetched_s = self._fresh_until_s = NEVER_S
         self._refused_key: Optional[str] = None        # by its provider
         self.lease: Optional[Lease] = None
-        self._failure: Optional[CageServerFailed] = None
+        self._failure = ("", 0)                        # why, and the status of the answer
         self._failed_until_s = NEVER_S
         self._is_stopping = False
         self.events = Outbox("ironcage-events", self._is_taken, on_fault, most=MAX_EVENTS,
@@ -12856,8 +12864,8 @@ class CageServer:
         no. `for_call`: a failure stands for SERVER_RETRY_S, in which the server is left alone."""
         if for_call and self._is_stopping:
             raise CageServerFailed("the proxy is stopping")
-        if for_call and self._failure is not None and time.monotonic() < self._failed_until_s:
-            raise self._failure.with_traceback(None)    # each raise would add its call, and keep it
+        if for_call and time.monotonic() < self._failed_until_s:
+            raise failed_ask(*self._failure)
         try:
             status, body = self._post(path, fields)
             if 200 <= status < 300:
@@ -12872,12 +12880,10 @@ class CageServer:
                 or f"it answered with the status {status}"
             code = self._without_keys(body.get("code"), body)
             reason += f" ({shown_name(code)})" if code else ""
-        failure = CageServerFailed(
-            f"the Iron Cage server has not given what a call needs: {reason}")
-        failure.is_final = 400 <= status < 500
         if for_call:
-            self._failure, self._failed_until_s = failure, time.monotonic() + SERVER_RETRY_S
-        raise failure
+            self._failure = reason, status
+            self._failed_until_s = time.monotonic() + SERVER_RETRY_S
+        raise failed_ask(reason, status)
 
     def _without_keys(self, words: Any, body: Mapping[str, Any]) -> str:
         """Return some words of an answer, without the keys that we hold or that it gives."""
@@ -15013,10 +15019,10 @@ class Router:
             log.warning("stream broke", extra={"fields": {
                 "request_id": request.request_id, "reason": err.message}})
             self._settle(call)
-            fault = self._fault(err)
-            yield [error_event(fault, call.api, request.request_id)] if call.translator is None \
+            yield [error_event(self._fault(err), call.api, request.request_id)] \
+                if call.translator is None \
                 else [wire_event(call.client_api, event) for event in call.translator.failed(
-                    error_object(fault, request.dialect, request.request_id))]
+                    error_object(self._fault(err), request.dialect, request.request_id))]
 
     # Settlement.
 

@@ -1,6 +1,9 @@
 """The Iron Cage server as it is seen from here: what is believed of its answers, kept and given
 back. Its calls are replaced; those over sockets: wire/test_server_mode.py."""
+import contextlib
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -121,6 +124,21 @@ def test_a_key_that_its_provider_refused_is_fetched_anew_but_not_at_once_again(s
     server.cage.refused(provider)
     server.cage.provider()
     assert 2 == len(server.asked)
+
+
+def test_a_call_that_the_server_gave_nothing_is_freed_at_once(server):
+    def asked():
+        body = ic.JsonBody(b"{}", {})
+        with contextlib.suppress(ic.CageServerFailed):
+            server.cage.provider()
+        return weakref.ref(body)
+
+    server.answers["provider-key"] = 503, {}
+    gc.disable()                                   # which would free it late
+    try:
+        assert [None, None] == [asked()(), asked()()] and 1 == len(server.asked)
+    finally:
+        gc.enable()
 
 
 def test_a_server_that_failed_is_left_alone_for_a_while(server):

@@ -111,8 +111,9 @@ def pinging():
 
 @pytest.mark.parametrize("kind, fields, reads", [
     (ic.UnboundedRequest, {"a_field_that_may_cost": 1}, ()),
-    (ic.BadRequest, {"model": "nonesuch"}, ()), (ic.UpstreamError, {}, (b"HTTP/1.1 2",))],
-    ids=["refused", "unknown", "broken"])
+    (ic.BadRequest, {"model": "nonesuch"}, ()), (ic.UpstreamError, {}, (b"HTTP/1.1 2",)),
+    (ic.UpstreamError, STREAM, (stream(delta("he")),))],
+    ids=["refused", "unknown", "broken", "stream"])
 def test_what_a_failed_call_has_read_is_freed_at_once(carrier, monkeypatch, kind, fields, reads):
     read, parsed = [], ic.ClientRequest.parsed
     monkeypatch.setattr(ic.ClientRequest, "parsed", lambda *args: read.append(
