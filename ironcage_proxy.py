@@ -11633,6 +11633,11 @@ def _unescaped(text: bytes) -> bytes:
     return text.replace(b"\\", b"")
 
 
+def is_within(secret: str, text: str) -> bool:
+    """Whether a text holds a secret, as it is or as JSON and URLs escape it."""
+    return secret in text or _unescaped(secret.encode()) in _unescaped(text.encode())
+
+
 KEY_IN_ANSWER = "the provider's answer repeats its key; it is not passed on"
 
 
@@ -11909,6 +11914,20 @@ def offered_tokens(headers: Headers) -> list[str]:
     return [*filter(None, (*offered, headers.get("x-api-key")))]
 
 
+def is_token_in_path(head: RequestHead) -> bool:
+    """Whether a path holds a client's token, and not a word that is one as well."""
+    return any(is_secret(token) and is_within(token, head.path)
+               for token in offered_tokens(head.headers))
+
+
+def check_target(head: RequestHead) -> None:
+    """Raises BadRequest where a client's token would travel on in the URL."""
+    if is_token_in_path(head) or any(len(token) >= 8 and is_within(token, head.query or "")
+                                     for token in offered_tokens(head.headers)):
+        raise BadRequest("the token belongs in the Authorization header: the URL, which holds it "
+                         "too, goes to the provider; take it out there")
+
+
 def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
                      translator: Optional[Translator] = None,
                      added_betas: Iterable[str] = ()) -> dict[str, str]:
@@ -11924,7 +11943,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
     kept_back = [*head.headers.options]
     for token in offered_tokens(head.headers):
         if len(token) >= 8:                                                          # as each has
-            kept_back += [name for name, value in headers.items() if token in value]
+            kept_back += [name for name, value in headers.items() if is_within(token, value)]
     if translator is not None:
         kept_back += filter(VENDOR_HEADER.match, headers)
     for name in kept_back:
@@ -15510,6 +15529,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         is_own = head.path in OPEN_ROUTES or f"{head.path}/".startswith("/ironcage/")
         if caller.name == ADMIN and not is_own:
             raise Forbidden("the admin's token cannot call models; use a caller's token")
+        if not is_own:
+            check_target(head)
         self._caller = None if is_own else caller
         with NOTHING_HELD if is_own else self.server.traffic.entered(caller):
             self.server.places.take(self.place, caller, len(self.server.callers) == 1)
@@ -15710,7 +15731,8 @@ def refusal_row(error: IroncageError, request_id: str, token: str,
     """Return what the ledger and the log say of a refusal: text that can be stored, of bounded
     length."""
     stated = {"request_id": request_id, "token": token, "model": error.model,
-              "path": head and head.path, "reason": error.openai_code or error.openai_type,
+              "path": head and ("?" if is_token_in_path(head) else head.path),
+              "reason": error.openai_code or error.openai_type,
               "message": error.message, **(attribution_of(head.headers) if head else {})}
     amounts = {name: (error.details or {}).get(name) for name in REFUSAL_COLUMNS}
     texts = {name: text and re.sub(UNPRINTABLE, "?", text[:MOST_REFUSAL_CHARS].encode(

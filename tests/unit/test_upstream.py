@@ -429,7 +429,8 @@ def test_what_travels_up_is_end_to_end_and_the_providers_own_key():
     ("origin", "https://wiki.internal"), ("x-goog-api-key", "ic-token"),
     ("x-forwarded-access-token", "secret"), ("cf-access-jwt-assertion", "secret"),
     ("true-client-ip", "10.1.2.3"), ("tailscale-user-login", "me@example"),
-    ("x-custom", "Token ic-token;v=1")])
+    ("x-custom", "Token ic-token;v=1"), ("x-custom", "key=ic%2Dtoken"),
+    ("x-custom", '{"key": "ic\\u002dtoken"}')])
 def test_nothing_says_who_stands_before_the_proxy_nor_its_token(name, value):
     assert name not in sent_up([(name, value)])
 

@@ -404,6 +404,31 @@ def test_without_a_budget_any_path_passes(mock, proxy_for):
         assert 200 == call(proxy.port, "POST", path, CHAT).status
 
 
+@pytest.mark.parametrize("write", [
+    str, lambda token: token.replace("_", "%5f"),
+    lambda token: "".join(f"%{ord(char):02X}" for char in token),
+    lambda token: token.replace("_", "%255F")])
+@pytest.mark.parametrize("target", ["/v1/chat/completions?key={}", "/v1/chat/completions?a=1&b=x{}",
+                                    "/v1/files?{}=1", "/v1/files/{}"])
+def test_a_token_in_the_url_is_refused_and_reaches_no_provider(
+        mock, proxy, caplog, write, target):
+    method, fields, header = ("POST", CHAT, ("authorization", f"Bearer {TOKEN}")) \
+        if "chat" in target else ("GET", None, ("x-api-key", TOKEN))
+
+    answer = call(proxy.port, method, target.format(write(TOKEN)), fields, [header], token=None)
+
+    assert 400 == answer.status and b"belongs in the Authorization header" in answer.body
+    assert [] == mock.seen and TOKEN.encode() not in answer.body
+    assert not any(write(TOKEN) in str(vars(record)) for record in caplog.records)
+
+
+def test_a_word_beside_the_token_that_the_path_holds_is_no_token_in_the_url(mock, proxy):
+    answer = call(proxy.port, "POST", "/v1/chat/completions?key=other", CHAT,
+                  [("x-api-key", "completions")])
+
+    assert 200 == answer.status
+
+
 @pytest.mark.parametrize("headers, path", [
     ([("x-http-method-override", "DELETE")], "/v1/chat/completions"),
     ([("x-method-override", "POST")], "/v1/responses/resp_1"),
