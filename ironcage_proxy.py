@@ -83,7 +83,7 @@ comments above it, for it follows the calls; tests/unit/test_map.py sees that no
         CostController: __doc__ __init__ admit reserve commit cancel close add_spend set_budget
         set_limits set_scopes check_budget; AnswerMeter; StreamReader; KnownCounts;
         PriceBook: _find price bill; SqliteLedger: intent settle spent; LlmRouter: set_budget;
-        ProxyServer: put_budget; Router: open _session _carried _admitted _planned _translated
+        ProxyServer: put_budget; Router: _session _carried _admitted _planned _translated
         _bound _tight_bound _reserved _upstream_body _settle _take_lease configure
     unmetered: What passes under a budget without being counted? What these use of chapters 1, 2
         and 18.
