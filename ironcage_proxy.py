@@ -16992,14 +16992,15 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
     settings = server.settings
     password = settings.shared.password if settings.shared is not None else None
     keys = [provider.key for provider in server.router.providers.values()]
-    held = [*filter(None, (settings.admin_token, settings.server_token, settings.alert_url,
-                           password)), *filter(is_secret, keys)]
+    words = [*filter(None, (password, *keys))]
+    held = [*filter(None, (settings.admin_token, settings.server_token, settings.alert_url)),
+            *filter(is_secret, words)]
     hidden = {row.env for row in SETTINGS} | {*LISTEN_VARIABLES} | {
         row.key_env for row in KNOWN_PROVIDERS.values() if not row.is_named_only} | {
         provider.key_env for provider in server.router.providers.values()}
     kept = {name: value for name, value in environ.items()
             if re.sub("_FILE$", "", name) not in hidden and name not in hidden
-            and value not in keys and not any(             # as it is, or within a URL
+            and value not in words and not any(            # as it is, or within a URL
                 secret in value or secret in urllib.parse.unquote(value) for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from support import (ADMIN_TOKEN, ANTHROPIC_KEY, OPENAI_KEY, PATIENCE_S, ROOT, TOKEN, call,
@@ -387,6 +388,19 @@ def test_a_word_that_stands_for_a_key_takes_no_other_variable_away(proxy_for):
     kept = program().child_environment(proxy, given, "agent")
 
     assert {"PATH"} == kept.keys() & given.keys()
+
+
+def test_a_word_that_is_the_password_of_the_engine_takes_no_other_variable_away(proxy_for):
+    proxy, ic = proxy_for(), program()
+    given = {"PATH": "/usr/bin", "MINE": "bin", "COPY": "redis://:long-pass%2Fw0rd-01@x"}
+    kept = {}
+    for password in ("bin", "long-pass/w0rd-01"):
+        shared = ic.EngineAddress("redis", "x", 6379, 0, None, password)
+        server = SimpleNamespace(url=proxy.url, router=proxy.router,
+                                 settings=proxy.settings._replace(shared=shared))
+        kept[password] = ic.child_environment(server, given, "agent").keys() & given.keys()
+
+    assert {"bin": {"PATH", "COPY"}, "long-pass/w0rd-01": {"PATH", "MINE"}} == kept
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a script is made to stand for the program")
