@@ -2001,11 +2001,13 @@ SPOKEN_FIELDS = frozenset({"audio", "modalities"})          # with one, the answ
 CLIENT_TOOL_TYPES = (
     r"function|custom|local_shell|apply_patch|computer(_use_preview)?|namespace"
     r"|(bash|text_editor|memory|computer)_\d{8}|(computer|browser)_toolset_20260801")
-# A tool without a type is a function where it has these members of one alone: Gemini's own tools
-# have no type either, as {"google_search": {}}.
-FUNCTION_MEMBERS = frozenset("""
+# Their members. With these alone a tool is theirs: Gemini's own have no type, as
+# {"google_search": {}}, which may stand beside a function too. Moonshot's have names with a $.
+CLIENT_TOOL_MEMBERS = frozenset("""
     type function name description parameters input_schema output_schema strict cache_control
-    defer_loading allowed_callers eager_input_streaming input_examples""".split())
+    defer_loading allowed_callers eager_input_streaming input_examples custom format tools
+    environment execution display_width display_height display_width_px display_height_px
+    display_number enable_zoom max_characters configs default_config""".split())
 # (type, where it says that it runs) of those that may run at the provider too.
 CLIENT_TOOL_PLACES = (("tool_search", "client"), ("shell", "local"))
 SPELLED_OUT_TOOL_TYPES = frozenset({"function", "custom", "namespace"})     # the request has all
@@ -2122,9 +2124,10 @@ class Contents:
         for tool in tools if isinstance(tools, list) else [] if tools is None else [None]:
             fields = json_object(tool)
             kind = fields.get("type")
-            if kind is None and fields.keys() <= FUNCTION_MEMBERS:
+            if kind is None and fields.keys() <= CLIENT_TOOL_MEMBERS:
                 kind = "function"
             if not isinstance(tool, dict) or not isinstance(kind, str) \
+                    or str(json_object(fields.get("function", tool)).get("name")).startswith("$") \
                     or any([name != name.casefold() for name in tool]):
                 kind = "?"
             self.tools.append((field, kind, fields))
@@ -2400,8 +2403,14 @@ def _unbounded(api: str, body: JsonBody, price: Price, provider: Provider, model
             yield field, f"content of the type {shown_name(kind)} {fault}, so it cannot be " \
                 "bounded under a budget", f"content {kind}"
     for field, kind, tool in contents.tools:
+        # OpenAI and Anthropic refuse members of a tool that they do not know.
+        known: Container = CLIENT_TOOL_MEMBERS if costs and provider.fields is not None else tool
         if not _runs_at_client(kind, tool):
+            known = HOSTED_OPTIONS
             yield from _unbounded_tool(api, field, kind, tool, price, hosted_tools)
+        for option in [name for name in tool if name not in known and tool[name] is not None]:
+            yield "tools", f"{shown_name(option)} of the tool type {shown_name(kind)} is not " \
+                "known here, so what it costs cannot be bounded under a budget", f"field {option}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2454,8 +2463,7 @@ def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], pr
                     hosted_tools: bool) -> Unbounded:
     """Likewise of a tool that runs at the provider: its uses must be capped and counted, and its
     options known."""
-    shown, name = f"the tool type {shown_name(kind)}", field.partition(".")[0]
-    runs = f"{shown} runs at the provider,"
+    name, runs = field.partition(".")[0], f"the tool type {shown_name(kind)} runs at the provider,"
     if kind == "?":
         yield name, "a tool has no type that is known, so it cannot be bounded under a budget", ""
     if hosted_tool(api, kind, price) is None:
@@ -2466,10 +2474,6 @@ def _unbounded_tool(api: str, field: str, kind: str, tool: Mapping[str, Any], pr
     if field != "tools" and api == "messages":
         yield name, f"{runs} and its uses can be capped in tools only, not inside other tools; " \
             "declare it there", ""
-    for option, value in tool.items():
-        if value is not None and option not in HOSTED_OPTIONS:
-            yield "tools", f"{shown_name(option)} of {shown} is not known here, so what it costs " \
-                "cannot be bounded under a budget", f"field {option}"
 
 
 # 4. What its input can count.

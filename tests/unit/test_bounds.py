@@ -978,6 +978,34 @@ def test_content_that_the_operator_lets_through_counts_as_a_whole_context():
     assert 1_000_000 == bound_of("messages", {"max_tokens": 1, **fields}).input_tokens
 
 
+FUNCTION = {"type": "function", "function": {"name": "f", "strict": True}}
+
+
+@pytest.mark.parametrize("tool, member", [
+    (FUNCTION, "google_search"), ({"type": "function", "name": "f"}, "retrieval"),
+    ({"type": "custom", "custom": {"name": "f"}}, "code_execution"),
+    ({"type": "namespace", "name": "n", "tools": []}, "url_context")])
+@pytest.mark.parametrize("provider", ["gemini", "vertex", "zai", "somewhere"])
+def test_a_tool_that_the_client_runs_hides_none_of_the_provider(provider, tool, member):
+    assert [] == checked("chat", {"tools": [{**tool, member: None}]}, provider=provider)
+    fields = {"tools": [{**tool, member: {}}]}
+
+    with pytest.raises(ic.UnboundedRequest, match=f"{member} of the tool type .*--allow-field"):
+        checked("chat", fields, provider=provider)
+    assert [f"field {member}"] == checked(
+        "chat", fields, provider=provider, hatches={f"field {member}"})
+    assert [] == checked("chat", fields, provider=provider, row={
+        **ROW, "input_cost_per_token": 0, "output_cost_per_token": 0})
+
+
+@pytest.mark.parametrize("tool", [
+    {"type": "function", "function": {"name": "$web_search"}},
+    {"function": {"name": "$web_search"}}, {"type": "function", "name": "$web_search"}])
+def test_a_function_with_the_name_of_a_servers_own_is_refused(tool):
+    with pytest.raises(ic.UnboundedRequest, match="no type that is known"):
+        checked("chat", {"tools": [tool]}, provider="moonshot")
+
+
 @pytest.mark.parametrize("key", [
     "gpt-4o-search-preview", "gpt-4o-mini-search-preview-2025-03-11", "gpt-5-search-api",
     "o3-deep-research", "o4-mini-deep-research-2025-06-26", "xai/grok-4.20-multi-agent-0309",
