@@ -11946,7 +11946,7 @@ def upstream_headers(head: RequestHead, provider: Provider, body_bytes: int,
                and not name.endswith(LOCAL_HEADERS_END)}
     kept_back = [*head.headers.options]
     for token in offered_tokens(head.headers):
-        if len(token) >= 8:                                                          # as each has
+        if len(token) >= 8 and is_within(token, "\n".join(headers.values())):        # as each has
             kept_back += [name for name, value in headers.items() if is_within(token, value)]
     if translator is not None:
         kept_back += filter(VENDOR_HEADER.match, headers)
@@ -17004,8 +17004,7 @@ def child_environment(server: ProxyServer, environ: Mapping[str, str],
         provider.key_env for provider in server.router.providers.values()}
     kept = {name: value for name, value in environ.items()
             if re.sub("_FILE$", "", name) not in hidden and name not in hidden
-            and value not in words and not any(            # as it is, or within a URL
-                secret in value or secret in urllib.parse.unquote(value) for secret in held)}
+            and value not in words and not any(is_within(secret, value) for secret in held)}
     direct = [environ.get("NO_PROXY") or environ.get("no_proxy"), "127.0.0.1", "localhost"]
     no_proxy = ",".join(filter(None, direct))
     takes_one = re.fullmatch(ONE_TOKEN_COMMANDS, command) is not None
